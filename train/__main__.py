@@ -1,0 +1,54 @@
+"""python -m train VERB [key=value …]: the verb table, and the only reader of argv."""
+
+import importlib
+import sys
+
+from train.config import build, describe, pairs
+from train.errors import UserError
+
+VERBS = {
+    "model": "fetch and verify a base model",
+    "quantize": "make an Int4 (GPTQ format) folder of a float model",
+    "data": "read, check and summarise a data set",
+    "train": "fine-tune; the same command again goes on where it was cut off",
+    "export": "merge the adapter into float weights, verified",
+    "infer": "chat, or answer one prompt",
+    "compare": "the same questions before and after",
+    "demo": "all of these on this machine, from nothing",
+}
+USAGE = "usage: python -m train VERB [key=value ...]      python -m train VERB --help\n\n"
+
+
+def usage() -> str:
+    return USAGE + "\n".join(f"  {verb:10} {text}" for verb, text in VERBS.items())
+
+
+def run(verb: str, words: list[str]) -> None:
+    """Read `words` as the verb's options and run it; `--help` prints them instead."""
+    if verb not in VERBS:
+        raise UserError(f"unknown verb {verb!r}.\n{usage()}")
+    module = importlib.import_module(f"train.verbs.{verb}")
+    if {"-h", "--help", "help"} & set(words):
+        print(f"{module.__doc__}\n\n{describe(module.Options)}")
+        return
+    parse = getattr(module, "parse", lambda values: build(module.Options, values))
+    module.run(parse(pairs(words)))
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    try:
+        run(argv[0], argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,147 @@
+"""Options and recipes: frozen dataclasses filled from YAML and `key=value` words.
+
+Refuses to know what an option does. There are no import strings and no nesting: a recipe is one flat file that is a complete
+run, and every key that a person may type has one spelling.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from train.errors import UserError
+
+T = TypeVar("T")
+RECIPES = Path(__file__).parent / "recipes"
+SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field with the line that --help prints."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run, whole. Every key may be given in a YAML file or as key=value."""
+
+    model: str = option("Qwen/Qwen-1_8B-Chat-Int4", "base: a name in data/models.lock, a hub id, or a folder")
+    template: str = option("chatml", "how a conversation is written", ("chatml", "plain"))
+    mask: str = option("assistant", "what is learnt: the answers, or what Qwen's own script learns", ("assistant", "published"))
+    system: str = option("You are a helpful assistant.", "system message of conversations that bring none; empty for none")
+    length: int = option(512, "tokens in a row")
+    overlong: str = option("cut", "conversations longer than that", ("cut", "skip", "error"))
+    pack: bool = option(True, "put several conversations in one row, each attending to itself only")
+    rank: int = option(64, "LoRA: r")
+    alpha: float = option(16.0, "LoRA: the update is scaled by alpha / rank")
+    dropout: float = option(0.05, "LoRA: dropout before A")
+    targets: str = option("all", "LoRA: all linears of the blocks, or their names by comma")
+    epochs: float = option(5.0, "passes over the data")
+    steps: int = option(0, "optimizer steps; 0 = as many as the epochs take")
+    batch: int = option(2, "rows a process computes at once")
+    accumulation: int = option(8, "such batches an optimizer step")
+    learning_rate: float = option(3e-4, "peak learning rate")
+    warmup: float = option(0.01, "linear warm-up: a fraction of all steps, or a number of steps if 1 or more")
+    schedule: str = option("cosine", "learning rate after the warm-up", ("cosine", "linear", "constant"))
+    floor: float = option(0.0, "learning rate at the end, as a fraction of the peak")
+    weight_decay: float = option(0.1, "AdamW: weight decay")
+    beta1: float = option(0.9, "AdamW: beta1")
+    beta2: float = option(0.95, "AdamW: beta2")
+    epsilon: float = option(1e-8, "AdamW: epsilon")
+    clip: float = option(1.0, "clip the norm of all gradients to this; 0 = do not")
+    seed: int = option(1234, "seed of the order of samples, LoRA's A and dropout")
+    precision: str = option("auto", "auto: bf16 from sm_80, fp16 below, fp32 on a CPU", ("auto", "bf16", "fp16", "fp32"))
+    checkpointing: bool = option(True, "recompute each block in the backward pass: less memory, a third more work")
+    zero: int = option(2, "DeepSpeed ZeRO stage (train/deepspeed/zeroN.json)")
+    save_every: int = option(0, "steps between checkpoints; 0 = one an epoch")
+    keep: int = option(2, "checkpoints to keep")
+    processes: int = option(1, "processes when training on a CPU")
+
+
+def load_recipe(name: str, overrides: dict[str, str]) -> Recipe:
+    """The recipe of a YAML file (a path, or a name in train/recipes/) with `overrides` on top.
+
+    Raises:
+        UserError: no such recipe, an unknown key (the nearest is named), a value of the wrong kind.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise UserError(f"recipe {name!r}: no file {path.name}. Known recipes: {known}; or give the path of a .yaml file.")
+    values = {key: str(value) if value is not None else "" for key, value in _read_yaml(path).items()}
+    return build(Recipe, {**values, **overrides}, where=f"recipe {name}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a list of `key: value` lines, found a {type(values).__name__}.")
+    return values
+
+
+def pairs(words: Sequence[str]) -> dict[str, str]:
+    """["a=1", "b=x y"] -> {"a": "1", "b": "x y"}; raises one UserError that lists every word without '='."""
+    bad = [word for word in words if "=" not in word]
+    if bad:
+        raise UserError(f"expected key=value, found {', '.join(map(repr, bad))}. Example: run=demo")
+    return dict(word.split("=", 1) for word in words)
+
+
+def build(cls: type[T], values: dict[str, str], where: str = "") -> T:
+    """An instance of dataclass `cls` from strings; gathers all problems into one UserError."""
+    kinds = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    problems, done = [], {}
+    for key, text in values.items():
+        if key not in fields:
+            problems.append(_unknown(key, list(fields)))
+            continue
+        try:
+            done[key] = _convert(text, kinds[key], fields[key].metadata.get("choices"))
+        except ValueError as error:
+            problems.append(f"{key}={text}: {error}")
+    if problems:
+        prefix = f"{where}: " if where else ""
+        raise UserError("\n".join(prefix + p for p in problems))
+    return cls(**done)
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.5)
+    return f"unknown key {key!r}." + (f" Did you mean {near[0]}=?" if near else f" Known keys: {', '.join(known)}")
+
+
+def _convert(text: str, kind: Any, choices: tuple[str, ...] | None) -> Any:
+    if isinstance(kind, types.UnionType):  # only `X | None` is used: an empty value is None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        if text == "":
+            return None
+    if choices and text not in choices:
+        raise ValueError(f"expected one of {', '.join(choices)}")
+    if kind is bool:
+        if text.lower() not in SWITCH:
+            raise ValueError("expected on or off")
+        return SWITCH[text.lower()]
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}") from None
+
+
+def describe(cls: type) -> str:
+    """The table of keys that --help prints: `key=default  help (choices)`."""
+    lines = []
+    for f in dataclasses.fields(cls):
+        default = {True: "on", False: "off", None: ""}.get(f.default, f.default) if isinstance(f.default, (bool, type(None))) else f.default
+        choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata.get("choices") else ""
+        lines.append(f"  {f'{f.name}={default}':34} {f.metadata.get('help', '')}{choices}")
+    return "\n".join(lines)
