@@ -1,0 +1,198 @@
+"""From a model folder to a frozen decoder: which file holds what, which linear is Int4, on which device in which dtype.
+
+Reads safetensors, and old .bin files only through torch.load(weights_only=True); never imports or runs a file of the folder.
+The files decide: a linear is Int4 if its qweight is there, and has a bias if its bias is there.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from train import lora
+from train.decoder import Decoder
+from train.errors import UserError
+from train.files import read_json
+from train.gptq import Int4Linear, Scheme
+from train.layouts import DecoderConfig, read_config
+from train.tokenizer import Tokenizer, load_tokenizer
+
+IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers of old checkpoints that hold no weights
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device() -> torch.device:
+    """The current CUDA device if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pick_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
+    """auto: bfloat16 from compute capability 8.0, float16 below it, float32 on a CPU."""
+    if precision != "auto":
+        return DTYPES[precision]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def resolve(model: str, models: Path) -> Path:
+    """The folder of `model`: itself if it is one, else its last name below `models`.
+
+    Raises:
+        UserError: no such folder, or one whose download was cut off.
+    """
+    for folder in (Path(model), models / Path(model).name):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(
+        f"model {model!r}: no folder with a config.json, neither there nor at {models / Path(model).name}.\n"
+        f"Fetch it first: make model MODEL={model}"
+    )
+
+
+def read_folder_config(folder: Path) -> tuple[DecoderConfig, dict[str, Any]]:
+    """The decoder's config and config.json as published."""
+    published = read_json(folder / "config.json")
+    return read_config(published), published
+
+
+def state_names(folder: Path) -> dict[str, Path]:
+    """Every tensor's name -> the file that holds it, from the headers alone (.bin files are read whole).
+
+    Raises:
+        UserError: no weights, or a file that is cut off.
+    """
+    names: dict[str, Path] = {}
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    for file in files:
+        with open_tensors(file) as tensors:
+            names |= dict.fromkeys(tensors.keys(), file)
+    if not names:
+        raise UserError(f"{folder}: no weights (*.safetensors) in this folder. Fetch it again: make model MODEL={folder.name}")
+    return {name: file for name, file in names.items() if not name.endswith(IGNORED)}
+
+
+class _Loaded:
+    """A .bin file with the two calls of safe_open that are used here."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state = state
+
+    def keys(self) -> list[str]:
+        return list(self.state)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.state[name]
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """An object with keys() and get_tensor(name), tensors on the CPU; no pickle beyond plain tensors is read."""
+    if file.suffix == ".bin":
+        yield _Loaded(torch.load(file, map_location="cpu", weights_only=True))
+        return
+    try:
+        opened = safe_open(file, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}). Fetch it again: make model MODEL={file.parent.name}") from error
+    with opened as tensors:
+        yield tensors
+
+
+def read_state(names: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of `names` one by one, file by file."""
+    for file in sorted(set(names.values())):
+        with open_tensors(file) as tensors:
+            for name in sorted(n for n, f in names.items() if f == file):
+                yield name, tensors.get_tensor(name)
+
+
+def load(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", keep_float: bool = False) -> Decoder:
+    """The model of `folder`, frozen and in evaluation mode; float tensors in `dtype`, Int4 as stored.
+
+    Args:
+        keep_float: keep each Int4 weight dequantised in `dtype` too: the same numbers, faster on a CPU, 8 times the memory.
+    Raises:
+        UserError: an architecture, scheme or file that this program cannot read; tensors missing or left over.
+    """
+    config, published = read_folder_config(folder)
+    names = state_names(folder)
+    with torch.device("meta"):
+        model = Decoder(config)
+    _shape_linears(model, names, published.get("quantization_config"))
+    _fill(model, names, dtype, torch.device(device))
+    model.tie_weights()
+    model.requires_grad_(False).eval()
+    for module in model.modules():
+        if keep_float and isinstance(module, Int4Linear):
+            module.keep_float(dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+    return model
+
+
+def _shape_linears(model: Decoder, names: dict[str, Path], quantization: dict[str, Any] | None) -> None:
+    """Make every linear of `model` what the file says it is: Int4 or float, with or without a bias."""
+    scheme = Scheme.from_config(quantization) if quantization else None
+    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
+        bias = f"{name}.bias" in names
+        if f"{name}.qweight" in names:
+            if scheme is None:
+                raise UserError(f"{name} is quantised, but config.json has no quantization_config.")
+            parent, _, child = name.rpartition(".")
+            int4 = Int4Linear(linear.in_features, linear.out_features, bias, scheme, device=torch.device("meta"))
+            setattr(model.get_submodule(parent), child, int4)
+        elif bias != (linear.bias is not None):
+            linear.bias = nn.Parameter(torch.empty(linear.out_features, device="meta")) if bias else None
+
+
+def _fill(model: Decoder, names: dict[str, Path], dtype: torch.dtype, device: torch.device) -> None:
+    wanted = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        wanted.pop("lm_head.weight")
+        names = {n: f for n, f in names.items() if n != "lm_head.weight"}
+    missing, extra = sorted(wanted.keys() - names.keys()), sorted(names.keys() - wanted.keys())
+    if missing or extra:
+        raise UserError(f"the weights do not fit config.json: missing {_some(missing)}; left over {_some(extra)}.")
+    state = {}
+    for name, tensor in read_state(names):
+        if tensor.shape != wanted[name].shape:
+            raise UserError(f"{name}: the file has shape {list(tensor.shape)}, config.json says {list(wanted[name].shape)}.")
+        whole = tensor.dtype.is_floating_point and not name.endswith(".scales")  # scales are part of the Int4 format
+        state[name] = tensor.to(device, dtype if whole else tensor.dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "nothing"
+
+
+def load_run(
+    run: Path, models: Path, dtype: torch.dtype, device: torch.device | str = "cpu", keep_float: bool = False
+) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+    """A finished run: its base with the adapter on, the tokenizer, and run.json.
+
+    Raises:
+        UserError: the run is not finished, or its base is not here.
+    """
+    manifest = read_run(run)
+    folder = resolve(manifest["recipe"]["model"], models)
+    model = lora.load_adapter(load(folder, dtype, device, keep_float), run / "adapter")
+    return model.eval(), load_tokenizer(folder), manifest
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """run.json of a finished run."""
+    try:
+        return read_json(run / "run.json")
+    except FileNotFoundError:
+        state = "is not finished: the same `make train` goes on with it" if run.is_dir() else "does not exist"
+        raise UserError(f"run {run.name!r} {state}. (Looked for {run / 'run.json'}.)") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{run / 'run.json'}: not JSON ({error}). Train again under another RUN=.") from error
