@@ -83,7 +83,10 @@ class Tokenizer:
         return number in self._names
 
     def save(self, folder: Path, system: str = DEFAULT_SYSTEM) -> None:
-        """Write tokenizer.json and tokenizer_config.json as stock tools read them, with a ChatML template using `system`."""
+        """Write tokenizer.json and tokenizer_config.json as stock tools read them, with a ChatML template using `system`.
+
+        Stock tools will parse text for control tokens, and normalise with the library's older Unicode tables.
+        """
         content = json.loads(self.backend.to_str())
         content["added_tokens"] = self._entries
         content["normalizer"] = {"type": "NFC"}
