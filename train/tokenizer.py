@@ -47,7 +47,9 @@ BYTE = {letter: byte for byte, letter in LETTER.items()}
 class Tokenizer:
     """Ids as the model was published with. `control` maps each control token to its id; the chat's own have names."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, control: dict[str, int], entries: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, control: dict[str, int], entries: Sequence[dict[str, Any]] = ()
+    ) -> None:
         """`backend` holds the vocabulary without control tokens; `entries`: their published form (added_tokens), if any."""
         self.backend = backend
         self.control = control
@@ -130,7 +132,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return _from_tiktoken(folder / "qwen.tiktoken")
     if (folder / "tokenizer.json").is_file():
         return _from_json(folder / "tokenizer.json")
-    raise UserError(f"{folder}: no tokenizer: expected qwen.tiktoken or tokenizer.json. Fetch the whole model: make model MODEL=…")
+    raise UserError(
+        f"{folder}: no tokenizer: expected qwen.tiktoken or tokenizer.json. Fetch the whole model: make model MODEL=…"
+    )
 
 
 # qwen.tiktoken: a line a token, base64 of its bytes, a space, its rank (= id)
@@ -168,10 +172,12 @@ def _from_tiktoken(path: Path) -> Tokenizer:
     try:
         merges = recover_merges(ranks)
     except KeyError as error:
-        raise _broken(path, ranks[error.args[0]], f"token {error.args[0]!r} cannot be merged from smaller ones") from None
+        word = error.args[0]
+        raise _broken(path, ranks[word], f"token {word!r} cannot be merged from smaller ones") from None
     backend = tokenizers.Tokenizer(models.BPE({_letters(word): rank for word, rank in ranks.items()}, merges))
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
     backend.decoder = decoders.ByteLevel()
     return Tokenizer(backend, {name: len(ranks) + n for n, name in enumerate(QWEN_CONTROL)})
 
@@ -234,5 +240,11 @@ def _text_only(content: dict[str, Any]) -> dict[str, Any]:
     """The same tokenizer without control tokens; normalisation is Python's (encode); merges as tokenizers 0.14 reads them."""
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
     model = {**content["model"], "merges": merges}
-    plain = {"added_tokens": [], "normalizer": None, "truncation": None, "padding": None, "post_processor": None}
+    plain: dict[str, Any] = {
+        "added_tokens": [],
+        "normalizer": None,
+        "truncation": None,
+        "padding": None,
+        "post_processor": None,
+    }
     return {**content, **plain, "model": model}
