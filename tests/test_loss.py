@@ -16,20 +16,31 @@ def case(rows: int, size: int, vocabulary: int, dtype: torch.dtype) -> tuple[tor
     return hidden, weight, labels
 
 
-def both(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def both(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     done = []
     for ours in (True, False):
         x = hidden.clone().requires_grad_()
-        loss = chunked_cross_entropy(x, weight, labels, chunk) if ours else F.cross_entropy(x @ weight.t(), labels, reduction="sum")
+        loss = (
+            chunked_cross_entropy(x, weight, labels, chunk)
+            if ours
+            else F.cross_entropy(x @ weight.t(), labels, reduction="sum")
+        )
         (loss * 0.37).backward()
         assert x.grad is not None
         done.append((loss.detach(), x.grad))
     return done
 
 
-@pytest.mark.parametrize("rows,size,vocabulary,chunk", [(1, 3, 5, 1), (7, 16, 11, 3), (64, 33, 257, 64), (65, 8, 1000, 16), (300, 64, 129, 512)])
+@pytest.mark.parametrize(
+    "rows,size,vocabulary,chunk",
+    [(1, 3, 5, 1), (7, 16, 11, 3), (64, 33, 257, 64), (65, 8, 1000, 16), (300, 64, 129, 512)],
+)
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-5), (torch.float64, 1e-12)])
-def test_value_and_gradient_equal_torchs(rows: int, size: int, vocabulary: int, chunk: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_value_and_gradient_equal_torchs(
+    rows: int, size: int, vocabulary: int, chunk: int, dtype: torch.dtype, tolerance: float
+) -> None:
     (ours, slope), (theirs, expected) = both(*case(rows, size, vocabulary, dtype), chunk)
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(slope, expected, rtol=tolerance, atol=tolerance)
