@@ -1,0 +1,122 @@
+"""Checkpoints: whole or not used, byte for byte what was saved, the newest good one first."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from train import checkpoint
+from train.checkpoint import Snapshot
+
+
+def snapshot(step: int) -> Snapshot:
+    make = torch.Generator().manual_seed(step)
+    trainable = {f"layer.{n}.lora_A": torch.randn(3, 5, generator=make) for n in range(3)}
+    moments = {f"{name}/{key}": torch.randn(3, 5, generator=make) for name in trainable for key in ("exp_avg", "exp_avg_sq")}
+    return Snapshot(step, trainable, moments, {"rank0/torch": torch.get_rng_state()}, {"epoch": 1, "scaler": {"cur_scale": 2.0}})
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    wrote = snapshot(7)
+    folder = checkpoint.write(tmp_path, wrote, keep=2)
+    assert folder.name == "step-000007"
+    assert sorted(p.name for p in folder.iterdir()) == ["optimizer.safetensors", "rng.safetensors", "state.json", "trainable.safetensors"]
+    found, notes = checkpoint.newest(tmp_path)
+    assert found == folder
+    assert not notes
+    back = checkpoint.read(folder)
+    for name in checkpoint.TENSORS:
+        before, after = getattr(wrote, name), getattr(back, name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    assert back.step == 7
+    assert back.state["scaler"] == {"cur_scale": 2.0}
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 10, 30):
+        checkpoint.write(tmp_path, snapshot(step), keep=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000010", "step-000030"]
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def cut_off(folder: Path) -> None:
+    path = folder / "trainable.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def lose(folder: Path) -> None:
+    (folder / "rng.safetensors").unlink()
+
+
+def lose_state(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+
+def spoil_state(folder: Path) -> None:
+    (folder / "state.json").write_text('{"step": 2')
+
+
+HARMS = [
+    (flip_a_bit, "optimizer.safetensors is damaged"),
+    (cut_off, "trainable.safetensors is damaged"),
+    (lose, "rng.safetensors is missing"),
+    (lose_state, "state.json is missing"),
+    (spoil_state, "state.json is damaged"),
+]
+
+
+@pytest.mark.parametrize(("harm", "words"), HARMS)
+def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path, harm: Callable[[Path], None], words: str) -> None:
+    checkpoint.write(tmp_path, snapshot(1), keep=2)
+    harm(checkpoint.write(tmp_path, snapshot(2), keep=2))
+    found, notes = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.name == "step-000001"
+    assert len(notes) == 1
+    assert "step-000002" in notes[0]
+    assert words in notes[0]
+
+
+def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.write(tmp_path, snapshot(1), keep=1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write(tmp_path, snapshot(2), keep=1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    whole = checkpoint.write(tmp_path, snapshot(1), keep=1)
+    (tmp_path / "checkpoints" / ".step-000002.123.tmp").mkdir()
+    checkpoint.sweep(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == [whole]
+
+
+def draws() -> list[float]:
+    return [random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand(), torch.randn(3).sum().item()]
+
+
+def test_every_generator_goes_on_where_it_was(tmp_path: Path) -> None:
+    checkpoint.seed_all(3)
+    draws()  # leaves a spare gauss in Python's and numpy's generators
+    saved = checkpoint.rng_state()
+    first = draws()
+    draws()
+    wrote = Snapshot(1, {}, {}, {f"rank0/{key}": value for key, value in saved.items()}, {})
+    back = checkpoint.read(checkpoint.write(tmp_path, wrote, keep=1)).rng
+    checkpoint.set_rng_state({key.removeprefix("rank0/"): value for key, value in back.items()})
+    assert draws() == first

@@ -1,0 +1,134 @@
+"""Checkpoints: what a run needs to go on as if nothing had happened, whatever the number of processes.
+
+Knows tensors by name and a small state; nothing of DeepSpeed, models or data. Safetensors and JSON only: no pickle is ever read.
+A checkpoint is written aside, flushed and renamed, its state.json last with the hash of every other file, and every hash is
+checked before a checkpoint is used. That costs reading it twice, and buys that a full disk or a pulled plug loses steps, not runs.
+"""
+
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from train.files import read_json, sha256, staged, write_json
+
+TENSORS = ("trainable", "optimizer", "rng")  # each one file, NAME.safetensors
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run after `step` optimizer steps.
+
+    trainable: parameter name -> float32 master. optimizer: name/exp_avg and name/exp_avg_sq, float32.
+    rng: rankN/generator -> state. state: everything else, as JSON.
+    """
+
+    step: int
+    trainable: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rng: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def write(run: Path, snapshot: Snapshot, keep: int) -> Path:
+    """Write the checkpoint of `snapshot.step`, then remove all but the newest `keep`; returns its folder."""
+    folder = folder_of(run, snapshot.step)
+    with staged(folder) as aside:
+        for name in TENSORS:
+            tensors = {key: t.detach().cpu().contiguous() for key, t in sorted(getattr(snapshot, name).items())}
+            save_file(tensors, aside / f"{name}.safetensors", metadata={"format": "pt"})
+        hashes = {f"{name}.safetensors": sha256(aside / f"{name}.safetensors") for name in TENSORS}
+        write_json(aside / "state.json", {**snapshot.state, "step": snapshot.step, "files": hashes})
+    for old in _folders(run)[max(keep, 1) :]:
+        shutil.rmtree(old)
+    return folder
+
+
+def _folders(run: Path) -> list[Path]:
+    """Folders of checkpoints, the newest first."""
+    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+
+
+def harm(folder: Path) -> str:
+    """What is wrong with a checkpoint, in words; empty if every file is as it was written."""
+    try:
+        state = read_json(folder / "state.json")
+        hashes = {name: state["files"][name] for name in (f"{n}.safetensors" for n in TENSORS)}
+    except FileNotFoundError:
+        return "state.json is missing"
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return "state.json is damaged"
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(folder / name) != expected:
+            return f"{name} is damaged: its sha256 is not what state.json says"
+    return ""
+
+
+def newest(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and a sentence for each damaged one that was passed over."""
+    notes = []
+    for folder in _folders(run):
+        if not (what := harm(folder)):
+            return folder, notes
+        notes.append(f"checkpoint {folder.name} is not used: {what}.")
+    return None, notes
+
+
+def read(folder: Path) -> Snapshot:
+    """The snapshot in `folder`, on the CPU; the caller has chosen it with `newest`."""
+    state = read_json(folder / "state.json")
+    tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSORS}
+    return Snapshot(step=state["step"], state=state, **tensors)
+
+
+def sweep(run: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for left in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def rng_state() -> dict[str, Tensor]:
+    """The state of this process's generators: torch (CPU and the current CUDA device), numpy, Python."""
+    _, keys, place, has_gauss, gauss = np.random.get_state()  # type: ignore[misc]
+    _, words, spare = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor([*keys.tolist(), place, has_gauss], dtype=torch.int64),  # type: ignore[union-attr]
+        "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor([] if spare is None else [spare], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    """The inverse of rng_state; a generator that the other machine did not have is left as it is."""
+    *keys, place, has_gauss = state["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, has_gauss, state["numpy_gauss"].item()))
+    spare = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), spare[0] if spare else None))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_all(seed: int) -> None:
+    """Start every generator of this process anew."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
