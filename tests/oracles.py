@@ -16,18 +16,18 @@ from train.layouts import DecoderConfig, write_config
 
 def tiny_config(layout: str = "qwen2", **changes: Any) -> DecoderConfig:
     """Hidden 64, two blocks, four heads of 16 (two key heads in qwen2), vocabulary 512."""
-    values: dict[str, Any] = dict(
-        layout=layout,
-        vocab_size=512,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2 if layout == "qwen2" else 4,
-        head_dim=16,
-        intermediate_size=128,
-        max_position_embeddings=512,
-        seq_length=512,
-    )
+    values: dict[str, Any] = {
+        "layout": layout,
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2 if layout == "qwen2" else 4,
+        "head_dim": 16,
+        "intermediate_size": 128,
+        "max_position_embeddings": 512,
+        "seq_length": 512,
+    }
     return DecoderConfig(**{**values, **changes})
 
 
@@ -37,11 +37,15 @@ def tiny_decoder(config: DecoderConfig, seed: int = 0) -> Decoder:
     model = Decoder(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.normal_(std=0.5 if name.endswith("bias") else p.shape[-1] ** -0.5) if p.dim() > 1 or name.endswith("bias") else p.uniform_(0.5, 1.5)
+            p.normal_(std=0.5 if name.endswith("bias") else p.shape[-1] ** -0.5) if p.dim() > 1 or name.endswith(
+                "bias"
+            ) else p.uniform_(0.5, 1.5)
     return model
 
 
-def tiny_checkpoint(folder: Path, config: DecoderConfig, int4: bool = False, group_size: int = 32, seed: int = 0) -> Path:
+def tiny_checkpoint(
+    folder: Path, config: DecoderConfig, int4: bool = False, group_size: int = 32, seed: int = 0
+) -> Path:
     """Write a model folder as published (config.json, model.safetensors, a small tokenizer); returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     published, state = write_config(config), dict(tiny_decoder(config, seed).state_dict())
@@ -71,7 +75,9 @@ def _int4_state(state: dict[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
 
 
 def small_tokenizer(folder: Path) -> None:
-    """256 bytes and the control tokens <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258, as qwen.tiktoken and its config."""
+    """256 bytes and the control tokens <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258, as qwen.tiktoken and its
+    config.
+    """
     ranks = b"\n".join(base64.b64encode(bytes([n])) + b" " + str(n).encode() for n in range(256))
     (folder / "qwen.tiktoken").write_bytes(ranks + b"\n")
 

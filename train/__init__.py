@@ -1,8 +1,7 @@
 """Fine-tune Qwen on an Int4 checkpoint: LoRA training, a faithful merge, chat.
 
-Four floors; imports run downwards only (tests/test_house.py):
-verbs (train/verbs) over assembled (loader, dataset, generate, checkpoint, manifest, report) over parts (decoder, layouts,
-lora, tokenizer, chatml, from_gguf) over leaves (gptq, loss, conversations, config, errors, files).
+Four floors; imports run downwards only, and tests/test_house.py holds them to it:
+verbs (train/verbs), assembled, parts, leaves. The README's tree has a phrase for each file.
 """
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
 """Options and recipes: frozen dataclasses filled from YAML and `key=value` words.
 
-Refuses to know what an option does. There are no import strings and no nesting: a recipe is one flat file that is a complete
-run, and every key that a person may type has one spelling.
+Refuses to know what an option does. There are no import strings and no nesting: a recipe is one flat file that is a
+complete run, and every key that a person may type has one spelling.
 """
 
 import dataclasses
@@ -31,8 +31,12 @@ class Recipe:
 
     model: str = option("Qwen/Qwen-1_8B-Chat-Int4", "base: a name in data/models.lock, a hub id, or a folder")
     template: str = option("chatml", "how a conversation is written", ("chatml", "plain"))
-    mask: str = option("assistant", "what is learnt: the answers, or what Qwen's own script learns", ("assistant", "published"))
-    system: str = option("You are a helpful assistant.", "system message of conversations that bring none; empty for none")
+    mask: str = option(
+        "assistant", "what is learnt: the answers, or what Qwen's own script learns", ("assistant", "published")
+    )
+    system: str = option(
+        "You are a helpful assistant.", "system message of conversations that bring none; empty for none"
+    )
     length: int = option(512, "tokens in a row")
     overlong: str = option("cut", "conversations longer than that", ("cut", "skip", "error"))
     pack: bool = option(True, "put several conversations in one row, each attending to itself only")
@@ -54,7 +58,9 @@ class Recipe:
     epsilon: float = option(1e-8, "AdamW: epsilon")
     clip: float = option(1.0, "clip the norm of all gradients to this; 0 = do not")
     seed: int = option(1234, "seed of the order of samples, LoRA's A and dropout")
-    precision: str = option("auto", "auto: bf16 from sm_80, fp16 below, fp32 on a CPU", ("auto", "bf16", "fp16", "fp32"))
+    precision: str = option(
+        "auto", "auto: bf16 from sm_80, fp16 below, fp32 on a CPU", ("auto", "bf16", "fp16", "fp32")
+    )
     checkpointing: bool = option(True, "recompute each block in the backward pass: less memory, a third more work")
     zero: int = option(2, "DeepSpeed ZeRO stage (train/deepspeed/zeroN.json)")
     save_every: int = option(0, "steps between checkpoints; 0 = one an epoch")
@@ -71,7 +77,9 @@ def load_recipe(name: str, overrides: dict[str, str]) -> Recipe:
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-        raise UserError(f"recipe {name!r}: no file {path.name}. Known recipes: {known}; or give the path of a .yaml file.")
+        raise UserError(
+            f"recipe {name!r}: no file {path.name}. Known recipes: {known}; or give the path of a .yaml file."
+        )
     values = {key: str(value) if value is not None else "" for key, value in _read_yaml(path).items()}
     return build(Recipe, {**values, **overrides}, where=f"recipe {name}")
 
@@ -141,7 +149,11 @@ def describe(cls: type) -> str:
     """The table of keys that --help prints: `key=default  help (choices)`."""
     lines = []
     for f in dataclasses.fields(cls):
-        default = {True: "on", False: "off", None: ""}.get(f.default, f.default) if isinstance(f.default, (bool, type(None))) else f.default
+        default = (
+            {True: "on", False: "off", None: ""}.get(f.default, f.default)
+            if isinstance(f.default, (bool, type(None)))
+            else f.default
+        )
         choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata.get("choices") else ""
         lines.append(f"  {f'{f.name}={default}':34} {f.metadata.get('help', '')}{choices}")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
 """One decoder for every Qwen from 1 to 2.5: RMSNorm, rotary positions, grouped attention, SwiGLU.
 
-A transformers `PreTrainedModel`, so `generate`, peft and DeepSpeed work on it; its modules carry the names of the layout it was
-built for. Refuses to know files, Int4 and LoRA: a linear is whatever module stands under the name. No code of a checkpoint is
-ever executed. Attention is torch's scaled_dot_product_attention with an explicit mask where padding or packing needs one: that
-costs a [B, 1, T, S] mask of bools, and buys one path for all of them.
+A transformers `PreTrainedModel`, so `generate`, peft and DeepSpeed work on it; its modules carry the names of the
+layout it was built for. Refuses to know files, Int4 and LoRA: a linear is whatever module stands under the name. No
+code of a checkpoint is ever executed. Attention is torch's scaled_dot_product_attention with an explicit mask where
+padding or packing needs one: that costs a [B, 1, T, S] mask of bools, and buys one path for all of them.
 """
 
 import math
@@ -58,18 +58,22 @@ def rotary(positions: Tensor, head_dim: int, theta: float, alpha: Tensor | None 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the halves of each head by its angle (Su et al. 2021, half-split form). x [B, H, T, D], cos and sin [B, T, D]."""
+    """Turn the halves of each head by its angle (Su et al. 2021, half-split form). x [B, H, T, D], cos and sin [B, T,
+    D].
+    """
     y = x.float()
     first, second = y.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (y * cos[:, None] + turned * sin[:, None]).to(x.dtype)
 
 
-def attention_bias(attention_mask: Tensor | None, segment_ids: Tensor | None, tokens: int, keys: int, device: torch.device) -> Tensor | None:
+def attention_bias(
+    attention_mask: Tensor | None, segment_ids: Tensor | None, tokens: int, keys: int, device: torch.device
+) -> Tensor | None:
     """Which keys a query may see: bools [B|1, 1, T, S], or None where plain causal attention over T = S says it all.
 
-    attention_mask [B, S]: 0 = padding, on either side. segment_ids [B, T] (no cache): the conversation a token belongs to.
-    A padding query sees itself, so that its softmax has a term; nothing reads its output.
+    attention_mask [B, S]: 0 = padding, on either side. segment_ids [B, T] (no cache): the conversation a token belongs
+    to. A padding query sees itself, so that its softmax has a term; nothing reads its output.
     """
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None
@@ -119,7 +123,9 @@ class Attention(nn.Module):
         q, k, v = mixed.unflatten(-1, (-1, c.head_dim)).transpose(1, 2).split(split, dim=1)
         return q, k, v
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, bias: Tensor | None, past: Cache | None) -> tuple[Tensor, Cache]:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, bias: Tensor | None, past: Cache | None
+    ) -> tuple[Tensor, Cache]:
         q, k, v = self.heads(x)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past is not None:
@@ -179,7 +185,14 @@ class Trunk(nn.Module):
         self.add_module(names.blocks, nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)))
         self.add_module(names.norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
 
-    def forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, segments: Tensor | None, past: tuple[Cache, ...] | None):  # type: ignore[no-untyped-def]
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        past: tuple[Cache, ...] | None,
+    ) -> tuple[Tensor, tuple[Cache, ...]]:
         """ids [B, T] -> hidden [B, T, H] and the caches of all layers."""
         c, length = self.config, past[0][0].shape[2] if past else 0
         if positions is None:
@@ -198,10 +211,13 @@ class Trunk(nn.Module):
             caches.append(cache if alpha is None or segments is not None else (*cache, alpha))
         return getattr(self, c.names.norm)(x), tuple(caches)
 
-    def alpha(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None, past: tuple[Cache, ...] | None) -> Tensor | None:
+    def alpha(
+        self, ids: Tensor, mask: Tensor | None, segments: Tensor | None, past: tuple[Cache, ...] | None
+    ) -> Tensor | None:
         """Dynamic NTK's factor [B, 1] (or [B, T] when packed), or None where it cannot act.
 
-        As published: off in training; from the prompt's true length; while a cache grows it stays what the prompt made it.
+        As published: off in training; from the prompt's true length; while a cache grows it stays what the prompt made
+        it.
         """
         c = self.config
         if self.training or not c.use_dynamic_ntk:
@@ -229,7 +245,7 @@ class Decoder(PreTrainedModel):
 
     config_class = DecoderConfig
     supports_gradient_checkpointing = True
-    _tied_weights_keys = ["lm_head.weight"]
+    _tied_weights_keys = ("lm_head.weight",)
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
@@ -257,8 +273,10 @@ class Decoder(PreTrainedModel):
         """Logits in float32, or the sum of token losses.
 
         Args:
-            input_ids: [B, T] int64. attention_mask: [B, S], 1 = token, 0 = padding on either side; S counts the cache too.
-            position_ids: [B, T]; by default from zero in each conversation. segment_ids: [B, T], equal = same conversation.
+            input_ids: [B, T] int64. attention_mask: [B, S], 1 = token, 0 = padding on either side; S counts the cache
+            too.
+            position_ids: [B, T]; by default from zero in each conversation. segment_ids: [B, T], equal = same
+            conversation.
             labels: [B, T], −100 = not learnt; position t is predicted from t − 1.
             last_only: logits of the last position only, [B, 1, V] (a prompt's others are never read).
         Returns:
@@ -273,7 +291,9 @@ class Decoder(PreTrainedModel):
         logits = self.lm_head(hidden[:, -1:] if last_only else hidden).float()
         return CausalLMOutputWithPast(logits=logits, past_key_values=caches if keep else None)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         if past_key_values is not None:
             input_ids = input_ids[:, -1:]
         return {
@@ -305,10 +325,10 @@ class Decoder(PreTrainedModel):
             module.gradient_checkpointing = value
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight.device.type != "meta":
+        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.device.type != "meta":
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def linear_names(layout: str) -> tuple[str, ...]:

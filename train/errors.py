@@ -2,4 +2,6 @@
 
 
 class UserError(Exception):
-    """Something the user can mend: says what is wrong, where, and the remedy. Shown without a traceback; exit status 2."""
+    """Something the user can mend: says what is wrong, where, and the remedy. Shown without a traceback; exit status
+    2.
+    """

@@ -1,7 +1,7 @@
 """Files that are either whole or not there: hashing, atomic writes, staged folders.
 
-Knows nothing of models or runs. Every write goes to a temporary name in the same folder, is flushed to the disk, and is then
-renamed, which costs one fsync a file and buys that a reader never meets half of one.
+Knows nothing of models or runs. Every write goes to a temporary name in the same folder, is flushed to the disk, and is
+then renamed, which costs one fsync a file and buys that a reader never meets half of one.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 
 def sha256(path: Path) -> str:
     """Hex digest of the file's bytes."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
 
@@ -42,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         aside.write_text(text, encoding="utf-8")
         sync(aside)
-        os.replace(aside, path)
+        aside.replace(path)
         sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
@@ -61,8 +61,8 @@ def read_json(path: Path) -> Any:
 def staged(folder: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `folder`; rename it onto `folder` if the block succeeds, remove it if not.
 
-    An older `folder` is replaced: it is renamed aside first and removed last, so that its name always holds a whole folder
-    but for the instant between two renames.
+    An older `folder` is replaced: it is renamed aside first and removed last, so that its name always holds a whole
+    folder but for the instant between two renames.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -81,8 +81,8 @@ def staged(folder: Path) -> Iterator[Path]:
 def _swap(new: Path, old: Path) -> None:
     retired = old.with_name(f".{old.name}.{os.getpid()}.old")
     if old.exists():
-        os.replace(old, retired)
-    os.replace(new, old)
+        old.replace(retired)
+    new.replace(old)
     sync(old.parent)
     shutil.rmtree(retired, ignore_errors=True)
 

@@ -1,9 +1,10 @@
 """The two published layouts of one architecture: names of modules, config.json, and the way from one to the other.
 
-`qwen` is Qwen-1 (1.8B, 7B, 14B, 72B): one fused c_attn, w1 = up, w2 = gate, layer_norm_epsilon, kv_channels, an intermediate_size
-that counts both branches. `qwen2` is Qwen1.5, 2 and 2.5: separate projections, grouped key and value heads. Modules of the
-decoder carry the published names, so a state dict needs no renaming and an adapter has the names that stock tools expect.
-Knows nothing of files but config.json's content; nothing of Int4: conversion works on float tensors.
+`qwen` is Qwen-1 (1.8B, 7B, 14B, 72B): one fused c_attn, w1 = up, w2 = gate, layer_norm_epsilon, kv_channels, an
+intermediate_size that counts both branches. `qwen2` is Qwen1.5, 2 and 2.5: separate projections, grouped key and value
+heads. Modules of the decoder carry the published names, so a state dict needs no renaming and an adapter has the names
+that stock tools expect. Knows nothing of files but config.json's content; nothing of Int4: conversion works on float
+tensors.
 """
 
 from dataclasses import dataclass
@@ -85,8 +86,8 @@ LAYOUTS = {layout.name: layout for layout in (QWEN, QWEN2)}
 class DecoderConfig(PretrainedConfig):
     """The architecture in one vocabulary, whichever layout it was read from.
 
-    `intermediate_size` is the width of one SwiGLU branch. `seq_length` is the training context that logn attention and dynamic
-    NTK count from; both act beyond it only, in evaluation only.
+    `intermediate_size` is the width of one SwiGLU branch. `seq_length` is the training context that logn attention and
+    dynamic NTK count from; both act beyond it only, in evaluation only.
     """
 
     model_type = "qwen-decoder"
@@ -139,7 +140,8 @@ def read_config(published: dict[str, Any]) -> DecoderConfig:
     """The decoder's config from the content of a published config.json.
 
     Raises:
-        UserError: an architecture that is neither Qwen-1 nor Qwen2, or a variant of them that the decoder does not compute.
+        UserError: an architecture that is neither Qwen-1 nor Qwen2, or a variant of them that the decoder does not
+        compute.
     """
     kind = published.get("model_type")
     if kind == "qwen":
@@ -173,9 +175,13 @@ def _read_qwen(c: dict[str, Any]) -> DecoderConfig:
 
 def _read_qwen2(c: dict[str, Any]) -> DecoderConfig:
     if c.get("rope_scaling"):
-        raise UserError(f"config.json: rope_scaling {c['rope_scaling']} is not supported; remove it to use the plain context.")
+        raise UserError(
+            f"config.json: rope_scaling {c['rope_scaling']} is not supported; remove it to use the plain context."
+        )
     if c.get("use_sliding_window"):
-        raise UserError("config.json: use_sliding_window is not supported; set it to false, as every published Instruct model has it.")
+        raise UserError(
+            "config.json: use_sliding_window is not supported; set it to false, as every published Instruct has it."
+        )
     heads = c["num_attention_heads"]
     return DecoderConfig(
         layout="qwen2",
@@ -193,7 +199,9 @@ def _read_qwen2(c: dict[str, Any]) -> DecoderConfig:
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:
     """The content of config.json as the config's layout publishes it (without quantization_config and torch_dtype)."""
-    shared = {key: getattr(config, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    shared = {
+        key: getattr(config, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    }
     shared |= {
         "architectures": [config.names.architecture],
         "model_type": config.layout,
@@ -261,9 +269,11 @@ def converted_config(config: DecoderConfig, to: str) -> DecoderConfig:
 
 
 def convert(state: dict[str, Tensor], config: DecoderConfig, to: str) -> dict[str, Tensor]:
-    """Rename and re-lay the float tensors of `state` ([out, in] weights, [out] biases) from config.layout to layout `to`.
+    """Rename and re-lay the float tensors of `state` ([out, in] weights, [out] biases) from config.layout to layout
+    `to`.
 
-    `state` may be a part of the model (a block, say) as long as a block's q, k and v come together. Values are copied, never
+    `state` may be a part of the model (a block, say) as long as a block's q, k and v come together. Values are copied,
+    never
     recomputed: logits stay what they were. A tied model converted to `qwen` needs its lm_head.weight in `state`.
 
     Raises:

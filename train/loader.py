@@ -1,7 +1,7 @@
 """From a model folder to a frozen decoder: which file holds what, which linear is Int4, on which device in which dtype.
 
-Reads safetensors, and old .bin files only through torch.load(weights_only=True); never imports or runs a file of the folder.
-The files decide: a linear is Int4 if its qweight is there, and has a bias if its bias is there.
+Reads safetensors, and old .bin files only through torch.load(weights_only=True); never imports or runs a file of the
+folder. The files decide: a linear is Int4 if its qweight is there, and has a bias if its bias is there.
 """
 
 import json
@@ -74,7 +74,9 @@ def state_names(folder: Path) -> dict[str, Path]:
         with open_tensors(file) as tensors:
             names |= dict.fromkeys(tensors.keys(), file)
     if not names:
-        raise UserError(f"{folder}: no weights (*.safetensors) in this folder. Fetch it again: make model MODEL={folder.name}")
+        raise UserError(
+            f"{folder}: no weights (*.safetensors) in this folder. Fetch it again: make model MODEL={folder.name}"
+        )
     return {name: file for name, file in names.items() if not name.endswith(IGNORED)}
 
 
@@ -100,7 +102,9 @@ def open_tensors(file: Path) -> Iterator[Any]:
     try:
         opened = safe_open(file, framework="pt", device="cpu")
     except SafetensorError as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}). Fetch it again: make model MODEL={file.parent.name}") from error
+        raise UserError(
+            f"{file}: not a whole safetensors file ({error}). Fetch it again: make model MODEL={file.parent.name}"
+        ) from error
     with opened as tensors:
         yield tensors
 
@@ -117,7 +121,8 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", k
     """The model of `folder`, frozen and in evaluation mode; float tensors in `dtype`, Int4 as stored.
 
     Args:
-        keep_float: keep each Int4 weight dequantised in `dtype` too: the same numbers, faster on a CPU, 8 times the memory.
+        keep_float: keep each Int4 weight dequantised in `dtype` too: the same numbers, faster on a CPU, 8 times the
+        memory.
     Raises:
         UserError: an architecture, scheme or file that this program cannot read; tensors missing or left over.
     """
@@ -149,7 +154,8 @@ def _shape_linears(model: Decoder, names: dict[str, Path], quantization: dict[st
             int4 = Int4Linear(linear.in_features, linear.out_features, bias, scheme, device=torch.device("meta"))
             setattr(model.get_submodule(parent), child, int4)
         elif bias != (linear.bias is not None):
-            linear.bias = nn.Parameter(torch.empty(linear.out_features, device="meta")) if bias else None
+            empty = nn.Parameter(torch.empty(linear.out_features, device="meta")) if bias else None
+            linear.register_parameter("bias", empty)
 
 
 def _fill(model: Decoder, names: dict[str, Path], dtype: torch.dtype, device: torch.device) -> None:
@@ -163,7 +169,9 @@ def _fill(model: Decoder, names: dict[str, Path], dtype: torch.dtype, device: to
     state = {}
     for name, tensor in read_state(names):
         if tensor.shape != wanted[name].shape:
-            raise UserError(f"{name}: the file has shape {list(tensor.shape)}, config.json says {list(wanted[name].shape)}.")
+            raise UserError(
+                f"{name}: the file has shape {list(tensor.shape)}, config.json says {list(wanted[name].shape)}."
+            )
         whole = tensor.dtype.is_floating_point and not name.endswith(".scales")  # scales are part of the Int4 format
         state[name] = tensor.to(device, dtype if whole else tensor.dtype)
     model.load_state_dict(state, strict=False, assign=True)

@@ -1,0 +1,105 @@
+"""A folder becomes the same model that it was written from, or one clear error."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.oracles import tiny_checkpoint, tiny_config, tiny_decoder
+from train import loader
+from train.errors import UserError
+from train.gptq import Int4Linear
+
+IDS = torch.arange(2, 50)[None]
+LAYOUTS = ("qwen", "qwen2")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tie", [False, True])
+@torch.no_grad()
+def test_a_float_folder_gives_the_model_back(tmp_path: Path, layout: str, tie: bool) -> None:
+    config = tiny_config(layout, tie_word_embeddings=tie)
+    model = loader.load(tiny_checkpoint(tmp_path / "m", config), torch.float32)
+    assert torch.equal(model(IDS).logits, tiny_decoder(config)(IDS).logits)
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_an_int4_folder_computes_with_its_dequantised_weights(tmp_path: Path, layout: str) -> None:
+    model = loader.load(tiny_checkpoint(tmp_path / "m", tiny_config(layout), int4=True), torch.float32)
+    plain = tiny_decoder(model.config)
+    quantised = {n: m for n, m in model.named_modules() if isinstance(m, Int4Linear)}
+    assert len(quantised) == 2 * (5 if layout == "qwen" else 7)
+    state = {n: p for n, p in model.state_dict().items() if n in plain.state_dict()}
+    state |= {f"{n}.weight": m.dequantized(torch.float32) for n, m in quantised.items()}
+    plain.load_state_dict(state)
+    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
+    kept = loader.load(tmp_path / "m", torch.float32, keep_float=True)
+    torch.testing.assert_close(kept(IDS).logits, model(IDS).logits)
+
+
+def test_the_file_decides_about_biases(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", tiny_config("qwen"))
+    state = load_file(folder / "model.safetensors")
+    state["transformer.h.0.mlp.w1.bias"] = torch.ones(128)
+    save_file(state, folder / "model.safetensors")
+    model = loader.load(folder, torch.float32)
+    assert model.transformer.h[0].mlp.w1.bias is not None
+    assert model.transformer.h[1].mlp.w1.bias is None
+
+
+def test_old_bin_files_are_read_as_plain_tensors_only(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", tiny_config("qwen2"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(loader.load(folder, torch.float32)(IDS).logits, tiny_decoder(tiny_config("qwen2"))(IDS).logits)
+
+
+def test_missing_and_left_over_tensors_are_named(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", tiny_config("qwen2"))
+    state = load_file(folder / "model.safetensors")
+    state["model.extra.weight"] = state.pop("model.norm.weight")
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"missing model.norm.weight; left over model.extra.weight"):
+        loader.load(folder, torch.float32)
+
+
+def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", tiny_config("qwen2"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    with pytest.raises(UserError, match=r"down_proj.weight: the file has shape \[64, 128\].*\[64, 96\]"):
+        loader.load(folder, torch.float32)
+
+
+def test_a_file_that_is_cut_off_names_the_remedy(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", tiny_config("qwen2"))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"not a whole safetensors file.*make model MODEL=m"):
+        loader.load(folder, torch.float32)
+
+
+def test_resolve_finds_a_folder_or_a_name_and_says_what_to_type(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "models" / "Tiny-Int4", tiny_config("qwen2"))
+    assert loader.resolve(str(folder), tmp_path) == folder
+    assert loader.resolve("Someone/Tiny-Int4", tmp_path / "models") == folder
+    with pytest.raises(UserError, match=r"make model MODEL=Someone/Else"):
+        loader.resolve("Someone/Else", tmp_path / "models")
+
+
+def test_dtype_follows_the_device() -> None:
+    assert loader.pick_dtype(torch.device("cpu")) == torch.float32
+    assert loader.pick_dtype(torch.device("cpu"), "bf16") == torch.bfloat16
+
+
+def test_an_unfinished_run_is_told_from_one_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    with pytest.raises(UserError, match=r"'half' is not finished"):
+        loader.read_run(tmp_path / "half")
+    with pytest.raises(UserError, match=r"'none' does not exist"):
+        loader.read_run(tmp_path / "none")
