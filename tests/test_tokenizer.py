@@ -102,11 +102,6 @@ def test_ten_thousand_lines_have_tiktokens_ids_and_come_back(tokenizer: Tokenize
         assert tokenizer.decode(ids) == normal
 
 
-def test_the_published_ids() -> None:
-    assert QWEN_CONTROL[:3] == ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    assert len(QWEN_CONTROL) == 208
-
-
 def test_control_tokens_are_beside_the_vocabulary(tokenizer: Tokenizer) -> None:
     assert (tokenizer.endoftext, tokenizer.im_start, tokenizer.im_end) == (151643, 151644, 151645)
     assert tokenizer.pad == tokenizer.endoftext
@@ -223,7 +218,7 @@ def test_a_broken_tokenizer_json_is_named(tmp_path: Path, content: str, message:
 
 
 def test_a_folder_without_a_tokenizer_or_with_another_chat_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no tokenizer: expected qwen[.]tiktoken or tokenizer.json"):
+    with pytest.raises(UserError, match=r"no tokenizer: expected qwen\.tiktoken or tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "qwen.tiktoken").write_bytes(tiktoken_file(BYTES))
     load_tokenizer(tmp_path).save(tmp_path)

@@ -1,0 +1,201 @@
+"""Answers: batches of greedy ones, or one as a stream of text.
+
+One loop over a model with a key/value cache serves both; it works on the decoder, with or without an adapter, and on any causal
+model of transformers. Refuses to know files and terminals. Trade-off: a plain loop instead of transformers' generate, which
+computes logits of whole prompts, hides where the context ends, and cannot be stopped between two tokens.
+"""
+
+import codecs
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.chatml import DEFAULT_SYSTEM, prompt
+from train.conversations import Turn
+from train.decoder import Decoder
+from train.errors import UserError
+from train.tokenizer import Tokenizer
+
+Choose = Callable[[Tensor, Tensor], Tensor]  # (ids so far [B, S], logits of the next [B, V] float32) -> next ids [B]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0: always the likeliest. top_k 0 and top_p 1: among all."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"temperature={self.temperature}: expected 0 (the same answer each time) or more"
+            if self.temperature < 0
+            else "",
+            f"top_p={self.top_p}: expected more than 0, at most 1" if not 0 < self.top_p <= 1 else "",
+            f"top_k={self.top_k}: expected 0 (all) or more" if self.top_k < 0 else "",
+            f"repetition_penalty={self.repetition_penalty}: expected more than 0"
+            if self.repetition_penalty <= 0
+            else "",
+        ]
+        if any(problems):
+            raise UserError("\n".join(filter(None, problems)))
+
+
+def notice(text: str) -> None:
+    """Say `text` where it is not taken for an answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def context_of(model: nn.Module) -> int:
+    """Tokens that the model was made for, prompt and answer together: max_position_embeddings, else seq_length."""
+    config: Any = model.config
+    return getattr(config, "max_position_embeddings", None) or config.seq_length
+
+
+def answers(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str] | Sequence[Sequence[Turn]],
+    system: str = DEFAULT_SYSTEM,
+    max_new_tokens: int = 128,
+    batch: int = 8,
+    on_progress: Callable[[int, int], None] | None = None,
+    template: str = "chatml",
+) -> list[str]:
+    """The likeliest answer to each prompt (a question, or turns that end with the user's), in their order.
+
+    Args:
+        batch: prompts computed at once, left-padded; those of like length go together. No answer depends on it, but for rounding.
+        on_progress: called with (answered, all) after each batch.
+    Raises:
+        UserError: a prompt that fills the context.
+    """
+    rows = [prompt([Turn("user", p)] if isinstance(p, str) else p, tokenizer, system, template) for p in prompts]
+    order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
+    texts: dict[int, str] = {}
+    for start in range(0, len(order), batch):
+        some = order[start : start + batch]
+        texts |= zip(some, _answer([rows[n] for n in some], model, tokenizer, max_new_tokens))
+        if on_progress:
+            on_progress(len(texts), len(rows))
+    return [texts[n] for n in range(len(rows))]
+
+
+def _answer(rows: list[list[int]], model: nn.Module, tokenizer: Tokenizer, max_new_tokens: int) -> list[str]:
+    width = max(map(len, rows))
+    steps = _room(width, max_new_tokens, model)
+    padding = [width - len(row) for row in rows]
+    ids = torch.tensor([[tokenizer.pad] * pad + row for pad, row in zip(padding, rows)])  # [B, T]
+    mask = torch.tensor([[0] * pad + [1] * len(row) for pad, row in zip(padding, rows)])
+    stop = torch.tensor(tokenizer.stop_ids)
+    taken: list[Tensor] = []
+    ended = torch.zeros(len(rows), dtype=torch.bool)
+    for step in _tokens(model, ids, mask, _chooser(Sampling(), _device(model)), steps):
+        taken.append(step.cpu())
+        ended |= torch.isin(taken[-1], stop)
+        if ended.all():
+            break
+    if steps < max_new_tokens and not ended.all():
+        notice(f"{int((~ended).sum())} answers end where the model's context of {context_of(model)} tokens ends.")
+    return [tokenizer.decode(_until(row, tokenizer.stop_ids)) for row in torch.stack(taken, dim=1).tolist()]
+
+
+def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    return ids[: next((n for n, number in enumerate(ids) if number in stop_ids), len(ids))]
+
+
+def stream(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    max_new_tokens: int = 512,
+    sampling: Sampling | None = None,
+    notify: Callable[[str], None] = notice,
+) -> Iterator[str]:
+    """The answer to the prompt `ids`, piece by piece, each of whole characters; equal sampling and seed give equal answers.
+
+    Says through `notify` when the answer ends because of `max_new_tokens` or of the model's context.
+    Raises UserError at the first piece if the prompt fills the context.
+    """
+    steps = _room(len(ids), max_new_tokens, model)
+    text = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of half a character
+    row = torch.tensor([list(ids)])
+    for step in _tokens(model, row, torch.ones_like(row), _chooser(sampling or Sampling(), _device(model)), steps):
+        number = int(step)
+        if number in tokenizer.stop_ids:
+            break
+        if not tokenizer.is_control(number) and (piece := text.decode(tokenizer.bytes_of(number))):
+            yield piece
+    else:
+        full = f"the model's context of {context_of(model)} tokens is full"
+        notify(
+            f"(stopped: {full if steps < max_new_tokens else f'{max_new_tokens} tokens, the most that were asked for'})"
+        )
+    if tail := text.decode(b"", final=True):
+        yield tail
+
+
+def _room(width: int, max_new_tokens: int, model: nn.Module) -> int:
+    room = context_of(model) - width
+    if room < 1:
+        raise UserError(
+            f"the prompt has {width} tokens, the model's context {context_of(model)}: nothing is left for an answer. Shorten it."
+        )
+    return min(room, max_new_tokens)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _tokens(model: nn.Module, ids: Tensor, mask: Tensor, choose: Choose, steps: int) -> Iterator[Tensor]:
+    """The next id of each row, `steps` times. ids and mask [B, T], padding (mask 0) on the left; yields [B] on the model's device."""
+    ids, mask = ids.to(_device(model)), mask.to(_device(model))
+    base = getattr(model, "get_base_model", lambda: model)()
+    frugal = {"last_only": True} if isinstance(base, Decoder) else {}
+    now, past = ids, None
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # from zero at each row's first token
+    for _ in range(steps):
+        with torch.inference_mode():
+            out = model(
+                input_ids=now,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=past,
+                use_cache=True,
+                **frugal,
+            )
+            chosen = choose(ids, out.logits[:, -1].float())
+        yield chosen
+        now, past, positions = chosen[:, None], out.past_key_values, positions[:, -1:] + 1
+        ids = torch.cat([ids, now], dim=1)
+        mask = torch.cat([mask, torch.ones_like(now)], dim=1)
+
+
+def _chooser(sampling: Sampling, device: torch.device) -> Choose:
+    """transformers' own processors in transformers' order, and a generator of our own."""
+    from transformers import generation as g
+
+    process = g.LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        process.append(g.RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    if sampling.temperature == 0:
+        return lambda ids, logits: process(ids, logits).argmax(-1)
+    process.append(g.TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        process.append(g.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        process.append(g.TopPLogitsWarper(float(sampling.top_p)))
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+
+    def choose(ids: Tensor, logits: Tensor) -> Tensor:
+        return torch.multinomial(process(ids, logits).softmax(-1), 1, generator=generator)[:, 0]
+
+    return choose
