@@ -8,7 +8,19 @@ import pytest
 
 HOUSE = Path(__file__).parent.parent / "train"
 FLOORS = {
-    "leaves": {"conversations", "formats", "parsing", "scanner", "config", "errors", "files", "gptq", "loss"},
+    "leaves": {
+        "conversations",
+        "formats",
+        "formats",
+        "parsing",
+        "scanner",
+        "config",
+        "errors",
+        "files",
+        "gptq",
+        "kernels",
+        "loss",
+    },
     "parts": {"decoder", "layouts", "lora", "tokenizer", "chatml", "from_gguf"},
     "assembled": {"loader", "dataset", "generate", "checkpoint", "manifest", "report"},
 }

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train import kernels
 from train.errors import UserError
 
 WORD = 32  # bits of one packed int32
@@ -141,7 +142,22 @@ def dequantize(
     bits: int = 4,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The float weight [K, N] in `dtype`: computed in float32, rounded once.
+    """`dequantize_plain`, by the Triton kernel where that runs (a CUDA device); the same bits."""
+    if qweight.is_cuda and kernels.usable(qweight.device):
+        in_order = g_idx is None or grouped(g_idx, len(scales))
+        return kernels.dequantize(qweight, qzeros, scales, None if in_order else g_idx, bits, dtype)
+    return dequantize_plain(qweight, qzeros, scales, g_idx, bits, dtype)
+
+
+def dequantize_plain(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bits: int = 4,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The definition: the float weight [K, N] in `dtype`, computed in float32, rounded once.
 
     Args:
         qweight: [K * bits / 32, N] int32. qzeros: [G, ceil(N * bits / 32)] int32. scales: [G, N] float.
