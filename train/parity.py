@@ -1,0 +1,124 @@
+"""Do two models say the same? Teacher-forced on real answers: the share of equal first choices, and the mean KL divergence.
+
+Refuses to know folders and adapters: it is given models and rows of ids. Logits are never kept for all tokens: the hidden
+states of each model are, and both heads are applied to a few rows of them at a time, which lets the first model go before
+the second is loaded.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.chatml import render
+from train.config import Recipe
+from train.conversations import Conversation, Turn
+from train.decoder import Decoder
+from train.tokenizer import Tokenizer
+
+LONGEST = 1024  # tokens of one row: more of a long conversation says nothing new
+AT_ONCE = 64  # rows of logits compared at once, float64 [64, V]
+AGREEMENT = {torch.float32: 0.999, torch.float16: 0.99, torch.bfloat16: 0.99}
+DIVERGENCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # nats a token
+
+# For a run whose data is gone: plain questions that every Qwen answers.
+EXAMPLES = (
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("法国的首都是哪里？", "法国的首都是巴黎。"),
+    ("How many days are there in a week?", "There are seven days in a week."),
+    ("水在多少度结冰？", "在标准大气压下，水在零摄氏度结冰。"),
+    ("Name three primary colours.", "Red, yellow and blue."),
+    ("用一句话介绍你自己。", "我是一个乐于助人的人工智能助手。"),
+    ("Write a line of Python that prints hello.", 'print("hello")'),
+    ("为什么天空是蓝色的？", "因为空气分子对蓝光的散射比对红光强得多。"),
+)
+
+Row = tuple[list[int], list[int]]  # ids, and 1 for each that is learnt
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states [N, H] from which N answer tokens are predicted, and the head [V, H] that reads them."""
+
+    hidden: Tensor
+    head: Tensor
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What compare() found: tokens compared, share of equal first choices, and KL(reference ‖ other) in nats a token."""
+
+    tokens: int
+    agreement: float
+    divergence: float
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> "Parity":
+        """From what to_json gave, among other keys."""
+        return cls(found["tokens"], found["agreement"], found["divergence"])
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Whether weights rounded to `dtype` may differ by so much. One token may always: a tie falls either way."""
+        different = round((1 - self.agreement) * self.tokens)
+        return (
+            different <= max(1, (1 - AGREEMENT[dtype]) * self.tokens) and self.divergence <= DIVERGENCE[dtype]
+        )  # NaN fails both
+
+    def __str__(self) -> str:
+        return f"{self.agreement:.2%} of {self.tokens} answer tokens equal, mean KL {self.divergence:.1e} nats"
+
+
+def examples() -> list[Conversation]:
+    """The built-in questions and answers."""
+    return [
+        Conversation((Turn("user", question), Turn("assistant", answer)), None, f"built-in:{n}")
+        for n, (question, answer) in enumerate(EXAMPLES, start=1)
+    ]
+
+
+def rows(conversations: Sequence[Conversation], tokenizer: Tokenizer, recipe: Recipe, context: int) -> list[Row]:
+    """The conversations as the run wrote them, cut to LONGEST and to the model's context; those with an answer left."""
+    longest = min(LONGEST, context)
+    found = []
+    for conversation in conversations:
+        ids, learnt = render(conversation, tokenizer, recipe.template, "assistant", recipe.system)
+        if any(learnt[1:longest]):
+            found.append((ids[:longest], learnt[:longest]))
+    return found
+
+
+@torch.inference_mode()
+def states(model: nn.Module, rows: Sequence[Row], on_row: Callable[[], None] = lambda: None) -> States:
+    """Run every row through `model`, a Decoder or a PeftModel of one; what predicts its answer tokens is kept."""
+    decoder: Decoder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = decoder.lm_head.weight
+    found = []
+    for ids, learnt in rows:
+        hidden, _ = decoder.trunk(torch.tensor([ids], device=head.device), None, None, None, None)
+        place = torch.tensor(learnt[1:], device=head.device, dtype=torch.bool)
+        found.append(hidden[0, :-1][place])
+        on_row()
+    return States(torch.cat(found), head.detach())
+
+
+@torch.inference_mode()
+def compare(reference: States, other: States) -> Parity:
+    """First choices and KL(reference ‖ other) over the same tokens."""
+    assert reference.hidden.shape[0] == other.hidden.shape[0], (reference.hidden.shape, other.hidden.shape)
+    count, equal, total = reference.hidden.shape[0], 0, 0.0
+    for start in range(0, count, AT_ONCE):
+        p, q = (_log_probabilities(s, start) for s in (reference, other))
+        equal += int((p.argmax(-1) == q.argmax(-1)).sum())
+        total += float((p.exp() * (p - q)).sum())
+    return Parity(count, equal / count, total / count)
+
+
+def _log_probabilities(states: States, start: int) -> Tensor:
+    """[n, V] float64 on the device of the states."""
+    hidden = states.hidden[start : start + AT_ONCE]
+    return nn.functional.linear(hidden, states.head).double().log_softmax(-1)

@@ -1,0 +1,172 @@
+"""What a finished run looks like to a person: the loss as a picture, the answers as a table, both in report.md.
+
+Reads a run's files and writes three of them; knows no model. The picture needs no font beyond matplotlib's own, so a run
+whose name it cannot draw has none in its title.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train import conversations
+from train.conversations import Conversation
+from train.errors import UserError
+from train.files import sha256, write_text
+
+SMOOTHING = 0.9  # weight of the past in the smoothed loss
+DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # bits of a braille cell: column, then dots from below
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question before and after. `seen`: whether the training data asks it, word for word."""
+
+    question: str
+    before: str
+    after: str
+    seen: bool
+
+
+def training_data(record: dict[str, Any]) -> tuple[list[Conversation], str]:
+    """The conversations that a run (its run.json) was trained on, and the file's name; none if it is gone or another."""
+    path = Path(record["data"]["path"])
+    if not path.is_file() or sha256(path) != record["data"]["sha256"]:
+        return [], path.name
+    try:
+        return conversations.load(path), path.name
+    except UserError:  # it was read when the run began: this program has become stricter since
+        return [], path.name
+
+
+def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
+    """Exponential moving average without its start-up bias."""
+    done, mean = [], 0.0
+    for n, value in enumerate(values, start=1):
+        mean = weight * mean + (1 - weight) * value
+        done.append(mean / (1 - weight**n))
+    return done
+
+
+def draw_losses(losses: Sequence[dict[str, Any]], name: str, path: Path) -> None:
+    """The loss curve as a PNG: each step, its running mean, and the learning rate on an axis of its own."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps, values = [row["step"] for row in losses], [row["loss"] for row in losses]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=160, layout="constrained")
+    axes.plot(steps, values, color="#8fb4d9", linewidth=1, label="loss of each step")
+    axes.plot(steps, smoothed(values), color="#1f5a96", linewidth=2.2, label="running mean")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per learnt token)", ylim=(0, None))
+    axes.set_title(f"{name}: loss" if name.isascii() else "loss", loc="left", fontweight="bold")
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.spines[["top"]].set_visible(False)
+    rate = axes.twinx()
+    rate.plot(steps, [row["learning_rate"] for row in losses], color="#c9782e", linewidth=1, label="learning rate")
+    rate.set_ylabel("learning rate", color="#c9782e")
+    rate.set_ylim(0, None)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.spines[["top"]].set_visible(False)
+    lines = [*axes.get_lines(), *rate.get_lines()]
+    axes.legend(lines, [line.get_label() for line in lines], frameon=False, loc="upper right")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    aside = path.with_name(f".{path.name}.tmp")
+    figure.savefig(aside, format="png", metadata={"Software": None})
+    pyplot.close(figure)
+    aside.replace(path)
+
+
+def plot(values: Sequence[float], width: int = 60, height: int = 5) -> list[str]:
+    """A line plot in braille characters: `height` lines of `width` cells, zero at the bottom, the largest at the top."""
+    columns, levels = 2 * width, 4 * height
+    top = max(values) or 1.0
+    cells = [[0] * width for _ in range(height)]
+    last: int | None = None
+    for x in range(columns):
+        value = _at(values, x / (columns - 1))
+        y = min(levels - 1, int(value / top * levels))
+        for dot in range(min(y, last if last is not None else y), max(y, last if last is not None else y) + 1):
+            cells[height - 1 - dot // 4][x // 2] |= DOTS[x % 2][dot % 4]
+        last = y
+    return ["".join(chr(0x2800 + cell) for cell in row) for row in cells]
+
+
+def _at(values: Sequence[float], place: float) -> float:
+    """The value at `place` in 0 … 1 along the list, between two neighbours in proportion."""
+    x = place * (len(values) - 1)
+    low = math.floor(x)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (values[high] - values[low]) * (x - low)
+
+
+def write_report(
+    path: Path,
+    record: dict[str, Any],
+    losses: Sequence[dict[str, Any]],
+    answers: Sequence[Answer],
+    after: str,
+    facts: Sequence[tuple[str, str]],
+) -> None:
+    """report.md: before and after, the loss, the numbers, the recipe, the commands. `after`: who gave those answers."""
+    name, recipe = path.parent.name, record["recipe"]
+    table = [f"| {_cell(a.question)}{'' if a.seen else ' *'} | {_cell(a.before)} | {_cell(a.after)} |" for a in answers]
+    values = smoothed([row["loss"] for row in losses])
+    lines = [
+        f"# {name}",
+        "",
+        f"`{recipe['model']}` trained on `{Path(record['data']['path']).name}`: {len(losses)} steps, "
+        f"loss {values[0]:.2f} → {values[-1]:.2f}.",
+        "",
+        "## Before and after",
+        "",
+        f"Greedy answers of the base and of {after}. * = not asked in the training data.",
+        "",
+        "| question | before | after |",
+        "| --- | --- | --- |",
+        *table,
+        "",
+        "## Loss",
+        "",
+        "![The loss of each step, its running mean, and the learning rate](loss.png)",
+        "",
+        "## Numbers",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {key} | {_cell(value)} |" for key, value in facts),
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        *(f"{key}: {_yaml(value)}" for key, value in recipe.items()),
+        "```",
+        "",
+        "## Commands",
+        "",
+        "```sh",
+        *(f"make {words}" for words in (f"infer RUN={name}", f"export RUN={name}", f"compare RUN={name}")),
+        "```",
+    ]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def _cell(text: str) -> str:
+    """Text inside a Markdown table."""
+    escaped = text.strip().replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+    return escaped.replace("\r\n", "\n").replace("\n", "<br>")
+
+
+def _yaml(value: Any) -> str:
+    import json
+
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
