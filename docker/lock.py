@@ -171,7 +171,7 @@ def entry(package: Package, from_source: bool = False) -> Entry:
 
 
 def url_entry(line: str) -> Entry:
-    """`torch @ https://…whl#sha256=… ; python_version == '3.10'`: a wheel of PyTorch's own index."""
+    """`torch @ URL#sha256=HASH ; python_version == '3.10'`: a wheel of PyTorch's own index."""
     match = re.fullmatch(r"(\S+) @ (\S+)#sha256=([0-9a-f]{64}) ; python_version == '(3\.\d+)'", line)
     if not match:
         sys.exit(f"lock.py: pyproject.toml: expected name @ URL#sha256=HASH ; python_version == '3.1x', found {line!r}")
