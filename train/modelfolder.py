@@ -1,0 +1,109 @@
+"""A model folder on the disk: weights in shards, the small files beside them, a manifest written last.
+
+Knows names of files, not what is in them; no network, no architecture. Tensors come one by one and leave in files of at most
+about a gigabyte, so that a model larger than the memory can be written; the price is an index file.
+"""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from train.errors import UserError
+from train.files import read_json, sha256, write_json
+
+MANIFEST = "manifest.json"
+INDEX = "model.safetensors.index.json"
+SHARD = 1 << 30
+BESIDE = ("*.py", "*.json", "*.tiktoken", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md")
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+OURS = {MANIFEST, INDEX, "pytorch_model.bin.index.json"}
+
+
+class Shards:
+    """Collects tensors and writes model.safetensors, or model-0000N-of-0000M.safetensors and their index."""
+
+    def __init__(self, folder: Path, limit: int = SHARD) -> None:
+        self.folder, self.limit = folder, limit
+        self._waiting: dict[str, Tensor] = {}
+        self._size = self._total = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._waiting and self._size + size > self.limit:
+            self._flush()
+        self._waiting[name] = tensor.contiguous()
+        self._size += size
+        self._total += size
+
+    def close(self) -> None:
+        """Write what is left, give every file its published name, and the index last."""
+        self._flush()
+        names = [_shard_name(n, len(self._shards)) for n in range(len(self._shards))]
+        for number, name in enumerate(names):
+            (self.folder / f"shard{number}").rename(self.folder / name)
+        if len(names) > 1:
+            placed = {key: name for keys, name in zip(self._shards, names, strict=True) for key in keys}
+            write_json(self.folder / INDEX, {"metadata": {"total_size": self._total}, "weight_map": placed})
+
+    def _flush(self) -> None:
+        path = self.folder / f"shard{len(self._shards)}"
+        save_file(self._waiting, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes files that only their owner may read
+        self._shards.append(list(self._waiting))
+        self._waiting, self._size = {}, 0
+
+
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def copy_beside(source: Path, target: Path, without: Iterable[str] = ()) -> list[str]:
+    """Copy the small files (tokenizer, generation config, licence, the checkpoint's own *.py) as bytes; returns their names.
+
+    Nothing in them is run. Manifests, indices and `without` stay behind.
+    """
+    names = {path.name for pattern in BESIDE for path in source.glob(pattern) if path.is_file()}
+    names -= OURS | set(without)
+    for name in sorted(names):
+        shutil.copyfile(source / name, target / name)
+    return sorted(names)
+
+
+def write_manifest(folder: Path, about: dict[str, Any]) -> None:
+    """manifest.json: `about` (where it comes from) and the size and sha256 of every other file. Its presence means done."""
+    listed = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
+    files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in listed.items()}
+    write_json(folder / MANIFEST, {**about, "files": files})
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest; None if the folder has none. Raises UserError if it is not one."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        manifest["files"].items()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{folder / MANIFEST}: not a manifest ({error!r}). Remove {folder} and fetch it again."
+        ) from error
+    return manifest
+
+
+def damage(folder: Path, manifest: dict[str, Any], full: bool) -> list[str]:
+    """What is wrong with the files of `manifest`: missing, another size; with `full` another sha256. Empty if nothing is."""
+    found = []
+    for name, known in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != known["bytes"]:
+            found.append(f"{name} has {path.stat().st_size} bytes, expected {known['bytes']}")
+        elif full and sha256(path) != known["sha256"]:
+            found.append(f"{name} has another sha256 than when it was written")
+    return found
