@@ -1,0 +1,228 @@
+"""The DeepSpeed engine under a run: one micro batch, one step, and all of its state by name.
+
+Knows gradients, moments and scales; nothing of data, files or progress. The base is frozen and stays in its own dtype: only the
+adapter is cast for computing, with float32 masters in the optimizer. The learning rate is given at every step, so that there is no
+scheduler to save. What DeepSpeed prints is turned off where it is printed.
+"""
+
+import io
+import json
+import logging
+import os
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.config import Recipe
+from train.lora import trainable
+
+PRESETS = Path(__file__).parent / "deepspeed"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed without its log lines, and without the C++ extension that it would compile into the home folder."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+    finally:
+        logging.disable(logging.NOTSET)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # only inference would use it
+    return deepspeed
+
+
+class Trainee(nn.Module):
+    """The model as DeepSpeed sees it: `half` and `bfloat16` cast what is learnt, never the base or its Int4 scales."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.model(**batch).loss  # type: ignore[no-any-return]
+
+    def half(self) -> "Trainee":
+        return self._cast(torch.float16)
+
+    def bfloat16(self) -> "Trainee":
+        return self._cast(torch.bfloat16)
+
+    def _cast(self, dtype: torch.dtype) -> "Trainee":
+        for p in trainable(self).values():
+            p.data = p.data.to(dtype)
+        return self
+
+
+def stage_of(recipe: Recipe, dtype: torch.dtype) -> int:
+    """ZeRO 0 keeps no float32 masters of 16-bit weights that could be saved by name; stage 1 does, and shards nothing in one process."""
+    return 1 if recipe.zero == 0 and dtype != torch.float32 else recipe.zero
+
+
+def settings(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration: the file of the stage, and the recipe's values."""
+    stage = stage_of(recipe, dtype)
+    preset: dict[str, Any] = json.loads((PRESETS / f"zero{stage}.json").read_text())
+    values: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": recipe.batch,
+        "gradient_accumulation_steps": recipe.accumulation,
+        "gradient_clipping": recipe.clip if stage else 0.0,  # stage 0: clipped in `step`, which also wants the norm
+    }
+    if dtype == torch.bfloat16:
+        values |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    elif dtype == torch.float16:
+        values |= {"fp16": {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 500, "hysteresis": 2}}
+    return preset | values
+
+
+class Engine:
+    """A model with adapters, ready to learn. Every process calls every method, in the same order."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, dtype: torch.dtype, world: int) -> None:
+        deepspeed = import_deepspeed()
+        self.recipe, self.world, self.model = recipe, world, model
+        starts = {name: p.detach().clone() for name, p in trainable(model).items()}
+        # lr 0: some stages take a step when they are built, to allocate the moments, and would decay the weights in it
+        optimizer = torch.optim.AdamW(
+            list(trainable(model).values()),
+            lr=0.0,
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.epsilon,
+            weight_decay=recipe.weight_decay,
+        )
+        warnings.filterwarnings("ignore", message=".*(c10d::|reduce_scatter_tensor|Full backward hook).*")
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        config = settings(recipe, dtype)
+        with redirect_stdout(io.StringIO()):
+            self.engine, *_ = deepspeed.initialize(model=Trainee(model), optimizer=optimizer, config=config)
+        self.parameters = trainable(model)
+        self.engine.train()
+        self._allocate()
+        self._restore_parameters(starts)  # float32 masters, not their 16-bit roundings
+        self._set_count(0)
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def micro(self, batch: dict[str, Tensor], labels: int) -> Tensor:
+        """Forward and backward of one micro batch; returns the SUM of its token losses.
+
+        Args:
+            batch: what `dataset.collate` makes. labels: learnt tokens of the whole global step, over all processes: each
+                token weighs the same, in whichever micro batch it stands. DeepSpeed averages over processes: undone here.
+        """
+        total = self.engine(batch)
+        self.engine.backward(total * (self.world / labels), scale_wrt_gas=False)
+        return total.detach()
+
+    def step(self, last: bool, rate: float) -> float | None:
+        """Close a micro batch; after the last one of a global step, update the weights at learning rate `rate`.
+
+        Returns:
+            The norm of the gradient before clipping, after the last micro batch; None before, and where float16 overflowed
+            and the update was left out.
+        """
+        norm = None
+        if last:
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = rate
+            if self._plain():
+                limit = self.recipe.clip or float("inf")
+                norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
+        self.engine.step()
+        if not last:
+            return None
+        if getattr(self.engine.optimizer, "overflow", False) and self.engine.fp16_enabled():
+            return None
+        return norm if norm is not None else float(self.engine.get_global_grad_norm() or 0.0)
+
+    def _plain(self) -> bool:
+        """Whether DeepSpeed left torch's own optimizer on the parameters themselves (stage 0)."""
+        return isinstance(self.engine.optimizer, torch.optim.Optimizer)
+
+    # --- all state, by name -------------------------------------------------------------------------------------------
+
+    def gather(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Float32 masters by parameter name, and AdamW's moments as name/exp_avg and name/exp_avg_sq; whole, on the CPU."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self._plain():
+            state = self.engine.optimizer.state
+            masters = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+            return masters, {f"{name}/{key}": state[p][key].cpu().clone() for name, p in self.parameters.items() for key in MOMENTS}
+        masters, moments = {}, {}
+        for name, p in self.parameters.items():
+            masters[name] = safe_get_full_fp32_param(p).cpu().clone()
+            for key in MOMENTS:
+                moments[f"{name}/{key}"] = safe_get_full_optimizer_state(p, key).cpu().clone()
+        return masters, moments
+
+    def restore(self, masters: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        """The inverse of `gather` and `counters`, in whatever number of processes."""
+        self._restore_parameters(masters)
+        self._restore_moments(moments)
+        self._set_count(counters["updates"])
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        for key, value in counters["scaler"].items():
+            setattr(scaler, key, value)
+
+    def counters(self) -> dict[str, Any]:
+        """Updates made so far (float16 may leave some out), and the state of the loss scaler."""
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        plain = vars(scaler).items() if scaler is not None and self.engine.fp16_enabled() else ()
+        return {
+            "updates": self._count(),
+            "scaler": {key: value for key, value in plain if isinstance(value, (bool, int, float))},
+        }
+
+    def _restore_parameters(self, masters: dict[str, Tensor]) -> None:
+        from deepspeed import zero
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, p in self.parameters.items():
+            value = masters[name].to(self.engine.device)
+            if not self._plain():
+                safe_set_full_fp32_param(p, value)
+            with zero.GatheredParameters([p], modifier_rank=0, enabled=hasattr(p, "ds_id")):
+                p.data.copy_(value)
+
+    def _restore_moments(self, moments: dict[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for name, p in self.parameters.items():
+            for key in MOMENTS:
+                value = moments[f"{name}/{key}"].to(self.engine.device)
+                if self._plain():
+                    self.engine.optimizer.state[p][key].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(p, value, key)
+
+    def _inner(self) -> torch.optim.Optimizer:
+        return self.engine.optimizer if self._plain() else self.engine.optimizer.optimizer
+
+    def _allocate(self) -> None:
+        """AdamW's state before its first step, where DeepSpeed has not made it, and ZeRO's map from parameters into it."""
+        inner = self._inner()
+        sharded = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)  # stage 3
+        for p in sharded or [p for group in inner.param_groups for p in group["params"]]:
+            if not inner.state[p]:
+                inner.state[p] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(p) for key in MOMENTS}}
+        link = getattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+    def _count(self) -> int:
+        return max(int(state["step"]) for state in self._inner().state.values() if "step" in state)
+
+    def _set_count(self, updates: int) -> None:
+        """AdamW's own step count, which its bias correction reads."""
+        for state in self._inner().state.values():
+            if "step" in state:
+                state["step"].fill_(updates)

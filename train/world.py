@@ -1,0 +1,166 @@
+"""The processes of one training run: who they are, how they meet, what they tell each other.
+
+Knows launchers (torchrun, mpirun through mpi4py, Slurm's srun) and torch.distributed; nothing of models. Several processes are one
+program started several times: the first process checks everything, and only then starts the others, so that a mistake is shown
+once. The price is that every process reads the data again.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+CUT_OFF = 75  # exit status (EX_TEMPFAIL): stopped with a checkpoint; the same command goes on
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of `size` processes this is; `local` counts from 0 on its machine."""
+
+    rank: int = 0
+    local: int = 0
+    size: int = 1
+
+
+def detect() -> World | None:
+    """The place that a launcher has given to this process; None if it was started by hand."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return World(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 0)) > 1:
+        return _from_mpi()
+    if int(env.get("SLURM_STEP_NUM_TASKS", 0)) > 1 and "SLURM_PROCID" in env:
+        return _from_slurm()
+    return None
+
+
+def _from_mpi() -> World:
+    """Ask MPI who is there; rank 0 tells the others its address and a free port."""
+    from mpi4py import MPI
+
+    everyone = MPI.COMM_WORLD
+    here = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    world = World(everyone.Get_rank(), here.Get_rank(), everyone.Get_size())
+    local_only = here.Get_size() == everyone.Get_size()
+    meeting = (("127.0.0.1" if local_only else _address()), free_port()) if world.rank == 0 else None
+    _announce(world, *everyone.bcast(meeting, root=0))
+    return world
+
+
+def _from_slurm() -> World:
+    env = os.environ
+    world = World(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"]))
+    hosts = subprocess.run(["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], check=True, capture_output=True, text=True)
+    _announce(world, hosts.stdout.split()[0], 20_000 + int(env["SLURM_JOB_ID"]) % 20_000)
+    return world
+
+
+def _announce(world: World, address: str, port: int) -> None:
+    """Say it in the words that torch.distributed and DeepSpeed read."""
+    words = {"RANK": world.rank, "LOCAL_RANK": world.local, "WORLD_SIZE": world.size}
+    os.environ.update({key: str(value) for key, value in words.items()}, MASTER_ADDR=address, MASTER_PORT=str(port))
+
+
+def _address() -> str:
+    """This machine's address on the network that leads out of it; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))
+        return str(probe.getsockname()[0])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def join(world: World, cuda: bool) -> None:
+    """Meet the other processes: NCCL on GPUs, gloo on CPUs. Done once a process; more calls do nothing."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    if cuda:
+        torch.cuda.set_device(world.local)
+    if "MASTER_ADDR" not in os.environ:
+        _announce(world, "127.0.0.1", free_port())
+    dist.init_process_group("nccl" if cuda else "gloo", rank=world.rank, world_size=world.size)
+
+
+def leave() -> None:
+    """Part from the other processes, once all are here."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` of every process, by rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def spawn(words: list[str], processes: int, cuda: bool) -> int:
+    """Run `python -m train train WORDS` in `processes` processes under torchrun; returns its exit status.
+
+    A signal to this process reaches the workers themselves, so that they may write a checkpoint and end as they wish.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    env = {"OMP_NUM_THREADS": str(threads), **os.environ} if not cuda else dict(os.environ)
+    child = subprocess.Popen([*launcher, "-m", "train", "train", *words], env=env, start_new_session=True)
+    with _passed_on(child.pid):
+        return child.wait()
+
+
+@contextmanager
+def _passed_on(launcher: int) -> Iterator[None]:
+    """While the block runs, SIGINT and SIGTERM to this process go to the launcher's children, not to the launcher."""
+    import psutil
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        for worker in psutil.Process(launcher).children():
+            worker.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Stop:
+    """Notes SIGINT and SIGTERM while a block runs; a second SIGINT ends the process at once."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.wanted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+    def __enter__(self) -> "Stop":
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
