@@ -11,7 +11,6 @@ FLOORS = {
     "leaves": {
         "conversations",
         "formats",
-        "formats",
         "parsing",
         "scanner",
         "config",
@@ -20,6 +19,9 @@ FLOORS = {
         "gptq",
         "kernels",
         "loss",
+        "download",
+        "modelfolder",
+        "progress",
     },
     "parts": {"decoder", "layouts", "lora", "tokenizer", "chatml", "from_gguf"},
     "assembled": {"loader", "dataset", "generate", "checkpoint", "manifest", "report"},
