@@ -15,15 +15,24 @@ from train.checkpoint import Snapshot
 def snapshot(step: int) -> Snapshot:
     make = torch.Generator().manual_seed(step)
     trainable = {f"layer.{n}.lora_A": torch.randn(3, 5, generator=make) for n in range(3)}
-    moments = {f"{name}/{key}": torch.randn(3, 5, generator=make) for name in trainable for key in ("exp_avg", "exp_avg_sq")}
-    return Snapshot(step, trainable, moments, {"rank0/torch": torch.get_rng_state()}, {"epoch": 1, "scaler": {"cur_scale": 2.0}})
+    moments = {
+        f"{name}/{key}": torch.randn(3, 5, generator=make) for name in trainable for key in ("exp_avg", "exp_avg_sq")
+    }
+    return Snapshot(
+        step, trainable, moments, {"rank0/torch": torch.get_rng_state()}, {"epoch": 1, "scaler": {"cur_scale": 2.0}}
+    )
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     wrote = snapshot(7)
     folder = checkpoint.write(tmp_path, wrote, keep=2)
     assert folder.name == "step-000007"
-    assert sorted(p.name for p in folder.iterdir()) == ["optimizer.safetensors", "rng.safetensors", "state.json", "trainable.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "optimizer.safetensors",
+        "rng.safetensors",
+        "state.json",
+        "trainable.safetensors",
+    ]
     found, notes = checkpoint.newest(tmp_path)
     assert found == folder
     assert not notes
@@ -76,7 +85,9 @@ HARMS = [
 
 
 @pytest.mark.parametrize(("harm", "words"), HARMS)
-def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path, harm: Callable[[Path], None], words: str) -> None:
+def test_a_damaged_one_is_named_and_the_one_before_is_used(
+    tmp_path: Path, harm: Callable[[Path], None], words: str
+) -> None:
     checkpoint.write(tmp_path, snapshot(1), keep=2)
     harm(checkpoint.write(tmp_path, snapshot(2), keep=2))
     found, notes = checkpoint.newest(tmp_path)

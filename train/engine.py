@@ -156,7 +156,9 @@ class Engine:
         if self._plain():
             state = self.engine.optimizer.state
             masters = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
-            return masters, {f"{name}/{key}": state[p][key].cpu().clone() for name, p in self.parameters.items() for key in MOMENTS}
+            return masters, {
+                f"{name}/{key}": state[p][key].cpu().clone() for name, p in self.parameters.items() for key in MOMENTS
+            }
         masters, moments = {}, {}
         for name, p in self.parameters.items():
             masters[name] = safe_get_full_fp32_param(p).cpu().clone()

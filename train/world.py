@@ -56,7 +56,9 @@ def _from_mpi() -> World:
 def _from_slurm() -> World:
     env = os.environ
     world = World(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"]))
-    hosts = subprocess.run(["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], check=True, capture_output=True, text=True)
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], check=True, capture_output=True, text=True
+    )
     _announce(world, hosts.stdout.split()[0], 20_000 + int(env["SLURM_JOB_ID"]) % 20_000)
     return world
 
@@ -162,5 +164,3 @@ class Stop:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
