@@ -10,19 +10,30 @@ plain:   {system}⏎Instruction: {first line}⏎Input: {other lines}⏎Answer: {
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from train.conversations import Conversation, Turn
 from train.errors import UserError
-from train.tokenizer import DEFAULT_SYSTEM, Tokenizer
+from train.tokenizer import DEFAULT_SYSTEM
 
 __all__ = ["DEFAULT_SYSTEM", "prompt", "render"]
 
 Part = tuple[list[int], bool]  # ids, and whether they are learnt
 
 
+class Encoder(Protocol):
+    """What is asked of a tokenizer here: ours, or a stock one in stock.py."""
+
+    im_start: int
+    im_end: int
+    endoftext: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+
 def render(
     conversation: Conversation,
-    tokenizer: Tokenizer,
+    tokenizer: Encoder,
     template: str = "chatml",
     mask: str = "assistant",
     system: str = DEFAULT_SYSTEM,
@@ -50,7 +61,7 @@ def render(
 
 
 def prompt(
-    turns: Sequence[Turn], tokenizer: Tokenizer, system: str = DEFAULT_SYSTEM, template: str = "chatml"
+    turns: Sequence[Turn], tokenizer: Encoder, system: str = DEFAULT_SYSTEM, template: str = "chatml"
 ) -> list[int]:
     """Ids of `turns` (the last is the user's) up to where the answer starts; what `render` gives begins with them."""
     ids = [number for part, _ in _parts(turns, tokenizer, template, False, system) for number in part]
@@ -59,7 +70,7 @@ def prompt(
     return [*ids, tokenizer.im_start, *tokenizer.encode("assistant"), *tokenizer.encode("\n")]
 
 
-def _parts(turns: Sequence[Turn], tokenizer: Tokenizer, template: str, frame: bool, system: str) -> Iterator[Part]:
+def _parts(turns: Sequence[Turn], tokenizer: Encoder, template: str, frame: bool, system: str) -> Iterator[Part]:
     if template == "plain":
         yield from _plain(turns, tokenizer, system)
         return
@@ -69,7 +80,7 @@ def _parts(turns: Sequence[Turn], tokenizer: Tokenizer, template: str, frame: bo
         yield from _turn(turn.role, turn.text, tokenizer, frame)
 
 
-def _turn(role: str, text: str, tokenizer: Tokenizer, frame: bool) -> Iterator[Part]:
+def _turn(role: str, text: str, tokenizer: Encoder, frame: bool) -> Iterator[Part]:
     """One ChatML turn; `frame`: learn <|im_start|>, <|im_end|> and the last newline of whichever role."""
     answer, newline = role == "assistant", tokenizer.encode("\n")
     yield [tokenizer.im_start], frame
@@ -79,7 +90,7 @@ def _turn(role: str, text: str, tokenizer: Tokenizer, frame: bool) -> Iterator[P
     yield newline, frame
 
 
-def _plain(turns: Sequence[Turn], tokenizer: Tokenizer, system: str) -> Iterator[Part]:
+def _plain(turns: Sequence[Turn], tokenizer: Encoder, system: str) -> Iterator[Part]:
     if system:
         yield tokenizer.encode(f"{system}\n"), False
     for turn in turns:
