@@ -11,15 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.scanner import LINE_END, SPACE, Fault, LostError, Path, Scanner
+from train.scanner import LINE_END, ROW, SPACE, Fault, LostError, Place, Scanner
 
-TURN_KEYS = (
-    "from",
-    "value",
-    "role",
-    "content",
-)  # an object that starts with one of these is a turn, any other is a row
-ROW = re.compile(rf"""\{{\s*["'“]?(?!(?:{"|".join(TURN_KEYS)})\b)\w+["'”]?\s*[:：]""")
+BOM = b"\xef\xbb\xbf"
+ROW_START = re.compile(r"(?:\A|[\r\n])[^\S\r\n]*[{\[]")
 
 
 @dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Row:
     value: Any = None
     sound: bool = False
     guessed: bool = False
-    places: dict[Path, int] = field(default_factory=dict)
+    places: dict[Place, int] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
 
 
@@ -61,18 +56,19 @@ def decode(raw: bytes) -> tuple[str, list[Fault]]:
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         remedy = "save it as UTF-8: iconv -f UTF-16 -t UTF-8 OLD > NEW"
         return "", [Fault(0, "a file in UTF-16", "UTF-8", remedy)]
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
+    mark = len(BOM) if raw.startswith(BOM) else 0
+    raw = raw[mark:]
     try:
         return raw.decode("utf-8"), []
     except UnicodeDecodeError:
         text = raw.decode("utf-8", errors="surrogateescape")
-        return re.sub("[\udc80-\udcff]", "\ufffd", text), _bad_bytes(raw, text)
+        return re.sub("[\udc80-\udcff]", "\ufffd", text), _bad_bytes(raw, text, mark)
 
 
-def _bad_bytes(raw: bytes, text: str) -> list[Fault]:
-    """The first byte of each line that is not UTF-8; `text` holds such a byte b as U+DC00 + b."""
+def _bad_bytes(raw: bytes, text: str, offset: int) -> list[Fault]:
+    """The first byte of each line that is not UTF-8; `text` holds such a byte b as U+DC00 + b; `offset` of its start."""
     remedy = "save the file as UTF-8" + (": iconv -f GB18030 -t UTF-8 OLD > NEW" if _is_gb18030(raw) else "")
-    faults, done, offset, told = [], 0, 0, -1
+    faults, done, told = [], 0, -1
     for match in re.finditer("[\udc80-\udcff]", text):
         line_end = LINE_END.search(text, match.start())
         if match.start() < told:
@@ -82,7 +78,7 @@ def _bad_bytes(raw: bytes, text: str) -> list[Fault]:
         done = match.start()
         byte = ord(match.group()) - 0xDC00
         faults.append(
-            Fault(done, f"byte 0x{byte:02X} (byte {offset} of the text), which is not UTF-8", "UTF-8", remedy)
+            Fault(done, f"byte 0x{byte:02X} (byte {offset} of the file), which is not UTF-8", "UTF-8", remedy)
         )
     return faults
 
@@ -116,11 +112,18 @@ def _refuse(constant: str) -> None:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
 
-def locate(text: str, row: Row) -> dict[Path, int]:
+def locate(text: str, row: Row) -> dict[Place, int]:
     """Offset of every value in a sound row."""
     scanner = Scanner(text, row.stop, "the end")
     scanner.value(row.start, (), 0)
     return scanner.places
+
+
+def nearest(places: dict[Place, int], place: Place) -> int:
+    """Offset of a value, or of what it would be in if it is not there."""
+    while place not in places:
+        place = place[:-1]
+    return places[place]
 
 
 def rows(text: str, lines: Lines) -> Iterator[Row]:
@@ -130,6 +133,9 @@ def rows(text: str, lines: Lines) -> Iterator[Row]:
 
 
 def _lines(text: str, lines: Lines) -> Iterator[Row]:
+    if (first := _not_lines(text, lines)) is not None:
+        yield first
+        return
     for start, stop in lines.spans():
         at = SPACE.match(text, start, stop).end()  # type: ignore[union-attr]
         if at == stop:
@@ -144,13 +150,32 @@ def _lines(text: str, lines: Lines) -> Iterator[Row]:
         yield from _line(Scanner(text, stop, "the end of the line"), at)
 
 
+def _not_lines(text: str, lines: Lines) -> Row | None:
+    """Text that is neither an array nor rows of a line each: a single object over several lines, or no JSON at all."""
+    start = SPACE.match(text).end()  # type: ignore[union-attr]
+    if text[start:] and not ROW_START.search(text):
+        found, remedy = Scanner(text, len(text), "").seen(start), "write rows like these, in UTF-8, to a .jsonl file"
+        return Row(start, start, faults=[Fault(start, found, "{ or [, and one of the four formats", remedy)])
+    try:
+        value, stop = strict(text, start)
+    except ValueError:
+        return None
+    if lines.position(start)[0] == lines.position(stop)[0]:
+        return None
+    rest = SPACE.match(text, stop).end()  # type: ignore[union-attr]
+    remedy = "put [ before the first row, ] after the last and a comma between each two"
+    fault = Fault(rest, "more after a row of several lines", "one row a line (JSONL), or an array of rows", remedy)
+    return Row(start, stop, value, sound=True, faults=[fault] if rest < len(text) else [])
+
+
 def _array(text: str) -> Iterator[Row]:
     scanner = Scanner(text, len(text), "the end of the file")
     at, comma = scanner.skip(scanner.skip(0) + 1), None
     while (character := scanner.peek(at)) not in ("]", ""):
         if character in ",，}":
             scanner.fault(at, f"{character!r}", "a row", "delete it")
-            at, comma = scanner.skip(at + 1), at
+            after, comma = scanner.skip(at + 1), at
+            at = scanner.skip(after + 1) if character == "}" and scanner.peek(after) == "," else after
             continue
         row, at = _row(scanner, at)
         yield row

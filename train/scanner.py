@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-Path = tuple[str | int, ...]  # ("conversations", 2, "value")
+Place = tuple[str | int, ...]  # ("conversations", 2, "value")
 DEEPEST = 32  # brackets within brackets; the four formats need five
 
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -28,8 +28,16 @@ QUOTES = {
     "'": re.compile(r"'(?=\s*(?:[,，}\]:：]|\Z))"),
     **dict.fromkeys("“”‘’＂", re.compile(r"""[”“’‘＂"](?=\s*(?:[,，}\]:：]|\Z))""")),
 }
+# An object that starts with a key of a turn is a turn; any other is a row.
+TURN_KEYS = ("from", "value", "role", "content")
+ROW = re.compile(rf"""\{{\s*["'“]?(?!(?:{"|".join(TURN_KEYS)})\b)\w+["'”]?\s*[:：]""")
 CONSTANTS = {"true": True, "false": False, "null": None}
-PYTHON = {"True": "true", "False": "false", "None": "null"}
+FOREIGN = {
+    "True": "write true",
+    "False": "write false",
+    "None": "write null",
+    "NaN": 'an empty cell? Write "", or delete the row',
+}
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,19 @@ class Scanner:
     def __init__(self, text: str, stop: int, end: str) -> None:
         self.text, self.stop, self.end = text, stop, end
         self.faults: list[Fault] = []
-        self.places: dict[Path, int] = {}
+        self.places: dict[Place, int] = {}
+        self.line_stop = -1
         self.joined = -1  # a bracket was missing here and is told; do not ask for a comma as well
 
     def fault(self, offset: int, found: str, expected: str, remedy: str, kind: str = "") -> None:
         self.faults.append(Fault(offset, found, expected, remedy, kind))
+
+    def _line_stop(self, at: int) -> int:
+        """Where the line of `at` ends; remembered, for a file may be one line."""
+        if at > self.line_stop:
+            line_end = LINE_END.search(self.text, at, self.stop)
+            self.line_stop = line_end.start() if line_end else self.stop
+        return self.line_stop
 
     def take(self) -> list[Fault]:
         taken, self.faults = self.faults, []
@@ -101,7 +117,7 @@ class Scanner:
 
     # Values
 
-    def value(self, at: int, path: Path, depth: int) -> tuple[Any, int]:
+    def value(self, at: int, path: Place, depth: int) -> tuple[Any, int]:
         """(value, offset after it) of the value that starts at `at`."""
         self.places[path] = at
         character = self.peek(at)
@@ -120,9 +136,9 @@ class Scanner:
             return self._odd_string(at)
         if number := NUMBER.match(self.text, at, self.stop):
             return 0, number.end()
-        return self._word(at)
+        return self._word(at, "a JSON value" if path else "a row, an object in { }")
 
-    def _word(self, at: int) -> tuple[Any, int]:
+    def _word(self, at: int, expected: str) -> tuple[Any, int]:
         """true, false and null; other words with a fault."""
         match = WORD.match(self.text, at, self.stop)
         if match is None:
@@ -133,11 +149,10 @@ class Scanner:
         word = match.group()
         if word in CONSTANTS:
             return CONSTANTS[word], match.end()
-        remedy = f"write {PYTHON[word]}" if word in PYTHON else 'put text in double quotes: "…"'
-        self.fault(at, f"{word[:24]!r} without quotes", "a JSON value", remedy)
+        self.fault(at, f"{word[:24]!r} without quotes", expected, FOREIGN.get(word, 'put text in double quotes: "…"'))
         return word, match.end()
 
-    def _object(self, start: int, path: Path, depth: int) -> tuple[dict[str, Any], int]:
+    def _object(self, start: int, path: Place, depth: int) -> tuple[dict[str, Any], int]:
         found: dict[str, Any] = {}
         at, comma = self.skip(start + 1), None
         while (character := self.peek(at)) not in ("}", "]", ""):
@@ -145,6 +160,8 @@ class Scanner:
                 self.fault(at, "','", "a key", "delete this comma")
                 at, comma = self.skip(at + 1), at
                 continue
+            if at == self.joined:
+                return found, at
             if character == "{" and found:
                 self.fault(at, "'{'", "a key, or the } of the object before", "put a } where that object ends")
                 self.joined = at
@@ -158,7 +175,7 @@ class Scanner:
             at, comma = self.separator(at, "}")
         return found, self.close(at, comma, "}", "the object")
 
-    def _list(self, start: int, path: Path, depth: int) -> tuple[list[Any], int]:
+    def _list(self, start: int, path: Place, depth: int) -> tuple[list[Any], int]:
         found: list[Any] = []
         at, comma = self.skip(start + 1), None
         while (character := self.peek(at)) not in ("}", "]", ""):
@@ -166,6 +183,10 @@ class Scanner:
                 self.fault(at, "','", "a value", "delete this comma")
                 at, comma = self.skip(at + 1), at
                 continue
+            if found and ROW.match(self.text, at, self.stop):
+                self.fault(at, "the next row", "the ] and } that close this one", "put them before it")
+                self.joined = at
+                return found, at
             value, at = self.value(at, (*path, len(found)), depth + 1)
             found.append(value)
             at, comma = self.separator(at, "]")
@@ -274,15 +295,14 @@ class Scanner:
             return at
         if beside == '"' and after > at + 1:
             return at
-        line_end = LINE_END.search(self.text, at, self.stop)
-        end = INNER_END.search(self.text, at + 1, line_end.start() if line_end else self.stop)
+        end = INNER_END.search(self.text, at + 1, self._line_stop(at))
         if end is None:
             return at
         self.fault(
             at,
             "a double quote inside a string",
             'it written \\"',
-            'write \\" for a quote inside a string',
+            'write \\" for a quote inside a string, or close the string before it',
             "inner quote",
         )
         return end.start()
@@ -314,8 +334,7 @@ class Scanner:
     def _odd_string(self, start: int) -> tuple[str, int]:
         """A string in quotes that are not JSON's."""
         quote = self.text[start]
-        line_end = LINE_END.search(self.text, start, self.stop)
-        end = QUOTES[quote].search(self.text, start + 1, line_end.start() if line_end else self.stop)
+        end = QUOTES[quote].search(self.text, start + 1, self._line_stop(start))
         single = quote == "'"
         name = "single quotes" if single else f"typographic quotes {quote}"
         remedy = (
