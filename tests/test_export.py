@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,10 +51,10 @@ def oracle(folder: Path) -> dict[str, torch.Tensor]:
             continue
         else:
             weight = tensor.double()
-        A, B, scale = delta.get(module, (None, None, 0.0)) if part in ("qweight", "weight") else (None, None, 0.0)
-        wanted[f"{module}.weight" if part == "qweight" else name] = (
-            weight if A is None else weight + scale * (B.double() @ A.double())
-        )
+        if part in ("qweight", "weight") and module in delta:
+            A, B, scale = delta[module]
+            weight = weight + scale * (B.double() @ A.double())
+        wanted[f"{module}.weight" if part == "qweight" else name] = weight
     return wanted
 
 
@@ -69,7 +70,7 @@ def ulp(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", ["qwen2", "qwen"])
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
-def test_every_tensor_is_within_one_ulp_of_float64(tmp_path, layout, name):
+def test_every_tensor_is_within_one_ulp_of_float64(tmp_path: Path, layout: str, name: str) -> None:
     folder, dtype = tiny_run(tmp_path, layout), getattr(torch, name)
     state, wanted = merged_state(export(folder, dtype=name)), oracle(folder)
     assert state.keys() == wanted.keys()
@@ -80,7 +81,7 @@ def test_every_tensor_is_within_one_ulp_of_float64(tmp_path, layout, name):
     assert len(changed) == {"qwen2": 14, "qwen": 10}[layout]
 
 
-def test_the_base_is_untouched_and_the_files_are_exact(tmp_path):
+def test_the_base_is_untouched_and_the_files_are_exact(tmp_path: Path) -> None:
     folder = tiny_run(tmp_path, "qwen")
     base = tmp_path / "models" / "base-Int4"
     (base / "modeling_qwen.py").write_bytes(b"raise SystemExit('never run')\r\n")
@@ -96,7 +97,7 @@ def test_the_base_is_untouched_and_the_files_are_exact(tmp_path):
     assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []  # nothing half-written is left
 
 
-def test_config_is_the_base_s_without_its_quantisation(tmp_path):
+def test_config_is_the_base_s_without_its_quantisation(tmp_path: Path) -> None:
     folder = tiny_run(tmp_path, "qwen")
     published = read_json(tmp_path / "models" / "base-Int4" / "config.json")
     written = read_json(export(folder, dtype="bf16") / "config.json")
@@ -114,7 +115,7 @@ def close(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return torch.allclose(a(IDS).logits, b(IDS).logits, atol=1e-4)
 
 
-def test_qwen2_loads_strictly_into_the_plain_llama(tmp_path):
+def test_qwen2_loads_strictly_into_the_plain_llama(tmp_path: Path) -> None:
     folder = tiny_run(tmp_path, "qwen2")
     out = export(folder, dtype="float32")
     plain, state = llama(read_config(read_json(out / "config.json"))), merged_state(out)
@@ -125,7 +126,7 @@ def test_qwen2_loads_strictly_into_the_plain_llama(tmp_path):
     assert close(adapted(folder), plain) and close(adapted(folder), load(out, torch.float32))
 
 
-def test_qwen_loads_strictly_into_modelscope_s(tmp_path):
+def test_qwen_loads_strictly_into_modelscope_s(tmp_path: Path) -> None:
     folder = tiny_run(tmp_path, "qwen")
     out = export(folder, dtype="float32")
     plain, state = modelscope_qwen(read_config(read_json(out / "config.json"))), merged_state(out)
@@ -135,7 +136,7 @@ def test_qwen_loads_strictly_into_modelscope_s(tmp_path):
 
 
 @pytest.mark.parametrize(("layout", "other"), [("qwen", "qwen2"), ("qwen2", "qwen")])
-def test_another_layout_says_the_same(tmp_path, layout, other):
+def test_another_layout_says_the_same(tmp_path: Path, layout: str, other: str) -> None:
     folder = tiny_run(tmp_path, layout)
     out = export(folder, dtype="float32", layout=other)
     written = load(out, torch.float32)
@@ -146,7 +147,7 @@ def test_another_layout_says_the_same(tmp_path, layout, other):
     assert stops == ([258, 256] if other == "qwen2" else 256)
 
 
-def test_float_linears_merge_too(tmp_path):
+def test_float_linears_merge_too(tmp_path: Path) -> None:
     folder = tiny_run(tmp_path, "qwen2", int4=False)
     state, wanted = merged_state(export(folder, dtype="float32")), oracle(folder)
     assert all(torch.equal(state[n], wanted[n].float()) for n in wanted) and state.keys() == wanted.keys()
@@ -162,7 +163,7 @@ def with_biases(folder: Path, value: float) -> None:
 
 
 @pytest.mark.parametrize("layout", ["qwen", "qwen2"])
-def test_zero_biases_of_an_int4_file_are_dropped_and_others_refused(tmp_path, layout):
+def test_zero_biases_of_an_int4_file_are_dropped_and_others_refused(tmp_path: Path, layout: str) -> None:
     folder, base = tiny_run(tmp_path, layout), tmp_path / "models" / "base-Int4"
     plain = merged_state(export(folder))
     with_biases(base, 0.0)
@@ -174,18 +175,18 @@ def test_zero_biases_of_an_int4_file_are_dropped_and_others_refused(tmp_path, la
     assert not (tmp_path / "other").exists()
 
 
-def test_shards_and_their_index(tmp_path):
+def test_shards_and_their_index(tmp_path: Path) -> None:
     folder = tiny_run(tmp_path)
     out = export(folder, dtype="float32", shard_size=0.0001)
     index = read_json(out / "model.safetensors.index.json")
     files = sorted(p.name for p in out.glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 2
-    assert {f for f in index["weight_map"].values()} == set(files)
+    assert set(index["weight_map"].values()) == set(files)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in merged_state(out).values())
     assert close(adapted(folder), load(out, torch.float32))
 
 
-def test_the_second_run_has_nothing_to_do_and_other_inputs_replace_it(tmp_path, capsys):
+def test_the_second_run_has_nothing_to_do_and_other_inputs_replace_it(tmp_path: Path, capsys: Any) -> None:
     folder = tiny_run(tmp_path)
     first = hashes(export(folder))
     assert "nothing to do" not in capsys.readouterr().out
@@ -194,13 +195,13 @@ def test_the_second_run_has_nothing_to_do_and_other_inputs_replace_it(tmp_path, 
     assert merged_state(export(folder, dtype="float32")).popitem()[1].dtype is torch.float32
 
 
-def test_two_exports_are_equal_bytes(tmp_path):
+def test_two_exports_are_equal_bytes(tmp_path: Path) -> None:
     folder = tiny_run(tmp_path)
     a, b = export(folder), export(folder, out=str(tmp_path / "again"))
     assert hashes(a) == hashes(b)
 
 
-def test_onto_a_float_checkpoint(tmp_path, capsys):
+def test_onto_a_float_checkpoint(tmp_path: Path, capsys: Any) -> None:
     folder = tiny_run(tmp_path, "qwen2")
     tiny_checkpoint(tmp_path / "models" / "base", tiny_config("qwen2", tie_word_embeddings=True))
     out = export(folder, onto="base", dtype="float32")
@@ -223,7 +224,7 @@ def test_onto_a_float_checkpoint(tmp_path, capsys):
         ({"run": "absent"}, "does not exist"),
     ],
 )
-def test_refusals_leave_nothing(tmp_path, changes, message):
+def test_refusals_leave_nothing(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     folder = tiny_run(tmp_path)
     tiny_checkpoint(tmp_path / "models" / "wider", tiny_config("qwen2", intermediate_size=192))
     places = {"run": "tiny", "models": str(tmp_path / "models"), "runs": str(tmp_path / "runs")}
@@ -232,7 +233,7 @@ def test_refusals_leave_nothing(tmp_path, changes, message):
     assert not (folder / "merged").exists()
 
 
-def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     folder, mine = tiny_run(tmp_path), tmp_path / "mine"
     mine.mkdir()
     (mine / "letter.txt").write_text("keep me")
@@ -241,7 +242,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     assert (mine / "letter.txt").read_text() == "keep me"
 
 
-def test_a_merge_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
+def test_a_merge_that_answers_otherwise_is_not_written(tmp_path: Path, monkeypatch: Any) -> None:
     """The adapter added with the wrong sign: the check sees it and nothing stays."""
     from train import merge
 
@@ -253,7 +254,7 @@ def test_a_merge_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
     assert sorted(p.name for p in folder.iterdir()) == ["adapter", "losses.jsonl", "run.json"]
 
 
-def test_a_merge_without_the_adapter_is_not_written(tmp_path, monkeypatch):
+def test_a_merge_without_the_adapter_is_not_written(tmp_path: Path, monkeypatch: Any) -> None:
     from train import merge
 
     folder = tiny_run(tmp_path, scale=0.05)
@@ -262,7 +263,7 @@ def test_a_merge_without_the_adapter_is_not_written(tmp_path, monkeypatch):
         export(folder)
 
 
-def test_a_full_disk_is_said_before(tmp_path, monkeypatch):
+def test_a_full_disk_is_said_before(tmp_path: Path, monkeypatch: Any) -> None:
     from train.verbs import export as verb
 
     folder = tiny_run(tmp_path)
@@ -271,13 +272,13 @@ def test_a_full_disk_is_said_before(tmp_path, monkeypatch):
         export(folder)
 
 
-def test_too_large_for_float16_is_said(tmp_path):
+def test_too_large_for_float16_is_said(tmp_path: Path) -> None:
     folder = tiny_run(tmp_path, scale=1e6)
     with pytest.raises(UserError, match="DTYPE=bfloat16"):
         export(folder)
 
 
-def test_gone_or_changed_data_falls_back_to_the_built_in_list(tmp_path, capsys):
+def test_gone_or_changed_data_falls_back_to_the_built_in_list(tmp_path: Path, capsys: Any) -> None:
     folder = tiny_run(tmp_path)
     export(folder)
     assert "4 conversations of talk.jsonl" in capsys.readouterr().out
@@ -286,7 +287,7 @@ def test_gone_or_changed_data_falls_back_to_the_built_in_list(tmp_path, capsys):
     assert "8 conversations of the built-in list" in capsys.readouterr().out
 
 
-def test_compare_measures_what_it_says():
+def test_compare_measures_what_it_says() -> None:
     """Two heads over known hidden states: agreement and KL by hand."""
     hidden, head = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     flipped = torch.tensor([[2.0, 0.0], [0.0, -1.0], [0.0, 0.0]])
@@ -296,14 +297,14 @@ def test_compare_measures_what_it_says():
     assert found.divergence == pytest.approx(float((p * (p.log() - q.log())).sum() / 2))
 
 
-def test_one_differing_token_is_a_tie_two_are_not():
+def test_one_differing_token_is_a_tie_two_are_not() -> None:
     assert parity.Parity(40, 39 / 40, 1e-6).holds(torch.float16)
     assert not parity.Parity(40, 38 / 40, 1e-6).holds(torch.float16)
     assert not parity.Parity(4000, 0.998, 1e-6).holds(torch.float32)
     assert not parity.Parity(40, 1.0, float("nan")).holds(torch.float16)
 
 
-def test_tiny_config_round_trip(tmp_path):
+def test_tiny_config_round_trip(tmp_path: Path) -> None:
     """The written config is read to the same architecture."""
     folder = tiny_run(tmp_path, "qwen2")
     config = read_config(json.loads((export(folder) / "config.json").read_text()))

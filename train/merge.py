@@ -62,9 +62,9 @@ def merge_block(state: State, delta: Delta, bits: int, dtype: torch.dtype) -> St
     for name, tensor in state.items():
         module, _, part = name.rpartition(".")
         if part == "qweight":
-            parts = [state[f"{module}.{key}"] for key in PACKED]
+            qweight, qzeros, scales, g_idx = (state[f"{module}.{key}"] for key in PACKED)
             # exact: the product of a 5-bit difference and a float16 scale fits a float32
-            weight = dequantize(*parts, bits=bits, dtype=torch.float32).t()
+            weight = dequantize(qweight, qzeros, scales, g_idx, bits, torch.float32).t()
             done[f"{module}.weight"] = add(weight, delta.get(module)).to(dtype).contiguous()
         elif part == "weight":
             done[name] = add(tensor, delta.get(module)).to(dtype)

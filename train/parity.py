@@ -95,7 +95,7 @@ def rows(conversations: Sequence[Conversation], tokenizer: Tokenizer, recipe: Re
 @torch.inference_mode()
 def states(model: nn.Module, rows: Sequence[Row], on_row: Callable[[], None] = lambda: None) -> States:
     """Run every row through `model`, a Decoder or a PeftModel of one; what predicts its answer tokens is kept."""
-    decoder: Decoder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder: Any = model if isinstance(model, Decoder) else model.get_base_model()  # type: ignore[operator]
     head = decoder.lm_head.weight
     found = []
     for ids, learnt in rows:

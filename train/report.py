@@ -4,6 +4,7 @@ Reads a run's files and writes three of them; knows no model. The picture needs 
 whose name it cannot draw has none in its title.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,9 +114,13 @@ def write_report(
     losses: Sequence[dict[str, Any]],
     answers: Sequence[Answer],
     after: str,
-    facts: Sequence[tuple[str, str]],
+    merged: dict[str, Any] | None,
 ) -> None:
-    """report.md: before and after, the loss, the numbers, the recipe, the commands. `after`: who gave those answers."""
+    """report.md: before and after, the loss, the numbers, the recipe, the commands.
+
+    Args:
+        record: run.json. after: who gave the answers after. merged: the manifest of the export, if there is one.
+    """
     name, recipe = path.parent.name, record["recipe"]
     table = [f"| {_cell(a.question)}{'' if a.seen else ' *'} | {_cell(a.before)} | {_cell(a.after)} |" for a in answers]
     values = smoothed([row["loss"] for row in losses])
@@ -141,7 +146,7 @@ def write_report(
         "",
         "| | |",
         "| --- | --- |",
-        *(f"| {key} | {_cell(value)} |" for key, value in facts),
+        *(f"| {key} | {_cell(value)} |" for key, value in _facts(record, losses, merged)),
         "",
         "## Recipe",
         "",
@@ -158,6 +163,40 @@ def write_report(
     write_text(path, "\n".join(lines) + "\n")
 
 
+def _facts(
+    record: dict[str, Any], losses: Sequence[dict[str, Any]], merged: dict[str, Any] | None
+) -> list[tuple[str, str]]:
+    """What run.json and the export's manifest say, in words."""
+    facts = [
+        ("data", f"{Path(record['data']['path']).name}, sha256 {record['data']['sha256'][:16]}"),
+        ("steps", str(losses[-1]["step"])),
+        ("loss of the first and the last step", f"{losses[0]['loss']:.4f}, {losses[-1]['loss']:.4f}"),
+    ]
+    for part in ("timings", "devices", "versions", "code"):
+        facts += [(part, ", ".join(_words(record[part])))] if record.get(part) else []
+    if merged:
+        kept, without = merged["parity"], merged["parity"]["without_adapter"]
+        facts += [
+            (f"export against {kept['against']}", _parity(kept)),
+            ("for scale: the base without the adapter", _parity(without)),
+        ]
+    return facts
+
+
+def _words(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"{key} {_number(part)}" for key, part in value.items() if not isinstance(part, (dict, list))]
+    return [_number(part) for part in value] if isinstance(value, list) else [_number(value)]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _parity(found: dict[str, Any]) -> str:
+    return f"{found['agreement']:.2%} of {found['tokens']} answer tokens equal, mean KL {found['divergence']:.1e} nats"
+
+
 def _cell(text: str) -> str:
     """Text inside a Markdown table."""
     escaped = text.strip().replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
@@ -165,8 +204,6 @@ def _cell(text: str) -> str:
 
 
 def _yaml(value: Any) -> str:
-    import json
-
     if isinstance(value, bool):
         return "on" if value else "off"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
