@@ -14,6 +14,7 @@ from typing import Any
 from train.scanner import LINE_END, ROW, SPACE, Fault, LostError, Place, Scanner
 
 BOM = b"\xef\xbb\xbf"
+PATIENCE = 100  # broken rows of an array until strict reading is given up: an error of json costs the text before it
 ROW_START = re.compile(r"(?:\A|[\r\n])[^\S\r\n]*[{\[]")
 
 
@@ -141,8 +142,9 @@ def _lines(text: str, lines: Lines) -> Iterator[Row]:
         if at == stop:
             continue
         try:
-            value, end = strict(text, at)
-            if SPACE.match(text, end, max(end, stop)).end() == stop:  # type: ignore[union-attr]
+            line = text[at:stop]  # of a slice, for an error of json costs the text before it
+            value, end = strict(line, 0)
+            if SPACE.match(line, end).end() == len(line):  # type: ignore[union-attr]
                 yield Row(at, stop, value, sound=True)
                 continue
         except ValueError:
@@ -197,11 +199,11 @@ def _array(text: str) -> Iterator[Row]:
 def _row(scanner: Scanner, at: int) -> tuple[Row, int]:
     """The row that starts at `at`, and the offset after it (or where the scanner was lost)."""
     try:
-        value, end = strict(scanner.text, at)
+        value, end = strict(scanner.text, at) if scanner.refused < PATIENCE else (None, scanner.stop + 1)
         if end <= scanner.stop:
             return Row(at, end, value, sound=True, faults=scanner.take()), end
     except ValueError:
-        pass
+        scanner.refused += 1
     scanner.places = {}
     try:
         value, end = scanner.value(at, (), 0)

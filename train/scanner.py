@@ -67,6 +67,7 @@ class Scanner:
         self.faults: list[Fault] = []
         self.places: dict[Place, int] = {}
         self.line_stop = -1
+        self.refused = 0  # rows that strict reading refused
         self.joined = -1  # a bracket was missing here and is told; do not ask for a comma as well
 
     def fault(self, offset: int, found: str, expected: str, remedy: str, kind: str = "") -> None:
