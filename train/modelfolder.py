@@ -88,7 +88,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = read_json(folder / MANIFEST)
         manifest["files"].items()
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder / MANIFEST}: not a manifest ({error!r}). Remove {folder} and fetch it again."
         ) from error
