@@ -163,7 +163,7 @@ def test_delta_is_what_the_adapter_adds(tmp_path: Path) -> None:
 
 
 def test_an_unknown_target_names_those_there_are() -> None:
-    with pytest.raises(UserError, match="no linear is called q_proj in layout qwen.*c_attn, c_proj, w2, w1"):
+    with pytest.raises(UserError, match=r"no linear is called q_proj in layout qwen.*c_attn, c_proj, w2, w1"):
         lora.targets("qwen", "q_proj,w1")
     assert lora.targets("qwen2", "v_proj, q_proj") == ["q_proj", "v_proj"]
 
@@ -183,7 +183,8 @@ def break_dora(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm,message", [(break_nothing_there, "no adapter there"), (break_cut_off, "damaged"), (break_dora, "use_dora")]
+    ("harm", "message"),
+    [(break_nothing_there, "no adapter there"), (break_cut_off, "damaged"), (break_dora, "use_dora")],
 )
 def test_a_bad_adapter_is_refused(harm: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     lora.save_adapter(lora.attach(tiny_decoder(tiny_config()), recipe()), tmp_path)

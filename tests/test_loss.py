@@ -34,10 +34,10 @@ def both(
 
 
 @pytest.mark.parametrize(
-    "rows,size,vocabulary,chunk",
+    ("rows", "size", "vocabulary", "chunk"),
     [(1, 3, 5, 1), (7, 16, 11, 3), (64, 33, 257, 64), (65, 8, 1000, 16), (300, 64, 129, 512)],
 )
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
 def test_value_and_gradient_equal_torchs(
     rows: int, size: int, vocabulary: int, chunk: int, dtype: torch.dtype, tolerance: float
 ) -> None:

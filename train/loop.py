@@ -185,7 +185,7 @@ def _journal(task: Task, first: int) -> Iterator[Any]:
     from torch.utils.tensorboard import SummaryWriter
 
     board = SummaryWriter(str(task.run / "tensorboard"), purge_step=first + 1)
-    with board, open(task.run / "losses.jsonl", "a", encoding="utf-8") as file, Meter(len(task.plan), first) as meter:
+    with board, (task.run / "losses.jsonl").open("a", encoding="utf-8") as file, Meter(len(task.plan), first) as meter:
 
         def write(row: dict[str, Any]) -> None:
             file.write(json.dumps(row) + "\n")

@@ -91,9 +91,9 @@ def join(world: World, cuda: bool) -> None:
         return
     if cuda:
         torch.cuda.set_device(world.local)
-    if "MASTER_ADDR" not in os.environ:
-        _announce(world, "127.0.0.1", free_port())
-    dist.init_process_group("nccl" if cuda else "gloo", rank=world.rank, world_size=world.size)
+    os.environ.setdefault("LOCAL_RANK", str(world.local))  # DeepSpeed reads it
+    meeting = None if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{free_port()}"
+    dist.init_process_group("nccl" if cuda else "gloo", meeting, rank=world.rank, world_size=world.size)
 
 
 def leave() -> None:

@@ -1,0 +1,216 @@
+"""Everything about a training run that can be known before a weight is loaded or a file is written.
+
+Reads the recipe, the data, the base's small files and the run folder; what is wrong is gathered and said at once. Knows nothing of
+engines and devices' memory. The whole data set is in memory as numbers, which is why it can be checked whole.
+"""
+
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from train import conversations, lora, manifest
+from train.config import Recipe
+from train.conversations import Conversation
+from train.dataset import Plan, Sample, encode
+from train.decoder import Decoder
+from train.errors import UserError
+from train.files import free_bytes, read_json, sha256, write_json, write_text
+from train.layouts import DecoderConfig
+from train.loader import read_folder_config, resolve
+from train.tokenizer import Tokenizer, load_tokenizer
+
+# keys that change how fast or how safely a run goes, not what it computes: another value may go on with it
+FREE = {"model", "batch", "accumulation", "processes", "zero", "checkpointing", "save_every", "keep"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run: its inputs as hashes, its rows as a plan, its notes for the person who started it."""
+
+    recipe: Recipe
+    run: Path
+    base: Path
+    tokenizer: Tokenizer
+    samples: list[Sample]
+    plan: Plan
+    inputs: dict[str, Any]
+    parent: Path | None
+    notes: list[str]
+
+    @property
+    def finished(self) -> bool:
+        return (self.run / "run.json").is_file()
+
+
+def prepare(
+    recipe: Recipe, data: Path, run: Path, parent: Path | None, models: Path, processes: int, dtype: str
+) -> Job:
+    """Check everything there is to check; nothing is written and no weight is loaded.
+
+    Args:
+        parent: the run whose adapter this one starts from, or None. processes: how many will share a step's rows.
+        dtype: what is computed in, as it stands in the record.
+    Raises:
+        UserError: all that is wrong with data, base and parent together; then whatever follows from them.
+    """
+    talks, base, _ = _all(
+        lambda: _load(data), lambda: resolve(recipe.model, models), lambda: _check_parent(recipe, parent)
+    )
+    config, _ = read_folder_config(base)
+    names = lora.targets(config.layout, recipe.targets)
+    tokenizer = load_tokenizer(base)
+    samples, summary = encode(talks, tokenizer, recipe)
+    _check_samples(samples, data)
+    rows = recipe.batch * recipe.accumulation * processes
+    plan = Plan(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
+    inputs = _inputs(recipe, data, base, parent, rows, dtype)
+    job = Job(recipe, run, base, tokenizer, samples, plan, inputs, parent, [str(summary)])
+    _check_unchanged(job)
+    if not job.finished:
+        _check_disk(job, config, names)
+    return job
+
+
+def _all(*checks: Callable[[], Any]) -> list[Any]:
+    """The value of every check, or one UserError with all of their messages."""
+    values, problems = [], []
+    for check in checks:
+        try:
+            values.append(check())
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return values
+
+
+def _load(data: Path) -> list[Conversation]:
+    if not data.is_file():
+        raise UserError(f"data={data}: no such file. Example: make train DATA=data/demo.jsonl")
+    return conversations.load(data)
+
+
+def _check_parent(recipe: Recipe, parent: Path | None) -> None:
+    """FROM= must be a run with an adapter of the recipe's own shape."""
+    if parent is None:
+        return
+    path = parent / "adapter" / lora.CONFIG
+    if not path.is_file():
+        raise UserError(f"from={parent.name}: run {parent} has no adapter. Finish it first, or leave FROM= out.")
+    theirs, ours = read_json(path), {"r": recipe.rank, "lora_alpha": recipe.alpha}
+    wrong = [f"{key} is {theirs[key]} there and {value:g} here" for key, value in ours.items() if theirs[key] != value]
+    if wrong:
+        hint = f"rank={theirs['r']} alpha={theirs['lora_alpha']:g}"
+        raise UserError(f"from={parent.name}: its adapter has another shape: {', '.join(wrong)}. Give {hint}.")
+
+
+def _check_samples(samples: list[Sample], data: Path) -> None:
+    if not any(sample.mask[1:].any() for sample in samples):
+        raise UserError(
+            f"{data}: no token is left to learn in {len(samples)} conversations: every answer stands beyond length=. "
+            "Give a larger length=, or shorten system= and the questions."
+        )
+
+
+def _inputs(recipe: Recipe, data: Path, base: Path, parent: Path | None, rows: int, dtype: str) -> dict[str, Any]:
+    adapter = parent / "adapter" / lora.WEIGHTS if parent else None
+    return {
+        "data": {"path": str(data), "sha256": sha256(data)},
+        "base": {"name": recipe.model, "files": manifest.hash_folder(base)},
+        "from": {"run": parent.name, "sha256": sha256(adapter)} if parent and adapter else None,
+        "recipe": asdict(recipe),
+        "rows_per_step": rows,
+        "dtype": dtype,
+    }
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two runs' inputs, in words; how fast they are computed is no difference."""
+    found = []
+    if old["data"]["sha256"] != new["data"]["sha256"]:
+        found.append(f"data: {new['data']['path']} is not what {old['data']['path']} was")
+    files = {**old["base"]["files"], **new["base"]["files"]}
+    differ = [name for name in files if old["base"]["files"].get(name) != new["base"]["files"].get(name)]
+    if differ:
+        found.append(f"base: {', '.join(sorted(differ)[:3])} differ")
+    if (old["from"] or {}).get("sha256") != (new["from"] or {}).get("sha256"):
+        found.append("from: another adapter to start from")
+    for key in sorted(new["recipe"].keys() - FREE):
+        if old["recipe"].get(key) != new["recipe"][key]:
+            found.append(f"{key}: was {old['recipe'].get(key)}, now {new['recipe'][key]}")
+    if old["rows_per_step"] != new["rows_per_step"]:
+        found.append(
+            f"batch × accumulation × processes: was {old['rows_per_step']} rows a step, now {new['rows_per_step']}"
+        )
+    if old["dtype"] != new["dtype"]:
+        found.append(f"computed in: was {old['dtype']}, now {new['dtype']} (precision= decides)")
+    return found
+
+
+def _check_unchanged(job: Job) -> None:
+    """A run folder belongs to one set of inputs."""
+    path = job.run / "inputs.json"
+    if not path.is_file():
+        if (job.run / "run.json").is_file() or (job.run / "checkpoints").is_dir():
+            raise UserError(f"{job.run}: a run folder without inputs.json. Choose another RUN=, or remove it.")
+        return
+    found = changes(read_json(path), job.inputs)
+    if found:
+        listed = "\n  ".join(found)
+        raise UserError(
+            f"run {job.run.name!r} was begun with other inputs:\n  {listed}\n"
+            f"Nothing was changed. Start a new one with RUN=another-name, and FROM={job.run.name} to begin with what this one "
+            "has learnt; or give the same inputs to go on with it."
+        )
+
+
+def _check_disk(job: Job, config: DecoderConfig, names: list[str]) -> None:
+    """Room for the checkpoints that are kept, one that is being written, and the adapter."""
+    count = adapter_size(config, names, job.recipe.rank)
+    needed = 4 * count * (3 * (job.recipe.keep + 1) + 1) + (64 << 20)
+    if (free := free_bytes(job.run)) < needed:
+        raise UserError(
+            f"{job.run}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for {job.recipe.keep} checkpoints and the "
+            "adapter. Free some, give runs=FOLDER on another disk, or keep=1."
+        )
+
+
+def adapter_size(config: DecoderConfig, names: list[str], rank: int) -> int:
+    """Numbers in A and B of every linear called one of `names`."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in names]
+    return sum(rank * (m.in_features + m.out_features) for m in linears)
+
+
+def begin(job: Job) -> None:
+    """Make the run folder: the recipe after overrides, and the inputs that it belongs to."""
+    job.run.mkdir(parents=True, exist_ok=True)
+    write_text(job.run / "recipe.yaml", yaml.safe_dump(asdict(job.recipe), sort_keys=False, allow_unicode=True))
+    if not (job.run / "inputs.json").is_file():
+        write_json(job.run / "inputs.json", job.inputs)
+
+
+@contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """Hold the run folder; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"run {run.name!r} is being trained by another process. Wait for it, or choose another RUN=."
+            ) from None
+        yield

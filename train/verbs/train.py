@@ -1,0 +1,286 @@
+"""Fine-tune a base on a data set; the same command again goes on where it was cut off.
+
+make train DATA=file [MODEL=base] [RECIPE=name] [RUN=name] [FROM=run] [GPUS=n] [ARGS="key=value …"]
+
+Everything that can be wrong with the inputs is said before anything is loaded or written. Ctrl-C or SIGTERM finishes the step,
+writes a checkpoint and ends with status 75; the same command goes on from there, in the same bytes as if it had never stopped.
+"""
+
+import difflib
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train import world
+from train.config import Recipe, build, describe, load_recipe, option
+from train.errors import UserError
+from train.files import sha256, staged, write_json
+from train.world import CUT_OFF, World
+
+if TYPE_CHECKING:
+    import torch
+
+    from train.engine import Engine
+    from train.job import Job
+    from train.loop import Task
+
+__doc__ = f"{__doc__}\nEvery key of the recipe may be given too:\n{describe(Recipe)}\n\nKeys of this command:"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to train on what."""
+
+    data: str = option("", "file of conversations (.json or .jsonl)")
+    model: str = option("", "base; empty: the recipe's")
+    recipe: str = option("qlora", "a name in train/recipes/, or the path of a .yaml file")
+    run: str = option("", "name of the run folder below runs/; empty: data-recipe-model")
+    from_run: str = option("", "(or from=) the run whose adapter to start from")
+    gpus: int = option(1, "GPUs of this machine to use, where there are any")
+    models: str = option("models", "folder of bases")
+    runs: str = option("runs", "folder of runs")
+
+
+@dataclass(frozen=True)
+class Request(Options):
+    """Options, and what was said about the recipe."""
+
+    overrides: dict[str, str] = field(default_factory=dict)
+
+    def words(self) -> list[str]:
+        """The command line that parses to this."""
+        own = {f.name: str(getattr(self, f.name)) for f in fields(Options)}
+        return [f"{key}={value}" for key, value in {**self.overrides, **own}.items()]
+
+
+def parse(pairs: dict[str, str]) -> Request:
+    """Options from key=value; every key that is not an option is the recipe's."""
+    pairs = {("from_run" if key == "from" else key): value for key, value in pairs.items()}
+    own, recipes = {f.name for f in fields(Options)}, {f.name for f in fields(Recipe)}
+    for key in pairs.keys() - own - recipes:
+        near = difflib.get_close_matches(key.lower(), sorted(own | recipes), n=1, cutoff=0.5)
+        raise UserError(
+            f"unknown key {key!r}." + (f" Did you mean {near[0]}=?" if near else " See: python -m train train --help")
+        )
+    options = build(Options, {key: value for key, value in pairs.items() if key in own})
+    return Request(**asdict(options), overrides={key: value for key, value in pairs.items() if key not in own})
+
+
+def run(options: Request) -> None:
+    place = world.detect()
+    try:
+        status = _run(options, place)
+    except UserError:
+        if place is not None and place.rank > 0:  # the first process says it
+            sys.exit(2)
+        raise
+    if status:
+        sys.exit(status)
+
+
+def _run(options: Request, place: World | None) -> int:
+    # --- what is to be done, checked --------------------------------------------------------------------------------------
+    if not options.data:
+        raise UserError("train: which data? Example: make train DATA=data/demo.jsonl")
+    recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
+    device, dtype, processes = _machine(options, recipe, place)
+    from train.job import alone, begin, prepare
+
+    folder = Path(options.runs) / (options.run or _name(options, recipe))
+    parent = Path(options.runs) / options.from_run if options.from_run else None
+    job = prepare(
+        recipe, Path(options.data), folder, parent, Path(options.models), processes, str(dtype).removeprefix("torch.")
+    )
+    if job.finished:
+        print(f"run {folder.name!r} is finished: nothing to do. Its adapter is {folder / 'adapter'}.\n{_next(folder)}")
+        return 0
+
+    # --- several processes: start them and wait ---------------------------------------------------------------------------
+    if place is None and processes > 1:
+        with alone(folder):
+            begin(job)
+        status = world.spawn(options.words(), processes, device.type == "cuda")
+        return status if status or job.finished else CUT_OFF
+
+    # --- one process, or one of several: learn ----------------------------------------------------------------------------
+    place = place or World()
+    if place.rank > 0:
+        return _train(job, place, device, dtype)
+    with alone(folder):
+        begin(job)
+        return _train(job, place, device, dtype)
+
+
+def _machine(options: Options, recipe: Recipe, place: World | None) -> "tuple[torch.device, torch.dtype, int]":
+    """Device, dtype and number of processes."""
+    import torch
+
+    from train.loader import pick_dtype
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if there and options.gpus > there:
+        raise UserError(f"gpus={options.gpus}: this machine has {there}.")
+    if options.gpus < 1 or recipe.processes < 1:
+        raise UserError("gpus= and processes= count from 1.")
+    device = torch.device("cuda", place.local if place else 0) if there else torch.device("cpu")
+    processes = place.size if place else (options.gpus if there else recipe.processes)
+    return device, pick_dtype(device, recipe.precision), processes
+
+
+def _name(options: Options, recipe: Recipe) -> str:
+    """data-recipe-model, each without its folder."""
+    return "-".join((Path(options.data).stem, Path(options.recipe).stem, Path(recipe.model).name))
+
+
+def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype") -> int:
+    from train import checkpoint, loop
+    from train.engine import Engine, stage_of
+
+    # --- the decisions that were taken, once ------------------------------------------------------------------------------
+    keep_float = _keep_float(job, device)
+    notes = [*job.notes, *_decisions(job, place, device, dtype, stage_of(job.recipe, dtype), keep_float)]
+    found, harmed = checkpoint.newest(job.run)
+    notes += harmed
+    if place.rank == 0:
+        print("\n".join(notes), flush=True)
+        checkpoint.sweep(job.run)
+
+    # --- the model, its engine, and where it stands -----------------------------------------------------------------------
+    world.join(place, device.type == "cuda")
+    engine = Engine(_model(job, device, dtype, keep_float), job.recipe, dtype, place.size)
+    task = loop.Task(job.recipe, job.plan, job.samples, job.tokenizer.pad, job.run, place, device)
+    first = 0
+    if found is not None:
+        first = loop.resume(task, engine, found)
+        _say(place, f"goes on after step {first} of {len(job.plan)} ({found.name})")
+    else:
+        checkpoint.seed_all(job.recipe.seed + place.rank)
+        if place.rank == 0:
+            loop.rewind(job.run / "losses.jsonl", 0)
+
+    # --- learn ------------------------------------------------------------------------------------------------------------
+    began = time.time()
+    whole = loop.learn(task, engine, first)
+    if whole:
+        _finish(job, task, engine, notes, began)
+    else:
+        _say(place, f"stopped with a checkpoint in {job.run / 'checkpoints'}. The same command goes on from there.")
+    world.leave()
+    return 0 if whole or "TORCHELASTIC_RUN_ID" in os.environ else CUT_OFF  # torchrun would take it for a failure
+
+
+def _say(place: World, text: str) -> None:
+    if place.rank == 0:
+        print(text, flush=True)
+
+
+def _keep_float(job: "Job", device: "torch.device") -> bool:
+    """Whether Int4 weights should be kept in float32 too: on a CPU whose memory holds them three times over."""
+    import psutil
+
+    from train.loader import read_folder_config
+
+    if device.type != "cpu" or not read_folder_config(job.base)[1].get("quantization_config"):
+        return False
+    stored = sum(path.stat().st_size for path in job.base.glob("*.safetensors"))
+    return bool(psutil.virtual_memory().available > 3 * 8 * stored)
+
+
+def _decisions(
+    job: "Job", place: World, device: "torch.device", dtype: "torch.dtype", stage: int, keep_float: bool
+) -> list[str]:
+    """What was decided for the user, a line each."""
+    import torch
+
+    recipe, rows = job.recipe, job.inputs["rows_per_step"]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    asked = "as this device does best" if recipe.precision == "auto" else f"as precision={recipe.precision} says"
+    number = f"{place.size} processes" if place.size > 1 else "1 process"
+    lines = [
+        f"base: {recipe.model} in {job.base}; run: {job.run}",
+        f"device: {where}, {str(dtype).removeprefix('torch.')} ({asked}), ZeRO {stage}",
+        f"a step: {recipe.batch} rows × {recipe.accumulation} × {number} = {rows} rows of at most {recipe.length} tokens",
+        f"{len(job.plan)} steps, {job.plan.epoch(len(job.plan) - 1) + 1} epochs",
+    ]
+    if stage != recipe.zero:
+        lines.append(
+            f"zero={recipe.zero} keeps no float32 masters in {dtype}: stage {stage} is used, which shards nothing else."
+        )
+    if keep_float:
+        lines.append(
+            "the Int4 weights are also kept in float32: memory suffices, the numbers are the same, and it is faster."
+        )
+    if job.parent is not None:
+        lines.append(f"starts from the adapter of run {job.parent.name!r}.")
+    return lines
+
+
+def _model(job: "Job", device: "torch.device", dtype: "torch.dtype", keep_float: bool) -> Any:
+    """The frozen base with adapters: fresh ones, or those of the run it starts from."""
+    from safetensors.torch import load_file
+
+    from train import lora
+    from train.loader import load
+
+    model = lora.attach(load(job.base, dtype, device, keep_float), job.recipe)
+    if job.parent is not None:
+        learnt = load_file(job.parent / "adapter" / lora.WEIGHTS)
+        parameters = lora.trainable(model)
+        if learnt.keys() != {lora.stock_name(name) for name in parameters}:
+            raise UserError(
+                f"from={job.parent.name}: its adapter changes other linears. Give the same targets= and base."
+            )
+        for name, p in parameters.items():
+            p.data.copy_(learnt[lora.stock_name(name)])
+    model.get_base_model().config.use_cache = False
+    if job.recipe.checkpointing:
+        model.get_base_model().gradient_checkpointing_enable()
+    return model.to(device)
+
+
+def _finish(job: "Job", task: "Task", engine: "Engine", notes: list[str], began: float) -> None:
+    """Write the adapter, then run.json: its presence says that all is there."""
+    from train import lora, manifest
+
+    masters, _ = engine.gather()
+    if task.world.rank > 0:
+        return
+    with staged(job.run / "adapter") as aside:
+        lora.save_adapter(engine.model, aside, masters)  # type: ignore[arg-type]
+    rows = [json.loads(line) for line in (job.run / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
+    epoch = [row["loss"] for row in rows if row["epoch"] == rows[-1]["epoch"]]
+    loss = {"first": rows[0]["loss"], "last": rows[-1]["loss"], "last_epoch": sum(epoch) / len(epoch)}
+    seconds = sum(row["seconds"] for row in rows)
+    record = {
+        "run": job.run.name,
+        **job.inputs,
+        "inputs_sha256": sha256(job.run / "inputs.json"),
+        "recipe_sha256": sha256(job.run / "recipe.yaml"),
+        "lock": manifest.lock(),
+        "seed": job.recipe.seed,
+        "code": manifest.code(),
+        "versions": manifest.versions(),
+        "machine": manifest.machine(),
+        "processes": task.world.size,
+        "decisions": notes,
+        "steps": len(rows),
+        "loss": loss,
+        "tokens": sum(row["tokens"] for row in rows),
+        "label_tokens": sum(row["label_tokens"] for row in rows),
+        "timings": {"steps_seconds": seconds, "began": began, "finished": time.time()},
+        "adapter": manifest.hash_folder(job.run / "adapter"),
+    }
+    write_json(job.run / "run.json", record)
+    speed = record["tokens"] / max(seconds, 1e-9)
+    print(
+        f"loss {loss['first']:.4f} -> {loss['last']:.4f} in {len(rows)} steps, {seconds:,.0f} s, {speed:,.0f} tokens/s"
+    )
+    print(f"adapter: {job.run / 'adapter'}\n{_next(job.run)}", flush=True)
+
+
+def _next(folder: Path) -> str:
+    return f"Next: make export RUN={folder.name}"
