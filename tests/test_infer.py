@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from train.config import build
 from train.conversations import Turn
 from train.errors import UserError
 from train.files import write_json
-from train.generate import answers
+from train.generate import Sampling, answers
 from train.gptq import Scheme, quantize
 from train.loader import load, load_run
-from train.stock import load_stock, refuse_unseen_code
+from train.stock import load_stock, refuse_unseen_code, stock_stream
 from train.tokenizer import Tokenizer, load_tokenizer
 from train.verbs.infer import Chat, Options, Speaker, choose, run
 
@@ -127,7 +128,7 @@ def echo(context: int = 60) -> Speaker:
     def ids(turns: list[Turn], system: str) -> list[int]:
         return [len(turns)] * sum(len(text) for text in (system, *(turn.text for turn in turns)))
 
-    def say(ids: list[int]) -> Iterator[str]:
+    def say(ids: list[int], notify: Callable[[str], None]) -> Iterator[str]:
         yield f"seen {ids[-1]}"
         yield "."
 
@@ -175,14 +176,16 @@ def test_a_question_that_cannot_fit_is_refused_and_the_chat_goes_on(capsys: pyte
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(capsys: pytest.CaptureFixture[str]) -> None:
     speaker = echo()
 
-    def interrupted(ids: list[int]) -> Iterator[str]:
+    def interrupted(ids: list[int], notify: Callable[[str], None]) -> Iterator[str]:
         if len(ids) > 2:
             yield "half"
         raise KeyboardInterrupt
 
     chat = talk(Speaker(speaker.ids, interrupted, 60), "a", "abc")
     assert chat.turns == [Turn("user", "abc"), Turn("assistant", "half")]
-    assert capsys.readouterr().err.count("(stopped)") == 2
+    out, err = capsys.readouterr()
+    assert err.count("(stopped)") == 2
+    assert out == "half\n"
 
 
 def test_piped_lines_are_turns(
@@ -252,7 +255,17 @@ def test_the_stock_way_says_what_the_same_weights_say_in_our_loop(
     assert torch.nn.Linear(8, 8).weight.std() > 0.1, "auto-gptq must not leave torch without its initialisers"
 
 
-def test_a_stock_answer_can_be_stopped_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stock_answer_can_be_stopped(tmp_path: Path) -> None:
+    model, tokenizer = load_stock(tiny_llama(tmp_path), False, torch.float32, torch.device("cpu"))
+    notes: list[str] = []
+    pieces = stock_stream(model, tokenizer, [1, 2], 200, Sampling(), notes.append)
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if "work" in thread.name]
+    assert notes == []
+
+
+def test_a_stock_answer_is_drawn_by_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_llama(tmp_path / "models" / "llama")
     said = []
     for seed in ("1", "1", "2"):

@@ -90,7 +90,7 @@ def answers(
 
 def _answer(rows: list[list[int]], model: nn.Module, tokenizer: Tokenizer, max_new_tokens: int) -> list[str]:
     width = max(map(len, rows))
-    steps = _room(width, max_new_tokens, model)
+    steps = room(width, max_new_tokens, model)
     padding = [width - len(row) for row in rows]
     ids = torch.tensor([[tokenizer.pad] * pad + row for pad, row in zip(padding, rows)])  # [B, T]
     mask = torch.tensor([[0] * pad + [1] * len(row) for pad, row in zip(padding, rows)])
@@ -124,31 +124,33 @@ def stream(
     Says through `notify` when the answer ends because of `max_new_tokens` or of the model's context.
     Raises UserError at the first piece if the prompt fills the context.
     """
-    steps = _room(len(ids), max_new_tokens, model)
+    steps = room(len(ids), max_new_tokens, model)
     text = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of half a character
     row = torch.tensor([list(ids)])
+    full = True
     for step in _tokens(model, row, torch.ones_like(row), _chooser(sampling or Sampling(), _device(model)), steps):
         number = int(step)
         if number in tokenizer.stop_ids:
+            full = False
             break
         if not tokenizer.is_control(number) and (piece := text.decode(tokenizer.bytes_of(number))):
             yield piece
-    else:
-        full = f"the model's context of {context_of(model)} tokens is full"
-        notify(
-            f"(stopped: {full if steps < max_new_tokens else f'{max_new_tokens} tokens, the most that were asked for'})"
-        )
     if tail := text.decode(b"", final=True):
         yield tail
+    if full and steps < max_new_tokens:
+        notify(f"(stopped: the model's context of {context_of(model)} tokens is full)")
+    elif full:
+        notify(f"(stopped: {max_new_tokens} tokens, the most that were asked for)")
 
 
-def _room(width: int, max_new_tokens: int, model: nn.Module) -> int:
-    room = context_of(model) - width
-    if room < 1:
+def room(width: int, max_new_tokens: int, model: nn.Module) -> int:
+    """How many of `max_new_tokens` the context has room for after a prompt of `width` tokens; UserError if none."""
+    left = context_of(model) - width
+    if left < 1:
         raise UserError(
             f"the prompt has {width} tokens, the model's context {context_of(model)}: nothing is left for an answer. Shorten it."
         )
-    return min(room, max_new_tokens)
+    return min(left, max_new_tokens)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -15,7 +15,7 @@ from train.chatml import DEFAULT_SYSTEM, prompt
 from train.config import Recipe, option
 from train.conversations import Turn
 from train.errors import UserError
-from train.generate import Sampling, context_of, notice, stream
+from train.generate import Sampling, context_of, notice, room, stream
 from train.loader import load, load_run, pick_device, pick_dtype, read_run, resolve
 from train.stock import load_stock, stock_stream
 from train.tokenizer import load_tokenizer
@@ -64,7 +64,7 @@ class Speaker:
     """A loaded model as the chat needs it: ids of turns under a system message, the answer to them, and how many fit."""
 
     ids: Callable[[list[Turn], str], list[int]]
-    say: Callable[[list[int]], Iterator[str]]
+    say: Callable[[list[int], Callable[[str], None]], Iterator[str]]  # the second is told why an answer was cut off
     context: int
 
 
@@ -85,9 +85,7 @@ def run(options: Options) -> None:
 
     # one answer, or a chat
     if options.prompt:
-        for piece in speaker.say(speaker.ids([Turn("user", options.prompt)], system)):
-            print(piece, end="", flush=True)
-        print()
+        speak(speaker, speaker.ids([Turn("user", options.prompt)], system), [])
         return
     Chat(speaker, system, options.max_tokens).run(_lines())
 
@@ -151,7 +149,7 @@ def _ours(source: Source, options: Options, sampling: Sampling, template: str) -
         model, tokenizer = load(base, dtype, device, keep_float=float_too), load_tokenizer(base)
     return Speaker(
         ids=lambda turns, system: prompt(turns, tokenizer, system, template),
-        say=lambda ids: stream(model, tokenizer, ids, options.max_tokens, sampling),
+        say=lambda ids, notify: stream(model, tokenizer, ids, options.max_tokens, sampling, notify),
         context=context_of(model),
     )
 
@@ -167,12 +165,29 @@ def _has_room(folder: Path) -> bool:
 def _stock(source: Source, options: Options, sampling: Sampling, template: str) -> Speaker:
     device = pick_device()
     model, tokenizer = load_stock(source.folder, options.trust_remote_code, pick_dtype(device, options.dtype), device)
-    context = context_of(model)
 
-    def say(ids: list[int]) -> Iterator[str]:
-        return stock_stream(model, tokenizer, ids, min(options.max_tokens, context - len(ids)), sampling)
+    def say(ids: list[int], notify: Callable[[str], None]) -> Iterator[str]:
+        return stock_stream(model, tokenizer, ids, room(len(ids), options.max_tokens, model), sampling, notify)
 
-    return Speaker(lambda turns, system: prompt(turns, tokenizer, system, template), say, context)
+    return Speaker(lambda turns, system: prompt(turns, tokenizer, system, template), say, context_of(model))
+
+
+def speak(speaker: Speaker, ids: list[int], said: list[str]) -> None:
+    """Print the answer to `ids` as it comes, a line end, and why it was cut off, if it was; its pieces go into `said` too."""
+    notes: list[str] = []
+    pieces = speaker.say(ids, notes.append)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            said.append(piece)
+    except BaseException:
+        print(end="\n" if said else "", flush=True)
+        raise
+    finally:
+        pieces.close()  # type: ignore[attr-defined]
+    print(flush=True)
+    for note in notes:
+        notice(note)
 
 
 # the chat
@@ -231,16 +246,10 @@ class Chat:
         if ids is None:
             return
         said: list[str] = []
-        pieces = self.speaker.say(ids)
         try:
-            for piece in pieces:
-                print(piece, end="", flush=True)
-                said.append(piece)
+            speak(self.speaker, ids, said)
         except KeyboardInterrupt:
-            notice(" (stopped)")
-        finally:
-            pieces.close()  # type: ignore[attr-defined]
-        print(flush=True)
+            notice("(stopped)")
         self.turns += [Turn("user", question), Turn("assistant", "".join(said))] if said else []
 
     def fit(self, question: str) -> list[int] | None:
