@@ -105,8 +105,7 @@ def resolve(requirements: list[str], constraints: list[str], *flags: str) -> lis
         )  # source packages are asked for their metadata with the pinned tools
         command = [find_uv(), "pip", "compile", "--quiet", "--universal", "--python-version", PYTHONS[0], *flags]
         command += ["-c", str(limits), "-b", str(build), "--format", "pylock.toml", "-o", str(result), str(source)]
-        environment = {**os.environ, "BUILD_CUDA_EXT": "0", "PYPI_RELEASE": "1", "DS_BUILD_OPS": "0"}
-        if subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL).returncode:
+        if subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL).returncode:
             sys.exit(
                 "lock.py: pyproject.toml and env.lock have no common solution (above). `make lock`, or `make lock UPGRADE=1`."
             )
@@ -117,6 +116,14 @@ def resolve(requirements: list[str], constraints: list[str], *flags: str) -> lis
 def find_uv() -> str:
     uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
     return uv or sys.exit("lock.py: no uv beside this Python: run `make setup`, then .venv/bin/python docker/lock.py")
+
+
+def environment() -> dict[str, str]:
+    """What uv and the setup.py files that it asks see: pip's mirror, and no CUDA extensions, as in docker/setup."""
+    command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    mirror = os.environ.get("PIP_INDEX_URL") or subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    found = {"UV_DEFAULT_INDEX": mirror} if mirror else {}
+    return {**found, **os.environ, "BUILD_CUDA_EXT": "0", "PYPI_RELEASE": "1", "DS_BUILD_OPS": "0"}
 
 
 def resolve_all(constraints: list[str]) -> dict[str, list[Entry]]:
