@@ -16,7 +16,7 @@ from train.conversations import Conversation
 from train.errors import UserError
 from train.files import sha256, write_text
 
-SMOOTHING = 0.9  # weight of the past in the smoothed loss
+SHARE = 15  # the running mean is over one step in so many, around each step
 DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # bits of a braille cell: column, then dots from below
 
 
@@ -41,12 +41,12 @@ def training_data(record: dict[str, Any]) -> tuple[list[Conversation], str]:
         return [], path.name
 
 
-def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
-    """Exponential moving average without its start-up bias."""
-    done, mean = [], 0.0
-    for n, value in enumerate(values, start=1):
-        mean = weight * mean + (1 - weight) * value
-        done.append(mean / (1 - weight**n))
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean around each step: an equal number on either side, fewer at the ends, so that it does not lag behind."""
+    reach, done = max(1, len(values) // SHARE), []
+    for n in range(len(values)):
+        side = min(reach, n, len(values) - 1 - n)
+        done.append(math.fsum(values[n - side : n + side + 1]) / (2 * side + 1))
     return done
 
 
@@ -66,7 +66,15 @@ def draw_losses(losses: Sequence[dict[str, Any]], name: str, path: Path) -> None
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.spines[["top"]].set_visible(False)
     rate = axes.twinx()
-    rate.plot(steps, [row["learning_rate"] for row in losses], color="#c9782e", linewidth=1, label="learning rate")
+    rate.plot(
+        steps,
+        [row["learning_rate"] for row in losses],
+        color="#c9782e",
+        linewidth=0.9,
+        alpha=0.8,
+        linestyle=(0, (4, 2)),
+        label="learning rate",
+    )
     rate.set_ylabel("learning rate", color="#c9782e")
     rate.set_ylim(0, None)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))

@@ -6,6 +6,7 @@ adapter on its base. Writes answers.jsonl, loss.png and report.md into the run's
 
 import gc
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from train.report import Answer, draw_losses, plot, smoothed, training_data, wri
 from train.tokenizer import Tokenizer, load_tokenizer
 
 WIDEST = 160  # columns of the table
+LONGEST_WORD = 16  # letters that are given up so that a cut does not tear a word
 FIRST = 8  # questions taken from the data when nothing else says which
 
 
@@ -116,7 +118,7 @@ def read_questions(path: Path) -> list[str]:
 
 def _question(line: str) -> str:
     row = json.loads(line)
-    text = row if isinstance(row, str) else row.get("question") or row["instruction"]
+    text = row.get("question") or row["instruction"] if isinstance(row, dict) else row
     if not isinstance(text, str) or not text.strip():
         raise ValueError(line)
     return text.strip()
@@ -243,12 +245,16 @@ def table(found: Sequence[Answer], width: int) -> Any:
 
 
 def shorten(text: str, cells: int) -> str:
-    """`text` on one line, at most `cells` columns wide (a Chinese character takes two), cut with …"""
+    """`text` on one line, at most `cells` columns wide (a Chinese character takes two), cut with …
+
+    Control characters are left out: an answer must not steer the terminal.
+    """
     from rich.cells import cell_len
 
-    line = " ".join(text.split())
+    line = "".join(c for c in " ".join(text.split()) if unicodedata.category(c) != "Cc")
     if cell_len(line) <= cells:
         return line
     while cell_len(line) > cells - 1:
         line = line[: len(line) - max(1, (cell_len(line) - cells) // 2)]
-    return line.rstrip() + "…"
+    words, _, torn = line.rpartition(" ")
+    return (words if words and len(torn) < LONGEST_WORD else line).rstrip(" ,.:;，。：；") + "…"
