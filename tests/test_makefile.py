@@ -3,9 +3,12 @@
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from train.config import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = ("demo", "model", "data", "train", "export", "quantize", "infer", "compare")
@@ -89,9 +92,25 @@ def test_every_verb_sets_up_first(verb: str) -> None:
     assert f"-m train {verb}" in lines[-1]
 
 
-def test_train_fetches_its_base_first_unless_it_goes_on() -> None:
-    assert words(make("-n", "train", "MODEL=Qwen/X", "RUN=none-such"), "model")[:1] == ["model=Qwen/X"]
-    assert "-m train model" not in make("-n", "train", "ARGS=--help")
+def test_train_fetches_its_base_first(tmp_path: Path) -> None:
+    """Not before its data is there, and not when it goes on with a run."""
+    data = tmp_path / "it's.jsonl"
+    data.touch()
+    assert train_steps(f"DATA={data}", "MODEL=Qwen/X") == ["model model=Qwen/X", f"train data={data} model=Qwen/X"]
+    assert train_steps(f"DATA={data}")[0] == f"model model={Recipe.model}"
+    demo = load_recipe("demo", {}).model
+    assert train_steps(f"DATA={data}", "RECIPE=demo")[0] == f"model model={demo}"
+    assert train_steps("DATA=none-such") == ["train data=none-such"]
+    assert train_steps("ARGS=--help") == ["train --help"]
+
+
+def train_steps(*typed: str) -> list[str]:
+    """What `make train` runs, through a shell in which the real interpreter only echoes what it would do."""
+    line = "PY=" + sys.executable
+    script = make("-n", "train", line, *typed).replace("docker/setup", "")
+    spoken = script.replace(f"{sys.executable} -m train", "echo")
+    output = subprocess.run(["bash", "-c", spoken], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return output.splitlines()
 
 
 def test_help_is_the_default_and_lists_every_target() -> None:
