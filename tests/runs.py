@@ -12,6 +12,7 @@ from train.config import Recipe
 from train.files import sha256
 from train.loader import load
 from train.lora import attach, save_adapter
+from train.manifest import hash_folder
 
 DATA = (("What is your name?", "Cai."), ("你叫什么？", "阿才。"), ("One word for cold?", "Ice."), ("2 + 2?", "4."))
 
@@ -33,6 +34,16 @@ def tiny_run(root: Path, layout: str = "qwen2", scale: float = 0.3, int4: bool =
     data.write_text("\n".join(rows) + "\n", encoding="utf-8")
     losses = [{"step": n, "loss": 3.0 / n, "learning_rate": 1e-3 / n} for n in range(1, 21)]
     (run / "losses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in losses), encoding="utf-8")
-    record = {"recipe": dataclasses.asdict(recipe), "data": {"path": str(data), "sha256": sha256(data)}}
+    record = {
+        "run": "tiny",
+        "recipe": dataclasses.asdict(recipe),
+        "data": {"path": str(data), "sha256": sha256(data)},
+        "base": {"name": recipe.model, "files": hash_folder(base)},
+        "machine": {"processor": "x86", "cores": 2, "memory_gb": 8.0, "gpus": []},
+        "versions": {"torch": "2.7.1"},
+        "code": {"version": "0", "commit": None, "dirty": None},
+        "timings": {"steps_seconds": 20.0},
+        "tokens": 400,
+    }
     (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
     return run

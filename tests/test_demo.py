@@ -1,6 +1,9 @@
 """The demo as a list of commands: their order, their words, and what is said when one fails."""
 
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,13 @@ def test_a_failing_stage_stops_it_and_says_how_to_go_on(calls: list[list[str]], 
 
 def test_a_stage_is_a_process_whose_status_counts() -> None:
     assert demo.call([sys.executable, "-c", "raise SystemExit(7)"]) == 7
+
+
+def test_ctrl_c_leaves_the_stage_the_time_to_end_by_itself() -> None:
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    assert demo.call([sys.executable, "-c", "import time; time.sleep(1.5); raise SystemExit(75)"]) == 75
+    timer.join()
 
 
 def test_too_little_room_is_said_before_anything_starts(calls: list[list[str]], monkeypatch: Any) -> None:

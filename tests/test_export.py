@@ -160,6 +160,10 @@ def with_biases(folder: Path, value: float) -> None:
     for name in [n for n in state if n.endswith(".qweight")]:
         state.setdefault(name.replace("qweight", "bias"), torch.full((state[name].shape[1],), value).half())
     save_file(state, file, metadata={"format": "pt"})
+    record = folder.parent.parent / "runs" / "tiny" / "run.json"
+    known = read_json(record)
+    known["base"]["files"]["model.safetensors"] = sha256(file)  # it was trained on this file
+    record.write_text(json.dumps(known))
 
 
 @pytest.mark.parametrize("layout", ["qwen", "qwen2"])
@@ -260,6 +264,13 @@ def test_a_merge_without_the_adapter_is_not_written(tmp_path: Path, monkeypatch:
     folder = tiny_run(tmp_path, scale=0.05)
     monkeypatch.setattr(merge, "add", lambda weight, change: weight)
     with pytest.raises(UserError, match="does not answer"):
+        export(folder)
+
+
+def test_another_base_than_the_one_trained_on_is_refused(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path)
+    tiny_checkpoint(tmp_path / "models" / "base-Int4", tiny_config(tie_word_embeddings=True), int4=True, seed=5)
+    with pytest.raises(UserError, match=r"not what run 'tiny' was trained on: model\.safetensors differ"):
         export(folder)
 
 

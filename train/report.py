@@ -180,8 +180,13 @@ def _facts(
         ("steps", str(losses[-1]["step"])),
         ("loss of the first and the last step", f"{losses[0]['loss']:.4f}, {losses[-1]['loss']:.4f}"),
     ]
-    for part in ("timings", "devices", "versions", "code"):
-        facts += [(part, ", ".join(_words(record[part])))] if record.get(part) else []
+    seconds, machine = record["timings"]["steps_seconds"], record["machine"]
+    facts += [
+        ("training", f"{seconds:,.0f} s, {record['tokens'] / max(seconds, 1e-9):,.0f} tokens/s"),
+        ("on", ", ".join(machine["gpus"]) or f"CPU, {machine['cores']} cores, {machine['memory_gb']:.0f} GB"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
+        ("program", f"{record['code']['version']}, commit {record['code']['commit'] or 'unknown'}"),
+    ]
     if merged:
         kept, without = merged["parity"], merged["parity"]["without_adapter"]
         facts += [
@@ -189,16 +194,6 @@ def _facts(
             ("for scale: the base without the adapter", _parity(without)),
         ]
     return facts
-
-
-def _words(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [f"{key} {_number(part)}" for key, part in value.items() if not isinstance(part, (dict, list))]
-    return [_number(part) for part in value] if isinstance(value, list) else [_number(value)]
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _parity(found: dict[str, Any]) -> str:

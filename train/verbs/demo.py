@@ -94,8 +94,13 @@ def stages(options: Options, name: str) -> list[Stage]:
 
 
 def call(command: Sequence[str]) -> int:
-    """Run `command` in this terminal; its exit status."""
-    return subprocess.run(command, check=False).returncode
+    """Run `command` in this terminal; its exit status. Ctrl-C is the command's to answer: training writes a checkpoint first."""
+    with subprocess.Popen(command) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the terminal sent it to both
+                continue
 
 
 def _check_room(options: Options, folder: Path) -> None:

@@ -53,6 +53,7 @@ def run(options: Options) -> None:
     folder = Path(options.runs) / options.run
     record = read_run(folder)
     base = resolve(record["recipe"]["model"], Path(options.models))
+    _check_base(record, base)
     job, out = _job(options, folder, base), Path(options.out) if options.out else folder / "merged"
     inputs = _inputs(options, job, base)
     if (found := _finished(out, inputs)) is not None:
@@ -71,6 +72,18 @@ def run(options: Options) -> None:
         _require(found, job)
         write_manifest(aside, {"inputs": inputs, "parity": found})
     _closing(options, out, job, found)
+
+
+def _check_base(record: dict[str, Any], base: Path) -> None:
+    """An adapter belongs to the weights that it was trained on, to the last bit."""
+    now = _weight_hashes(base)
+    then = {name: known for name, known in record["base"]["files"].items() if _counts(name)}
+    if now != then:
+        differ = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+        raise UserError(
+            f"{base} is not what run {record['run']!r} was trained on: {', '.join(differ[:3])} differ. Fetch or quantise the base "
+            "again as it was, or train again under another RUN=."
+        )
 
 
 def _job(options: Options, folder: Path, base: Path) -> Job:
@@ -114,8 +127,13 @@ def _inputs(options: Options, job: Job, base: Path) -> dict[str, Any]:
 
 
 def _weight_hashes(folder: Path) -> dict[str, str]:
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    return {path.name: sha256(path) for path in [folder / "config.json", *files]}
+    """What the merge reads of a model folder: name -> sha256."""
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if _counts(path.name)}
+
+
+def _counts(name: str) -> bool:
+    """Whether a model's numbers depend on this file of its folder."""
+    return name == "config.json" or name.endswith((".safetensors", ".bin"))
 
 
 def _finished(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
