@@ -62,7 +62,7 @@ class Summary:
     unlearnable: tuple[str, ...]  # where: left out, for nothing in them is learnt (after the cut)
     samples: int
     rows: int  # an epoch
-    efficiency: float  # real tokens / tokens computed, of the first epoch
+    efficiency: float  # of the first epoch: real tokens / positions in its rows
 
     @property
     def overlong_text(self) -> str:
@@ -77,7 +77,7 @@ class Summary:
         return (
             f"{self.conversations:,} conversations, {self.turns:,} turns, {self.tokens:,} tokens "
             f"({self.tokens_min} to {self.tokens_max}, median {self.tokens_median}), {self.labels:,} of them learnt; "
-            f"{self.overlong_text}{lost}; {self.rows:,} rows an epoch, {self.efficiency:.1%} of them real tokens"
+            f"{self.overlong_text}{lost}; {self.rows:,} rows an epoch, {self.efficiency:.1%} of their positions real tokens"
         )
 
 
@@ -156,10 +156,12 @@ def _summary(
 
 
 def _efficiency(samples: Sequence[Sample], recipe: Recipe) -> tuple[int, float]:
-    """(rows, real / computed tokens) of the first epoch, in batches as wide as their longest row, as `collate` makes them."""
+    """(rows, real tokens / positions) of the first epoch: a packed row has `length`, another that of the longest in its batch."""
     lengths = [len(sample.ids) for sample in samples]
     rows = arrange(lengths, recipe.length, recipe.seed, 0, recipe.pack)
     widths = [sum(lengths[i] for i in row) for row in rows]
+    if recipe.pack:
+        return len(rows), sum(widths) / (len(rows) * recipe.length)
     batches = [widths[at : at + recipe.batch] for at in range(0, len(widths), recipe.batch)]
     return len(rows), sum(widths) / sum(max(batch) * len(batch) for batch in batches)
 

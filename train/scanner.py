@@ -137,9 +137,9 @@ class Scanner:
             return self._odd_string(at)
         if number := NUMBER.match(self.text, at, self.stop):
             return 0, number.end()
-        return self._word(at, "a JSON value" if path else "a row, an object in { }")
+        return self._word(at, path)
 
-    def _word(self, at: int, expected: str) -> tuple[Any, int]:
+    def _word(self, at: int, path: Place) -> tuple[Any, int]:
         """true, false and null; other words with a fault."""
         match = WORD.match(self.text, at, self.stop)
         if match is None:
@@ -150,7 +150,8 @@ class Scanner:
         word = match.group()
         if word in CONSTANTS:
             return CONSTANTS[word], match.end()
-        self.fault(at, f"{word[:24]!r} without quotes", expected, FOREIGN.get(word, 'put text in double quotes: "…"'))
+        remedy = FOREIGN.get(word, 'put text in double quotes: "…"') if path else "delete it, or make it a row"
+        self.fault(at, f"{word[:24]!r} without quotes", "a JSON value" if path else "a row, an object in { }", remedy)
         return word, match.end()
 
     def _object(self, start: int, path: Place, depth: int) -> tuple[dict[str, Any], int]:
