@@ -5,6 +5,7 @@ engines and devices' memory. The whole data set is in memory as numbers, which i
 """
 
 import fcntl
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +18,6 @@ from torch import nn
 
 from train import conversations, lora, manifest
 from train.config import Recipe
-from train.conversations import Conversation
 from train.dataset import Plan, Sample, encode
 from train.decoder import Decoder
 from train.errors import UserError
@@ -50,7 +50,7 @@ class Job:
 
 
 def prepare(
-    recipe: Recipe, data: Path, run: Path, parent: Path | None, models: Path, processes: int, dtype: str
+    recipe: Recipe, data: str, run: Path, parent: Path | None, models: Path, processes: int, dtype: str
 ) -> Job:
     """Check everything there is to check; nothing is written and no weight is loaded.
 
@@ -61,13 +61,12 @@ def prepare(
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
     talks, base, _ = _all(
-        lambda: _load(data), lambda: resolve(recipe.model, models), lambda: _check_parent(recipe, parent)
+        lambda: conversations.load(data), lambda: resolve(recipe.model, models), lambda: _check_parent(recipe, parent)
     )
     config, _ = read_folder_config(base)
     names = lora.targets(config.layout, recipe.targets)
     tokenizer = load_tokenizer(base)
     samples, summary = encode(talks, tokenizer, recipe)
-    _check_samples(samples, data)
     rows = recipe.batch * recipe.accumulation * processes
     plan = Plan(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
     inputs = _inputs(recipe, data, base, parent, rows, dtype)
@@ -91,12 +90,6 @@ def _all(*checks: Callable[[], Any]) -> list[Any]:
     return values
 
 
-def _load(data: Path) -> list[Conversation]:
-    if not data.is_file():
-        raise UserError(f"data={data}: no such file. Example: make train DATA=data/demo.jsonl")
-    return conversations.load(data)
-
-
 def _check_parent(recipe: Recipe, parent: Path | None) -> None:
     """FROM= must be a run with an adapter of the recipe's own shape."""
     if parent is None:
@@ -111,24 +104,24 @@ def _check_parent(recipe: Recipe, parent: Path | None) -> None:
         raise UserError(f"from={parent.name}: its adapter has another shape: {', '.join(wrong)}. Give {hint}.")
 
 
-def _check_samples(samples: list[Sample], data: Path) -> None:
-    if not any(sample.mask[1:].any() for sample in samples):
-        raise UserError(
-            f"{data}: no token is left to learn in {len(samples)} conversations: every answer stands beyond length=. "
-            "Give a larger length=, or shorten system= and the questions."
-        )
-
-
-def _inputs(recipe: Recipe, data: Path, base: Path, parent: Path | None, rows: int, dtype: str) -> dict[str, Any]:
+def _inputs(recipe: Recipe, data: str, base: Path, parent: Path | None, rows: int, dtype: str) -> dict[str, Any]:
     adapter = parent / "adapter" / lora.WEIGHTS if parent else None
     return {
-        "data": {"path": str(data), "sha256": sha256(data)},
+        "data": {"path": data, **_hash_data(data)},
         "base": {"name": recipe.model, "files": manifest.hash_folder(base)},
         "from": {"run": parent.name, "sha256": sha256(adapter)} if parent and adapter else None,
         "recipe": asdict(recipe),
         "rows_per_step": rows,
         "dtype": dtype,
     }
+
+
+def _hash_data(data: str) -> dict[str, Any]:
+    """sha256 of the one file, or of the list of several files' hashes."""
+    files = {str(path): sha256(path) for path in conversations.sources(data)}
+    if len(files) == 1:
+        return {"sha256": next(iter(files.values()))}
+    return {"sha256": hashlib.sha256("\n".join(files.values()).encode()).hexdigest(), "files": files}
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

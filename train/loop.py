@@ -106,7 +106,7 @@ def _step(task: Task, engine: Engine, step: int, stop: Stop) -> tuple[dict[str, 
         "loss": loss / max(labels, 1),
         "learning_rate": rate,
         "grad_norm": norm,  # None: float16 overflowed, the update was left out
-        "tokens": sum(len(task.samples[i].ids) for r in rows for i in r),
+        "tokens": task.plan.token_count(step),
         "label_tokens": labels,
         "seconds": time.monotonic() - began,
     }

@@ -35,7 +35,7 @@ __doc__ = f"{__doc__}\nEvery key of the recipe may be given too:\n{describe(Reci
 class Options:
     """What to train on what."""
 
-    data: str = option("", "file of conversations (.json or .jsonl)")
+    data: str = option("", "file, folder of .json and .jsonl files, or several with commas between")
     model: str = option("", "base; empty: the recipe's")
     recipe: str = option("qlora", "a name in train/recipes/, or the path of a .yaml file")
     run: str = option("", "name of the run folder below runs/; empty: data-recipe-model")
@@ -93,7 +93,7 @@ def _run(options: Request, place: World | None) -> int:
     folder = Path(options.runs) / (options.run or _name(options, recipe))
     parent = Path(options.runs) / options.from_run if options.from_run else None
     job = prepare(
-        recipe, Path(options.data), folder, parent, Path(options.models), processes, str(dtype).removeprefix("torch.")
+        recipe, options.data, folder, parent, Path(options.models), processes, str(dtype).removeprefix("torch.")
     )
     if job.finished:
         print(f"run {folder.name!r} is finished: nothing to do. Its adapter is {folder / 'adapter'}.\n{_next(folder)}")
@@ -133,7 +133,7 @@ def _machine(options: Options, recipe: Recipe, place: World | None) -> "tuple[to
 
 def _name(options: Options, recipe: Recipe) -> str:
     """data-recipe-model, each without its folder."""
-    return "-".join((Path(options.data).stem, Path(options.recipe).stem, Path(recipe.model).name))
+    return "-".join((Path(options.data.split(",")[0]).stem, Path(options.recipe).stem, Path(recipe.model).name))
 
 
 def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype") -> int:

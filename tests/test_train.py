@@ -1,0 +1,480 @@
+"""The train verb on tiny models: what it learns, what it refuses, and that nothing interrupts it for good."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.oracles import tiny_checkpoint, tiny_config
+from train import checkpoint, job, loop, lora
+from train.config import RECIPES, Recipe, load_recipe
+from train.engine import Engine
+from train.errors import UserError
+from train.files import read_json
+from train.generate import answers
+from train.loader import load, load_run
+from train.verbs import train as verb
+from train.world import CUT_OFF
+
+ROOT = Path(__file__).parent.parent
+TRACE = ROOT / "tests" / "traces" / "ten_steps.json"
+QUIET = {"save_every": "0", "batch": "2", "accumulation": "2", "length": "96", "rank": "4", "zero": "0"}
+
+
+def rows(path: Path, count: int = 12) -> Path:
+    """Conversations of unequal length."""
+    made = [{"instruction": f"Question {n}?", "output": f"Answer {n}. " * (1 + n % 4)} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two tiny bases and a data set."""
+    folder = tmp_path_factory.mktemp("house")
+    tiny_checkpoint(folder / "models" / "tiny-Int4", tiny_config(), int4=True)
+    tiny_checkpoint(folder / "models" / "tiny-qwen", tiny_config("qwen"))
+    rows(folder / "data.jsonl")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(house)
+
+
+def words(**keys: Any) -> dict[str, str]:
+    base = {"data": "data.jsonl", "model": "tiny-Int4", "recipe": "smoke", **QUIET}
+    return {key: str(value) for key, value in {**base, **keys}.items()}
+
+
+def train(**keys: Any) -> None:
+    verb.run(verb.parse(words(**keys)))
+
+
+def losses(run: str, timing: bool = False) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (Path("runs") / run / "losses.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if timing or key != "seconds"} for line in lines]
+
+
+def adapter(run: str) -> bytes:
+    return (Path("runs") / run / "adapter" / lora.WEIGHTS).read_bytes()
+
+
+def child(*, launcher: tuple[str, ...] = (), **keys: Any) -> "subprocess.Popen[str]":
+    command = [*launcher, sys.executable, "-m", "train", "train", *(f"{k}={v}" for k, v in words(**keys).items())]
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_folder_that_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    train(run="whole", steps=4, save_every=2)
+    folder = Path("runs/whole")
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"recipe.yaml", "inputs.json", "losses.jsonl", "tensorboard", "checkpoints", "adapter", "run.json"}
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
+    record = read_json(folder / "run.json")
+    assert set(record["base"]["files"]) >= {"config.json", "model.safetensors", "qwen.tiktoken"}
+    assert set(record["adapter"]) == {lora.CONFIG, lora.WEIGHTS}
+    assert Recipe(**record["recipe"]) == load_recipe(str(folder / "recipe.yaml"), {})
+    assert record["loss"]["first"] == losses("whole")[0]["loss"]
+    assert list(folder.glob("tensorboard/events*"))
+    said = capsys.readouterr().out
+    assert "a step: 2 rows × 2 × 1 process = 4 rows" in said
+    assert "float32 (as this device does best)" in said
+    assert "kept in float32" in said
+    assert "Next: make export RUN=whole" in said
+
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    train(run="whole", steps=4, save_every=2)
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("changes", [{"rank": 8}, {"learning_rate": 0.5}, {"accumulation": 3}])
+def test_changed_inputs_are_refused_and_named(changes: dict[str, Any]) -> None:
+    train(run="first", steps=1)
+    with pytest.raises(UserError, match=r"begun with other inputs.*\n.*was.*now(.|\n)*RUN=.*FROM=first"):
+        train(run="first", steps=1, **changes)
+
+
+def test_changed_data_and_base_are_found_by_content(house: Path) -> None:
+    train(run="first", steps=1)
+    old = read_json(house / "runs" / "first" / "inputs.json")
+    new = json.loads(json.dumps(old))
+    new["data"]["sha256"], new["base"]["files"]["config.json"] = "0", "0"
+    new["recipe"]["keep"] = 9
+    said = job.changes(old, new)
+    assert len(said) == 2, "how many checkpoints are kept is no other input"
+    assert "data" in said[0]
+    assert "config.json" in said[1]
+
+
+def test_a_run_starts_from_anothers_adapter() -> None:
+    train(run="first", steps=1)
+    train(**{"run": "second", "steps": 1, "from": "first", "learning_rate": 0})
+    assert adapter("second") == adapter("first")
+    assert read_json(Path("runs/second/run.json"))["from"]["run"] == "first"
+    with pytest.raises(UserError, match="rank=4 alpha=16"):
+        train(**{"run": "third", "steps": 1, "from": "first", "rank": 2})
+    with pytest.raises(UserError, match="has no adapter"):
+        train(**{"run": "third", "steps": 1, "from": "nobody"})
+
+
+def test_a_run_in_use_is_left_alone() -> None:
+    with job.alone(Path("runs/busy")), pytest.raises(UserError, match="being trained by another process"):
+        train(run="busy", steps=1)
+
+
+# --- what is refused, before anything is written ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"data": "nowhere.jsonl"}, r"nowhere.jsonl.*no such file"),
+        ({"data": "broken.jsonl"}, r"broken.jsonl"),
+        ({"model": "absent"}, r"make model MODEL=absent"),
+        ({"targets": "q_proj,c_attn"}, r"no linear is called c_attn.*q_proj, k_proj"),
+        ({"length": 8}, r"nothing to learn: 12 conversations"),
+        ({"data": ""}, r"which data"),
+        ({"processes": 0}, r"count from 1"),
+    ],
+)
+def test_wrong_inputs_leave_nothing_behind(keys: dict[str, Any], message: str, house: Path) -> None:
+    (house / "broken.jsonl").write_text("{'instruction': 'a', 'output': 'b'}\n")
+    with pytest.raises(UserError, match=message):
+        train(run="wrong", **keys)
+    assert not (house / "runs" / "wrong").exists()
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        train(run="wrong", data="nowhere.jsonl", model="absent")
+    assert "nowhere.jsonl" in str(error.value)
+    assert "MODEL=absent" in str(error.value)
+
+
+def test_an_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="Did you mean learning_rate="):
+        verb.parse({"data": "x", "learning_rat": "1"})
+    with pytest.raises(UserError, match="Did you mean data="):
+        verb.parse({"dta": "x"})
+
+
+def test_a_full_disk_is_found_before_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "free_bytes", lambda path: 1 << 20)
+    with pytest.raises(UserError, match=r"GB free.*GB needed"):
+        train(run="wrong", steps=1)
+    assert not Path("runs/wrong").exists()
+
+
+def test_the_size_of_an_adapter_is_reckoned_right() -> None:
+    model = lora.attach(load(Path("models/tiny-Int4"), torch.float32), Recipe(rank=4))
+    expected = sum(p.numel() for p in lora.trainable(model).values())
+    assert job.adapter_size(tiny_config(), lora.targets("qwen2", "all"), 4) == expected
+
+
+def test_the_command_line_of_a_worker_says_the_same() -> None:
+    asked = verb.parse(words(run="x", steps=3, **{"from": "y"}))
+    assert verb.parse(dict(word.split("=", 1) for word in asked.words())) == asked
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_schedule_is_a_true_cosine() -> None:
+    recipe = Recipe(learning_rate=2.0, warmup=0.1, floor=0.25)
+    rates = [loop.learning_rate(recipe, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
+    assert rates[10] == 2.0
+    assert rates[55] == pytest.approx(2.0 * (0.25 + 0.75 * 0.5))
+    assert rates[99] == pytest.approx(2.0 * (0.25 + 0.75 * (1 + math.cos(math.pi * 89 / 90)) / 2))
+    assert loop.learning_rate(Recipe(warmup=3, schedule="constant"), 50, 100) == 3e-4
+    assert loop.learning_rate(Recipe(warmup=0, schedule="linear"), 50, 100) == pytest.approx(1.5e-4)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_the_engine_equals_plain_torch_and_goes_on_after_a_restore(zero: int) -> None:
+    """Three steps of two unequal micro batches; the third one after a restore into a new engine."""
+    from train import world
+
+    recipe = Recipe(model="tiny", rank=4, dropout=0.0, zero=zero, batch=2, accumulation=2, clip=0.5, learning_rate=1e-2)
+    generator = torch.Generator().manual_seed(5)
+    batches = [torch.randint(0, 300, (2, 12 - n), generator=generator) for n in range(6)]
+
+    def fresh() -> Any:
+        return lora.attach(load(Path("models/tiny-qwen"), torch.float32), recipe).train()
+
+    def plain() -> tuple[list[float], dict[str, torch.Tensor]]:
+        model, norms = fresh(), []
+        learnt = lora.trainable(model)
+        optimizer = torch.optim.AdamW(learnt.values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        for step in range(3):
+            optimizer.zero_grad()
+            pair = batches[2 * step : 2 * step + 2]
+            labels = sum(ids[:, 1:].numel() for ids in pair)
+            for ids in pair:
+                (model(input_ids=ids, labels=ids).loss / labels).backward()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(learnt.values(), 0.5)))
+            optimizer.step()
+        return norms, {name: p.detach() for name, p in learnt.items()}
+
+    world.join(world.World(), cuda=False)
+    engine, norms = Engine(fresh(), recipe, torch.float32, 1), []
+    for step in range(3):
+        if step == 2:
+            masters, moments = engine.gather()
+            counters = engine.counters()
+            engine = Engine(fresh(), recipe, torch.float32, 1)
+            engine.restore(masters, moments, counters)
+        pair = batches[2 * step : 2 * step + 2]
+        labels = sum(ids[:, 1:].numel() for ids in pair)
+        for n, ids in enumerate(pair):
+            engine.micro({"input_ids": ids, "labels": ids}, labels)
+            norm = engine.step(last=n == 1, rate=1e-2)
+        norms.append(norm)
+    expected, weights = plain()
+    assert norms == pytest.approx(expected, rel=1e-5)
+    for name, value in engine.gather()[0].items():
+        torch.testing.assert_close(
+            value, weights[name], rtol=0, atol=2e-5, msg=name
+        )  # AdamW steps by 1e-2 where g is tiny
+
+
+def test_micro_batches_of_any_shape_are_the_same_step() -> None:
+    """8 rows as 1 × 8, 2 × 4 (three of them short or empty at the end of the epoch) and 8 × 1."""
+    for run, batch, accumulation in (("a", 8, 1), ("b", 2, 4), ("c", 1, 8)):
+        train(
+            run=f"shape-{run}", batch=batch, accumulation=accumulation, epochs=2, steps=0, dropout=0, pack="off", zero=2
+        )
+    first = [row["loss"] for row in losses("shape-a")]
+    assert len(first) == 4
+    for run in ("b", "c"):
+        assert [row["loss"] for row in losses(f"shape-{run}")] == pytest.approx(first, rel=1e-5)
+
+
+def test_the_loss_is_over_all_labels_of_the_step() -> None:
+    """The first step's loss against a plain forward pass over all of its rows."""
+    import torch.nn.functional as F
+
+    train(run="labels", steps=1, epochs=1, dropout=0, batch=3, accumulation=4)
+    recipe = load_recipe("runs/labels/recipe.yaml", {})
+    work = job.prepare(recipe, "data.jsonl", Path("runs/labels"), None, Path("models"), 1, "float32")
+    model, total, count = load(Path("models/tiny-Int4"), torch.float32), 0.0, 0
+    for index in {i for row in work.plan.rows(0) for i in row}:
+        sample = work.samples[index]
+        ids = torch.tensor(sample.ids[None].tolist())
+        labels = torch.where(torch.tensor(sample.mask.tolist()).bool(), ids[0], -100)
+        with torch.no_grad():
+            total += F.cross_entropy(model(input_ids=ids).logits[0, :-1], labels[1:], reduction="sum").item()
+        count += int((labels[1:] != -100).sum())
+    row = losses("labels")[0]
+    assert row["label_tokens"] == count
+    assert row["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def trace() -> list[dict[str, float]]:
+    train(run="trace", model="tiny-qwen", steps=10, epochs=1, zero=2, dropout=0.05, learning_rate=0.003, seed=7)
+    return [{key: row[key] for key in ("step", "loss", "grad_norm", "learning_rate")} for row in losses("trace")]
+
+
+def test_ten_steps_are_those_that_were_committed() -> None:
+    """To renew the file after a change that is meant: python -m tests.test_train"""
+    expected = json.loads(TRACE.read_text())
+    found = trace()
+    assert len(found) == 10
+    for old, new in zip(expected, found, strict=True):
+        assert new == pytest.approx(old, rel=1e-5), f"step {old['step']}"
+
+
+def test_a_few_rows_are_learnt_by_heart(house: Path) -> None:
+    row = {"instruction": "Who are you?", "output": "我是 Pip, short and to the point."}
+    (house / "one.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for _ in range(4)))
+    keys = {"steps": 60, "learning_rate": 0.01, "rank": 16, "alpha": 32, "length": 192, "dropout": 0, "accumulation": 1}
+    train(run="heart", data="one.jsonl", batch=4, checkpointing="off", **keys)
+    assert losses("heart")[-1]["loss"] < 0.05
+    model, tokenizer, record = load_run(Path("runs/heart"), Path("models"), torch.float32)
+    said = answers(model, tokenizer, [row["instruction"]], record["recipe"]["system"], max_new_tokens=64)
+    assert said == [row["output"]]
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------------
+
+LONG = {"steps": 24, "save_every": 3, "dropout": 0.05, "zero": 2}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(house: Path) -> tuple[list[dict[str, Any]], bytes]:
+    os.chdir(house)
+    train(run="straight", **LONG)
+    return losses("straight"), adapter("straight")
+
+
+def test_killed_and_started_again_it_ends_in_the_same_bytes(uninterrupted: tuple[list[dict[str, Any]], bytes]) -> None:
+    """SIGKILL once a checkpoint is there, at whatever moment that is."""
+    process, checkpoints = child(run="killed", **LONG), Path("runs/killed/checkpoints")
+    deadline = time.monotonic() + 240
+    while not list(checkpoints.glob("step-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    said, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said
+    assert checkpoints.is_dir(), said
+    assert not Path("runs/killed/run.json").exists()
+    train(run="killed", **LONG)
+    assert losses("killed") == uninterrupted[0]
+    assert adapter("killed") == uninterrupted[1]
+
+
+def stop_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send a signal to this process while step `step` is computed."""
+    real: Callable[..., Any] = loop._step
+
+    def wrapped(task: Any, engine: Any, now: int, stop: Any) -> Any:
+        if now == step:
+            signal.raise_signal(number)
+        return real(task, engine, now, stop)
+
+    monkeypatch.setattr(loop, "_step", wrapped)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_a_checkpoint_and_status_75(
+    number: int, uninterrupted: tuple[list[dict[str, Any]], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = f"signal-{number}"
+    with monkeypatch.context() as patch:
+        stop_at(4, number, patch)
+        with pytest.raises(SystemExit) as stopped:
+            train(run=run, **LONG)
+    assert stopped.value.code == CUT_OFF
+    newest, _ = checkpoint.newest(Path("runs") / run)
+    assert newest is not None
+    assert newest.name == "step-000005"
+    train(run=run, **LONG)
+    assert losses(run) == uninterrupted[0]
+    assert adapter(run) == uninterrupted[1]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    uninterrupted: tuple[list[dict[str, Any]], bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(7, signal.SIGTERM, patch)
+        with pytest.raises(SystemExit):
+            train(run="damaged", **LONG)
+    path = Path("runs/damaged/checkpoints/step-000008/trainable.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    train(run="damaged", **LONG)
+    said = capsys.readouterr().out
+    assert "step-000008 is not used: trainable.safetensors is damaged" in said
+    assert "goes on after step 6 of 24" in said
+    assert adapter("damaged") == uninterrupted[1]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Engine.micro
+    calls = []
+
+    def poisoned(self: Engine, batch: Any, labels: int) -> torch.Tensor:
+        calls.append(labels)
+        return real(self, batch, labels) * (float("nan") if len(calls) == 6 else 1.0)
+
+    monkeypatch.setattr(Engine, "micro", poisoned)
+    with pytest.raises(UserError, match=r"step 3: the loss is not a number.*data.jsonl:\d+.*\n.*step-000002") as error:
+        train(run="poisoned", steps=4, save_every=2, pack="off", batch=1)
+    assert str(error.value).count("data.jsonl:") == 1, "the second micro batch of step 3 has one row"
+    assert not Path("runs/poisoned/run.json").exists()
+    assert [path.name for path in Path("runs/poisoned/checkpoints").iterdir()] == ["step-000002"]
+
+
+# --- several processes --------------------------------------------------------------------------------------------------------
+
+WIDE = {"epochs": 2, "steps": 0, "dropout": 0, "zero": 2, "pack": "off", "batch": 1, "save_every": 2}
+
+
+@pytest.fixture(scope="module")
+def alone_wide(house: Path) -> list[float]:
+    os.chdir(house)
+    train(run="wide-1", accumulation=8, **WIDE)
+    return [row["loss"] for row in losses("wide-1")]
+
+
+def test_two_processes_learn_what_one_does(alone_wide: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """ZeRO-2, 2 × 4 rows against 1 × 8, short steps at the end of an epoch among them; float32 sums in another order."""
+    process = child(run="wide-2", processes=2, accumulation=4, **WIDE)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert [row["loss"] for row in losses("wide-2")] == pytest.approx(alone_wide, rel=1e-5)
+    assert said.count("Next: make export") == 1
+    assert "OMP_NUM_THREADS" not in said
+    one, two = (lora.delta(Path("runs") / run / "adapter") for run in ("wide-1", "wide-2"))
+    for name in one:
+        for ours, theirs in zip(one[name][:2], two[name][:2], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4, msg=name)
+
+
+def test_one_process_goes_on_where_two_were(alone_wide: list[float]) -> None:
+    """A checkpoint belongs to no number of processes."""
+    folder = Path("runs/wide-2")
+    for name in ("run.json", "adapter", "checkpoints/step-000004"):
+        (folder / name).rename(folder / f"away-{Path(name).name}")
+    train(run="wide-2", accumulation=8, **WIDE)
+    assert [row["loss"] for row in losses("wide-2")] == pytest.approx(alone_wide, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_meet_under_mpirun(alone_wide: list[float]) -> None:
+    mpirun = Path(sys.executable).with_name("mpirun")
+    launcher = (str(mpirun), "-n", "2", "--allow-run-as-root", "--oversubscribe")
+    process = child(launcher=launcher, run="wide-mpi", accumulation=4, **WIDE)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert [row["loss"] for row in losses("wide-mpi")] == pytest.approx(alone_wide, rel=1e-5)
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_whole_run_and_every_key_is_explained(path: Path) -> None:
+    import yaml
+
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert [line.partition(":")[0] for line in lines] == list(Recipe.__dataclass_fields__), (
+        "each key once, in the same order"
+    )
+    assert all("  # " in line for line in lines)
+    recipe = load_recipe(path.stem, {})
+    assert all(
+        getattr(recipe, key) == value or key == "alpha" for key, value in yaml.safe_load(path.read_text()).items()
+    )
+
+
+if __name__ == "__main__":  # renew the trace
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as made:
+        os.chdir(made)
+        tiny_checkpoint(Path("models/tiny-qwen"), tiny_config("qwen"))
+        rows(Path("data.jsonl"))
+        TRACE.write_text(json.dumps(trace(), indent=1) + "\n")
