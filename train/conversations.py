@@ -65,10 +65,14 @@ def sources(data: str | Path) -> list[Path]:
     """
     found = []
     for name in [str(data)] if Path(data).exists() else str(data).split(","):
+        if not name.strip():
+            raise UserError(
+                f"data {str(data)!r}: a comma with no file name beside it. Example: DATA=one.json,two.jsonl"
+            )
         path = Path(name.strip())
         if path.is_dir():
             found += _inside(path)
-        elif path.is_file() and name.strip():
+        elif path.is_file():
             found.append(path)
         else:
             raise UserError(_absent(path))

@@ -132,7 +132,7 @@ class Meaning:
             elif role:
                 self._order(role, due, (*place, role_key), n)
                 turns.append(Turn("user" if role == "user" else "assistant", text or ""))
-            due = {"user": "assistant", "assistant": "user"}.get(role, due)
+            due = {"user": "assistant", "assistant": "user", "system": due}.get(role, "")  # "": anything
         if due == "assistant" and role == "user" and (key, n, role_key) not in {place for place, *_ in self.flaws}:
             self._flaw(
                 (key, n, role_key),
@@ -168,9 +168,9 @@ class Meaning:
             self._flaw(
                 place, f'"system" in turn {n + 1}', "it first or not at all", "move it to the front, or delete it"
             )
-        elif role != due and n == 0:
+        elif due and role != due and n == 0:
             self._flaw(place, "an answer first", "a question (user) first", "add the question, or delete this turn")
-        elif role != due:
+        elif due and role != due:
             remedy = "join the two turns into one, or add the one that is missing between them"
             self._flaw(place, f"a second {role} turn in a row", f"a turn of the {due}", remedy)
 

@@ -8,6 +8,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,9 +115,10 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
 
 def locate(text: str, row: Row) -> dict[Place, int]:
-    """Offset of every value in a sound row."""
+    """Offset of every value in a sound row, but for those behind brackets deeper than the scanner goes."""
     scanner = Scanner(text, row.stop, "the end")
-    scanner.value(row.start, (), 0)
+    with suppress(LostError):
+        scanner.value(row.start, (), 0)
     return scanner.places
 
 
