@@ -287,7 +287,7 @@ def test_the_reader_agrees_with_json_on_whatever_is_written(tmp_path: Path) -> N
     draw = random.Random(7)
     path = tmp_path / "x.json"
     refused = 0
-    for _ in range(3000):
+    for _ in range(1000):
         text = damaged("[" + ",\n".join(draw.sample([GOOD, QWEN, *FORMATS.values()], 3)) + "]", draw)
         found = problems(path, text)
         try:
@@ -297,7 +297,7 @@ def test_the_reader_agrees_with_json_on_whatever_is_written(tmp_path: Path) -> N
             assert found or not text.startswith("["), text
         lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
         assert all(1 <= p.line <= len(lines) and 1 <= p.column <= len(lines[p.line - 1]) + 2 for p in found), text
-    assert refused > 1000
+    assert refused > 400
 
 
 def test_mistakes_far_apart_are_each_found(tmp_path: Path) -> None:

@@ -72,9 +72,9 @@ def _bad_bytes(raw: bytes, text: str, offset: int) -> list[Fault]:
     remedy = "save the file as UTF-8" + (": iconv -f GB18030 -t UTF-8 OLD > NEW" if _is_gb18030(raw) else "")
     faults, done, told = [], 0, -1
     for match in re.finditer("[\udc80-\udcff]", text):
-        line_end = LINE_END.search(text, match.start())
         if match.start() < told:
             continue
+        line_end = LINE_END.search(text, match.start())
         told = line_end.start() if line_end else len(text)
         offset += len(text[done : match.start()].encode("utf-8", "surrogateescape"))
         done = match.start()
