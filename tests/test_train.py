@@ -70,7 +70,7 @@ def adapter(run: str) -> bytes:
     return (Path("runs") / run / "adapter" / lora.WEIGHTS).read_bytes()
 
 
-def child(*, launcher: tuple[str, ...] = (), **keys: Any) -> "subprocess.Popen[str]":
+def child(keys: dict[str, Any], launcher: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
     command = [*launcher, sys.executable, "-m", "train", "train", *(f"{k}={v}" for k, v in words(**keys).items())]
     env = {
         **os.environ,
@@ -304,11 +304,22 @@ def test_ten_steps_are_those_that_were_committed() -> None:
         assert new == pytest.approx(old, rel=1e-5), f"step {old['step']}"
 
 
+def sharp_base(folder: Path) -> None:
+    """A tiny base whose frozen norm and head can be sure of a token: random ones of unit size cannot get under 0.3."""
+    from safetensors.torch import load_file, save_file
+
+    path = tiny_checkpoint(folder, tiny_config(), int4=True) / "model.safetensors"
+    state = load_file(path)
+    state["lm_head.weight"] *= 4
+    save_file(state, path, metadata={"format": "pt"})
+
+
 def test_a_few_rows_are_learnt_by_heart(house: Path) -> None:
+    sharp_base(house / "models" / "tiny-sharp")
     row = {"instruction": "Who are you?", "output": "我是 Pip, short and to the point."}
     (house / "one.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for _ in range(4)))
-    keys = {"steps": 60, "learning_rate": 0.01, "rank": 16, "alpha": 32, "length": 192, "dropout": 0, "accumulation": 1}
-    train(run="heart", data="one.jsonl", batch=4, checkpointing="off", **keys)
+    keys = {"steps": 60, "learning_rate": 0.01, "rank": 16, "alpha": 16, "length": 192, "dropout": 0, "accumulation": 1}
+    train(run="heart", data="one.jsonl", model="tiny-sharp", checkpointing="off", **keys)
     assert losses("heart")[-1]["loss"] < 0.05
     model, tokenizer, record = load_run(Path("runs/heart"), Path("models"), torch.float32)
     said = answers(model, tokenizer, [row["instruction"]], record["recipe"]["system"], max_new_tokens=64)
@@ -317,7 +328,7 @@ def test_a_few_rows_are_learnt_by_heart(house: Path) -> None:
 
 # --- interruptions ----------------------------------------------------------------------------------------------------------
 
-LONG = {"steps": 24, "save_every": 3, "dropout": 0.05, "zero": 2}
+LONG: dict[str, Any] = {"steps": 24, "save_every": 3, "dropout": 0.05, "zero": 2}
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +340,7 @@ def uninterrupted(house: Path) -> tuple[list[dict[str, Any]], bytes]:
 
 def test_killed_and_started_again_it_ends_in_the_same_bytes(uninterrupted: tuple[list[dict[str, Any]], bytes]) -> None:
     """SIGKILL once a checkpoint is there, at whatever moment that is."""
-    process, checkpoints = child(run="killed", **LONG), Path("runs/killed/checkpoints")
+    process, checkpoints = child({"run": "killed", **LONG}), Path("runs/killed/checkpoints")
     deadline = time.monotonic() + 240
     while not list(checkpoints.glob("step-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -409,7 +420,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(monkeypatc
 
 # --- several processes --------------------------------------------------------------------------------------------------------
 
-WIDE = {"epochs": 2, "steps": 0, "dropout": 0, "zero": 2, "pack": "off", "batch": 1, "save_every": 2}
+WIDE: dict[str, Any] = {"epochs": 2, "steps": 0, "dropout": 0, "zero": 2, "pack": "off", "batch": 1, "save_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +432,7 @@ def alone_wide(house: Path) -> list[float]:
 
 def test_two_processes_learn_what_one_does(alone_wide: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     """ZeRO-2, 2 × 4 rows against 1 × 8, short steps at the end of an epoch among them; float32 sums in another order."""
-    process = child(run="wide-2", processes=2, accumulation=4, **WIDE)
+    process = child({"run": "wide-2", "processes": 2, "accumulation": 4, **WIDE})
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert [row["loss"] for row in losses("wide-2")] == pytest.approx(alone_wide, rel=1e-5)
@@ -446,7 +457,7 @@ def test_one_process_goes_on_where_two_were(alone_wide: list[float]) -> None:
 def test_two_processes_meet_under_mpirun(alone_wide: list[float]) -> None:
     mpirun = Path(sys.executable).with_name("mpirun")
     launcher = (str(mpirun), "-n", "2", "--allow-run-as-root", "--oversubscribe")
-    process = child(launcher=launcher, run="wide-mpi", accumulation=4, **WIDE)
+    process = child({"run": "wide-mpi", "accumulation": 4, **WIDE}, launcher)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert [row["loss"] for row in losses("wide-mpi")] == pytest.approx(alone_wide, rel=1e-5)

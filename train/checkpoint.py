@@ -79,7 +79,7 @@ def harm(folder: Path) -> str:
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a sentence for each damaged one that was passed over."""
-    notes = []
+    notes: list[str] = []
     for folder in _folders(run):
         if not (what := harm(folder)):
             return folder, notes
@@ -102,11 +102,12 @@ def sweep(run: Path) -> None:
 
 def rng_state() -> dict[str, Tensor]:
     """The state of this process's generators: torch (CPU and the current CUDA device), numpy, Python."""
-    _, keys, place, has_gauss, gauss = np.random.get_state()  # type: ignore[misc]
+    numpys: Any = np.random.get_state()
+    _, keys, place, has_gauss, gauss = numpys
     _, words, spare = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
-        "numpy": torch.tensor([*keys.tolist(), place, has_gauss], dtype=torch.int64),  # type: ignore[union-attr]
+        "numpy": torch.tensor([*keys.tolist(), place, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
         "python": torch.tensor(words, dtype=torch.int64),
         "python_gauss": torch.tensor([] if spare is None else [spare], dtype=torch.float64),

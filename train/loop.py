@@ -20,14 +20,12 @@ from torch import Tensor
 from train import checkpoint, world
 from train.checkpoint import Snapshot
 from train.config import Recipe
-from train.dataset import Plan, Sample, collate
+from train.dataset import Plan, Row, Sample, collate
 from train.engine import Engine
 from train.errors import UserError
 from train.files import write_text
 from train.meter import Meter
 from train.world import Stop, World
-
-Row = Sequence[int]  # the samples that stand in one row
 
 
 @dataclass(frozen=True)

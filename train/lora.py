@@ -96,7 +96,7 @@ def stock_name(parameter: str) -> str:
 
 def _plain(config: LoraConfig) -> dict[str, Any]:
     """peft's own fields as JSON: sets sorted, enums by value, ready for inference."""
-    values = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
+    values: dict[str, Any] = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     values |= {"inference_mode": True, "auto_mapping": None, "revision": None}
     if float(values["lora_alpha"]).is_integer():
         values["lora_alpha"] = int(values["lora_alpha"])

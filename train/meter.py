@@ -18,7 +18,10 @@ class Meter:
     def __init__(self, total: int, done: int) -> None:
         self.total, self.last = total, time.monotonic() - EVERY
         self.recent: deque[tuple[int, float]] = deque(maxlen=20)  # (tokens, seconds) of the last steps
-        self.bar, self.task = (_bar(total, done)) if sys.stdout.isatty() else (None, None)
+        self.bar: Any = None
+        self.task: Any = None
+        if sys.stdout.isatty():
+            self.bar, self.task = _bar(total, done)
 
     def __enter__(self) -> "Meter":
         if self.bar is not None:
