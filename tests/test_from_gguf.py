@@ -64,7 +64,7 @@ def write_gguf(path: Path, config: DecoderConfig, architecture: str = "qwen2", *
             kind = next((k for word, k in KINDS.items() if word in ours), Q8)
             data = gguf.quantize(tensor.float().numpy(), kind)
             writer.add_tensor(theirs, data, raw_dtype=kind)
-            expected[ours] = torch.from_numpy(gguf.dequantize(data, kind).astype(np.float16))
+            expected[ours] = torch.from_numpy(gguf.dequantize(data, kind).astype(np.float32)).half()
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -87,7 +87,7 @@ def test_the_folder_computes_what_the_file_holds(tmp_path: Path, tie: bool) -> N
     written = dict(loader.read_state(loader.state_names(folder)))
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], expected[name]) for name in expected)
-    assert sum(steps) == sum(t.data.nbytes for t in from_gguf.Gguf(tmp_path / "m.gguf").tensors)
+    assert sum(steps) == (tmp_path / "m.gguf").stat().st_size
 
     model, ids = loader.load(folder, torch.float32), torch.arange(2, 40)[None]
     with torch.no_grad():

@@ -90,12 +90,12 @@ def _receive(url: str, part: Path, size: int | None, headers: Mapping[str, str])
             have = have if answer.status_code == 206 else 0
             total = have + int(answer.headers.get("Content-Length", 0))
             if size is not None and total != size:
-                raise UnreachableError(f"{url} offers {total:,} bytes, expected {size:,}")
+                raise UnreachableError(f"{url} offers {total:,} bytes, expected {size:,}: not the file")
             with bar(f"fetching {part.stem}", total, "MB", 1e6) as advance, part.open("ab" if have else "wb") as file:
                 advance(have)
                 _copy(answer, file.write, advance)
     except requests.RequestException as error:
-        raise UnreachableError(f"{url}: {_reason(error)}") from error
+        raise UnreachableError(f"{url.split('/')[2]}: {_reason(error)}") from error
     if part.stat().st_size < total:
         raise UnreachableError(f"{url}: cut off after {part.stat().st_size:,} bytes")
 

@@ -228,6 +228,7 @@ def convert(path: Path, folder: Path, advance: Callable[[float], None] = lambda 
     write_json(folder / "tokenizer_config.json", settings)
     ends = {"bos_token_id": tokenizer.endoftext, "pad_token_id": tokenizer.pad, "eos_token_id": [*tokenizer.stop_ids]}
     write_json(folder / "generation_config.json", {**SAMPLING, **ends})
+    advance(path.stat().st_size - sum(tensor.data.nbytes for tensor in reader.tensors))  # what is not weights
     shards = Shards(folder)
     for name, tensor, size in tensors_of(reader):
         shards.add(name, tensor)

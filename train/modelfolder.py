@@ -4,6 +4,7 @@ Knows names of files, not what is in them; no network, no architecture. Tensors 
 about a gigabyte, so that a model larger than the memory can be written; the price is an index file.
 """
 
+import fnmatch
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,10 +66,10 @@ def _shard_name(number: int, count: int) -> str:
 def copy_beside(source: Path, target: Path, without: Iterable[str] = ()) -> list[str]:
     """Copy the small files (tokenizer, generation config, licence, the checkpoint's own *.py) as bytes; returns their names.
 
-    Nothing in them is run. Manifests, indices and `without` stay behind.
+    Nothing in them is run. Manifests, indices and what matches one of the patterns `without` stay behind.
     """
     names = {path.name for pattern in BESIDE for path in source.glob(pattern) if path.is_file()}
-    names -= OURS | set(without)
+    names -= {name for pattern in (*OURS, *without) for name in fnmatch.filter(names, pattern)}
     for name in sorted(names):
         shutil.copyfile(source / name, target / name)
     return sorted(names)

