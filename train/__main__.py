@@ -1,7 +1,9 @@
 """python -m train VERB [key=value …]: the verb table, and the only reader of argv."""
 
 import importlib
+import logging
 import sys
+import warnings
 
 from train.config import build, describe, pairs
 from train.errors import UserError
@@ -35,10 +37,17 @@ def run(verb: str, words: list[str]) -> None:
     module.run(parse(pairs(words)))
 
 
+def quiet() -> None:
+    """Leave out what the pinned packages say of themselves at import; a warning about the user's own work still shows."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # torch's pytree has a new name
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "compiled without GPU support", on every CPU machine
+
+
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
+    quiet()
     try:
         run(argv[0], argv[1:])
     except UserError as error:
