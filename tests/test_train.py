@@ -155,6 +155,7 @@ def test_a_run_in_use_is_left_alone() -> None:
         ({"length": 8}, r"nothing to learn: 12 conversations"),
         ({"data": ""}, r"which data"),
         ({"processes": 0}, r"count from 1"),
+        ({"zero": 3}, r"zero=3.*checkpointing=off"),
     ],
 )
 def test_wrong_inputs_leave_nothing_behind(keys: dict[str, Any], message: str, house: Path) -> None:
@@ -384,6 +385,45 @@ def test_a_signal_ends_with_a_checkpoint_and_status_75(
     assert adapter(run) == uninterrupted[1]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits_go_on_as_they_were(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 masters and the loss scaler come back too. A scale of 2^40 overflows at first: those updates are left out."""
+    from train import engine
+
+    engine.import_deepspeed()
+    from deepspeed.accelerator import get_accelerator
+
+    def wide(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
+        found = settings(recipe, dtype)
+        return found | (
+            {"fp16": {**found["fp16"], "initial_scale_power": 40, "hysteresis": 1}} if "fp16" in found else {}
+        )
+
+    settings = engine.settings
+    monkeypatch.setattr(engine, "settings", wide)
+    monkeypatch.setattr(verb, "_check_ways", lambda recipe, device: None)
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    keys: dict[str, Any] = {
+        "precision": precision,
+        "steps": 26,
+        "zero": 2,
+        "batch": 1,
+        "accumulation": 1,
+        "dropout": 0.05,
+    }
+    train(run=f"{precision}-straight", **keys)
+    with monkeypatch.context() as patch:
+        stop_at(3, signal.SIGTERM, patch)
+        with pytest.raises(SystemExit):
+            train(run=f"{precision}-stopped", **keys)
+    train(run=f"{precision}-stopped", **keys)
+    assert losses(f"{precision}-stopped") == losses(f"{precision}-straight")
+    assert adapter(f"{precision}-stopped") == adapter(f"{precision}-straight")
+    norms = [row["grad_norm"] for row in losses(f"{precision}-straight")]
+    assert (norms[0] is None) == (precision == "fp16")
+    assert norms[-1] is not None
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     uninterrupted: tuple[list[dict[str, Any]], bytes],
     monkeypatch: pytest.MonkeyPatch,
@@ -451,6 +491,24 @@ def test_one_process_goes_on_where_two_were(alone_wide: list[float]) -> None:
         (folder / name).rename(folder / f"away-{Path(name).name}")
     train(run="wide-2", accumulation=8, **WIDE)
     assert [row["loss"] for row in losses("wide-2")] == pytest.approx(alone_wide, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_every_process() -> None:
+    """SIGTERM to the command: both workers finish the step, one checkpoint is written, the status is 75."""
+    many = {**LONG, "run": "signal-2", "processes": 2, "steps": 400, "save_every": 2}
+    process, deadline = child(many), time.monotonic() + 240
+    while (
+        not list(Path("runs/signal-2/checkpoints").glob("step-*"))
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == CUT_OFF, said
+    assert "The same command goes on from there" in said
+    assert checkpoint.newest(Path("runs/signal-2"))[1] == []
 
 
 @pytest.mark.slow

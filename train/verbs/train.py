@@ -8,9 +8,11 @@ writes a checkpoint and ends with status 75; the same command goes on from there
 
 import difflib
 import json
+import logging
 import os
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +73,7 @@ def parse(pairs: dict[str, str]) -> Request:
 
 
 def run(options: Request) -> None:
+    _quiet()
     place = world.detect()
     try:
         status = _run(options, place)
@@ -80,6 +83,12 @@ def run(options: Request) -> None:
         raise
     if status:
         sys.exit(status)
+
+
+def _quiet() -> None:
+    """Two packages greet every import with a line that means nothing here."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _run(options: Request, place: World | None) -> int:
@@ -127,8 +136,22 @@ def _machine(options: Options, recipe: Recipe, place: World | None) -> "tuple[to
     if options.gpus < 1 or recipe.processes < 1:
         raise UserError("gpus= and processes= count from 1.")
     device = torch.device("cuda", place.local if place else 0) if there else torch.device("cpu")
+    _check_ways(recipe, device.type)
     processes = place.size if place else (options.gpus if there else recipe.processes)
     return device, pick_dtype(device, recipe.precision), processes
+
+
+def _check_ways(recipe: Recipe, device: str) -> None:
+    """Refuse what DeepSpeed would break off with, after minutes of loading."""
+    if recipe.precision == "fp16" and device == "cpu":
+        raise UserError(
+            "precision=fp16 needs a GPU: DeepSpeed does not compute it on a CPU. Give precision=fp32 or bf16."
+        )
+    if recipe.zero == 3 and recipe.checkpointing:
+        raise UserError(
+            "zero=3 takes its weights away while checkpointing=on recomputes with them. Give checkpointing=off, or zero=2: "
+            "the base is frozen, so stage 2 shards all that an optimizer keeps (and stage 3 does not shard Int4 weights)."
+        )
 
 
 def _name(options: Options, recipe: Recipe) -> str:
