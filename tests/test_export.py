@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.oracles import llama, modelscope_qwen, tiny_checkpoint, tiny_config
 from tests.runs import tiny_run
-from train import lora, parity
+from train import lora, merge, parity
 from train.errors import UserError
 from train.files import read_json, sha256
 from train.gptq import unpack_rows, zeros_of
@@ -248,8 +248,6 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
 
 def test_a_merge_that_answers_otherwise_is_not_written(tmp_path: Path, monkeypatch: Any) -> None:
     """The adapter added with the wrong sign: the check sees it and nothing stays."""
-    from train import merge
-
     folder = tiny_run(tmp_path)
     right = merge.lora.delta
     monkeypatch.setattr(merge.lora, "delta", lambda f: {n: (A, -B, s) for n, (A, B, s) in right(f).items()})
@@ -259,8 +257,6 @@ def test_a_merge_that_answers_otherwise_is_not_written(tmp_path: Path, monkeypat
 
 
 def test_a_merge_without_the_adapter_is_not_written(tmp_path: Path, monkeypatch: Any) -> None:
-    from train import merge
-
     folder = tiny_run(tmp_path, scale=0.05)
     monkeypatch.setattr(merge, "add", lambda weight, change: weight)
     with pytest.raises(UserError, match="does not answer"):
@@ -306,6 +302,24 @@ def test_compare_measures_what_it_says() -> None:
     p, q = torch.tensor([0.0, 1.0, 0.0]).double().softmax(0), torch.tensor([0.0, -1.0, 0.0]).double().softmax(0)
     assert found.tokens == 2 and found.agreement == 0.5
     assert found.divergence == pytest.approx(float((p * (p.log() - q.log())).sum() / 2))
+
+
+def test_rows_that_share_a_pass_do_not_see_each_other(tmp_path: Path) -> None:
+    tiny_run(tmp_path, "qwen", seq_length=1024)
+    model = load(tmp_path / "models" / "base-Int4", torch.float32)
+    rows = [([5, 6, 7, 8], [0, 0, 1, 1]), ([9, 10, 11], [1, 1, 1]), ([12] * 600, [0] * 599 + [1])]
+    assert [len(pack) for pack in parity.packs(rows)] == [2, 1]
+    together = parity.states(model, rows[:2]).hidden
+    alone = torch.cat([parity.states(model, [row]).hidden for row in rows[:2]])
+    assert together.shape[0] == 4 and torch.allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_size_is_known_before(tmp_path: Path, tied: bool) -> None:
+    folder = tiny_run(tmp_path, "qwen2", tie_word_embeddings=tied)
+    out = export(folder, dtype="float32")
+    job = merge.Job(tmp_path / "models" / "base-Int4", folder / "adapter", torch.float32, "qwen2", 10**9)
+    assert merge.size(job) == sum(t.nbytes for t in merged_state(out).values())
 
 
 def test_one_differing_token_is_a_tie_two_are_not() -> None:

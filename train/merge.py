@@ -137,7 +137,7 @@ def size(job: Job) -> int:
     """Bytes of the tensors that will be written."""
     config = converted_config(read_folder_config(job.weights)[0], job.layout)
     with torch.device("meta"):
-        return sum(p.numel() for p in Decoder(config).parameters()) * job.dtype.itemsize
+        return sum(p.numel() for p in Decoder(config).parameters()) * job.dtype.itemsize  # a tied head counts once
 
 
 def write(job: Job, folder: Path, on_block: Callable[[int], None]) -> None:

@@ -19,6 +19,7 @@ from train.decoder import Decoder
 from train.tokenizer import Tokenizer
 
 LONGEST = 1024  # tokens of one row: more of a long conversation says nothing new
+PACKED = 512  # tokens in one pass: several rows side by side
 AT_ONCE = 64  # rows of logits compared at once, float64 [64, V]
 AGREEMENT = {torch.float32: 0.999, torch.float16: 0.99, torch.bfloat16: 0.99}
 DIVERGENCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # nats a token
@@ -92,17 +93,35 @@ def rows(conversations: Sequence[Conversation], tokenizer: Tokenizer, recipe: Re
     return found
 
 
+def packs(rows: Sequence[Row]) -> list[list[Row]]:
+    """`rows` in their order, as many together as PACKED tokens hold: the weights are read once for all of them."""
+    done: list[list[Row]] = []
+    used = PACKED
+    for row in rows:
+        if used + len(row[0]) > PACKED:
+            done.append([])
+            used = 0
+        done[-1].append(row)
+        used += len(row[0])
+    return done
+
+
 @torch.inference_mode()
-def states(model: nn.Module, rows: Sequence[Row], on_row: Callable[[], None] = lambda: None) -> States:
-    """Run every row through `model`, a Decoder or a PeftModel of one; what predicts its answer tokens is kept."""
+def states(model: nn.Module, rows: Sequence[Row], on_rows: Callable[[int], None] = lambda count: None) -> States:
+    """Run every row through `model`, a Decoder or a PeftModel of one; what predicts its answer tokens is kept.
+
+    Rows that share a pass do not see each other: the decoder is told which token is whose.
+    """
     decoder: Any = model if isinstance(model, Decoder) else model.get_base_model()  # type: ignore[operator]
     head = decoder.lm_head.weight
     found = []
-    for ids, learnt in rows:
-        hidden, _ = decoder.trunk(torch.tensor([ids], device=head.device), None, None, None, None)
-        place = torch.tensor(learnt[1:], device=head.device, dtype=torch.bool)
-        found.append(hidden[0, :-1][place])
-        on_row()
+    for pack in packs(rows):
+        ids = torch.tensor([[i for row, _ in pack for i in row]], device=head.device)  # [1, T]
+        learnt = torch.tensor([n for _, row in pack for n in (0, *row[1:])], device=head.device).bool()  # [T]
+        segments = torch.tensor([[n for n, (row, _) in enumerate(pack, 1) for _ in row]], device=head.device)
+        hidden, _ = decoder.trunk(ids, None, None, segments, None)
+        found.append(hidden[0, :-1][learnt[1:]])
+        on_rows(len(pack))
     return States(torch.cat(found), head.detach())
 
 

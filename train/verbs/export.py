@@ -175,7 +175,7 @@ def _verify(options: Options, record: dict[str, Any], base: Path, job: Job, writ
     with bar("comparing", len(rows) * (4 if onto else 3), "answers") as advance:
 
         def seen(model: nn.Module) -> parity.States:
-            return parity.states(model, rows, lambda: advance(1))
+            return parity.states(model, rows, advance)
 
         def adapted(folder: Path) -> Any:
             return load_adapter(load(folder, dtype, device, keep_float=keep), job.adapter).eval()
