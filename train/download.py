@@ -16,7 +16,7 @@ from train.files import sha256
 from train.progress import bar
 
 TIMEOUT = (5.0, 30.0)  # seconds to connect, seconds of silence
-BLOCK = 1 << 20
+BLOCK = 1 << 16  # a line that is cut loses less than one of these
 RETRIES = 3  # cut lines in a row that brought nothing new
 
 
@@ -114,7 +114,7 @@ def _reason(error: Exception) -> str:
     if kind == "HTTPError":
         return str(error).split(" for url")[0]
     text = str(getattr(error, "args", [""])[0])
-    return "the name cannot be resolved" if "resol" in text.lower() else "no connection"
+    return "the name cannot be resolved" if "Failed to resolve" in text else "no connection"
 
 
 def from_wheels(pieces: Mapping[str, str], target: Path, size: int, digest: str) -> None:
