@@ -84,14 +84,6 @@ def test_a_file_that_is_cut_off_names_the_remedy(tmp_path: Path) -> None:
         loader.load(folder, torch.float32)
 
 
-def test_resolve_finds_a_folder_or_a_name_and_says_what_to_type(tmp_path: Path) -> None:
-    folder = tiny_checkpoint(tmp_path / "models" / "Tiny-Int4", tiny_config("qwen2"))
-    assert loader.resolve(str(folder), tmp_path) == folder
-    assert loader.resolve("Someone/Tiny-Int4", tmp_path / "models") == folder
-    with pytest.raises(UserError, match=r"make model MODEL=Someone/Else"):
-        loader.resolve("Someone/Else", tmp_path / "models")
-
-
 def test_dtype_follows_the_device() -> None:
     assert loader.pick_dtype(torch.device("cpu")) == torch.float32
     assert loader.pick_dtype(torch.device("cpu"), "bf16") == torch.bfloat16

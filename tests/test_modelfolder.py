@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.oracles import tiny_checkpoint, tiny_config
 from train.errors import UserError
 from train.files import read_json
-from train.modelfolder import INDEX, Shards, copy_beside, damage, read_manifest, write_manifest
+from train.modelfolder import INDEX, Shards, copy_beside, damage, read_manifest, resolve, write_manifest
 
 
 def test_small_models_are_one_file_and_large_ones_have_an_index(tmp_path: Path) -> None:
@@ -72,3 +73,11 @@ def test_the_manifest_knows_what_was_written(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match="not a manifest"):
         read_manifest(tmp_path)
+
+
+def test_resolve_finds_a_folder_or_a_name_and_says_what_to_type(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "models" / "Tiny-Int4", tiny_config("qwen2"))
+    assert resolve(str(folder), tmp_path) == folder
+    assert resolve("Someone/Tiny-Int4", tmp_path / "models") == folder
+    with pytest.raises(UserError, match=r"make model MODEL=Someone/Else"):
+        resolve("Someone/Else", tmp_path / "models")

@@ -28,6 +28,7 @@ def import_deepspeed() -> Any:
     """DeepSpeed without its log lines, and without the C++ extension that it would compile into the home folder."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else torch starts idle compile workers, a core each
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():

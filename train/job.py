@@ -23,7 +23,8 @@ from train.decoder import Decoder
 from train.errors import UserError
 from train.files import free_bytes, read_json, sha256, write_json, write_text
 from train.layouts import DecoderConfig
-from train.loader import read_folder_config, resolve
+from train.loader import read_folder_config
+from train.modelfolder import resolve
 from train.tokenizer import Tokenizer, load_tokenizer
 
 # keys that change how fast or how safely a run goes, not what it computes: another value may go on with it
@@ -49,9 +50,7 @@ class Job:
         return (self.run / "run.json").is_file()
 
 
-def prepare(
-    recipe: Recipe, data: str, run: Path, parent: Path | None, models: Path, processes: int, dtype: str
-) -> Job:
+def prepare(recipe: Recipe, data: str, run: Path, parent: Path | None, models: Path, processes: int, dtype: str) -> Job:
     """Check everything there is to check; nothing is written and no weight is loaded.
 
     Args:

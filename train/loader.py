@@ -21,6 +21,7 @@ from train.errors import UserError
 from train.files import read_json
 from train.gptq import Int4Linear, Scheme
 from train.layouts import DecoderConfig, read_config
+from train.modelfolder import resolve
 from train.tokenizer import Tokenizer, load_tokenizer
 
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers of old checkpoints that hold no weights
@@ -39,21 +40,6 @@ def pick_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-
-
-def resolve(model: str, models: Path) -> Path:
-    """The folder of `model`: itself if it is one, else its last name below `models`.
-
-    Raises:
-        UserError: no such folder, or one whose download was cut off.
-    """
-    for folder in (Path(model), models / Path(model).name):
-        if (folder / "config.json").is_file():
-            return folder
-    raise UserError(
-        f"model {model!r}: no folder with a config.json, neither there nor at {models / Path(model).name}.\n"
-        f"Fetch it first: make model MODEL={model}"
-    )
 
 
 def read_folder_config(folder: Path) -> tuple[DecoderConfig, dict[str, Any]]:

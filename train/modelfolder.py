@@ -8,13 +8,13 @@ import fnmatch
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
 from train.files import read_json, sha256, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
@@ -22,6 +22,21 @@ SHARD = 1 << 30
 BESIDE = ("*.py", "*.json", "*.tiktoken", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md")
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 OURS = {MANIFEST, INDEX, "pytorch_model.bin.index.json"}
+
+
+def resolve(model: str, models: Path) -> Path:
+    """The folder of `model`: itself if it is one, else its last name below `models`.
+
+    Raises:
+        UserError: no such folder, or one whose download was cut off.
+    """
+    for folder in (Path(model), models / Path(model).name):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(
+        f"model {model!r}: no folder with a config.json, neither there nor at {models / Path(model).name}.\n"
+        f"Fetch it first: make model MODEL={model}"
+    )
 
 
 class Shards:
@@ -33,7 +48,7 @@ class Shards:
         self._size = self._total = 0
         self._shards: list[list[str]] = []
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: "Tensor") -> None:
         size = tensor.numel() * tensor.element_size()
         if self._waiting and self._size + size > self.limit:
             self._flush()
@@ -52,6 +67,8 @@ class Shards:
             write_json(self.folder / INDEX, {"metadata": {"total_size": self._total}, "weight_map": placed})
 
     def _flush(self) -> None:
+        from safetensors.torch import save_file  # torch: what only looks for a folder need not wait for it
+
         path = self.folder / f"shard{len(self._shards)}"
         save_file(self._waiting, path, metadata={"format": "pt"})
         path.chmod(0o644)  # safetensors makes files that only their owner may read

@@ -20,9 +20,9 @@ from train.config import option
 from train.errors import UserError
 from train.files import read_json, sha256, write_json, write_text
 from train.generate import answers
-from train.loader import load, pick_device, pick_dtype, read_run, resolve
+from train.loader import load, pick_device, pick_dtype, read_run
 from train.lora import load_adapter
-from train.modelfolder import damage, read_manifest
+from train.modelfolder import damage, read_manifest, resolve
 from train.parity import EXAMPLES
 from train.progress import bar
 from train.report import Answer, draw_losses, plot, smoothed, training_data, write_report

@@ -22,6 +22,7 @@ from train.config import Recipe, build, describe, load_recipe, option
 from train.conversations import Conversation, Reading
 from train.errors import UserError
 from train.files import write_text
+from train.modelfolder import resolve
 from train.progress import bar
 
 if TYPE_CHECKING:
@@ -122,7 +123,6 @@ def _progress(title: str, total: float, size: float) -> Iterator:  # type: ignor
 
 def _tokenizer(recipe: Recipe, models: Path) -> "tuple[Tokenizer | None, str]":
     """The base's tokenizer, or None and why not."""
-    from train.loader import resolve
     from train.tokenizer import load_tokenizer
 
     try:

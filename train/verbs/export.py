@@ -18,10 +18,10 @@ from train.config import Recipe, option
 from train.errors import UserError
 from train.files import free_bytes, sha256, staged
 from train.layouts import DecoderConfig
-from train.loader import load, read_folder_config, read_run, resolve
+from train.loader import load, read_folder_config, read_run
 from train.lora import load_adapter
 from train.merge import Job, size, write
-from train.modelfolder import damage, read_manifest, write_manifest
+from train.modelfolder import damage, read_manifest, resolve, write_manifest
 from train.progress import bar
 from train.report import training_data
 from train.tokenizer import load_tokenizer

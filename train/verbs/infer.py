@@ -16,7 +16,8 @@ from train.config import Recipe, option
 from train.conversations import Turn
 from train.errors import UserError
 from train.generate import Sampling, context_of, notice, room, stream
-from train.loader import load, load_run, pick_device, pick_dtype, read_run, resolve
+from train.loader import load, load_run, pick_device, pick_dtype, read_run
+from train.modelfolder import resolve
 from train.stock import load_stock, stock_stream
 from train.tokenizer import load_tokenizer
 

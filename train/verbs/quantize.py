@@ -20,8 +20,8 @@ from train.errors import UserError
 from train.files import free_bytes, sha256, staged, write_json
 from train.gptq import Scheme, dequantize, quantize
 from train.layouts import LAYOUTS, DecoderConfig, convert, converted_config, write_config
-from train.loader import open_tensors, read_folder_config, resolve, state_names
-from train.modelfolder import MANIFEST, Shards, copy_beside, damage, read_manifest, write_manifest
+from train.loader import open_tensors, read_folder_config, state_names
+from train.modelfolder import MANIFEST, Shards, copy_beside, damage, read_manifest, resolve, write_manifest
 from train.progress import bar
 from train.tokenizer import load_tokenizer, write_tiktoken
 
