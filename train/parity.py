@@ -21,8 +21,10 @@ from train.tokenizer import Tokenizer
 LONGEST = 1024  # tokens of one row: more of a long conversation says nothing new
 PACKED = 512  # tokens in one pass: several rows side by side
 AT_ONCE = 64  # rows of logits compared at once, float64 [64, V]
-AGREEMENT = {torch.float32: 0.999, torch.float16: 0.99, torch.bfloat16: 0.99}
-DIVERGENCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # nats a token
+# Measured on Qwen2.5-Coder-0.5B with 338 tokens, none of them learnt: float16 100 %, 6e-7 nats; bfloat16 99.4 %, 1e-4 nats.
+# bfloat16 keeps 8 bits of each weight: where the first two choices are a tie to within that, either may win.
+AGREEMENT = {torch.float32: 0.999, torch.float16: 0.99, torch.bfloat16: 0.98}
+DIVERGENCE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # nats a token
 
 # For a run whose data is gone: plain questions that every Qwen answers.
 EXAMPLES = (
