@@ -123,6 +123,18 @@ def build(cls: type[T], values: dict[str, str], where: str = "") -> T:
     return cls(**done)
 
 
+def build_with_overrides(cls: type[T], values: dict[str, str]) -> T:
+    """An instance of dataclass `cls`, whose field `overrides` (a dict) takes every key that is the recipe's instead."""
+    own = {f.name for f in dataclasses.fields(cls)} - {"overrides"}  # type: ignore[arg-type]
+    recipe = {f.name for f in dataclasses.fields(Recipe)}
+    strange = [key for key in values if key not in own | recipe]
+    if strange:
+        raise UserError("\n".join(_unknown(key, sorted(own | recipe)) for key in strange))
+    options = build(cls, {key: value for key, value in values.items() if key in own})
+    overrides = {key: value for key, value in values.items() if key not in own}
+    return dataclasses.replace(options, overrides=overrides)  # type: ignore[type-var, call-arg]
+
+
 def _unknown(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.5)
     return f"unknown key {key!r}." + (f" Did you mean {near[0]}=?" if near else f" Known keys: {', '.join(known)}")
@@ -149,11 +161,7 @@ def describe(cls: type) -> str:
     """The table of keys that --help prints: `key=default  help (choices)`."""
     lines = []
     for f in dataclasses.fields(cls):
-        default = (
-            {True: "on", False: "off", None: ""}.get(f.default, f.default)
-            if isinstance(f.default, (bool, type(None)))
-            else f.default
-        )
-        choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata.get("choices") else ""
+        default = {True: "on", False: "off"}[f.default] if isinstance(f.default, bool) else f.default
+        choices = f" ({' | '.join(c for c in f.metadata['choices'] if c)})" if f.metadata.get("choices") else ""
         lines.append(f"  {f'{f.name}={default}':34} {f.metadata.get('help', '')}{choices}")
     return "\n".join(lines)

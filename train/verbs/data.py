@@ -6,8 +6,6 @@ A set with a mistake in it is refused with one list of all mistakes by file, lin
 base's own tokenizer and in the recipe's template; a base that is not there yet costs only those numbers.
 """
 
-import dataclasses
-import difflib
 import json
 import re
 import sys
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train import chatml, conversations
-from train.config import Recipe, build, describe, load_recipe, option
+from train.config import Recipe, build_with_overrides, describe, load_recipe, option
 from train.conversations import Conversation, Reading
 from train.errors import UserError
 from train.files import write_text
@@ -58,14 +56,7 @@ class Request(Options):
 
 def parse(pairs: dict[str, str]) -> Request:
     """Options from key=value; every key that is not an option is the recipe's."""
-    own, recipes = {f.name for f in dataclasses.fields(Options)}, {f.name for f in dataclasses.fields(Recipe)}
-    for key in pairs.keys() - own - recipes:
-        near = difflib.get_close_matches(key.lower(), sorted(own | recipes), n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]}=?" if near else "See: python -m train data --help"
-        raise UserError(f"unknown key {key!r}. {hint}")
-    options = build(Options, {key: value for key, value in pairs.items() if key in own})
-    overrides = {key: value for key, value in pairs.items() if key not in own}
-    return Request(**dataclasses.asdict(options), overrides=overrides)
+    return build_with_overrides(Request, pairs)
 
 
 def run(options: Request) -> None:

@@ -18,10 +18,8 @@ from train.files import free_bytes
 BASE = "Qwen2.5-Coder-0.5B-Instruct"
 DATA = "data/demo.jsonl"
 GB = 10**9
-DISK, MEMORY = (
-    6 * GB,
-    6 * GB,
-)  # the download, the float and the Int4 model, the run, the merged model; the merge's check
+DISK = 6 * GB  # the download, the float and the Int4 model, the run, the merged model
+MEMORY = 6 * GB  # the merge's check holds two models
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def stages(options: Options, name: str) -> list[Stage]:
     return [
         Stage("Fetch the base and verify it", "model", (("model", BASE), places["models"])),
         Stage("Round its weights to Int4", "quantize", (("model", BASE), *layout, places["models"])),
-        Stage("Check the data", "data", (("data", DATA), ("model", int4), places["models"])),
+        Stage("Check the data", "data", (("data", DATA), ("recipe", "demo"), ("model", int4), places["models"])),
         Stage(
             "Train",
             "train",

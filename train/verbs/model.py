@@ -49,11 +49,22 @@ def run(options: Options) -> None:
     elif options.model.count("/") == 1 and not options.model.startswith((".", "/", "~")):
         _from_hub(options.model, options.revision, models)
     else:
-        raise UserError(
-            f"model {options.model!r}: no folder with a config.json, no hub id (owner/name), and no name in data/models.lock, "
-            f"which has: {', '.join(lock)}."
-        )
+        raise UserError(_unknown(options.model, list(lock)))
     _check(models / name, verify=False)
+
+
+def _unknown(model: str, locked: list[str]) -> str:
+    made_from = next((name for name in locked if model.startswith(f"{name}-") and model.endswith("Int4")), None)
+    if made_from:
+        layout = " LAYOUT=qwen" if model.endswith("-Qwen1-Int4") else ""
+        return (
+            f"model {model!r} is made here, from a float model:\n"
+            f"  make model MODEL={made_from}\n  make quantize MODEL={made_from}{layout}"
+        )
+    return (
+        f"model {model!r}: no folder with a config.json, no hub id (owner/name), and no name in data/models.lock, "
+        f"which has: {', '.join(locked)}."
+    )
 
 
 def read_lock(path: Path) -> dict[str, Any]:

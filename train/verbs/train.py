@@ -6,19 +6,16 @@ Everything that can be wrong with the inputs is said before anything is loaded o
 writes a checkpoint and ends with status 75; the same command goes on from there, in the same bytes as if it had never stopped.
 """
 
-import difflib
 import json
-import logging
 import os
 import sys
 import time
-import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import world
-from train.config import Recipe, build, describe, load_recipe, option
+from train.config import Recipe, build_with_overrides, describe, load_recipe, option
 from train.errors import UserError
 from train.files import sha256, staged, write_json
 from train.world import CUT_OFF, World
@@ -61,19 +58,12 @@ class Request(Options):
 
 def parse(pairs: dict[str, str]) -> Request:
     """Options from key=value; every key that is not an option is the recipe's."""
-    pairs = {("from_run" if key == "from" else key): value for key, value in pairs.items()}
-    own, recipes = {f.name for f in fields(Options)}, {f.name for f in fields(Recipe)}
-    for key in pairs.keys() - own - recipes:
-        near = difflib.get_close_matches(key.lower(), sorted(own | recipes), n=1, cutoff=0.5)
-        raise UserError(
-            f"unknown key {key!r}." + (f" Did you mean {near[0]}=?" if near else " See: python -m train train --help")
-        )
-    options = build(Options, {key: value for key, value in pairs.items() if key in own})
-    return Request(**asdict(options), overrides={key: value for key, value in pairs.items() if key not in own})
+    return build_with_overrides(
+        Request, {("from_run" if key == "from" else key): value for key, value in pairs.items()}
+    )
 
 
 def run(options: Request) -> None:
-    _quiet()
     place = world.detect()
     try:
         status = _run(options, place)
@@ -83,12 +73,6 @@ def run(options: Request) -> None:
         raise
     if status:
         sys.exit(status)
-
-
-def _quiet() -> None:
-    """Two packages greet every import with a line that means nothing here."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _run(options: Request, place: World | None) -> int:
