@@ -268,3 +268,8 @@ def test_the_lock_of_the_project_can_be_read() -> None:
         assert len(entry["sha256"]) == 64
         kinds = [kind for source in entry["sources"] for kind in source]
         assert kinds == [kind for kind in ("hub", "mirror", "wheels") if kind in kinds]
+
+
+def test_an_int4_of_the_lock_says_how_it_is_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"make model MODEL=Qwen2.5-Coder-0.5B-Instruct\n.*make quantize .* LAYOUT=qwen"):
+        run(tmp_path, "Qwen2.5-Coder-0.5B-Instruct-Qwen1-Int4")
