@@ -43,7 +43,8 @@ test: setup ## unit tests and the short end-to-end
 	@$(PY) -m pytest -q $(value ARGS)
 
 test-all: setup ## every test that this machine can run; names and counts those that it cannot
-	@$(PY) -m pytest -q -m "" -p tests.machine $(value ARGS)
+	@$(PY) -m pytest -q -m "not gpu" -p tests.machine $(value ARGS)
+	@$(PY) -m pytest -q -m gpu -p tests.machine $(value ARGS)
 
 model: setup ## fetch and verify a base: MODEL= a name in data/models.lock, a hub id, or a folder
 	@$(PY) -m train model $(_pairs)

@@ -1,6 +1,8 @@
-"""Threads and noise of the test run; fixtures live in tests/oracles.py."""
+"""Threads and noise of the test run, and which tests may see a GPU; fixtures live in tests/oracles.py."""
 
 import os
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,3 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 torch.set_num_threads(1)  # two test processes side by side must not fight for two cores
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only `-m gpu` sees the GPUs: the numbers of every other test are a CPU's, on whatever machine."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -135,3 +135,26 @@ def test_checkpointing_changes_no_gradient(layout: str) -> None:
         grads.append([p.grad.clone() for n, p in model.named_parameters() if p.grad is not None])
     assert grads[0]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-3), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
+@pytest.mark.parametrize(("layout", "extra"), CONFIGS)
+@torch.no_grad()
+def test_a_gpu_computes_what_the_cpu_does(layout: str, extra: dict[str, Any], dtype: torch.dtype, near: float) -> None:
+    """Alone, packed, left-padded and with a cache; the error relative to the size of the logits."""
+    model, ids = tiny_decoder(tiny_config(layout, **extra)), ids_of(2, 30)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, :4] = 0
+    segments = torch.tensor([[1] * 12 + [2] * 17 + [0]] * 2)
+    ways: list[dict[str, Tensor]] = [{}, {"attention_mask": mask}, {"segment_ids": segments}]
+    expected = [model(ids, **way).logits for way in ways]
+    model = model.to("cuda", dtype)
+    for way, want in zip(ways, expected):
+        got = model(ids.cuda(), **{name: value.cuda() for name, value in way.items()}).logits.cpu()
+        seen = way.get("attention_mask", torch.ones_like(ids)).bool()
+        error = (got - want)[seen].norm() / want[seen].norm()
+        assert error < near, (way.keys(), error)
+    out = model(ids[:, :20].cuda(), use_cache=True)
+    last = model(ids[:, 20:].cuda(), past_key_values=out.past_key_values, use_cache=True).logits.cpu()
+    assert (last - expected[0][:, 20:]).norm() / expected[0][:, 20:].norm() < near

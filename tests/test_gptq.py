@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from train import gptq
 from train.errors import UserError
 from train.gptq import (
     Int4Linear,
@@ -273,3 +274,30 @@ def test_peft_cannot_merge_into_it_and_changes_nothing(safe: bool) -> None:
     with pytest.raises(AttributeError, match="make export"):
         model.base_model.model.up.merge(safe_merge=safe)
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(96, 40), (2048, 5504), (8192, 24576)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_gpu_layer_has_the_definitions_weight_and_gradient(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """The largest is the widest linear of the 72B."""
+    rows, columns = shape
+    scheme = gptq.Scheme(group_size=32)
+    layer = gptq.Int4Linear(rows, columns, bias=True, scheme=scheme)
+    g = torch.Generator().manual_seed(0)
+    for name, buffer in layer.named_buffers():
+        if name in ("qweight", "qzeros"):
+            buffer.copy_(torch.randint(-(2**31), 2**31 - 1, buffer.shape, generator=g).int())
+        if name in ("scales", "bias"):
+            buffer.copy_(torch.rand(buffer.shape, generator=g) * 0.1)
+    plain = gptq.dequantize_plain(layer.qweight, layer.qzeros, layer.scales, layer.g_idx, 4, dtype)
+    layer = layer.cuda()
+    assert torch.equal(layer.matrix(dtype).cpu(), plain)
+    x = torch.randn(5, rows, generator=g).to("cuda", dtype).requires_grad_()
+    layer(x).float().square().sum().backward()
+    wide = x.detach().double().requires_grad_()
+    weight = plain.cuda().double()
+    torch.nn.functional.linear(wide, weight.t(), layer.bias.double()).square().sum().backward()
+    assert x.grad is not None
+    assert wide.grad is not None
+    assert (x.grad.double() - wide.grad).norm() / wide.grad.norm() < {torch.float32: 1e-3}.get(dtype, 2e-2)

@@ -547,3 +547,83 @@ if __name__ == "__main__":  # renew the trace
         tiny_checkpoint(Path("models/tiny-qwen"), tiny_config("qwen"))
         rows(Path("data.jsonl"))
         TRACE.write_text(json.dumps(trace(), indent=1) + "\n")
+
+
+# --- on a GPU, each run in a process of its own: DeepSpeed chooses its device once a process ---------------------------------
+
+
+def finish(keys: dict[str, Any], status: int = 0) -> str:
+    """Run to the end with the machine's GPUs; returns what was printed."""
+    process = child(keys)
+    said, _ = process.communicate(timeout=560)
+    assert process.returncode == status, said
+    return said
+
+
+def stop(keys: dict[str, Any], after: int) -> str:
+    """Start a run and send SIGTERM once `after` steps are in its losses.jsonl."""
+    process, path = child(keys), Path("runs") / keys["run"] / "losses.jsonl"
+    while process.poll() is None and (not path.is_file() or path.read_text().count("\n") < after):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=560)
+    assert process.returncode == CUT_OFF, said
+    return said
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])
+def test_a_gpu_run_stopped_and_started_again_ends_in_the_same_bytes(precision: str) -> None:
+    keys: dict[str, Any] = {**LONG, "steps": 400, "save_every": 100, "precision": precision, "checkpointing": "on"}
+    said = finish({**keys, "run": f"gpu-{precision}"})
+    assert "device: NVIDIA" in said
+    stop({**keys, "run": f"gpu-{precision}-cut"}, after=150)
+    assert "goes on after step" in finish({**keys, "run": f"gpu-{precision}-cut"})
+    assert losses(f"gpu-{precision}-cut") == losses(f"gpu-{precision}")
+    assert adapter(f"gpu-{precision}-cut") == adapter(f"gpu-{precision}")
+    assert losses(f"gpu-{precision}")[-1]["loss"] < 0.7 * losses(f"gpu-{precision}")[0]["loss"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_gpu_learns_what_a_cpu_does(zero: int) -> None:
+    keys: dict[str, Any] = {"steps": 10, "precision": "fp32", "dropout": 0, "zero": zero, "checkpointing": "off"}
+    finish({**keys, "run": f"gpu-zero{zero}"})
+    os.environ["CUDA_VISIBLE_DEVICES"], before = "", os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        finish({**keys, "run": f"cpu-zero{zero}"})
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES")
+        os.environ.update({"CUDA_VISIBLE_DEVICES": before} if before is not None else {})
+    ours = [row["loss"] for row in losses(f"gpu-zero{zero}")]
+    assert ours == pytest.approx([row["loss"] for row in losses(f"cpu-zero{zero}")], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_two_gpus_learn_what_one_does(zero: int) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    keys: dict[str, Any] = {"steps": 10, "precision": "fp32", "dropout": 0, "zero": zero, "checkpointing": "off"}
+    finish({**keys, "run": f"one-{zero}", "accumulation": 4})
+    said = finish({**keys, "run": f"two-{zero}", "accumulation": 2, "gpus": 2})
+    assert "2 processes" in said
+    ours = [row["loss"] for row in losses(f"two-{zero}")]
+    assert ours == pytest.approx([row["loss"] for row in losses(f"one-{zero}")], rel=1e-4)
+
+
+@pytest.mark.gpu
+def test_the_whole_way_on_a_gpu(house: Path) -> None:
+    """Learnt by heart in the card's own precision, merged, and said again word for word by the merged model."""
+    sharp_base(house / "models" / "tiny-sharp")
+    row = {"instruction": "Who are you?", "output": "Pip, short and to the point."}
+    (house / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    keys = {"steps": 80, "learning_rate": 0.01, "rank": 16, "alpha": 16, "length": 192, "dropout": 0, "accumulation": 1}
+    finish({**keys, "run": "gpu-heart", "data": "one.jsonl", "model": "tiny-sharp"})
+    assert losses("gpu-heart")[-1]["loss"] < 0.05
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for command in ("export run=gpu-heart", "infer run=gpu-heart prompt=Who\\ are\\ you?"):
+        line = f"{sys.executable} -m train {command}"
+        done = subprocess.run(line, shell=True, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip() == row["output"]

@@ -271,5 +271,7 @@ def test_the_lock_of_the_project_can_be_read() -> None:
 
 
 def test_an_int4_of_the_lock_says_how_it_is_made(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"make model MODEL=Qwen2.5-Coder-0.5B-Instruct\n.*make quantize .* LAYOUT=qwen"):
+    with pytest.raises(
+        UserError, match=r"make model MODEL=Qwen2.5-Coder-0.5B-Instruct\n.*make quantize .* LAYOUT=qwen"
+    ):
         run(tmp_path, "Qwen2.5-Coder-0.5B-Instruct-Qwen1-Int4")
