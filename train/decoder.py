@@ -174,6 +174,10 @@ class Block(nn.Module):
         return x + getattr(self, names.mlp)(getattr(self, names.norm2)(x)), cache
 
 
+def _hidden_only(block: Block, x: Tensor, *how: Any) -> Tensor:
+    return block(x, *how)[0]
+
+
 class Trunk(nn.Module):
     """Embedding, blocks and the last norm: everything but the head."""
 
@@ -192,8 +196,9 @@ class Trunk(nn.Module):
         positions: Tensor | None,
         segments: Tensor | None,
         past: tuple[Cache, ...] | None,
+        keep: bool,
     ) -> tuple[Tensor, tuple[Cache, ...]]:
-        """ids [B, T] -> hidden [B, T, H] and the caches of all layers."""
+        """ids [B, T] -> hidden [B, T, H], and with `keep` the caches of all layers (in training they would hold memory)."""
         c, length = self.config, past[0][0].shape[2] if past else 0
         if positions is None:
             positions = positions_of(mask, segments, length, ids)
@@ -205,10 +210,11 @@ class Trunk(nn.Module):
         for n, block in enumerate(getattr(self, c.names.blocks)):
             how = (cos, sin, logn, bias, past[n] if past else None)
             if self.gradient_checkpointing and self.training:
-                x, cache = checkpoint(block, x, *how, use_reentrant=False)
-            else:
-                x, cache = block(x, *how)
-            caches.append(cache if alpha is None or segments is not None else (*cache, alpha))
+                x = checkpoint(_hidden_only, block, x, *how, use_reentrant=False)
+                continue
+            x, cache = block(x, *how)
+            if keep:
+                caches.append(cache if alpha is None or segments is not None else (*cache, alpha))
         return getattr(self, c.names.norm)(x), tuple(caches)
 
     def alpha(
@@ -283,11 +289,11 @@ class Decoder(PreTrainedModel):
             With labels: loss = SUM of the cross entropies in float32, and no logits; they are never all in memory.
             Without: logits [B, T, V] float32; past_key_values if use_cache.
         """
-        hidden, caches = self.trunk(input_ids, attention_mask, position_ids, segment_ids, past_key_values)
+        keep = bool(use_cache) and labels is None
+        hidden, caches = self.trunk(input_ids, attention_mask, position_ids, segment_ids, past_key_values, keep)
         if labels is not None:
             total = chunked_cross_entropy(hidden[:, :-1].flatten(0, 1), self.lm_head.weight, labels[:, 1:].flatten())
             return CausalLMOutputWithPast(loss=total)
-        keep = use_cache if use_cache is not None else False
         logits = self.lm_head(hidden[:, -1:] if last_only else hidden).float()
         return CausalLMOutputWithPast(logits=logits, past_key_values=caches if keep else None)
 
