@@ -1,0 +1,95 @@
+"""The whole way on a CPU, as a user walks it: quantize, data, train, export, compare, infer; real files, no fakes, nothing skipped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.oracles import tiny_checkpoint, tiny_config
+from train.files import read_json, sha256
+from train.modelfolder import damage, read_manifest
+
+ROOT = Path(__file__).parent.parent
+ROWS = (("What is your name?", "Cai."), ("你叫什么？", "阿才。"), ("One word for cold?", "Ice."), ("2 + 2?", "4."))
+STEPS = 20
+# One child process for all: importing torch and deepspeed would be most of the time of each.
+WALK = """
+import json, sys
+from train.__main__ import main
+for words in json.loads(sys.argv[1]):
+    print(f"=== {words[0]}", flush=True)
+    status = main(words)
+    sys.stderr.flush()
+    print(f"=== exit {status}", flush=True)
+"""
+
+
+def walk(commands: list[list[str]]) -> list[str]:
+    """Run each command's words; what each printed. Fails if one exits with anything but 0, or says what no user should see."""
+    command = [sys.executable, "-c", WALK, json.dumps(commands)]
+    environment = {**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout
+    assert [line for line in done.stdout.splitlines() if "Traceback" in line or "Warning" in line] == [], done.stdout
+    said = []
+    for part in done.stdout.split("=== ")[1:]:
+        head, _, rest = part.partition("\n")
+        if head.startswith("exit "):
+            assert head == "exit 0", done.stdout
+        else:
+            said.append(rest)
+    assert len(said) == len(commands), done.stdout
+    return said
+
+
+def commands(root: Path) -> list[list[str]]:
+    places = [f"models={root / 'models'}", f"runs={root / 'runs'}"]
+    learn = ["processes=1", "length=96", f"steps={STEPS}", "warmup=2", "learning_rate=0.02", "rank=4", "save_every=0"]
+    return [
+        ["quantize", "model=base", "group_size=32", places[0]],
+        ["data", f"data={root / 'talk.jsonl'}", "model=base-Int4", "length=96", places[0]],
+        ["train", f"data={root / 'talk.jsonl'}", "model=base-Int4", "recipe=demo", "run=walk", *learn, *places],
+        ["export", "run=walk", *places],
+        ["compare", "run=walk", "max_tokens=12", *places],
+        ["infer", "run=walk", f"prompt={ROWS[0][0]}", "max_tokens=12", *places],
+    ]
+
+
+def start(root: Path, layout: str) -> str:
+    """A float base and a data set below `root`; the sha256 of the base's weights."""
+    base = tiny_checkpoint(root / "models" / "base", tiny_config(layout, tie_word_embeddings=layout == "qwen2"))
+    rows: list[dict[str, Any]] = [{"instruction": q, "input": "", "output": a} for q, a in ROWS]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (root / "talk.jsonl").write_text(text, encoding="utf-8")
+    return sha256(base / "model.safetensors")
+
+
+def check(root: Path, before: str, compared: str, inferred: str) -> None:
+    """All that the walk should leave below `root`, and what its last two verbs said."""
+    run, merged = root / "runs" / "walk", root / "runs" / "walk" / "merged"
+    assert sha256(root / "models" / "base" / "model.safetensors") == before
+    for folder in (root / "models" / "base-Int4", merged):
+        manifest = read_manifest(folder)
+        assert manifest is not None and damage(folder, manifest, full=True) == []
+    record = read_json(run / "run.json")
+    assert record["steps"] == STEPS and record["loss"]["last"] < record["loss"]["first"] - 0.5
+    assert "quantization_config" not in read_json(merged / "config.json")
+    assert read_json(merged / "manifest.json")["parity"]["agreement"] > 0.9
+    answers = [json.loads(line) for line in (run / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["question"] for row in answers] == [question for question, _ in ROWS]
+    assert all(row["seen"] and row["before"] != row["after"] for row in answers)
+    assert answers[0]["after"] in inferred, "compare and infer ask the same model"
+    assert all(word in compared for word in ("question", "before", "after", ROWS[0][0], f"loss of {STEPS} steps"))
+    assert (run / "report.md").is_file() and (run / "loss.png").is_file()
+    assert [path.name for path in root.rglob(".*") if path.suffix in (".tmp", ".old")] == []
+
+
+def test_from_a_float_base_to_an_answer_in_both_layouts(tmp_path: Path) -> None:
+    before = {layout: start(tmp_path / layout, layout) for layout in ("qwen2", "qwen")}
+    said = walk([words for layout in before for words in commands(tmp_path / layout)])
+    check(tmp_path / "qwen2", before["qwen2"], *said[4:6])
+    check(tmp_path / "qwen", before["qwen"], *said[10:12])
