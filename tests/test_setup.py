@@ -16,7 +16,7 @@ case "$*" in
 "-m pip config get "*) [ -n "$FAKE_MIRROR" ] && [ "$5" = global.index-url ] && echo "$FAKE_MIRROR" ;;
 "-m pip install "*) echo "pip $*" >>log && cp "$0" "$here/uv" ;;
 "docker/lock.py select "*) shift 2; echo "lines of $*" ;;
-"pip install "*) echo "uv $* : $(tail -n 1 .venv/requirements.txt) : ${UV_DEFAULT_INDEX-} ${PIP_CONSTRAINT-}" >>log
+"pip install "*) echo "uv $* : $(tail -n 1 .venv/requirements.txt) : ${UV_DEFAULT_INDEX-} ${PIP_CONSTRAINT-} : cards=${CUDA_VISIBLE_DEVICES-all}" >>log
     [ "$FAKE_FAIL" != "$(tail -n 1 .venv/requirements.txt)" ] ;;
 esac
 """
@@ -33,7 +33,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def setup(project: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_", "TORCH", "PYTHON"))}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_", "TORCH", "PYTHON", "CUDA"))}
     clean["PATH"] = f"{project}/bin:{os.environ['PATH']}"
     (project / "log").unlink(missing_ok=True)
     return subprocess.run(
@@ -57,6 +57,8 @@ def test_everything_by_hash_in_order_then_nothing(project: Path) -> None:
     log = (project / "log").read_text().splitlines()
     assert all("--require-hashes" in line and "--no-deps" in line for line in log)
     assert all(("--no-build-isolation" in line) == ("lines of source" in line) for line in log)
+    for line in log[1:]:  # what is built from source must not ask a GPU's driver for the CUDA toolkit
+        assert line.endswith("cards=" if "lines of source" in line else "cards=all")
     second = setup(project)
     assert (second.stdout, second.stderr, stages(project)) == ("", "", [])
 

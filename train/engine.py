@@ -13,6 +13,7 @@ import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed without its log lines, and without the C++ extension that it would compile into the home folder."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    """DeepSpeed without its log lines, its need of nvcc, and the C++ extension that it would compile into the home folder.
+
+    At import it asks every op whether it could be built, and where a GPU is and no CUDA toolkit the asking raises. No op is
+    used here: the accelerator is named by hand, and the GPU is out of sight until the import is done.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else torch starts idle compile workers, a core each
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), patch.object(torch.cuda, "is_available", return_value=False):
             warnings.simplefilter("ignore")
             import deepspeed
     finally:

@@ -1,0 +1,50 @@
+"""DeepSpeed's import and settings, each import in a process of its own: it chooses its device once a process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+GPU_WITHOUT_TOOLKIT = """
+import torch, torch.utils.cpp_extension
+torch.utils.cpp_extension.CUDA_HOME = None
+torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda *_: (7, 0)
+"""
+IMPORT = """
+import torch
+from train.engine import import_deepspeed
+import_deepspeed()
+from deepspeed.accelerator import get_accelerator
+print(get_accelerator().device_name(), torch.cuda.is_available())
+"""
+
+
+def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "DS_ACCELERATOR")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**env, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_gpu_without_the_cuda_toolkit_is_enough() -> None:
+    done = python(GPU_WITHOUT_TOOLKIT + IMPORT)
+    assert done.stdout.splitlines()[-1:] == ["cuda True"], done.stderr
+
+
+def test_deepspeed_by_itself_would_want_the_toolkit() -> None:
+    """Should this fail one day, `import_deepspeed` need not hide the GPU any more."""
+    done = python(GPU_WITHOUT_TOOLKIT + "import deepspeed", DS_ACCELERATOR="cuda")
+    assert "MissingCUDAException" in done.stderr
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_without_nvcc_on_the_path() -> None:
+    done = python(IMPORT, PATH="/nowhere", CUDA_HOME="/nowhere")
+    assert done.stdout.splitlines()[-1:] == ["cuda True"], done.stderr
