@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from train.config import Recipe
+from train.engine import settings, stage_of
 
 ROOT = Path(__file__).parent.parent
 GPU_WITHOUT_TOOLKIT = """
@@ -48,3 +51,10 @@ def test_deepspeed_by_itself_would_want_the_toolkit() -> None:
 def test_a_real_gpu_without_nvcc_on_the_path() -> None:
     done = python(IMPORT, PATH="/nowhere", CUDA_HOME="/nowhere")
     assert done.stdout.splitlines()[-1:] == ["cuda True"], done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_at_least_stage_two(dtype: torch.dtype) -> None:
+    assert [stage_of(Recipe(zero=zero), dtype) for zero in range(4)] == [2, 2, 2, 3]
+    assert settings(Recipe(zero=0), dtype)["zero_optimization"]["stage"] == 2
+    assert [stage_of(Recipe(zero=zero), torch.float32) for zero in range(4)] == [0, 1, 2, 3]

@@ -68,8 +68,9 @@ class Trainee(nn.Module):
 
 
 def stage_of(recipe: Recipe, dtype: torch.dtype) -> int:
-    """ZeRO 0 keeps no float32 masters of 16-bit weights that could be saved by name; stage 1 does, and shards nothing in one process."""
-    return 1 if recipe.zero == 0 and dtype != torch.float32 else recipe.zero
+    """In 16 bits at least ZeRO 2: it keeps float32 masters that can be saved by name, as stage 0 does not, and reports an overflow
+    or an infinite norm, where stages 0 and 1 in bfloat16 break off with an assertion. In one process it shards nothing."""
+    return recipe.zero if dtype == torch.float32 else max(2, recipe.zero)
 
 
 def settings(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:

@@ -215,7 +215,7 @@ def _decisions(
     ]
     if stage != recipe.zero:
         lines.append(
-            f"zero={recipe.zero} keeps no float32 masters in {dtype}: stage {stage} is used, which shards nothing else."
+            f"zero={recipe.zero} is for float32: in 16 bits stage {stage} is used, whose float32 masters a checkpoint can hold."
         )
     if keep_float:
         lines.append(
