@@ -98,6 +98,14 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
     assert words in notes[0]
 
 
+def test_a_damaged_later_one_does_not_push_out_the_good_one(tmp_path: Path) -> None:
+    checkpoint.write(tmp_path, snapshot(4), keep=2)
+    lose(checkpoint.write(tmp_path, snapshot(8), keep=2))
+    good = checkpoint.write(tmp_path, snapshot(5), keep=1)  # a run that went on from step 4, and was stopped
+    assert list((tmp_path / "checkpoints").iterdir()) == [good]
+    assert checkpoint.newest(tmp_path) == (good, [])
+
+
 def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.write(tmp_path, snapshot(1), keep=1)
 

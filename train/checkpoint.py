@@ -42,7 +42,10 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def write(run: Path, snapshot: Snapshot, keep: int) -> Path:
-    """Write the checkpoint of `snapshot.step`, then remove all but the newest `keep`; returns its folder."""
+    """Write the checkpoint of `snapshot.step`, then remove all but the newest `keep`; returns its folder.
+
+    Those of later steps go first: the run has gone back behind them, because they are damaged.
+    """
     folder = folder_of(run, snapshot.step)
     with staged(folder) as aside:
         for name in TENSORS:
@@ -50,14 +53,22 @@ def write(run: Path, snapshot: Snapshot, keep: int) -> Path:
             save_file(tensors, aside / f"{name}.safetensors", metadata={"format": "pt"})
         hashes = {f"{name}.safetensors": sha256(aside / f"{name}.safetensors") for name in TENSORS}
         write_json(aside / "state.json", {**snapshot.state, "step": snapshot.step, "files": hashes})
-    for old in _folders(run)[max(keep, 1) :]:
+    past, later = [], []
+    for other in _folders(run):
+        (later if step_of(other) > snapshot.step else past).append(other)
+    for old in later + past[max(keep, 1) :]:
         shutil.rmtree(old)
     return folder
 
 
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
 def _folders(run: Path) -> list[Path]:
     """Folders of checkpoints, the newest first."""
-    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    there = (run / "checkpoints").glob("step-*")
+    return sorted((path for path in there if path.name[5:].isdigit()), key=step_of, reverse=True)
 
 
 def harm(folder: Path) -> str:
