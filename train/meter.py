@@ -1,12 +1,13 @@
 """What a person sees while a model learns: a bar in a terminal, a line now and then in a log.
 
-Knows the lines of losses.jsonl and nothing else. The time that is left is reckoned from the steps of this process alone, the first
-one left out while there is another: it pays for warming up.
+Knows the lines of losses.jsonl and nothing else. The time that is left is reckoned from the last steps of this process alone: by
+their median, so that one slow step moves it little; the first step is left out once there is another, as it pays for warming up.
 """
 
 import sys
 import time
 from collections import deque
+from statistics import median
 from typing import Any
 
 EVERY = 5.0  # seconds between two lines in a log
@@ -17,7 +18,8 @@ class Meter:
 
     def __init__(self, total: int, done: int) -> None:
         self.total, self.last = total, time.monotonic() - EVERY
-        self.recent: deque[tuple[int, float]] = deque(maxlen=20)  # (tokens, seconds) of the last steps
+        self.recent: deque[tuple[int, float]] = deque(maxlen=10)  # (tokens, seconds) of the last steps
+        self.shown = 0
         self.bar: Any = None
         self.task: Any = None
         if sys.stdout.isatty():
@@ -33,8 +35,9 @@ class Meter:
             self.bar.stop()
 
     def show(self, row: dict[str, Any]) -> None:
-        if len(self.recent) == 1 and row["step"] > 1:
+        if self.shown == 1:
             self.recent.clear()
+        self.shown += 1
         self.recent.append((row["tokens"], row["seconds"]))
         text = self.words(row)
         if self.bar is not None:
@@ -44,9 +47,9 @@ class Meter:
             print(f"step {row['step']}/{self.total} · {text}", flush=True)
 
     def words(self, row: dict[str, Any]) -> str:
-        tokens, seconds = (sum(column) for column in zip(*self.recent, strict=True))
-        left = seconds / len(self.recent) * (self.total - row["step"])
-        rate = f"{tokens / max(seconds, 1e-9):,.0f} tokens/s"
+        tokens, seconds = zip(*self.recent, strict=True)
+        left = median(seconds) * (self.total - row["step"])
+        rate = f"{sum(tokens) / max(sum(seconds), 1e-9):,.0f} tokens/s"
         return f"loss {row['loss']:.4f} · epoch {row['epoch'] + 1} · {rate} · {clock(left)} left"
 
 
