@@ -294,10 +294,10 @@ def test_a_gpu_layer_has_the_definitions_weight_and_gradient(shape: tuple[int, i
     layer = layer.cuda()
     assert torch.equal(layer.matrix(dtype).cpu(), plain)
     x = torch.randn(5, rows, generator=g).to("cuda", dtype).requires_grad_()
-    layer(x).float().square().sum().backward()
+    (layer(x).float().square().sum() / columns).backward()
     wide = x.detach().double().requires_grad_()
     weight = plain.cuda().double()
-    torch.nn.functional.linear(wide, weight.t(), layer.bias.double()).square().sum().backward()
+    torch.nn.functional.linear(wide, weight.t(), layer.bias.double()).square().sum().div(columns).backward()
     assert x.grad is not None
     assert wide.grad is not None
     assert (x.grad.double() - wide.grad).norm() / wide.grad.norm() < {torch.float32: 1e-3}.get(dtype, 2e-2)
