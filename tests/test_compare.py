@@ -43,7 +43,7 @@ def test_before_is_the_base_and_after_is_the_adapter(tmp_path: Path, capsys: Any
     assert {"answers.jsonl", "compare.json", "loss.png", "report.md"} <= {p.name for p in folder.iterdir()}
 
 
-def test_after_an_export_the_merged_model_answers_alike(tmp_path: Path, capsys: Any) -> None:
+def test_after_an_export_the_merged_model_answers_alike(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     folder = tiny_run(tmp_path)
     with_adapter = compare(folder)
     models, runs = str(tmp_path / "models"), str(tmp_path / "runs")
@@ -51,6 +51,10 @@ def test_after_an_export_the_merged_model_answers_alike(tmp_path: Path, capsys: 
     capsys.readouterr()
     assert compare(folder) == with_adapter
     assert "then the merged model" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr("train.verbs.compare.fits", lambda *where: False)
+        compare(folder)
+    assert "then the adapter on its base (the GPU has no room for the merged model)" in capsys.readouterr().out
     (folder / "merged" / "model.safetensors").unlink()  # half an export is none
     compare(folder)
     assert "then the adapter" in capsys.readouterr().out

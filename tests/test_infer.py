@@ -45,6 +45,19 @@ def test_a_run_is_its_merged_export_or_its_adapter(tmp_path: Path) -> None:
     assert source.recipe["template"] == "chatml"
 
 
+def test_an_export_that_the_gpu_cannot_hold_gives_way_to_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_run(tmp_path)
+    (folder / "merged").mkdir()
+    write_json(folder / "merged" / "manifest.json", {})
+    monkeypatch.setattr("train.verbs.infer.fits", lambda *where: False)
+    source = choose(options(tmp_path, run="tiny"))
+    assert (source.folder, source.adapter) == (folder, True)
+    assert source.why.endswith("its adapter on base-Int4 (the GPU has no room for the merged export)")
+    assert not choose(options(tmp_path, run="tiny", engine="stock")).adapter  # it loads whole models only
+
+
 def test_with_neither_the_newest_finished_run_is_taken(tmp_path: Path) -> None:
     older = tiny_run(tmp_path)
     newer, unfinished = tmp_path / "runs" / "another", tmp_path / "runs" / "unfinished"

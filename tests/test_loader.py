@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,3 +96,24 @@ def test_an_unfinished_run_is_told_from_one_that_is_not_there(tmp_path: Path) ->
         loader.read_run(tmp_path / "half")
     with pytest.raises(UserError, match=r"'none' does not exist"):
         loader.read_run(tmp_path / "none")
+
+
+def test_a_float_copy_is_kept_where_the_cpu_has_twice_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    int4 = tiny_checkpoint(tmp_path / "int4", tiny_config(), int4=True)
+    plain = tiny_checkpoint(tmp_path / "float", tiny_config())
+    whole = 4 * sum(p.numel() for p in loader.load(plain, torch.float32).parameters())
+    cpu, answers = torch.device("cpu"), {}
+    for free in (2 * whole, 2 * whole + 1):
+        monkeypatch.setattr(loader.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        answers[free] = loader.keeps_float(int4, cpu)
+    assert answers == {2 * whole: False, 2 * whole + 1: True}
+    assert not loader.keeps_float(plain, cpu) and not loader.keeps_float(int4, torch.device("cuda"))
+
+
+def test_a_float_model_fits_a_gpu_in_the_type_it_is_loaded_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, gpu = tiny_checkpoint(tmp_path / "m", tiny_config()), torch.device("cuda")
+    stored = (folder / "model.safetensors").stat().st_size  # float32
+    for free, wide, narrow in ((stored // 2, False, False), (stored, False, True), (2 * stored, True, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * free))
+        assert loader.fits(folder, torch.float32, gpu) == wide and loader.fits(folder, torch.float16, gpu) == narrow
+    assert loader.fits(folder, torch.float32, torch.device("cpu"))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -46,6 +47,33 @@ def read_folder_config(folder: Path) -> tuple[DecoderConfig, dict[str, Any]]:
     """The decoder's config and config.json as published."""
     published = read_json(folder / "config.json")
     return read_config(published), published
+
+
+def keeps_float(folder: Path, device: torch.device) -> bool:
+    """Whether to keep Int4 weights in float32 too: on a CPU with twice the memory free that the whole model takes in float32.
+
+    The numbers are the same, the work is faster; a GPU dequantises quickly, and its memory is dear.
+    """
+    config, published = read_folder_config(folder)
+    if device.type != "cpu" or not published.get("quantization_config"):
+        return False
+    with torch.device("meta"):
+        need = 4 * sum(p.numel() for p in Decoder(config).parameters())
+    return bool(2 * need < psutil.virtual_memory().available)
+
+
+def fits(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the GPU's free memory holds the float model of `folder` in `dtype`, and a tenth more for its work.
+
+    On a CPU always: there Int4 is only quick beside a float copy of itself, so the float model is the smaller one.
+    """
+    if device.type != "cuda":
+        return True
+    stored = sum(
+        path.stat().st_size for path in [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    )
+    width = 4 if read_folder_config(folder)[1].get("torch_dtype") == "float32" else 2
+    return bool(1.1 * stored * dtype.itemsize / width < torch.cuda.mem_get_info(device)[0])
 
 
 def state_names(folder: Path) -> dict[str, Path]:

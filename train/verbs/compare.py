@@ -13,14 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from train.config import option
 from train.errors import UserError
 from train.files import read_json, sha256, write_json, write_text
 from train.generate import answers
-from train.loader import load, pick_device, pick_dtype, read_run
+from train.loader import fits, keeps_float, load, pick_device, pick_dtype, read_run
 from train.lora import load_adapter
 from train.modelfolder import damage, read_manifest, resolve
 from train.parity import EXAMPLES
@@ -49,15 +48,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Who:
-    """Which two models answer. `merged`: the verified export, or None for the adapter on its base."""
+    """Which two models answer. `merged`: the verified export, or None for the adapter on its base; `why` if there is one."""
 
     base: Path
     adapter: Path
     merged: Path | None
+    why: str = ""
 
     @property
     def after(self) -> str:
-        return f"the merged model ({self.merged.name})" if self.merged else "the adapter on its base"
+        return f"the merged model ({self.merged.name})" if self.merged else f"the adapter on its base{self.why}"
 
 
 def run(options: Options) -> None:
@@ -125,11 +125,16 @@ def _question(line: str) -> str:
 
 
 def _who(folder: Path, base: Path) -> Who:
-    """The merged model answers if it is whole and was made from the adapter that is there now."""
+    """The merged model answers if it is whole, was made from the adapter that is there now, and the GPU holds it."""
     merged, adapter = folder / "merged", folder / "adapter"
     manifest = read_manifest(merged) or {"inputs": {}, "files": {}}
     current = manifest["inputs"].get("adapter") == sha256(adapter / "adapter_model.safetensors")
-    return Who(base, adapter, merged if current and not damage(merged, manifest, full=False) else None)
+    if not current or damage(merged, manifest, full=False):
+        return Who(base, adapter, None)
+    device = pick_device()
+    if not fits(merged, pick_dtype(device), device):
+        return Who(base, adapter, None, " (the GPU has no room for the merged model)")
+    return Who(base, adapter, merged)
 
 
 def _inputs(options: Options, questions: list[str], who: Who) -> dict[str, Any]:
@@ -164,17 +169,9 @@ def _model(who: Who, trained: bool) -> Iterator[nn.Module]:
     if trained and who.merged:
         yield load(who.merged, dtype, device)
     else:
-        base = load(who.base, dtype, device, keep_float=_roomy(who.base, device))
+        base = load(who.base, dtype, device, keep_float=keeps_float(who.base, device))
         yield load_adapter(base, who.adapter).eval() if trained else base
     gc.collect()
-
-
-def _roomy(base: Path, device: torch.device) -> bool:
-    """Whether a CPU's memory holds the base's weights in float32 too, which makes it answer faster."""
-    import psutil
-
-    weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    return device.type == "cpu" and bool(psutil.virtual_memory().available > 10 * weights)
 
 
 def _answers(

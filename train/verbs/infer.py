@@ -1,6 +1,6 @@
 """Chat with a model in the terminal, or answer one prompt.
 
-RUN= a finished run (its merged export if there is one, else its adapter on its base), MODEL= any model; with neither, the newest
+RUN= a finished run (its merged export if there is one and the GPU holds it, else its adapter on its base), MODEL= any model; with neither, the newest
 finished run, else the default base: the first line says which. Answers go to the standard output, all else to the standard error.
 """
 
@@ -16,7 +16,7 @@ from train.config import Recipe, option
 from train.conversations import Turn
 from train.errors import UserError
 from train.generate import Sampling, context_of, notice, room, stream
-from train.loader import load, load_run, pick_device, pick_dtype, read_run
+from train.loader import fits, keeps_float, load, load_run, pick_device, pick_dtype, read_run
 from train.modelfolder import resolve
 from train.stock import load_stock, stock_stream
 from train.tokenizer import load_tokenizer
@@ -114,35 +114,39 @@ def choose(options: Options) -> Source:
     if options.model:
         return Source(resolve(options.model, models), f"model {options.model}")
     if options.run:
-        return _of_run(runs / options.run, options.engine, f"run {options.run}")
+        return _of_run(runs / options.run, options, f"run {options.run}")
     finished = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
     if finished:
         newest = finished[-1].parent
-        return _of_run(
-            newest, options.engine, f"run {newest.name}, the newest that is finished (RUN= or MODEL= for another)"
-        )
+        why = f"run {newest.name}, the newest that is finished (RUN= or MODEL= for another)"
+        return _of_run(newest, options, why)
     base = Recipe().model
     return Source(resolve(base, models), f"model {base}, the default base: there is no finished run below {runs}/ yet")
 
 
-def _of_run(folder: Path, engine: str, why: str) -> Source:
-    recipe = read_run(folder)["recipe"]
-    if (folder / "merged" / "manifest.json").is_file():
-        return Source(folder / "merged", f"{why}: its merged export {folder / 'merged'}", recipe=recipe)
-    if engine == "stock":
+def _of_run(folder: Path, options: Options, why: str) -> Source:
+    recipe, merged = read_run(folder)["recipe"], folder / "merged"
+    exported = (merged / "manifest.json").is_file()
+    if exported and (options.engine == "stock" or _fits(merged, options)):
+        return Source(merged, f"{why}: its merged export {merged}", recipe=recipe)
+    if options.engine == "stock":
         raise UserError(
             f"run {folder.name} has no merged export, and engine=stock loads whole models only. First: make export RUN={folder.name}"
         )
-    return Source(
-        folder, f"{why}: its adapter on {recipe['model']} (no merged export yet)", adapter=True, recipe=recipe
-    )
+    reason = "the GPU has no room for the merged export" if exported else "no merged export yet"
+    return Source(folder, f"{why}: its adapter on {recipe['model']} ({reason})", adapter=True, recipe=recipe)
+
+
+def _fits(merged: Path, options: Options) -> bool:
+    device = pick_device()
+    return fits(merged, pick_dtype(device, options.dtype), device)
 
 
 def _ours(source: Source, options: Options, sampling: Sampling, template: str) -> Speaker:
     device = pick_device()
     dtype = pick_dtype(device, options.dtype)
     base = resolve(source.recipe["model"], Path(options.models)) if source.adapter else source.folder
-    float_too = device.type == "cpu" and _has_room(base)
+    float_too = keeps_float(base, device)
     model: Any
     if source.adapter:
         model, tokenizer, _ = load_run(source.folder, Path(options.models), dtype, device, keep_float=float_too)
@@ -153,14 +157,6 @@ def _ours(source: Source, options: Options, sampling: Sampling, template: str) -
         say=lambda ids, notify: stream(model, tokenizer, ids, options.max_tokens, sampling, notify),
         context=context_of(model),
     )
-
-
-def _has_room(folder: Path) -> bool:
-    """Whether Int4 weights held as float32 too, eight times their size, fit into half of the memory that is free."""
-    import psutil
-
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return 8 * stored < psutil.virtual_memory().available / 2
 
 
 def _stock(source: Source, options: Options, sampling: Sampling, template: str) -> Speaker:
