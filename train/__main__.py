@@ -6,7 +6,7 @@ import sys
 import warnings
 
 from train.config import build, describe, pairs
-from train.errors import UserError
+from train.errors import UserError, explain
 
 VERBS = {
     "model": "fetch and verify a base model",
@@ -56,6 +56,11 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if (told := explain(error, argv[0])) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return 1
     return 0
 
 
