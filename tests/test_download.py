@@ -26,6 +26,7 @@ class Server:
         self.pages, self.cut = pages, cut
         self.asked: list[tuple[str, str | None]] = []
         self.ranges = True
+        self.lengths = True
 
 
 @contextmanager
@@ -41,8 +42,12 @@ def serving(pages: dict[str, bytes], cut: int | None = None) -> Iterator[tuple[s
                 self.send_error(404)
                 return
             start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+            if wanted and start >= len(page):
+                self.send_error(416)
+                return
             self.send_response(206 if wanted else 200)
-            self.send_header("Content-Length", str(len(page) - start))
+            if state.lengths:
+                self.send_header("Content-Length", str(len(page) - start))
             self.end_headers()
             end = len(page) if state.cut is None else min(len(page), start + state.cut)
             self.wfile.write(page[start:end])
@@ -85,6 +90,26 @@ def test_a_server_without_ranges_begins_again(tmp_path: Path) -> None:
         server.ranges = False
         fetch(f"{address}/f", tmp_path / "f", None, None)
     assert (tmp_path / "f").read_bytes() == BODY
+
+
+def test_an_answer_of_unknown_length_is_judged_when_it_is_here(tmp_path: Path) -> None:
+    with serving({"/f": BODY}) as (address, server):
+        server.lengths = False
+        fetch(f"{address}/f", tmp_path / "f", len(BODY), DIGEST)
+        fetch(f"{address}/f", tmp_path / "g", None, None)
+        assert (tmp_path / "f").read_bytes() == (tmp_path / "g").read_bytes() == BODY
+        server.pages["/f"] = BODY[::-1]
+        with pytest.raises(UserError, match="its sha256 is"):
+            fetch(f"{address}/f", tmp_path / "h", len(BODY), DIGEST)
+
+
+@pytest.mark.parametrize("size", [len(BODY), None])
+def test_too_much_from_an_earlier_attempt_begins_again(tmp_path: Path, size: int | None) -> None:
+    (tmp_path / "f.part").write_bytes(BODY + b"of another file")
+    with serving({"/f": BODY}) as (address, server):
+        fetch(f"{address}/f", tmp_path / "f", size, DIGEST)
+    assert (tmp_path / "f").read_bytes() == BODY
+    assert [r for _, r in server.asked] == [f"bytes={len(BODY) + 15}-", None]
 
 
 def test_a_line_that_brings_nothing_more_is_given_up(tmp_path: Path) -> None:

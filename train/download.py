@@ -83,20 +83,24 @@ def _receive(url: str, part: Path, size: int | None, headers: Mapping[str, str])
     ask = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     try:
         with requests.get(url, headers=ask, stream=True, timeout=TIMEOUT) as answer:
-            if answer.status_code == 416:  # what is here is longer than the file: begin again
+            if answer.status_code == 416 and have:  # nothing beyond what is here, which is not the file: begin again
                 part.unlink()
-                raise UnreachableError(f"{url}: the file there is shorter than what was received before")
+                return _receive(url, part, size, headers)
             answer.raise_for_status()
             have = have if answer.status_code == 206 else 0
-            total = have + int(answer.headers.get("Content-Length", 0))
+            length = answer.headers.get(
+                "Content-Length"
+            )  # none if it comes in chunks: the file is judged when it is here
+            total = have + int(length) if length else size
             if size is not None and total != size:
                 raise UnreachableError(f"{url} offers {total:,} bytes, expected {size:,}: not the file")
-            with bar(f"fetching {part.stem}", total, "MB", 1e6) as advance, part.open("ab" if have else "wb") as file:
+            shown = bar(f"fetching {part.stem}", total or 0, "MB", 1e6)
+            with shown as advance, part.open("ab" if have else "wb") as file:
                 advance(have)
                 _copy(answer, file.write, advance)
     except requests.RequestException as error:
         raise UnreachableError(f"{url.split('/')[2]}: {_reason(error)}") from error
-    if part.stat().st_size < total:
+    if total is not None and part.stat().st_size < total:
         raise UnreachableError(f"{url}: cut off after {part.stat().st_size:,} bytes")
 
 
