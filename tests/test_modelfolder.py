@@ -81,3 +81,19 @@ def test_resolve_finds_a_folder_or_a_name_and_says_what_to_type(tmp_path: Path) 
     assert resolve("Someone/Tiny-Int4", tmp_path / "models") == folder
     with pytest.raises(UserError, match=r"make model MODEL=Someone/Else"):
         resolve("Someone/Else", tmp_path / "models")
+
+
+def test_another_model_of_the_same_last_name_does_not_answer(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    folder = tiny_checkpoint(models / "Tiny-Int4", tiny_config("qwen2"))
+    for source, called in (
+        ({"hub": "Someone/Tiny-Int4"}, "Someone/Tiny-Int4"),
+        ({"folder": "Tiny"}, "made here of Tiny"),
+    ):
+        write_manifest(folder, {"source": source})
+        with pytest.raises(UserError, match=f"'Else/Tiny-Int4': .*Tiny-Int4 is not it, but {called}"):
+            resolve("Else/Tiny-Int4", models)
+        for name in ("Tiny-Int4", "models/Tiny-Int4", str(folder)):
+            assert resolve(name, models) == folder
+    write_manifest(folder, {"source": {"hub": "Someone/Tiny-Int4"}})
+    assert resolve("Someone/Tiny-Int4", models) == folder

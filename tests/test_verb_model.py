@@ -232,6 +232,20 @@ def test_an_unknown_id_and_an_unreachable_hub_are_told_apart(
         run(tmp_path, "Tiny")
 
 
+def test_another_owner_and_another_revision_are_refused(
+    tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(repository(published, "Some/Tiny")) as (address, _):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        run(tmp_path, "Some/Tiny")
+        for same in ("", "main", COMMIT, COMMIT[:8]):
+            run(tmp_path, "Some/Tiny", revision=same)
+        with pytest.raises(UserError, match=rf"revision=v2: .*Tiny is main \(commit {COMMIT}\)"):
+            run(tmp_path, "Some/Tiny", revision="v2")
+        with pytest.raises(UserError, match=r"'Other/Tiny': .*Tiny is not it, but Some/Tiny"):
+            run(tmp_path, "Other/Tiny")
+
+
 # A folder
 
 

@@ -28,15 +28,46 @@ def resolve(model: str, models: Path) -> Path:
     """The folder of `model`: itself if it is one, else its last name below `models`.
 
     Raises:
-        UserError: no such folder, or one whose download was cut off.
+        UserError: no such folder, one whose download was cut off, or a model of another origin under the same last name.
     """
-    for folder in (Path(model), models / Path(model).name):
-        if (folder / "config.json").is_file():
-            return folder
+    folder = find(model, models)
+    if folder is not None:
+        return folder
     raise UserError(
         f"model {model!r}: no folder with a config.json, neither there nor at {models / Path(model).name}.\n"
         f"Fetch it first: make model MODEL={model}"
     )
+
+
+def find(model: str, models: Path) -> Path | None:
+    """As `resolve`, or None if there is no such folder."""
+    if (Path(model) / "config.json").is_file():
+        return Path(model)
+    folder = models / Path(model).name
+    if not (folder / "config.json").is_file():
+        return None
+    owner, _, name = model.partition("/")
+    manifest = read_manifest(folder)
+    if manifest and is_hub_id(model) and owner != models.name and (origin := _origin(manifest)) not in ("", model):
+        raise UserError(
+            f"model {model!r}: {folder} is not it, but {origin}. Ask for that one by its name, MODEL={name}; or keep this one "
+            f"in another folder of models: MODELS=path"
+        )
+    return folder
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether `model` reads as owner/name (a relative path of two parts does too)."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
+
+
+def _origin(manifest: dict[str, Any]) -> str:
+    """Where a folder comes from: the hub id, or in words what it was made of; empty if its manifest does not say."""
+    source = manifest.get("source") or {}
+    if "hub" in source:
+        return str(source["hub"])
+    made = source.get("file") or source.get("folder")
+    return f"made here of {made}" if made else ""
 
 
 class Shards:

