@@ -4,9 +4,11 @@ Knows nothing of models or runs. Every write goes to a temporary name in the sam
 then renamed, which costs one fsync a file and buys that a reader never meets half of one.
 """
 
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,9 +64,10 @@ def staged(folder: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `folder`; rename it onto `folder` if the block succeeds, remove it if not.
 
     An older `folder` is replaced: it is renamed aside first and removed last, so that its name always holds a whole
-    folder but for the instant between two renames.
+    folder but for the instant between two renames. What a killed process left of this is put right first.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _recover(folder)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -85,6 +88,31 @@ def _swap(new: Path, old: Path) -> None:
     new.replace(old)
     sync(old.parent)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _recover(folder: Path) -> None:
+    """Undo what processes that no longer live left beside `folder`: half-written ones go, a retired one takes its name back."""
+    for left in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*")):
+        found = re.fullmatch(r"\.(\d+)\.(tmp|old)", left.name.removeprefix(f".{folder.name}"))
+        if not found or _lives(int(found[1])):
+            continue
+        if found[2] == "old" and not folder.exists():
+            left.replace(folder)  # killed between the two renames: this is the last whole one
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process of this number runs on this machine, somebody else's too."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def free_bytes(path: Path) -> int:

@@ -1,0 +1,65 @@
+"""Staged folders: whole or not there, also when the process that wrote one was killed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.files import staged, write_text
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from train import files
+folder, where = Path(sys.argv[1]), sys.argv[2]
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+with files.staged(folder) as aside:
+    (aside / "new").write_text("half")
+    if where == "writing":
+        die()
+    rename = Path.replace
+    Path.replace = lambda self, to: die() if Path(to) == folder else rename(self, to)  # between the two renames
+"""
+
+
+def killed(folder: Path, where: str) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), where], cwd=Path(__file__).parent.parent)
+    assert done.returncode == -9
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    with staged(tmp_path / "a") as aside:
+        write_text(aside / "one", "1")
+        assert not (tmp_path / "a").exists()
+    with pytest.raises(RuntimeError), staged(tmp_path / "a") as aside:
+        raise RuntimeError
+    with staged(tmp_path / "a") as aside:
+        write_text(aside / "two", "2")
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["two"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    killed(tmp_path / "a[1]", "writing")
+    assert len(names(tmp_path)) == 1 and not (tmp_path / "a[1]").exists()
+    alive, other = tmp_path / f".a[1].{os.getppid()}.tmp", tmp_path / ".a[1]x.999999999.tmp"
+    alive.mkdir()
+    other.mkdir()
+    with staged(tmp_path / "a[1]"):
+        pass
+    assert names(tmp_path) == sorted([alive.name, other.name, "a[1]"])
+
+
+def test_killed_between_two_renames_the_older_folder_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    write_text(tmp_path / "a" / "old", "whole")
+    killed(tmp_path / "a", "renaming")
+    assert not (tmp_path / "a").exists() and len(names(tmp_path)) == 2
+    with pytest.raises(RuntimeError), staged(tmp_path / "a"):
+        raise RuntimeError((tmp_path / "a" / "old").read_text())
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["old"]
