@@ -11,12 +11,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
+from train.errors import UserError
+
 CUT_OFF = 75  # exit status (EX_TEMPFAIL): stopped with a checkpoint; the same command goes on
+SPAWNED = "TRAIN_SPAWNED"  # set in the processes that `spawn` starts
+
+
+class AgreedError(UserError):
+    """What every process has found alike: the first one says it for all."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,29 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def on_card(world: World, there: int) -> World:
+    """The same place with `local` as the number of this process's GPU, of the `there` that it sees.
+
+    One that sees a single GPU is taken to have been given it by its launcher, as srun --gpus-per-task=1 does; `join` makes sure.
+    Raises:
+        UserError: more processes on this machine than GPUs.
+    """
+    if there == 1:
+        return replace(world, local=0)
+    if world.local >= there:
+        raise UserError(
+            f"{socket.gethostname()}: process {world.local + 1} of this machine, which has {there} GPUs. Start one process a "
+            f"GPU (mpirun --map-by ppr:{there}:node, srun --ntasks-per-node={there})."
+        )
+    return world
+
+
 def join(world: World, cuda: bool) -> None:
-    """Meet the other processes: NCCL on GPUs, gloo on CPUs. Done once a process; more calls do nothing."""
+    """Meet the other processes: NCCL on GPUs, gloo on CPUs. Done once a process; more calls do nothing.
+
+    Raises:
+        AgreedError: two processes hold the same GPU.
+    """
     import torch
     import torch.distributed as dist
 
@@ -91,9 +119,33 @@ def join(world: World, cuda: bool) -> None:
         return
     if cuda:
         torch.cuda.set_device(world.local)
-    os.environ.setdefault("LOCAL_RANK", str(world.local))  # DeepSpeed reads it
+    os.environ["LOCAL_RANK"] = str(world.local)  # DeepSpeed reads it, for the number of the GPU
     meeting = None if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{free_port()}"
     dist.init_process_group("nccl" if cuda else "gloo", meeting, rank=world.rank, world_size=world.size)
+    if cuda and world.size > 1:
+        _check_cards(world, f"{socket.gethostname()}, GPU {torch.cuda.get_device_properties(world.local).uuid}")
+
+
+def _check_cards(world: World, card: str) -> None:
+    """Refuse two processes on one GPU before NCCL does; through the store, since NCCL could not carry the news."""
+    import torch.distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"card{world.rank}", card)
+    cards = [store.get(f"card{n}").decode() for n in range(world.size)]
+    store.set(f"read{world.rank}", "")
+    if world.rank == 0:  # which keeps the store, and must not leave before all have read
+        store.wait([f"read{n}" for n in range(world.size)])
+    if twice := sorted({one for one in cards if cards.count(one) > 1}):
+        raise AgreedError(
+            f"several processes on one GPU ({twice[0]}). Start one process a GPU, and see that CUDA_VISIBLE_DEVICES is not the "
+            "same single one for all."
+        )
+
+
+def spoken_for(error: UserError) -> bool:
+    """Whether the first process says the same: all have agreed on it, or all were started here, by the process that checked."""
+    return isinstance(error, AgreedError) or SPAWNED in os.environ
 
 
 def leave() -> None:
@@ -121,22 +173,50 @@ def spawn(words: list[str], processes: int, cuda: bool) -> int:
 
     A signal to this process reaches the workers themselves, so that they may write a checkpoint and end as they wish.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [sys.executable, "-c", "from train.world import launch; launch()"]
+    options = ["--standalone", f"--nproc_per_node={processes}", "-m", "train", "train"]
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     env = {"OMP_NUM_THREADS": str(threads), **os.environ} if not cuda else dict(os.environ)
-    child = subprocess.Popen([*launcher, "-m", "train", "train", *words], env=env, start_new_session=True)
+    child = subprocess.Popen([*launcher, *options, *words], env={**env, SPAWNED: "1"}, start_new_session=True)
     with _passed_on(child.pid):
-        return child.wait()
+        status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+def launch() -> None:
+    """torchrun without its own log: a worker has said what is wrong, and its status is the launcher's."""
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    logging.disable(logging.CRITICAL)
+    try:
+        main()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"error: process {rank} was ended by {failure.signal_name()}.", file=sys.stderr)
+        sys.exit(failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
 
 
 @contextmanager
 def _passed_on(launcher: int) -> Iterator[None]:
-    """While the block runs, SIGINT and SIGTERM to this process go to the launcher's children, not to the launcher."""
+    """While the block runs, SIGINT and SIGTERM to this process go to the launcher's workers; to itself while it has none."""
     import psutil
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        for worker in psutil.Process(launcher).children():
-            worker.send_signal(signal.SIGTERM)
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(launcher)
+            workers = parent.children()
+            for worker in workers:
+                with suppress(psutil.NoSuchProcess):
+                    worker.send_signal(number)
+            if not workers:
+                parent.terminate()
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -147,14 +227,20 @@ def _passed_on(launcher: int) -> Iterator[None]:
 
 
 class Stop:
-    """Notes SIGINT and SIGTERM while a block runs; a second SIGINT ends the process at once."""
+    """Notes SIGINT and SIGTERM while a block runs, and says so if it `speaks`; a second SIGINT ends the process at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = True) -> None:
         self.wanted = False
+        self.speaks = speaks
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.wanted and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.speaks and not self.wanted:
+            again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
+            os.write(
+                2, f"\nfinishing this step, then a checkpoint{again}\n".encode()
+            )  # print may be what was interrupted
         self.wanted = True
 
     def __enter__(self) -> "Stop":

@@ -1,0 +1,101 @@
+"""The processes of a run: which GPU is whose, what they say, and how a signal reaches them."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train import world
+from train.errors import UserError
+from train.world import Stop, World
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_process_takes_the_card_of_its_number_or_the_only_one_it_sees() -> None:
+    assert world.on_card(World(5, 1, 8), there=4) == World(5, 1, 8)
+    assert world.on_card(World(5, 1, 8), there=1) == World(5, 0, 8), "srun --gpus-per-task=1: each process sees its own"
+    with pytest.raises(UserError, match=r"process 5 of this machine, which has 4 GPUs.*--map-by ppr:4:node"):
+        world.on_card(World(4, 4, 8), there=4)
+
+
+MEET = """
+import sys
+from train import world
+place = world.detect()
+world.join(place, cuda=False)
+try:
+    world._check_cards(place, sys.argv[1])
+except world.AgreedError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("cards", "said"), [(("a", "b"), ""), (("a", "a"), "several processes on one GPU (a)")])
+def test_two_processes_on_one_card_are_told_so(cards: tuple[str, str], said: str) -> None:
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(world.free_port())}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **meeting}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEET, card], env={**env, "RANK": str(n)}, stdout=subprocess.PIPE, text=True
+        )
+        for n, card in enumerate(cards)
+    ]
+    for process in both:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert out.startswith(said)
+        assert bool(out) == bool(said)
+
+
+def launched(tmp_path: Path, program: str) -> "subprocess.CompletedProcess[str]":
+    (tmp_path / "worker.py").write_text("import os, signal, sys, time\nrank = os.environ['RANK']\n" + program)
+    command = [sys.executable, "-c", "from train.world import launch; launch()", "--standalone", "--nproc_per_node=2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, str(tmp_path / "worker.py")], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_a_workers_message_is_all_that_is_shown(tmp_path: Path) -> None:
+    done = launched(tmp_path, "if rank == '0': print('error: the data', file=sys.stderr)\nsys.exit(2)")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: the data\n")
+
+
+def test_a_killed_worker_is_named(tmp_path: Path) -> None:
+    done = launched(tmp_path, "if rank == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)")
+    assert done.returncode == 137
+    assert done.stderr == "error: process 1 was ended by SIGKILL.\n"
+
+
+def test_the_first_signal_is_answered_and_the_second_ctrl_c_ends(capfd: pytest.CaptureFixture[str]) -> None:
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.wanted
+        assert capfd.readouterr().err.strip() == "finishing this step, then a checkpoint; Ctrl-C again ends at once"
+        signal.raise_signal(signal.SIGTERM)
+        assert capfd.readouterr().err == "", "said once"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_one_of_several_processes_speaks(capfd: pytest.CaptureFixture[str]) -> None:
+    with Stop(speaks=False) as stop:
+        signal.raise_signal(signal.SIGINT)
+    assert stop.wanted
+    assert capfd.readouterr().err == ""
+
+
+def test_workers_get_the_signal_that_was_sent() -> None:
+    """A launcher with one worker, which tells the number of each signal; then neither is there any more."""
+    worker = "import signal, sys; print('up', flush=True); print(int(signal.sigwait([2, 15])), flush=True)"
+    block = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [2, 15])"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {block + '; ' + worker!r}])"
+    launcher = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == "up\n"
+    with world._passed_on(launcher.pid):
+        signal.raise_signal(signal.SIGINT)
+        assert launcher.communicate(timeout=60)[0] == f"{int(signal.SIGINT)}\n"
+        signal.raise_signal(signal.SIGINT)
