@@ -53,7 +53,8 @@ def write(run: Path, snapshot: Snapshot, keep: int) -> Path:
             save_file(tensors, aside / f"{name}.safetensors", metadata={"format": "pt"})
         hashes = {f"{name}.safetensors": sha256(aside / f"{name}.safetensors") for name in TENSORS}
         write_json(aside / "state.json", {**snapshot.state, "step": snapshot.step, "files": hashes})
-    past, later = [], []
+    past: list[Path] = []
+    later: list[Path] = []
     for other in _folders(run):
         (later if step_of(other) > snapshot.step else past).append(other)
     for old in later + past[max(keep, 1) :]:
@@ -88,10 +89,12 @@ def harm(folder: Path) -> str:
     return ""
 
 
-def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a sentence for each damaged one that was passed over."""
+def newest(run: Path, most: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint (of those after at most `most` steps), and a sentence for each damaged one passed over."""
     notes: list[str] = []
     for folder in _folders(run):
+        if most is not None and step_of(folder) > most:
+            continue
         if not (what := harm(folder)):
             return folder, notes
         notes.append(f"checkpoint {folder.name} is not used: {what}.")

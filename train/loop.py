@@ -23,9 +23,9 @@ from train.config import Recipe
 from train.dataset import Plan, Row, Sample, collate
 from train.engine import Engine
 from train.errors import UserError
-from train.files import write_text
+from train.files import sync, write_text
 from train.meter import Meter
-from train.world import Stop, World
+from train.world import AgreedError, Stop, World
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def learn(task: Task, engine: Engine, first: int) -> bool:
     """Take the steps from `first` to the end of the plan; False if a signal asked to stop before it.
 
     Raises:
-        UserError: a loss or gradient that is no number; the samples are named, the last checkpoint stays.
+        AgreedError: a loss or gradient that is no number; the samples are named, the last checkpoint stays.
     """
-    with Stop() as stop, _journal(task, first) as write:
+    with Stop(speaks=task.world.rank == 0) as stop, _journal(task, first) as write:
         for step in range(first, len(task.plan)):
             row, cut_off = _step(task, engine, step, stop)
             write(row)
@@ -137,7 +137,7 @@ def _refuse(task: Task, step: int, rows: Sequence[Row], sums: list[float]) -> No
     newest = checkpoint.newest(task.run)[0]
     kept = f"The checkpoint {newest.name} is as it was." if newest else "No checkpoint was written yet."
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    raise UserError(
+    raise AgreedError(
         f"step {step + 1}: the loss is not a number any more, in {', '.join(found[:5])}{more}.\n{kept} Look at these samples; "
         "else try a smaller learning_rate=, or precision=fp32, under another RUN=."
     )
@@ -149,8 +149,27 @@ def save(task: Task, engine: Engine, done: int) -> None:
     states = world.gather(checkpoint.rng_state())
     if task.world.rank == 0:
         rng = {f"rank{n}/{key}": value for n, state in enumerate(states) for key, value in state.items()}
+        sync(task.run / "losses.jsonl")  # no checkpoint without the lines up to it
         state = {"epoch": task.plan.epoch(done - 1), "engine": engine.counters(), "processes": task.world.size}
         checkpoint.write(task.run, Snapshot(done, masters, moments, rng, state), task.recipe.keep)
+
+
+def standing(run: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and a sentence for each that is passed over: damaged, or past the end of losses.jsonl.
+
+    Raises:
+        UserError: losses.jsonl ends before every checkpoint.
+    """
+    found, notes = checkpoint.newest(run)
+    if found is None or checkpoint.step_of(found) <= (lines := len(_whole_lines(run / "losses.jsonl"))):
+        return found, notes
+    covered, _ = checkpoint.newest(run, lines)
+    if covered is None:
+        raise UserError(
+            f"{run / 'losses.jsonl'} ends after step {lines}, and {found.name} goes on after step {checkpoint.step_of(found)}. "
+            f"Put the file back; or begin anew: another RUN=, or this one once {run / 'checkpoints'} is removed."
+        )
+    return covered, [*notes, f"checkpoint {found.name} is not used: losses.jsonl ends after step {lines}."]
 
 
 def resume(task: Task, engine: Engine, folder: Path) -> int:
@@ -170,8 +189,21 @@ def resume(task: Task, engine: Engine, folder: Path) -> int:
 
 def rewind(path: Path, steps: int) -> None:
     """Keep the first `steps` lines of losses.jsonl: those after the checkpoint are computed again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    write_text(path, "".join(lines[:steps]))
+    write_text(path, "".join(f"{line}\n" for line in _whole_lines(path)[:steps]))
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of losses.jsonl from step 1 on, up to the first that a pulled plug has torn or lost."""
+    found: list[str] = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or row.get("step") != len(found) + 1:
+            break
+        found.append(line.decode())
+    return found
 
 
 @contextmanager
