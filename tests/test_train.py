@@ -3,23 +3,26 @@
 import json
 import math
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.oracles import tiny_checkpoint, tiny_config
-from train import checkpoint, job, loop, lora
+from train import checkpoint, job, loop, lora, world
 from train.config import RECIPES, Recipe, load_recipe
 from train.engine import Engine
 from train.errors import UserError
-from train.files import read_json
+from train.files import read_json, sha256
 from train.generate import answers
 from train.loader import load, load_run
 from train.verbs import train as verb
@@ -186,6 +189,40 @@ def test_a_full_disk_is_found_before_it_is_full(monkeypatch: pytest.MonkeyPatch)
     assert not Path("runs/wrong").exists()
 
 
+def test_checkpoints_that_are_there_need_no_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = 4 * job.adapter_size(tiny_config(), lora.targets("qwen2", "all"), 4)
+    monkeypatch.setattr(job, "free_bytes", lambda path: 5 * tensor + (64 << 20))  # one checkpoint is 3, the adapter 1
+    with pytest.raises(UserError, match=r"GB free.*GB needed for 2 checkpoints"):
+        train(run="roomy", steps=1)
+    for step in (1, 2):
+        checkpoint.folder_of(Path("runs/roomy"), step).mkdir(parents=True)
+    recipe = load_recipe("smoke", {key: value for key, value in QUIET.items() if key in Recipe.__dataclass_fields__})
+    work: Any = SimpleNamespace(run=Path("runs/roomy"), recipe=recipe)
+    job._check_disk(work, tiny_config(), lora.targets("qwen2", "all"))
+
+
+def test_gpus_on_a_machine_without_any_are_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
+    train(run="no-gpus", steps=1, gpus=2)
+    assert "gpus=2: this machine has no GPU; the CPU computes, in processes=1." in capsys.readouterr().out
+
+
+def test_a_later_process_says_what_the_first_cannot(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another machine may lack the data; processes that were started here have nothing to add."""
+    monkeypatch.setattr(world, "detect", lambda: world.World(1, 0, 2))
+    with pytest.raises(SystemExit) as stopped:
+        train(run="wrong", data="nowhere.jsonl")
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error on {socket.gethostname()}, process 1: ")
+    assert "nowhere.jsonl" in said
+    monkeypatch.setenv(world.SPAWNED, "1")
+    with pytest.raises(SystemExit):
+        train(run="wrong", data="nowhere.jsonl")
+    assert capsys.readouterr().err == ""
+
+
 def test_the_size_of_an_adapter_is_reckoned_right() -> None:
     model = lora.attach(load(Path("models/tiny-Int4"), torch.float32), Recipe(rank=4))
     expected = sum(p.numel() for p in lora.trainable(model).values())
@@ -214,8 +251,6 @@ def test_the_schedule_is_a_true_cosine() -> None:
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_the_engine_equals_plain_torch_and_goes_on_after_a_restore(zero: int) -> None:
     """Three steps of two unequal micro batches; the third one after a restore into a new engine."""
-    from train import world
-
     recipe = Recipe(model="tiny", rank=4, dropout=0.0, zero=zero, batch=2, accumulation=2, clip=0.5, learning_rate=1e-2)
     generator = torch.Generator().manual_seed(5)
     batches = [torch.randint(0, 300, (2, 12 - n), generator=generator) for n in range(6)]
@@ -385,6 +420,20 @@ def test_a_signal_ends_with_a_checkpoint_and_status_75(
     assert adapter(run) == uninterrupted[1]
 
 
+def test_the_record_is_of_the_command_that_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows a step in another shape may go on; inputs.json, recipe.yaml and run.json then say the later one."""
+    with monkeypatch.context() as patch:
+        stop_at(0, signal.SIGTERM, patch)
+        with pytest.raises(SystemExit):
+            train(run="reshaped", steps=2)
+    train(run="reshaped", steps=2, batch=4, accumulation=1)
+    folder = Path("runs/reshaped")
+    record, inputs = read_json(folder / "run.json"), read_json(folder / "inputs.json")
+    assert record["inputs_sha256"] == sha256(folder / "inputs.json")
+    assert inputs == {key: record[key] for key in inputs}
+    assert inputs["recipe"]["batch"] == 4
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_sixteen_bits_go_on_as_they_were(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 masters and the loss scaler come back too. A scale of 2^40 overflows at first: those updates are left out."""
@@ -406,7 +455,7 @@ def test_sixteen_bits_go_on_as_they_were(precision: str, monkeypatch: pytest.Mon
     keys: dict[str, Any] = {
         "precision": precision,
         "steps": 26,
-        "zero": 2,
+        "zero": 0,
         "batch": 1,
         "accumulation": 1,
         "dropout": 0.05,
@@ -470,11 +519,19 @@ def alone_wide(house: Path) -> list[float]:
     return [row["loss"] for row in losses("wide-1")]
 
 
-def test_two_processes_learn_what_one_does(alone_wide: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    """ZeRO-2, 2 × 4 rows against 1 × 8, short steps at the end of an epoch among them; float32 sums in another order."""
+@pytest.fixture(scope="module")
+def two_wide(house: Path) -> str:
+    """What the run wide-2, of two processes, printed."""
+    os.chdir(house)
     process = child({"run": "wide-2", "processes": 2, "accumulation": 4, **WIDE})
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
+    return said
+
+
+def test_two_processes_learn_what_one_does(alone_wide: list[float], two_wide: str) -> None:
+    """ZeRO-2, 2 × 4 rows against 1 × 8, short steps at the end of an epoch among them; float32 sums in another order."""
+    said = two_wide
     assert [row["loss"] for row in losses("wide-2")] == pytest.approx(alone_wide, rel=1e-5)
     assert said.count("Next: make export") == 1
     assert "OMP_NUM_THREADS" not in said
@@ -484,13 +541,40 @@ def test_two_processes_learn_what_one_does(alone_wide: list[float], capsys: pyte
             torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4, msg=name)
 
 
-def test_one_process_goes_on_where_two_were(alone_wide: list[float]) -> None:
+def test_one_process_goes_on_where_two_were(alone_wide: list[float], two_wide: str) -> None:
     """A checkpoint belongs to no number of processes."""
-    folder = Path("runs/wide-2")
+    folder = Path(shutil.copytree("runs/wide-2", "runs/wide-2-then-1"))
     for name in ("run.json", "adapter", "checkpoints/step-000004"):
         (folder / name).rename(folder / f"away-{Path(name).name}")
-    train(run="wide-2", accumulation=8, **WIDE)
-    assert [row["loss"] for row in losses("wide-2")] == pytest.approx(alone_wide, rel=1e-5)
+    train(run=folder.name, accumulation=8, **WIDE)
+    assert [row["loss"] for row in losses(folder.name)] == pytest.approx(alone_wide, rel=1e-5)
+
+
+def test_processes_that_would_begin_with_different_things_do_not() -> None:
+    """Two machines, as two runs/ folders: the first has a checkpoint, the second has none."""
+    keys: dict[str, Any] = {"run": "apart", "steps": 3, "save_every": 1, "accumulation": 2}
+    train(**{**keys, "accumulation": 4})
+    for name in ("run.json", "adapter"):
+        (Path("runs/apart") / name).rename(Path("runs/apart") / f"away-{name}")
+    meeting = ("env", "WORLD_SIZE=2", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={world.free_port()}", "LOCAL_RANK=0")
+    both = [child({**keys, "runs": runs}, (*meeting, f"RANK={n}")) for n, runs in enumerate(("runs", "runs-there"))]
+    (first, _), (second, _) = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [2, 2], first + second
+    assert "checkpoint: step-000003 on" in first
+    assert "none on" in first
+    assert "that all machines share" in first
+    assert second == "", "the first speaks for both"
+    assert not Path("runs-there").exists()
+
+
+def test_what_differs_between_machines_is_named() -> None:
+    recipe = load_recipe("smoke", {"model": "tiny-Int4", "length": "96"})
+    work = job.prepare(recipe, "data.jsonl", Path("runs/new"), None, Path("models"), 1, "float32")
+    start = job.start_of(work, None)
+    job.check_same([("a", start), ("b", start)])
+    with pytest.raises(UserError, match=r"data: \w{12} on a, 0 on c\n") as error:
+        job.check_same([("a", start), ("b", start), ("c", {**start, "data": "0"})])
+    assert "base:" not in str(error.value)
 
 
 @pytest.mark.slow

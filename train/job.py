@@ -6,6 +6,7 @@ engines and devices' memory. The whole data set is in memory as numbers, which i
 
 import fcntl
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from train.layouts import DecoderConfig
 from train.loader import read_folder_config
 from train.modelfolder import resolve
 from train.tokenizer import Tokenizer, load_tokenizer
+from train.world import AgreedError
 
 # keys that change how fast or how safely a run goes, not what it computes: another value may go on with it
 FREE = {"model", "batch", "accumulation", "processes", "zero", "checkpointing", "save_every", "keep"}
@@ -146,6 +148,47 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
+def start_of(job: Job, found: Path | None) -> dict[str, str]:
+    """What all processes of a run must have in common before they begin, each from its own disk; short, in words."""
+    inputs = job.inputs
+    return {
+        "finished": "yes" if job.finished else "no",
+        "checkpoint": found.name if found else "none",
+        "data": inputs["data"]["sha256"][:12],
+        "base": _digest(inputs["base"]["files"]),
+        "adapter of FROM=": (inputs["from"] or {}).get("sha256", "none")[:12],
+        "recipe": _digest(inputs["recipe"]),
+        "rows a step": str(inputs["rows_per_step"]),
+        "computed in": inputs["dtype"],
+    }
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def check_same(starts: list[tuple[str, dict[str, str]]]) -> None:
+    """Refuse (machine, start_of) of several processes that are not the same.
+
+    Raises:
+        AgreedError: what differs, and between which machines.
+    """
+    host, first = starts[0]
+    other = next((entry for entry in starts if entry[1] != first), None)
+    if other is None:
+        return
+    differ = [
+        f"{key}: {value} on {host}, {other[1][key]} on {other[0]}"
+        for key, value in first.items()
+        if value != other[1][key]
+    ]
+    listed = "\n  ".join(differ)
+    raise AgreedError(
+        f"the processes would not begin with the same:\n  {listed}\nNothing was changed. Put runs/, models/ and the data on a folder "
+        "that all machines share (runs=FOLDER models=FOLDER), or copy them to each."
+    )
+
+
 def _check_unchanged(job: Job) -> None:
     """A run folder belongs to one set of inputs."""
     path = job.run / "inputs.json"
@@ -164,9 +207,11 @@ def _check_unchanged(job: Job) -> None:
 
 
 def _check_disk(job: Job, config: DecoderConfig, names: list[str]) -> None:
-    """Room for the checkpoints that are kept, one that is being written, and the adapter."""
+    """Room for the checkpoints that are kept and not yet there, one that is being written, and the adapter."""
     count = adapter_size(config, names, job.recipe.rank)
-    needed = 4 * count * (3 * (job.recipe.keep + 1) + 1) + (64 << 20)
+    there = len(list((job.run / "checkpoints").glob("step-*")))
+    missing = max(job.recipe.keep - there, 0) + 1
+    needed = 4 * count * (3 * missing + 1) + (64 << 20)
     if (free := free_bytes(job.run)) < needed:
         raise UserError(
             f"{job.run}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for {job.recipe.keep} checkpoints and the "
@@ -183,11 +228,10 @@ def adapter_size(config: DecoderConfig, names: list[str], rank: int) -> int:
 
 
 def begin(job: Job) -> None:
-    """Make the run folder: the recipe after overrides, and the inputs that it belongs to."""
+    """Make the run folder: the recipe after overrides, and the inputs that it belongs to, as this command gives them."""
     job.run.mkdir(parents=True, exist_ok=True)
     write_text(job.run / "recipe.yaml", yaml.safe_dump(asdict(job.recipe), sort_keys=False, allow_unicode=True))
-    if not (job.run / "inputs.json").is_file():
-        write_json(job.run / "inputs.json", job.inputs)
+    write_json(job.run / "inputs.json", job.inputs)
 
 
 @contextmanager

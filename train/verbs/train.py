@@ -8,9 +8,10 @@ writes a checkpoint and ends with status 75; the same command goes on from there
 
 import json
 import os
+import socket
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,10 +68,12 @@ def run(options: Request) -> None:
     place = world.detect()
     try:
         status = _run(options, place)
-    except UserError:
-        if place is not None and place.rank > 0:  # the first process says it
-            sys.exit(2)
-        raise
+    except UserError as error:
+        if place is None or place.rank == 0:
+            raise
+        if not world.spoken_for(error):
+            print(f"error on {socket.gethostname()}, process {place.rank}: {error}", file=sys.stderr)
+        sys.exit(2)
     if status:
         sys.exit(status)
 
@@ -81,15 +84,29 @@ def _run(options: Request, place: World | None) -> int:
         raise UserError("train: which data? Example: make train DATA=data/demo.jsonl")
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
     device, dtype, processes = _machine(options, recipe, place)
-    from train.job import alone, begin, prepare
+    if place is not None and device.type == "cuda":
+        place = replace(place, local=device.index)
+    from train import loop
+    from train.job import alone, begin, check_same, prepare, start_of
 
     folder = Path(options.runs) / (options.run or _name(options, recipe))
     parent = Path(options.runs) / options.from_run if options.from_run else None
     job = prepare(
         recipe, options.data, folder, parent, Path(options.models), processes, str(dtype).removeprefix("torch.")
     )
+    if options.gpus > 1 and device.type == "cpu":
+        job.notes.append(f"gpus={options.gpus}: this machine has no GPU; the CPU computes, in processes={processes}.")
+    found, harmed = (None, []) if job.finished else loop.standing(folder)
+    job.notes.extend(harmed)
+    if place is not None:
+        world.join(place, device.type == "cuda")
+        check_same(world.gather((socket.gethostname(), start_of(job, found))))
     if job.finished:
-        print(f"run {folder.name!r} is finished: nothing to do. Its adapter is {folder / 'adapter'}.\n{_next(folder)}")
+        _say(
+            place,
+            f"run {folder.name!r} is finished: nothing to do. Its adapter is {folder / 'adapter'}.\n{_next(folder)}",
+        )
+        world.leave()
         return 0
 
     # --- several processes: start them and wait ---------------------------------------------------------------------------
@@ -102,10 +119,10 @@ def _run(options: Request, place: World | None) -> int:
     # --- one process, or one of several: learn ----------------------------------------------------------------------------
     place = place or World()
     if place.rank > 0:
-        return _train(job, place, device, dtype)
+        return _train(job, place, device, dtype, found)
     with alone(folder):
         begin(job)
-        return _train(job, place, device, dtype)
+        return _train(job, place, device, dtype, found)
 
 
 def _machine(options: Options, recipe: Recipe, place: World | None) -> "tuple[torch.device, torch.dtype, int]":
@@ -119,7 +136,7 @@ def _machine(options: Options, recipe: Recipe, place: World | None) -> "tuple[to
         raise UserError(f"gpus={options.gpus}: this machine has {there}.")
     if options.gpus < 1 or recipe.processes < 1:
         raise UserError("gpus= and processes= count from 1.")
-    device = torch.device("cuda", place.local if place else 0) if there else torch.device("cpu")
+    device = torch.device("cuda", world.on_card(place or World(), there).local) if there else torch.device("cpu")
     _check_ways(recipe, device.type)
     processes = place.size if place else (options.gpus if there else recipe.processes)
     return device, pick_dtype(device, recipe.precision), processes
@@ -143,15 +160,13 @@ def _name(options: Options, recipe: Recipe) -> str:
     return "-".join((Path(options.data.split(",")[0]).stem, Path(options.recipe).stem, Path(recipe.model).name))
 
 
-def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype") -> int:
+def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype", found: Path | None) -> int:
     from train import checkpoint, loop
     from train.engine import Engine, stage_of
 
     # --- the decisions that were taken, once ------------------------------------------------------------------------------
     keep_float = _keep_float(job, device)
     notes = [*job.notes, *_decisions(job, place, device, dtype, stage_of(job.recipe, dtype), keep_float)]
-    found, harmed = checkpoint.newest(job.run)
-    notes += harmed
     if place.rank == 0:
         print("\n".join(notes), flush=True)
         checkpoint.sweep(job.run)
@@ -180,8 +195,8 @@ def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype
     return 0 if whole or "TORCHELASTIC_RUN_ID" in os.environ else CUT_OFF  # torchrun would take it for a failure
 
 
-def _say(place: World, text: str) -> None:
-    if place.rank == 0:
+def _say(place: World | None, text: str) -> None:
+    if place is None or place.rank == 0:
         print(text, flush=True)
 
 
