@@ -1,25 +1,33 @@
 """The merge: every number, every file, the base untouched, and the plain models that load it."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import load_file, save_file
 
 from tests.oracles import llama, modelscope_qwen, tiny_checkpoint, tiny_config
 from tests.runs import tiny_run
 from train import lora, merge, parity
+from train.chatml import prompt
+from train.conversations import Turn
 from train.errors import UserError
-from train.files import read_json, sha256
+from train.files import read_json, sha256, write_json
 from train.gptq import unpack_rows, zeros_of
 from train.layouts import DecoderConfig, read_config
 from train.loader import load
+from train.tokenizer import load_tokenizer
+from train.verbs import infer
 from train.verbs.export import Options, run
 
 IDS = torch.tensor([[72, 101, 108, 108, 111, 32, 119, 111, 114]])
-FILES = {"config.json", "generation_config.json", "manifest.json", "model.safetensors", "qwen.tiktoken"}
+TOKENS = {"qwen.tiktoken", "tokenizer_config.json"}
+FILES = {"config.json", "generation_config.json", "manifest.json", "model.safetensors", *TOKENS}
 
 
 def export(folder: Path, **options: object) -> Path:
@@ -105,6 +113,33 @@ def test_config_is_the_base_s_without_its_quantisation(tmp_path: Path) -> None:
     assert written == published | {"torch_dtype": "bfloat16", "bf16": True, "fp16": False, "fp32": False}
 
 
+@pytest.mark.parametrize(("layout", "other"), [("qwen2", ""), ("qwen", ""), ("qwen", "qwen2"), ("qwen2", "qwen")])
+@pytest.mark.parametrize(("template", "system"), [("chatml", 'Be "brief". 好'), ("chatml", ""), ("plain", "Be brief.")])
+def test_the_prompt_of_the_training_is_the_export_s(
+    tmp_path: Path, layout: str, other: str, template: str, system: str, capsys: Any
+) -> None:
+    folder, base = tiny_run(tmp_path, layout), tmp_path / "models" / "base-Int4"
+    write_json(base / "tokenizer_config.json", {"chat_template": "the base's own", "model_max_length": 77})
+    (base / "chat_template.jinja").write_text("the base's own")
+    record = read_json(folder / "run.json")
+    record["recipe"] |= {"template": template, "system": system}
+    write_json(folder / "run.json", record)
+    out = export(folder, layout=other)
+    assert not (out / "chat_template.jinja").exists()
+    settings = read_json(out / "tokenizer_config.json")
+    assert other or settings["model_max_length"] == 77
+    turns = [Turn("user", "One?\nTwo\nthree"), Turn("assistant", "Yes."), Turn("user", "四?")]
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    written = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(settings["chat_template"])
+    ours = load_tokenizer(base)
+    for given, own in (([], system), ([{"role": "system", "content": "Another."}], "Another.")):
+        expected = ours.decode(prompt(turns, ours, own, template), skip_control=False)
+        assert written.render(messages=[*given, *messages], add_generation_prompt=True) == expected
+    assert (f"{template}, system message {system!r}" if system else "no system message") in capsys.readouterr().out
+    chosen = infer.choose(infer.Options(model=str(out)))
+    assert (chosen.recipe["system"], chosen.recipe["template"]) == (system, template)
+
+
 def adapted(folder: Path) -> torch.nn.Module:
     base = load(folder.parent.parent / "models" / "base-Int4", torch.float32)
     return lora.load_adapter(base, folder / "adapter").eval()
@@ -142,7 +177,7 @@ def test_another_layout_says_the_same(tmp_path: Path, layout: str, other: str) -
     written = load(out, torch.float32)
     assert written.config.layout == other and close(adapted(folder), written)
     tokenizer = {"qwen2": {"tokenizer.json"}, "qwen": {"qwen.tiktoken"}}[other]
-    assert {p.name for p in out.iterdir()} == (FILES - {"qwen.tiktoken"}) | {"tokenizer_config.json"} | tokenizer
+    assert {p.name for p in out.iterdir()} == (FILES - {"qwen.tiktoken"}) | tokenizer
     stops = read_json(out / "generation_config.json")["eos_token_id"]
     assert stops == ([258, 256] if other == "qwen2" else 256)
 
@@ -214,6 +249,29 @@ def test_onto_a_float_checkpoint(tmp_path: Path, capsys: Any) -> None:
     found = read_json(out / "manifest.json")["parity"]
     assert found["against"] == "the adapter on base" and found["adapter_on_int4"]["divergence"] > found["divergence"]
     assert "against the adapter on the Int4 base" in capsys.readouterr().out
+
+
+def test_the_check_holds_one_model_at_a_time(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    from train.verbs import export as verb
+
+    folder, alive = tiny_run(tmp_path), list[weakref.ref[Any]]()
+
+    def loaded(*how: Any, **more: Any) -> Any:
+        assert [ref for ref in alive if ref() is not None] == []
+        model = load(*how, **more)
+        alive.append(weakref.ref(model))
+        return model
+
+    tiny_checkpoint(tmp_path / "models" / "base", tiny_config("qwen2", tie_word_embeddings=True))
+    monkeypatch.setattr(verb, "load", loaded)
+    gc.disable()  # at its own times it would hide what is forgotten
+    try:
+        export(folder, onto="base")
+    finally:
+        gc.enable()
+    assert len(alive) == 3
+    said = capsys.readouterr().out
+    assert "computed in float32 on cpu" in said and "against the adapter on base, computed in float32: " in said
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,13 @@ from train.gptq import Scheme, dequantize
 from train.layouts import DecoderConfig, Layout, convert, converted_config, write_config
 from train.loader import read_folder_config, read_state, state_names
 from train.modelfolder import Shards, copy_beside
-from train.tokenizer import load_tokenizer, write_tiktoken
+from train.tokenizer import DEFAULT_SYSTEM, chat_template, load_tokenizer, write_tiktoken
 
 State = dict[str, Tensor]
 Delta = dict[str, tuple[Tensor, Tensor, float]]  # module -> (A [r, K], B [N, r], scale)
 
-NOT_CARRIED = ("config.json", "quantize_config.json", "README.md")  # rewritten, about Int4, about another model
+# rewritten, about Int4, about another model, and the base's own prompt
+NOT_CARRIED = ("config.json", "quantize_config.json", "README.md", "chat_template.*")
 LEGAL = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -42,6 +43,8 @@ class Job:
     dtype: torch.dtype
     layout: str  # of the folder that is written
     shard_bytes: int
+    system: str = DEFAULT_SYSTEM  # what the adapter was trained with
+    template: str = "chatml"
 
 
 def add(weight: Tensor, change: tuple[Tensor, Tensor, float] | None) -> Tensor:
@@ -156,6 +159,13 @@ def write(job: Job, folder: Path, on_block: Callable[[int], None]) -> None:
         target = converted_config(config, job.layout)
         write_json(folder / "config.json", {**write_config(target), **types_of(job.layout, job.dtype)})
         _convert_companions(job, folder)
+    _write_prompt(job, folder / "tokenizer_config.json")
+
+
+def _write_prompt(job: Job, path: Path) -> None:
+    """The prompt of the training as the tokenizer's template: the base's own has a system message of its own."""
+    settings = read_json(path) if path.is_file() else {}
+    write_json(path, {**settings, "chat_template": chat_template(job.system, job.template)})
 
 
 def types_of(layout: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -31,6 +31,13 @@ CHAT_TEMPLATE = (  # what chatml.render writes, for tools that read tokenizer_co
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+PLAIN_TEMPLATE = (  # the same for template=plain
+    "{% if messages[0]['role'] != 'system' and SYSTEM %}{{ SYSTEM }}\n{% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] }}<|endoftext|>"
+    "{% elif message['role'] == 'system' %}{% if message['content'] %}{{ message['content'] }}\n{% endif %}"
+    "{% else %}{% set lines = message['content'].split('\n', 1) %}Instruction: {{ lines[0] }}\n"
+    "{% if lines[1] %}Input: {{ lines[1] }}\n{% endif %}Answer: {% endif %}{% endfor %}"
+)
 
 
 def _byte_letters() -> dict[int, str]:
@@ -42,6 +49,12 @@ def _byte_letters() -> dict[int, str]:
 
 LETTER = _byte_letters()
 BYTE = {letter: byte for byte, letter in LETTER.items()}
+
+
+def chat_template(system: str, template: str = "chatml") -> str:
+    """What chatml.render writes as a template of transformers, with `system` where no system message is given."""
+    written = {"chatml": CHAT_TEMPLATE, "plain": PLAIN_TEMPLATE}[template]
+    return "{% set SYSTEM = " + json.dumps(system) + " %}" + written
 
 
 class Tokenizer:
@@ -101,7 +114,7 @@ class Tokenizer:
             "added_tokens_decoder": described,
             "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
             "bos_token": None,
-            "chat_template": "{% set SYSTEM = " + json.dumps(system) + " %}" + CHAT_TEMPLATE,
+            "chat_template": chat_template(system),
             "clean_up_tokenization_spaces": False,
             "eos_token": "<|im_end|>",
             "errors": "replace",

@@ -4,7 +4,6 @@ The default is float16: the scales and biases of an Int4 base are float16, and i
 bfloat16. The very Int4 weights that were trained against are dequantised; `onto` takes a float checkpoint instead.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,7 @@ def run(options: Options) -> None:
     record = read_run(folder)
     base = resolve(record["recipe"]["model"], Path(options.models))
     _check_base(record, base)
-    job, out = _job(options, folder, base), Path(options.out) if options.out else folder / "merged"
+    job, out = _job(options, folder, base, record["recipe"]), Path(options.out) if options.out else folder / "merged"
     inputs = _inputs(options, job, base)
     if (found := _finished(out, inputs)) is not None:
         print(f"{out}: nothing to do, it was exported from these inputs before.")
@@ -86,7 +85,7 @@ def _check_base(record: dict[str, Any], base: Path) -> None:
         )
 
 
-def _job(options: Options, folder: Path, base: Path) -> Job:
+def _job(options: Options, folder: Path, base: Path, recipe: dict[str, Any]) -> Job:
     weights = resolve(options.onto, Path(options.models)) if options.onto else base
     config, published = read_folder_config(weights)
     if options.onto:
@@ -96,7 +95,8 @@ def _job(options: Options, folder: Path, base: Path) -> Job:
     if options.verify < 1:
         raise UserError(f"verify={options.verify}: expected 1 or more; an export that nobody compared is not written.")
     dtype = DTYPES[SHORT.get(options.dtype, options.dtype)]
-    return Job(weights, folder / "adapter", dtype, options.layout or config.layout, int(options.shard_size * GB))
+    layout, shard_bytes = options.layout or config.layout, int(options.shard_size * GB)
+    return Job(weights, folder / "adapter", dtype, layout, shard_bytes, recipe["system"], recipe["template"])
 
 
 def _check_onto(base: Path, weights: Path, config: DecoderConfig, published: dict[str, Any]) -> None:
@@ -123,6 +123,8 @@ def _inputs(options: Options, job: Job, base: Path) -> dict[str, Any]:
         "layout": job.layout,
         "shard_bytes": job.shard_bytes,
         "verify": options.verify,
+        "system": job.system,  # these two are read by infer
+        "template": job.template,
     }
 
 
@@ -170,7 +172,9 @@ def _verify(options: Options, record: dict[str, Any], base: Path, job: Job, writ
     name, rows = _rows(options, record, base)
     device, dtype = _place(size(job), job.dtype)
     keep = dtype is torch.float32  # room for the merged model in float32 is room for the base's weights in it
-    print(f"Comparing it with the adapter on its base: {len(rows)} conversations of {name}, {_named(dtype)}, {device}")
+    print(
+        f"Comparing it with the adapter on its base: {len(rows)} conversations of {name}, computed in {_named(dtype)} on {device.type}"
+    )
     onto = job.weights if job.weights != base else None
     with bar("comparing", len(rows) * (4 if onto else 3), "answers") as advance:
 
@@ -180,9 +184,9 @@ def _verify(options: Options, record: dict[str, Any], base: Path, job: Job, writ
         def adapted(folder: Path) -> Any:
             return load_adapter(load(folder, dtype, device, keep_float=keep), job.adapter).eval()
 
+        # each model is gone when its states are there: one is in memory at a time
         on_int4, without = _with_and_without(adapted(base), seen)
         reference = seen(adapted(onto)) if onto else on_int4
-        gc.collect()  # peft's modules hold each other: without this the base stays while the merged model comes
         result = seen(load(written, dtype, device))
     print("Counting equal answers", flush=True)
     measured = parity.compare(reference, result).to_json()
@@ -253,7 +257,7 @@ def _closing(options: Options, out: Path, job: Job, found: dict[str, Any]) -> No
     count = "one file" if len(files) == 1 else f"{len(files)} files"
     without, int4 = found["without_adapter"], found["adapter_on_int4"]
     print(f"\n{out}: {total:.2f} GB, {_named(job.dtype)}, layout {job.layout}, {count} of weights")
-    print(f"  against {found['against']}: {parity.Parity.of(found)}")
+    print(f"  against {found['against']}, computed in {found['computed_in']}: {parity.Parity.of(found)}")
     if options.onto:
         print(f"  against the adapter on the Int4 base: {parity.Parity.of(int4)}")
     print(f"  for scale, the base without the adapter: {parity.Parity.of(without)}")
@@ -261,6 +265,8 @@ def _closing(options: Options, out: Path, job: Job, found: dict[str, Any]) -> No
         print(
             "  The adapter changes nothing: look at the run's losses, and train longer or with a higher learning_rate."
         )
+    system = f"system message {job.system!r}" if job.system else "no system message"
+    print(f"  {'prompt':14} {job.template}, {system}, as trained: the default of the chat template in {out.name}/")
     for name, how in _uses(options.run, out, job).items():
         print(f"  {name:14} {how}")
 
@@ -276,6 +282,7 @@ def _uses(run: str, out: Path, job: Job) -> dict[str, str]:
         }
     if (out / "modeling_qwen.py").is_file():
         uses["transformers"] = f'AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)'
+        uses["model.chat"] = "its code does not read the template: give it the system message above, system=…"
     return uses | {"vLLM, llama.cpp": f"make export RUN={run} LAYOUT=qwen2   # the same model, no code of its own"}
 
 

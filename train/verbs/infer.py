@@ -17,7 +17,7 @@ from train.conversations import Turn
 from train.errors import UserError
 from train.generate import Sampling, context_of, notice, room, stream
 from train.loader import fits, keeps_float, load, load_run, pick_device, pick_dtype, read_run
-from train.modelfolder import resolve
+from train.modelfolder import read_manifest, resolve
 from train.stock import load_stock, stock_stream
 from train.tokenizer import load_tokenizer
 
@@ -33,9 +33,11 @@ class Options:
     run: str = option("", "name of a finished run below runs/; empty: the newest, if MODEL= is empty too")
     model: str = option("", "a model instead: a name below models/, or a folder")
     prompt: str = option("", "answer this and end; empty: chat")
-    system: str = option("auto", "system message; auto: what the run was trained with, else Qwen's; empty: none")
+    system: str = option(
+        "auto", "system message; auto: what the run or export was trained with, else Qwen's; empty: none"
+    )
     template: str = option(
-        "auto", "how turns are written; auto: as the run was trained, else chatml", ("auto", "chatml", "plain")
+        "auto", "how turns are written; auto: as it was trained, else chatml", ("auto", "chatml", "plain")
     )
     engine: str = option("ours", "stock: transformers, optimum, auto-gptq, to compare with", ("ours", "stock"))
     trust_remote_code: bool = option(False, "with engine=stock: allow the checkpoint's own code to run")
@@ -57,7 +59,7 @@ class Source:
     folder: Path
     why: str
     adapter: bool = False
-    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)  # of an export: the part that its manifest kept
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def choose(options: Options) -> Source:
         raise UserError(f"run={options.run} and model={options.model}: give one of them.")
     models, runs = Path(options.models), Path(options.runs)
     if options.model:
-        return Source(resolve(options.model, models), f"model {options.model}")
+        folder = resolve(options.model, models)
+        return Source(folder, f"model {options.model}", recipe=(read_manifest(folder) or {}).get("inputs", {}))
     if options.run:
         return _of_run(runs / options.run, options, f"run {options.run}")
     finished = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
