@@ -1,7 +1,9 @@
 """The same questions before and after: who answers, what is kept, and how the table looks."""
 
+import gc
 import io
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,31 @@ def test_before_is_the_base_and_after_is_the_adapter(tmp_path: Path, capsys: Any
     rows = compare(folder)
     assert [row["question"] for row in rows] == QUESTIONS and all(row["seen"] for row in rows)
     plain, tokenizer = load(base, torch.float32), load_tokenizer(base)
-    expected = [text.strip() for text in answers(plain, tokenizer, QUESTIONS, max_new_tokens=6)]
+    expected = [text.strip() for text in answers(plain, tokenizer, QUESTIONS, max_new_tokens=6, cut="…")]
     assert [row["before"] for row in rows] == expected
     adapted = lora.load_adapter(plain, folder / "adapter").eval()
-    expected = [text.strip() for text in answers(adapted, tokenizer, QUESTIONS, max_new_tokens=6)]
+    expected = [text.strip() for text in answers(adapted, tokenizer, QUESTIONS, max_new_tokens=6, cut="…")]
     assert [row["after"] for row in rows] == expected != [row["before"] for row in rows]
     assert "the adapter on its base" in capsys.readouterr().out
     assert {"answers.jsonl", "compare.json", "loss.png", "report.md"} <= {p.name for p in folder.iterdir()}
+
+
+def test_one_model_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: Any) -> None:
+    alive = list[weakref.ref[Any]]()
+
+    def loaded(*how: Any, **more: Any) -> Any:
+        assert [ref for ref in alive if ref() is not None] == []
+        model = load(*how, **more)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("train.verbs.compare.load", loaded)
+    gc.disable()  # at its own times it would hide what is forgotten
+    try:
+        compare(tiny_run(tmp_path))
+    finally:
+        gc.enable()
+    assert len(alive) == 2
 
 
 def test_after_an_export_the_merged_model_answers_alike(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

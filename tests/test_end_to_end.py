@@ -82,7 +82,7 @@ def check(root: Path, before: str, compared: str, inferred: str) -> None:
     answers = [json.loads(line) for line in (run / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["question"] for row in answers] == [question for question, _ in ROWS]
     assert all(row["seen"] and row["before"] != row["after"] for row in answers)
-    assert answers[0]["after"] in inferred, "compare and infer ask the same model"
+    assert answers[0]["after"].rstrip("…") in inferred, "compare and infer ask the same model"
     assert all(word in compared for word in ("question", "before", "after", ROWS[0][0], f"loss of {STEPS} steps"))
     assert (run / "report.md").is_file() and (run / "loss.png").is_file()
     assert [path.name for path in root.rglob(".*") if path.suffix in (".tmp", ".old")] == []

@@ -125,6 +125,11 @@ def test_the_end_of_the_context_is_stated(tokenizer: Tokenizer, capsys: pytest.C
     assert "1 answers end where the model's context" in capsys.readouterr().err
 
 
+def test_an_answer_that_is_cut_off_can_be_told(tokenizer: Tokenizer) -> None:
+    for most, said in ((4, "whole"[:4] + "…"), (5, "whole…"), (6, "whole")):
+        assert answers(Speller(b"whole"), tokenizer, ["a"], max_new_tokens=most, cut="…") == [said]
+
+
 def say(model: nn.Module, tokenizer: Tokenizer, sampling: Sampling) -> str:
     return "".join(stream(model, tokenizer, prompt([Turn("user", "a")], tokenizer), 24, sampling, lambda _: None))
 

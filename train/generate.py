@@ -68,12 +68,14 @@ def answers(
     batch: int = 8,
     on_progress: Callable[[int, int], None] | None = None,
     template: str = "chatml",
+    cut: str = "",
 ) -> list[str]:
     """The likeliest answer to each prompt (a question, or turns that end with the user's), in their order.
 
     Args:
         batch: prompts computed at once, left-padded; those of like length go together. No answer depends on it, but for rounding.
         on_progress: called with (answered, all) after each batch.
+        cut: what is put behind an answer that ends because of `max_new_tokens` or of the context.
     Raises:
         UserError: a prompt that fills the context.
     """
@@ -82,13 +84,13 @@ def answers(
     texts: dict[int, str] = {}
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
-        texts |= zip(some, _answer([rows[n] for n in some], model, tokenizer, max_new_tokens))
+        texts |= zip(some, _answer([rows[n] for n in some], model, tokenizer, max_new_tokens, cut))
         if on_progress:
             on_progress(len(texts), len(rows))
     return [texts[n] for n in range(len(rows))]
 
 
-def _answer(rows: list[list[int]], model: nn.Module, tokenizer: Tokenizer, max_new_tokens: int) -> list[str]:
+def _answer(rows: list[list[int]], model: nn.Module, tokenizer: Tokenizer, max_new_tokens: int, cut: str) -> list[str]:
     width = max(map(len, rows))
     steps = room(width, max_new_tokens, model)
     padding = [width - len(row) for row in rows]
@@ -104,7 +106,8 @@ def _answer(rows: list[list[int]], model: nn.Module, tokenizer: Tokenizer, max_n
             break
     if steps < max_new_tokens and not ended.all():
         notice(f"{int((~ended).sum())} answers end where the model's context of {context_of(model)} tokens ends.")
-    return [tokenizer.decode(_until(row, tokenizer.stop_ids)) for row in torch.stack(taken, dim=1).tolist()]
+    said = [_until(row, tokenizer.stop_ids) for row in torch.stack(taken, dim=1).tolist()]
+    return [tokenizer.decode(ids) + (cut if len(ids) == len(taken) else "") for ids in said]
 
 
 def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

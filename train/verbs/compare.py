@@ -4,11 +4,9 @@ Greedy answers, so that the same command shows the same table. After an export t
 adapter on its base. Writes answers.jsonl, loss.png and report.md into the run's folder.
 """
 
-import gc
 import json
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from train.tokenizer import Tokenizer, load_tokenizer
 
 WIDEST = 160  # columns of the table
 LONGEST_WORD = 16  # letters that are given up so that a cut does not tear a word
+CUT = "…"
 FIRST = 8  # questions taken from the data when nothing else says which
 
 
@@ -40,7 +39,7 @@ class Options:
     questions: str = option(
         "", "file, one question a line (or .jsonl); empty: DATA_questions.txt beside the data, or the data's first"
     )
-    max_tokens: int = option(64, "longest answer")
+    max_tokens: int = option(64, "longest answer; a longer one is cut off and ends in …")
     batch: int = option(8, "questions answered at once")
     models: str = option("models", "folder of the models")
     runs: str = option("runs", "folder of the runs")
@@ -152,32 +151,29 @@ def _ask(options: Options, record: dict[str, Any], questions: list[str], who: Wh
     """Both models' answers; one model is in memory at a time."""
     tokenizer, (conversations, _) = load_tokenizer(who.base), training_data(record)
     seen = {turn.text.strip() for c in conversations for turn in c.turns if turn.role == "user"}
-    with _model(who, trained=False) as model:
-        before = _answers("before", options, record, model, tokenizer, questions)
-    with _model(who, trained=True) as model:
-        after = _answers("after", options, record, model, tokenizer, questions)
+    before = _answers("before", options, record, who, tokenizer, questions)
+    after = _answers("after", options, record, who, tokenizer, questions)
     return [
         Answer(q, b.strip(), a.strip(), q.strip() in seen) for q, b, a in zip(questions, before, after, strict=True)
     ]
 
 
-@contextmanager
-def _model(who: Who, trained: bool) -> Iterator[nn.Module]:
-    """The base, or the trained model, on the device that is there; gone afterwards."""
+def _model(who: Who, trained: bool) -> nn.Module:
+    """The base, or the trained model, on the device that is there."""
     device = pick_device()
     dtype = pick_dtype(device)
     if trained and who.merged:
-        yield load(who.merged, dtype, device)
-    else:
-        base = load(who.base, dtype, device, keep_float=keeps_float(who.base, device))
-        yield load_adapter(base, who.adapter).eval() if trained else base
-    gc.collect()
+        return load(who.merged, dtype, device)
+    base = load(who.base, dtype, device, keep_float=keeps_float(who.base, device))
+    return load_adapter(base, who.adapter).eval() if trained else base
 
 
 def _answers(
-    title: str, options: Options, record: dict[str, Any], model: nn.Module, tokenizer: Tokenizer, questions: list[str]
+    title: str, options: Options, record: dict[str, Any], who: Who, tokenizer: Tokenizer, questions: list[str]
 ) -> list[str]:
+    """Answers "before" or "after"; an answer that max_tokens cut off ends in …"""
     recipe, shown = record["recipe"], 0
+    model = _model(who, trained=title == "after")
     with bar(title, len(questions), "answers") as advance:
 
         def progress(done: int, total: int) -> None:
@@ -185,7 +181,7 @@ def _answers(
             advance(done - shown)
             shown = done
 
-        how = {"system": recipe["system"], "template": recipe["template"], "batch": options.batch}
+        how = {"system": recipe["system"], "template": recipe["template"], "batch": options.batch, "cut": CUT}
         return answers(model, tokenizer, questions, max_new_tokens=options.max_tokens, on_progress=progress, **how)
 
 
@@ -254,4 +250,4 @@ def shorten(text: str, cells: int) -> str:
     while cell_len(line) > cells - 1:
         line = line[: len(line) - max(1, (cell_len(line) - cells) // 2)]
     words, _, torn = line.rpartition(" ")
-    return (words if words and len(torn) < LONGEST_WORD else line).rstrip(" ,.:;，。：；") + "…"
+    return (words if words and len(torn) < LONGEST_WORD else line).rstrip(" ,.:;，。：；…") + CUT
