@@ -130,45 +130,34 @@ def write_report(
         record: run.json. after: who gave the answers after. merged: the manifest of the export, if there is one.
     """
     name, recipe = path.parent.name, record["recipe"]
-    table = [f"| {_cell(a.question)}{'' if a.seen else ' *'} | {_cell(a.before)} | {_cell(a.after)} |" for a in answers]
     values = smoothed([row["loss"] for row in losses])
-    lines = [
-        f"# {name}",
-        "",
-        f"`{recipe['model']}` trained on `{Path(record['data']['path']).name}`: {len(losses)} steps, "
-        f"loss {values[0]:.2f} → {values[-1]:.2f}.",
-        "",
-        "## Before and after",
-        "",
-        f"Greedy answers of the base and of {after}. * = not asked in the training data.",
-        "",
-        "| question | before | after |",
-        "| --- | --- | --- |",
-        *table,
-        "",
-        "## Loss",
-        "",
-        "![The loss of each step, its running mean, and the learning rate](loss.png)",
-        "",
-        "## Numbers",
-        "",
-        "| | |",
-        "| --- | --- |",
-        *(f"| {key} | {_cell(value)} |" for key, value in _facts(record, losses, merged)),
-        "",
-        "## Recipe",
-        "",
-        "```yaml",
-        *(f"{key}: {_yaml(value)}" for key, value in recipe.items()),
-        "```",
-        "",
-        "## Commands",
-        "",
-        "```sh",
-        *(f"make {words}" for words in (f"infer RUN={name}", f"export RUN={name}", f"compare RUN={name}")),
-        "```",
-    ]
+    trained = f"`{recipe['model']}` trained on `{Path(record['data']['path']).name}`"
+    sections = {
+        "Before and after": _before_and_after(answers, after),
+        "Loss": ["![The loss of each step, its running mean, and the learning rate](loss.png)"],
+        "Numbers": _table(("", ""), _facts(record, losses, merged)),
+        "Recipe": _fenced("yaml", [f"{key}: {_yaml(value)}" for key, value in recipe.items()]),
+        "Commands": _fenced("sh", [f"make {verb} RUN={name}" for verb in ("infer", "export", "compare")]),
+    }
+    lines = [f"# {name}", "", f"{trained}: {len(losses)} steps, loss {values[0]:.2f} → {values[-1]:.2f}."]
+    for title, body in sections.items():
+        lines += ["", f"## {title}", "", *body]
     write_text(path, "\n".join(lines) + "\n")
+
+
+def _before_and_after(answers: Sequence[Answer], after: str) -> list[str]:
+    rows = [(a.question + ("" if a.seen else " *"), a.before, a.after) for a in answers]
+    said = f"Greedy answers of the base and of {after}. * = not asked in the training data; … = cut off."
+    return [said, "", *_table(("question", "before", "after"), rows)]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [head, ["---"] * len(head), *([_cell(text) for text in row] for row in rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def _fenced(language: str, lines: Sequence[str]) -> list[str]:
+    return [f"```{language}", *lines, "```"]
 
 
 def _facts(

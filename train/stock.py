@@ -7,7 +7,7 @@ know runs and terminals. Nothing here is fast: on a CPU auto-gptq dequantises ev
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -129,40 +129,45 @@ def stock_stream(
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     streamer = TextIteratorStreamer(tokenizer.stock, skip_prompt=True, skip_special_tokens=True)
-    row = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    state: dict[str, Any] = {"stop": False, "out": None, "error": None}
-    stop = StoppingCriteriaList([lambda *_: state["stop"]])
+    state = _State()
+    settings = _settings(sampling, tokenizer, max_new_tokens)
+    settings |= {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([lambda *_: state.stop])}
     torch.manual_seed(sampling.seed)
-
-    def work() -> None:
-        try:
-            settings = _settings(sampling, tokenizer, max_new_tokens)
-            with torch.inference_mode():
-                state["out"] = model.generate(
-                    input_ids=row,
-                    attention_mask=torch.ones_like(row),
-                    streamer=streamer,
-                    stopping_criteria=stop,
-                    **settings,
-                )
-        except Exception as error:  # shown in the thread that reads
-            state["error"] = error
-        finally:
-            streamer.end()
-
-    thread = Thread(target=work, daemon=True)
+    thread = Thread(target=_generate, args=(model, ids, state, settings), daemon=True)
     thread.start()
     try:
         yield from filter(None, streamer)
     finally:
-        state["stop"] = True
+        state.stop = True
         thread.join()
-    if state["error"]:
+    if state.error:
         raise UserError(
-            f"the stock model's generate failed: {type(state['error']).__name__}: {state['error']}"
-        ) from state["error"]
-    if state["out"].shape[1] - len(ids) >= max_new_tokens:
+            f"the stock model's generate failed: {type(state.error).__name__}: {state.error}"
+        ) from state.error
+    if state.tokens - len(ids) >= max_new_tokens:
         notify(f"(stopped: {max_new_tokens} tokens, the most that were asked for or have room)")
+
+
+@dataclass
+class _State:
+    """What the thread that generates and the one that reads tell each other."""
+
+    stop: bool = False
+    tokens: int = 0  # prompt and answer
+    error: Exception | None = None
+
+
+def _generate(model: Any, ids: Sequence[int], state: _State, settings: dict[str, Any]) -> None:
+    """The thread's work: the stock generate, to the end or until state.stop; the streamer is always ended."""
+    row = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    try:
+        with torch.inference_mode():
+            out = model.generate(input_ids=row, attention_mask=torch.ones_like(row), **settings)
+        state.tokens = out.shape[1]
+    except Exception as error:  # shown in the thread that reads
+        state.error = error
+    finally:
+        settings["streamer"].end()
 
 
 def _settings(sampling: Sampling, tokenizer: StockTokenizer, max_new_tokens: int) -> dict[str, Any]:
