@@ -98,7 +98,7 @@ def test_ctrl_c_leaves_the_stage_the_time_to_end_by_itself() -> None:
 
 def test_too_little_room_is_said_before_anything_starts(calls: list[list[str]], monkeypatch: Any) -> None:
     monkeypatch.setattr(demo, "free_bytes", lambda path: 10**9)
-    with pytest.raises(UserError, match=r"needs 6\.0 GB more disk, 1\.0 GB are free"):
+    with pytest.raises(UserError, match=r"needs 4\.0 GB more disk, 1\.0 GB are free"):
         run(Options())
     monkeypatch.undo()
     assert calls == []
@@ -111,6 +111,8 @@ def test_what_is_there_already_needs_no_room(calls: list[list[str]], monkeypatch
     monkeypatch.setattr(demo, "free_bytes", lambda path: 10**9 // 2)
     run(Options())
     assert len(calls) == 6
+    with pytest.raises(UserError, match="more disk"):  # the other layout has an Int4 folder of its own
+        run(Options(layout="qwen"))
 
 
 def test_too_little_memory_is_said(calls: list[list[str]], monkeypatch: Any) -> None:
