@@ -123,3 +123,11 @@ def test_the_error_that_is_reported_is_the_weights(tmp_path: Path) -> None:
     rounded = dequantize(packed["qweight"], packed["qzeros"], packed["scales"], packed["g_idx"]).t()
     assert error == pytest.approx(float((rounded - weight).norm() / weight.norm()))
     assert 0.02 < error < 0.15
+
+
+def test_it_says_that_it_only_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = made(tmp_path, tiny_checkpoint(tmp_path / "Tiny", tiny_config("qwen2")))
+    assert "no calibration data" in read_json(folder / "manifest.json")["method"]
+    said = capsys.readouterr().out
+    assert "rounded to nearest. Mean relative error of the weights:" in said and "q_proj" in said
+    assert verb.__doc__ is not None and "published GPTQ checkpoint" in verb.__doc__

@@ -1,7 +1,9 @@
 """Make an Int4 folder, as Qwen publishes them (AutoGPTQ's format), of a float folder.
 
-Rounds the linears of the blocks to the nearest code, with the best scale for each group; embeddings, norms and the head stay
-float16. One block is in memory at a time. layout= writes the same model in the other published layout.
+Rounds the linears of the blocks to the nearest code, with the best of some scales for each group; embeddings, norms and the head
+stay float16. One block is in memory at a time. layout= writes the same model in the other published layout.
+No calibration data is read: this is GPTQ's format, not its algorithm. Where a published GPTQ checkpoint of the model exists, it is
+usually better: make model fetches it. The mean relative errors are printed at the end.
 """
 
 import re
@@ -27,6 +29,7 @@ from train.tokenizer import load_tokenizer, write_tiktoken
 
 BLOCK = re.compile(r"\.(?:h|layers)\.(\d+)\.")
 TOKENIZER = ("*token*", "vocab.json", "merges.txt", "*.py")  # files that belong to one layout
+METHOD = "rounded to nearest, the scale of each group searched for the least squared error; no calibration data"
 SUFFIX = {"qwen": "-Qwen1", "qwen2": "-Qwen2"}  # in the name of a folder that changed its layout
 
 
@@ -112,7 +115,7 @@ def _write(job: Job) -> dict[str, list[float]]:
         quantisation = {"quantization_config": job.scheme.to_config(), "torch_dtype": "float16"}
         write_json(folder / "config.json", {**base, **quantisation})
         _tokenizer(job, folder)
-        write_manifest(folder, job.about())
+        write_manifest(folder, {**job.about(), "method": METHOD})
     return errors
 
 
@@ -209,7 +212,7 @@ def _tokenizer(job: Job, folder: Path) -> None:
 
 def _report(job: Job, errors: dict[str, list[float]]) -> None:
     print(
-        f"{job.target}: layout {job.layout}, Int4 in groups of {job.scheme.group_size}. Mean relative error of the weights:"
+        f"{job.target}: layout {job.layout}, Int4 in groups of {job.scheme.group_size}, rounded to nearest. Mean relative error of the weights:"
     )
     print("  " + ", ".join(f"{kind} {_percent(values)}" for kind, values in errors.items()))
 
