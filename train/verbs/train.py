@@ -163,9 +163,10 @@ def _name(options: Options, recipe: Recipe) -> str:
 def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype", found: Path | None) -> int:
     from train import checkpoint, loop
     from train.engine import Engine, stage_of
+    from train.loader import keeps_float
 
     # --- the decisions that were taken, once ------------------------------------------------------------------------------
-    keep_float = _keep_float(job, device)
+    keep_float = keeps_float(job.base, device)
     notes = [*job.notes, *_decisions(job, place, device, dtype, stage_of(job.recipe, dtype), keep_float)]
     if place.rank == 0:
         print("\n".join(notes), flush=True)
@@ -198,18 +199,6 @@ def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype
 def _say(place: World | None, text: str) -> None:
     if place is None or place.rank == 0:
         print(text, flush=True)
-
-
-def _keep_float(job: "Job", device: "torch.device") -> bool:
-    """Whether Int4 weights should be kept in float32 too: on a CPU whose memory holds them three times over."""
-    import psutil
-
-    from train.loader import read_folder_config
-
-    if device.type != "cpu" or not read_folder_config(job.base)[1].get("quantization_config"):
-        return False
-    stored = sum(path.stat().st_size for path in job.base.glob("*.safetensors"))
-    return bool(psutil.virtual_memory().available > 3 * 8 * stored)
 
 
 def _decisions(
