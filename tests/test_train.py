@@ -577,22 +577,40 @@ def test_what_differs_between_machines_is_named() -> None:
     assert "base:" not in str(error.value)
 
 
+def two_at_work(run: str) -> "subprocess.Popen[str]":
+    """A long run of two processes, which has written a checkpoint."""
+    process, deadline = (
+        child({**LONG, "run": run, "processes": 2, "steps": 2000, "save_every": 2}),
+        time.monotonic() + 240,
+    )
+    while not list(Path(f"runs/{run}/checkpoints").glob("step-*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
 @pytest.mark.slow
 def test_a_signal_reaches_every_process() -> None:
     """SIGTERM to the command: both workers finish the step, one checkpoint is written, the status is 75."""
-    many = {**LONG, "run": "signal-2", "processes": 2, "steps": 400, "save_every": 2}
-    process, deadline = child(many), time.monotonic() + 240
-    while (
-        not list(Path("runs/signal-2/checkpoints").glob("step-*"))
-        and process.poll() is None
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.05)
+    process = two_at_work("both-stopped")
     process.terminate()
     said, _ = process.communicate(timeout=60)
     assert process.returncode == CUT_OFF, said
+    assert said.count("finishing this step, then a checkpoint\n") == 1
     assert "The same command goes on from there" in said
-    assert checkpoint.newest(Path("runs/signal-2"))[1] == []
+    assert checkpoint.newest(Path("runs/both-stopped"))[1] == []
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_every_process_at_once() -> None:
+    process = two_at_work("both-ended")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # before the first is answered: the two may become one
+    time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode in (130, CUT_OFF), said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
@@ -658,10 +676,10 @@ def stop(keys: dict[str, Any], after: int) -> str:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])
 def test_a_gpu_run_stopped_and_started_again_ends_in_the_same_bytes(precision: str) -> None:
-    keys: dict[str, Any] = {**LONG, "steps": 400, "save_every": 100, "precision": precision, "checkpointing": "on"}
+    keys: dict[str, Any] = {**LONG, "steps": 120, "save_every": 30, "precision": precision, "checkpointing": "on"}
     said = finish({**keys, "run": f"gpu-{precision}"})
     assert "device: NVIDIA" in said
-    stop({**keys, "run": f"gpu-{precision}-cut"}, after=150)
+    stop({**keys, "run": f"gpu-{precision}-cut"}, after=40)
     assert "goes on after step" in finish({**keys, "run": f"gpu-{precision}-cut"})
     assert losses(f"gpu-{precision}-cut") == losses(f"gpu-{precision}")
     assert adapter(f"gpu-{precision}-cut") == adapter(f"gpu-{precision}")
