@@ -45,7 +45,9 @@ def test_the_newest_checkpoint_that_the_journal_covers_is_gone_on_from(tmp_path:
 
 def test_a_lost_journal_is_asked_for_and_nothing_is_thrown_away(tmp_path: Path) -> None:
     checkpoint.write(tmp_path, snapshot(4), keep=1)
-    with pytest.raises(UserError, match=r"losses.jsonl ends after step 0, and step-000004 goes on after step 4. Put the file back"):
+    with pytest.raises(
+        UserError, match=r"losses.jsonl ends after step 0, and step-000004 goes on after step 4. Put the file back"
+    ):
         loop.standing(tmp_path)
     assert checkpoint.newest(tmp_path)[0] == checkpoint.folder_of(tmp_path, 4)
 
