@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 GPU_WITHOUT_TOOLKIT = """
 import torch, torch.utils.cpp_extension
 torch.utils.cpp_extension.CUDA_HOME = None
-torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda *_: (7, 0)
+torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda *_: (9, 0)
 """
 IMPORT = """
 import torch

@@ -33,8 +33,9 @@ def import_deepspeed() -> Any:
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else torch starts idle compile workers, a core each
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)  # it asks for this one too
-    hidden: dict[str, Any] = {"is_available": lambda: False, "get_device_capability": lambda device=None: capability}
+    from torch.utils import cpp_extension  # noqa: F401  here, where it sees the GPU: else it says that there is none
+
+    hidden: dict[str, Any] = {"is_available": lambda: False, "get_device_capability": lambda device=None: (0, 0)}
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), patch.multiple(torch.cuda, **hidden):
