@@ -43,7 +43,8 @@ def test_a_gpu_without_the_cuda_toolkit_is_enough() -> None:
 
 def test_deepspeed_by_itself_would_want_the_toolkit() -> None:
     """Should this fail one day, `import_deepspeed` need not hide the GPU any more."""
-    done = python(GPU_WITHOUT_TOOLKIT + "import deepspeed", DS_ACCELERATOR="cuda")
+    old = GPU_WITHOUT_TOOLKIT.replace("(9, 0)", "(7, 0)")  # on a newer one it imports Triton kernels first
+    done = python(old + "import deepspeed", DS_ACCELERATOR="cuda")
     assert "MissingCUDAException" in done.stderr
 
 
