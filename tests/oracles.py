@@ -33,8 +33,9 @@ def tiny_config(layout: str = "qwen2", **changes: Any) -> DecoderConfig:
 
 def tiny_decoder(config: DecoderConfig, seed: int = 0) -> Decoder:
     """A float32 decoder with weights large enough that attention and gates matter."""
-    torch.manual_seed(seed)
     model = Decoder(config).eval()
+    model.tie_weights()  # transformers leaves it out where another library has turned initialisation off
+    torch.manual_seed(seed)  # after it: the weights depend on the seed alone
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(std=0.5 if name.endswith("bias") else p.shape[-1] ** -0.5) if p.dim() > 1 or name.endswith(
