@@ -50,7 +50,7 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module", params=["qwen", "qwen2"])
 def decoder(request: pytest.FixtureRequest) -> Decoder:
-    return tiny_decoder(tiny_config(request.param))
+    return tiny_decoder(tiny_config(request.param), seed=2)  # one that says different things to different questions
 
 
 QUESTIONS = ["a", "what is it?", "好", "twelve bottles of it", "no"]
