@@ -21,8 +21,7 @@ _key = $(shell tr A-Z a-z <<<'$(patsubst FROM,FROM_RUN,$(1))')
 _typed = $(sort $(foreach v,$(filter-out $(settings) -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(v))),$(v))))
 _pairs = $(foreach v,$(_typed),$(call _key,$(v))=$(call _quote,$(value $(v)))) $(value ARGS)
 # _base: what `make train` fetches first
-_base = $(or $(value MODEL),$(shell $(PY) -c 'import sys; from train.config import Recipe, load_recipe as load; \
-    print(load(sys.argv[1], {}).model if sys.argv[1] else Recipe.model)' $(call _quote,$(value RECIPE))))
+_base = $(PY) -c 'import sys; from train.verbs.train import wanted_base as base; print(base(sys.argv[1:]))' $(_pairs)
 _some = $(foreach v,$(filter $(1),$(_typed)),$(call _key,$(v))=$(call _quote,$(value $(v))))
 
 .PHONY: help setup demo test test-all model data train export infer compare quantize lint lock lock-check clean
@@ -53,8 +52,7 @@ data: setup ## check a data set and sum it up; errors with file, line and column
 	@$(PY) -m train data $(_pairs)
 
 train: setup ## fine-tune, or go on where it was cut off: DATA= [MODEL=] [RECIPE=] [RUN=] [FROM=] [GPUS=]
-	@[ ! -e $(call _quote,$(value DATA)) -o -e runs/$(call _quote,$(value RUN))/recipe.yaml ] || \
-	    $(PY) -m train model model=$(call _quote,$(_base)) $(call _some,MODELS)
+	@base=$$($(_base)) && { [ -z "$$base" ] || $(PY) -m train model model="$$base" $(call _some,MODELS); }
 	@$(PY) -m train train $(_pairs)
 
 export: setup ## merged float weights, verified: RUN= [DTYPE=] [LAYOUT=] [ONTO=] [OUT=]

@@ -100,6 +100,11 @@ def test_train_fetches_its_base_first(tmp_path: Path) -> None:
     assert train_steps(f"DATA={data}")[0] == f"model model={Recipe.model}"
     demo = load_recipe("demo", {}).model
     assert train_steps(f"DATA={data}", "RECIPE=demo")[0] == f"model model={demo}"
+    assert train_steps(f"DATA={data}", "ARGS=recipe=demo rank=4")[0] == f"model model={demo}"
+    assert train_steps(f"DATA={data}", "ARGS=model='my base'")[0] == "model model=my base"
+    (tmp_path / "r" / "x").mkdir(parents=True)
+    (tmp_path / "r" / "x" / "recipe.yaml").touch()
+    assert train_steps(f"DATA={data}", f"RUNS={tmp_path}/r", "RUN=x") == [f"train data={data} run=x runs={tmp_path}/r"]
     assert train_steps("DATA=none-such") == ["train data=none-such"]
     assert train_steps("ARGS=--help") == ["train --help"]
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import world
-from train.config import Recipe, build_with_overrides, describe, load_recipe, option
+from train.config import Recipe, build_with_overrides, describe, load_recipe, option, pairs
+from train.conversations import sources
 from train.errors import UserError
 from train.files import sha256, staged, write_json
 from train.world import CUT_OFF, World
@@ -57,11 +58,24 @@ class Request(Options):
         return [f"{key}={value}" for key, value in {**self.overrides, **own}.items()]
 
 
-def parse(pairs: dict[str, str]) -> Request:
+def parse(values: dict[str, str]) -> Request:
     """Options from key=value; every key that is not an option is the recipe's."""
     return build_with_overrides(
-        Request, {("from_run" if key == "from" else key): value for key, value in pairs.items()}
+        Request, {("from_run" if key == "from" else key): value for key, value in values.items()}
     )
+
+
+def wanted_base(words: list[str]) -> str:
+    """The base that `make train WORDS` fetches first: a new run's, once its data is there. Empty where the words are wrong: the
+    command itself says how."""
+    try:
+        options = parse(pairs(words))
+        recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
+        sources(options.data)
+    except UserError:
+        return ""
+    begun = Path(options.runs) / (options.run or _name(options, recipe)) / "recipe.yaml"
+    return "" if begun.is_file() else recipe.model
 
 
 def run(options: Request) -> None:
