@@ -289,3 +289,11 @@ def test_an_int4_of_the_lock_says_how_it_is_made(tmp_path: Path) -> None:
         UserError, match=r"make model MODEL=Qwen2.5-Coder-0.5B-Instruct\n.*make quantize .* LAYOUT=qwen"
     ):
         run(tmp_path, "Qwen2.5-Coder-0.5B-Instruct-Qwen1-Int4")
+
+
+def test_a_folder_of_that_name_which_is_no_model_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "models" / "X-Int4").mkdir(parents=True)
+    (tmp_path / "models" / "X-Int4" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        run(tmp_path, "Someone/X-Int4")
+    assert (tmp_path / "models" / "X-Int4" / "notes.txt").read_text() == "mine"

@@ -6,7 +6,6 @@ written last: if it is there, the folder is whole, and the same command has noth
 
 import fnmatch
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,10 @@ def run(options: Options) -> None:
         _check(given, options.verify)
         print("Nothing to do.")
         return
+    if (models / name).exists():
+        raise UserError(
+            f"{models / name} is there, but has no config.json: no model. Move it away, then the same command again."
+        )
     lock = read_lock(LOCK)
     if options.model in lock:
         _from_lock(options.model, lock[options.model], options.source, models)
@@ -261,7 +264,5 @@ def _finish(folder: Path, target: Path) -> None:
     """Give a whole folder its name."""
     for path in folder.iterdir():
         sync(path)
-    if target.exists():
-        shutil.rmtree(target)  # it has no config.json: what is left of something that was never whole
     folder.replace(target)
     sync(target.parent)
