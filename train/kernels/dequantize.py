@@ -1,23 +1,13 @@
-"""Triton kernels for the Int4 format; the plain definition of each is in gptq.py, and tests hold one against the other.
+"""The Int4 weight as floats: one kernel, bit-equal to gptq.dequantize_plain.
 
-Knows packed tensors and nothing else. Used on CUDA devices when Triton works there (it needs a C compiler); everywhere else the
-definition itself runs. One program makes a tile of W: it reads each packed word once and writes coalesced rows.
+One program makes a tile of W: it reads each packed word once and writes coalesced rows.
 """
-
-import functools
-import os
-import sys
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a machine without Triton runs the definition
-    triton = None
+from train.kernels.runtime import tl, triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TILE_ROWS, TILE_COLUMNS = 64, 128
 
 if triton is not None:
@@ -76,19 +66,3 @@ def dequantize(
         TR=TILE_ROWS, TC=TILE_COLUMNS, num_warps=4,
     )  # fmt: skip
     return out
-
-
-@functools.cache
-def usable(device: torch.device) -> bool:
-    """Whether kernels run on `device`; where a CUDA device cannot, the reason is printed once."""
-    if triton is None or (device.type != "cuda" and not INTERPRETED):
-        return False
-    try:
-        word = torch.zeros(4, 8, dtype=torch.int32, device=device)
-        dequantize(word, word[:1, :1].contiguous(), torch.ones(1, 8, device=device), None, 4, torch.float32)
-    except (
-        Exception
-    ) as error:  # no compiler, an unknown card, a driver too old: Triton raises a different class for each
-        print(f"Triton does not run here, the slower plain path is used: {error}", file=sys.stderr)
-        return False
-    return True
