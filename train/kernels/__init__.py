@@ -1,0 +1,31 @@
+"""Triton kernels, each beside its plain definition elsewhere in the house; tests hold one against the other.
+
+Knows tensors and nothing else. Used on CUDA devices when Triton works there (it needs a C compiler); everywhere else the definitions
+themselves run.
+"""
+
+import functools
+import sys
+
+import torch
+
+from train.kernels.dequantize import dequantize
+from train.kernels.runtime import INTERPRETED, triton
+
+__all__ = ["INTERPRETED", "dequantize", "usable"]
+
+
+@functools.cache
+def usable(device: torch.device) -> bool:
+    """Whether kernels run on `device`, tried once; where a CUDA device cannot, the reason is printed."""
+    if triton is None or (device.type != "cuda" and not INTERPRETED):
+        return False
+    try:
+        word = torch.zeros(4, 8, dtype=torch.int32, device=device)
+        dequantize(word, word[:1, :1].contiguous(), torch.ones(1, 8, device=device), None, 4, torch.float32)
+    except (
+        Exception
+    ) as error:  # no compiler, an unknown card, a driver too old: Triton raises a different class for each
+        print(f"Triton does not run here, the slower plain path is used: {error}", file=sys.stderr)
+        return False
+    return True
