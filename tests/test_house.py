@@ -11,7 +11,7 @@ FLOORS = {
     name: set(modules.split())
     for name, modules in {
         "leaves": "config errors files progress download modelfolder gptq kernels loss "
-        "conversations formats parsing scanner meter world",
+        "conversations formats parsing scanner meter world host diagnosis",
         "parts": "layouts decoder lora tokenizer chatml from_gguf",
         "assembled": "loader stock dataset generate engine loop job checkpoint manifest merge parity report",
     }.items()

@@ -450,7 +450,7 @@ def test_sixteen_bits_go_on_as_they_were(precision: str, monkeypatch: pytest.Mon
 
     settings = engine.settings
     monkeypatch.setattr(engine, "settings", wide)
-    monkeypatch.setattr(verb, "_check_ways", lambda recipe, device: None)
+    monkeypatch.setattr("train.job.check_ways", lambda recipe, device: None)
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     keys: dict[str, Any] = {
         "precision": precision,

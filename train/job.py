@@ -105,6 +105,19 @@ def _check_parent(recipe: Recipe, parent: Path | None) -> None:
         raise UserError(f"from={parent.name}: its adapter has another shape: {', '.join(wrong)}. Give {hint}.")
 
 
+def check_ways(recipe: Recipe, device: str) -> None:
+    """Refuse what DeepSpeed would break off with, after minutes of loading."""
+    if recipe.precision == "fp16" and device == "cpu":
+        raise UserError(
+            "precision=fp16 needs a GPU: DeepSpeed does not compute it on a CPU. Give precision=fp32 or bf16."
+        )
+    if recipe.zero == 3 and recipe.checkpointing:
+        raise UserError(
+            "zero=3 takes its weights away while checkpointing=on recomputes with them. Give checkpointing=off, or zero=2: "
+            "the base is frozen, so stage 2 shards all that an optimizer keeps (and stage 3 does not shard Int4 weights)."
+        )
+
+
 def _inputs(recipe: Recipe, data: str, base: Path, parent: Path | None, rows: int, dtype: str) -> dict[str, Any]:
     adapter = parent / "adapter" / lora.WEIGHTS if parent else None
     return {
@@ -208,15 +221,18 @@ def _check_unchanged(job: Job) -> None:
 
 def _check_disk(job: Job, config: DecoderConfig, names: list[str]) -> None:
     """Room for the checkpoints that are kept and not yet there, one that is being written, and the adapter."""
-    count = adapter_size(config, names, job.recipe.rank)
-    there = len(list((job.run / "checkpoints").glob("step-*")))
-    missing = max(job.recipe.keep - there, 0) + 1
-    needed = 4 * count * (3 * missing + 1) + (64 << 20)
+    needed = room(config, names, job.recipe, there=len(list((job.run / "checkpoints").glob("step-*"))))
     if (free := free_bytes(job.run)) < needed:
         raise UserError(
             f"{job.run}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for {job.recipe.keep} checkpoints and the "
             "adapter. Free some, give runs=FOLDER on another disk, or keep=1."
         )
+
+
+def room(config: DecoderConfig, names: list[str], recipe: Recipe, there: int = 0) -> int:
+    """Bytes that the checkpoints still to be written take, of which `there` are written, with one on its way and the adapter."""
+    missing = max(recipe.keep - there, 0) + 1
+    return 4 * adapter_size(config, names, recipe.rank) * (3 * missing + 1) + (64 << 20)
 
 
 def adapter_size(config: DecoderConfig, names: list[str], rank: int) -> int:

@@ -143,6 +143,7 @@ def _machine(options: Options, recipe: Recipe, place: World | None) -> "tuple[to
     """Device, dtype and number of processes."""
     import torch
 
+    from train.job import check_ways
     from train.loader import pick_dtype
 
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -151,22 +152,9 @@ def _machine(options: Options, recipe: Recipe, place: World | None) -> "tuple[to
     if options.gpus < 1 or recipe.processes < 1:
         raise UserError("gpus= and processes= count from 1.")
     device = torch.device("cuda", world.on_card(place or World(), there).local) if there else torch.device("cpu")
-    _check_ways(recipe, device.type)
+    check_ways(recipe, device.type)
     processes = place.size if place else (options.gpus if there else recipe.processes)
     return device, pick_dtype(device, recipe.precision), processes
-
-
-def _check_ways(recipe: Recipe, device: str) -> None:
-    """Refuse what DeepSpeed would break off with, after minutes of loading."""
-    if recipe.precision == "fp16" and device == "cpu":
-        raise UserError(
-            "precision=fp16 needs a GPU: DeepSpeed does not compute it on a CPU. Give precision=fp32 or bf16."
-        )
-    if recipe.zero == 3 and recipe.checkpointing:
-        raise UserError(
-            "zero=3 takes its weights away while checkpointing=on recomputes with them. Give checkpointing=off, or zero=2: "
-            "the base is frozen, so stage 2 shards all that an optimizer keeps (and stage 3 does not shard Int4 weights)."
-        )
 
 
 def _name(options: Options, recipe: Recipe) -> str:
