@@ -1,1 +1,1 @@
-"""Measurements, each with what it is compared to; results/ keeps them as JSON with device and date."""
+"""Speed and memory, measured: what `make bench` and its neighbours run. Not part of the test suite."""

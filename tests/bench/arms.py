@@ -1,0 +1,188 @@
+"""The two stacks that `make bench` compares: this program's own step, and the one that the published recipe runs.
+
+An arm is built for one shape and then asked for steps: forward, backward, clipping and the optimizer's update over every token.
+Both take the same shape of model with random Int4 weights, the same ranks, the same tokens. Knows nothing of clocks and reports.
+
+ours         this program: train.engine as `make train` uses it.
+stock        as Qwen's finetune_qlora_single_gpu.sh runs: transformers' LlamaForCausalLM in the same shape (its class computes what the
+             checkpoint's own code does), auto_gptq's QuantLinear as optimum picks it without exllama, peft, float16, DeepSpeed
+             ZeRO-2 with the published bucket sizes. One difference: torch's fused AdamW under it, for DeepSpeed's needs a compiler.
+stock-lean   the same model without DeepSpeed: bfloat16 under autocast, float32 adapters, torch's fused AdamW. What somebody gets
+             who writes the loop by hand: less overhead a step.
+"""
+
+import io
+import logging
+import warnings
+from contextlib import nullcontext, redirect_stdout
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tests.bench import shapes
+from tests.bench.spec import Shape, Spec
+from train import lora, world
+from train.config import load_recipe
+from train.layouts import DecoderConfig
+from train.world import World
+
+RATE = 1e-4
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Arm(Protocol):
+    """A model, ready to learn, at one shape."""
+
+    def step(self, ids: Tensor) -> Tensor:
+        """One whole step over ids [B, T], every token learnt; returns the mean loss of this process's tokens."""
+        ...
+
+
+class Ours:
+    """This program's own step."""
+
+    def __init__(self, spec: Spec, shape: Shape, place: World, device: torch.device) -> None:
+        from train.engine import Engine
+        from train.loader import pick_dtype
+
+        recipe = load_recipe(
+            "qlora",
+            {
+                "batch": str(shape[0]),
+                "length": str(shape[1]),
+                "accumulation": "1",
+                "dropout": str(spec.dropout),
+                "rank": str(spec.rank),
+                "checkpointing": "on" if spec.checkpointing else "off",
+            },
+        )
+        dtype = pick_dtype(device, recipe.precision)
+        model = shapes.random_decoder(shapes.config(spec.model), device, dtype)
+        adapted = lora.attach(model, recipe).train()
+        if spec.checkpointing:
+            model.gradient_checkpointing_enable()
+        self.learnt = shape[0] * (shape[1] - 1) * place.size
+        self.engine, self.size = Engine(adapted, recipe, dtype, place.size), place.size
+
+    def step(self, ids: Tensor) -> Tensor:
+        total = self.engine.micro({"input_ids": ids, "labels": ids}, self.learnt)
+        self.engine.step(last=True, rate=RATE)
+        return total * self.size / self.learnt
+
+
+class Stock:
+    """The published recipe's stack; `lean` leaves DeepSpeed and float16 out."""
+
+    def __init__(self, spec: Spec, shape: Shape, place: World, device: torch.device) -> None:
+        self.device, self.lean = device, spec.arm == "stock-lean"
+        dtype = (torch.bfloat16 if self.lean else torch.float16) if device.type == "cuda" else torch.float32
+        base = stock_llama(shapes.config(spec.model), device, dtype)
+        self.model = adapt(base, spec.rank, spec.dropout, spec.checkpointing).train()
+        learnt = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            learnt, lr=RATE, weight_decay=0.1, betas=(0.9, 0.95), fused=device.type == "cuda"
+        )
+        self.engine = None if self.lean else deepspeed_engine(self.model, self.optimizer, shape[0], dtype)
+
+    def step(self, ids: Tensor) -> Tensor:
+        if self.engine is not None:
+            loss = self.engine(input_ids=ids, labels=ids).loss
+            self.engine.backward(loss)
+            self.engine.step()
+            return loss.detach()  # type: ignore[no-any-return]
+        with torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext():
+            loss = self.model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()  # type: ignore[no-any-return]
+
+
+ARMS: dict[str, type[Ours] | type[Stock]] = {"ours": Ours, "stock": Stock, "stock-lean": Stock}
+
+
+def stock_llama(c: DecoderConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """transformers' LlamaForCausalLM with auto_gptq's QuantLinear for every linear of its blocks, random, frozen."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    same += ("intermediate_size", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings")
+    published = LlamaConfig(attention_bias=True, pad_token_id=None, use_cache=False, **{k: getattr(c, k) for k in same})
+    with torch.device("meta"):
+        model = LlamaForCausalLM(published)
+    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, quant_linear(linear, shapes.group_of(c), device, dtype))
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            value = torch.ones(p.shape, dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(value if p.dim() == 1 else value.normal_(std=0.02)))
+    model.tie_weights()
+    with torch.device(device):
+        for layer in model.model.layers:  # its tables of sines are no parameters, and were on the meta device
+            layer.self_attn._init_rope()
+    return model.requires_grad_(False)
+
+
+def quant_linear(linear: nn.Linear, group: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """auto_gptq's layer in the place of `linear`: the class that peft looks for where exllama is disabled, as for training."""
+    from auto_gptq.utils.import_utils import dynamically_import_QuantLinear
+
+    kind = dynamically_import_QuantLinear(
+        use_triton=False, desc_act=False, group_size=group, bits=4, disable_exllama=True, disable_exllamav2=True
+    )
+    bias = linear.bias is not None
+    layer = kind(4, group, linear.in_features, linear.out_features, bias, trainable=True, weight_dtype=dtype).to(device)
+    for name, buffer in layer.named_buffers():
+        shapes.random_part(name, buffer, layer)
+    return layer  # type: ignore[no-any-return]
+
+
+def adapt(base: Any, rank: int, dropout: float, checkpointing: bool) -> nn.Module:
+    """peft's adapters as Qwen's finetune.py puts them on."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import GPTQConfig
+
+    quantised = next(m for m in base.modules() if hasattr(m, "qweight"))
+    base.quantization_method = "gptq"
+    base.config.quantization_config = GPTQConfig(bits=4, group_size=quantised.group_size, disable_exllama=True)
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing)
+    config = LoraConfig(
+        r=rank, lora_alpha=16, lora_dropout=dropout, target_modules=TARGETS, bias="none", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(base, config)  # type: ignore[no-any-return]
+
+
+def deepspeed_engine(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, dtype: torch.dtype) -> Any:
+    """DeepSpeed as the published finetune/ds_config_zero2.json sets it."""
+    from train.engine import import_deepspeed
+
+    deepspeed = import_deepspeed()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    scaled = {"enabled": dtype == torch.float16, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2}
+    stage = {"stage": 2, "allgather_bucket_size": int(2e8), "reduce_bucket_size": int(2e8), "overlap_comm": True}
+    config = {
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "fp16": scaled,
+        "zero_optimization": {**stage, "reduce_scatter": True, "contiguous_gradients": True},
+        "zero_allow_untested_optimizer": True,
+    }
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.train()
+    return engine
+
+
+def join(device: torch.device) -> World:
+    """The place of this process among those of its arm; a group of one where it is alone."""
+    place = world.detect() or World()
+    if device.type == "cuda":
+        place = world.on_card(place, torch.cuda.device_count())
+    world.join(place, device.type == "cuda")
+    return place

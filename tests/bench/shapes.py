@@ -1,0 +1,85 @@
+"""Qwen's published shapes with random Int4 weights, made on the device layer by layer: speed and memory need no real ones.
+
+No float copy of a linear is ever made, so a 72B shape takes the room that its Int4 file takes. Knows nothing of training.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.decoder import Decoder
+from train.gptq import Int4Linear, Scheme
+from train.layouts import DecoderConfig
+
+# layers, hidden, heads, key heads, head size, inner, vocabulary, tied; as their config.json says
+SHAPES: dict[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
+    "tiny": ("qwen", 2, 128, 4, 4, 32, 256, 512, False),
+    "0.5b": ("qwen2", 24, 896, 14, 2, 64, 4864, 151_936, True),
+    "1.8b": ("qwen", 24, 2048, 16, 16, 128, 5504, 151_936, False),
+    "7b": ("qwen", 32, 4096, 32, 32, 128, 11_008, 151_936, False),
+    "14b": ("qwen", 40, 5120, 40, 40, 128, 13_696, 152_064, False),
+    "72b": ("qwen", 80, 8192, 64, 64, 128, 24_576, 152_064, False),
+}
+
+
+def config(name: str) -> DecoderConfig:
+    layout, layers, hidden, heads, key_heads, size, inner, vocabulary, tied = SHAPES[name]
+    return DecoderConfig(
+        layout=layout,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=size,
+        intermediate_size=inner,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+
+
+def group_of(c: DecoderConfig) -> int:
+    """128 as published; less where the shape does not divide by it (the 0.5B's 896 does, its 4864 too)."""
+    return 128 if c.hidden_size % 128 == 0 and c.intermediate_size % 128 == 0 else 32
+
+
+def weights(c: DecoderConfig) -> int:
+    """Weights that a token is multiplied with: the linears of the blocks and the head."""
+    with torch.device("meta"):
+        linears = [m for m in Decoder(c).modules() if isinstance(m, nn.Linear)]
+    return sum(m.in_features * m.out_features for m in linears)
+
+
+def random_decoder(c: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """Our decoder of that shape, frozen, in training mode."""
+    scheme = Scheme(group_size=group_of(c))
+    with torch.device("meta"):
+        model = Decoder(c)
+    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]:
+        parent, _, child = name.rpartition(".")
+        bias = linear.bias is not None
+        int4 = Int4Linear(linear.in_features, linear.out_features, bias, scheme, device="meta")
+        setattr(model.get_submodule(parent), child, int4)
+    _fill(model, device, dtype)
+    model.tie_weights()
+    return model.requires_grad_(False).train()
+
+
+def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Real tensors, a module at a time, in place of those on the meta device."""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            value = torch.ones(p.shape, dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(value if p.dim() == 1 else value.normal_(std=0.02)))
+        for name, b in list(module.named_buffers(recurse=False)):
+            setattr(module, name, random_part(name, torch.empty(b.shape, dtype=b.dtype, device=device), module))
+
+
+def random_part(name: str, buffer: Tensor, module: Any) -> Tensor:
+    """One buffer of an Int4 linear, ours or auto_gptq's: random codes, zeros in the middle, a scale that keeps activations sane."""
+    if name == "qweight":
+        return buffer.random_(-(2**31), 2**31 - 1)
+    if name == "g_idx":
+        rows = torch.arange(len(buffer), device=buffer.device, dtype=buffer.dtype)
+        return buffer.copy_(rows // (len(buffer) // len(module.scales)))
+    return buffer.fill_({"qzeros": 0x77777777, "scales": 0.003, "bias": 0.0}[name])
