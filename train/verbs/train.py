@@ -20,6 +20,7 @@ from train.config import Recipe, build_with_overrides, describe, load_recipe, op
 from train.conversations import sources
 from train.errors import UserError
 from train.files import sha256, staged, write_json
+from train.modelfolder import find
 from train.world import CUT_OFF, World
 
 if TYPE_CHECKING:
@@ -66,16 +67,17 @@ def parse(values: dict[str, str]) -> Request:
 
 
 def wanted_base(words: list[str]) -> str:
-    """The base that `make train WORDS` fetches first: a new run's, once its data is there. Empty where the words are wrong: the
-    command itself says how."""
+    """The base that `make train WORDS` fetches first: a new run's that is not here, once its data is. Empty where the words are
+    wrong: the command itself says how."""
     try:
         options = parse(pairs(words))
         recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
         sources(options.data)
+        here = find(recipe.model, Path(options.models))
     except UserError:
         return ""
     begun = Path(options.runs) / (options.run or _name(options, recipe)) / "recipe.yaml"
-    return "" if begun.is_file() else recipe.model
+    return "" if here or begun.is_file() else recipe.model
 
 
 def run(options: Request) -> None:
