@@ -1,15 +1,25 @@
-# The commands. `make train DATA=my.jsonl` runs `python -m train train data=my.jsonl`: every KEY=value typed after `make` goes
-# to the command as it is, its key in lower case; the command refuses, by name, a key that it does not know.
-PYTHON ?=#           interpreter for .venv: 3.10 or 3.11 (default: the first found)
-TORCH ?=#            cu118 | cu128 | registry (default: by the card and its driver; set-up prints which, and why)
-TORCH_INDEX_URL ?=#  mirror of PyTorch's index
-UPGRADE ?=#          1: `make lock` takes the newest of everything
+# The commands. `make train DATA=my.jsonl` runs `docker/run train data=my.jsonl`, which runs `python -m train train data=my.jsonl` in
+# the container where a Docker engine answers, else in .venv. Every KEY=value typed after `make` goes to the command as it is, its
+# key in lower case; the command refuses, by name, a key that it does not know.
 ARGS ?=#             more words for the command: ARGS="epochs=3 system='You are Ada.'"
-export PYTHON TORCH TORCH_INDEX_URL UPGRADE
+RUNTIME ?=#          docker | local (default: docker where an engine answers; demo and test are always local)
+ACCELERATOR ?=#      gpu | cpu (default: gpu where nvidia-smi answers)
+IMAGE ?=#            image to build or use (default: qwen-finetune:VERSION-cu118, or what was built last)
+CUDA ?=#             of the image: 11.8, or 12.8 for Blackwell cards
+BASE_IMAGE ?=#       of the image (default: NVIDIA's, by digest; ubuntu for Ubuntu's alone)
+TORCH ?=#            cu118 | cu128 | registry (default: the image by CUDA=, .venv by the card and its driver, which it says)
+PYTHON ?=#           interpreter for .venv: 3.10 or 3.11 (default: the first found)
+CA ?=#               certificates of a proxy that signs anew, for the image and its network
+PIP_INDEX_URL ?=#    mirror of the package registry
+TORCH_INDEX_URL ?=#  mirror of PyTorch's index
+APT_MIRROR ?=#       mirror of the base image's packages
+HF_ENDPOINT ?=#      mirror of the model hub
+UPGRADE ?=#          1: `make lock` takes the newest of everything
 
 SHELL := /bin/bash
 PY := .venv/bin/python
-settings := PYTHON TORCH TORCH_INDEX_URL UPGRADE ARGS SHELL PY
+settings := $(shell sed -n 's/^\([A-Z_]*\) ?=.*/\1/p' Makefile) HF_TOKEN SHELL PY
+$(foreach s,$(filter-out ARGS SHELL,$(settings)),$(if $(value $(s)),$(eval export $(s))))
 
 # _pairs: what was typed after `make`, as key=value words for the shell, quoted whatever is in them
 define _newline
@@ -20,19 +30,16 @@ _quote = '$(subst $(_newline),'$$'\n'',$(subst ','\'',$(1)))'
 _key = $(shell tr A-Z a-z <<<'$(patsubst FROM,FROM_RUN,$(1))')
 _typed = $(sort $(foreach v,$(filter-out $(settings) -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(v))),$(v))))
 _pairs = $(foreach v,$(_typed),$(call _key,$(v))=$(call _quote,$(value $(v)))) $(value ARGS)
-# _base: what `make train` fetches first
-_base = $(PY) -c 'import sys; from train.verbs.train import wanted_base as base; print(base(sys.argv[1:]))' $(_pairs)
-_some = $(foreach v,$(filter $(1),$(_typed)),$(call _key,$(v))=$(call _quote,$(value $(v))))
 
-.PHONY: help setup demo test test-all model data train export infer compare quantize lint lock lock-check clean
+.PHONY: help setup demo test test-all model data train export infer compare quantize plan bench shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
 
 help: ## this list
 	@echo "make TARGET [KEY=value ...] [ARGS=\"key=value ...\"]        first: make demo        keys of a command: make TARGET ARGS=--help"
-	@awk -F ': .*## |: ## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
-	@echo "settings of set-up:"
+	@awk -F ': .*## |: ## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "settings:"
 	@awk -F '[?]=#  *' '/^[A-Z_]+ [?]=#/ { printf "  %-16s %s\n", $$1 "=", $$2 }' Makefile
 
-setup: ## .venv from env.lock, every file by its hash; done once, every other target does it too
+setup: ## .venv from env.lock, every file by its hash; done once, what runs in it does it too
 	@docker/setup
 
 demo: setup ## the whole way on this machine, from nothing: a small Qwen fetched, made Int4, trained, merged, compared
@@ -45,27 +52,53 @@ test-all: setup ## every test that this machine can run; names and counts those 
 	@$(PY) -m pytest -q -m "not gpu" -p tests.machine $(value ARGS)
 	@$(PY) -m pytest -q -m gpu -p tests.machine $(value ARGS)
 
-model: setup ## fetch and verify a base: MODEL= a name in data/models.lock, a hub id, or a folder
-	@$(PY) -m train model $(_pairs)
+model: ## fetch and verify a base: MODEL= a name in data/models.lock, a hub id, or a folder
+	@docker/run model $(_pairs)
 
-data: setup ## check a data set and sum it up; errors with file, line and column: DATA=
-	@$(PY) -m train data $(_pairs)
+data: ## check a data set and sum it up; errors with file, line and column: DATA=
+	@docker/run data $(_pairs)
 
-train: setup ## fine-tune, or go on where it was cut off: DATA= [MODEL=] [RECIPE=] [RUN=] [FROM=] [GPUS=]
-	@base=$$($(_base)) && { [ -z "$$base" ] || $(PY) -m train model model="$$base" $(call _some,MODELS); }
-	@$(PY) -m train train $(_pairs)
+train: ## fine-tune, or go on where it was cut off: DATA= [MODEL=] [RECIPE=] [RUN=] [FROM=] [GPUS=]
+	@docker/run train $(_pairs)
 
-export: setup ## merged float weights, verified: RUN= [DTYPE=] [LAYOUT=] [ONTO=] [OUT=]
-	@$(PY) -m train export $(_pairs)
+export: ## merged float weights, verified: RUN= [DTYPE=] [LAYOUT=] [ONTO=] [OUT=]
+	@docker/run export $(_pairs)
 
-infer: setup ## chat, or answer once: [RUN= or MODEL=] [PROMPT=] [SYSTEM=] [ENGINE=stock TRUST_REMOTE_CODE=1]
-	@$(PY) -m train infer $(_pairs)
+infer: ## chat, or answer once: [RUN= or MODEL=] [PROMPT=] [SYSTEM=] [ENGINE=stock TRUST_REMOTE_CODE=1]
+	@docker/run infer $(_pairs)
 
-compare: setup ## the same questions before and after: RUN=
-	@$(PY) -m train compare $(_pairs)
+compare: ## the same questions before and after: RUN=
+	@docker/run compare $(_pairs)
 
-quantize: setup ## an Int4 folder, as Qwen publishes them, of a float model: MODEL= [OUT=]
-	@$(PY) -m train quantize $(_pairs)
+quantize: ## an Int4 folder, as Qwen publishes them, of a float model: MODEL= [OUT=]
+	@docker/run quantize $(_pairs)
+
+plan: ## what training a base takes on a card, and the batch, length and checkpointing that fit: MODEL= GPU=8G [RECIPE=]
+	@docker/run plan $(_pairs)
+
+bench: setup ## our training step beside the published recipe's stack, on this machine's card: [ARMS=] [MODEL=] [SHAPES=] [OUT=]
+	@$(PY) -m tests.bench $(_pairs)
+
+shell: ## bash in the container, with its mounts and without a network
+	@docker/run shell $(value ARGS)
+
+image: ## the image, from env.lock and pinned packages: [CUDA=] [TORCH=] [BASE_IMAGE=] [CA=]
+	@docker/build
+
+image-test: setup ## what the image must do, each thing really done in it; GPU=1: on the GPU too
+	@$(PY) -m pytest -q -m image -p tests.machine tests/image $(value ARGS)
+
+image-repro: ## build it again from other places and at other times: is it the same, to the bit?
+	@docker/repro $(value ARGS)
+
+verify-image: ## an image against its lock, its list of parts and its provenance: [IMAGE=]
+	@. docker/common.sh; python3 docker/sbom.py verify "$$(image_name)"
+
+bundle: ## one archive for hosts without a network: image, lock, source, base: [MODEL=] [OUT=]
+	@docker/bundle write $(_pairs)
+
+unbundle: ## load such an archive: BUNDLE=
+	@docker/bundle load $(_pairs)
 
 lint: setup ## formatter, linter and types, as CI runs them
 	@.venv/bin/ruff format --check .

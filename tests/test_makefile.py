@@ -1,7 +1,9 @@
-"""The Makefile: what its targets would run (`make -n`), with values that a shell would like to misread."""
+"""The Makefile and docker/run: what they would run, with values that a shell would like to misread. In .venv; the container's side of
+docker/run is tests/test_compose.py's. RUNTIME is always said: an engine may answer on this machine, or none."""
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,18 +16,32 @@ ROOT = Path(__file__).resolve().parent.parent
 VERBS = ("demo", "model", "data", "train", "export", "quantize", "infer", "compare")
 
 
-def make(*words: str, cwd: Path = ROOT) -> str:
+def make(*words: str, cwd: Path = ROOT, **variables: str) -> str:
     kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    return subprocess.run(["make", *words], cwd=cwd, env=kept, check=True, capture_output=True, text=True).stdout
+    environment = {**kept, "RUNTIME": "local", **variables}
+    done = subprocess.run(["make", *words], cwd=cwd, env=environment, check=True, capture_output=True, text=True)
+    return done.stdout
 
 
 def words(output: str, verb: str) -> list[str]:
-    """The words that `python -m train VERB` gets, read as the shell reads them."""
+    """The words that docker/run gets for `verb`, read as the shell reads them."""
     parsed = shlex.split(output.replace("$'\\n'", "\n"))
-    commands = " ".join(parsed).count(f"-m train {verb}")
-    assert commands == 1, output
-    start = next(i for i in range(len(parsed)) if parsed[i : i + 3] == ["-m", "train", verb])
-    return parsed[start + 3 :]
+    assert parsed[:2] == ["docker/run", verb], output
+    return parsed[2:]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A checkout in which .venv's Python only writes down what it is told, and set-up does nothing."""
+    (tmp_path / "docker").mkdir()
+    for name in ("Makefile", "docker/run", "docker/common.sh", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "spy").write_text(f'#!/bin/sh\n[ "$1" != -c ] || exec {sys.executable} "$@"\nprintf "[%s]\\n" "$@"\n')
+    (tmp_path / "docker/setup").write_text("#!/bin/sh\n")
+    for name in ("spy", "docker/setup"):
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "train").symlink_to(ROOT / "train")
+    return tmp_path
 
 
 def test_keys_become_lower_case_and_values_stay() -> None:
@@ -63,21 +79,22 @@ def test_any_value_reaches_the_command(text: str) -> None:
     assert words(make("-n", "infer", f"PROMPT={text}"), "infer") == [f"prompt={text}"]
 
 
-def test_any_value_reaches_the_command_through_the_shell(tmp_path: Path) -> None:
+def test_any_value_reaches_the_command_through_the_shell(project: Path) -> None:
     """Not only as `make -n` prints it: a stand-in for the interpreter writes down what it is given."""
-    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
-    (tmp_path / "docker").mkdir()
-    (tmp_path / "spy").write_text('#!/bin/sh\nprintf "[%s]\\n" "$@"\n')
-    (tmp_path / "docker/setup").write_text("#!/bin/sh\n")
-    for name in ("spy", "docker/setup"):
-        (tmp_path / name).chmod(0o755)
     prompt = 'it\'s 你好\n$HOME $(id) `id` "#"'
-    output = make("infer", f"PROMPT={prompt}", "PY=./spy", "ARGS=system='two words'", cwd=tmp_path)
+    output = make("infer", f"PROMPT={prompt}", "PY=./spy", "ARGS=system='two words'", cwd=project)
     assert output == f"[-m]\n[train]\n[infer]\n[prompt={prompt}]\n[system=two words]\n"
 
 
-def test_settings_of_setup_are_not_passed_on() -> None:
-    assert words(make("-n", "infer", "TORCH=cu118", "PYTHON=python3.10", "RUN=r"), "infer") == ["run=r"]
+def test_settings_are_not_passed_on_as_keys_but_to_what_needs_them(project: Path) -> None:
+    """A setting that nobody gave is not in the environment at all: empty, it would hide the one of .env."""
+    settings = ["TORCH=cu118", "PYTHON=python3.10", "IMAGE=i:1", "CA=/ca.pem", "HF_ENDPOINT=https://hub"]
+    assert words(make("-n", "infer", *settings, "RUN=r"), "infer") == ["run=r"]
+    (project / "docker/build").write_text("#!/bin/sh\nenv\n")
+    (project / "docker/build").chmod(0o755)
+    seen = dict(line.split("=", 1) for line in make("image", "IMAGE=i:1", cwd=project, CUDA="12.8").splitlines())
+    assert (seen["IMAGE"], seen["CUDA"]) == ("i:1", "12.8")
+    assert not {"CA", "TORCH", "BASE_IMAGE", "PIP_INDEX_URL"} & seen.keys() - os.environ.keys()
 
 
 def test_a_variable_of_the_environment_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,37 +102,64 @@ def test_a_variable_of_the_environment_is_not_passed_on(monkeypatch: pytest.Monk
     assert words(make("-n", "infer"), "infer") == []
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_sets_up_first(verb: str) -> None:
-    lines = make("-n", verb).splitlines()
-    assert lines[0] == "docker/setup"
-    assert f"-m train {verb}" in lines[-1]
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"demo"}))
+def test_every_verb_is_a_target_that_docker_run_gets(verb: str) -> None:
+    assert words(make("-n", verb, "RUN=r"), verb) == ["run=r"]
 
 
-def test_train_fetches_its_base_first(tmp_path: Path) -> None:
-    """Not before its data is there, and not when it goes on with a run."""
-    data = tmp_path / "it's.jsonl"
+def test_demo_and_tests_are_local_and_set_up_first() -> None:
+    for target in ("demo", "test", "test-all", "lint"):
+        assert make("-n", target).splitlines()[0] == "docker/setup"
+
+
+def test_without_an_engine_it_runs_in_the_venv_and_says_why(project: Path) -> None:
+    """Set up first; RUNTIME=docker insists, and anything else is refused before anything runs."""
+    (project / "docker/setup").write_text("#!/bin/sh\necho set up\n")
+    (project / "docker").joinpath("docker").symlink_to("/bin/false")
+    path = f"{project}/docker:{os.environ['PATH']}"
+    command = ["make", "infer", "PY=./spy"]
+    for runtime, why in (("auto", "no Docker engine"), ("local", "as asked")):
+        environment = {**os.environ, "PATH": path, "RUNTIME": runtime}
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout.splitlines()[0]) == (0, "set up"), done.stderr
+        assert done.stderr.splitlines()[0].startswith("infer in .venv: ") and why in done.stderr
+    for runtime, said in (("docker", "RUNTIME=local"), ("podman", "expected docker or local")):
+        environment = {**os.environ, "PATH": path, "RUNTIME": runtime}
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and said in done.stderr and not done.stdout
+
+
+def test_train_fetches_its_base_first(project: Path) -> None:
+    """Not before its data is there, not when the base is, and not when it goes on with a run."""
+    data = project / "it's.jsonl"
     data.touch()
-    assert train_steps(f"DATA={data}", "MODEL=Qwen/X") == ["model model=Qwen/X", f"train data={data} model=Qwen/X"]
-    assert train_steps(f"DATA={data}")[0] == f"model model={Recipe.model}"
+    assert train_steps(project, f"DATA={data}", "MODEL=Qwen/X") == [
+        "model model=Qwen/X",
+        f"train data={data} model=Qwen/X",
+    ]
+    assert train_steps(project, f"DATA={data}")[0] == f"model model={Recipe.model}"
     demo = load_recipe("demo", {}).model
-    assert train_steps(f"DATA={data}", "RECIPE=demo")[0] == f"model model={demo}"
-    assert train_steps(f"DATA={data}", "ARGS=recipe=demo rank=4")[0] == f"model model={demo}"
-    assert train_steps(f"DATA={data}", "ARGS=model='my base'")[0] == "model model=my base"
-    (tmp_path / "r" / "x").mkdir(parents=True)
-    (tmp_path / "r" / "x" / "recipe.yaml").touch()
-    assert train_steps(f"DATA={data}", f"RUNS={tmp_path}/r", "RUN=x") == [f"train data={data} run=x runs={tmp_path}/r"]
-    assert train_steps("DATA=none-such") == ["train data=none-such"]
-    assert train_steps("ARGS=--help") == ["train --help"]
+    assert train_steps(project, f"DATA={data}", "RECIPE=demo")[0] == f"model model={demo}"
+    assert train_steps(project, f"DATA={data}", "ARGS=recipe=demo rank=4")[0] == f"model model={demo}"
+    assert train_steps(project, f"DATA={data}", "ARGS=model='my base'")[0] == "model model=my base"
+    elsewhere = train_steps(project, f"DATA={data}", "MODEL=Qwen/X", "MODELS=m")
+    assert elsewhere[0] == "model models=m model=Qwen/X"
+    (project / "m" / "X").mkdir(parents=True)
+    (project / "m" / "X" / "config.json").write_text("{}")
+    assert len(train_steps(project, f"DATA={data}", "MODEL=Qwen/X", "MODELS=m")) == 1
+    (project / "r" / "x").mkdir(parents=True)
+    (project / "r" / "x" / "recipe.yaml").touch()
+    assert train_steps(project, f"DATA={data}", "RUNS=r", "RUN=x") == [f"train data={data} run=x runs=r"]
+    assert train_steps(project, "DATA=none-such") == ["train data=none-such"]
+    assert train_steps(project, "ARGS=--help") == ["train --help"]
 
 
-def train_steps(*typed: str) -> list[str]:
-    """What `make train` runs, through a shell in which the real interpreter only echoes what it would do."""
-    line = "PY=" + sys.executable
-    script = make("-n", "train", line, *typed).replace("docker/setup", "")
-    spoken = script.replace(f"{sys.executable} -m train", "echo")
-    output = subprocess.run(["bash", "-c", spoken], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    return output.splitlines()
+def train_steps(project: Path, *typed: str) -> list[str]:
+    """The commands that `make train` runs, each as its words."""
+    output = make("train", "PY=./spy", *typed, cwd=project)
+    return [
+        " ".join(step.splitlines()).strip(" []").replace("] [", " ") for step in output.split("[-m]\n[train]\n")[1:]
+    ]
 
 
 def test_help_is_the_default_and_lists_every_target() -> None:

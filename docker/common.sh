@@ -1,0 +1,84 @@
+# shellcheck shell=bash
+# What run, build and bundle share: settings, the name of the image, and .env, which tells a bare `docker compose` the same.
+
+say() { echo "$*" >&2; }
+fail() {
+    printf 'error: %s\n' "$@" >&2
+    exit 2
+}
+
+# setting NAME: what was typed or exported, else what the last `make image` noted in .env
+setting() {
+    local typed=${!1:-}
+    [ -n "$typed" ] || [ ! -f .env ] || typed=$(sed -n "s/^$1=//p" .env | tail -n 1)
+    echo "$typed"
+}
+
+version() { sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml; }
+
+# flavour: the build of torch in the image, by TORCH= or else CUDA=
+flavour() {
+    local wish cuda
+    wish=$(setting TORCH) cuda=$(setting CUDA)
+    case ${wish:-auto}-${cuda:-11.8} in
+    auto-11.8) echo cu118 ;;
+    auto-12.8) echo cu128 ;;
+    auto-*) fail "CUDA=$cuda: expected 11.8, or 12.8 for cards of the Blackwell generation." ;;
+    cu118-* | cu128-* | registry-*) echo "$wish" ;;
+    *) fail "TORCH=$wish: expected cu118, cu128 or registry." ;;
+    esac
+}
+
+# image_name: IMAGE= as typed, else version and flavour, unless .env names the one that was built here
+image_name() {
+    local name flavour
+    name=$(setting IMAGE)
+    flavour=$(flavour) || exit
+    [ -z "${TORCH:-}${CUDA:-}" ] || name=${IMAGE:-} # another build was asked for: not the one of .env
+    echo "${name:-qwen-finetune:$(version)-$flavour}"
+}
+
+# source_hash: of everything that the image is built from, but for the base and the packages, which env.lock pins
+source_hash() {
+    find train docker env.lock pyproject.toml data/models.lock data/samples -name __pycache__ -prune -o -type f -print0 |
+        LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16
+}
+
+digest_of() { docker image inspect --format '{{.Id}}' "$1" 2>/dev/null; }
+
+# accelerator: gpu or cpu, as asked; auto: by the host's driver
+accelerator() {
+    case ${ACCELERATOR:-auto} in
+    gpu | cpu) echo "$ACCELERATOR" ;;
+    auto) if nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi ;;
+    *) fail "ACCELERATOR=$ACCELERATOR: expected gpu, cpu or auto." ;;
+    esac
+}
+
+# take_mirror: pip's own setting, which stands in a file that no container sees
+take_mirror() {
+    [ -z "${PIP_INDEX_URL:-}" ] || return 0
+    PIP_INDEX_URL=$(python3 -m pip config get global.index-url 2>/dev/null) || unset PIP_INDEX_URL
+    [ -z "${PIP_INDEX_URL:-}" ] || export PIP_INDEX_URL
+}
+
+# cuda: that the image's torch is built for
+cuda() { case $(flavour) in cu118) echo 11.8 ;; cu128) echo 12.8 ;; *) echo 12.6 ;; esac; }
+
+# write_env IMAGE SOURCE: .env for docker compose; one that a person wrote is left alone
+write_env() {
+    local mark='# Written by make image; docker compose reads it.' key value
+    if [ -f .env ] && [ "$(head -n 1 .env)" != "$mark" ]; then
+        say ".env is your own: left alone. docker compose needs IMAGE=$1 USER_ID=$(id -u) GROUP_ID=$(id -g) ACCELERATOR=$(accelerator) in it."
+        return
+    fi
+    {
+        printf '%s\nIMAGE=%s\nSOURCE=%s\n' "$mark" "$1" "$2"
+        printf 'USER_ID=%s\nGROUP_ID=%s\nACCELERATOR=%s\n' "$(id -u)" "$(id -g)" "$(accelerator)"
+        for key in BASE_IMAGE CUDA TORCH CA; do # so that building again after a change of the source builds the same
+            value=$(setting "$key")
+            [ -z "$value" ] || echo "$key=$value"
+        done
+    } >.env.new
+    mv .env.new .env
+}
