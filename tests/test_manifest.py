@@ -58,3 +58,13 @@ def test_the_lock_is_hashed_where_there_is_one(tmp_path: Path, monkeypatch: pyte
 def test_versions_and_machine_are_said() -> None:
     assert manifest.versions()["transformers"] == "4.34.1"
     assert manifest.machine()["cores"] >= 1
+
+
+def test_a_container_is_named_with_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("IMAGE_FILE", "RUNTIME_NAME", "IMAGE_DIGEST"):
+        monkeypatch.delenv(name, raising=False)
+    assert manifest.runtime() == {"name": "local", "image": None, "digest": None}
+    (tmp_path / "image.json").write_text('{"commit": "abc"}')
+    monkeypatch.setenv("IMAGE_FILE", str(tmp_path / "image.json"))
+    monkeypatch.setenv("IMAGE_DIGEST", "sha256:1")
+    assert manifest.runtime() == {"name": "container", "image": {"commit": "abc"}, "digest": "sha256:1"}

@@ -5,6 +5,7 @@ start, and a file that changed under its name is found.
 """
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from train import __version__
-from train.files import sha256
+from train.files import read_json, sha256
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "safetensors", "tokenizers", "numpy", "accelerate", "triton")
@@ -43,6 +44,14 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def runtime() -> dict[str, Any]:
+    """Where it runs: in .venv, or in a container, with what its image says of itself and the digest that the caller knows it by."""
+    path = Path(os.environ.get("IMAGE_FILE", ""))
+    image = read_json(path) if path.is_file() else None
+    name = os.environ.get("RUNTIME_NAME", "container" if image else "local")
+    return {"name": name, "image": image, "digest": os.environ.get("IMAGE_DIGEST") or None}
 
 
 def lock() -> str | None:

@@ -280,6 +280,7 @@ def _finish(job: "Job", task: "Task", engine: "Engine", notes: list[str], began:
         "code": manifest.code(),
         "versions": manifest.versions(),
         "machine": manifest.machine(),
+        "runtime": manifest.runtime(),
         "processes": task.world.size,
         "decisions": notes,
         "steps": len(rows),
