@@ -2,7 +2,8 @@
 
 Knows gradients, moments and scales; nothing of data, files or progress. The base is frozen and stays in its own dtype: only the
 adapter is cast for computing, with float32 masters in the optimizer. The learning rate is given at every step, so that there is no
-scheduler to save. What DeepSpeed prints is turned off where it is printed.
+scheduler to save. What DeepSpeed prints is turned off where it is printed. On a GPU DeepSpeed is given one parameter, the vector of all
+adapters (step.py): its work a parameter and step is Python's, and would take longer than the GPU's.
 """
 
 import io
@@ -18,11 +19,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from train import kernels
 from train.config import Recipe
 from train.lora import trainable
+from train.step import Step
 
 PRESETS = Path(__file__).parent / "deepspeed"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FUSED_ON = ("cuda",)  # types of devices on which the passes are the fused ones
 
 
 def import_deepspeed() -> Any:
@@ -56,6 +60,8 @@ class Trainee(nn.Module):
         self.model = model
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        if isinstance(self.model, Step):
+            return self.model(batch)  # type: ignore[no-any-return]
         return self.model(**batch).loss  # type: ignore[no-any-return]
 
     def half(self) -> "Trainee":
@@ -68,6 +74,11 @@ class Trainee(nn.Module):
         for p in trainable(self).values():
             p.data = p.data.to(dtype)
         return self
+
+
+def fusable(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the passes are the fused ones. ZeRO 3 takes parameters away between uses, which a graph cannot follow."""
+    return device.type in FUSED_ON and recipe.zero < 3 and (device.type == "cpu" or kernels.usable(device))
 
 
 def stage_of(recipe: Recipe, dtype: torch.dtype) -> int:
@@ -98,25 +109,34 @@ class Engine:
     def __init__(self, model: nn.Module, recipe: Recipe, dtype: torch.dtype, world: int) -> None:
         deepspeed = import_deepspeed()
         self.recipe, self.world, self.model = recipe, world, model
-        starts = {name: p.detach().clone() for name, p in trainable(model).items()}
+        names = {p: name for name, p in trainable(model).items()}
+        self.device = next(iter(names)).device
+        starts = {name: p.detach().clone() for p, name in names.items()}
+        self.fused = (
+            Step(model.get_base_model(), names, recipe.length, recipe.graphs) if fusable(recipe, self.device) else None
+        )  # type: ignore[operator]
+        trainee = Trainee(self.fused or model)
         # lr 0: some stages take a step when they are built, to allocate the moments, and would decay the weights in it
         optimizer = torch.optim.AdamW(
-            list(trainable(model).values()),
+            list(trainable(trainee).values()),
             lr=0.0,
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.epsilon,
             weight_decay=recipe.weight_decay,
+            fused=True if self.fused and self.device.type == "cuda" else None,
         )
         warnings.filterwarnings("ignore", message=".*(c10d::|reduce_scatter_tensor|Full backward hook).*")
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         config = settings(recipe, dtype)
         with redirect_stdout(io.StringIO()):
-            self.engine, *_ = deepspeed.initialize(model=Trainee(model), optimizer=optimizer, config=config)
-        self.parameters = trainable(model)
+            self.engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=config)
+        self.parameters = {"vector": self.fused.vector} if self.fused else trainable(model)
         self.engine.train()
         self._allocate()
-        self._restore_parameters(starts)  # float32 masters, not their 16-bit roundings
+        self._restore_parameters(self._joined(starts))  # float32 masters, not their 16-bit roundings
         self._set_count(0)
+        if self.fused:
+            self.fused.bind()
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -124,9 +144,11 @@ class Engine:
         """Forward and backward of one micro batch; returns the SUM of its token losses.
 
         Args:
-            batch: what `dataset.collate` makes. labels: learnt tokens of the whole global step, over all processes: each
+            batch: what `dataset.collate` makes, on any device. labels: learnt tokens of the whole global step, over all processes: each
                 token weighs the same, in whichever micro batch it stands. DeepSpeed averages over processes: undone here.
         """
+        if not self.fused:
+            batch = {key: value.to(self.device) for key, value in batch.items()}
         total = self.engine(batch)
         self.engine.backward(total * (self.world / labels), scale_wrt_gas=False)
         return total.detach()
@@ -160,25 +182,37 @@ class Engine:
 
     def gather(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Float32 masters by parameter name, and AdamW's moments as name/exp_avg and name/exp_avg_sq; whole, on the CPU."""
+        by_key = {
+            key: self._split({name: self._whole(p, key) for name, p in self.parameters.items()})
+            for key in ("", *MOMENTS)
+        }
+        masters = by_key.pop("")
+        return masters, {f"{name}/{key}": found[name] for name in masters for key, found in by_key.items()}
+
+    def _whole(self, p: Tensor, key: str) -> Tensor:
+        """A copy on the CPU of a parameter's master (key ""), or of one of its moments."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self._plain():
-            state = self.engine.optimizer.state
-            masters = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
-            return masters, {
-                f"{name}/{key}": state[p][key].cpu().clone() for name, p in self.parameters.items() for key in MOMENTS
-            }
-        masters, moments = {}, {}
-        for name, p in self.parameters.items():
-            masters[name] = safe_get_full_fp32_param(p).cpu().clone()
-            for key in MOMENTS:
-                moments[f"{name}/{key}"] = safe_get_full_optimizer_state(p, key).cpu().clone()
-        return masters, moments
+            value = self.engine.optimizer.state[p][key] if key else p.detach()
+        else:
+            value = safe_get_full_optimizer_state(p, key) if key else safe_get_full_fp32_param(p)
+        return value.cpu().clone()  # type: ignore[no-any-return]
+
+    def _split(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What DeepSpeed holds, by the names of the adapters' parameters."""
+        return {n: x.clone() for n, x in self.fused.layout.split(found["vector"]).items()} if self.fused else found
+
+    def _joined(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `_split`."""
+        return {"vector": self.fused.layout.join(values, self.device)} if self.fused else values
 
     def restore(self, masters: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, Any]) -> None:
         """The inverse of `gather` and `counters`, in whatever number of processes."""
-        self._restore_parameters(masters)
-        self._restore_moments(moments)
+        self._restore_parameters(self._joined(masters))
+        for key in MOMENTS:
+            part = {name.rpartition("/")[0]: x for name, x in moments.items() if name.endswith(f"/{key}")}
+            self._restore_moments(self._joined(part), key)
         self._set_count(counters["updates"])
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         for key, value in counters["scaler"].items():
@@ -204,16 +238,15 @@ class Engine:
             with zero.GatheredParameters([p], modifier_rank=0, enabled=hasattr(p, "ds_id")):
                 p.data.copy_(value)
 
-    def _restore_moments(self, moments: dict[str, Tensor]) -> None:
+    def _restore_moments(self, values: dict[str, Tensor], key: str) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         for name, p in self.parameters.items():
-            for key in MOMENTS:
-                value = moments[f"{name}/{key}"].to(self.engine.device)
-                if self._plain():
-                    self.engine.optimizer.state[p][key].copy_(value)
-                else:
-                    safe_set_full_optimizer_state(p, value, key)
+            value = values[name].to(self.engine.device)
+            if self._plain():
+                self.engine.optimizer.state[p][key].copy_(value)
+            else:
+                safe_set_full_optimizer_state(p, value, key)
 
     def _inner(self) -> torch.optim.Optimizer:
         return self.engine.optimizer if self._plain() else self.engine.optimizer.optimizer

@@ -141,12 +141,16 @@ def dequantize(
     g_idx: Tensor | None,
     bits: int = 4,
     dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`dequantize_plain`, by the Triton kernel where that runs (a CUDA device); the same bits."""
+    """`dequantize_plain`, by the Triton kernel where that runs (a CUDA device); the same bits. Into `out` [K, N], if given.
+
+    Faster without a g_idx where groups are in order; it is not asked here, since that would make a GPU wait.
+    """
     if qweight.is_cuda and kernels.usable(qweight.device):
-        in_order = g_idx is None or grouped(g_idx, len(scales))
-        return kernels.dequantize(qweight, qzeros, scales, None if in_order else g_idx, bits, dtype)
-    return dequantize_plain(qweight, qzeros, scales, g_idx, bits, dtype)
+        return kernels.dequantize(qweight, qzeros, scales, g_idx, bits, dtype, out)
+    weight = dequantize_plain(qweight, qzeros, scales, g_idx, bits, dtype)
+    return weight if out is None else out.copy_(weight)
 
 
 def dequantize_plain(
@@ -276,14 +280,14 @@ class Int4Linear(nn.Linear):
         product: Tensor = _Product.apply(x, self)
         return product
 
-    def matrix(self, dtype: torch.dtype) -> Tensor:
-        """W [K, N] in `dtype`: the kept one, or made anew."""
+    def matrix(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """W [K, N] in `dtype`: the kept one, or made anew; into `out`, if given."""
         if self._kept is not None and self._kept.dtype == dtype:
-            return self._kept
+            return self._kept if out is None else out.copy_(self._kept)
         if self._in_order is None:
             self._in_order = grouped(self.g_idx, len(self.scales))
         g_idx = None if self._in_order else self.g_idx
-        return dequantize(self.qweight, self.qzeros, self.scales, g_idx, self.scheme.bits, dtype)
+        return dequantize(self.qweight, self.qzeros, self.scales, g_idx, self.scheme.bits, dtype, out)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] as an nn.Linear holds it."""

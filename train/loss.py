@@ -10,24 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train import kernels
+from train.kernels.cross_entropy import cross_entropy
+
 IGNORE = -100
 CHUNK = 256  # rows of logits at once: 256 x 151,936 in float32 are 156 MB, and about three such tensors live together
+CHUNK_FAST = 1024  # of the kernel, which works in place and in 16 bits: 311 MB; fewer leave a large GPU partly idle
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         learnt = (labels != IGNORE).nonzero().squeeze(1)  # [M]
-        wanted = ctx.needs_input_grad[0]
-        slopes = torch.empty(len(learnt) if wanted else 0, hidden.shape[1], dtype=wide, device=hidden.device)  # [M, H]
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        for start in range(0, len(learnt), chunk):
-            rows = learnt[start : start + chunk]
-            loss, logits = _chunk(hidden[rows], weight, labels[rows], wide)
-            total += loss
-            if wanted:
-                slopes[start : start + chunk] = logits.to(weight.dtype) @ weight  # [C, V] @ [V, H]
+        total, slopes = summed(hidden, weight, learnt, labels[learnt], chunk, ctx.needs_input_grad[0])
         ctx.save_for_backward(learnt, slopes)
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
         return total
@@ -40,14 +35,45 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return grad, None, None, None
 
 
+def summed(
+    hidden: Tensor, weight: Tensor, rows: Tensor, labels: Tensor, chunk: int, wanted: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of the rows of `hidden` [N, H] that `rows` [M] int64 names, and its gradient there [M, H] if `wanted`.
+
+    Args:
+        labels: [M] int64, of those rows. chunk: rows of logits in memory at once.
+    """
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    fast = weight.dtype in (torch.float16, torch.bfloat16) and kernels.usable(weight.device)
+    kept = hidden.dtype if fast else wide
+    slopes = torch.empty(len(rows) if wanted else 0, hidden.shape[1], dtype=kept, device=hidden.device)  # [M, H]
+    total = torch.zeros((), dtype=wide, device=hidden.device)
+    for start in range(0, len(rows), chunk):
+        part = slice(start, start + chunk)
+        loss, logits = (_chunk_fast if fast else _chunk)(
+            hidden[rows[part]].to(weight.dtype), weight, labels[part], wide
+        )
+        total += loss
+        if wanted:
+            torch.mm(logits, weight, out=slopes[part]) if fast else slopes[part].copy_(logits.to(weight.dtype) @ weight)
+        del logits  # before the next chunk's are made
+    return total, slopes
+
+
 def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """The summed loss of rows [C, H], and d loss / d logits [C, V]: softmax minus one at the label."""
-    logits = (hidden.to(weight.dtype) @ weight.t()).to(wide)
+    logits = (hidden @ weight.t()).to(wide)
     norm = logits.logsumexp(-1, keepdim=True)
     index = labels[:, None]
     loss = (norm - logits.gather(1, index)).sum()
     slope = logits.sub_(norm).exp_().scatter_add_(1, index, torch.full_like(norm, -1.0))
     return loss, slope
+
+
+def _chunk_fast(hidden: Tensor, weight: Tensor, labels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same by the kernel, in place on 16-bit logits."""
+    logits = hidden @ weight.t()
+    return cross_entropy(logits, labels).sum().to(wide), logits
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:

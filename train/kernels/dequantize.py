@@ -14,7 +14,7 @@ if triton is not None:
 
     @triton.jit
     def _dequantize_tile(  # type: ignore[no-untyped-def]
-        qweight, qzeros, scales, g_idx, out, rows, columns, zero_words, group,
+        qweight, qzeros, scales, g_idx, out, rows, columns, out_stride, zero_words, group,
         BITS: tl.constexpr, IN_ORDER: tl.constexpr, ONE_GROUP: tl.constexpr, TR: tl.constexpr, TC: tl.constexpr,
     ):  # fmt: skip
         """out[k, n] = (q − z)·s for a tile of TR rows and TC columns."""
@@ -47,22 +47,32 @@ if triton is not None:
             zero = ((stored & MASK) + 1) & MASK
             scale = tl.load(scales + g[:, None] * columns + n[None], mask=here, other=0.0).to(tl.float32)
         weight = (codes - zero).to(tl.float32) * scale
-        place = out + k[:, None].to(tl.int64) * columns + n[None]
+        place = out + k[:, None].to(tl.int64) * out_stride + n[None]
         tl.store(place, weight.to(out.dtype.element_ty), mask=(k < rows)[:, None] & inside[None])
 
 
 def dequantize(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, dtype: torch.dtype
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """gptq.dequantize as one kernel: W [K, N] in `dtype`, the same bits. Arguments as there, on one CUDA device."""
+    """gptq.dequantize as one kernel: W [K, N] in `dtype`, the same bits; into `out`, whose rows may be strided, if given.
+
+    Other arguments as there, on one CUDA device.
+    """
     per = 32 // bits
     rows, columns = qweight.shape[0] * per, qweight.shape[1]
     group = rows // scales.shape[0]
-    out = torch.empty(rows, columns, dtype=dtype, device=qweight.device)
+    if out is None:
+        out = torch.empty(rows, columns, dtype=dtype, device=qweight.device)
     grid = (triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))
     _dequantize_tile[grid](
-        qweight, qzeros, scales, g_idx if g_idx is not None else qweight, out, rows, columns, qzeros.shape[1], group,
-        BITS=bits, IN_ORDER=g_idx is None, ONE_GROUP=g_idx is None and group % TILE_ROWS == 0,
+        qweight, qzeros, scales, g_idx if g_idx is not None else qweight, out, rows, columns, out.stride(0), qzeros.shape[1],
+        group, BITS=bits, IN_ORDER=g_idx is None, ONE_GROUP=g_idx is None and group % TILE_ROWS == 0,
         TR=TILE_ROWS, TC=TILE_COLUMNS, num_warps=4,
     )  # fmt: skip
     return out

@@ -1,0 +1,143 @@
+"""Each pass between the products against its definition and autograd; the kernels through Triton's interpreter, and on a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train import pointwise
+
+SIZES = [(3, 64), (5, 200), (2, 2048)]
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(device, dtype)
+
+
+def tables(length: int, half: int, device: str) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(length)[:, None] / 7 + torch.arange(half)[None]
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def results(device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Every function on odd shapes; on a device with Triton the kernels, else the definitions."""
+    found: list[Tensor] = []
+
+    def make(*shape: int, seed: int = 0) -> Tensor:
+        return numbers(*shape, seed=seed, dtype=dtype, device=device)
+
+    for rows, size in SIZES:
+        x, weight, slope, residual = make(rows, size), make(size), make(rows, size, seed=1), make(rows, size, seed=2)
+        found.append(pointwise.rms_norm(x, weight, 1e-6))
+        found.append(pointwise.rms_norm_backward(slope, x, weight, 1e-6))
+        found.append(pointwise.rms_norm_backward(slope, x, weight, 1e-6, residual))
+        both, slope = make(rows, 2 * size), make(rows, size, seed=3)
+        found.append(pointwise.swiglu(both))
+        pointwise.swiglu_backward(both, slope)
+        found += [both, slope]
+    for queries, keys, size in [(4, 2, 16), (3, 3, 8), (16, 16, 128), (14, 2, 64)]:
+        mixed = make(5, (queries + 2 * keys) * size)
+        bias = make(mixed.shape[1], seed=4).float()
+        positions = torch.tensor([0, 3, 9, 1, 0], device=device)
+        for sign, added in ((1, bias), (-1, None)):
+            parts: Any = mixed.unflatten(1, (-1, size)).split([queries, keys, keys], dim=1)
+            out = mixed.clone()
+            inside: Any = out.unflatten(1, (-1, size)).split([queries, keys, keys], dim=1)
+            apart = pointwise.turn(
+                parts, added, *tables(10, size // 2, device), positions, torch.empty_like(mixed), sign
+            )
+            pointwise.turn(inside, added, *tables(10, size // 2, device), positions, out, sign)
+            assert torch.equal(apart, out)  # in place or not
+            found.append(out)
+    return found
+
+
+def cross_entropies(device: str, dtype: torch.dtype) -> list[Tensor]:
+    from train.kernels.cross_entropy import cross_entropy
+
+    found = []
+    for rows, size in [(3, 50), (2, 5000), (2, 9001)]:
+        logits = (numbers(rows, size) * 5).to(device, dtype)
+        labels = torch.arange(rows, device=device) * 7
+        exact = logits.double().cpu().requires_grad_()
+        loss = F.cross_entropy(exact, labels.cpu(), reduction="none")
+        loss.sum().backward()
+        ours = cross_entropy(logits, labels)
+        torch.testing.assert_close(ours.double().cpu(), loss.detach(), rtol=1e-5, atol=1e-5)
+        room = 1e-6 if dtype == torch.float32 else 4e-3
+        torch.testing.assert_close(logits.double().cpu(), exact.grad, rtol=room, atol=room / 4)
+        found.append(ours)
+    return found
+
+
+def check(device: str, dtype: torch.dtype, definitions: list[Tensor]) -> None:
+    room = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    kernels = results(device, dtype)
+    assert len(kernels) == len(definitions) > 20
+    for ours, want in zip(kernels, definitions):
+        torch.testing.assert_close(ours.float().cpu(), want.float(), rtol=room, atol=room)
+    assert len(cross_entropies(device, dtype)) == 3
+
+
+def check_drop(device: str) -> None:
+    x, seed = torch.ones(70, 100, device=device), torch.tensor([11], device=device)
+    kept = pointwise.drop(x, seed, 3, 0.25)
+    assert torch.equal(kept, pointwise.drop(x, seed, 3, 0.25))
+    assert not torch.equal(kept, pointwise.drop(x, seed, 4, 0.25))
+    assert not torch.equal(kept, pointwise.drop(x, seed + 1, 3, 0.25))
+    assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert float((kept == 0).float().mean()) == pytest.approx(0.25, abs=0.03)
+    torch.testing.assert_close(pointwise.drop(x, seed, 3, 0.25, base=x), kept + x)
+
+
+def test_the_definitions_are_what_autograd_says() -> None:
+    x = numbers(3, 64, dtype=torch.float64).requires_grad_()
+    weight, slope = numbers(64, dtype=torch.float64), numbers(3, 64, seed=1, dtype=torch.float64)
+    y = pointwise.rms_norm(x, weight, 1e-6)
+    (want,) = torch.autograd.grad(y, x, slope)
+    torch.testing.assert_close(pointwise.rms_norm_backward(slope, x.detach(), weight, 1e-6), want)
+    both = numbers(3, 128, dtype=torch.float64).requires_grad_()
+    y = pointwise.swiglu(both)
+    (want,) = torch.autograd.grad(y, both, slope)
+    branches, product = both.detach().clone(), slope.clone()
+    pointwise.swiglu_backward(branches, product)
+    torch.testing.assert_close(branches, want)
+    torch.testing.assert_close(product, y.detach())
+
+
+def test_turning_back_undoes_turning() -> None:
+    mixed = numbers(4, 5 * 16)
+    positions = torch.tensor([0, 5, 2, 9])
+    for sign in (1, -1):
+        parts: Any = mixed.unflatten(1, (-1, 16)).split([3, 1, 1], dim=1)
+        mixed = pointwise.turn(parts, None, *tables(10, 8, "cpu"), positions, torch.empty_like(mixed), sign)
+    torch.testing.assert_close(mixed, numbers(4, 5 * 16))
+
+
+def test_dropout_draws_by_seed_and_site() -> None:
+    check_drop("cpu")
+
+
+def test_kernels_equal_their_definitions_through_the_interpreter(tmp_path: Path) -> None:
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    torch.save(results("cpu", torch.float32), tmp_path / "definitions")
+    code = (
+        "import os, sys, torch; os.environ['TRITON_INTERPRET'] = '1'\n"
+        "from tests.test_pointwise import check, check_drop\n"
+        "from train.kernels import usable; assert usable(torch.device('cpu'))\n"
+        "check('cpu', torch.float32, torch.load(sys.argv[1])); check_drop('cpu')"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "definitions")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_kernels_equal_their_definitions_on_the_gpu(dtype: torch.dtype) -> None:
+    check("cuda", dtype, results("cpu", dtype))
+    check_drop("cuda")

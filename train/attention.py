@@ -1,0 +1,79 @@
+"""Causal attention of many conversations side by side, each to itself, with its gradient by hand.
+
+Flash attention over lengths where the device has it (16 bits, sm_80 on), through torch's own operators: no mask is ever made. Else
+torch's scaled_dot_product_attention with a mask of bools, computed again in the backward pass. Knows tokens; nothing of layers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where each of M = B · T tokens stands, on the device. Same shapes, same graph."""
+
+    positions: Tensor  # [M] int64, from 0 in each conversation
+    segments: Tensor  # [B, T] int64, equal = same conversation of a row
+    bounds: Tensor  # [S + 1] int32: where conversations begin in the M tokens, then M; repeated up to a constant S
+    seed: Tensor  # [1] int64, of this micro batch's dropout
+
+    @property
+    def width(self) -> int:
+        return self.segments.shape[1]
+
+
+Kept = tuple[
+    Tensor, ...
+]  # of the forward pass, for the backward pass: log-sum-exp and two words of a generator; or nothing
+
+
+def flash(q: Tensor) -> bool:
+    """Whether torch's flash attention takes tensors like q [M, H, D]."""
+    sixteen = q.dtype in (torch.float16, torch.bfloat16)
+    return (
+        q.is_cuda
+        and sixteen
+        and q.shape[2] % 8 == 0
+        and q.shape[2] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, t: Tokens) -> tuple[Tensor, Kept]:
+    """q [M, Hq, D], k and v [M, Hkv, D] -> [M, Hq, D], and what the backward pass needs of it."""
+    if not flash(q):
+        return _plain(q, k, v, t), ()
+    out, *kept = torch.ops.aten._flash_attention_forward(
+        q, k, v, t.bounds, t.bounds, t.width, t.width, 0.0, True, False
+    )
+    return out, tuple(kept[:3])
+
+
+def attend_backward(
+    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept, t: Tokens
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v for the gradient `slope` [M, Hq, D] of `out`."""
+    if kept:
+        lse, state, unused = kept
+        return torch.ops.aten._flash_attention_backward(
+            slope, q, k, v, out, lse, t.bounds, t.bounds, t.width, t.width, 0.0, True, state, unused
+        )  # type: ignore[no-any-return]
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        again = _plain(q, k, v, t)
+    dq, dk, dv = torch.autograd.grad(again, (q, k, v), slope)
+    return dq, dk, dv
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, t: Tokens) -> Tensor:
+    rows, width = t.segments.shape
+    same = t.segments[:, None, :, None] == t.segments[:, None, None]  # [B, 1, T, T]
+    allowed = same & torch.ones(width, width, dtype=torch.bool, device=q.device).tril()
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = (x.unflatten(0, (rows, width)).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,193 @@
+"""What stands between the products of a block, one pass each: norm, rotation, SwiGLU, dropout, with their backward passes.
+
+Every function computes in float32 and rounds where the definition in train/pointwise.py rounds. The weights are frozen, so no kernel
+makes a gradient for one; that, and writing where the next product reads, is why these are not a library's.
+"""
+
+import torch
+from torch import Tensor
+
+from train.kernels.runtime import tl, triton
+
+if triton is not None:
+
+    @triton.jit
+    def _norm_row(x, weight, out, size, eps, out_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        row = tl.program_id(0).to(tl.int64)
+        n = tl.arange(0, BLOCK)
+        inside = n < size
+        given = tl.load(x + row * size + n, mask=inside, other=0.0)
+        a = given.to(tl.float32)
+        rate = tl.rsqrt(tl.sum(a * a, 0) / size + eps)
+        scaled = (a * rate).to(given.dtype).to(tl.float32)
+        w = tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + row * out_stride + n, (scaled * w).to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _norm_row_backward(  # type: ignore[no-untyped-def]
+        slope, x, weight, residual, out, size, eps, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        n = tl.arange(0, BLOCK)
+        inside = n < size
+        at = row * size + n
+        a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        rate = tl.rsqrt(tl.sum(a * a, 0) / size + eps)
+        s = tl.load(slope + at, mask=inside, other=0.0).to(tl.float32)
+        s = s * tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
+        hat = a * rate
+        grad = rate * (s - hat * (tl.sum(s * hat, 0) / size))
+        if RESIDUAL:
+            grad += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + at, grad.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _turn(  # type: ignore[no-untyped-def]
+        first, second, third, bias, out, positions, cos, sin, stride1, stride2, stride3, out_stride,
+        SIGN: tl.constexpr, BIAS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, HALF: tl.constexpr,
+        HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """One token: queries and keys turned, values copied. Heads stand one after another in `out`."""
+        token = tl.program_id(0).to(tl.int64)
+        place = tl.load(positions + token)
+        d = tl.arange(0, WIDTH)[None]
+        inside = d < HALF
+        c = tl.load(cos + place * HALF + d, mask=inside, other=0.0)
+        s = tl.load(sin + place * HALF + d, mask=inside, other=0.0) * SIGN
+        for start in tl.static_range(0, QUERIES + 2 * KEYS, HEADS):
+            head = start + tl.arange(0, HEADS)[:, None]
+            mine = (head < QUERIES + 2 * KEYS) & inside
+            local = tl.where(
+                head < QUERIES, head, tl.where(head < QUERIES + KEYS, head - QUERIES, head - QUERIES - KEYS)
+            )
+            stride = tl.where(head < QUERIES, stride1, tl.where(head < QUERIES + KEYS, stride2, stride3))
+            at = token * stride + local * 2 * HALF + d
+            q, k = mine & (head < QUERIES), mine & (head >= QUERIES) & (head < QUERIES + KEYS)
+            v = mine & (head >= QUERIES + KEYS)
+            low = tl.load(first + at, mask=q, other=0.0).to(tl.float32) + tl.load(second + at, mask=k, other=0.0).to(
+                tl.float32
+            )
+            low += tl.load(third + at, mask=v, other=0.0).to(tl.float32)
+            high = tl.load(first + at + HALF, mask=q, other=0.0).to(tl.float32)
+            high += tl.load(second + at + HALF, mask=k, other=0.0).to(tl.float32)
+            high += tl.load(third + at + HALF, mask=v, other=0.0).to(tl.float32)
+            if BIAS:
+                low += tl.load(bias + head * 2 * HALF + d, mask=mine, other=0.0).to(tl.float32)
+                high += tl.load(bias + head * 2 * HALF + d + HALF, mask=mine, other=0.0).to(tl.float32)
+            turned = head < QUERIES + KEYS
+            new_low = tl.where(turned, low * c - high * s, low)
+            new_high = tl.where(turned, high * c + low * s, high)
+            to = out + token * out_stride + head * 2 * HALF + d
+            tl.store(to, new_low.to(out.dtype.element_ty), mask=mine)
+            tl.store(to + HALF, new_high.to(out.dtype.element_ty), mask=mine)
+
+    @triton.jit
+    def _swiglu_tile(both, out, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        row = tl.program_id(0).to(tl.int64)
+        n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = n < size
+        g = tl.load(both + row * 2 * size + n, mask=inside, other=0.0)
+        u = tl.load(both + row * 2 * size + size + n, mask=inside, other=0.0).to(tl.float32)
+        wide = g.to(tl.float32)
+        act = (wide * tl.sigmoid(wide)).to(g.dtype).to(tl.float32)
+        tl.store(out + row * size + n, (act * u).to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _swiglu_tile_backward(both, slope, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """In place: the branches become their gradients, the slope becomes the product that was forgotten."""
+        row = tl.program_id(0).to(tl.int64)
+        n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = n < size
+        at = both + row * 2 * size + n
+        given = tl.load(at, mask=inside, other=0.0)
+        g = given.to(tl.float32)
+        u = tl.load(at + size, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(slope + row * size + n, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.sigmoid(g)
+        act = (g * gate).to(given.dtype).to(tl.float32)
+        tl.store(at, (s * u * gate * (1 + g * (1 - gate))).to(both.dtype.element_ty), mask=inside)
+        tl.store(at + size, (s * act).to(both.dtype.element_ty), mask=inside)
+        tl.store(slope + row * size + n, (act * u).to(slope.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _drop(x, base, out, seed, site, count, p, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """out = kept x / (1 − p), or base + that; the same places for the same seed and site, whatever the block."""
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < count
+        kept = tl.rand(tl.load(seed) + site, at) >= p
+        y = tl.where(kept, tl.load(x + at, mask=inside, other=0.0).to(tl.float32) / (1 - p), 0.0)
+        if ADD:
+            y += tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """pointwise.rms_norm: x [M, H] -> [M, H]."""
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(x.shape[1])
+    _norm_row[(len(x),)](x, weight, out, x.shape[1], eps, out.stride(0), BLOCK=block, num_warps=_warps(block))
+    return out
+
+
+def rms_norm_backward(slope: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+    """pointwise.rms_norm_backward: the gradient of x [M, H], with `residual` [M, H] added to it."""
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(x.shape[1])
+    _norm_row_backward[(len(x),)](
+        slope, x, weight, x if residual is None else residual, out, x.shape[1], eps,
+        RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return out
+
+
+def turn(
+    parts: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    out: Tensor,
+    sign: int,
+) -> Tensor:
+    """pointwise.turn: q, k, v [M, heads, D] into `out` [M, (Hq + 2 Hkv) D]; `out` may be where they are."""
+    q, k, v = parts
+    half = q.shape[2] // 2
+    tile, width = min(16, triton.next_power_of_2(q.shape[1] + 2 * k.shape[1])), triton.next_power_of_2(half)
+    _turn[(len(q),)](
+        q, k, v, q if bias is None else bias, out, positions, cos, sin, q.stride(0), k.stride(0), v.stride(0), out.stride(0),
+        SIGN=sign, BIAS=bias is not None, QUERIES=q.shape[1], KEYS=k.shape[1], HALF=half,
+        HEADS=tile, WIDTH=width, num_warps=max(1, min(4, tile * width // 64)),  # in place, no thread may share an element
+    )  # fmt: skip
+    return out
+
+
+def swiglu(both: Tensor) -> Tensor:
+    """pointwise.swiglu: [M, 2 I], gate then up, -> [M, I]."""
+    rows, size = len(both), both.shape[1] // 2
+    out = torch.empty(rows, size, dtype=both.dtype, device=both.device)
+    _swiglu_tile[(rows, triton.cdiv(size, 2048))](both, out, size, BLOCK=2048, num_warps=4)
+    return out
+
+
+def swiglu_backward(both: Tensor, slope: Tensor) -> None:
+    """pointwise.swiglu_backward, in place: both [M, 2 I] -> its gradient, slope [M, I] -> swiglu(both)."""
+    rows, size = slope.shape
+    _swiglu_tile_backward[(rows, triton.cdiv(size, 2048))](both, slope, size, BLOCK=2048, num_warps=4)
+
+
+def drop(x: Tensor, seed: Tensor, site: int, p: float, base: Tensor | None = None) -> Tensor:
+    """x [M, K] with a share p of places zero and the others / (1 − p), or that added to `base`; equal for equal seed and site.
+
+    Args:
+        seed: [1] int64 on the device, so that a captured graph draws anew when it changes.
+    """
+    out = torch.empty_like(x)
+    grid = (triton.cdiv(x.numel(), 1024),)
+    _drop[grid](
+        x, x if base is None else base, out, seed, site, x.numel(), p, ADD=base is not None, BLOCK=1024, num_warps=4
+    )
+    return out

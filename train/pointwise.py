@@ -1,0 +1,102 @@
+"""What stands between the products of a decoder block, with gradients written out by hand: the definitions.
+
+On a CUDA device each runs as one Triton kernel (train/kernels/pointwise.py); tests hold one against the other, and against autograd.
+Knows tensors of tokens [M, ...]; nothing of layers, adapters or attention. All weights are frozen: none gets a gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train import kernels
+from train.kernels import pointwise as fast
+
+
+def _fast(x: Tensor) -> bool:
+    return kernels.usable(x.device) and x.dtype != torch.float64
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight, the mean in float32. x [M, H] contiguous."""
+    if _fast(x):
+        return fast.rms_norm(x, weight, eps)
+    y = _wide(x)
+    return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rms_norm_backward(slope: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """The gradient of x [M, H] for the gradient `slope` of the norm; `residual` [M, H], the gradient that goes past it, is added."""
+    if _fast(x):
+        return fast.rms_norm_backward(slope, x, weight, eps, residual)
+    a, s = _wide(x), _wide(slope) * weight
+    rate = torch.rsqrt(a.pow(2).mean(-1, keepdim=True) + eps)
+    hat = a * rate
+    grad = rate * (s - hat * (s * hat).mean(-1, keepdim=True))
+    return (grad if residual is None else grad + residual).to(x.dtype)
+
+
+def turn(
+    parts: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    out: Tensor,
+    sign: int = 1,
+) -> Tensor:
+    """Queries and keys turned by their positions, values as they are, side by side.
+
+    Args:
+        parts: q [M, Hq, D], k and v [M, Hkv, D]; rows may be strided. bias: [(Hq + 2 Hkv) D], added first, or None.
+        cos, sin: [P, D/2] float32 by position. positions: [M] int. sign: 1, or -1 to turn back (the backward pass).
+        out: [M, (Hq + 2 Hkv) D]; may be the very memory of `parts`. Returned.
+    """
+    if _fast(out):
+        return fast.turn(parts, bias, cos, sin, positions, out, sign)
+    mixed = torch.cat([part.flatten(1) for part in parts], dim=1)
+    if bias is not None:
+        mixed = _wide(mixed) + bias
+    queries, keys, size = parts[0].shape[1], parts[1].shape[1], parts[0].shape[2]
+    heads = _wide(mixed).view(len(mixed), -1, size)  # [M, Hq + 2 Hkv, D]
+    c, s = cos[positions][:, None], sin[positions][:, None] * sign  # [M, 1, D/2]
+    low, high = heads[:, : queries + keys].chunk(2, dim=-1)
+    turned = torch.cat([low * c - high * s, high * c + low * s], dim=-1)
+    return out.copy_(torch.cat([turned, heads[:, queries + keys :]], dim=1).flatten(1))
+
+
+def swiglu(both: Tensor) -> Tensor:
+    """silu(gate) · up for both [M, 2 I], gate first -> [M, I]."""
+    if _fast(both):
+        return fast.swiglu(both)
+    gate, up = both.chunk(2, dim=1)
+    return F.silu(gate) * up
+
+
+def swiglu_backward(both: Tensor, slope: Tensor) -> None:
+    """In place: both [M, 2 I] becomes its gradient for the gradient `slope` [M, I], and `slope` becomes swiglu(both)."""
+    if _fast(both):
+        return fast.swiglu_backward(both, slope)
+    gate, up = _wide(both).chunk(2, dim=1)
+    s, wide = torch.sigmoid(gate), _wide(slope)
+    act = gate * s
+    product = (act * up).to(slope.dtype)
+    both.copy_(torch.cat([wide * up * s * (1 + gate * (1 - s)), wide * act], dim=1))
+    slope.copy_(product)
+    return None
+
+
+def drop(x: Tensor, seed: Tensor, site: int, p: float, base: Tensor | None = None) -> Tensor:
+    """Dropout whose mask is a function of (seed, site): x [M, K] with places zero at rate p, others / (1 − p); plus `base`.
+
+    The kernel and this definition draw other masks: each is used in forward and backward alike.
+    """
+    if _fast(x):
+        return fast.drop(x, seed, site, p, base)
+    generator = torch.Generator().manual_seed(int(seed) * 1_000_003 + site)
+    kept = torch.rand(x.shape, generator=generator).to(x.device) >= p
+    y = x * kept / (1 - p)
+    return (y if base is None else y + base).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

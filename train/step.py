@@ -1,0 +1,230 @@
+"""A micro batch's loss and gradient as two CUDA graphs with the loss between them: the GPU never waits for Python.
+
+Knows the fused passes, the head and the vector of the adapters' numbers; nothing of optimizers, accumulation or processes. To autograd
+it is one function of one vector. The shape of a batch is rounded up to few shapes; the first batch of a shape runs without a graph,
+which also compiles its kernels, the second captures, and all further ones replay. The loss stays outside, since the number of
+learnt tokens changes with every batch and the head is too dear for those that are not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.attention import Tokens
+from train.fused import Projection, Trunk
+from train.loss import CHUNK, CHUNK_FAST, IGNORE, summed
+
+WIDTH, CONVERSATIONS = (
+    64,
+    8,
+)  # rows are padded to a multiple of this many tokens; the number of conversations to a power of two of these
+GRAPHS = 12  # shapes that are captured at most: each keeps its activations' places in one pool
+
+
+class Vector:
+    """The adapters' numbers as one vector: which stretch is whose."""
+
+    def __init__(self, projections: Sequence[Projection], names: dict[nn.Parameter, str]) -> None:
+        """names: of every parameter that is learnt, in the model's order."""
+        self.projections, at = projections, 0
+        self.places: dict[str, tuple[int, torch.Size]] = {}
+        self.stretches: list[slice] = []
+        for projection in projections:
+            start = at
+            for p in projection.parameters():
+                self.places[names[p]] = (at, p.shape)
+                at += p.numel()
+            self.stretches.append(slice(start, at))
+        self.size, self.order = at, list(names.values())
+        assert set(self.order) == set(self.places), "an adapter outside the blocks' linears"
+
+    def join(self, values: dict[str, Tensor], device: torch.device) -> Tensor:
+        """name -> tensor of any float dtype: one vector [n] float32."""
+        whole = torch.empty(self.size, device=device)
+        for name, (at, shape) in self.places.items():
+            whole[at : at + shape.numel()].copy_(values[name].flatten())
+        return whole
+
+    def split(self, whole: Tensor) -> dict[str, Tensor]:
+        """The inverse of `join`, as views, in the model's order."""
+        return {
+            name: whole[at : at + shape.numel()].view(shape) for name in self.order for at, shape in [self.places[name]]
+        }
+
+    def bind(self, values: Tensor, slopes: Tensor) -> None:
+        for projection, stretch in zip(self.projections, self.stretches):
+            projection.bind(values[stretch], slopes[stretch])
+
+
+@dataclass
+class Batch:
+    """A micro batch on the device."""
+
+    ids: Tensor  # [B, T] int64
+    tokens: Tokens
+    rows: Tensor  # [L] int64: tokens whose successor is learnt
+    labels: Tensor  # [L] int64
+
+
+def arrange(batch: dict[str, Tensor], width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `dataset.collate` makes, on the CPU, as the passes read it: ids, positions, segments, bounds, rows, labels.
+
+    Args:
+        batch: input_ids and labels [B, t]; position_ids and segment_ids where rows are not one conversation each.
+        width: T ≥ t, to which rows are padded.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    segments = batch.get("segment_ids", torch.ones_like(ids))
+    positions = batch.get("position_ids", torch.arange(ids.shape[1]).expand_as(ids))
+    pad = width - ids.shape[1]
+    ids, segments, positions = (F.pad(x, (0, pad)) for x in (ids, segments, positions))
+    following = F.pad(labels, (0, pad + 1), value=IGNORE)[:, 1:].flatten()
+    rows = (following != IGNORE).nonzero().squeeze(1)
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    bounds = starts.flatten().nonzero().squeeze(1)
+    count = CONVERSATIONS
+    while count < len(bounds):
+        count *= 2
+    bounds = F.pad(bounds, (0, count + 1 - len(bounds)), value=ids.numel()).int()
+    return ids, positions.flatten(), segments, bounds, rows, following[rows]
+
+
+class Step(nn.Module):
+    """batch -> the SUM of its token losses, connected to the one parameter `vector` [n]."""
+
+    def __init__(self, decoder: nn.Module, names: dict[nn.Parameter, str], length: int, graphs: bool) -> None:
+        """names: of every parameter that is learnt. length: of the rows to come. graphs: whether to capture."""
+        super().__init__()
+        self._decoder = [decoder]  # in a list: its parameters are not this module's
+        self.trunk = Trunk(decoder, length)  # type: ignore[arg-type]
+        self.layout = Vector(self.trunk.projections, names)
+        self.graphs = graphs
+        start = self.layout.join({name: p.detach() for p, name in names.items()}, next(iter(names)).device)
+        self.vector = nn.Parameter(start)
+        self.shapes: dict[tuple[Any, ...], _Shape] = {}
+        self.pool: Any = None
+        self.drops = any(projection.dropout for projection in self.trunk.projections)
+
+    @property
+    def decoder(self) -> Any:
+        return self._decoder[0]
+
+    def bind(self) -> None:
+        """Look at where the vector's numbers are now: once, after DeepSpeed has put them where it wants them."""
+        self.slopes = torch.empty_like(self.vector)
+        self.layout.bind(self.vector.data, self.slopes)
+        views = self.layout.split(self.vector.data)
+        for name, p in self.decoder.named_parameters():
+            for full in (name, f"base_model.model.{name}"):
+                if full in views:
+                    p.data = views[full]
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return _Learn.apply(self.vector, self, batch)  # type: ignore[no-any-return]
+
+    def shape_of(self, batch: Batch) -> "_Shape":
+        checkpointing = bool(self.decoder.trunk.gradient_checkpointing)
+        key = (batch.ids.shape, len(batch.tokens.bounds), checkpointing)
+        if key not in self.shapes:
+            self.shapes[key] = _Shape(self.trunk, checkpointing)
+        return self.shapes[key]
+
+    def place(self, batch: dict[str, Tensor]) -> Batch:
+        """Round the shape up and move all to the device."""
+        width = -(-batch["input_ids"].shape[1] // WIDTH) * WIDTH
+        if self.trunk.reach(width):
+            self.shapes.clear()
+        device = self.vector.device
+        host = arrange({key: value.cpu() for key, value in batch.items()}, width)
+        if device.type == "cuda":
+            host = tuple(x.pin_memory() for x in host)  # type: ignore[assignment]
+        ids, positions, segments, bounds, rows, labels = (x.to(device, non_blocking=True) for x in host)
+        # from torch's generator on the CPU, whose state every checkpoint holds
+        seed = torch.randint(2**40, (1,)) if self.drops else torch.zeros(1, dtype=torch.long)
+        seed = seed.to(device)
+        return Batch(ids, Tokens(positions, segments, bounds, seed), rows, labels)
+
+
+class _Shape:
+    """The passes of batches of one shape: run, then captured, then replayed."""
+
+    def __init__(self, trunk: Trunk, checkpointing: bool) -> None:
+        self.trunk, self.checkpointing = trunk, checkpointing
+        self.uses = 0
+        self.kept: list[Any] = []
+        self.forth: Any = None
+        self.back: Any = None
+
+    def forward(self, x: Tensor, t: Tokens, step: Step) -> Tensor:
+        """Embeddings [M, H] -> hidden [M, H], which the next call writes over."""
+        self.uses += 1
+        captured = [shape for shape in step.shapes.values() if shape.forth is not None]
+        if self.forth is None and (self.uses < 2 or not step.graphs or len(captured) >= GRAPHS):
+            self.tokens = t
+            hidden, self.kept = self.trunk.forward(x, t, self.checkpointing)
+            return hidden
+        if self.forth is None:
+            self.x, self.tokens = x.clone(), Tokens(*(getattr(t, name).clone() for name in FIELDS))
+            self.forth, (self.hidden, self.kept) = _capture(
+                step, lambda: self.trunk.forward(self.x, self.tokens, self.checkpointing)
+            )
+        self.x.copy_(x)
+        for name in FIELDS:
+            getattr(self.tokens, name).copy_(getattr(t, name))
+        self.forth.replay()
+        return self.hidden
+
+    def backward(self, slope: Tensor, step: Step) -> None:
+        """Gradients of every adapter into step.slopes, for the gradient [M, H] of hidden."""
+        if self.forth is None:
+            return self.trunk.backward(slope, self.kept, self.tokens)
+        if self.back is None:
+            self.slope = slope.clone()
+            self.back, _ = _capture(step, lambda: self.trunk.backward(self.slope, self.kept, self.tokens))
+        self.slope.copy_(slope)
+        return self.back.replay()
+
+
+FIELDS = ("positions", "segments", "bounds", "seed")
+
+
+def _capture(step: Step, work: Any) -> tuple[Any, Any]:
+    """A CUDA graph of `work`, and what it returned: places that a replay fills."""
+    graph = torch.cuda.CUDAGraph()
+    if step.pool is None:
+        step.pool = torch.cuda.graph_pool_handle()
+    # other threads (NCCL's watchdog) may go on asking CUDA things
+    with torch.cuda.graph(graph, pool=step.pool, capture_error_mode="thread_local"):
+        result = work()
+    return graph, result
+
+
+class _Learn(torch.autograd.Function):
+    """The loss of a batch as a function of the vector."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, step: Step, batch: dict[str, Tensor]) -> Tensor:
+        placed = step.place(batch)
+        shape = step.shape_of(placed)
+        names = step.decoder.config.names
+        embeddings = getattr(step.decoder.trunk, names.embed)(placed.ids).flatten(0, 1)
+        hidden = shape.forward(embeddings, placed.tokens, step)
+        head = step.decoder.lm_head.weight
+        chunk = CHUNK if head.device.type == "cpu" else CHUNK_FAST
+        total, slopes = summed(hidden, head, placed.rows, placed.labels, chunk)
+        ctx.step, ctx.shape, ctx.like = step, shape, hidden
+        ctx.save_for_backward(placed.rows, slopes)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        rows, slopes = ctx.saved_tensors
+        whole = torch.zeros_like(ctx.like)
+        whole[rows] = (slopes * grads[0]).to(whole.dtype)
+        ctx.shape.backward(whole, ctx.step)
+        return ctx.step.slopes, None, None
