@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from tests.bench import shapes
 from tests.bench.spec import Shape, Spec
 from train import lora, world
-from train.config import load_recipe
+from train.config import Recipe, load_recipe
+from train.engine import Engine, import_deepspeed
 from train.layouts import DecoderConfig
+from train.loader import pick_dtype
 from train.world import World
 
 RATE = 1e-4
@@ -35,7 +37,7 @@ class Arm(Protocol):
     """A model, ready to learn, at one shape."""
 
     def step(self, ids: Tensor) -> Tensor:
-        """One whole step over ids [B, T], every token learnt; returns the mean loss of this process's tokens."""
+        """One whole step over ids [B, T] on the CPU, every token learnt; returns the mean loss of this process's tokens."""
         ...
 
 
@@ -43,27 +45,20 @@ class Ours:
     """This program's own step."""
 
     def __init__(self, spec: Spec, shape: Shape, place: World, device: torch.device) -> None:
-        from train.engine import Engine
-        from train.loader import pick_dtype
-
-        recipe = load_recipe(
-            "qlora",
-            {
-                "batch": str(shape[0]),
-                "length": str(shape[1]),
-                "accumulation": "1",
-                "dropout": str(spec.dropout),
-                "rank": str(spec.rank),
-                "checkpointing": "on" if spec.checkpointing else "off",
-            },
-        )
-        dtype = pick_dtype(device, recipe.precision)
-        model = shapes.random_decoder(shapes.config(spec.model), device, dtype)
-        adapted = lora.attach(model, recipe).train()
-        if spec.checkpointing:
-            model.gradient_checkpointing_enable()
+        switch = "on" if spec.checkpointing else "off"
+        values = {"batch": shape[0], "length": shape[1], "accumulation": 1, "dropout": spec.dropout, "rank": spec.rank}
+        recipe = load_recipe("qlora", {**{k: str(v) for k, v in values.items()}, "checkpointing": switch})
+        self.engine, self.size = self.engine_for(recipe, spec.model, place, device), place.size
         self.learnt = shape[0] * (shape[1] - 1) * place.size
-        self.engine, self.size = Engine(adapted, recipe, dtype, place.size), place.size
+
+    @staticmethod
+    def engine_for(recipe: Recipe, model: str, place: World, device: torch.device) -> Engine:
+        """The engine of a run with this recipe, on random weights in the shape `model`."""
+        dtype = pick_dtype(device, recipe.precision)
+        base = shapes.random_decoder(shapes.config(model), device, dtype)
+        if recipe.checkpointing:
+            base.gradient_checkpointing_enable()
+        return Engine(lora.attach(base, recipe).train(), recipe, dtype, place.size)
 
     def step(self, ids: Tensor) -> Tensor:
         total = self.engine.micro({"input_ids": ids, "labels": ids}, self.learnt)
@@ -86,6 +81,7 @@ class Stock:
         self.engine = None if self.lean else deepspeed_engine(self.model, self.optimizer, shape[0], dtype)
 
     def step(self, ids: Tensor) -> Tensor:
+        ids = ids.to(self.device)
         if self.engine is not None:
             loss = self.engine(input_ids=ids, labels=ids).loss
             self.engine.backward(loss)
@@ -157,8 +153,6 @@ def adapt(base: Any, rank: int, dropout: float, checkpointing: bool) -> nn.Modul
 
 def deepspeed_engine(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, dtype: torch.dtype) -> Any:
     """DeepSpeed as the published finetune/ds_config_zero2.json sets it."""
-    from train.engine import import_deepspeed
-
     deepspeed = import_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     scaled = {"enabled": dtype == torch.float16, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2}

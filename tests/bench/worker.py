@@ -60,38 +60,63 @@ def measure(spec: Spec, shape: Shape, place: World, device: torch.device) -> dic
     """Medians over `counted` steps after `warm`; the peak from the first step on, for graphs are captured in it."""
     arm: Arm = ARMS[spec.arm](spec, shape, place, device)
     c = shapes.config(spec.model)
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        at_rest = torch.cuda.memory_allocated() / 2**30
-    seconds = []
+    watch, seconds = Stopwatch(device), []
     for _ in range(spec.warm + spec.counted):
-        ids = torch.randint(0, c.vocab_size - 256, shape, device=device)
-        _settle(cuda)
-        began = time.perf_counter()
+        ids = torch.randint(0, c.vocab_size - 256, shape)  # on the CPU, as a collated batch is
+        watch.start()
         loss = arm.step(ids)
-        _settle(cuda)
-        seconds.append(time.perf_counter() - began)
-    rate = shape[0] * shape[1] * place.size / statistics.median(seconds[spec.warm :])
-    found = {"tokens_per_s": round(rate), "peak_gib": round(_peak(cuda), 2), "loss": round(float(loss), 3)}
-    spread = [round(1000 * s, 2) for s in (min(seconds[spec.warm :]), max(seconds[spec.warm :]))]
-    found |= {"ms": spread, "tflops": round(4 * shapes.weights(c) * rate / place.size / 1e12, 1)}
-    if cuda:
-        found |= {"at_rest_gib": round(at_rest, 2), "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2)}
-    return found
+        seconds.append(watch.stop())
+    counted = seconds[spec.warm :]
+    rate = shape[0] * shape[1] * place.size / statistics.median(counted)
+    tflops = (
+        4 * shapes.weights(c) * rate / place.size / 1e12
+    )  # forward, and the gradient of the input: the base is frozen
+    found = {"tokens_per_s": round(rate), "peak_gib": round(watch.peak_gib(), 2), "loss": round(float(loss), 3)}
+    found |= {"ms": [round(1000 * min(counted), 2), round(1000 * max(counted), 2)], "tflops": round(tflops, 1)}
+    return found | watch.memory()
 
 
-def _settle(cuda: bool) -> None:
-    if cuda:
-        torch.cuda.synchronize()
+class Stopwatch:
+    """Time and memory of a device from the moment it is made."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.at_rest = torch.cuda.memory_allocated() / 2**30
 
-def _peak(cuda: bool) -> float:
-    """GiB: what torch had allocated at most; on a CPU the whole process."""
-    if cuda:
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    def start(self) -> None:
+        self._settle()
+        self.began = time.perf_counter()
+
+    def stop(self) -> float:
+        """Seconds since `start`, the device's work included."""
+        self._settle()
+        return time.perf_counter() - self.began
+
+    def _settle(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def peak_gib(self) -> float:
+        """What torch had allocated at most; on a CPU what the whole process had."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def memory(self) -> dict[str, float]:
+        """GiB before the first step, at most held by torch's allocator, and the CUDA context's own beside it."""
+        if not self.cuda:
+            return {}
+        free, total = torch.cuda.mem_get_info()
+        outside = total - free - torch.cuda.memory_reserved()
+        found = {
+            "at_rest": self.at_rest,
+            "reserved": torch.cuda.max_memory_reserved() / 2**30,
+            "outside": outside / 2**30,
+        }
+        return {f"{name}_gib": round(value, 2) for name, value in found.items()}
 
 
 def left(device: torch.device) -> int:

@@ -1,0 +1,64 @@
+"""Several reports of one visit to a card as one, and its table.
+
+    python -m tests.bench.merge OUT FIRST [MORE …]
+
+FIRST and MORE are reports of `make bench` (.json), or the lines of another program's own benchmark (anything else), as
+`NAME-ckHOW bs=1 seq=512 0.2810 s/it 1822 tok/s peak 2.88 GiB loss 12.1`: HOW is 0 or 1, or the program's word for its own kind of
+checkpointing. A file `NAME.versions.json` beside such lines says which packages they ran with. Device and date are FIRST's.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.bench.table import key, show
+
+LINE = re.compile(
+    r"^(?P<arm>\S+)-ck(?P<how>\S+)\s+bs=(?P<batch>\d+) seq=(?P<length>\d+) .*?(?P<rate>\d+) tok/s peak (?P<peak>[\d.]+) GiB"
+)
+
+
+def peers(text: str, model: str = "1.8b") -> list[dict[str, Any]]:
+    """Rows of another program's lines."""
+    rows = []
+    for found in filter(None, map(LINE.match, text.splitlines())):
+        row = {"arm": found["arm"], "model": model, "batch": int(found["batch"]), "length": int(found["length"])}
+        row |= {"checkpointing": found["how"] != "0", "dropout": 0.0}
+        row |= {"tokens_per_s": int(found["rate"]), "peak_gib": float(found["peak"])}
+        rows.append(row if found["how"] in "01" else {**row, "checkpointing_kind": found["how"]})
+    return rows
+
+
+def merge(paths: list[Path]) -> dict[str, Any]:
+    """One report; a later row replaces an earlier one of the same arm and setting."""
+    report: dict[str, Any] = json.loads(paths[0].read_text(encoding="utf-8"))
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path in paths:
+        for row in _rows(path):
+            rows[(row["arm"], *key(row))] = row
+        versions = path.with_suffix(".versions.json")
+        if path.suffix != ".json" and versions.is_file():
+            report["versions"] = {**report["versions"], "peers": json.loads(versions.read_text(encoding="utf-8"))}
+    return {**report, "rows": list(rows.values())}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text)["rows"] if path.suffix == ".json" else peers(text)
+
+
+def main(words: list[str]) -> int:
+    if len(words) < 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    out, *paths = map(Path, words)
+    report = merge(paths)
+    out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    show(report["rows"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

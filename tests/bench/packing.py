@@ -1,0 +1,122 @@
+"""What packing is worth on real data: real tokens a second, padding not counted, with the same kernels and the same batch.
+
+    python -m tests.bench.packing data=FILE tokenizer=FOLDER [model=1.8b] [length=512] [batch=8] …
+
+packed      conversations share rows of `length`, as `make train` has it
+padded      one conversation a row, every row filled up to `length`, as Qwen's finetune.py has it
+longest     one conversation a row, filled up to the longest of its batch (pack=off)
+
+Random weights in the model's shape: the lengths of the data are what counts. Each arm in a process of its own; a line of JSON each.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from train.config import Recipe, build, describe, load_recipe, option, pairs
+from train.dataset import Plan, Sample
+
+ARMS = ("packed", "padded", "longest")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured on what."""
+
+    data: str = option("", "file or files, as for make train")
+    tokenizer: str = option("", "folder of a base, for its tokenizer")
+    model: str = option("1.8b", "shape: tiny, 0.5b, 1.8b, 7b")
+    length: int = option(512, "tokens of a row")
+    batch: int = option(8, "rows a step")
+    checkpointing: bool = option(False, "recompute each block")
+    dropout: float = option(0.0, "LoRA's dropout")
+    warm: int = option(16, "steps that do not count: the first of each shape captures its graph")
+    counted: int = option(40, "steps that count")
+    out: str = option("packing.jsonl", "file for the rows")
+    only: str = option("", "one arm, in this process", ("", *ARMS))
+
+
+def main(words: list[str]) -> int:
+    if {"-h", "--help"} & set(words):
+        print(f"{__doc__}\n{describe(Options)}")
+        return 0
+    options = build(Options, pairs(words))
+    if options.only:
+        _measure(options)
+        return 0
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("")
+    given = [f"{f.name}={getattr(options, f.name)}" for f in fields(Options) if f.name != "only"]
+    for arm in ARMS:
+        done = subprocess.run([sys.executable, "-m", "tests.bench.packing", *given, f"only={arm}"], check=False)
+        if done.returncode:
+            print(f"{arm}: status {done.returncode}", flush=True)
+    _show([json.loads(line) for line in out.read_text().splitlines()])
+    return 0
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    by_arm = {row["arm"]: row for row in rows}
+    for other in ("padded", "longest"):
+        if "packed" in by_arm and other in by_arm:
+            times = by_arm["packed"]["tokens_per_s"] / by_arm[other]["tokens_per_s"]
+            print(f"packed over {other}: {times:.2f} times the real tokens a second")
+
+
+def _measure(options: Options) -> None:
+    import torch
+
+    from tests.bench.arms import Ours, join
+    from tests.bench.worker import Stopwatch
+    from train import conversations
+    from train.dataset import collate, encode
+    from train.tokenizer import load_tokenizer
+
+    recipe = load_recipe("qlora", _overrides(options))
+    tokenizer = load_tokenizer(Path(options.tokenizer))
+    samples, summary = encode(conversations.load(options.data), tokenizer, recipe)
+    plan = _plan(recipe, samples, options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine = Ours.engine_for(recipe, options.model, join(device), device)
+    width = None if options.only == "longest" else options.length
+    watch = Stopwatch(device)
+    seconds = tokens = positions = 0.0
+    for step in range(options.warm + options.counted):
+        batch = collate(plan.rows(step), samples, tokenizer.pad, width)
+        watch.start()
+        engine.micro(batch, max(plan.label_count(step), 1))
+        engine.step(last=True, rate=1e-4)
+        took = watch.stop()
+        if step >= options.warm:
+            seconds, tokens = seconds + took, tokens + plan.token_count(step)
+            positions += batch["input_ids"].numel()
+    row = {"arm": options.only, "model": options.model, "batch": options.batch, "length": options.length}
+    row |= {"checkpointing": options.checkpointing, "dropout": options.dropout, "data": Path(options.data).name}
+    row |= {"tokens_per_s": round(tokens / seconds), "peak_gib": round(watch.peak_gib(), 2)}
+    row |= {
+        "real": round(tokens / positions, 4),
+        "conversations": len(samples),
+        "mean_tokens": round(summary.tokens / summary.conversations, 1),
+    }
+    print(json.dumps(row), flush=True)
+    with Path(options.out).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _overrides(options: Options) -> dict[str, str]:
+    same = ("length", "batch", "dropout", "checkpointing")
+    values = {name: str(getattr(options, name)).lower() for name in same}
+    return {**values, "pack": "on" if options.only == "packed" else "off", "accumulation": "1"}
+
+
+def _plan(recipe: Recipe, samples: list[Sample], options: Options) -> Plan:
+    steps = options.warm + options.counted
+    return Plan(samples, recipe.length, recipe.batch, 1, steps, recipe.seed, recipe.pack)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
