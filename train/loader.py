@@ -140,11 +140,7 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", k
     Raises:
         UserError: an architecture, scheme or file that this program cannot read; tensors missing or left over.
     """
-    config, published = read_folder_config(folder)
-    names = state_names(folder)
-    with torch.device("meta"):
-        model = Decoder(config)
-    _shape_linears(model, names, published.get("quantization_config"))
+    model, names = check(folder)
     _fill(model, names, dtype, torch.device(device))
     model.tie_weights()
     model.requires_grad_(False).eval()
@@ -173,13 +169,7 @@ def _shape_linears(model: Decoder, names: dict[str, Path], quantization: dict[st
 
 
 def _fill(model: Decoder, names: dict[str, Path], dtype: torch.dtype, device: torch.device) -> None:
-    wanted = dict(model.state_dict())
-    if model.config.tie_word_embeddings:
-        wanted.pop("lm_head.weight")
-        names = {n: f for n, f in names.items() if n != "lm_head.weight"}
-    missing, extra = sorted(wanted.keys() - names.keys()), sorted(names.keys() - wanted.keys())
-    if missing or extra:
-        raise UserError(f"the weights do not fit config.json: missing {_some(missing)}; left over {_some(extra)}.")
+    wanted, names = _expected(model, names)
     state = {}
     for name, tensor in read_state(names):
         if tensor.shape != wanted[name].shape:
@@ -189,6 +179,33 @@ def _fill(model: Decoder, names: dict[str, Path], dtype: torch.dtype, device: to
         whole = tensor.dtype.is_floating_point and not name.endswith(".scales")  # scales are part of the Int4 format
         state[name] = tensor.to(device, dtype if whole else tensor.dtype)
     model.load_state_dict(state, strict=False, assign=True)
+
+
+def _expected(model: Decoder, names: dict[str, Path]) -> tuple[dict[str, Tensor], dict[str, Path]]:
+    """The tensors that `model` wants by name, and the file of each. Raises UserError if one is missing or left over."""
+    wanted = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        wanted.pop("lm_head.weight")
+        names = {n: f for n, f in names.items() if n != "lm_head.weight"}
+    missing, extra = sorted(wanted.keys() - names.keys()), sorted(names.keys() - wanted.keys())
+    if missing or extra:
+        raise UserError(f"the weights do not fit config.json: missing {_some(missing)}; left over {_some(extra)}.")
+    return wanted, names
+
+
+def check(folder: Path) -> tuple[Decoder, dict[str, Path]]:
+    """The model that `folder` holds, without its weights, and which file has which: headers are read, to see that all is there.
+
+    Raises:
+        UserError: an architecture, scheme or file that this program cannot read; tensors missing or left over.
+    """
+    config, published = read_folder_config(folder)
+    names = state_names(folder)
+    with torch.device("meta"):
+        model = Decoder(config)
+    _shape_linears(model, names, published.get("quantization_config"))
+    _expected(model, names)
+    return model, names
 
 
 def _some(names: list[str]) -> str:

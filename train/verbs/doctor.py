@@ -1,0 +1,283 @@
+"""What on this machine, in this recipe, base and data would fail, and the remedy, before anything is loaded or written.
+
+make doctor [DATA=file] [MODEL=base] [RECIPE=name] [GPUS=n] [ARGS="key=value …"]
+
+One line a check: ok, warn (it runs, but not as you may expect) or fail. Status 0 when nothing fails, 2 when something does. The machine
+is looked at without torch, which is then tried in a process of its own. Memory is told as the least that a run takes.
+"""
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from train import conversations, diagnosis, host
+from train.config import Recipe, build, describe, load_recipe, option
+from train.diagnosis import Finding
+from train.errors import UserError
+from train.host import Host
+from train.modelfolder import damage, find, is_hub_id, read_manifest
+
+if TYPE_CHECKING:
+    from train.decoder import Decoder
+
+T = TypeVar("T")
+__doc__ = f"{__doc__}\nEvery key of the recipe may be given too:\n{describe(Recipe)}\n\nKeys of this command:"
+
+ROOT = Path(__file__).parents[2]
+LOCK = ROOT / "env.lock"
+MODELS = ROOT / "data" / "models.lock"
+A_NUMBER = 16  # bytes that an adapter's number takes at least while it learns: weight, gradient, float32 master, Adam's two moments
+COLOUR = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to look at."""
+
+    data: str = option("", "file, folder or several with commas between; empty: no data is looked at")
+    model: str = option("", "base; empty: the recipe's")
+    recipe: str = option("qlora", "a name in train/recipes/, or the path of a .yaml file")
+    gpus: int = option(0, "GPUs that must be there; 0: whatever is there")
+    models: str = option("models", "folder of bases")
+    runs: str = option("runs", "folder of runs")
+
+
+@dataclass(frozen=True)
+class Request(Options):
+    """Options, and what was said about the recipe; a wrong key of it is a finding."""
+
+    overrides: dict[str, str] = field(default_factory=dict)
+
+
+def parse(values: dict[str, str]) -> Request:
+    """Options from key=value; every other key is the recipe's, known or not."""
+    own = {f.name for f in fields(Options)}
+    asked = build(Options, {key: value for key, value in values.items() if key in own})
+    overrides = {key: value for key, value in values.items() if key not in own}
+    return Request(**vars(asked), overrides=overrides)
+
+
+def run(options: Request) -> None:
+    # --- this machine, without torch ----------------------------------------------------------------------------------------
+    report = Report()
+    here = host.look()
+    report.section("this machine")
+    for finding in _machine(here, options.gpus):
+        report.add(finding)
+
+    # --- the recipe ---------------------------------------------------------------------------------------------------------
+    report.section(f"recipe {options.recipe}")
+    overrides = options.overrides | ({"model": options.model} if options.model else {})
+    recipe = report.attempt("keys", lambda: load_recipe(options.recipe, overrides), _sum_up)
+    torch_starts = "torch" not in report.failed
+    if recipe and torch_starts:
+        _ways(report, recipe, here)
+
+    # --- the base, the data -------------------------------------------------------------------------------------------------
+    folder = _folder(report, recipe, Path(options.models)) if recipe else None
+    if recipe and folder and torch_starts:
+        _base(report, recipe, folder, here, Path(options.runs))
+    else:
+        report.add(diagnosis.check_folder("runs", Path(options.runs)))
+    if options.data:
+        report.section(f"data {options.data}")
+        _data(report, recipe, folder if torch_starts else None, options.data)
+    report.end()
+
+
+class Report:
+    """Prints a line a finding as it comes, and counts."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+        self.counts = {"ok": 0, "warn": 0, "fail": 0}
+        self.failed: set[str] = set()
+
+    def section(self, title: str) -> None:
+        from rich.text import Text
+
+        self.console.print(Text(("\n" if sum(self.counts.values()) else "") + title, style="bold"))
+
+    def add(self, finding: Finding | None) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        if finding is None:
+            return
+        self.counts[finding.state] += 1
+        self.failed |= {finding.name} if finding.state == "fail" else set()
+        line = Table.grid(padding=(0, 2))
+        line.add_column(width=6, justify="right")
+        line.add_column(width=14)
+        line.add_column(overflow="fold")
+        line.add_row(Text(finding.state, style=COLOUR[finding.state]), finding.name, Text(finding.text))
+        if finding.remedy:
+            line.add_row("", "", Text(f"Remedy: {finding.remedy}", style="italic"))
+        self.console.print(line)
+
+    def attempt(self, name: str, check: Callable[[], T], tell: Callable[[T], str]) -> T | None:
+        """What `check` returns, told as ok; None where it raises a UserError, told as a failure."""
+        try:
+            value = check()
+        except UserError as error:
+            self.add(Finding(name, "fail", str(error)))
+            return None
+        self.add(Finding(name, "ok", tell(value)))
+        return value
+
+    def end(self) -> None:
+        """The sum; raises UserError if something failed."""
+        checks, warned, failed = sum(self.counts.values()), self.counts["warn"], self.counts["fail"]
+        self.console.print(f"\n{checks} checks: {self.counts['ok']} ok, {warned} warn, {failed} fail")
+        if failed:
+            raise UserError(f"{failed} of {checks} checks fail. Nothing was changed.")
+
+
+def _machine(here: Host, wanted: int) -> Iterator[Finding | None]:
+    installed = host.installed_versions()
+    yield diagnosis.check_card(here, wanted)
+    yield diagnosis.check_driver(here)
+    yield diagnosis.check_generation(here)
+    yield diagnosis.check_torch(here, host.probe() if here.torch else {})
+    if here.torch:
+        yield diagnosis.check_libraries(importlib.metadata.requires("torch") or [], installed)
+    yield diagnosis.check_lock(LOCK.read_text(encoding="utf-8") if LOCK.is_file() else "", installed)
+    yield diagnosis.check_triton(here, Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"))
+    yield diagnosis.check_shared(here, wanted)
+
+
+# The recipe
+
+
+def _sum_up(recipe: Recipe) -> str:
+    steps = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epochs"
+    rows = recipe.batch * recipe.accumulation
+    return f"r {recipe.rank} on {recipe.targets}, {steps}, a step {rows} × {recipe.length} tokens a process, ZeRO {recipe.zero}"
+
+
+def _ways(report: Report, recipe: Recipe, here: Host) -> None:
+    from train.job import check_ways
+
+    def check() -> None:
+        check_ways(recipe, "cuda" if here.cards else "cpu")
+
+    report.attempt("way", check, lambda _: f"precision={recipe.precision} and zero={recipe.zero} go together here")
+    old = [card for card in here.cards if card.capability and card.capability < (8, 0)]
+    if old and recipe.precision == "bf16":
+        text = f"bf16 on {old[0].name}, which has no arithmetic for it: slow"
+        report.add(Finding("precision", "warn", text, "precision=auto takes fp16 there"))
+
+
+# The base
+
+
+def _folder(report: Report, recipe: Recipe, models: Path) -> Path | None:
+    """The base's folder, if it is there and whole; else what fetching it needs."""
+    report.section(f"base {recipe.model}")
+    found: list[Path | None] = []
+    try:
+        found = [find(recipe.model, models)]
+    except UserError as error:
+        report.add(Finding("folder", "fail", str(error)))
+    if found == [None]:
+        report.add(_absent(recipe.model))
+        report.add(diagnosis.check_folder("models", models, _download(recipe.model)))
+    folder = found[0] if found else None
+    if folder and report.attempt("folder", lambda: _whole(folder), lambda text: f"{folder}: {text}"):
+        return folder
+    return None
+
+
+def _absent(model: str) -> Finding:
+    text, remedy = "not here yet", f"make model MODEL={model} fetches it; make train does so by itself"
+    if is_hub_id(model) or _download(model):
+        return Finding("folder", "warn", text, remedy)
+    return Finding("folder", "fail", f"{text}: no folder, no hub id (owner/name), no name in data/models.lock")
+
+
+def _download(model: str) -> int:
+    """Bytes that fetching a name of data/models.lock takes: its pieces, the file and its weights in float16; 0 for any other."""
+    import yaml
+
+    lock = yaml.safe_load(MODELS.read_text(encoding="utf-8")) if MODELS.is_file() else {}
+    return 4 * int(lock[model]["bytes"]) if model in lock else 0
+
+
+def _whole(folder: Path) -> str:
+    manifest = read_manifest(folder)
+    if wrong := damage(folder, manifest, full=False) if manifest else []:
+        raise UserError(f"{folder} is damaged: {'; '.join(wrong)}. Remove the folder and fetch it again.")
+    return "names and sizes as its manifest says" if manifest else "a folder of yours, with no manifest"
+
+
+def _base(report: Report, recipe: Recipe, folder: Path, here: Host, runs: Path) -> None:
+    """Config, tensors, tokenizer; then the room that this base and this recipe take at least."""
+    from train import job, lora
+    from train.loader import check
+    from train.tokenizer import load_tokenizer
+
+    report.attempt("tokenizer", lambda: load_tokenizer(folder), lambda tokenizer: f"{tokenizer.vocab_size:,} tokens")
+    found = report.attempt("tensors", lambda: check(folder), lambda found: f"all {len(found[1])}: {_shape(found[0])}")
+    if found is None:
+        return
+    config = found[0].config
+    names = report.attempt("targets", lambda: lora.targets(config.layout, recipe.targets), ", ".join)
+    if recipe.length > config.max_position_embeddings:
+        text = f"length={recipe.length} is more than the {config.max_position_embeddings} it was made for"
+        report.add(Finding("length", "warn", text, f"length={config.max_position_embeddings}"))
+    if names:
+        report.add(diagnosis.check_folder("runs", runs, job.room(config, names, recipe)))
+        adapter = A_NUMBER * job.adapter_size(config, names, recipe.rank)
+        report.add(_memory(here, found[0], folder, adapter, recipe.precision))
+
+
+def _shape(model: "Decoder") -> str:
+    config = model.config
+    return f"layout {config.layout}, {config.num_hidden_layers} layers of {config.hidden_size}"
+
+
+def _memory(here: Host, model: "Decoder", folder: Path, adapter: int, precision: str) -> Finding:
+    """Room for weights, adapter and its optimizer, on the card with most of it or in the machine. Activations come on top."""
+    quantised = any(name.endswith("qweight") for name, _ in model.named_buffers())
+    width = 2 if here.cards and precision != "fp32" else 4
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    needed = adapter + (stored if quantised and stored else width * numbers)
+    card = max(here.cards, key=lambda card: card.free or 0, default=None)
+    if card and card.total and card.free is not None:
+        return diagnosis.check_room("card's memory", needed, card.free, card.total)
+    return diagnosis.check_room("memory", needed, here.memory)
+
+
+# The data
+
+
+def _data(report: Report, recipe: Recipe | None, folder: Path | None, data: str) -> None:
+    """Read it all; with the base's tokenizer and a recipe also count it, as training will."""
+    reading = report.attempt(
+        "rows", lambda: _read(data), lambda reading: f"{len(reading.conversations):,} conversations"
+    )
+    if reading is None or recipe is None or folder is None:
+        return
+    from train.dataset import encode
+    from train.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(folder)
+    except UserError:
+        return  # told already, of the base
+    report.attempt("tokens", lambda: encode(reading.conversations, tokenizer, recipe)[1], str)
+
+
+def _read(data: str) -> conversations.Reading:
+    reading = conversations.survey(data)
+    if reading.problems:
+        more = f"\nAll of them: make data DATA={data}" if len(reading.problems) > 3 else ""
+        raise UserError(conversations.report(reading.problems, limit=3) + more)
+    return reading
