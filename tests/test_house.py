@@ -10,10 +10,10 @@ HOUSE = Path(__file__).parent.parent / "train"
 FLOORS = {
     name: set(modules.split())
     for name, modules in {
-        "leaves": "config errors files progress download modelfolder gptq kernels loss "
-        "conversations formats parsing scanner meter world host diagnosis",
-        "parts": "layouts decoder lora tokenizer chatml from_gguf",
-        "assembled": "loader stock dataset generate engine loop job checkpoint manifest merge parity report",
+        "leaves": "config errors files progress download modelfolder gptq kernels loss attention pointwise "
+        "conversations formats parsing scanner meter world host diagnosis guard journal",
+        "parts": "layouts decoder fused layers decoding lora tokenizer chatml from_gguf",
+        "assembled": "loader stock dataset generate step engine loop job checkpoint saver manifest merge parity report",
     }.items()
 }
 ORDER = list(FLOORS)

@@ -1,0 +1,402 @@
+"""A few rows times a packed Int4 weight, as decoding needs it: y = x W + bias (+ the adapter's B·t), W never unpacked in memory.
+
+One row: products and sums of float32 lanes. Codes become floats by sitting in the mantissa of 2^23, the zero is taken off a whole tile at once.
+More rows, up to 64: the tensor cores, on q − z, which every float type holds exactly; the scale multiplies sums of a group. So W is not even
+rounded, and one row and many agree to float32's rounding. K is cut into `splits`, whose sums the reader of the result adds in order: the same
+bits each time. Knows tensors only; gptq.dequantize_plain @ is the definition. Reads 4 and 8 bits; act-order through `perm`.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from train.kernels.runtime import tl, triton
+
+MAGIC = 0x4B000000  # 2^23 as a float's bits; passed at run time, so that and-or is one instruction
+NEVER = 1 << 30  # an edge beyond all columns
+MOST_ROWS = 64  # of x; beyond, unpacking W once and a library's product is faster
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [K, N] as gptq.py defines it, its groups in order of its rows once x is taken in the order of `perm` [K] (None: as it is).
+
+    qweight [K·bits/32, N] and qzeros [G, ceil(N·bits/32)] int32, scales [G, N], bias [N] or None.
+    """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    bits: int
+    bias: Tensor | None = None
+    perm: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.qweight.shape[0] * 32 // self.bits
+
+    @property
+    def columns(self) -> int:
+        return self.qweight.shape[1]
+
+    @property
+    def group(self) -> int:
+        return self.rows // len(self.scales)
+
+
+@dataclass(frozen=True)
+class Thin:
+    """An adapter's half way for one call: low [S, M, L] float32, the S parts of x Aᵀ; up [N, R], scaled B, one after the other.
+
+    edges: where the second and the third of several linears side by side begin in N; each has R of the L columns.
+    """
+
+    low: Tensor
+    up: Tensor
+    edges: tuple[int, int] = (NEVER, NEVER)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut: `words` rows of packed words and `columns` a step, K in `splits` programs."""
+
+    words: int = 16
+    columns: int = 64
+    splits: int = 1
+    warps: int = 4
+    stages: int = 1
+
+
+if triton is not None:
+
+    @triton.jit
+    def _steps(qzeros, scales, g, n, inside, columns, zero_words, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Zeros and scales float32 of the groups g at the columns n, in the shape of their sum."""
+        PER: tl.constexpr = 32 // BITS
+        MASK: tl.constexpr = (1 << BITS) - 1
+        stored = tl.load(qzeros + g * zero_words + n // PER, mask=inside, other=0) >> ((n % PER) * BITS)
+        scale = tl.load(scales + g * columns + n, mask=inside, other=0.0).to(tl.float32)
+        return (((stored & MASK) + 1) & MASK).to(tl.float32), scale
+
+    @triton.jit
+    def _row(  # type: ignore[no-untyped-def]
+        x, qweight, qzeros, scales, perm, first, last, n, inside, rows, columns, zero_words, group, magic,
+        BITS: tl.constexpr, WORDS: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr, ONE_GROUP: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """x [K] @ W[:, n] over the tiles first … last: [1, TN] float32, on ordinary lanes."""
+        PER: tl.constexpr = 32 // BITS
+        MASK: tl.constexpr = (1 << BITS) - 1
+        LOW: tl.constexpr = 23 // BITS  # codes of a word that lie within a mantissa where they are
+        acc = tl.zeros((WORDS, TN), tl.float32)
+        for tile in tl.range(first, last, num_stages=STAGES):
+            word = tile * WORDS + tl.arange(0, WORDS)
+            there = word * PER < rows
+            place = qweight + word[:, None].to(tl.int64) * columns + n[None]
+            packed = tl.load(place, mask=there[:, None] & inside[None], other=0)
+            part = tl.zeros((WORDS, TN), tl.float32)
+            total = tl.zeros((WORDS,), tl.float32)
+            for j in tl.static_range(PER):
+                k = word * PER + j
+                if PERM:
+                    k = tl.load(perm + k, mask=there, other=0)
+                xj = tl.load(x + k, mask=there, other=0.0).to(tl.float32)
+                total += xj
+                if j < LOW:
+                    code = (packed & (MASK << (BITS * j))) | magic  # 2^23 + q · 2^(BITS·j)
+                    xj = xj * (1.0 / (1 << (BITS * j)))
+                else:
+                    code = ((packed >> (BITS * LOW)) & (MASK << (BITS * (j - LOW)))) | magic
+                    xj = xj * (1.0 / (1 << (BITS * (j - LOW))))
+                part += xj[:, None] * (code.to(tl.float32, bitcast=True) - 8388608.0)
+            if ONE_GROUP:
+                zero, scale = _steps(qzeros, scales, tile * WORDS * PER // group, n, inside, columns, zero_words, BITS)
+                acc += (part - total[:, None] * zero[None]) * scale[None]
+            else:
+                g = (word * PER // group)[:, None]
+                zero, scale = _steps(
+                    qzeros, scales, g, n[None], there[:, None] & inside[None], columns, zero_words, BITS
+                )
+                acc += (part - total[:, None] * zero) * scale
+        return tl.sum(acc, axis=0)[None]
+
+    @triton.jit
+    def _code(packed, zero, magic, J: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Code J of each word less its zero, exactly: one step of bits, one of floats."""
+        LOW: tl.constexpr = 23 // BITS  # codes of a word that lie within a mantissa where they are
+        PLACE: tl.constexpr = BITS * (J % LOW)
+        MASK: tl.constexpr = ((1 << BITS) - 1) << PLACE
+        word = packed >> (BITS * LOW * (J // LOW))
+        code = (word & MASK) | magic  # 2^23 + q · 2^PLACE
+        return (code.to(tl.float32, bitcast=True) * (1.0 / (1 << PLACE)) - (zero + (8388608 >> PLACE))).to(DTYPE)
+
+    @triton.jit
+    def _codes(packed, zero, magic, BITS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """packed [N, words] -> q − z [N, words · codes], those of a word side by side in one thread."""
+        tl.static_assert(BITS == 4 or BITS == 8)
+        N: tl.constexpr = packed.shape[0]
+        WORDS: tl.constexpr = packed.shape[1]
+        if BITS == 4:
+            even = tl.join(
+                tl.join(_code(packed, zero, magic, 0, 4, DTYPE), _code(packed, zero, magic, 4, 4, DTYPE)),
+                tl.join(_code(packed, zero, magic, 2, 4, DTYPE), _code(packed, zero, magic, 6, 4, DTYPE)),
+            )
+            odd = tl.join(
+                tl.join(_code(packed, zero, magic, 1, 4, DTYPE), _code(packed, zero, magic, 5, 4, DTYPE)),
+                tl.join(_code(packed, zero, magic, 3, 4, DTYPE), _code(packed, zero, magic, 7, 4, DTYPE)),
+            )
+        else:
+            even = tl.join(_code(packed, zero, magic, 0, 8, DTYPE), _code(packed, zero, magic, 2, 8, DTYPE))
+            odd = tl.join(_code(packed, zero, magic, 1, 8, DTYPE), _code(packed, zero, magic, 3, 8, DTYPE))
+        return tl.reshape(tl.join(even, odd), (N, WORDS * (32 // BITS)))
+
+    @triton.jit
+    def _rows(  # type: ignore[no-untyped-def]
+        x, qweight, qzeros, scales, perm, first, last, m, many, n, inside, rows, columns, zero_words, group, magic,
+        BITS: tl.constexpr, WORDS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr,
+        ONE_GROUP: tl.constexpr, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """x[m] @ W[:, n] over the tiles first … last: [TM, TN] float32, on tensor cores."""
+        PER: tl.constexpr = 32 // BITS
+        DEEP: tl.constexpr = WORDS * PER
+        DTYPE: tl.constexpr = x.dtype.element_ty
+        acc = tl.zeros((TM, TN), tl.float32)
+        for tile in tl.range(first, last, num_stages=STAGES):
+            word = tile * WORDS + tl.arange(0, WORDS)
+            there = inside[:, None] & (word * PER < rows)[None]
+            packed = tl.load(qweight + word[None].to(tl.int64) * columns + n[:, None], mask=there, other=0)
+            k = tile * DEEP + tl.arange(0, DEEP)
+            inner = k < rows
+            at = tl.load(perm + k, mask=inner, other=0) if PERM else k
+            xs = tl.load(x + m[:, None] * rows + at[None], mask=(m < many)[:, None] & inner[None], other=0.0)
+            if ONE_GROUP:
+                zero, scale = _steps(qzeros, scales, tile * DEEP // group, n, inside, columns, zero_words, BITS)
+                whole = _codes(packed, zero[:, None], magic, BITS, DTYPE)
+                acc += tl.dot(xs, tl.trans(whole), input_precision="ieee") * scale[None]
+            else:
+                zero, scale = _steps(
+                    qzeros, scales, (word * PER // group)[None], n[:, None], there, columns, zero_words, BITS
+                )
+                steps = tl.reshape(tl.broadcast_to(scale[:, :, None], (TN, WORDS, PER)), (TN, DEEP))
+                weight = (_codes(packed, zero, magic, BITS, tl.float32) * steps).to(DTYPE)
+                acc += tl.dot(xs, tl.trans(weight), input_precision="ieee")
+        return acc
+
+    @triton.jit
+    def _thin(low, up, m, many, n, inside, wide, offset, LOW_SPLITS: tl.constexpr, RANK: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+        """t [m, offset …] @ Bᵀ [:, n]: [TM, TN] float32."""
+        r = tl.arange(0, RANK)
+        t = tl.zeros((TM, RANK), tl.float32)
+        for s in tl.static_range(LOW_SPLITS):
+            place = low + (s * many + m)[:, None] * wide + offset + r[None]
+            t += tl.load(place, mask=(m < many)[:, None], other=0.0)
+        b = tl.load(up + n[:, None] * RANK + r[None], mask=inside[:, None], other=0.0)
+        if TM == 1:
+            return tl.sum(b.to(tl.float32) * t, axis=1)[None]
+        else:
+            return tl.dot(t.to(up.dtype.element_ty), tl.trans(b), input_precision="ieee")
+
+    @triton.jit
+    def _product(  # type: ignore[no-untyped-def]
+        x, qweight, qzeros, scales, bias, perm, low, up, out, many, rows, columns, zero_words, group, tiles, wide,
+        edge1, edge2, magic,
+        BITS: tl.constexpr, WORDS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr,
+        BIAS: tl.constexpr, RANK: tl.constexpr, LOW_SPLITS: tl.constexpr, ONE_GROUP: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """One part of y[:, n …]: `tiles` tiles of K; the first part brings the bias and the adapter."""
+        split = tl.program_id(1)
+        start = tl.program_id(0) * TN
+        n = start + tl.arange(0, TN)
+        inside = n < columns
+        m0 = tl.program_id(2) * TM
+        m = m0 + tl.arange(0, TM)
+        first = split * tiles
+        last = tl.minimum(first + tiles, tl.cdiv(rows, WORDS * (32 // BITS)))
+        if TM == 1:
+            y = _row(
+                x + m0 * rows, qweight, qzeros, scales, perm, first, last, n, inside, rows, columns, zero_words, group, magic,
+                BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
+            )  # fmt: skip
+        else:
+            y = _rows(
+                x, qweight, qzeros, scales, perm, first, last, m, many, n, inside, rows, columns, zero_words, group, magic,
+                BITS, WORDS, TM, TN, PERM, ONE_GROUP, STAGES,
+            )  # fmt: skip
+        if split == 0:
+            if BIAS:
+                y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None]
+            if RANK > 0:
+                segment = (start >= edge1).to(tl.int32) + (start >= edge2).to(tl.int32)
+                y += _thin(low, up, m, many, n, inside, wide, segment * RANK, LOW_SPLITS, RANK, TM, TN)
+        place = out + (split * many + m)[:, None].to(tl.int64) * columns + n[None]
+        tl.store(place, y, mask=(m < many)[:, None] & inside[None])
+
+    @triton.jit
+    def _gated(  # type: ignore[no-untyped-def]
+        x, qweight, qzeros, scales, bias, qweight2, qzeros2, scales2, bias2, perm, low, up, up2, out,
+        many, rows, columns, zero_words, group, tiles, wide, magic,
+        BITS: tl.constexpr, WORDS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr,
+        BIAS: tl.constexpr, RANK: tl.constexpr, LOW_SPLITS: tl.constexpr, ONE_GROUP: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """silu(gate) · up for the columns n, each rounded where separate layers would round."""
+        n = tl.program_id(0) * TN + tl.arange(0, TN)
+        inside = n < columns
+        m0 = tl.program_id(1) * TM
+        m = m0 + tl.arange(0, TM)
+        dtype = out.dtype.element_ty
+        if TM == 1:
+            gate = _row(
+                x + m0 * rows, qweight, qzeros, scales, perm, 0, tiles, n, inside, rows, columns, zero_words, group, magic,
+                BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
+            )  # fmt: skip
+            y = _row(
+                x + m0 * rows, qweight2, qzeros2, scales2, perm, 0, tiles, n, inside, rows, columns, zero_words, group, magic,
+                BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
+            )  # fmt: skip
+        else:
+            gate = _rows(
+                x, qweight, qzeros, scales, perm, 0, tiles, m, many, n, inside, rows, columns, zero_words, group, magic,
+                BITS, WORDS, TM, TN, PERM, ONE_GROUP, STAGES,
+            )  # fmt: skip
+            y = _rows(
+                x, qweight2, qzeros2, scales2, perm, 0, tiles, m, many, n, inside, rows, columns, zero_words, group, magic,
+                BITS, WORDS, TM, TN, PERM, ONE_GROUP, STAGES,
+            )  # fmt: skip
+        if BIAS:
+            gate += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None]
+            y += tl.load(bias2 + n, mask=inside, other=0.0).to(tl.float32)[None]
+        if RANK > 0:
+            gate += _thin(low, up, m, many, n, inside, wide, 0, LOW_SPLITS, RANK, TM, TN)
+            y += _thin(low, up2, m, many, n, inside, wide, RANK, LOW_SPLITS, RANK, TM, TN)
+        gate = gate.to(dtype).to(tl.float32)
+        act = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
+        place = out + m[:, None] * columns + n[None]
+        tl.store(place, (act * y.to(dtype).to(tl.float32)).to(dtype), mask=(m < many)[:, None] & inside[None])
+
+    @triton.jit
+    def _narrow(  # type: ignore[no-untyped-def]
+        x, a, low, many, rows, wide, deep, TM: tl.constexpr, TL: tl.constexpr, TK: tl.constexpr
+    ):
+        """Part `split` of x Aᵀ for TL rows of A [L, K]."""
+        split = tl.program_id(1)
+        r = tl.program_id(0) * TL + tl.arange(0, TL)
+        m0 = tl.program_id(2) * TM
+        m = m0 + tl.arange(0, TM)
+        flat = tl.zeros((TL, TK), tl.float32)
+        acc = tl.zeros((TM, TL), tl.float32)
+        for start in range(split * deep, tl.minimum((split + 1) * deep, rows), TK):
+            k = start + tl.arange(0, TK)
+            inner = k < rows
+            at = tl.load(
+                a + r[:, None].to(tl.int64) * rows + k[None], mask=(r < wide)[:, None] & inner[None], other=0.0
+            )
+            if TM == 1:
+                flat += at.to(tl.float32) * tl.load(x + m0 * rows + k, mask=inner, other=0.0).to(tl.float32)[None]
+            else:
+                xs = tl.load(x + m[:, None] * rows + k[None], mask=(m < many)[:, None] & inner[None], other=0.0)
+                acc += tl.dot(xs, tl.trans(at), input_precision="ieee")
+        if TM == 1:
+            acc += tl.sum(flat, axis=1)[None]
+        place = low + (split * many + m)[:, None] * wide + r[None]
+        tl.store(place, acc, mask=(m < many)[:, None] & (r < wide)[None])
+
+
+def height(many: int, device: torch.device) -> int:
+    """Rows of x in one program: 1 (always where Triton has no tensor cores for it), or what tensor cores take."""
+    return 1 if many == 1 or not tensor_cores(device) else max(16, min(MOST_ROWS, triton.next_power_of_2(many)))
+
+
+@cache
+def tensor_cores(device: torch.device) -> bool:
+    """Whether Triton's dot runs on `device`: from compute capability 8.0, and in the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def units(device: torch.device) -> int:
+    """Multiprocessors of `device`; of a usual one where it is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
+def tile_for(many: int, rows: int, columns: int, bits: int, device: torch.device, fused: bool = False) -> Tile:
+    """The cut of a product of `many` rows: enough programs for every multiprocessor, K whole where the result is used at once (`fused`)."""
+    deep = 128  # K of one step: a group of the usual size
+    width = 32 if fused or many > 1 else 64
+    if fused:
+        return Tile(deep * bits // 32, width, 1, 4, 1 if many == 1 else 3)
+    wanted = triton.cdiv(2 * units(device), triton.cdiv(columns, width))
+    splits = max(1, min(wanted, triton.cdiv(rows, deep) // 2, 8))
+    return Tile(deep * bits // 32, width, splits, 4, 1 if many == 1 else 3)
+
+
+def _common(x: Tensor, w: Packed, tile: Tile, thin: Thin | None, up: Tensor | None = None) -> dict[str, int | bool]:
+    """Constants that every product passes to its kernel."""
+    deep = tile.words * 32 // w.bits
+    return {
+        "BITS": w.bits,
+        "WORDS": tile.words,
+        "TM": height(len(x), x.device),
+        "TN": tile.columns,
+        "PERM": w.perm is not None,
+        "BIAS": w.bias is not None,
+        "RANK": thin.up.shape[1] if thin else 0,
+        "LOW_SPLITS": len(thin.low) if thin else 0,
+        "ONE_GROUP": w.group % deep == 0,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }
+
+
+def product(x: Tensor, w: Packed, thin: Thin | None = None, tile: Tile | None = None) -> Tensor:
+    """x [M, K] @ W + bias + the adapter's part, as [S, M, N] float32 whose S parts are to be added in order."""
+    assert x.is_contiguous() and x.shape[1] == w.rows, (x.shape, w.rows)
+    tile = tile or tile_for(len(x), w.rows, w.columns, w.bits, x.device)
+    steps = triton.cdiv(w.qweight.shape[0], tile.words)
+    each = triton.cdiv(steps, tile.splits)
+    tile = replace(tile, splits=triton.cdiv(steps, each))  # none without work
+    constants = _common(x, w, tile, thin)
+    if thin:
+        assert all(edge % tile.columns == 0 for edge in thin.edges), (thin.edges, tile.columns)
+    out = torch.empty(tile.splits, len(x), w.columns, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(w.columns, tile.columns), tile.splits, triton.cdiv(len(x), constants["TM"]))
+    _product[grid](
+        x, w.qweight, w.qzeros, w.scales, w.bias if w.bias is not None else x, w.perm if w.perm is not None else x,
+        thin.low if thin else x, thin.up if thin else x, out, len(x), w.rows, w.columns, w.qzeros.shape[1], w.group,
+        each, thin.low.shape[2] if thin else 0, *(thin.edges if thin else (0, 0)), MAGIC, **constants,
+    )  # fmt: skip
+    return out
+
+
+def gated(
+    x: Tensor, gate: Packed, up: Packed, thin: tuple[Thin, Thin] | None = None, tile: Tile | None = None
+) -> Tensor:
+    """silu(x Wgate + …) · (x Wup + …): [M, N] in x's dtype. Both weights alike in shape, bits, groups and order; `thin` shares one low."""
+    assert x.is_contiguous() and gate.qweight.shape == up.qweight.shape and gate.bits == up.bits
+    tile = tile or tile_for(len(x), gate.rows, gate.columns, gate.bits, x.device, fused=True)
+    constants = _common(x, gate, tile, thin[0] if thin else None)
+    out = torch.empty(len(x), gate.columns, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(gate.columns, tile.columns), triton.cdiv(len(x), constants["TM"]))
+    _gated[grid](
+        x, gate.qweight, gate.qzeros, gate.scales, gate.bias if gate.bias is not None else x,
+        up.qweight, up.qzeros, up.scales, up.bias if up.bias is not None else x,
+        gate.perm if gate.perm is not None else x, thin[0].low if thin else x, thin[0].up if thin else x,
+        thin[1].up if thin else x, out, len(x), gate.rows, gate.columns, gate.qzeros.shape[1], gate.group,
+        triton.cdiv(gate.qweight.shape[0], tile.words), thin[0].low.shape[2] if thin else 0, MAGIC, **constants,
+    )  # fmt: skip
+    return out
+
+
+def narrow(x: Tensor, a: Tensor, splits: int = 4) -> Tensor:
+    """x [M, K] @ Aᵀ for A [L, K], as [S, M, L] float32 whose S parts are to be added in order."""
+    many, wide, rows = len(x), len(a), x.shape[1]
+    high = height(many, x.device)
+    lines, deep = (8, 512) if high == 1 else (16, 128)
+    each = triton.cdiv(triton.cdiv(rows, splits), deep) * deep
+    out = torch.empty(triton.cdiv(rows, each), many, wide, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(wide, lines), len(out), triton.cdiv(many, high))
+    _narrow[grid](x, a, out, many, rows, wide, each, TM=high, TL=lines, TK=deep, num_warps=4)
+    return out
