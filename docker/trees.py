@@ -1,13 +1,14 @@
 """Makes the trees of which the image's layers are copies: the same bytes, modes and times from the same inputs, whenever and wherever.
 
-    layers.py system BASE OUT          what apt changed: the files of / that differ from those of BASE, which is / before
-    layers.py packages VENV OUT ...    VENV moved into trees: torch and its CUDA libraries first, the rest second
-    layers.py program SOURCE OUT       the program, with image.json (from the environment: VERSION, COMMIT, CUDA, TORCH, BASE)
+    trees.py system BASE OUT          what apt changed: the files of / that differ from those of BASE, which is / before
+    trees.py packages VENV OUT ...    VENV moved into trees: torch and its CUDA libraries first, the rest second
+    trees.py program SOURCE OUT       the program, with image.json (from the environment: VERSION, COMMIT, CUDA, TORCH, BASE)
 
 Runs as root in the build stages of the Dockerfile, on the standard library alone. Refuses to know what the packages are for. The
 trade-off: a file's time is not kept, it is the snapshot's (docker/apt/snapshot); in return no option of a builder is needed to get one digest.
 """
 
+import csv
 import filecmp
 import hashlib
 import json
@@ -21,12 +22,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
-TORCH = ("torch", "functorch", "triton", "nvidia")  # what these names begin is the first, large layer
+TORCH = ("torch", "functorch", "triton", "nvidia", "cusparselt")  # what these names begin is the first, large layer
+TESTED = (
+    "matplotlib",
+    "networkx",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "sympy",
+)  # their tests are 100 MB, and no module imports them
 PASSING = ("proc", "sys", "dev", "run", "tmp", "build", "base", "tree", "var/log", "var/cache", "var/lib/apt/lists")
 MOUNTED = ("etc/resolv.conf", "etc/hosts", "etc/hostname", ".dockerenv")  # by the builder, into every RUN
 WRITABLE = ("work/data", "work/models", "work/runs")  # where folders or volumes get mounted, for whatever uid
-Entry = tuple[Path, os.stat_result]
 
 
 def epoch() -> int:
@@ -72,7 +81,7 @@ def compile_python(folders: list[Path], python: str, root: Path = Path("/")) -> 
 
 
 def same(old: Path, new: Path) -> bool:
-    if not old.exists(follow_symlinks=False) if sys.version_info >= (3, 12) else not os.path.lexists(old):
+    if not os.path.lexists(old):
         return False
     a, b = old.lstat(), new.lstat()
     if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
@@ -119,12 +128,31 @@ def copy(root: Path, out: Path, name: Path) -> None:
 
 
 def forget_origin(site: Path) -> None:
-    """A package installed from a URL keeps that URL, which may be a mirror's: drop it, and its line in the list of files."""
+    """A package installed from a URL keeps that URL, which may be a mirror's."""
     for note in site.glob("*.dist-info/direct_url.json"):
-        record = note.parent / "RECORD"
-        lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
-        record.write_text("".join(line for line in lines if "direct_url.json," not in line), encoding="utf-8")
         note.unlink()
+
+
+def thin(site: Path) -> None:
+    """Leave out what nothing here loads: bitsandbytes for other CUDAs than torch's, 200 MB, and the largest packages' own tests."""
+    cuda = re.search(r"^cuda.*'(\d+)\.(\d+)'$", (site / "torch/version.py").read_text(), flags=re.MULTILINE)
+    assert cuda, "torch/version.py names no CUDA"
+    keep = {f"libbitsandbytes_cuda{cuda[1]}{cuda[2]}.so", "libbitsandbytes_cpu.so"}
+    libraries = {path.name: path for path in site.glob("bitsandbytes/libbitsandbytes_*.so")}
+    assert keep <= set(libraries), f"bitsandbytes has {sorted(libraries)}, not {sorted(keep)}"
+    for name in sorted(set(libraries) - keep):
+        libraries[name].unlink()
+    for package in TESTED:
+        for folder in list((site / package).rglob("tests")):
+            shutil.rmtree(folder, ignore_errors=True)  # one in another is gone already
+
+
+def write_records(site: Path) -> None:
+    """Each package's list of its files names those that are there."""
+    for record in site.glob("*.dist-info/RECORD"):
+        lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if (site / next(csv.reader([line]))[0]).exists()]
+        record.write_text("".join(kept), encoding="utf-8")
 
 
 def packages(venv: Path, first: Path, second: Path) -> None:
@@ -132,9 +160,11 @@ def packages(venv: Path, first: Path, second: Path) -> None:
     for stamp in venv.glob(".*"):  # docker/setup's own notes
         stamp.unlink()
     (venv / "requirements.txt").unlink(missing_ok=True)
-    forget_origin(site)
-    for cache in sorted(site.rglob("__pycache__")):
+    for cache in list(site.rglob("__pycache__")):
         shutil.rmtree(cache)
+    forget_origin(site)
+    thin(site)
+    write_records(site)
     compile_python(sorted(site.iterdir()), str(venv / "bin/python"))
     inside = site.relative_to(venv)
     target, rest = first / venv.relative_to("/") / inside, second / venv.relative_to("/")
@@ -158,8 +188,8 @@ def program(source: Path, out: Path) -> None:
     found = re.search(r'^version = "(.+)"', project, flags=re.MULTILINE)
     known = {key.lower(): os.environ.get(key, "") for key in ("COMMIT", "CUDA", "TORCH", "BASE")}
     known["torch"] = known["torch"] or "cu" + known["cuda"].replace(".", "")
-    image = {"version": os.environ.get("VERSION") or (found[1] if found else ""), **known}
-    image |= {"lock_sha256": hashlib.sha256(lock).hexdigest(), "source_date_epoch": epoch()}  # type: ignore[dict-item]
+    image: dict[str, Any] = {"version": os.environ.get("VERSION") or (found[1] if found else ""), **known}
+    image |= {"lock_sha256": hashlib.sha256(lock).hexdigest(), "source_date_epoch": epoch()}
     (app / "image.json").write_text(json.dumps(image, indent=2) + "\n")
     compile_python([app / "train"], sys.executable, out)
     commands = out / "usr/local/bin"
