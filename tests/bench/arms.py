@@ -15,6 +15,7 @@ import io
 import logging
 import warnings
 from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +27,7 @@ from train import lora, world
 from train.config import Recipe, load_recipe
 from train.engine import Engine, import_deepspeed
 from train.layouts import DecoderConfig
-from train.loader import pick_dtype
+from train.loader import pick_dtype, read_folder_config, read_state, state_names
 from train.world import World
 
 RATE = 1e-4
@@ -120,6 +121,24 @@ def stock_llama(c: DecoderConfig, device: torch.device, dtype: torch.dtype) -> n
         for layer in model.model.layers:  # its tables of sines are no parameters, and were on the meta device
             layer.self_attn._init_rope()
     return model.requires_grad_(False)
+
+
+def stock_from(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The same with the weights of an Int4 folder in layout qwen2, whose names are Llama's.
+
+    Raises:
+        ValueError: a tensor that Llama has no place for, or a place that no tensor fills (but o_proj's bias, which is zero).
+    """
+    c, _ = read_folder_config(folder)
+    model = stock_llama(c, device, dtype)
+    state = dict(read_state(state_names(folder)))
+    if c.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    found = model.load_state_dict(state, strict=False)
+    missing = [name for name in found.missing_keys if not name.endswith("o_proj.bias")]
+    if missing or found.unexpected_keys:
+        raise ValueError(f"{folder}: missing {missing[:3]}, left over {found.unexpected_keys[:3]}")
+    return model
 
 
 def quant_linear(linear: nn.Linear, group: int, device: torch.device, dtype: torch.dtype) -> nn.Module:

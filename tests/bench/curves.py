@@ -1,0 +1,226 @@
+"""The same 300 steps twice: this program and the published recipe's stack, on the same base, data, order and first weights.
+
+    python -m tests.bench.curves data=FILE base=FOLDER [steps=300] [out=runs/curves] …
+
+ours         as `make train` does it: our decoder, kernels and engine
+stock        transformers' LlamaForCausalLM on auto_gptq's QuantLinear, peft, DeepSpeed ZeRO-2, float16 (bench/arms.py)
+ours-again   ours with other first weights and other dropout, the data in the same order: how far two runs of one program differ
+
+Rows of one conversation, filled up to the longest of their batch: the stock stack cannot pack. Each arm in a process of its own
+writes OUT/ARM.jsonl, a line a step; then OUT/curves.json sums up and OUT/curves.png lays them over each other.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from train.config import Recipe, build, describe, load_recipe, option, pairs
+
+ARMS = ("ours", "stock", "ours-again")
+LAST = 50  # steps whose mean is the final loss
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is trained on what."""
+
+    data: str = option("", "file or files, as for make train")
+    base: str = option("", "folder of an Int4 base in layout qwen2")
+    steps: int = option(300, "optimizer steps")
+    batch: int = option(8, "conversations a step")
+    length: int = option(512, "tokens of a conversation at most; longer ones are cut")
+    rank: int = option(64, "LoRA: r")
+    dropout: float = option(0.05, "LoRA: dropout")
+    learning_rate: float = option(3e-4, "the peak")
+    out: str = option("runs/curves", "folder for lines, summary and picture")
+    only: str = option("", "one arm, in this process", ("", *ARMS))
+
+
+def main(words: list[str]) -> int:
+    if {"-h", "--help"} & set(words):
+        print(f"{__doc__}\n{describe(Options)}")
+        return 0
+    options = build(Options, pairs(words))
+    if options.only:
+        _train(options)
+        return 0
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    given = [f"{f.name}={getattr(options, f.name)}" for f in fields(Options) if f.name != "only"]
+    for arm in ARMS:
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", "tests.bench.curves", *given, f"only={arm}"], check=False)
+        print(f"{arm}: status {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
+    losses = {arm: read(out / f"{arm}.jsonl") for arm in ARMS if (out / f"{arm}.jsonl").is_file()}
+    summary = summed_up(losses)
+    (out / "curves.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(json.dumps(summary))
+    draw(losses, out / "curves.png")
+    return 0
+
+
+def read(path: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+
+
+def summed_up(losses: dict[str, list[float]]) -> dict[str, Any]:
+    """The final loss of each arm (the mean of the last steps), and how far the others are from ours."""
+    final = {arm: statistics.fmean(values[-LAST:]) for arm, values in losses.items() if values}
+    found: dict[str, Any] = {"steps": {arm: len(v) for arm, v in losses.items()}, "final_loss": final}
+    for arm in final.keys() - {"ours"} if "ours" in final else ():
+        apart = [abs(a - b) for a, b in zip(losses["ours"], losses[arm])]
+        found[f"{arm}_over_ours"] = final[arm] / final["ours"]
+        found[f"{arm}_apart_mean"] = statistics.fmean(apart)
+        found[f"{arm}_apart_most"] = max(apart)
+    return found
+
+
+def _recipe(options: Options) -> Recipe:
+    """The default recipe, one conversation a row; the arm that runs again has other weights and other dropout."""
+    same = ("steps", "batch", "length", "rank", "dropout", "learning_rate")
+    values = {name: str(getattr(options, name)) for name in same}
+    fixed = {"pack": "off", "accumulation": "1", "checkpointing": "off", "model": Path(options.base).name}
+    recipe = load_recipe("qlora", {**values, **fixed})
+    return replace(recipe, seed=recipe.seed + 1) if options.only == "ours-again" else recipe
+
+
+def _train(options: Options) -> None:
+    """One arm: its losses, a line a step, as they come."""
+    import torch
+
+    from train import checkpoint, conversations
+    from train.dataset import Plan, collate, encode
+    from train.loop import learning_rate
+    from train.tokenizer import load_tokenizer
+
+    recipe = _recipe(options)
+    tokenizer = load_tokenizer(Path(options.base))
+    samples, _ = encode(conversations.load(options.data), tokenizer, recipe)
+    order = load_recipe("qlora", {}).seed  # the same for every arm
+    plan = Plan(samples, recipe.length, recipe.batch, 1, recipe.steps, order, pack=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint.seed_all(recipe.seed)
+    learn = _stock(options, recipe, device) if options.only == "stock" else _ours(options, recipe, device)
+    with (Path(options.out) / f"{options.only}.jsonl").open("w") as file:
+        for step in range(len(plan)):
+            batch = collate(plan.rows(step), samples, tokenizer.pad)
+            rate = learning_rate(recipe, step, len(plan))
+            loss = learn(batch, plan.label_count(step), rate)
+            file.write(json.dumps({"step": step + 1, "loss": loss, "learning_rate": rate}) + "\n")
+            file.flush()
+            if step % 50 == 0:
+                print(f"{options.only}: step {step + 1}, loss {loss:.4f}", flush=True)
+
+
+Learn = Callable[[dict[str, Any], int, float], float]  # batch, learnt tokens, rate -> mean loss of the learnt tokens
+
+
+def _ours(options: Options, recipe: Recipe, device: Any) -> Learn:
+    from tests.bench.arms import join
+    from train import lora
+    from train.engine import Engine
+    from train.loader import load, pick_dtype
+
+    dtype = pick_dtype(device, recipe.precision)
+    join(device)
+    model = lora.attach(load(Path(options.base), dtype, device, keep_float=device.type == "cpu"), recipe)
+    engine = Engine(model.train(), recipe, dtype, 1)
+
+    def learn(batch: dict[str, Any], labels: int, rate: float) -> float:
+        total = engine.micro(batch, labels)
+        engine.step(last=True, rate=rate)
+        return float(total) / labels
+
+    return learn
+
+
+def _stock(options: Options, recipe: Recipe, device: Any) -> Learn:
+    import torch
+
+    from tests.bench.arms import adapt, deepspeed_engine, join, stock_from
+    from train import lora
+
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    join(device)
+    model = adapt(
+        stock_from(Path(options.base), device, dtype), recipe.rank, recipe.dropout, checkpointing=False
+    ).train()
+    learnt = lora.trainable(model)
+    for name, p in learnt.items():
+        if ".lora_A." in name:
+            p.data.copy_(lora.initial(name, p.shape, recipe.seed))
+    betas = (recipe.beta1, recipe.beta2)
+    optimizer = torch.optim.AdamW(
+        learnt.values(), lr=1.0, betas=betas, eps=recipe.epsilon, weight_decay=recipe.weight_decay
+    )
+    engine = deepspeed_engine(model, optimizer, recipe.batch, dtype)
+
+    def learn(batch: dict[str, Any], labels: int, rate: float) -> float:
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        ids, targets, mask = (batch[key].to(device) for key in ("input_ids", "labels", "segment_ids"))
+        loss = engine(input_ids=ids, attention_mask=(mask > 0).long(), labels=targets).loss
+        engine.backward(loss)
+        engine.step()
+        return float(loss)
+
+    return learn
+
+
+COLOURS = {"ours": "#1f5a96", "stock": "#c2571a", "ours-again": "#8a8a8a"}
+NAMES = {"ours": "ours", "stock": "stock stack", "ours-again": "ours, other first weights and dropout"}
+
+
+def draw(losses: dict[str, list[float]], path: Path) -> None:
+    """Above: each arm's steps (thin) and running mean. Below: how far from ours, step by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from train.report import smoothed
+
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(9, 7), dpi=150, sharex=True, height_ratios=[3, 1], layout="constrained"
+    )
+    for arm, values in _drawn_last_first(losses):
+        steps = range(1, len(values) + 1)
+        above.plot(steps, values, color=COLOURS[arm], linewidth=0.6, alpha=0.35)
+        above.plot(
+            steps,
+            smoothed(values),
+            color=COLOURS[arm],
+            linewidth=2,
+            label=NAMES[arm],
+            linestyle="--" if arm == "stock" else "-",
+        )
+        if arm != "ours" and "ours" in losses:
+            apart = [b - a for a, b in zip(losses["ours"], values)]
+            below.plot(range(1, len(apart) + 1), apart, color=COLOURS[arm], linewidth=0.9, label=f"{NAMES[arm]} − ours")
+    above.set(ylabel="loss (nats per learnt token)", title="The same base, data, order and first weights")
+    above.legend(frameon=False)
+    below.axhline(0, color="#444444", linewidth=0.8)
+    below.set(xlabel="optimizer step", ylabel="difference")
+    below.legend(frameon=False, fontsize="small")
+    for axes in (above, below):
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _drawn_last_first(losses: dict[str, list[float]]) -> Iterator[tuple[str, list[float]]]:
+    """The arms, what matters most on top."""
+    for arm in ("ours-again", "ours", "stock"):
+        if arm in losses:
+            yield arm, losses[arm]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
