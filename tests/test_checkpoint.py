@@ -1,6 +1,7 @@
 """Checkpoints: whole or not used, byte for byte what was saved, the newest good one first."""
 
 import random
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     folder = checkpoint.write(tmp_path, wrote, keep=2)
     assert folder.name == "step-000007"
     assert sorted(p.name for p in folder.iterdir()) == [
+        "SHA256SUMS",
         "optimizer.safetensors",
         "rng.safetensors",
         "state.json",
@@ -75,13 +77,43 @@ def spoil_state(folder: Path) -> None:
     (folder / "state.json").write_text('{"step": 2')
 
 
+def lose_sums(folder: Path) -> None:
+    (folder / checkpoint.SUMS).unlink()
+
+
+def add_a_line(folder: Path) -> None:
+    path = folder / checkpoint.SUMS
+    path.write_text(path.read_text() + "\n")
+
+
+def rename(folder: Path) -> None:
+    """A whole one, under the name of another step."""
+    folder.rename(checkpoint.folder_of(folder.parent.parent, 3))
+
+
 HARMS = [
     (flip_a_bit, "optimizer.safetensors is damaged"),
     (cut_off, "trainable.safetensors is damaged"),
     (lose, "rng.safetensors is missing"),
     (lose_state, "state.json is missing"),
     (spoil_state, "state.json is damaged"),
+    (lose_sums, "SHA256SUMS is missing"),
+    (add_a_line, "SHA256SUMS is damaged"),
+    (rename, "it is the one of step 2"),
 ]
+
+
+def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    folder = checkpoint.write(tmp_path, snapshot(1), keep=1)
+    done = subprocess.run(["sha256sum", "-c", checkpoint.SUMS], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.count(": OK\n")) == (0, 4)
+
+
+def test_an_error_of_the_disk_is_one_to_the_caller(tmp_path: Path) -> None:
+    """The library's own exception hides its number."""
+    with pytest.raises(FileNotFoundError) as error:
+        checkpoint._save({"a": torch.zeros(1)}, tmp_path / "nowhere" / "x.safetensors")
+    assert error.value.filename == str(tmp_path / "nowhere" / "x.safetensors")
 
 
 @pytest.mark.parametrize(("harm", "words"), HARMS)
@@ -94,7 +126,6 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
     assert found is not None
     assert found.name == "step-000001"
     assert len(notes) == 1
-    assert "step-000002" in notes[0]
     assert words in notes[0]
 
 

@@ -2,40 +2,36 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from tests.test_checkpoint import lose, snapshot
-from train import checkpoint, loop
-from train.config import Recipe
+from train import checkpoint, journal, loop
 from train.errors import UserError
-from train.world import World
 
 
-def journal(run: Path, steps: int, torn: bytes = b"") -> Path:
+def lines(run: Path, steps: int, torn: bytes = b"") -> Path:
     path = run / "losses.jsonl"
-    lines = "".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(1, steps + 1))
-    path.write_bytes(lines.encode() + torn)
+    text = "".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(1, steps + 1))
+    path.write_bytes(text.encode() + torn)
     return path
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 6, "lo', b"\x00\x00\x00\n", b'"\xff', b'{"step": 9}\n', b"7\n"])
 def test_a_torn_last_line_is_cut_off(tmp_path: Path, torn: bytes) -> None:
-    path = journal(tmp_path, 5, torn)
-    loop.rewind(path, 9)
+    path = lines(tmp_path, 5, torn)
+    journal.rewind(path, 9)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
-    loop.rewind(path, 3)
+    journal.rewind(path, 3)
     assert path.read_text().count("\n") == 3
 
 
 def test_the_newest_checkpoint_that_the_journal_covers_is_gone_on_from(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         checkpoint.write(tmp_path, snapshot(step), keep=3)
-    journal(tmp_path, 6)
+    lines(tmp_path, 6)
     assert loop.standing(tmp_path) == (checkpoint.folder_of(tmp_path, 6), [])
-    journal(tmp_path, 5, b'{"step": 6,')
+    lines(tmp_path, 5, b'{"step": 6,')
     found, notes = loop.standing(tmp_path)
     assert found == checkpoint.folder_of(tmp_path, 4)
     assert notes == ["checkpoint step-000006 is not used: losses.jsonl ends after step 5."]
@@ -53,22 +49,5 @@ def test_a_lost_journal_is_asked_for_and_nothing_is_thrown_away(tmp_path: Path) 
 
 
 def test_a_run_without_checkpoints_begins_anew(tmp_path: Path) -> None:
-    journal(tmp_path, 3)
+    lines(tmp_path, 3)
     assert loop.standing(tmp_path) == (None, [])
-
-
-def test_the_journal_is_on_the_disk_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    write = checkpoint.write
-    monkeypatch.setattr(loop, "sync", lambda path: order.append(path.name))
-
-    def noted(run: Path, *rest: Any) -> Path:
-        folder = write(run, *rest)
-        order.append(folder.name)
-        return folder
-
-    monkeypatch.setattr(checkpoint, "write", noted)
-    engine: Any = SimpleNamespace(gather=lambda: ({}, {}), counters=dict)
-    plan: Any = SimpleNamespace(epoch=lambda step: 0)
-    loop.save(loop.Task(Recipe(), plan, [], 0, tmp_path, World(), None), engine, 3)  # type: ignore[arg-type]
-    assert order == ["losses.jsonl", "step-000003"]

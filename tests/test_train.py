@@ -394,10 +394,10 @@ def stop_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send a signal to this process while step `step` is computed."""
     real: Callable[..., Any] = loop._step
 
-    def wrapped(task: Any, engine: Any, now: int, stop: Any) -> Any:
+    def wrapped(task: Any, engine: Any, now: int, *rest: Any) -> Any:
         if now == step:
             signal.raise_signal(number)
-        return real(task, engine, now, stop)
+        return real(task, engine, now, *rest)
 
     monkeypatch.setattr(loop, "_step", wrapped)
 
@@ -505,6 +505,85 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(monkeypatc
     assert str(error.value).count("data.jsonl:") == 1, "the second micro batch of step 3 has one row"
     assert not Path("runs/poisoned/run.json").exists()
     assert [path.name for path in Path("runs/poisoned/checkpoints").iterdir()] == ["step-000002"]
+
+
+def poison(step: int, value: float, monkeypatch: pytest.MonkeyPatch, first: int = 0) -> list[int]:
+    """Make the loss of global step `step` (two micro batches a step) `value` times as large; the micro batches that were computed."""
+    real, calls = loop._step, []
+
+    def wrapped(task: Any, engine: Any, now: int, *rest: Any) -> Any:
+        calls.append(now)
+        if now != step:
+            return real(task, engine, now, *rest)
+        with monkeypatch.context() as patch:
+            micro = engine.micro
+            patch.setattr(engine, "micro", lambda batch, labels: micro(batch, labels) * value)
+            return real(task, engine, now, *rest)
+
+    monkeypatch.setattr(loop, "_step", wrapped)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("value", "why"), [(float("nan"), "the loss is not a number any more"), (9.0, "the loss jumps to")]
+)
+def test_a_bad_step_is_left_out_as_if_its_rows_were_not_there(
+    value: float, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """guard=skip goes back to the checkpoint before it; cut off after it and started again, the run ends in the same bytes."""
+    run, keys = f"skip-{why[-3:]}", {"steps": 14, "save_every": 4, "guard": "skip", "dropout": 0.05}
+    with monkeypatch.context() as patch:
+        calls = poison(10, value, patch)
+        train(run=run, **keys)
+    assert calls == [*range(11), 8, 9, 11, 12, 13]
+    assert f"step 11: {why}" in capsys.readouterr().out
+    row = losses(run)[10]
+    assert row["loss"] is None and why in row["left_out"] and row["samples"]
+    assert read_json(Path("runs") / run / "run.json")["left_out"] == [row]
+    with monkeypatch.context() as patch:
+        poison(10, value, patch)
+        stop_at(9, signal.SIGTERM, patch)
+        with pytest.raises(SystemExit):
+            train(run=f"{run}-cut", **keys)
+    with monkeypatch.context() as patch:
+        poison(10, value, patch)
+        train(run=f"{run}-cut", **keys)
+    assert losses(f"{run}-cut") == losses(run)
+    assert adapter(f"{run}-cut") == adapter(run)
+
+
+def test_a_jump_of_the_loss_stops_the_run_and_names_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(9, 9.0, monkeypatch)
+    with pytest.raises(
+        UserError, match=r"step 10: the loss jumps to \d+.*data.jsonl:\d+.*\n.*step-000008 is as it was"
+    ):
+        train(run="jump", steps=12, save_every=4)
+
+
+def test_a_layer_that_no_gradient_reaches_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """v_proj of the last block, whose adapter is cut from the graph."""
+    attach = lora.attach
+
+    def cut(*rest: Any) -> Any:
+        model = attach(*rest)
+        name = "base_model.model.model.layers.1.self_attn.v_proj"
+        model.get_submodule(name).lora_B["default"].register_forward_hook(lambda _, x, y: y.detach())
+        return model
+
+    monkeypatch.setattr(lora, "attach", cut)
+    with pytest.raises(UserError, match=r"no gradient reached layers.1.self_attn.v_proj in 8 updates"):
+        train(run="cut", steps=20)
+    assert losses("cut")[-1]["step"] == 8, "found at once, not at the first checkpoint"
+
+
+def test_what_teaches_nothing_is_named(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = {"instruction": "a" * 200, "output": "never reached"}
+    (house / "long.jsonl").write_text((house / "data.jsonl").read_text() + json.dumps(long) + "\n")
+    train(run="named", data="long.jsonl", steps=1)
+    assert "nothing to learn (every label masked, or cut off) in long.jsonl:13: left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"long.jsonl:13.\nMend these.*unlearnable=skip"):
+        train(run="unnamed", data="long.jsonl", steps=1, unlearnable="stop")
+    assert not Path("runs/unnamed").exists()
 
 
 # --- several processes --------------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """Checkpoints: what a run needs to go on as if nothing had happened, whatever the number of processes.
 
 Knows tensors by name and a small state; nothing of DeepSpeed, models or data. Safetensors and JSON only: no pickle is ever read.
-A checkpoint is written aside, flushed and renamed, its state.json last with the hash of every other file, and every hash is
-checked before a checkpoint is used. That costs reading it twice, and buys that a full disk or a pulled plug loses steps, not runs.
+A checkpoint is written aside, flushed and renamed, the hash of every file last, in SHA256SUMS, and every hash is checked before a
+checkpoint is used. That costs reading it twice, and buys that a full disk or a pulled plug loses steps, not runs.
 """
 
-import json
+import os
 import random
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from train.files import read_json, sha256, staged, write_json
+from train.files import read_json, sha256, staged, write_json, write_text
 
 TENSORS = ("trainable", "optimizer", "rng")  # each one file, NAME.safetensors
+FILES = (*(f"{name}.safetensors" for name in TENSORS), "state.json")
+SUMS = "SHA256SUMS"  # of FILES, as sha256sum writes and checks it
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,43 @@ def write(run: Path, snapshot: Snapshot, keep: int) -> Path:
     with staged(folder) as aside:
         for name in TENSORS:
             tensors = {key: t.detach().cpu().contiguous() for key, t in sorted(getattr(snapshot, name).items())}
-            save_file(tensors, aside / f"{name}.safetensors", metadata={"format": "pt"})
-        hashes = {f"{name}.safetensors": sha256(aside / f"{name}.safetensors") for name in TENSORS}
-        write_json(aside / "state.json", {**snapshot.state, "step": snapshot.step, "files": hashes})
+            _save(tensors, aside / f"{name}.safetensors")
+        write_json(aside / "state.json", {**snapshot.state, "step": snapshot.step})
+        write_text(aside / SUMS, _sums(aside))
     past: list[Path] = []
     later: list[Path] = []
     for other in _folders(run):
         (later if step_of(other) > snapshot.step else past).append(other)
     for old in later + past[max(keep, 1) :]:
-        shutil.rmtree(old)
+        _remove(old)
     return folder
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """save_file, whose errors of the disk are OSErrors here."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
+
+
+def _sums(folder: Path) -> str:
+    return "".join(f"{sha256(folder / name)}  {name}\n" for name in FILES)
+
+
+def _remove(folder: Path) -> None:
+    """Under a name that `newest` does not read first: a kill in the middle leaves no half of it in sight."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.gone")
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def size(snapshot: Snapshot) -> int:
+    """Bytes that the checkpoint will take, about."""
+    groups = (snapshot.trainable, snapshot.optimizer, snapshot.rng)
+    return sum(t.numel() * t.element_size() for group in groups for t in group.values()) + (1 << 20)
 
 
 def step_of(folder: Path) -> int:
@@ -74,18 +105,20 @@ def _folders(run: Path) -> list[Path]:
 
 def harm(folder: Path) -> str:
     """What is wrong with a checkpoint, in words; empty if every file is as it was written."""
-    try:
-        state = read_json(folder / "state.json")
-        hashes = {name: state["files"][name] for name in (f"{n}.safetensors" for n in TENSORS)}
-    except FileNotFoundError:
-        return "state.json is missing"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return "state.json is damaged"
-    for name, expected in hashes.items():
+    for name in (SUMS, *FILES):
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if sha256(folder / name) != expected:
-            return f"{name} is damaged: its sha256 is not what state.json says"
+    written, sums = (
+        (folder / SUMS).read_bytes().splitlines(keepends=True),
+        _sums(folder).encode().splitlines(keepends=True),
+    )
+    for line in sums:
+        if line not in written:
+            return f"{line.split()[1].decode()} is damaged: its sha256 is not what {SUMS} says"
+    if written != sums:
+        return f"{SUMS} is damaged"
+    if (step := read_json(folder / "state.json")["step"]) != step_of(folder):
+        return f"it is the one of step {step}"
     return ""
 
 

@@ -62,9 +62,19 @@ class Recipe:
         "auto", "auto: bf16 from sm_80, fp16 below, fp32 on a CPU", ("auto", "bf16", "fp16", "fp32")
     )
     checkpointing: bool = option(True, "recompute each block in the backward pass: less memory, a third more work")
+    graphs: bool = option(True, "on a GPU: replay CUDA graphs where the shapes of batches repeat")
     zero: int = option(2, "DeepSpeed ZeRO stage (train/deepspeed/zeroN.json)")
+    guard: str = option(
+        "stop",
+        "a step that must not count (no number, a jump of the loss): stop the run, or leave it out",
+        ("stop", "skip"),
+    )
+    spike: float = option(5.0, "how far over its median a loss is a jump, in nats; 0 = never")
+    unlearnable: str = option("skip", "conversations in which nothing is learnt", ("skip", "stop"))
     save_every: int = option(0, "steps between checkpoints; 0 = one an epoch")
     keep: int = option(2, "checkpoints to keep")
+    background: str = option("auto", "write them while training goes on; auto: on a GPU", ("auto", "on", "off"))
+    patience: float = option(30.0, "minutes to wait on a full disk before the run ends, to go on later")
     processes: int = option(1, "processes when training on a CPU")
 
 

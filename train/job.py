@@ -7,7 +7,7 @@ engines and devices' memory. The whole data set is in memory as numbers, which i
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ from train.tokenizer import Tokenizer, load_tokenizer
 from train.world import AgreedError
 
 # keys that change how fast or how safely a run goes, not what it computes: another value may go on with it
-FREE = {"model", "batch", "accumulation", "processes", "zero", "checkpointing", "save_every", "keep"}
+FREE = {"model", "batch", "accumulation", "processes", "zero", "checkpointing", "save_every", "keep", "background"}
+FREE |= {"guard", "spike", "unlearnable", "patience"}  # what to do when something is wrong; nothing was, so far
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,26 @@ def prepare(recipe: Recipe, data: str, run: Path, parent: Path | None, models: P
     names = lora.targets(config.layout, recipe.targets)
     tokenizer = load_tokenizer(base)
     samples, summary = encode(talks, tokenizer, recipe)
+    notes = _unlearnable(summary.unlearnable, recipe.unlearnable)
     rows = recipe.batch * recipe.accumulation * processes
     plan = Plan(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
     inputs = _inputs(recipe, data, base, parent, rows, dtype)
-    job = Job(recipe, run, base, tokenizer, samples, plan, inputs, parent, [str(summary)])
+    job = Job(recipe, run, base, tokenizer, samples, plan, inputs, parent, [str(summary), *notes])
     _check_unchanged(job)
     if not job.finished:
         _check_disk(job, config, names)
     return job
+
+
+def _unlearnable(places: Sequence[str], action: str) -> list[str]:
+    """A sentence that names the conversations in which nothing is learnt: to be noted, or raised if `action` is stop."""
+    if not places:
+        return []
+    more = f" and {len(places) - 5} more" if len(places) > 5 else ""
+    text = f"nothing to learn (every label masked, or cut off) in {', '.join(places[:5])}{more}"
+    if action == "stop":
+        raise UserError(f"{text}.\nMend these conversations, raise length=, or say unlearnable=skip to leave them out.")
+    return [f"{text}: left out (unlearnable=skip)."]
 
 
 def _all(*checks: Callable[[], Any]) -> list[Any]:

@@ -5,27 +5,30 @@ function of the plan, the weights and the generators, so that a run which is cut
 The price is one small exchange between the processes a step, for the loss and for the wish to stop.
 """
 
-import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from train import checkpoint, world
+from train import checkpoint, guard, world
 from train.checkpoint import Snapshot
 from train.config import Recipe
 from train.dataset import Plan, Row, Sample, collate
 from train.engine import Engine
 from train.errors import UserError
-from train.files import sync, write_text
+from train.guard import Watch
+from train.journal import Journal, rewind, whole_lines
 from train.meter import Meter
+from train.saver import Saver, together
 from train.world import AgreedError, Stop, World
+
+MOST = 10  # steps that guard=skip leaves out of a run before it gives up
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,30 @@ class Task:
     run: Path
     world: World
     device: torch.device
+    watch: Watch = field(default_factory=Watch)
+    spent: dict[str, float] = field(default_factory=dict)  # what this start spent, for the record
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes."""
+        return self.world.rank == 0
+
+    def say(self, text: str) -> None:
+        if self.first:
+            print(text, flush=True)
+
+
+class BadStep(Exception):  # noqa: N818  with guard=skip it is no error
+    """A step that must not count, found after it has spoilt the weights: the run goes back and leaves it out."""
+
+    def __init__(self, step: int, why: str, samples: list[str]) -> None:
+        super().__init__(f"step {step + 1}: {why}, in {_list(samples)}.")
+        self.step, self.why, self.samples = step, why, samples
+
+
+def _list(samples: Sequence[str]) -> str:
+    more = f" and {len(samples) - 5} more" if len(samples) > 5 else ""
+    return ", ".join(samples[:5]) + more
 
 
 def learning_rate(recipe: Recipe, step: int, total: int) -> float:
@@ -59,18 +86,88 @@ def learn(task: Task, engine: Engine, first: int) -> bool:
     """Take the steps from `first` to the end of the plan; False if a signal asked to stop before it.
 
     Raises:
-        AgreedError: a loss or gradient that is no number; the samples are named, the last checkpoint stays.
+        AgreedError: a step that must not count, or a layer that learns nothing; the last checkpoint stays.
+        FullError: the disk stayed full.
     """
-    with Stop(speaks=task.world.rank == 0) as stop, _journal(task, first) as write:
-        for step in range(first, len(task.plan)):
-            row, cut_off = _step(task, engine, step, stop)
-            write(row)
+    left_out: dict[int, BadStep] = {}
+    with Stop(speaks=task.first) as stop:
+        while True:
+            try:
+                return _go(task, engine, first, stop, left_out)
+            except BadStep as bad:
+                first = _go_back(task, engine, bad, left_out)
+
+
+def _go(task: Task, engine: Engine, first: int, stop: Stop, left_out: dict[int, BadStep]) -> bool:
+    """As `learn`, up to a step that must not count."""
+    total = len(task.plan)
+    with ExitStack() as closing:
+        journal = meter = None
+        if task.first:
+            meter, journal = closing.enter_context(Meter(total, first)), Journal(task.run, first)
+            closing.callback(journal.close)
+        saver = Saver(task.run, task.recipe.keep, _behind(task), journal)
+        closing.callback(_tally, task, saver)
+        if first == 0 and task.recipe.guard == "skip":
+            save(task, engine, 0, saver)  # to go back to
+        for step in range(first, total):
+            if step in left_out:
+                row, cut_off, trouble = _blank(task, left_out[step]), stop.wanted, saver.trouble
+            else:
+                row, cut_off, trouble = _step(task, engine, step, stop, saver.trouble)
+            if journal is not None and meter is not None:
+                journal.write(row)
+                if row["loss"] is not None:
+                    meter.show(row)
             done = step + 1
-            if cut_off or _due(task, done):
-                save(task, engine, done)
-            if cut_off and done < len(task.plan):
+            due = cut_off or _due(task, done)
+            if trouble or due:
+                _settle(task, saver, stop)
+            if due:
+                save(task, engine, done, saver)
+            elif done == guard.FEWEST:
+                _check_layers(task, engine, engine.gather()[1])
+            if cut_off or done == total:
+                _settle(task, saver, stop)
+            if cut_off and done < total:
                 return False
     return True
+
+
+def _behind(task: Task) -> bool:
+    """Whether checkpoints are written while training goes on."""
+    asked = task.recipe.background
+    return task.device.type == "cuda" if asked == "auto" else asked == "on"
+
+
+def _settle(task: Task, saver: Saver, stop: Stop) -> None:
+    """Every process waits here until the last checkpoint is on the disk."""
+    began = time.monotonic()
+    together(saver.again, task.run, stop, task.recipe.patience, task.world.rank)
+    saver.blocked += time.monotonic() - began
+
+
+def _tally(task: Task, saver: Saver) -> None:
+    for key, value in (("saving_seconds", saver.blocked), ("saves", saver.done)):
+        task.spent[key] = task.spent.get(key, 0) + value
+
+
+def _go_back(task: Task, engine: Engine, bad: BadStep, left_out: dict[int, BadStep]) -> int:
+    """Put everything where the newest checkpoint had it, and mark the step as one to leave out; the step to go on with."""
+    left_out[bad.step] = bad
+    folder: Path | None = world.gather(standing(task.run)[0])[0]
+    if folder is None or len(left_out) > MOST:
+        why = f"{MOST} steps were left out already" if folder else "there is no checkpoint to go back to"
+        raise AgreedError(f"{bad}\n{why}. Look at these samples, or try a smaller learning_rate= under another RUN=.")
+    task.say(f"{bad} It is left out (guard=skip); goes on from {folder.name}.")
+    return resume(task, engine, folder)
+
+
+def _blank(task: Task, bad: BadStep) -> dict[str, Any]:
+    """The line of a step that was left out."""
+    row = {"step": bad.step + 1, "epoch": task.plan.epoch(bad.step), "loss": None, "grad_norm": None, "tokens": 0}
+    rate = learning_rate(task.recipe, bad.step, len(task.plan))
+    return row | {"learning_rate": rate, "label_tokens": 0, "seconds": 0.0, "left_out": bad.why, "samples": bad.samples}
 
 
 def _due(task: Task, done: int) -> bool:
@@ -82,8 +179,12 @@ def _due(task: Task, done: int) -> bool:
     return task.plan.epoch(done) != task.plan.epoch(done - 1)
 
 
-def _step(task: Task, engine: Engine, step: int, stop: Stop) -> tuple[dict[str, Any], bool]:
-    """One global step: its line for losses.jsonl, and whether any process was asked to stop."""
+def _step(task: Task, engine: Engine, step: int, stop: Stop, trouble: bool) -> tuple[dict[str, Any], bool, bool]:
+    """One global step: its line for losses.jsonl; whether any process was asked to stop, or could not write.
+
+    Raises:
+        BadStep, or with guard=stop AgreedError: the step must not count.
+    """
     began, recipe = time.monotonic(), task.recipe
     rows, labels = task.plan.rows(step), task.plan.label_count(step)
     rate = learning_rate(recipe, step, len(task.plan))
@@ -93,22 +194,25 @@ def _step(task: Task, engine: Engine, step: int, stop: Stop) -> tuple[dict[str, 
         sums.append(engine.micro(batch, max(labels, 1)))
         norm = engine.step(last=micro == recipe.accumulation - 1, rate=rate)
     totals = torch.stack([s.double() for s in sums])
-    shared = torch.stack([totals.sum(), torch.tensor(float(stop.wanted), device=task.device, dtype=torch.float64)])
+    flags = torch.tensor([float(stop.wanted), float(trouble)], device=task.device, dtype=torch.float64)
+    shared = torch.cat([totals.sum()[None], flags])
     torch.distributed.all_reduce(shared)
-    loss, wishes = shared.tolist()
-    if not math.isfinite(loss) or not math.isfinite(norm or 0.0):
-        _refuse(task, step, rows, totals.tolist())
+    total, wishes, troubles = shared.tolist()
+    loss = total / max(labels, 1)
+    if why := task.watch.judge(loss, norm, labels):
+        _refuse(task, BadStep(step, why, _suspects(task, rows, totals.tolist())))
+    task.watch.note(loss)
     row = {
         "step": step + 1,
         "epoch": task.plan.epoch(step),
-        "loss": loss / max(labels, 1),
+        "loss": loss,
         "learning_rate": rate,
         "grad_norm": norm,  # None: float16 overflowed, the update was left out
         "tokens": task.plan.token_count(step),
         "label_tokens": labels,
         "seconds": time.monotonic() - began,
     }
-    return row, wishes > 0
+    return row, wishes > 0, troubles > 0
 
 
 def _mine(rows: Sequence[Row], micro: int, task: Task) -> list[Row]:
@@ -125,33 +229,56 @@ def _batch(task: Task, rows: list[Row]) -> dict[str, Tensor]:
         pad = torch.full((1, 2), task.pad)
         ones = torch.ones(1, 2, dtype=torch.long)
         batch = {"input_ids": pad, "labels": ones * -100, "position_ids": ones.cumsum(1) - 1, "segment_ids": ones}
-    return {key: value.to(task.device) for key, value in batch.items()}
+    return batch  # on the CPU: the engine moves it, and reads shapes before
 
 
-def _refuse(task: Task, step: int, rows: Sequence[Row], sums: list[float]) -> None:
-    """Stop a run whose loss is no number, naming the samples at fault as closely as is known."""
-    mine = [_mine(rows, micro, task) for micro, total in enumerate(sums) if not math.isfinite(total)]
-    named = [task.samples[i].where for batch in mine for row in batch for i in row]
-    found = [where for part in world.gather(named) for where in part]
-    found = found or [task.samples[i].where for row in rows for i in row]
+def _suspects(task: Task, rows: Sequence[Row], sums: list[float]) -> list[str]:
+    """The samples of the worst micro batch of all processes: whose loss is no number, else whose tokens lose most."""
+    mine = [_mine(rows, micro, task) for micro in range(len(sums))]
+    counts = [sum(task.samples[i].label_count for row in batch for i in row) for batch in mine]
+    means = [s / max(n, 1) if math.isfinite(s) else math.inf for s, n in zip(sums, counts, strict=True)]
+    names = [[task.samples[i].where for row in batch for i in row] for batch in mine]
+    every = [pair for part in world.gather(list(zip(means, names, strict=True))) for pair in part]
+    worst = max(mean for mean, _ in every)
+    return [where for mean, found in every if mean == worst for where in found]
+
+
+def _refuse(task: Task, bad: BadStep) -> None:
+    """Stop here, or go back and leave the step out, as the recipe says."""
+    if task.recipe.guard == "skip":
+        raise bad
     newest = checkpoint.newest(task.run)[0]
     kept = f"The checkpoint {newest.name} is as it was." if newest else "No checkpoint was written yet."
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
     raise AgreedError(
-        f"step {step + 1}: the loss is not a number any more, in {', '.join(found[:5])}{more}.\n{kept} Look at these samples; "
-        "else try a smaller learning_rate=, or precision=fp32, under another RUN=."
+        f"{bad}\n{kept} Look at these samples; guard=skip goes on without this step, spike= says what a jump is. Else try a smaller "
+        "learning_rate=, or precision=fp32, under another RUN=."
     )
 
 
-def save(task: Task, engine: Engine, done: int) -> None:
+def _check_layers(task: Task, engine: Engine, moments: dict[str, Tensor]) -> None:
+    """Refuse, or with guard=skip only name, layers that get no gradient."""
+    found = task.watch.idle(moments, engine.counters()["updates"], task.recipe.beta1)
+    if not found:
+        return
+    named = _list([guard.layer(name) for name in found])
+    text = f"no gradient reached {named} in {guard.FEWEST} updates or more: the adapter learns nothing there."
+    if task.recipe.guard == "skip":
+        return task.say(f"{text} Training goes on (guard=skip).")
+    raise AgreedError(f"{text}\nGive targets= without it, or guard=skip to train all the same.")
+
+
+def save(task: Task, engine: Engine, done: int, saver: Saver) -> None:
     """A checkpoint after `done` steps; every process calls it, the first one writes."""
+    began = time.monotonic()
     masters, moments = engine.gather()
+    _check_layers(task, engine, moments)
     states = world.gather(checkpoint.rng_state())
-    if task.world.rank == 0:
+    if task.first:
         rng = {f"rank{n}/{key}": value for n, state in enumerate(states) for key, value in state.items()}
-        sync(task.run / "losses.jsonl")  # no checkpoint without the lines up to it
-        state = {"epoch": task.plan.epoch(done - 1), "engine": engine.counters(), "processes": task.world.size}
-        checkpoint.write(task.run, Snapshot(done, masters, moments, rng, state), task.recipe.keep)
+        state = {"engine": engine.counters(), "processes": task.world.size, "guard": task.watch.state()}
+        state["epoch"] = task.plan.epoch(max(done - 1, 0))
+        saver.begin(Snapshot(done, masters, moments, rng, state))
+    saver.blocked += time.monotonic() - began
 
 
 def standing(run: Path) -> tuple[Path | None, list[str]]:
@@ -161,7 +288,7 @@ def standing(run: Path) -> tuple[Path | None, list[str]]:
         UserError: losses.jsonl ends before every checkpoint.
     """
     found, notes = checkpoint.newest(run)
-    if found is None or checkpoint.step_of(found) <= (lines := len(_whole_lines(run / "losses.jsonl"))):
+    if found is None or checkpoint.step_of(found) <= (lines := len(whole_lines(run / "losses.jsonl"))):
         return found, notes
     covered, _ = checkpoint.newest(run, lines)
     if covered is None:
@@ -176,6 +303,7 @@ def resume(task: Task, engine: Engine, folder: Path) -> int:
     """Put weights, moments and generators where the checkpoint had them; returns the number of steps done."""
     snapshot = checkpoint.read(folder)
     engine.restore(snapshot.trainable, snapshot.optimizer, snapshot.state["engine"])
+    task.watch.restore(snapshot.state["guard"])
     prefix = f"rank{task.world.rank}/"
     mine = {key.removeprefix(prefix): value for key, value in snapshot.rng.items() if key.startswith(prefix)}
     if mine:
@@ -185,44 +313,3 @@ def resume(task: Task, engine: Engine, folder: Path) -> int:
     if task.world.rank == 0:
         rewind(task.run / "losses.jsonl", snapshot.step)
     return snapshot.step
-
-
-def rewind(path: Path, steps: int) -> None:
-    """Keep the first `steps` lines of losses.jsonl: those after the checkpoint are computed again."""
-    write_text(path, "".join(f"{line}\n" for line in _whole_lines(path)[:steps]))
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of losses.jsonl from step 1 on, up to the first that a pulled plug has torn or lost."""
-    found: list[str] = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or row.get("step") != len(found) + 1:
-            break
-        found.append(line.decode())
-    return found
-
-
-@contextmanager
-def _journal(task: Task, first: int) -> Iterator[Any]:
-    """Yield write(row): a line in losses.jsonl, a point in TensorBoard, the bar moved on. The first process only."""
-    if task.world.rank > 0:
-        yield lambda row: None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    board = SummaryWriter(str(task.run / "tensorboard"), purge_step=first + 1)
-    with board, (task.run / "losses.jsonl").open("a", encoding="utf-8") as file, Meter(len(task.plan), first) as meter:
-
-        def write(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            for key in ("loss", "learning_rate", "grad_norm"):
-                if row[key] is not None:
-                    board.add_scalar(key, row[key], row["step"])
-            meter.show(row)
-
-        yield write

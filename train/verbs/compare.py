@@ -186,7 +186,9 @@ def _answers(
 
 
 def _losses(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The steps that counted: one that was left out has no loss."""
+    lines = (folder / "losses.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["loss"] is not None]
 
 
 def _save(folder: Path, record: dict[str, Any], found: list[Answer], who: Who) -> None:

@@ -81,9 +81,14 @@ def wanted_base(words: list[str]) -> str:
 
 
 def run(options: Request) -> None:
+    from train.saver import FullError
+
     place = world.detect()
     try:
         status = _run(options, place)
+    except FullError as error:
+        _say(place, f"stopped: {error}")
+        status = CUT_OFF
     except UserError as error:
         if place is None or place.rank == 0:
             raise
@@ -165,7 +170,7 @@ def _name(options: Options, recipe: Recipe) -> str:
 
 
 def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype", found: Path | None) -> int:
-    from train import checkpoint, loop
+    from train import checkpoint, guard, journal, loop
     from train.engine import Engine, stage_of
     from train.loader import keeps_float
 
@@ -179,7 +184,8 @@ def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype
     # --- the model, its engine, and where it stands -----------------------------------------------------------------------
     world.join(place, device.type == "cuda")
     engine = Engine(_model(job, device, dtype, keep_float), job.recipe, dtype, place.size)
-    task = loop.Task(job.recipe, job.plan, job.samples, job.tokenizer.pad, job.run, place, device)
+    watch = guard.Watch(job.recipe.spike, guard.excused(sample.mask for sample in job.samples))
+    task = loop.Task(job.recipe, job.plan, job.samples, job.tokenizer.pad, job.run, place, device, watch)
     first = 0
     if found is not None:
         first = loop.resume(task, engine, found)
@@ -187,7 +193,7 @@ def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype
     else:
         checkpoint.seed_all(job.recipe.seed + place.rank)
         if place.rank == 0:
-            loop.rewind(job.run / "losses.jsonl", 0)
+            journal.rewind(job.run / "losses.jsonl", 0)
 
     # --- learn ------------------------------------------------------------------------------------------------------------
     began = time.time()
@@ -267,8 +273,9 @@ def _finish(job: "Job", task: "Task", engine: "Engine", notes: list[str], began:
     with staged(job.run / "adapter") as aside:
         lora.save_adapter(engine.model, aside, masters)  # type: ignore[arg-type]
     rows = [json.loads(line) for line in (job.run / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
-    epoch = [row["loss"] for row in rows if row["epoch"] == rows[-1]["epoch"]]
-    loss = {"first": rows[0]["loss"], "last": rows[-1]["loss"], "last_epoch": sum(epoch) / len(epoch)}
+    counted = [row for row in rows if row["loss"] is not None]
+    epoch = [row["loss"] for row in counted if row["epoch"] == counted[-1]["epoch"]]
+    loss = {"first": counted[0]["loss"], "last": counted[-1]["loss"], "last_epoch": sum(epoch) / len(epoch)}
     seconds = sum(row["seconds"] for row in rows)
     record = {
         "run": job.run.name,
@@ -285,6 +292,7 @@ def _finish(job: "Job", task: "Task", engine: "Engine", notes: list[str], began:
         "decisions": notes,
         "steps": len(rows),
         "loss": loss,
+        "left_out": [{k: v for k, v in row.items() if k != "seconds"} for row in rows if row["loss"] is None],
         "tokens": sum(row["tokens"] for row in rows),
         "label_tokens": sum(row["label_tokens"] for row in rows),
         "timings": {"steps_seconds": seconds, "began": began, "finished": time.time()},
