@@ -257,7 +257,8 @@ class Engine:
         sharded = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)  # stage 3
         for p in sharded or [p for group in inner.param_groups for p in group["params"]]:
             if not inner.state[p]:
-                inner.state[p] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(p) for key in MOMENTS}}
+                at = p.device if inner.defaults["fused"] else None  # the fused update counts on the GPU
+                inner.state[p] = {"step": torch.tensor(0.0, device=at), **{key: torch.zeros_like(p) for key in MOMENTS}}
         link = getattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()

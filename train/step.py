@@ -103,7 +103,7 @@ class Step(nn.Module):
         self._decoder = [decoder]  # in a list: its parameters are not this module's
         self.trunk = Trunk(decoder, length)  # type: ignore[arg-type]
         self.layout = Vector(self.trunk.projections, names)
-        self.graphs = graphs
+        self.graphs = graphs and next(iter(names)).is_cuda
         start = self.layout.join({name: p.detach() for p, name in names.items()}, next(iter(names)).device)
         self.vector = nn.Parameter(start)
         self.shapes: dict[tuple[Any, ...], _Shape] = {}
@@ -127,6 +127,11 @@ class Step(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         return _Learn.apply(self.vector, self, batch)  # type: ignore[no-any-return]
 
+    def forget(self) -> None:
+        """Let go of every graph and of their memory."""
+        self.shapes.clear()
+        self.pool = None  # a pool ends with its last graph
+
     def shape_of(self, batch: Batch) -> "_Shape":
         checkpointing = bool(self.decoder.trunk.gradient_checkpointing)
         key = (batch.ids.shape, len(batch.tokens.bounds), checkpointing)
@@ -138,7 +143,7 @@ class Step(nn.Module):
         """Round the shape up and move all to the device."""
         width = -(-batch["input_ids"].shape[1] // WIDTH) * WIDTH
         if self.trunk.reach(width):
-            self.shapes.clear()
+            self.forget()
         device = self.vector.device
         host = arrange({key: value.cpu() for key, value in batch.items()}, width)
         if device.type == "cuda":
