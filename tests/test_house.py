@@ -11,9 +11,9 @@ FLOORS = {
     name: set(modules.split())
     for name, modules in {
         "leaves": "config errors files progress download modelfolder gptq kernels loss attention pointwise "
-        "conversations formats parsing scanner meter world host diagnosis guard journal",
+        "conversations formats parsing scanner meter world host diagnosis guard journal stages",
         "parts": "layouts decoder fused layers decoding lora tokenizer chatml from_gguf",
-        "assembled": "loader stock dataset generate step engine loop job checkpoint saver manifest merge parity report",
+        "assembled": "loader stock dataset generate step engine loop job checkpoint saver manifest record merge parity report",
     }.items()
 }
 ORDER = list(FLOORS)

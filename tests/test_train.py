@@ -140,6 +140,44 @@ def test_a_run_starts_from_anothers_adapter() -> None:
         train(**{"run": "third", "steps": 1, "from": "nobody"})
 
 
+STAGES = """
+stages:
+  - data: small.jsonl
+    steps: 6
+  - steps: 4
+    learning_rate: 1.0e-4
+"""
+
+
+def test_stages_are_runs_that_stand_on_one_another(
+    house: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut off in the second, started again by the same command; the adapter is that of two runs by hand."""
+    rows(house / "small.jsonl", 4)
+    (house / "two.yaml").write_text((RECIPES / "smoke.yaml").read_text().replace("steps: 4", "steps: 9") + STAGES)
+    keys = {"recipe": "two.yaml", "save_every": 2}
+    with monkeypatch.context() as patch:
+        calls = stop_at(2, signal.SIGTERM, patch, start=6)
+        with pytest.raises(SystemExit):
+            train(run="two", **keys)
+    assert len(calls) == 9
+    train(run="two", **keys)
+    train(run="by-hand-1", data="small.jsonl", steps=6, save_every=2)
+    train(**{"run": "by-hand-2", "from": "by-hand-1", "steps": 4, "learning_rate": 1e-4, "save_every": 2})
+    assert adapter("two/stages/1") == adapter("by-hand-1")
+    assert adapter("two") == adapter("by-hand-2")
+    record = read_json(Path("runs/two/run.json"))
+    assert [(one["data"], one["steps"]) for one in record["lineage"]] == [("small.jsonl", 6)]
+    assert record["lineage"][0]["adapter"] == read_json(Path("runs/two/stages/1/run.json"))["adapter"]
+    first, second = Path("runs/two/lineage.txt").read_text().splitlines()
+    assert first.startswith("runs/two/stages/1: 6 steps on small.jsonl, learning rate 0.001, loss ")
+    assert second == "runs/two: 4 steps on data.jsonl, learning rate 0.0001"
+    said = capsys.readouterr().out
+    assert "stage 2 of 2: data.jsonl, in runs/two" in said
+    train(run="two", **keys)
+    assert capsys.readouterr().out.count("nothing to do") == 2
+
+
 def test_a_run_in_use_is_left_alone() -> None:
     with job.alone(Path("runs/busy")), pytest.raises(UserError, match="being trained by another process"):
         train(run="busy", steps=1)
@@ -390,16 +428,19 @@ def test_killed_and_started_again_it_ends_in_the_same_bytes(uninterrupted: tuple
     assert adapter("killed") == uninterrupted[1]
 
 
-def stop_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send a signal to this process while step `step` is computed."""
+def stop_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch, start: int = 0) -> list[int]:
+    """Send a signal to this process while step `step` is computed (the first after `start` steps); all steps that were."""
     real: Callable[..., Any] = loop._step
+    calls: list[int] = []
 
     def wrapped(task: Any, engine: Any, now: int, *rest: Any) -> Any:
-        if now == step:
+        calls.append(now)
+        if now == step and len(calls) > start:
             signal.raise_signal(number)
         return real(task, engine, now, *rest)
 
     monkeypatch.setattr(loop, "_step", wrapped)
+    return calls
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -629,6 +670,20 @@ def test_one_process_goes_on_where_two_were(alone_wide: list[float], two_wide: s
     assert [row["loss"] for row in losses(folder.name)] == pytest.approx(alone_wide, rel=1e-5)
 
 
+def test_the_rows_a_step_stay_when_the_number_of_processes_changes(house: Path) -> None:
+    train(run="fit", steps=1, batch=2, accumulation=6)
+    recipe, run = load_recipe("smoke", {"batch": "2", "accumulation": "6"}), Path("runs/fit")
+    assert [job.fitted(recipe, run, n).accumulation for n in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(
+        UserError, match=r"12 rows a step, which 4 processes of batch=2 .*12 / \(2 × 4\).*1, 2, 3, 6 proc"
+    ):
+        job.fitted(recipe, run, 4)
+    assert job.fitted(recipe, Path("runs/none-yet"), 4) == recipe
+    (run / "inputs.json").write_bytes(bytes(100))
+    with pytest.raises(UserError, match=r"inputs.json is damaged.*Put it back"):
+        train(run="fit", steps=1, batch=2, accumulation=6)
+
+
 def test_processes_that_would_begin_with_different_things_do_not() -> None:
     """Two machines, as two runs/ folders: the first has a checkpoint, the second has none."""
     keys: dict[str, Any] = {"run": "apart", "steps": 3, "save_every": 1, "accumulation": 2}
@@ -709,14 +764,15 @@ def test_two_processes_meet_under_mpirun(alone_wide: list[float]) -> None:
 def test_every_recipe_is_a_whole_run_and_every_key_is_explained(path: Path) -> None:
     import yaml
 
-    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    lines = [line for line in path.read_text().split("\nstages:")[0].splitlines() if line and not line.startswith("#")]
     assert [line.partition(":")[0] for line in lines] == list(Recipe.__dataclass_fields__), (
         "each key once, in the same order"
     )
     assert all("  # " in line for line in lines)
     recipe = load_recipe(path.stem, {})
     assert all(
-        getattr(recipe, key) == value or key == "alpha" for key, value in yaml.safe_load(path.read_text()).items()
+        key in ("alpha", "stages") or getattr(recipe, key) == value
+        for key, value in yaml.safe_load(path.read_text()).items()
     )
 
 

@@ -1,7 +1,7 @@
 """Options and recipes: frozen dataclasses filled from YAML and `key=value` words.
 
-Refuses to know what an option does. There are no import strings and no nesting: a recipe is one flat file that is a
-complete run, and every key that a person may type has one spelling.
+Refuses to know what an option does. There are no import strings and no nesting but a list of stages: a recipe is one flat file that
+is a complete run, and every key that a person may type has one spelling.
 """
 
 import dataclasses
@@ -17,6 +17,16 @@ from train.errors import UserError
 
 T = TypeVar("T")
 RECIPES = Path(__file__).parent / "recipes"
+COMMON = (
+    "model",
+    "template",
+    "rank",
+    "alpha",
+    "targets",
+    "precision",
+    "processes",
+)  # what stages hand on to one another
+STAGES = "stages:\n  - data: voice.jsonl\n    epochs: 20\n  - data: knowledge.jsonl\n    epochs: 2\n    learning_rate: 1.0e-4"
 SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
 
 
@@ -84,19 +94,42 @@ def load_recipe(name: str, overrides: dict[str, str]) -> Recipe:
     Raises:
         UserError: no such recipe, an unknown key (the nearest is named), a value of the wrong kind.
     """
+    values = _read_yaml(name)
+    values.pop("stages", None)
+    return build(Recipe, {**_texts(values), **overrides}, where=f"recipe {name}")
+
+
+def read_stages(name: str) -> list[dict[str, str]]:
+    """What each stage of a recipe has for itself: `data` and keys of the recipe; none if the recipe is a single run.
+
+    Raises:
+        UserError: stages that are no list of `key: value` lines, or change what an adapter is.
+    """
+    stages = _read_yaml(name).get("stages") or []
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise UserError(f"recipe {name}: stages is a list, each entry `key: value` lines. Example:\n{STAGES}")
+    for number, stage in enumerate(stages, 1):
+        if common := [key for key in stage if key in COMMON]:
+            raise UserError(
+                f"recipe {name}, stage {number}: {', '.join(common)} is the same in all stages. Give it above them."
+            )
+        build(Recipe, _texts({k: v for k, v in stage.items() if k != "data"}), where=f"recipe {name}, stage {number}")
+    return [_texts(stage) for stage in stages]
+
+
+def _texts(values: dict[str, Any]) -> dict[str, str]:
+    return {key: str(value) if value is not None else "" for key, value in values.items()}
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    import yaml
+
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise UserError(
             f"recipe {name!r}: no file {path.name}. Known recipes: {known}; or give the path of a .yaml file."
         )
-    values = {key: str(value) if value is not None else "" for key, value in _read_yaml(path).items()}
-    return build(Recipe, {**values, **overrides}, where=f"recipe {name}")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Job:
     inputs: dict[str, Any]
     parent: Path | None
     notes: list[str]
+    lineage: list[dict[str, Any]]
 
     @property
     def finished(self) -> bool:
@@ -73,7 +74,9 @@ def prepare(recipe: Recipe, data: str, run: Path, parent: Path | None, models: P
     rows = recipe.batch * recipe.accumulation * processes
     plan = Plan(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
     inputs = _inputs(recipe, data, base, parent, rows, dtype)
-    job = Job(recipe, run, base, tokenizer, samples, plan, inputs, parent, [str(summary), *notes])
+    job = Job(
+        recipe, run, base, tokenizer, samples, plan, inputs, parent, [str(summary), *notes], manifest.lineage(parent)
+    )
     _check_unchanged(job)
     if not job.finished:
         _check_disk(job, config, names)
@@ -217,12 +220,12 @@ def check_same(starts: list[tuple[str, dict[str, str]]]) -> None:
 
 def _check_unchanged(job: Job) -> None:
     """A run folder belongs to one set of inputs."""
-    path = job.run / "inputs.json"
-    if not path.is_file():
+    old = recorded(job.run)
+    if old is None:
         if (job.run / "run.json").is_file() or (job.run / "checkpoints").is_dir():
             raise UserError(f"{job.run}: a run folder without inputs.json. Choose another RUN=, or remove it.")
         return
-    found = changes(read_json(path), job.inputs)
+    found = changes(old, job.inputs)
     if found:
         listed = "\n  ".join(found)
         raise UserError(
@@ -230,6 +233,45 @@ def _check_unchanged(job: Job) -> None:
             f"Nothing was changed. Start a new one with RUN=another-name, and FROM={job.run.name} to begin with what this one "
             "has learnt; or give the same inputs to go on with it."
         )
+
+
+def recorded(run: Path) -> dict[str, Any] | None:
+    """The inputs that a run folder belongs to; None if it is none yet.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run / "inputs.json"
+    try:
+        found: dict[str, Any] = read_json(path)
+        found["data"]["sha256"], found["base"]["files"], found["recipe"], found["rows_per_step"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}). Put it back from a copy; or begin anew with another RUN=."
+        ) from error
+    return found
+
+
+def fitted(recipe: Recipe, run: Path, processes: int) -> Recipe:
+    """The recipe with the accumulation that keeps the rows a step of a run that was begun with another number of processes.
+
+    Raises:
+        UserError: they cannot share those rows alike.
+    """
+    old = recorded(run)
+    if old is None or old["rows_per_step"] == recipe.batch * recipe.accumulation * processes:
+        return recipe
+    rows, share = old["rows_per_step"], recipe.batch * processes
+    if rows % share:
+        able = [str(n) for n in range(1, rows // recipe.batch + 1) if rows % (recipe.batch * n) == 0]
+        raise UserError(
+            f"run {run.name!r} was begun with {rows} rows a step, which {processes} processes of batch={recipe.batch} cannot share "
+            f"alike: {rows} / ({recipe.batch} × {processes}) is no whole number. With this batch: "
+            f"{', '.join(able) or 'none'} processes (GPUS=, processes=); or another batch=."
+        )
+    return replace(recipe, accumulation=rows // share)
 
 
 def _check_disk(job: Job, config: DecoderConfig, names: list[str]) -> None:
@@ -261,6 +303,19 @@ def begin(job: Job) -> None:
     job.run.mkdir(parents=True, exist_ok=True)
     write_text(job.run / "recipe.yaml", yaml.safe_dump(asdict(job.recipe), sort_keys=False, allow_unicode=True))
     write_json(job.run / "inputs.json", job.inputs)
+    if job.lineage:
+        write_text(job.run / "lineage.txt", _lineage(job))
+
+
+def _lineage(job: Job) -> str:
+    """Where a run comes from, a line an ancestor, for a person."""
+    lines = [
+        f"{entry['run']}: {entry['steps']} steps on {entry['data']}, learning rate {entry['learning_rate']}, loss {entry['loss']}, "
+        f"adapter {entry['adapter'].get(lora.WEIGHTS, '')[:12]}"
+        for entry in job.lineage
+    ]
+    own = f"{job.run.as_posix()}: {len(job.plan)} steps on {job.inputs['data']['path']}, learning rate {job.recipe.learning_rate}"
+    return "".join(f"{line}\n" for line in [*lines, own])
 
 
 @contextmanager

@@ -60,6 +60,26 @@ def lock() -> str | None:
     return sha256(path) if path.is_file() else None
 
 
+def lineage(parent: Path | None) -> list[dict[str, Any]]:
+    """The runs that this one stands on, the oldest first: each with its data, its rate, and the hash of its adapter."""
+    if parent is None:
+        return []
+    path = parent / "run.json"
+    record = read_json(path) if path.is_file() else {}
+    recipe, data, loss = record.get("recipe", {}), record.get("data", {}), record.get("loss", {})
+    entry = {
+        "run": parent.as_posix(),
+        "data": data.get("path"),
+        "data_sha256": data.get("sha256"),
+        "steps": record.get("steps"),
+        "epochs": recipe.get("epochs"),
+        "learning_rate": recipe.get("learning_rate"),
+        "loss": loss.get("last"),
+        "adapter": hash_folder(parent / "adapter"),
+    }
+    return [*record.get("lineage", []), entry]
+
+
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:

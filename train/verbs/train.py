@@ -6,7 +6,6 @@ Everything that can be wrong with the inputs is said before anything is loaded o
 writes a checkpoint and ends with status 75; the same command goes on from there, in the same bytes as if it had never stopped.
 """
 
-import json
 import os
 import socket
 import sys
@@ -19,8 +18,9 @@ from train import world
 from train.config import Recipe, build_with_overrides, describe, load_recipe, option, pairs
 from train.conversations import sources
 from train.errors import UserError
-from train.files import sha256, staged, write_json
 from train.modelfolder import find
+from train.stages import Stage, count
+from train.stages import stage as stage_of_recipe
 from train.world import CUT_OFF, World
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Options:
     recipe: str = option("qlora", "a name in train/recipes/, or the path of a .yaml file")
     run: str = option("", "name of the run folder below runs/; empty: data-recipe-model")
     from_run: str = option("", "(or from=) the run whose adapter to start from")
+    stage: int = option(0, "one stage of a recipe that has several; 0 = all, one after another")
     gpus: int = option(1, "GPUs of this machine to use, where there are any")
     models: str = option("models", "folder of bases")
     runs: str = option("runs", "folder of runs")
@@ -71,13 +72,12 @@ def wanted_base(words: list[str]) -> str:
     wrong: the command itself says how."""
     try:
         options = parse(pairs(words))
-        recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
-        sources(options.data)
-        here = find(recipe.model, Path(options.models))
+        wanted = _stage(replace(options, stage=min(1, count(options.recipe))))
+        sources(wanted.data)
+        here = find(wanted.recipe.model, Path(options.models))
     except UserError:
         return ""
-    begun = Path(options.runs) / (options.run or _name(options, recipe)) / "recipe.yaml"
-    return "" if here or begun.is_file() else recipe.model
+    return "" if here or (wanted.run / "recipe.yaml").is_file() else wanted.recipe.model
 
 
 def run(options: Request) -> None:
@@ -85,7 +85,7 @@ def run(options: Request) -> None:
 
     place = world.detect()
     try:
-        status = _run(options, place)
+        status = _stages(options, place)
     except FullError as error:
         _say(place, f"stopped: {error}")
         status = CUT_OFF
@@ -99,22 +99,52 @@ def run(options: Request) -> None:
         sys.exit(status)
 
 
+def _stages(options: Request, place: World | None) -> int:
+    """All stages of a recipe, each when the one before is done; a recipe without any is one run."""
+    stages = count(options.recipe)
+    if not stages or options.stage:
+        status = _run(options, place)
+        world.leave()
+        return status
+    _stage(replace(options, stage=stages))  # what is wrong with the last is said before the first begins
+    for number in range(1, stages + 1):
+        if status := _run(replace(options, stage=number), place):
+            return status
+    world.leave()
+    return 0
+
+
+def _stage(options: Request) -> Stage:
+    """What is to be done, in which folder."""
+    overrides = options.overrides | ({"model": options.model} if options.model else {})
+    folder = Path(options.runs) / (options.run or _name(options))
+    parent = Path(options.runs) / options.from_run if options.from_run else None
+    return stage_of_recipe(options.recipe, options.stage, overrides, options.data, folder, parent)
+
+
 def _run(options: Request, place: World | None) -> int:
     # --- what is to be done, checked --------------------------------------------------------------------------------------
-    if not options.data:
+    if not options.data and not options.stage:
         raise UserError("train: which data? Example: make train DATA=data/demo.jsonl")
-    recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
+    wanted = _stage(options)
+    recipe, folder = wanted.recipe, wanted.run
     device, dtype, processes = _machine(options, recipe, place)
     if place is not None and device.type == "cuda":
         place = replace(place, local=device.index)
     from train import loop
-    from train.job import alone, begin, check_same, prepare, start_of
+    from train.job import alone, begin, check_same, fitted, prepare, start_of
 
-    folder = Path(options.runs) / (options.run or _name(options, recipe))
-    parent = Path(options.runs) / options.from_run if options.from_run else None
+    if "accumulation" not in options.overrides:
+        recipe = fitted(recipe, folder, processes)
     job = prepare(
-        recipe, options.data, folder, parent, Path(options.models), processes, str(dtype).removeprefix("torch.")
+        recipe, wanted.data, folder, wanted.parent, Path(options.models), processes, str(dtype).removeprefix("torch.")
     )
+    if recipe.accumulation != wanted.recipe.accumulation:
+        job.notes.append(
+            f"accumulation={recipe.accumulation}: the run was begun with {job.inputs['rows_per_step']} rows a step."
+        )
+    if wanted.text:
+        _say(place, f"{wanted.text}: {wanted.data}, in {folder}")
     if options.gpus > 1 and device.type == "cpu":
         job.notes.append(f"gpus={options.gpus}: this machine has no GPU; the CPU computes, in processes={processes}.")
     found, harmed = (None, []) if job.finished else loop.standing(folder)
@@ -127,7 +157,6 @@ def _run(options: Request, place: World | None) -> int:
             place,
             f"run {folder.name!r} is finished: nothing to do. Its adapter is {folder / 'adapter'}.\n{_next(folder)}",
         )
-        world.leave()
         return 0
 
     # --- several processes: start them and wait ---------------------------------------------------------------------------
@@ -164,9 +193,11 @@ def _machine(options: Options, recipe: Recipe, place: World | None) -> "tuple[to
     return device, pick_dtype(device, recipe.precision), processes
 
 
-def _name(options: Options, recipe: Recipe) -> str:
+def _name(options: Request) -> str:
     """data-recipe-model, each without its folder."""
-    return "-".join((Path(options.data.split(",")[0]).stem, Path(options.recipe).stem, Path(recipe.model).name))
+    model = options.model or load_recipe(options.recipe, options.overrides).model
+    parts = (Path(options.data.split(",")[0]).stem, Path(options.recipe).stem, Path(model).name)
+    return "-".join(part for part in parts if part)
 
 
 def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype", found: Path | None) -> int:
@@ -202,7 +233,6 @@ def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype
         _finish(job, task, engine, notes, began)
     else:
         _say(place, f"stopped with a checkpoint in {job.run / 'checkpoints'}. The same command goes on from there.")
-    world.leave()
     return 0 if whole or "TORCHELASTIC_RUN_ID" in os.environ else CUT_OFF  # torchrun would take it for a failure
 
 
@@ -264,46 +294,25 @@ def _model(job: "Job", device: "torch.device", dtype: "torch.dtype", keep_float:
 
 
 def _finish(job: "Job", task: "Task", engine: "Engine", notes: list[str], began: float) -> None:
-    """Write the adapter, then run.json: its presence says that all is there."""
-    from train import lora, manifest
+    """Write the adapter and run.json; on a full disk every process waits for that too."""
+    from train import record
+    from train.saver import together
+    from train.world import Stop
 
     masters, _ = engine.gather()
-    if task.world.rank > 0:
-        return
-    with staged(job.run / "adapter") as aside:
-        lora.save_adapter(engine.model, aside, masters)  # type: ignore[arg-type]
-    rows = [json.loads(line) for line in (job.run / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
-    counted = [row for row in rows if row["loss"] is not None]
-    epoch = [row["loss"] for row in counted if row["epoch"] == counted[-1]["epoch"]]
-    loss = {"first": counted[0]["loss"], "last": counted[-1]["loss"], "last_epoch": sum(epoch) / len(epoch)}
-    seconds = sum(row["seconds"] for row in rows)
-    record = {
-        "run": job.run.name,
-        **job.inputs,
-        "inputs_sha256": sha256(job.run / "inputs.json"),
-        "recipe_sha256": sha256(job.run / "recipe.yaml"),
-        "lock": manifest.lock(),
-        "seed": job.recipe.seed,
-        "code": manifest.code(),
-        "versions": manifest.versions(),
-        "machine": manifest.machine(),
-        "runtime": manifest.runtime(),
-        "processes": task.world.size,
-        "decisions": notes,
-        "steps": len(rows),
-        "loss": loss,
-        "left_out": [{k: v for k, v in row.items() if k != "seconds"} for row in rows if row["loss"] is None],
-        "tokens": sum(row["tokens"] for row in rows),
-        "label_tokens": sum(row["label_tokens"] for row in rows),
-        "timings": {"steps_seconds": seconds, "began": began, "finished": time.time()},
-        "adapter": manifest.hash_folder(job.run / "adapter"),
-    }
-    write_json(job.run / "run.json", record)
-    speed = record["tokens"] / max(seconds, 1e-9)
-    print(
-        f"loss {loss['first']:.4f} -> {loss['last']:.4f} in {len(rows)} steps, {seconds:,.0f} s, {speed:,.0f} tokens/s"
-    )
-    print(f"adapter: {job.run / 'adapter'}\n{_next(job.run)}", flush=True)
+    written: list[dict[str, Any]] = []
+
+    def attempt() -> Exception | None:
+        try:
+            written.append(record.write(job, task, engine, masters, notes, began))
+        except OSError as error:
+            return error
+        return None
+
+    with Stop(speaks=False) as stop:
+        together(attempt, job.run, stop, job.recipe.patience, task.world.rank)
+    if written:
+        print(f"{record.summary(written[0])}\nadapter: {job.run / 'adapter'}\n{_next(job.run)}", flush=True)
 
 
 def _next(folder: Path) -> str:
