@@ -31,7 +31,7 @@ _key = $(shell tr A-Z a-z <<<'$(patsubst FROM,FROM_RUN,$(1))')
 _typed = $(sort $(foreach v,$(filter-out $(settings) -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(v))),$(v))))
 _pairs = $(foreach v,$(_typed),$(call _key,$(v))=$(call _quote,$(value $(v)))) $(value ARGS)
 
-.PHONY: help setup demo test test-all model data train export infer compare quantize plan bench shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
+.PHONY: help setup demo test test-all model data train export infer compare verify quantize plan bench shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
 
 help: ## this list
 	@echo "make TARGET [KEY=value ...] [ARGS=\"key=value ...\"]        first: make demo        keys of a command: make TARGET ARGS=--help"
@@ -69,6 +69,9 @@ infer: ## chat, or answer once: [RUN= or MODEL=] [PROMPT=] [SYSTEM=] [ENGINE=sto
 
 compare: ## the same questions before and after: RUN=
 	@docker/run compare $(_pairs)
+
+verify: ## is a finished run still what its record says: RUN= [REPLAY=1: train it again and compare]
+	@docker/run verify $(_pairs)
 
 quantize: ## an Int4 folder, as Qwen publishes them, of a float model: MODEL= [OUT=]
 	@docker/run quantize $(_pairs)

@@ -17,6 +17,7 @@ VERBS = {
     "export": "merge the adapter into float weights, verified",
     "infer": "chat, or answer one prompt",
     "compare": "the same questions before and after",
+    "verify": "is a finished run still what its record says; train it again and compare",
     "demo": "all of these on this machine, from nothing",
 }
 USAGE = "usage: python -m train VERB [key=value ...]      python -m train VERB --help\n\n"

@@ -137,7 +137,7 @@ def check_ways(recipe: Recipe, device: str) -> None:
 def _inputs(recipe: Recipe, data: str, base: Path, parent: Path | None, rows: int, dtype: str) -> dict[str, Any]:
     adapter = parent / "adapter" / lora.WEIGHTS if parent else None
     return {
-        "data": {"path": data, **_hash_data(data)},
+        "data": {"path": data, **hash_data(data)},
         "base": {"name": recipe.model, "files": manifest.hash_folder(base)},
         "from": {"run": parent.name, "sha256": sha256(adapter)} if parent and adapter else None,
         "recipe": asdict(recipe),
@@ -146,7 +146,7 @@ def _inputs(recipe: Recipe, data: str, base: Path, parent: Path | None, rows: in
     }
 
 
-def _hash_data(data: str) -> dict[str, Any]:
+def hash_data(data: str) -> dict[str, Any]:
     """sha256 of the one file, or of the list of several files' hashes."""
     files = {str(path): sha256(path) for path in conversations.sources(data)}
     if len(files) == 1:
