@@ -36,7 +36,9 @@ def results(device: str, dtype: torch.dtype) -> list[Tensor]:
         found.append(pointwise.rms_norm(x, weight, 1e-6))
         found.append(pointwise.rms_norm_backward(slope, x, weight, 1e-6))
         found.append(pointwise.rms_norm_backward(slope, x, weight, 1e-6, residual))
-        both, slope = make(rows, 2 * size), make(rows, size, seed=3)
+        strided = make(rows, size + 8)[:, :size]
+        found.append(pointwise.rms_norm_backward(slope, x, weight, 1e-6, residual, out=strided))
+        both, slope = make(rows, 2 * size + 8)[:, : 2 * size], make(rows, size, seed=3)
         found.append(pointwise.swiglu(both))
         pointwise.swiglu_backward(both, slope)
         found += [both, slope]
@@ -93,6 +95,7 @@ def check_drop(device: str) -> None:
     assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
     assert float((kept == 0).float().mean()) == pytest.approx(0.25, abs=0.03)
     torch.testing.assert_close(pointwise.drop(x, seed, 3, 0.25, base=x), kept + x)
+    assert torch.equal(pointwise.drop(x[30:], seed, 3, 0.25, first=30), kept[30:])
 
 
 def test_the_definitions_are_what_autograd_says() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.oracles import tiny_checkpoint, tiny_config
-from train import lora
+from train import fused, lora
 from train.config import load_recipe
 from train.dataset import Sample, collate
 from train.gptq import Int4Linear
@@ -75,8 +75,9 @@ def by_hand(
 @pytest.mark.parametrize("int4", [False, True], ids=["float", "int4"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_and_gradients_equal_autograds(
-    tmp_path: Path, layout: str, int4: bool, checkpointing: bool, lengths: Any
+    tmp_path: Path, layout: str, int4: bool, checkpointing: bool, lengths: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fused, "HALVES", 100)  # rows of 64 by three: checkpointing goes by halves
     model = adapted(tmp_path, layout, int4, torch.float32, "cpu")
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable()
@@ -101,9 +102,15 @@ def test_some_linears_only(tmp_path: Path) -> None:
         torch.testing.assert_close(ours[name], slope, rtol=1e-4, atol=1e-4 * float(slope.abs().max()), msg=name)
 
 
-def test_dropout_has_the_gradient_of_the_masks_it_drew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "halves"])
+def test_dropout_has_the_gradient_of_the_masks_it_drew(
+    tmp_path: Path, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Along a direction, the loss under one seed changes as the gradient says."""
+    monkeypatch.setattr(fused, "HALVES", 64)
     model = adapted(tmp_path, "qwen2", True, torch.float64, "cpu", dropout="0.3")
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable()
     batch = batch_of(PACKED)
     names = {p: name for name, p in lora.trainable(model).items()}
     step = Step(model.get_base_model(), names, 64, graphs=False)

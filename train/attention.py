@@ -19,6 +19,7 @@ class Tokens:
     segments: Tensor  # [B, T] int64, equal = same conversation of a row
     bounds: Tensor  # [S + 1] int32: where conversations begin in the M tokens, then M; repeated up to a constant S
     seed: Tensor  # [1] int64, of this micro batch's dropout
+    first: int = 0  # the token with which what is computed begins, for dropout's mask
 
     @property
     def width(self) -> int:

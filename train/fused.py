@@ -7,7 +7,7 @@ optimizer sees one parameter. The base is frozen; a group of linears that read t
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,15 @@ from train.decoder import Decoder, rotary
 from train.gptq import Int4Linear
 from train.pointwise import drop, rms_norm, rms_norm_backward, swiglu, swiglu_backward, turn
 
+HALVES = 4096  # tokens from which checkpointing goes through the MLP in two halves
+
 
 class Projection:
     """Linears that read the same input: one product with their weights side by side, and the thin products of their adapters.
 
     y = h W + s · drop(h) Aᵀ Bᵀ + bias, with h [M, K], W [K, N], A [R, K] of all adapters one below the other, B [n, r] of each.
+    Where h has R columns to spare, the adapters' part rides in the one large product: [h, thin] [W; Bᵀ]; likewise [dy, back] [W, Aᵀ]ᵀ
+    on the way back. It saves a pass over y and one over dh, each as large as an activation.
     """
 
     def __init__(self, linears: Sequence[Any], site: int) -> None:
@@ -35,10 +39,15 @@ class Projection:
         self.outputs = self.columns[-1].stop
         adapted = [m for m in linears if hasattr(m, "lora_A")]
         self.ranks = _slices([_pair(m)[0].shape[0] for m in adapted])
+        self.rank = self.ranks[-1].stop if adapted else 0
         self.adapted = [n for n, m in enumerate(linears) if hasattr(m, "lora_A")]
         self.scale = float(adapted[0].scaling["default"]) if adapted else 0.0
         self.dropout = _rate(adapted[0]) if adapted else 0.0
         self.bias = self._bias()
+        self.spare = self.rank if self.packed else 0  # columns that it would like its input to have besides
+        self.spare_back = (
+            0 if self.dropout else self.spare
+        )  # and its output's gradient; dropout stands between back and A
 
     def parameters(self) -> list[nn.Parameter]:
         """All A, then all B: in this order they stand in the vector."""
@@ -51,7 +60,7 @@ class Projection:
         self.dA, self.dB = self._views(slopes)
 
     def _views(self, vector: Tensor) -> tuple[Tensor, list[Tensor]]:
-        at = self.ranks[-1].stop * self.inputs if self.ranks else 0
+        at = self.rank * self.inputs
         A, B = vector[:at].view(-1, self.inputs), []
         for n, ranks in zip(self.adapted, self.ranks):
             columns, rank = self.columns[n].stop - self.columns[n].start, ranks.stop - ranks.start
@@ -59,15 +68,22 @@ class Projection:
             at += columns * rank
         return A, B
 
-    def forward(self, h: Tensor, t: Tokens, bias: bool = True) -> tuple[Tensor, Tensor | None]:
-        """h [M, K] -> y [M, N], and s · drop(h) Aᵀ [M, R]. bias=False: whoever calls adds it."""
-        y = torch.empty(len(h), self.outputs, dtype=h.dtype, device=h.device)
-        for columns, weight in self._weights(h.dtype):
-            torch.mm(h, weight, out=y[:, columns])
-        thin = self.thin(h, t)
-        if thin is not None:
+    def forward(self, h: Tensor, t: Tokens, bias: bool = True, spare: int = 0) -> tuple[Tensor, Tensor | None]:
+        """h [M, K], or [M, K + R] with the last R to spare -> y [M, N], and s · drop(h) Aᵀ [M, R].
+
+        Args:
+            bias: False if whoever calls adds it. spare: columns that y's rows get besides.
+        """
+        thin = self.thin(h[:, : self.inputs], t)
+        y = torch.empty(len(h), self.outputs + spare, dtype=h.dtype, device=h.device)[:, : self.outputs]
+        if thin is not None and h.shape[1] > self.inputs:
+            h[:, self.inputs :] = thin
+            torch.mm(h, self._with_below(h.dtype), out=y)
+        else:
+            for columns, weight in self._weights(h.dtype):
+                torch.mm(h[:, : self.inputs], weight, out=y[:, columns])
             for n, ranks, B in zip(self.adapted, self.ranks, self.B):
-                y[:, self.columns[n]].addmm_(thin[:, ranks], B.t())
+                y[:, self.columns[n]].addmm_(thin[:, ranks], B.t())  # type: ignore[index]
         if bias and self.bias is not None:
             y += self.bias
         return y, thin
@@ -77,35 +93,49 @@ class Projection:
         return _scaled(self._dropped(h, t), self.A.t(), self.scale) if self.adapted else None
 
     def slope(self, dy: Tensor, t: Tokens, wanted: bool = True) -> tuple[Tensor, Tensor | None]:
-        """The gradient of h [M, K] for that of y [M, N] (empty if not `wanted`), and s · dy B [M, R], for `learn`."""
-        thin = None
-        if self.adapted:
-            thin = torch.empty(len(dy), self.ranks[-1].stop, dtype=dy.dtype, device=dy.device)
-            for n, ranks, B in zip(self.adapted, self.ranks, self.B):
-                thin[:, ranks].addmm_(dy[:, self.columns[n]], B, beta=0, alpha=self.scale)
+        """The gradient of h [M, K] (empty if not `wanted`), and s · dy B [M, R], for `learn`.
+
+        Args:
+            dy: the gradient of y [M, N], or [M, N + R] with the last R to spare.
+        """
+        back = self._back(dy)
         if not wanted:
-            return dy[:0], thin
+            return dy[:0], back
+        if back is not None and dy.shape[1] > self.outputs:
+            return dy @ self._with_beside(dy.dtype).t(), back
         dh = torch.empty(len(dy), self.inputs, dtype=dy.dtype, device=dy.device)
         for number, (columns, weight) in enumerate(self._weights(dy.dtype)):
             dh.addmm_(dy[:, columns], weight.t(), beta=min(number, 1))
-        if thin is None:
+        if back is None:
             return dh, None
         if self.dropout:
-            return drop(thin @ self.A, t.seed, self.site, self.dropout, base=dh), thin
-        return dh.addmm_(thin, self.A), thin
+            return drop(back @ self.A, t.seed, self.site, self.dropout, dh, t.first), back
+        return dh.addmm_(back, self.A), back
 
-    def learn(self, dy: Tensor, back: Tensor | None, h: Tensor, thin: Tensor | None, t: Tokens) -> None:
-        """The gradients of A and B, into their places in the vector."""
+    def _back(self, dy: Tensor) -> Tensor | None:
+        """s · dy B [M, R], in the columns that dy has to spare, if it has."""
+        if not self.adapted:
+            return None
+        spare = dy.shape[1] > self.outputs
+        back = dy[:, self.outputs :] if spare else torch.empty(len(dy), self.rank, dtype=dy.dtype, device=dy.device)
+        for n, ranks, B in zip(self.adapted, self.ranks, self.B):
+            back[:, ranks].addmm_(dy[:, self.columns[n]], B, beta=0, alpha=self.scale)
+        return back
+
+    def learn(
+        self, dy: Tensor, back: Tensor | None, h: Tensor, thin: Tensor | None, t: Tokens, more: bool = False
+    ) -> None:
+        """The gradients of A and B, into their places in the vector, or (`more`) onto what is there."""
         if back is None:
             return
         thin = self.thin(h, t) if thin is None else thin
         assert thin is not None
         for n, ranks, dB in zip(self.adapted, self.ranks, self.dB):
-            torch.mm(dy[:, self.columns[n]].t(), thin[:, ranks], out=dB)
-        torch.mm(back.t(), self._dropped(h, t), out=self.dA)
+            dB.addmm_(dy[:, self.columns[n]].t(), thin[:, ranks], beta=int(more))
+        self.dA.addmm_(back.t(), self._dropped(h, t), beta=int(more))
 
     def _dropped(self, h: Tensor, t: Tokens) -> Tensor:
-        return drop(h, t.seed, self.site, self.dropout) if self.dropout else h
+        return drop(h.contiguous(), t.seed, self.site, self.dropout, None, t.first) if self.dropout else h
 
     def _weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """(columns of y, W [K, n]): all at once where the weights are packed, one after another where they are floats."""
@@ -116,10 +146,31 @@ class Projection:
         elif len(self.bases) == 1:
             yield self.columns[0], self.bases[0].matrix(dtype)
         else:
-            whole = torch.empty(self.inputs, self.outputs, dtype=dtype, device=self.bases[0].qweight.device)
-            for columns, base in zip(self.columns, self.bases):
-                base.matrix(dtype, whole[:, columns])
-            yield slice(0, self.outputs), whole
+            yield slice(0, self.outputs), self._unpacked(dtype, 0, 0)
+
+    def _with_below(self, dtype: torch.dtype) -> Tensor:
+        """[W; Bᵀ] [K + R, N]: below W each adapter's Bᵀ under its own columns."""
+        whole = self._unpacked(dtype, self.rank, 0)
+        below = whole[self.inputs :]
+        if len(self.columns) > 1:
+            below.zero_()
+        for n, ranks, B in zip(self.adapted, self.ranks, self.B):
+            below[ranks, self.columns[n]] = B.t()
+        return whole
+
+    def _with_beside(self, dtype: torch.dtype) -> Tensor:
+        """[W, Aᵀ] [K, N + R]."""
+        whole = self._unpacked(dtype, 0, self.rank)
+        whole[:, self.outputs :] = self.A.t()
+        return whole
+
+    def _unpacked(self, dtype: torch.dtype, below: int, beside: int) -> Tensor:
+        """W [K, N] of packed linears, with rows `below` it and columns `beside` it to be filled."""
+        device = self.bases[0].qweight.device
+        whole = torch.empty(self.inputs + below, self.outputs + beside, dtype=dtype, device=device)
+        for columns, base in zip(self.columns, self.bases):
+            base.matrix(dtype, whole[: self.inputs, columns])
+        return whole
 
     def _bias(self) -> Tensor | None:
         """[N], or None where all are zero: Qwen-1's files give every linear a bias, and only c_attn's is one."""
@@ -146,6 +197,16 @@ def _rate(linear: Any) -> float:
     return float(getattr(linear.lora_dropout["default"], "p", 0.0))
 
 
+def _roomy(like: Tensor, columns: int, spare: int) -> Tensor:
+    """[M, columns + spare] beside `like` [M, ...], not filled."""
+    return torch.empty(len(like), columns + spare, dtype=like.dtype, device=like.device)
+
+
+def _widened(x: Tensor, spare: int) -> Tensor:
+    """x [M, N] with the `spare` columns that its rows have besides in memory."""
+    return x.as_strided((len(x), x.shape[1] + spare), x.stride()) if spare else x
+
+
 def _scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return torch.empty(len(x), y.shape[1], dtype=x.dtype, device=x.device).addmm_(x, y, beta=0, alpha=scale)
 
@@ -159,8 +220,8 @@ class Saved:
     attended: Tensor  # [M, Hq, D]
     kept: Kept
     middle: Tensor  # [M, H], after attention
-    both: Tensor  # [M, 2 I], gate and up
-    thin: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    both: Tensor | None  # [M, 2 I], gate and up
+    thin: tuple[Tensor | None, ...]  # of qkv, out, both, down
 
 
 class Block:
@@ -181,42 +242,91 @@ class Block:
     def projections(self) -> tuple[Projection, ...]:
         return self.qkv, self.out, self.both, self.down
 
-    def forward(self, x: Tensor, t: Tokens, turns: tuple[Tensor, Tensor], whole: bool = True) -> tuple[Tensor, Saved]:
-        """y, and what `backward` needs; without `whole`, y is x and the last product is not made."""
-        h = rms_norm(x, self.norm1.weight, self.eps)
-        qkv, thin1 = self.qkv.forward(h, t, bias=False)
+    def forward(self, x: Tensor, t: Tokens, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Saved]:
+        """y, and what `backward` needs."""
+        saved = self.attend(x, t, turns)
+        both, thin3 = self._branches(saved.middle, t)
+        act = _roomy(x, self.down.inputs, self.down.spare)
+        swiglu(both, act[:, : self.down.inputs])
+        y, thin4 = self.down.forward(act, t)
+        y += saved.middle
+        saved.both, saved.thin = both, (*saved.thin[:2], thin3, thin4)
+        return y, saved
+
+    def attend(self, x: Tensor, t: Tokens, turns: tuple[Tensor, Tensor]) -> Saved:
+        """The first half, without the MLP: what `backward` needs of it, where the branches are None."""
+        qkv, thin1 = self.qkv.forward(self._normed(x, self.norm1, self.qkv), t, bias=False)
         parts = self._split(qkv)
         turn(parts, self.qkv.bias, *turns, t.positions, out=qkv)
         attended, kept = attend(*parts, t)
         middle, thin2 = self.out.forward(attended.flatten(1), t)
         middle += x
-        h = rms_norm(middle, self.norm2.weight, self.eps)
-        both, thin3 = self.both.forward(h, t)
-        del h
-        y, thin4 = self.down.forward(swiglu(both), t) if whole else (x, None)
-        if whole:
-            y += middle
-        return y, Saved(x, qkv, attended, kept, middle, both, (thin1, thin2, thin3, thin4))
+        return Saved(x, qkv, attended, kept, middle, None, (thin1, thin2))
+
+    def _branches(self, middle: Tensor, t: Tokens) -> tuple[Tensor, Tensor | None]:
+        h = self._normed(middle, self.norm2, self.both)
+        return self.both.forward(h, t, spare=self.both.spare_back)
 
     def backward(self, dy: Tensor, s: Saved, t: Tokens, turns: tuple[Tensor, Tensor]) -> Tensor:
-        """The gradient of x for that of y; those of the adapters into the vector. Writes over s.both."""
-        slope, back = self.down.slope(dy, t)
-        swiglu_backward(s.both, slope)  # s.both: its gradient; slope: what the product down read
-        self.down.learn(dy, back, slope, s.thin[3], t)
-        del slope
-        slope, back = self.both.slope(s.both, t)
-        self.both.learn(s.both, back, rms_norm(s.middle, self.norm2.weight, self.eps), s.thin[2], t)
-        middle = rms_norm_backward(slope, s.middle, self.norm2.weight, self.eps, residual=dy)
+        """The gradient of x for that of y, both as `slope_like` makes them; those of the adapters into the vector.
+
+        Writes over what dy has to spare, and lets go of what is in `s` as soon as it can.
+        """
+        size = s.x.shape[1]
+        middle = self._mlp_backward(dy, s, t)
         slope, back = self.out.slope(middle, t)
         self.out.learn(middle, back, s.attended.flatten(1), s.thin[1], t)
         slopes = attend_backward(slope.view_as(s.attended), *self._split(s.qkv), s.attended, s.kept, t)
-        dqkv = turn(slopes, None, *turns, t.positions, out=torch.empty_like(s.qkv), sign=-1)
+        s.qkv = s.attended = slope = None  # type: ignore[assignment]
+        dqkv = _roomy(dy, self.qkv.outputs, self.qkv.spare_back)
+        turn(slopes, None, *turns, t.positions, out=dqkv[:, : self.qkv.outputs], sign=-1)
         del slopes
         slope, back = self.qkv.slope(dqkv, t, wanted=not self.first)  # nothing before the first block learns
         self.qkv.learn(dqkv, back, rms_norm(s.x, self.norm1.weight, self.eps), s.thin[0], t)
         if self.first:
             return slope
-        return rms_norm_backward(slope, s.x, self.norm1.weight, self.eps, residual=middle)
+        dx = self.slope_like(s.x)
+        rms_norm_backward(slope, s.x, self.norm1.weight, self.eps, middle[:, :size], dx[:, :size])
+        return dx
+
+    def _mlp_backward(self, dy: Tensor, s: Saved, t: Tokens) -> Tensor:
+        """The gradient of s.middle. Where the branches were not kept, half of the tokens at a time: they are the widest of all."""
+        middle = _roomy(dy, s.middle.shape[1], self.out.spare_back)
+        if s.both is not None:
+            self._half_backward(dy, s.middle, s.both, s.thin[2:], middle, t)
+            s.both = None
+            return middle
+        step = -(-len(dy) // 2) if len(dy) >= HALVES else len(dy)
+        for start in range(0, len(dy), step):
+            rows = slice(start, start + step)
+            mine = replace(t, first=start)
+            both, thin = self._branches(s.middle[rows], mine)
+            self._half_backward(dy[rows], s.middle[rows], both, (thin, None), middle[rows], mine, start > 0)
+            del both, thin
+        return middle
+
+    def _half_backward(
+        self, dy: Tensor, x: Tensor, both: Tensor, thin: Any, out: Tensor, t: Tokens, more: bool = False
+    ) -> None:
+        """The gradient of the MLP's input x [m, H] and of what goes past it, into `out`. Writes over `both` [m, 2 I]."""
+        size = x.shape[1]
+        slope, back = self.down.slope(dy, t)
+        swiglu_backward(both, slope)  # both: its gradient; slope: what the product down read
+        self.down.learn(dy, back, slope, thin[1], t, more)
+        del slope
+        slope, back = self.both.slope(_widened(both, self.both.spare_back), t)
+        self.both.learn(both, back, rms_norm(x, self.norm2.weight, self.eps), thin[0], t, more)
+        rms_norm_backward(slope, x, self.norm2.weight, self.eps, dy[:, :size], out[:, :size])
+
+    def slope_like(self, x: Tensor) -> Tensor:
+        """Room for a gradient of x [M, H], with what the block below would like to spare: all are alike."""
+        return _roomy(x, x.shape[1], self.down.spare_back)
+
+    def _normed(self, x: Tensor, norm: Any, reader: Projection) -> Tensor:
+        """The norm of x [M, H], with the columns that its reader would like to spare."""
+        h = _roomy(x, x.shape[1], reader.spare)
+        rms_norm(x, norm.weight, self.eps, h[:, : x.shape[1]])
+        return h
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         queries, keys, size = self.heads
@@ -259,12 +369,14 @@ class Trunk:
 
     def backward(self, slope: Tensor, kept: list[Any], t: Tokens) -> None:
         """Every adapter's gradient for the gradient `slope` [M, H] of hidden. Empties `kept`."""
-        slope = rms_norm_backward(slope, kept.pop(), self.norm.weight, self.config.rms_norm_eps)
+        x = kept.pop()
+        dx = self.blocks[-1].slope_like(x)
+        rms_norm_backward(slope, x, self.norm.weight, self.config.rms_norm_eps, out=dx[:, : x.shape[1]])
         for block in reversed(self.blocks):
             saved = kept.pop()
             if isinstance(saved, Tensor):
-                saved = block.forward(saved, t, self.turns, whole=False)[1]
-            slope = block.backward(slope, saved, t, self.turns)
+                saved = block.attend(saved, t, self.turns)
+            dx = block.backward(dx, saved, t, self.turns)
             del saved
 
     def _turns(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -22,42 +22,42 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
         learnt = (labels != IGNORE).nonzero().squeeze(1)  # [M]
-        total, slopes = summed(hidden, weight, learnt, labels[learnt], chunk, ctx.needs_input_grad[0])
-        ctx.save_for_backward(learnt, slopes)
-        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        slope = torch.zeros_like(hidden, dtype=_wide(hidden)) if ctx.needs_input_grad[0] else None
+        total = summed(hidden, weight, learnt, labels[learnt], chunk, slope)
+        ctx.save_for_backward(slope)
+        ctx.dtype = hidden.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        learnt, slopes = ctx.saved_tensors
-        grad = torch.zeros(ctx.shape, dtype=ctx.dtype, device=slopes.device)
-        grad[learnt] = (slopes * grads[0]).to(ctx.dtype)
-        return grad, None, None, None
+        (slope,) = ctx.saved_tensors
+        return (slope * grads[0]).to(ctx.dtype), None, None, None
 
 
 def summed(
-    hidden: Tensor, weight: Tensor, rows: Tensor, labels: Tensor, chunk: int, wanted: bool = True
-) -> tuple[Tensor, Tensor]:
-    """The summed loss of the rows of `hidden` [N, H] that `rows` [M] int64 names, and its gradient there [M, H] if `wanted`.
+    hidden: Tensor, weight: Tensor, rows: Tensor, labels: Tensor, chunk: int, slope: Tensor | None = None
+) -> Tensor:
+    """The summed loss of the rows of `hidden` [N, H] that `rows` [M] int64 names; float32, or float64 if `hidden` is.
 
     Args:
         labels: [M] int64, of those rows. chunk: rows of logits in memory at once.
+        slope: [N, H], gets the gradient in those rows; the others stay as they are.
     """
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = _wide(hidden)
     fast = weight.dtype in (torch.float16, torch.bfloat16) and kernels.usable(weight.device)
-    kept = hidden.dtype if fast else wide
-    slopes = torch.empty(len(rows) if wanted else 0, hidden.shape[1], dtype=kept, device=hidden.device)  # [M, H]
     total = torch.zeros((), dtype=wide, device=hidden.device)
-    for start in range(0, len(rows), chunk):
-        part = slice(start, start + chunk)
-        loss, logits = (_chunk_fast if fast else _chunk)(
-            hidden[rows[part]].to(weight.dtype), weight, labels[part], wide
-        )
+    for part in (slice(start, start + chunk) for start in range(0, len(rows), chunk)):
+        given = hidden[rows[part]].to(weight.dtype)
+        loss, logits = (_chunk_fast if fast else _chunk)(given, weight, labels[part], wide)
         total += loss
-        if wanted:
-            torch.mm(logits, weight, out=slopes[part]) if fast else slopes[part].copy_(logits.to(weight.dtype) @ weight)
+        if slope is not None:
+            slope[rows[part]] = (logits.to(weight.dtype) @ weight).to(slope.dtype)
         del logits  # before the next chunk's are made
-    return total, slopes
+    return total
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:

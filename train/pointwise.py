@@ -16,23 +16,27 @@ def _fast(x: Tensor) -> bool:
     return kernels.usable(x.device) and x.dtype != torch.float64
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · weight, the mean in float32. x [M, H] contiguous."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """x / rms(x) · weight, the mean in float32. x [M, H] contiguous; rows of `out` may be strided, here and below."""
+    out = torch.empty_like(x) if out is None else out
     if _fast(x):
-        return fast.rms_norm(x, weight, eps)
+        return fast.rms_norm(x, weight, eps, out)
     y = _wide(x)
-    return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    return out.copy_((y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight)
 
 
-def rms_norm_backward(slope: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def rms_norm_backward(
+    slope: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """The gradient of x [M, H] for the gradient `slope` of the norm; `residual` [M, H], the gradient that goes past it, is added."""
+    out = torch.empty_like(x) if out is None else out
     if _fast(x):
-        return fast.rms_norm_backward(slope, x, weight, eps, residual)
+        return fast.rms_norm_backward(slope, x, weight, eps, residual, out)
     a, s = _wide(x), _wide(slope) * weight
     rate = torch.rsqrt(a.pow(2).mean(-1, keepdim=True) + eps)
     hat = a * rate
     grad = rate * (s - hat * (s * hat).mean(-1, keepdim=True))
-    return (grad if residual is None else grad + residual).to(x.dtype)
+    return out.copy_(grad if residual is None else grad + residual)
 
 
 def turn(
@@ -64,12 +68,14 @@ def turn(
     return out.copy_(torch.cat([turned, heads[:, queries + keys :]], dim=1).flatten(1))
 
 
-def swiglu(both: Tensor) -> Tensor:
-    """silu(gate) · up for both [M, 2 I], gate first -> [M, I]."""
+def swiglu(both: Tensor, out: Tensor | None = None) -> Tensor:
+    """silu(gate) · up for both [M, 2 I], gate first -> [M, I]. Rows of `both` may be strided, here and below."""
+    if out is None:
+        out = torch.empty(len(both), both.shape[1] // 2, dtype=both.dtype, device=both.device)
     if _fast(both):
-        return fast.swiglu(both)
+        return fast.swiglu(both, out)
     gate, up = both.chunk(2, dim=1)
-    return F.silu(gate) * up
+    return out.copy_(F.silu(gate) * up)
 
 
 def swiglu_backward(both: Tensor, slope: Tensor) -> None:
@@ -85,16 +91,18 @@ def swiglu_backward(both: Tensor, slope: Tensor) -> None:
     return None
 
 
-def drop(x: Tensor, seed: Tensor, site: int, p: float, base: Tensor | None = None) -> Tensor:
-    """Dropout whose mask is a function of (seed, site): x [M, K] with places zero at rate p, others / (1 − p); plus `base`.
+def drop(x: Tensor, seed: Tensor, site: int, p: float, base: Tensor | None = None, first: int = 0) -> Tensor:
+    """Dropout whose mask is a function of (seed, site): x [m, K] with places zero at rate p, others / (1 − p); plus `base`.
 
     The kernel and this definition draw other masks: each is used in forward and backward alike.
+    Args:
+        first: x's first row among those that the mask was drawn for.
     """
     if _fast(x):
-        return fast.drop(x, seed, site, p, base)
+        return fast.drop(x, seed, site, p, base, first * x.shape[1])
     generator = torch.Generator().manual_seed(int(seed) * 1_000_003 + site)
-    kept = torch.rand(x.shape, generator=generator).to(x.device) >= p
-    y = x * kept / (1 - p)
+    drawn = torch.rand(first + len(x), x.shape[1], generator=generator)[first:]
+    y = x * (drawn.to(x.device) >= p) / (1 - p)
     return (y if base is None else y + base).to(x.dtype)
 
 

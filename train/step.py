@@ -8,6 +8,7 @@ learnt tokens changes with every batch and the head is too dear for those that a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,6 +115,11 @@ class Step(nn.Module):
     def decoder(self) -> Any:
         return self._decoder[0]
 
+    @property
+    def embedding(self) -> Tensor:
+        """[V, H]"""
+        return getattr(self.decoder.trunk, self.decoder.config.names.embed).weight  # type: ignore[no-any-return]
+
     def bind(self) -> None:
         """Look at where the vector's numbers are now: once, after DeepSpeed has put them where it wants them."""
         self.slopes = torch.empty_like(self.vector)
@@ -165,33 +171,36 @@ class _Shape:
         self.forth: Any = None
         self.back: Any = None
 
-    def forward(self, x: Tensor, t: Tokens, step: Step) -> Tensor:
-        """Embeddings [M, H] -> hidden [M, H], which the next call writes over."""
+    def forward(self, ids: Tensor, t: Tokens, step: Step) -> tuple[Tensor, Tensor]:
+        """ids [M] -> hidden [M, H], and room for its gradient, zeros; the next call writes over both."""
         self.uses += 1
         captured = [shape for shape in step.shapes.values() if shape.forth is not None]
         if self.forth is None and (self.uses < 2 or not step.graphs or len(captured) >= GRAPHS):
             self.tokens = t
-            hidden, self.kept = self.trunk.forward(x, t, self.checkpointing)
-            return hidden
+            hidden, self.kept = self.trunk.forward(F.embedding(ids, step.embedding), t, self.checkpointing)
+            self.slope = torch.zeros_like(hidden)
+            return hidden, self.slope
         if self.forth is None:
-            self.x, self.tokens = x.clone(), Tokens(*(getattr(t, name).clone() for name in FIELDS))
-            self.forth, (self.hidden, self.kept) = _capture(
-                step, lambda: self.trunk.forward(self.x, self.tokens, self.checkpointing)
+            self.x, self.tokens = (
+                F.embedding(ids, step.embedding),
+                Tokens(*(getattr(t, name).clone() for name in FIELDS)),
             )
-        self.x.copy_(x)
+            work = partial(self.trunk.forward, self.x, self.tokens, self.checkpointing)
+            self.forth, (self.hidden, self.kept) = _capture(step, work)
+            self.slope = torch.empty_like(self.hidden)
+        torch.index_select(step.embedding, 0, ids, out=self.x)
         for name in FIELDS:
             getattr(self.tokens, name).copy_(getattr(t, name))
         self.forth.replay()
-        return self.hidden
+        return self.hidden, self.slope.zero_()
 
-    def backward(self, slope: Tensor, step: Step) -> None:
-        """Gradients of every adapter into step.slopes, for the gradient [M, H] of hidden."""
+    def backward(self, scale: Tensor, step: Step) -> None:
+        """Gradients of every adapter into step.slopes, for `scale` times the gradient that stands in the room."""
+        self.slope.mul_(scale)
         if self.forth is None:
-            return self.trunk.backward(slope, self.kept, self.tokens)
+            return self.trunk.backward(self.slope, self.kept, self.tokens)
         if self.back is None:
-            self.slope = slope.clone()
-            self.back, _ = _capture(step, lambda: self.trunk.backward(self.slope, self.kept, self.tokens))
-        self.slope.copy_(slope)
+            self.back, _ = _capture(step, partial(self.trunk.backward, self.slope, self.kept, self.tokens))
         return self.back.replay()
 
 
@@ -216,20 +225,19 @@ class _Learn(torch.autograd.Function):
     def forward(ctx: Any, vector: Tensor, step: Step, batch: dict[str, Tensor]) -> Tensor:
         placed = step.place(batch)
         shape = step.shape_of(placed)
-        names = step.decoder.config.names
-        embeddings = getattr(step.decoder.trunk, names.embed)(placed.ids).flatten(0, 1)
-        hidden = shape.forward(embeddings, placed.tokens, step)
+        hidden, slope = shape.forward(placed.ids.flatten(), placed.tokens, step)
         head = step.decoder.lm_head.weight
-        chunk = CHUNK if head.device.type == "cpu" else CHUNK_FAST
-        total, slopes = summed(hidden, head, placed.rows, placed.labels, chunk)
-        ctx.step, ctx.shape, ctx.like = step, shape, hidden
-        ctx.save_for_backward(placed.rows, slopes)
-        return total
+        ctx.step, ctx.shape = step, shape
+        return summed(hidden, head, placed.rows, placed.labels, chunk_of(hidden), slope)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        rows, slopes = ctx.saved_tensors
-        whole = torch.zeros_like(ctx.like)
-        whole[rows] = (slopes * grads[0]).to(whole.dtype)
-        ctx.shape.backward(whole, ctx.step)
+        ctx.shape.backward(grads[0], ctx.step)
         return ctx.step.slopes, None, None
+
+
+def chunk_of(hidden: Tensor) -> int:
+    """Rows of logits at once: for few tokens fewer, since they are a larger part of what is in memory."""
+    if not hidden.is_cuda:
+        return CHUNK
+    return CHUNK_FAST if len(hidden) > 4096 else CHUNK_FAST // 2

@@ -25,7 +25,17 @@ if triton is not None:
 
     @triton.jit
     def _norm_row_backward(  # type: ignore[no-untyped-def]
-        slope, x, weight, residual, out, size, eps, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
+        slope,
+        x,
+        weight,
+        residual,
+        out,
+        size,
+        eps,
+        residual_stride,
+        out_stride,
+        RESIDUAL: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         n = tl.arange(0, BLOCK)
@@ -38,8 +48,8 @@ if triton is not None:
         hat = a * rate
         grad = rate * (s - hat * (tl.sum(s * hat, 0) / size))
         if RESIDUAL:
-            grad += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + at, grad.to(out.dtype.element_ty), mask=inside)
+            grad += tl.load(residual + row * residual_stride + n, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + row * out_stride + n, grad.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _turn(  # type: ignore[no-untyped-def]
@@ -82,23 +92,23 @@ if triton is not None:
             tl.store(to + HALF, new_high.to(out.dtype.element_ty), mask=mine)
 
     @triton.jit
-    def _swiglu_tile(both, out, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _swiglu_tile(both, out, size, stride, out_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         row = tl.program_id(0).to(tl.int64)
         n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = n < size
-        g = tl.load(both + row * 2 * size + n, mask=inside, other=0.0)
-        u = tl.load(both + row * 2 * size + size + n, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(both + row * stride + n, mask=inside, other=0.0)
+        u = tl.load(both + row * stride + size + n, mask=inside, other=0.0).to(tl.float32)
         wide = g.to(tl.float32)
         act = (wide * tl.sigmoid(wide)).to(g.dtype).to(tl.float32)
-        tl.store(out + row * size + n, (act * u).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + row * out_stride + n, (act * u).to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _swiglu_tile_backward(both, slope, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _swiglu_tile_backward(both, slope, size, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         """In place: the branches become their gradients, the slope becomes the product that was forgotten."""
         row = tl.program_id(0).to(tl.int64)
         n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = n < size
-        at = both + row * 2 * size + n
+        at = both + row * stride + n
         given = tl.load(at, mask=inside, other=0.0)
         g = given.to(tl.float32)
         u = tl.load(at + size, mask=inside, other=0.0).to(tl.float32)
@@ -110,11 +120,11 @@ if triton is not None:
         tl.store(slope + row * size + n, (act * u).to(slope.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _drop(x, base, out, seed, site, count, p, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _drop(x, base, out, seed, site, count, offset, p, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         """out = kept x / (1 − p), or base + that; the same places for the same seed and site, whatever the block."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < count
-        kept = tl.rand(tl.load(seed) + site, at) >= p
+        kept = tl.rand(tl.load(seed) + site, offset + at) >= p
         y = tl.where(kept, tl.load(x + at, mask=inside, other=0.0).to(tl.float32) / (1 - p), 0.0)
         if ADD:
             y += tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
@@ -125,20 +135,21 @@ def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """pointwise.rms_norm: x [M, H] -> [M, H]."""
-    out = torch.empty_like(x)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """pointwise.rms_norm: x [M, H] -> out [M, H]."""
     block = triton.next_power_of_2(x.shape[1])
     _norm_row[(len(x),)](x, weight, out, x.shape[1], eps, out.stride(0), BLOCK=block, num_warps=_warps(block))
     return out
 
 
-def rms_norm_backward(slope: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
-    """pointwise.rms_norm_backward: the gradient of x [M, H], with `residual` [M, H] added to it."""
-    out = torch.empty_like(x)
+def rms_norm_backward(
+    slope: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor
+) -> Tensor:
+    """pointwise.rms_norm_backward: the gradient of x [M, H], with `residual` [M, H] added to it, into `out`."""
+    given = x if residual is None else residual
     block = triton.next_power_of_2(x.shape[1])
     _norm_row_backward[(len(x),)](
-        slope, x, weight, x if residual is None else residual, out, x.shape[1], eps,
+        slope, x, weight, given, out, x.shape[1], eps, given.stride(0), out.stride(0),
         RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out
@@ -165,22 +176,23 @@ def turn(
     return out
 
 
-def swiglu(both: Tensor) -> Tensor:
-    """pointwise.swiglu: [M, 2 I], gate then up, -> [M, I]."""
-    rows, size = len(both), both.shape[1] // 2
-    out = torch.empty(rows, size, dtype=both.dtype, device=both.device)
-    _swiglu_tile[(rows, triton.cdiv(size, 2048))](both, out, size, BLOCK=2048, num_warps=4)
+def swiglu(both: Tensor, out: Tensor) -> Tensor:
+    """pointwise.swiglu: [M, 2 I], gate then up, -> out [M, I]."""
+    rows, size = out.shape
+    _swiglu_tile[(rows, triton.cdiv(size, 2048))](
+        both, out, size, both.stride(0), out.stride(0), BLOCK=2048, num_warps=4
+    )
     return out
 
 
 def swiglu_backward(both: Tensor, slope: Tensor) -> None:
     """pointwise.swiglu_backward, in place: both [M, 2 I] -> its gradient, slope [M, I] -> swiglu(both)."""
     rows, size = slope.shape
-    _swiglu_tile_backward[(rows, triton.cdiv(size, 2048))](both, slope, size, BLOCK=2048, num_warps=4)
+    _swiglu_tile_backward[(rows, triton.cdiv(size, 2048))](both, slope, size, both.stride(0), BLOCK=2048, num_warps=4)
 
 
-def drop(x: Tensor, seed: Tensor, site: int, p: float, base: Tensor | None = None) -> Tensor:
-    """x [M, K] with a share p of places zero and the others / (1 − p), or that added to `base`; equal for equal seed and site.
+def drop(x: Tensor, seed: Tensor, site: int, p: float, base: Tensor | None, offset: int) -> Tensor:
+    """pointwise.drop: x [m, K], the first of whose places is number `offset` of the mask.
 
     Args:
         seed: [1] int64 on the device, so that a captured graph draws anew when it changes.
@@ -188,6 +200,6 @@ def drop(x: Tensor, seed: Tensor, site: int, p: float, base: Tensor | None = Non
     out = torch.empty_like(x)
     grid = (triton.cdiv(x.numel(), 1024),)
     _drop[grid](
-        x, x if base is None else base, out, seed, site, x.numel(), p, ADD=base is not None, BLOCK=1024, num_warps=4
-    )
+        x, x if base is None else base, out, seed, site, x.numel(), offset, p, ADD=base is not None, BLOCK=1024, num_warps=4
+    )  # fmt: skip
     return out
