@@ -33,7 +33,7 @@ class Static:
 
     @torch.inference_mode()
     def __init__(self, layers: Layers, batch: int, capacity: int, graph: bool = True) -> None:
-        """graph: whether to capture one; off, each step is called anew."""
+        """graph: whether to capture one where there is a GPU; off, each step is called anew."""
         self.layers, self.batch, self.capacity = layers, batch, capacity
         c, device = layers.config, layers.device
         self.heads = c.num_attention_heads
@@ -49,7 +49,7 @@ class Static:
         self.fast = kernels.usable(device)
         self.splits = self._splits()
         self.graph: torch.cuda.CUDAGraph | None = None
-        if graph:
+        if graph and device.type == "cuda":
             self._capture()
 
     def _turns(self, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -250,8 +250,7 @@ def _take(model: nn.Module, batch: int, length: int) -> Static | None:
             kept = _KEPT[model] = _Kept(signature, Layers(base))
         found = next((s for s in kept.free if s.batch == batch and s.capacity >= length), None)
         kept.free.clear()  # its memory, before more is taken
-        with torch.cuda.device(kept.layers.device):
-            return found or Static(kept.layers, batch, -(-length // BUCKET) * BUCKET)
+        return found or Static(kept.layers, batch, -(-length // BUCKET) * BUCKET)
     except (RuntimeError, ValueError) as error:  # no memory for it, or a layer that cannot be recorded
         print(f"Decoding goes the slower way, without a CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
         forget(model)

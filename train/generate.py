@@ -1,8 +1,9 @@
 """Answers: batches of greedy ones, or one as a stream of text.
 
 One loop over a model with a key/value cache serves both; it works on the decoder, with or without an adapter, and on any causal
-model of transformers. Refuses to know files and terminals. Trade-off: a plain loop instead of transformers' generate, which
-computes logits of whole prompts, hides where the context ends, and cannot be stopped between two tokens.
+model of transformers. Our decoder on a GPU goes through decoding.py instead, one step ahead of what is read here, so that the GPU never waits
+for the host: the step after the last is thrown away. Refuses to know files and terminals. Trade-off: a plain loop instead of transformers'
+generate, which computes logits of whole prompts, hides where the context ends, and cannot be stopped between two tokens.
 """
 
 import codecs
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train import decoding
 from train.chatml import DEFAULT_SYSTEM, prompt
 from train.conversations import Turn
 from train.decoder import Decoder
@@ -87,6 +89,7 @@ def answers(
         texts |= zip(some, _answer([rows[n] for n in some], model, tokenizer, max_new_tokens, cut))
         if on_progress:
             on_progress(len(texts), len(rows))
+    decoding.forget(model)
     return [texts[n] for n in range(len(rows))]
 
 
@@ -99,7 +102,7 @@ def _answer(rows: list[list[int]], model: nn.Module, tokenizer: Tokenizer, max_n
     stop = torch.tensor(tokenizer.stop_ids)
     taken: list[Tensor] = []
     ended = torch.zeros(len(rows), dtype=torch.bool)
-    for step in _tokens(model, ids, mask, _chooser(Sampling(), _device(model)), steps):
+    for step in _tokens(model, ids, mask, Sampling(), steps):
         taken.append(step.cpu())
         ended |= torch.isin(taken[-1], stop)
         if ended.all():
@@ -131,7 +134,7 @@ def stream(
     text = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of half a character
     row = torch.tensor([list(ids)])
     full = True
-    for step in _tokens(model, row, torch.ones_like(row), _chooser(sampling or Sampling(), _device(model)), steps):
+    for step in _tokens(model, row, torch.ones_like(row), sampling or Sampling(), steps):
         number = int(step)
         if number in tokenizer.stop_ids:
             full = False
@@ -160,10 +163,21 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _tokens(model: nn.Module, ids: Tensor, mask: Tensor, choose: Choose, steps: int) -> Iterator[Tensor]:
-    """The next id of each row, `steps` times. ids and mask [B, T], padding (mask 0) on the left; yields [B] on the model's device."""
-    ids, mask = ids.to(_device(model)), mask.to(_device(model))
-    base = getattr(model, "get_base_model", lambda: model)()
+def _tokens(model: nn.Module, ids: Tensor, mask: Tensor, sampling: Sampling, steps: int) -> Iterator[Tensor]:
+    """The next id of each row, `steps` times. ids and mask [B, T], padding (mask 0) on the left; yields [B]."""
+    device = _device(model)
+    ids, mask, choose = ids.to(device), mask.to(device), _chooser(sampling, device)
+    with decoding.leased(model, ids.shape[0], ids.shape[1] + steps) as static:
+        if static is None:
+            yield from _one_by_one(model, ids, mask, choose, steps)
+        else:
+            greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1.0
+            yield from _ahead(static, model, ids, mask, None if greedy else choose, steps)
+
+
+def _one_by_one(model: nn.Module, ids: Tensor, mask: Tensor, choose: Choose, steps: int) -> Iterator[Tensor]:
+    """By the model's own cache, which grows; yields on the model's device."""
+    base = decoding.decoder_of(model)
     frugal = {"last_only": True} if isinstance(base, Decoder) else {}
     now, past = ids, None
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # from zero at each row's first token
@@ -182,6 +196,31 @@ def _tokens(model: nn.Module, ids: Tensor, mask: Tensor, choose: Choose, steps: 
         now, past, positions = chosen[:, None], out.past_key_values, positions[:, -1:] + 1
         ids = torch.cat([ids, now], dim=1)
         mask = torch.cat([mask, torch.ones_like(now)], dim=1)
+
+
+def _ahead(
+    static: decoding.Static, model: nn.Module, ids: Tensor, mask: Tensor, choose: Choose | None, steps: int
+) -> Iterator[Tensor]:
+    """By a cache of constant size: step n + 1 is under way when the tokens of step n are read. choose None: the likeliest. Yields on the host."""
+    width, cuda = ids.shape[1], ids.is_cuda
+    said = torch.empty(steps, len(ids), dtype=torch.int64, pin_memory=cuda)
+    there = [torch.cuda.Event() for _ in range(steps if cuda else 0)]
+    with torch.inference_mode():
+        row = torch.cat([ids, ids.new_zeros(len(ids), steps)], dim=1)  # prompts and what was chosen
+    chosen: Tensor | None = None
+    for n in range(steps + 1):
+        if n < steps:
+            with torch.inference_mode():
+                logits = static.step(chosen) if n else static.start(model, ids, mask)
+                chosen = choose(row[:, : width + n], logits) if choose else None
+                row[:, width + n] = static.token if chosen is None else chosen
+                said[n].copy_(row[:, width + n], non_blocking=True)
+            if cuda:
+                there[n].record()
+        if n:
+            if cuda:
+                there[n - 1].synchronize()
+            yield said[n - 1]
 
 
 def _chooser(sampling: Sampling, device: torch.device) -> Choose:

@@ -89,7 +89,7 @@ def packed(linears: Sequence[nn.Module], device: torch.device) -> list[Packed] |
 def _packed(layer: Int4Linear) -> Packed | None:
     """One layer's; in act-order a copy with its rows sorted by group. None for 2 bits, and for groups of unequal size."""
     bits = layer.scheme.bits
-    bias = layer.bias if layer.bias is not None and bool(layer.bias.any()) else None
+    bias = layer.bias if layer.bias is not None and bool(layer.bias.any()) else None  # Qwen-1's files hold zeros
     if bits == 2:
         return None
     if grouped(layer.g_idx, len(layer.scales)):
@@ -191,7 +191,7 @@ class Layers:
 
     def _gated(self, gate: nn.Module, up: nn.Module) -> Product:
         weights = packed([gate, up], self.device)
-        if weights is None:
+        if weights is None or (weights[0].bias is None) != (weights[1].bias is None):
             return lambda x: _called(up, x) * F.silu(_called(gate, x))
         found = self._adapter([gate, up])
         if found is None:

@@ -1,9 +1,8 @@
 """A few rows times a packed Int4 weight, as decoding needs it: y = x W + bias (+ the adapter's B·t), W never unpacked in memory.
 
-One row: products and sums of float32 lanes. Codes become floats by sitting in the mantissa of 2^23, the zero is taken off a whole tile at once.
-More rows, up to 64: the tensor cores, on q − z, which every float type holds exactly; the scale multiplies sums of a group. So W is not even
-rounded, and one row and many agree to float32's rounding. K is cut into `splits`, whose sums the reader of the result adds in order: the same
-bits each time. Knows tensors only; gptq.dequantize_plain @ is the definition. Reads 4 and 8 bits; act-order through `perm`.
+W is not even rounded to x's dtype (packed.py says how), so one row and many agree to float32's rounding. K is cut into `splits`, whose sums
+the reader of the result adds in order: the same bits each time. Knows tensors only; gptq.dequantize_plain @ is the definition. Reads 4 and
+8 bits; act-order through `perm`.
 """
 
 from dataclasses import dataclass, replace
@@ -13,6 +12,9 @@ import torch
 from torch import Tensor
 
 from train.kernels.runtime import tl, triton
+
+if triton is not None:
+    from train.kernels.packed import many_rows, one_row
 
 MAGIC = 0x4B000000  # 2^23 as a float's bits; passed at run time, so that and-or is one instruction
 NEVER = 1 << 30  # an edge beyond all columns
@@ -72,119 +74,6 @@ class Tile:
 if triton is not None:
 
     @triton.jit
-    def _steps(qzeros, scales, g, n, inside, columns, zero_words, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Zeros and scales float32 of the groups g at the columns n, in the shape of their sum."""
-        PER: tl.constexpr = 32 // BITS
-        MASK: tl.constexpr = (1 << BITS) - 1
-        stored = tl.load(qzeros + g * zero_words + n // PER, mask=inside, other=0) >> ((n % PER) * BITS)
-        scale = tl.load(scales + g * columns + n, mask=inside, other=0.0).to(tl.float32)
-        return (((stored & MASK) + 1) & MASK).to(tl.float32), scale
-
-    @triton.jit
-    def _row(  # type: ignore[no-untyped-def]
-        x, qweight, qzeros, scales, perm, first, last, n, inside, rows, columns, zero_words, group, magic,
-        BITS: tl.constexpr, WORDS: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr, ONE_GROUP: tl.constexpr,
-        STAGES: tl.constexpr,
-    ):  # fmt: skip
-        """x [K] @ W[:, n] over the tiles first … last: [1, TN] float32, on ordinary lanes."""
-        PER: tl.constexpr = 32 // BITS
-        MASK: tl.constexpr = (1 << BITS) - 1
-        LOW: tl.constexpr = 23 // BITS  # codes of a word that lie within a mantissa where they are
-        acc = tl.zeros((WORDS, TN), tl.float32)
-        for tile in tl.range(first, last, num_stages=STAGES):
-            word = tile * WORDS + tl.arange(0, WORDS)
-            there = word * PER < rows
-            place = qweight + word[:, None].to(tl.int64) * columns + n[None]
-            packed = tl.load(place, mask=there[:, None] & inside[None], other=0)
-            part = tl.zeros((WORDS, TN), tl.float32)
-            total = tl.zeros((WORDS,), tl.float32)
-            for j in tl.static_range(PER):
-                k = word * PER + j
-                if PERM:
-                    k = tl.load(perm + k, mask=there, other=0)
-                xj = tl.load(x + k, mask=there, other=0.0).to(tl.float32)
-                total += xj
-                if j < LOW:
-                    code = (packed & (MASK << (BITS * j))) | magic  # 2^23 + q · 2^(BITS·j)
-                    xj = xj * (1.0 / (1 << (BITS * j)))
-                else:
-                    code = ((packed >> (BITS * LOW)) & (MASK << (BITS * (j - LOW)))) | magic
-                    xj = xj * (1.0 / (1 << (BITS * (j - LOW))))
-                part += xj[:, None] * (code.to(tl.float32, bitcast=True) - 8388608.0)
-            if ONE_GROUP:
-                zero, scale = _steps(qzeros, scales, tile * WORDS * PER // group, n, inside, columns, zero_words, BITS)
-                acc += (part - total[:, None] * zero[None]) * scale[None]
-            else:
-                g = (word * PER // group)[:, None]
-                zero, scale = _steps(
-                    qzeros, scales, g, n[None], there[:, None] & inside[None], columns, zero_words, BITS
-                )
-                acc += (part - total[:, None] * zero) * scale
-        return tl.sum(acc, axis=0)[None]
-
-    @triton.jit
-    def _code(packed, zero, magic, J: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Code J of each word less its zero, exactly: one step of bits, one of floats."""
-        LOW: tl.constexpr = 23 // BITS  # codes of a word that lie within a mantissa where they are
-        PLACE: tl.constexpr = BITS * (J % LOW)
-        MASK: tl.constexpr = ((1 << BITS) - 1) << PLACE
-        word = packed >> (BITS * LOW * (J // LOW))
-        code = (word & MASK) | magic  # 2^23 + q · 2^PLACE
-        return (code.to(tl.float32, bitcast=True) * (1.0 / (1 << PLACE)) - (zero + (8388608 >> PLACE))).to(DTYPE)
-
-    @triton.jit
-    def _codes(packed, zero, magic, BITS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """packed [N, words] -> q − z [N, words · codes], those of a word side by side in one thread."""
-        tl.static_assert(BITS == 4 or BITS == 8)
-        N: tl.constexpr = packed.shape[0]
-        WORDS: tl.constexpr = packed.shape[1]
-        if BITS == 4:
-            even = tl.join(
-                tl.join(_code(packed, zero, magic, 0, 4, DTYPE), _code(packed, zero, magic, 4, 4, DTYPE)),
-                tl.join(_code(packed, zero, magic, 2, 4, DTYPE), _code(packed, zero, magic, 6, 4, DTYPE)),
-            )
-            odd = tl.join(
-                tl.join(_code(packed, zero, magic, 1, 4, DTYPE), _code(packed, zero, magic, 5, 4, DTYPE)),
-                tl.join(_code(packed, zero, magic, 3, 4, DTYPE), _code(packed, zero, magic, 7, 4, DTYPE)),
-            )
-        else:
-            even = tl.join(_code(packed, zero, magic, 0, 8, DTYPE), _code(packed, zero, magic, 2, 8, DTYPE))
-            odd = tl.join(_code(packed, zero, magic, 1, 8, DTYPE), _code(packed, zero, magic, 3, 8, DTYPE))
-        return tl.reshape(tl.join(even, odd), (N, WORDS * (32 // BITS)))
-
-    @triton.jit
-    def _rows(  # type: ignore[no-untyped-def]
-        x, qweight, qzeros, scales, perm, first, last, m, many, n, inside, rows, columns, zero_words, group, magic,
-        BITS: tl.constexpr, WORDS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr,
-        ONE_GROUP: tl.constexpr, STAGES: tl.constexpr,
-    ):  # fmt: skip
-        """x[m] @ W[:, n] over the tiles first … last: [TM, TN] float32, on tensor cores."""
-        PER: tl.constexpr = 32 // BITS
-        DEEP: tl.constexpr = WORDS * PER
-        DTYPE: tl.constexpr = x.dtype.element_ty
-        acc = tl.zeros((TM, TN), tl.float32)
-        for tile in tl.range(first, last, num_stages=STAGES):
-            word = tile * WORDS + tl.arange(0, WORDS)
-            there = inside[:, None] & (word * PER < rows)[None]
-            packed = tl.load(qweight + word[None].to(tl.int64) * columns + n[:, None], mask=there, other=0)
-            k = tile * DEEP + tl.arange(0, DEEP)
-            inner = k < rows
-            at = tl.load(perm + k, mask=inner, other=0) if PERM else k
-            xs = tl.load(x + m[:, None] * rows + at[None], mask=(m < many)[:, None] & inner[None], other=0.0)
-            if ONE_GROUP:
-                zero, scale = _steps(qzeros, scales, tile * DEEP // group, n, inside, columns, zero_words, BITS)
-                whole = _codes(packed, zero[:, None], magic, BITS, DTYPE)
-                acc += tl.dot(xs, tl.trans(whole), input_precision="ieee") * scale[None]
-            else:
-                zero, scale = _steps(
-                    qzeros, scales, (word * PER // group)[None], n[:, None], there, columns, zero_words, BITS
-                )
-                steps = tl.reshape(tl.broadcast_to(scale[:, :, None], (TN, WORDS, PER)), (TN, DEEP))
-                weight = (_codes(packed, zero, magic, BITS, tl.float32) * steps).to(DTYPE)
-                acc += tl.dot(xs, tl.trans(weight), input_precision="ieee")
-        return acc
-
-    @triton.jit
     def _thin(low, up, m, many, n, inside, wide, offset, LOW_SPLITS: tl.constexpr, RANK: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
         """t [m, offset …] @ Bᵀ [:, n]: [TM, TN] float32."""
         r = tl.arange(0, RANK)
@@ -216,12 +105,12 @@ if triton is not None:
         first = split * tiles
         last = tl.minimum(first + tiles, tl.cdiv(rows, WORDS * (32 // BITS)))
         if TM == 1:
-            y = _row(
+            y = one_row(
                 x + m0 * rows, qweight, qzeros, scales, perm, first, last, n, inside, rows, columns, zero_words, group, magic,
                 BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
             )  # fmt: skip
         else:
-            y = _rows(
+            y = many_rows(
                 x, qweight, qzeros, scales, perm, first, last, m, many, n, inside, rows, columns, zero_words, group, magic,
                 BITS, WORDS, TM, TN, PERM, ONE_GROUP, STAGES,
             )  # fmt: skip
@@ -249,20 +138,20 @@ if triton is not None:
         m = m0 + tl.arange(0, TM)
         dtype = out.dtype.element_ty
         if TM == 1:
-            gate = _row(
+            gate = one_row(
                 x + m0 * rows, qweight, qzeros, scales, perm, 0, tiles, n, inside, rows, columns, zero_words, group, magic,
                 BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
             )  # fmt: skip
-            y = _row(
+            y = one_row(
                 x + m0 * rows, qweight2, qzeros2, scales2, perm, 0, tiles, n, inside, rows, columns, zero_words, group, magic,
                 BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
             )  # fmt: skip
         else:
-            gate = _rows(
+            gate = many_rows(
                 x, qweight, qzeros, scales, perm, 0, tiles, m, many, n, inside, rows, columns, zero_words, group, magic,
                 BITS, WORDS, TM, TN, PERM, ONE_GROUP, STAGES,
             )  # fmt: skip
-            y = _rows(
+            y = many_rows(
                 x, qweight2, qzeros2, scales2, perm, 0, tiles, m, many, n, inside, rows, columns, zero_words, group, magic,
                 BITS, WORDS, TM, TN, PERM, ONE_GROUP, STAGES,
             )  # fmt: skip
@@ -305,15 +194,17 @@ if triton is not None:
         tl.store(place, acc, mask=(m < many)[:, None] & (r < wide)[None])
 
 
-def height(many: int, device: torch.device) -> int:
-    """Rows of x in one program: 1 (always where Triton has no tensor cores for it), or what tensor cores take."""
-    return 1 if many == 1 or not tensor_cores(device) else max(16, min(MOST_ROWS, triton.next_power_of_2(many)))
+def height(x: Tensor) -> int:
+    """Rows of x [M, K] in one program: what tensor cores take; 1 for one row, and where Triton has none for x (before sm_80, float32)."""
+    if len(x) == 1 or (x.is_cuda and (x.dtype == torch.float32 or not tensor_cores(x.device))):
+        return 1
+    return max(16, min(MOST_ROWS, triton.next_power_of_2(len(x))))
 
 
 @cache
 def tensor_cores(device: torch.device) -> bool:
-    """Whether Triton's dot runs on `device`: from compute capability 8.0, and in the interpreter."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether Triton's dot on 16 bits runs on the GPU `device`."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
@@ -333,13 +224,13 @@ def tile_for(many: int, rows: int, columns: int, bits: int, device: torch.device
     return Tile(deep * bits // 32, width, splits, 4, 1 if many == 1 else 3)
 
 
-def _common(x: Tensor, w: Packed, tile: Tile, thin: Thin | None, up: Tensor | None = None) -> dict[str, int | bool]:
+def _common(x: Tensor, w: Packed, tile: Tile, thin: Thin | None) -> dict[str, int | bool]:
     """Constants that every product passes to its kernel."""
     deep = tile.words * 32 // w.bits
     return {
         "BITS": w.bits,
         "WORDS": tile.words,
-        "TM": height(len(x), x.device),
+        "TM": height(x),
         "TN": tile.columns,
         "PERM": w.perm is not None,
         "BIAS": w.bias is not None,
@@ -393,7 +284,7 @@ def gated(
 def narrow(x: Tensor, a: Tensor, splits: int = 4) -> Tensor:
     """x [M, K] @ Aᵀ for A [L, K], as [S, M, L] float32 whose S parts are to be added in order."""
     many, wide, rows = len(x), len(a), x.shape[1]
-    high = height(many, x.device)
+    high = height(x)
     lines, deep = (8, 512) if high == 1 else (16, 128)
     each = triton.cdiv(triton.cdiv(rows, splits), deep) * deep
     out = torch.empty(triton.cdiv(rows, each), many, wide, dtype=torch.float32, device=x.device)

@@ -1,0 +1,173 @@
+"""Products with packed weights against gptq.dequantize_plain @ in float64: through Triton's interpreter, and compiled where there is a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.test_kernels import packed
+from train import gptq
+
+CASES = [  # rows, columns, group, bits
+    (256, 96, 128, 4), (512, 130, 64, 4), (256, 64, 32, 4), (640, 64, 640, 4), (256, 64, 256, 8), (256, 48, 32, 8),
+]  # fmt: skip
+MANY = (1, 3, 17, 64)
+TOLERANCE = {
+    torch.float32: 2e-6,
+    torch.float16: 2e-6,
+    torch.bfloat16: 2e-6,
+}  # of sums: W is not rounded, sums are float32
+
+
+def weights(
+    rows: int, columns: int, group: int, bits: int, shuffled: bool, device: str, bias: bool = True
+) -> tuple[Any, Tensor]:
+    """A Packed, and the W + what it stands for: float64 [K, N] on the CPU."""
+    from train.kernels.matvec import Packed
+
+    qweight, qzeros, scales, g_idx = packed(rows, columns, group, bits, shuffled, "cpu")
+    plain = gptq.dequantize_plain(qweight, qzeros, scales, g_idx, bits, torch.float64)
+    order = None
+    if shuffled:
+        order = torch.argsort(g_idx, stable=True).int()
+        qweight = gptq.pack_rows(gptq.unpack_rows(qweight, bits)[order.long()], bits).contiguous()
+    g = torch.Generator().manual_seed(columns)
+    parts = [qweight, qzeros, scales, torch.randn(columns, generator=g).half() if bias else None, order]
+    qweight, qzeros, scales, b, order = (None if t is None else t.to(device) for t in parts)
+    return Packed(qweight, qzeros, scales, bits, b, order), plain
+
+
+def activations(many: int, rows: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(many, rows, generator=torch.Generator().manual_seed(many)).to(dtype).to(device)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    error = (got.double().cpu() - want).abs().max() / want.abs().max()
+    assert error < tolerance, float(error)
+
+
+def check_product(device: str, dtypes: tuple[torch.dtype, ...], cases: list[Any]) -> int:
+    from train.kernels.matvec import product
+
+    count = 0
+    for rows, columns, group, bits in cases:
+        for shuffled in (False, True):
+            w, plain = weights(rows, columns, group, bits, shuffled, device)
+            for many in MANY:
+                for dtype in dtypes:
+                    x = activations(many, rows, dtype, device)
+                    parts = product(x, w)
+                    grouped = w.group % 128 == 0  # else a tile spans groups, and tensor cores get W itself, rounded
+                    rounded = many > 1 and not grouped and dtype != torch.float32
+                    loss = {torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype] if rounded else TOLERANCE[dtype]
+                    close(parts.sum(0), x.double().cpu() @ plain + w.bias.double().cpu(), loss)
+                    assert torch.equal(parts, product(x, w))
+                    count += 1
+    return count
+
+
+def check_adapted(device: str, dtype: torch.dtype) -> None:
+    """Three linears side by side, each with its own adapter, and the gated pair."""
+    from train.kernels.matvec import Thin, Tile, gated, narrow, product
+
+    g = torch.Generator().manual_seed(0)
+    w, plain = weights(256, 192, 128, 4, False, device)
+    a, b = (torch.randn(3 * 16, 256, generator=g) * 0.1).to(dtype), (torch.randn(192, 16, generator=g) * 0.1).to(dtype)
+    loss = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]  # t is rounded once
+    for many in MANY:
+        x = activations(many, 256, dtype, device)
+        low = narrow(x, a.to(device))
+        close(low.sum(0), x.double().cpu() @ a.double().t(), TOLERANCE[dtype])
+        t = (x.double().cpu() @ a.double().t()).split(16, dim=1)
+        extra = torch.cat([t[n] @ b[64 * n : 64 * (n + 1)].double().t() for n in range(3)], dim=1)
+        for tile in (None, Tile(16, 64, 2), Tile(16, 32, 1), Tile(32, 64, 1, 8)):
+            got = product(x, w, Thin(low, b.to(device), (64, 128)), tile).sum(0)
+            close(got, x.double().cpu() @ plain + w.bias.double().cpu() + extra, loss)
+        (gate, plain1), (up, plain2) = (weights(256, 192, 128, 4, True, device, bias=False) for _ in range(2))
+        gate.scales.mul_(1 / 64)
+        up.scales.mul_(1 / 32)
+        for thin in (None, (Thin(low, b.to(device)), Thin(low, b.to(device)))):
+            y1, y2 = x.double().cpu() @ plain1 / 64, x.double().cpu() @ plain2 / 32
+            if thin:
+                y1, y2 = y1 + t[0] @ b.double().t(), y2 + t[1] @ b.double().t()
+            want = torch.nn.functional.silu(y1) * y2
+            close(
+                gated(x, gate, up, thin), want, {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+            )
+
+
+def test_products_equal_their_definition_through_the_interpreter() -> None:
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    code = (
+        "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
+        "import torch\nfrom tests.test_matvec import CASES, MANY, check_adapted, check_product\n"
+        "assert check_product('cpu', (torch.float32,), CASES) == 2 * len(CASES) * len(MANY)\n"
+        "check_product('cpu', (torch.float16,), CASES[:1])\n"
+        "check_adapted('cpu', torch.float32)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+POINTERS = {"x", "qweight", "qzeros", "scales", "bias", "perm", "low", "up", "out", "qweight2", "qzeros2", "scales2"}
+POINTERS |= {"bias2", "up2"}
+
+
+def compile_for(capability: int, high: int) -> None:
+    """Compile both products for a card that need not be here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from train.kernels import matvec
+
+    fixed = {"BITS": 4, "WORDS": 16, "TM": high, "TN": 32, "PERM": True, "BIAS": True, "RANK": 16, "LOW_SPLITS": 2}
+    fixed |= {"ONE_GROUP": True, "STAGES": 3}
+    for kernel in (matvec._product, matvec._gated):
+        types = {
+            "qweight": "*i32",
+            "qzeros": "*i32",
+            "perm": "*i32",
+            "low": "*fp32",
+            "qweight2": "*i32",
+            "qzeros2": "*i32",
+        }
+        types["out"] = "*fp32" if kernel is matvec._product else "*fp16"
+        kinds, values = {}, {}
+        for n, name in enumerate(kernel.arg_names):
+            kinds[name] = "constexpr" if name in fixed else types.get(name, "*fp16") if name in POINTERS else "i32"
+            if name in fixed:
+                values[(n,)] = fixed[name]
+        triton.compile(ASTSource(kernel, kinds, values), target=GPUTarget("cuda", capability, 32))
+
+
+def test_every_product_compiles_for_cards_that_are_not_here() -> None:
+    """It is where an operation that a card lacks shows; a process of its own, because the compiler's failures end it."""
+    code = (
+        "from tests.test_matvec import compile_for\n"
+        "for card, high in ((75, 1), (80, 16), (90, 1), (90, 64)):\n    compile_for(card, high)"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+def test_products_equal_their_definition_on_the_gpu() -> None:
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    assert check_product("cuda", dtypes, CASES) == 3 * 2 * len(CASES) * len(MANY)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_adapted_products_equal_their_definition_on_the_gpu(dtype: torch.dtype) -> None:
+    check_adapted("cuda", dtype)
+
+
+@pytest.mark.gpu
+def test_products_in_the_shapes_of_qwen_on_the_gpu() -> None:
+    shapes = [(2048, 6144, 128, 4), (2048, 5504, 128, 4), (5504, 2048, 128, 4), (4096, 11008, 128, 4)]
+    assert check_product("cuda", (torch.bfloat16,), shapes) == 2 * len(shapes) * len(MANY)
