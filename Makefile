@@ -37,7 +37,7 @@ help: ## this list
 	@echo "make TARGET [KEY=value ...] [ARGS=\"key=value ...\"]        first: make demo        keys of a command: make TARGET ARGS=--help"
 	@awk -F ': .*## |: ## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "settings:"
-	@awk -F '[?]=#  *' '/^[A-Z_]+ [?]=#/ { printf "  %-16s %s\n", $$1 "=", $$2 }' Makefile
+	@awk -F ' [?]=#  *' '/^[A-Z_]+ [?]=#/ { printf "  %-16s %s\n", $$1 "=", $$2 }' Makefile
 
 setup: ## .venv from env.lock, every file by its hash; done once, what runs in it does it too
 	@docker/setup
@@ -82,6 +82,9 @@ plan: ## what training a base takes on a card, and the batch, length and checkpo
 bench: setup ## our training step beside the published recipe's stack, on this machine's card: [ARMS=] [MODEL=] [SHAPES=] [OUT=]
 	@$(PY) -m tests.bench $(_pairs)
 
+doctor: ## what here would fail, and the remedy: [DATA=] [MODEL=] [RECIPE=] [GPUS=]
+	@docker/run doctor $(_pairs)
+
 shell: ## bash in the container, with its mounts and without a network
 	@docker/run shell $(value ARGS)
 
@@ -89,7 +92,7 @@ image: ## the image, from env.lock and pinned packages: [CUDA=] [TORCH=] [BASE_I
 	@docker/build
 
 image-test: setup ## what the image must do, each thing really done in it; GPU=1: on the GPU too
-	@$(PY) -m pytest -q -m image -p tests.machine tests/image $(value ARGS)
+	@GPU=$(GPU) $(PY) -m pytest -q -m image tests/image $(value ARGS)
 
 image-repro: ## build it again from other places and at other times: is it the same, to the bit?
 	@docker/repro $(value ARGS)

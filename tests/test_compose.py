@@ -1,0 +1,319 @@
+"""docker/run on the container's side, with a stand-in for `docker` that writes down what it is told: which image, which mounts, whose
+user, which first. What an engine makes of it is tests/image/test_compose.py's.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from train.__main__ import VERBS
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCKER = (
+    f"#!{sys.executable} -IS"
+    + """
+import json, os, sys, time
+words = sys.argv[1:]
+here = os.path.dirname(os.path.abspath(__file__))
+with open(f"{here}/log", "a") as log:
+    print(json.dumps({"words": words, "env": {k: os.environ.get(k) for k in ("USER_ID", "ACCELERATOR", "IMAGE", "IMAGE_DIGEST", "GPUS")}}), file=log)
+if words[0] == "version":
+    print("28.0")
+elif words[:2] == ["image", "inspect"]:
+    images = os.environ.get("FAKE_IMAGES", "").split() or os.path.exists("built") and words[-1:]
+    sys.exit(print("sha256:" + words[-1]) if images and words[-1] in images else 1)
+elif "-c" in words:
+    print(os.environ.get("FAKE_BASE", ""))
+elif words[0] == "kill":
+    open(f"{here}/killed", "w").close()
+elif words[0] == "inspect":
+    sys.exit(1)
+elif "slow=1" in words:
+    open(f"{here}/started", "w").close()
+    while not os.path.exists(f"{here}/killed"):
+        time.sleep(0.05)
+    sys.exit(75)
+"""
+)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A checkout with an image, the stand-in for docker and no GPU; elsewhere/ beside it lies outside."""
+    project = tmp_path / "checkout"
+    (project / "docker").mkdir(parents=True)
+    for name in ("docker/run", "docker/common.sh", "pyproject.toml", "env.lock"):
+        shutil.copy(ROOT / name, project / name)
+    for name in ("train", "data/samples", "models", "runs", "bin"):
+        (project / name).mkdir(parents=True)
+    (project / "data/models.lock").touch()
+    script(project / "bin/docker", DOCKER)
+    script(project / "bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
+    script(project / "docker/host", '#!/bin/sh\n[ -z "$FAKE_HOST" ] || { echo "error: $FAKE_HOST" >&2; exit 2; }\n')
+    script(project / "docker/build", "#!/bin/sh\ntouch built\n")
+    return project
+
+
+def script(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def start(project: Path, *words: str, **variables: str) -> subprocess.Popen[str]:
+    hidden = {"IMAGE", "ACCELERATOR", "CUDA", "TORCH", "GPUS", "DATA_DIR", "MODELS_DIR", "RUNS_DIR"}
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    known = {
+        "PATH": f"{project}/bin:{os.environ['PATH']}",
+        "FAKE_IMAGES": "qwen-finetune:0.1.0-cu118",
+        "RUNTIME": "docker",
+    }
+    return subprocess.Popen(
+        ["docker/run", *words],
+        cwd=project,
+        env={**kept, **known, **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(project: Path, *words: str, status: int = 0, **variables: str) -> str:
+    """What docker/run says on the standard error."""
+    (project / "bin/log").unlink(missing_ok=True)
+    process = start(project, *words, **variables)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status, said
+    return said
+
+
+def containers(project: Path) -> list[dict[str, list[str]]]:
+    """Each `docker compose run`: its service and words as `words`, its mounts as `mounts`, its environment."""
+    log = [json.loads(line) for line in (project / "bin/log").read_text().splitlines()]
+    found = []
+    for entry in (e for e in log if e["words"][:2] == ["compose", "run"]):
+        words, mounts = entry["words"][2:], []
+        while words[0].startswith("-"):
+            flag = words.pop(0)
+            value = words.pop(0) if flag in ("-v", "--name", "--entrypoint") else ""
+            mounts += [value] if flag == "-v" else []
+        found.append({"words": words, "mounts": mounts, **entry["env"]})
+    return found
+
+
+def mounts(project: Path, *words: str) -> list[str]:
+    run(project, *words)
+    found = containers(project)
+    assert all(one["mounts"] == found[-1]["mounts"] for one in found)  # the first ones see what the last sees
+    return found[-1]["mounts"]
+
+
+# --- the first line, the image, the GPU
+
+
+def test_the_first_line_says_where_it_runs(project: Path) -> None:
+    first = run(project, "train", "data=data/x").splitlines()[0]
+    assert first.startswith(
+        "train in the container qwen-finetune:0.1.0-cu118, on the CPU: nvidia-smi does not answer here"
+    )
+    assert "RUNTIME=local" in first
+    assert containers(project)[-1] | {"mounts": []} == {
+        "words": ["train", "data=data/x"],
+        "mounts": [],
+        "USER_ID": str(os.getuid()),
+        "ACCELERATOR": "cpu",
+        "IMAGE": "qwen-finetune:0.1.0-cu118",
+        "IMAGE_DIGEST": "sha256:qwen-finetune:0.1.0-cu118",
+        "GPUS": None,
+    }
+
+
+def test_words_arrive_as_they_were_typed(project: Path) -> None:
+    odd = ['prompt=it\'s 你好\n$HOME `id` "#"', "system=", "--help"]
+    run(project, "infer", *odd)
+    assert containers(project)[-1]["words"] == ["infer", *odd]
+
+
+def test_a_gpu_is_reserved_where_a_driver_answers_and_the_host_is_fit(project: Path) -> None:
+    script(project / "bin/nvidia-smi", "#!/bin/sh\nexit 0\n")
+    assert "on the GPU" in run(project, "train", "data=x").splitlines()[0]
+    assert containers(project)[-1]["ACCELERATOR"] == "gpu"
+    assert "as asked" in run(project, "train", "data=x", ACCELERATOR="cpu").splitlines()[0]
+    assert containers(project)[-1]["ACCELERATOR"] == "cpu"
+    assert "expected gpu, cpu" in run(project, "train", "data=x", ACCELERATOR="tpu", status=2)
+
+
+def test_an_unfit_host_is_told_before_a_container_starts(project: Path) -> None:
+    """But for the verbs that need no GPU, and for doctor, which says the rest of what is wrong."""
+    asked = {"ACCELERATOR": "gpu", "FAKE_HOST": "driver too old"}
+    assert "error: driver too old" in run(project, "train", "data=x", status=2, **asked)
+    assert containers(project) == []
+    run(project, "data", "data=x", **asked)
+    assert "driver too old" in run(project, "doctor", **asked)
+    assert containers(project)[-1]["ACCELERATOR"] == "cpu"
+
+
+def test_a_missing_image_is_built_first(project: Path) -> None:
+    said = run(project, "infer", FAKE_IMAGES="")
+    assert "make image" in said and (project / "built").exists()
+    (project / "built").unlink()
+    script(project / "docker/build", "#!/bin/sh\nexit 1\n")
+    assert "RUNTIME=local" in run(project, "infer", FAKE_IMAGES="", status=2)
+    assert containers(project) == []
+
+
+def test_the_image_of_env_is_used_and_built_again_when_the_program_changed(project: Path) -> None:
+    source = subprocess.run(
+        ["bash", "-c", ". docker/common.sh; source_hash"], cwd=project, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    (project / ".env").write_text(f"IMAGE=my:tag\nSOURCE={source}\nCUDA=12.8\n")
+    run(project, "infer", FAKE_IMAGES="my:tag")
+    assert containers(project)[-1]["IMAGE"] == "my:tag" and not (project / "built").exists()
+    (project / "train/new.py").touch()
+    assert "has changed" in run(project, "infer", FAKE_IMAGES="my:tag") and (project / "built").exists()
+    (project / "built").unlink()
+    run(project, "infer", FAKE_IMAGES="other", IMAGE="other")  # named by its user: not ours to build
+    assert containers(project)[-1]["IMAGE"] == "other" and not (project / "built").exists()
+    run(project, "infer", CUDA="11.8")  # nor is .env's image the one for another CUDA
+    assert containers(project)[-1]["IMAGE"] == "qwen-finetune:0.1.0-cu118"
+
+
+# --- the base, before training
+
+
+def test_train_lets_model_fetch_what_is_missing(project: Path) -> None:
+    run(project, "train", "data=data/x", "models=m", FAKE_BASE="Qwen/X")
+    asked, fetched, trained = [one["words"] for one in containers(project)]
+    assert asked[0] == "train" and "wanted_base" in asked[2] and asked[3:] == ["data=data/x", "models=m"]
+    assert fetched == ["model", "models=m", "model=Qwen/X"]
+    assert trained == ["train", "data=data/x", "models=m"]
+    run(project, "train", "data=data/x")
+    assert [one["words"][0] for one in containers(project)] == ["train", "train"]
+
+
+# --- what is mounted
+
+
+def test_what_compose_mounts_is_not_mounted_twice(project: Path) -> None:
+    (project / "data/x.jsonl").touch()
+    assert mounts(project, "train", "data=data/x.jsonl", "model=models/none", "run=r", "recipe=qlora") == []
+
+
+def test_files_elsewhere_are_mounted_where_they_were_typed(project: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "else where, 数据"
+    (elsewhere / "base").mkdir(parents=True)
+    for name in ("a.jsonl", "my.yaml", "b.jsonl"):
+        (elsewhere / name).touch()
+    (project / "mine.jsonl").touch()
+    there = str(elsewhere)
+    assert mounts(project, "data", f"data={there}/a.jsonl") == [f"{there}/a.jsonl:{there}/a.jsonl:ro"]
+    assert mounts(project, "data", "data=mine.jsonl") == [f"{project}/mine.jsonl:/work/mine.jsonl:ro"]
+    typed = f"../{elsewhere.name}/a.jsonl"  # /work/.. is /
+    assert mounts(project, "data", f"data={typed}") == [f"{there}/a.jsonl:/{elsewhere.name}/a.jsonl:ro"]
+    found = mounts(project, "train", f"data={there}/a.jsonl", f"model={there}/base", f"recipe={there}/my.yaml")
+    assert found == [f"{there}/{name}:{there}/{name}:ro" for name in ("a.jsonl", "base", "my.yaml")]
+
+
+def test_several_files_with_commas(project: Path, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "c,d.jsonl"):
+        (tmp_path / name).touch()
+    both = mounts(project, "train", f"data={tmp_path}/a.jsonl,data/x,{tmp_path}/b.jsonl")
+    assert both == [f"{tmp_path}/{name}:{tmp_path}/{name}:ro" for name in ("a.jsonl", "b.jsonl")]
+    assert len(mounts(project, "train", f"data={tmp_path}/c,d.jsonl")) == 1
+
+
+def test_folders_to_write_to_are_made_and_mounted_writable(project: Path, tmp_path: Path) -> None:
+    big = tmp_path / "big"
+    assert mounts(project, "train", "data=x", f"runs={big}/runs", f"models={big}/models") == [
+        f"{big}/{name}:{big}/{name}:rw" for name in ("runs", "models")
+    ]
+    assert (big / "runs").is_dir()
+    assert mounts(project, "export", "run=r", f"out={big}/merged") == [f"{big}:{big}:rw"]
+    assert mounts(project, "data", "data=x", "out=data/new.jsonl") == [f"{project}/data:/work/data:rw"]
+    assert mounts(project, "quantize", "model=m", "out=other-name") == []
+
+
+def test_a_run_is_shown_what_it_was_made_of(project: Path, tmp_path: Path) -> None:
+    """Its data and its base may lie elsewhere, and export, compare and infer ask for them."""
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "base").mkdir()
+    (project / "runs/r").mkdir()
+    inputs = {"data": {"path": f"{tmp_path}/a.jsonl"}, "base": {"name": f"{tmp_path}/base"}}
+    (project / "runs/r/inputs.json").write_text(json.dumps(inputs, indent=2, sort_keys=True))
+    expected = [f"{tmp_path}/{name}:{tmp_path}/{name}:ro" for name in ("base", "a.jsonl")]
+    assert mounts(project, "export", "run=r") == expected
+    (project / "runs/r/run.json").write_text("{}")
+    assert mounts(project, "infer") == expected
+
+
+def test_links_out_of_data_and_models_lead_somewhere(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (project / "models/base").symlink_to("../../base")
+    assert mounts(project, "train", "data=x", "model=base") == [f"{tmp_path}/base:/work/models/base:ro"]
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "/usr/lib", "/tmp", "/"])
+def test_nothing_of_the_containers_own_is_covered(project: Path, path: str) -> None:
+    assert "Copy it to data/" in run(project, "data", f"data={path}", status=2)
+    assert containers(project) == []
+
+
+def test_a_path_with_a_colon_is_refused(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "a:b.jsonl").touch()
+    assert "colon" in run(project, "data", f"data={tmp_path}/a:b.jsonl", status=2)
+
+
+# --- signals
+
+
+@pytest.mark.parametrize(
+    ("sent", "passed"), [(signal.SIGTERM, "TERM"), (signal.SIGINT, "INT"), (signal.SIGHUP, "TERM")]
+)
+def test_a_signal_reaches_the_program_and_its_status_is_ours(project: Path, sent: int, passed: str) -> None:
+    process = start(project, "train", "data=x", "slow=1")
+    for _ in range(200):
+        if (project / "bin/started").exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 75, said
+    log = [json.loads(line)["words"] for line in (project / "bin/log").read_text().splitlines()]
+    kill = next(words for words in log if words[0] == "kill")
+    assert kill[:3] == ["kill", "--signal", passed] and kill[3] == f"qwen-train-{process.pid}"
+
+
+# --- compose.yaml
+
+
+class Loader(yaml.SafeLoader):
+    """YAML with compose's !reset."""
+
+
+Loader.add_constructor("!reset", lambda loader, node: [])
+
+
+def services() -> dict[str, dict[str, object]]:
+    return yaml.load((ROOT / "compose.yaml").read_text(), Loader)["services"]
+
+
+def test_every_verb_is_a_service_and_every_service_a_verb() -> None:
+    assert set(VERBS) - {"demo"} <= set(services())
+    assert set(services()) - {"on-cpu", "on-gpu"} <= set(VERBS) | {"doctor"}
+    for name, service in services().items():
+        if not name.startswith("on-"):
+            assert service["entrypoint"] == ["/usr/bin/tini", "--", "/usr/local/bin/entrypoint.sh", name]
+
+
+def test_the_default_image_is_of_this_version() -> None:
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert version and f"qwen-finetune:{version[1]}-cu118" in str(services()["on-cpu"]["image"])
