@@ -102,7 +102,7 @@ def _answer(rows: list[list[int]], model: nn.Module, tokenizer: Tokenizer, max_n
     stop = torch.tensor(tokenizer.stop_ids)
     taken: list[Tensor] = []
     ended = torch.zeros(len(rows), dtype=torch.bool)
-    for step in _tokens(model, ids, mask, Sampling(), steps):
+    for step in tokens(model, ids, mask, Sampling(), steps):
         taken.append(step.cpu())
         ended |= torch.isin(taken[-1], stop)
         if ended.all():
@@ -134,7 +134,7 @@ def stream(
     text = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of half a character
     row = torch.tensor([list(ids)])
     full = True
-    for step in _tokens(model, row, torch.ones_like(row), sampling or Sampling(), steps):
+    for step in tokens(model, row, torch.ones_like(row), sampling or Sampling(), steps):
         number = int(step)
         if number in tokenizer.stop_ids:
             full = False
@@ -163,7 +163,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _tokens(model: nn.Module, ids: Tensor, mask: Tensor, sampling: Sampling, steps: int) -> Iterator[Tensor]:
+def tokens(model: nn.Module, ids: Tensor, mask: Tensor, sampling: Sampling, steps: int) -> Iterator[Tensor]:
     """The next id of each row, `steps` times. ids and mask [B, T], padding (mask 0) on the left; yields [B]."""
     device = _device(model)
     ids, mask, choose = ids.to(device), mask.to(device), _chooser(sampling, device)

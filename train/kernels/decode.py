@@ -11,7 +11,7 @@ from train.kernels.runtime import tl, triton
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["many"])
     def _add_norm(  # type: ignore[no-untyped-def]
         x, parts, weight, total, normed, many, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr
     ):
@@ -39,7 +39,7 @@ if triton is not None:
             y += tl.load(parts + (s * many + m) * width + column + i).to(tl.float32)
         return y.to(dtype).to(tl.float32)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["many", "table"])
     def _attend(  # type: ignore[no-untyped-def]
         qkv, cos, sin, logn, pads, slot, keys, values, out, weights, many, heads, key_heads, capacity, table, scale,
         PARTS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, LOGN: tl.constexpr,

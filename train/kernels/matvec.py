@@ -87,7 +87,7 @@ if triton is not None:
         else:
             return tl.dot(t.to(up.dtype.element_ty), tl.trans(b), input_precision="ieee")
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["many", "tiles", "wide", "edge1", "edge2"])
     def _product(  # type: ignore[no-untyped-def]
         x, qweight, qzeros, scales, bias, perm, low, up, out, many, rows, columns, zero_words, group, tiles, wide,
         edge1, edge2, magic,
@@ -123,7 +123,7 @@ if triton is not None:
         place = out + (split * many + m)[:, None].to(tl.int64) * columns + n[None]
         tl.store(place, y, mask=(m < many)[:, None] & inside[None])
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["many", "wide"])
     def _gated(  # type: ignore[no-untyped-def]
         x, qweight, qzeros, scales, bias, qweight2, qzeros2, scales2, bias2, perm, low, up, up2, out,
         many, rows, columns, zero_words, group, tiles, wide, magic,
@@ -166,7 +166,7 @@ if triton is not None:
         place = out + m[:, None] * columns + n[None]
         tl.store(place, (act * y.to(dtype).to(tl.float32)).to(dtype), mask=(m < many)[:, None] & inside[None])
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["many"])
     def _narrow(  # type: ignore[no-untyped-def]
         x, a, low, many, rows, wide, deep, TM: tl.constexpr, TL: tl.constexpr, TK: tl.constexpr
     ):
