@@ -12,6 +12,7 @@ VERBS = {
     "model": "fetch and verify a base model",
     "quantize": "make an Int4 (GPTQ format) folder of a float model",
     "doctor": "what here would fail, and the remedy, before anything is loaded",
+    "plan": "the memory that training takes on a card, and what fits it",
     "data": "read, check and summarise a data set",
     "train": "fine-tune; the same command again goes on where it was cut off",
     "export": "merge the adapter into float weights, verified",

@@ -1,0 +1,273 @@
+"""The plan's numbers against the code that they speak of: weights, adapters, and what the fused passes really keep."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.bench import shapes
+from train import lora, loss, plan, step
+from train.attention import Tokens
+from train.config import Recipe, load_recipe
+from train.engine import PRESETS
+from train.errors import UserError
+from train.fused import Saved, Trunk
+from train.gptq import Int4Linear
+from train.layouts import LAYOUTS, read_config
+from train.plan import GIB, PUBLISHED, Setting, Shape
+from train.verbs import plan as verb
+
+TINY = {
+    "qwen": Shape("qwen", 2, 128, 4, 4, 32, 256, 512),
+    "qwen2": Shape("qwen2", 2, 128, 4, 2, 32, 384, 512, tied=True),
+}
+RECIPE = load_recipe("qlora", {})
+
+
+def decoder(shape: Shape) -> Any:
+    c = shapes.DecoderConfig(
+        layout=shape.layout,
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        head_dim=shape.head_size,
+        intermediate_size=shape.inner,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+    )
+    return shapes.random_decoder(c, torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", TINY)
+def test_weights_are_counted_as_they_are(layout: str) -> None:
+    shape, model = TINY[layout], decoder(TINY[layout])
+    whole = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    bias = sum(m.bias.numel() * 2 for m in model.modules() if isinstance(m, Int4Linear) and m.bias is not None)
+    assert bias == 2 * shape.layers * shape.qkv
+    last_norm = 2 * shape.hidden
+    assert sum(whole.values()) == plan.blocks(shape) + plan.embeddings(shape) + last_norm
+
+
+@pytest.mark.parametrize("layout", TINY)
+@pytest.mark.parametrize("targets", ["all", "one"])
+def test_learnt_numbers_are_counted_as_they_are(layout: str, targets: str) -> None:
+    wanted = "all" if targets == "all" else LAYOUTS[layout].out  # in Qwen-1 the name of two linears
+    model = lora.attach(decoder(TINY[layout]), Recipe(rank=8, targets=wanted))
+    count = sum(p.numel() for p in lora.trainable(model).values())
+    assert count == plan.numbers(TINY[layout], Setting(1, 64, False, rank=8, targets=wanted))
+
+
+def test_the_names_of_linears_are_the_layouts() -> None:
+    for layout, shape in TINY.items():
+        assert {name for name, _, _ in shape.linears()} == set(LAYOUTS[layout].linears)
+    with pytest.raises(UserError, match=r"c_fc.*There are: c_attn, c_proj"):
+        plan.adapted(TINY["qwen"], "c_fc")
+
+
+def kept_bytes(kept: list[Any]) -> int:
+    """Of every tensor that the forward pass returned for the backward pass, once."""
+
+    def tensors(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Saved):
+            for part in vars(value).values():
+                yield from tensors(part)
+        elif isinstance(value, tuple | list):
+            for part in value:
+                yield from tensors(part)
+
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors(kept)}.values())
+
+
+@pytest.mark.parametrize("layout", TINY)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_counted_as_they_are_kept(layout: str, checkpointing: bool) -> None:
+    """Flash attention's log-sums aside: a CPU keeps none. The input of the last norm is counted with the loss."""
+    shape, setting = TINY[layout], Setting(2, 64, checkpointing, rank=8)
+    model = lora.attach(decoder(shape), Recipe(rank=8, dropout=0.0))
+    trunk = Trunk(model.get_base_model(), 64)
+    for projection in trunk.projections:
+        size = sum(p.numel() for p in projection.parameters())
+        projection.bind(torch.zeros(size, dtype=torch.bfloat16), torch.zeros(size, dtype=torch.bfloat16))
+    m, ones = setting.tokens, torch.ones(2, 64, dtype=torch.long)
+    bounds = torch.tensor([0, 64, 128], dtype=torch.int32)
+    t = Tokens(torch.arange(64).repeat(2), ones, bounds, torch.zeros(1, dtype=torch.long))
+    _, kept = trunk.forward(torch.zeros(m, shape.hidden, dtype=torch.bfloat16), t, checkpointing)
+    sums = 4 * m * shape.heads  # one float32 a head and token, in every block that is kept whole
+    last = 2 * m * shape.hidden
+    if checkpointing:
+        again = plan.block_numbers(shape, setting) - shape.hidden
+        assert kept_bytes(kept) - last == plan.kept(shape, setting) - 2 * m * again
+    else:
+        assert kept_bytes(kept) - last == plan.kept(shape, setting) - shape.layers * sums
+
+
+def test_constants_are_those_of_the_code() -> None:
+    assert (plan.ROUND, plan.LOSS_ROWS) == (step.WIDTH, loss.CHUNK_FAST)
+    zero = json.loads((PRESETS / "zero2.json").read_text())["zero_optimization"]
+    assert zero["reduce_bucket_size"] == plan.BUCKET
+
+
+def test_about_23_600_numbers_a_token_and_layer_in_the_small_qwen() -> None:
+    assert plan.block_numbers(PUBLISHED["Qwen-1_8B"], Setting(1, 512, False)) == 23_616 + 32
+
+
+def test_a_setting_is_the_recipes() -> None:
+    assert Setting.of(RECIPE) == Setting(2, 512, True, 64, 0.05, 8, True, "all")
+    assert replace(Setting.of(RECIPE), length=500).tokens == 2 * 512
+
+
+def test_more_of_anything_takes_more() -> None:
+    shape, small = PUBLISHED["Qwen-1_8B"], Setting(2, 512, False)
+    least = plan.estimate(shape, small).peak
+    for more in ({"batch": 4}, {"length": 1024}, {"rank": 128}, {"accumulation": 2}):
+        assert plan.estimate(shape, replace(small, **more)).peak > least
+    assert (
+        plan.estimate(shape, replace(small, batch=16, checkpointing=True)).peak
+        < plan.estimate(shape, replace(small, batch=16)).peak
+    )
+
+
+@pytest.mark.parametrize(("text", "size"), [("8G", 8.0), ("8GB", 8.0), ("7.6 GiB", 7.6), ("8192M", 8.0), ("24", 24.0)])
+def test_a_cards_memory_in_words(text: str, size: float) -> None:
+    assert plan.card_bytes(text) == int(size * GIB)
+
+
+@pytest.mark.parametrize("text", ["", "big", "-8G", "0", "nanG", "1e9G"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="gpu="):
+        plan.card_bytes(text)
+
+
+def test_the_choice_fits_and_no_quicker_one_does() -> None:
+    shape, card = PUBLISHED["Qwen-1_8B"], 8 * GIB
+    chosen = plan.choose(shape, RECIPE, card)
+    assert chosen is not None
+    assert chosen[1].with_context < card
+    assert chosen[0].batch * chosen[0].accumulation == RECIPE.batch * RECIPE.accumulation
+    for setting, estimate in plan.candidates(shape, RECIPE):
+        if setting == chosen[0]:
+            break
+        assert not plan.fits(estimate, card)
+    assert plan.choose(shape, RECIPE, 3 * GIB) is None
+
+
+def test_the_longest_rows_fit_and_64_more_tokens_do_not() -> None:
+    shape, card = PUBLISHED["Qwen-1_8B"], 8 * GIB
+    length = plan.longest(shape, RECIPE, card)
+    way = replace(Setting.of(RECIPE), batch=1, accumulation=16, checkpointing=True)
+    assert plan.fits(plan.estimate(shape, replace(way, length=length)), card)
+    assert not plan.fits(plan.estimate(shape, replace(way, length=length + 64)), card)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "bits"),
+    [
+        ("Qwen/Qwen-1_8B-Chat-Int4", "Qwen-1_8B", 4),
+        ("Qwen-7B", "Qwen-7B", 16),
+        ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int8", "Qwen2.5-7B", 8),
+        ("models/Qwen2.5-Coder-0.5B-Instruct-Int4", "Qwen2.5-0.5B", 4),
+    ],
+)
+def test_a_published_shape_by_its_name(name: str, key: str, bits: int) -> None:
+    assert plan.published(name) == replace(PUBLISHED[key], bits=bits)
+
+
+@pytest.mark.parametrize("name", ["Qwen-70B", "Qwen2.5-7Bx", "mine"])
+def test_an_unknown_name_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="no shape that is known"):
+        plan.published(name)
+
+
+def test_billions_of_weights_are_what_the_names_say() -> None:
+    for name, shape in PUBLISHED.items():
+        billions = (plan.blocks(replace(shape, bits=16)) + plan.embeddings(shape)) / 2e9
+        said = float(name.rpartition("-")[2].removesuffix("B").replace("_", "."))
+        assert said * 0.96 < billions < said * 1.13, (name, billions)
+
+
+@pytest.mark.parametrize("layout", TINY)
+def test_a_shape_is_read_as_the_decoder_reads_it(layout: str) -> None:
+    kind = {"hidden_size": 128, "num_attention_heads": 4, "vocab_size": 512, "num_hidden_layers": 2}
+    ours = {
+        "model_type": "qwen",
+        "intermediate_size": 512,
+        "kv_channels": 32,
+        "layer_norm_epsilon": 1e-6,
+        "seq_length": 64,
+    }
+    theirs = {"model_type": "qwen2", "intermediate_size": 384, "num_key_value_heads": 2, "rms_norm_eps": 1e-6}
+    theirs |= {"max_position_embeddings": 64, "tie_word_embeddings": True}
+    published = kind | (ours if layout == "qwen" else theirs)
+    found = plan.read_shape({**published, "quantization_config": {"bits": 4, "group_size": 128}})
+    assert found == TINY[layout]
+    c = read_config(published)
+    assert (found.qkv, found.inner) == (
+        (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim,
+        c.intermediate_size,
+    )
+    assert plan.read_shape(published).bits == 16
+
+
+# The verb
+
+
+def planned(capsys: pytest.CaptureFixture[str], **values: str) -> str:
+    verb.run(verb.parse(values))
+    return capsys.readouterr().out
+
+
+def test_the_verb_prints_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
+    out = planned(capsys, model="Qwen/Qwen-1_8B-Chat-Int4", gpu="8G")
+    assert 'make train DATA=… MODEL=Qwen/Qwen-1_8B-Chat-Int4 ARGS="batch=4 accumulation=4 checkpointing=off"' in out
+    assert "CUDA's own context" in out
+    assert "its published shape" in out
+    assert "no room" in out
+
+
+def test_what_the_verb_says_the_recipe_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Typed as it was printed, the plan is content."""
+    words = {"batch": "4", "accumulation": "4", "checkpointing": "off"}
+    assert "needs no ARGS" in planned(capsys, model="Qwen-1_8B-Chat-Int4", gpu="8G", **words)
+
+
+def test_a_card_that_is_too_small_is_told_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"no way to train .* rank=64 .*\n.*This does, in .*rank=16 length=512 batch="):
+        planned(capsys, model="Qwen/Qwen-7B-Chat-Int4", gpu="8G")
+    with pytest.raises(UserError, match="in any way: its weights alone take"):
+        planned(capsys, model="Qwen/Qwen-72B-Chat-Int4", gpu="24G")
+
+
+def test_the_verb_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}
+    config |= {"vocab_size": 151_936, "num_hidden_layers": 24, "intermediate_size": 4864}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    assert str(tmp_path / "mine") in planned(capsys, model="mine", models=str(tmp_path), gpu="24G")
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="model_type is None"):
+        planned(capsys, model="mine", models=str(tmp_path), gpu="24G")
+    (tmp_path / "mine" / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(UserError, match="damaged"):
+        planned(capsys, model="mine", models=str(tmp_path), gpu="24G")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_asks_for_the_size(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="make plan GPU=8G"):
+        planned(capsys, model="Qwen-1_8B")
+
+
+def test_planning_loads_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, train.plan; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

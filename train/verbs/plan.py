@@ -1,0 +1,149 @@
+"""What training a base takes on a card, and the batch, length and checkpointing that fit it; nothing is loaded, no GPU is needed.
+
+make plan MODEL=base [GPU=8G] [RECIPE=name] [ARGS="key=value …"]
+
+Rows of a step stay what the recipe says (batch × accumulation): only how many of them are computed at once changes, which changes no
+result. Memory is predicted from the shapes, for a card of compute capability 8.0 or newer. CUDA's own context is counted apart.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from train import plan
+from train.config import Recipe, build_with_overrides, describe, load_recipe, option
+from train.errors import UserError
+from train.files import read_json
+from train.modelfolder import find
+from train.plan import CONTEXT, GIB, Estimate, Setting, Shape
+
+__doc__ = f"{__doc__}\nEvery key of the recipe may be given too:\n{describe(Recipe)}\n\nKeys of this command:"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which model on which card."""
+
+    model: str = option("", "base: a folder, a name, or a hub id that need not be here; empty: the recipe's")
+    gpu: str = option("", "memory of the card, as 8G; empty: this machine's card")
+    recipe: str = option("qlora", "a name in train/recipes/, or the path of a .yaml file")
+    models: str = option("models", "folder of bases")
+
+
+@dataclass(frozen=True)
+class Request(Options):
+    """Options, and what was said about the recipe."""
+
+    overrides: dict[str, str] = field(default_factory=dict)
+
+
+def parse(values: dict[str, str]) -> Request:
+    """Options from key=value; every key that is not an option is the recipe's."""
+    return build_with_overrides(Request, values)
+
+
+def run(options: Request) -> None:
+    from rich.console import Console
+
+    # --- which model, which recipe, which card ----------------------------------------------------------------------------
+    recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
+    shape, known = _shape(recipe.model, Path(options.models))
+    card = plan.card_bytes(options.gpu) if options.gpu else _this_card()
+    console = Console(width=None if Console().is_terminal else 120)
+
+    # --- what it takes, and what to say to make train ---------------------------------------------------------------------
+    print(f"{recipe.model} ({known}), recipe {options.recipe}, rank {recipe.rank}, {card / GIB:.1f} GiB on the card")
+    chosen = plan.choose(shape, recipe, card)
+    console.print(_table(shape, recipe, card, chosen[0] if chosen else None))
+    if chosen is None:
+        raise UserError(_too_small(shape, recipe, card))
+    console.print(_parts(chosen[1]))
+    print(_command(recipe, chosen[0]))
+    if (longest := plan.longest(shape, recipe, card)) > recipe.length:
+        print(f"The longest rows that fit this card, one at a time and with checkpointing: {longest:,} tokens.")
+
+
+def _shape(model: str, models: Path) -> tuple[Shape, str]:
+    """The shape, and where it is known from."""
+    folder = find(model, models)
+    if folder is None:
+        return plan.published(model), "not here: its published shape"
+    try:
+        return plan.read_shape(read_json(folder / "config.json")), str(folder)
+    except (KeyError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{folder / 'config.json'}: damaged ({error}). Fetch it again: make model MODEL={model}"
+        ) from error
+
+
+def _this_card() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            "this machine has no GPU to plan for: say how much memory the card has. Example: make plan GPU=8G"
+        )
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+def _table(shape: Shape, recipe: Recipe, card: int, chosen: Setting | None):  # type: ignore[no-untyped-def]
+    """Every way to compute a step, and the memory that it takes."""
+    from rich.table import Table
+
+    drawn = Table(
+        "", "batch", "accumulation", "length", "checkpointing", "peak GiB", f"with CUDA's {CONTEXT / GIB:.1f}", "at"
+    )
+    found = sorted(plan.candidates(shape, recipe), key=lambda pair: (pair[0].checkpointing, pair[0].batch))
+    for setting, estimate in found:
+        mark = "->" if setting == chosen else "" if plan.fits(estimate, card) else "no room"
+        switch = "on" if setting.checkpointing else "off"
+        cells = (mark, setting.batch, setting.accumulation, setting.length, switch)
+        drawn.add_row(
+            *map(str, cells), f"{estimate.peak / GIB:.2f}", f"{estimate.with_context / GIB:.2f}", estimate.moment
+        )
+    return drawn
+
+
+def _parts(estimate: Estimate):  # type: ignore[no-untyped-def]
+    """Where the memory of the chosen way goes."""
+    from rich.table import Table
+
+    drawn = Table("at its peak", "GiB")
+    drawn.columns[1].justify = "right"
+    for name, size in estimate.parts.items():
+        drawn.add_row(name, f"{size / GIB:.2f}")
+    drawn.add_row("all that torch allocates", f"{estimate.peak / GIB:.2f}", style="bold")
+    drawn.add_row("CUDA's own context, beside it", f"{CONTEXT / GIB:.2f}")
+    return drawn
+
+
+def _command(recipe: Recipe, chosen: Setting) -> str:
+    """The words for make train; those that the recipe says already are left out."""
+    values = {"batch": chosen.batch, "accumulation": chosen.accumulation}
+    words = [f"{key}={value}" for key, value in values.items() if getattr(recipe, key) != value]
+    if recipe.checkpointing != chosen.checkpointing:
+        words.append(f"checkpointing={'on' if chosen.checkpointing else 'off'}")
+    if not words:
+        return "The recipe as it is does best on this card: it needs no ARGS."
+    return f'Quickest that fits: make train DATA=… MODEL={recipe.model} ARGS="{" ".join(words)}"'
+
+
+def _too_small(shape: Shape, recipe: Recipe, card: int) -> str:
+    """What would fit: the same with fewer numbers to learn, then with shorter rows."""
+    ranks = [rank for rank in (recipe.rank, 32, 16, 8) if rank <= recipe.rank]
+    lengths = [n for n in (recipe.length, 2048, 1024, 512, 256) if n <= recipe.length]
+    for length in lengths:
+        for rank in ranks:
+            smaller = replace(recipe, rank=rank, length=length)
+            if found := plan.choose(shape, smaller, card):
+                switch = "on" if found[0].checkpointing else "off"
+                words = f"rank={rank} length={length} batch={found[0].batch} accumulation={found[0].accumulation}"
+                return (
+                    f"no way to train {recipe.model} with rank={recipe.rank} and length={recipe.length} fits this card.\n"
+                    f'This does, in {found[1].peak / GIB:.2f} GiB: ARGS="{words} checkpointing={switch}"'
+                )
+    return f"{recipe.model} does not fit this card in any way: its weights alone take {_weights(shape):.1f} GiB. Take a smaller base."
+
+
+def _weights(shape: Shape) -> float:
+    return (plan.blocks(shape) + plan.embeddings(shape)) / GIB
