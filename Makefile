@@ -31,7 +31,7 @@ _key = $(shell tr A-Z a-z <<<'$(patsubst FROM,FROM_RUN,$(1))')
 _typed = $(sort $(foreach v,$(filter-out $(settings) -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(v))),$(v))))
 _pairs = $(foreach v,$(_typed),$(call _key,$(v))=$(call _quote,$(value $(v)))) $(value ARGS)
 
-.PHONY: help setup demo test test-all model data train export infer compare verify quantize plan bench shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
+.PHONY: help setup demo test test-all model data train export infer compare verify quantize plan bench doctor shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
 
 help: ## this list
 	@echo "make TARGET [KEY=value ...] [ARGS=\"key=value ...\"]        first: make demo        keys of a command: make TARGET ARGS=--help"
@@ -95,7 +95,7 @@ image-test: setup ## what the image must do, each thing really done in it; GPU=1
 	@GPU=$(GPU) $(PY) -m pytest -q -m image tests/image $(value ARGS)
 
 image-repro: ## build it again from other places and at other times: is it the same, to the bit?
-	@docker/repro $(value ARGS)
+	@python3 docker/repro.py $(value ARGS)
 
 verify-image: ## an image against its lock, its list of parts and its provenance: [IMAGE=]
 	@. docker/common.sh; python3 docker/sbom.py verify "$$(image_name)"

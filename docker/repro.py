@@ -1,0 +1,260 @@
+"""Is the image the same, to the bit, wherever and whenever it is built?
+
+    repro.py          three whole builds of HEAD: other path, umask, locale, file times and, minutes apart, clock; nothing cached, and all
+                      that the builder had cached removed before each. One digest, or the files that differ. Then a fourth with one
+                      byte of the source changed, which must get another digest. Half an hour; 30 GB of disk while it lasts.
+    repro.py quick    IMAGE, built from HEAD, and a second build in which only the program's own stage runs again, from another place:
+                      one manifest of path, mode and content, and one digest. Seconds.
+
+Builds through docker/build, as `make image` does, and takes its settings. Exit status 1 where something differs. The trade-off: what a
+layer holds is read back from the engine for each build (a minute), so that a difference is named at once, not hunted for.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = ("BASE_IMAGE", "CUDA", "TORCH", "CA")  # docker/build finds them in .env, which a clone has not
+PROGRAM = ("/app", "/usr/local/bin", "/work")
+SMALL = 8_000_000  # bytes; what is larger is a layer for sure, and read as it comes
+CHANGED = "train/__init__.py"  # gets the one other byte
+Listing = dict[str, str]  # path -> mode, owner, time and sha256 or target
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a checkout is made and built: what must not show in the image."""
+
+    folder: str
+    umask: int
+    time: int  # of every file in the checkout, seconds
+    locale: str = "C.UTF-8"
+    zone: str = "UTC"
+
+
+PLACES = (
+    Place("a", 0o022, 1_000_000_000),
+    Place("a much longer/path with blanks/to the checkout", 0o077, 2_000_000_000, "C", "Asia/Shanghai"),
+    Place("third", 0o002, 315_532_801, "POSIX", "America/Los_Angeles"),
+)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def run(*words: str, **options: Any) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, **options)
+    if done.returncode:
+        said = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
+        sys.exit(f"{said}\nrepro.py: {' '.join(words)[:200]}: exit status {done.returncode}")
+    return done.stdout.strip()
+
+
+# --- building
+
+
+def checkout(root: Path, place: Place) -> Path:
+    """HEAD, at the place."""
+    target = root / place.folder
+    run("git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(target), umask=place.umask)
+    for folder, _, names in os.walk(target, topdown=False):
+        for path in [*(Path(folder, n) for n in names), Path(folder)]:
+            os.utime(path, (place.time, place.time), follow_symlinks=False)
+    run("git", "-C", str(target), "update-index", "-q", "--refresh")
+    return target
+
+
+def settings(image: str, place: Place) -> dict[str, str]:
+    """The environment of docker/build: what the person set, here or by the last `make image`, and the place's locale and zone."""
+    noted = ROOT / ".env"
+    lines = [line.partition("=") for line in noted.read_text().splitlines()] if noted.is_file() else []
+    found = {key: value for key, _, value in lines if key in SETTINGS} | dict(os.environ)
+    if found.get("CA"):
+        found["CA"] = str((ROOT / found["CA"]).absolute())
+    return {**found, "IMAGE": image, "LC_ALL": place.locale, "TZ": place.zone}
+
+
+def build(folder: Path, place: Place, image: str, *words: str) -> str:
+    """Build as `make image` does; the digest of the image's manifest."""
+    run(str(folder / "docker/build"), *words, env=settings(image, place), umask=place.umask)
+    return run("docker", "image", "inspect", "--format", "{{.Id}}", image)
+
+
+# --- what is in an image
+
+
+def sha256(content: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while block := content.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def describe(member: tarfile.TarInfo, content: IO[bytes] | None, times: bool = True) -> str:
+    inside = sha256(content) if content else member.linkname
+    when = f" {int(member.mtime)}" if times else ""
+    return f"{member.type.decode()} {member.mode:04o} {member.uid}:{member.gid}{when} {inside}"
+
+
+def listing(archive: tarfile.TarFile, times: bool = True) -> Listing:
+    found: Listing = {}
+    for member in archive:
+        found[member.name] = describe(member, archive.extractfile(member) if member.isreg() else None, times)
+    return found
+
+
+def contents(image: str) -> tuple[Listing, Any]:
+    """Every file of every layer, as "layer number/path", and the image's configuration."""
+    layers: dict[str, Listing] = {}
+    texts: dict[str, Any] = {}
+    with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
+        assert saved.stdout
+        with tarfile.open(fileobj=saved.stdout, mode="r|") as outer:
+            for member in outer:
+                blob: Any = outer.extractfile(member)
+                if blob is None:
+                    continue
+                if member.size < SMALL:
+                    blob = io.BytesIO(blob.read())
+                if member.size < SMALL and blob.getvalue()[:1] in (b"{", b"["):
+                    texts[member.name] = json.load(blob)
+                elif member.name.startswith("blobs/"):
+                    with tarfile.open(fileobj=blob, mode="r|*") as layer:
+                        layers[member.name] = listing(layer)
+    (index,) = texts["manifest.json"]
+    files = {
+        f"layer {number}: /{path}": text
+        for number, name in enumerate(index["Layers"], 1)
+        for path, text in layers[name].items()
+    }
+    return files, texts[index["Config"]]
+
+
+def program(image: str) -> Listing:
+    """The program's own files in `image`; without times, which the engine's copy does not promise to keep."""
+    container = run("docker", "create", image)
+    found: Listing = {}
+    try:
+        for path in PROGRAM:
+            with subprocess.Popen(["docker", "cp", f"{container}:{path}", "-"], stdout=subprocess.PIPE) as copied:
+                assert copied.stdout
+                with tarfile.open(fileobj=copied.stdout, mode="r|") as archive:
+                    found |= {f"{Path(path).parent / name}": text for name, text in listing(archive, False).items()}
+    finally:
+        run("docker", "rm", container)
+    return found
+
+
+# --- comparing
+
+
+def differences(one: Listing, other: Listing) -> list[str]:
+    """A line a file that is not the same: what it is in both."""
+    return [
+        f"{path}\n    {one.get(path, 'absent')}\n    {other.get(path, 'absent')}"
+        for path in sorted({*one, *other})
+        if one.get(path) != other.get(path)
+    ]
+
+
+def show(lines: list[str], most: int = 40) -> None:
+    for line in lines[:most]:
+        say(f"  {line}")
+    if len(lines) > most:
+        say(f"  and {len(lines) - most} more")
+
+
+def compare(first: tuple[Listing, Any], other: tuple[Listing, Any]) -> list[str]:
+    lines = differences(first[0], other[0])
+    texts = [json.dumps(config, indent=1, sort_keys=True).splitlines() for config in (first[1], other[1])]
+    if not lines and texts[0] != texts[1]:
+        lines = [f"configuration: {a.strip()}   {b.strip()}" for a, b in zip(*texts) if a != b]
+    return lines
+
+
+# --- the two ways
+
+
+def change_one_byte(folder: Path) -> None:
+    """In a comment's place: the module's own text. Git is told to look away, so that nothing but the byte is another."""
+    path = folder / CHANGED
+    text = bytearray(path.read_bytes())
+    text[3] ^= 0x20  # the case of the first letter after the quotes
+    path.write_bytes(text)
+    run("git", "-C", str(folder), "update-index", "--assume-unchanged", CHANGED)
+
+
+def in_full(root: Path) -> int:
+    digests: list[str] = []
+    first: tuple[Listing, Any] | None = None
+    good = True
+    for number, place in enumerate(PLACES, 1):
+        run("docker", "buildx", "prune", "--all", "--force")
+        folder, image = checkout(root, place), f"qwen-finetune:repro-{number}"
+        digests.append(build(folder, place, image, "--progress=plain", "--no-cache"))
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        say(f"build {number}: {digests[-1]}  umask {place.umask:03o}  files of {place.time}  done {now}  in {folder}")
+        inside = contents(image)
+        run("docker", "image", "rm", image)
+        if first is None:
+            first = inside
+        elif digests[-1] != digests[0]:
+            good = False
+            say(f"build {number} differs from build 1 in:")
+            show(compare(first, inside))
+    assert first
+    change_one_byte(folder)
+    digest = build(folder, PLACES[-1], "qwen-finetune:repro-4", "--progress=plain")
+    say(f"build 4: {digest}  one byte of {CHANGED} changed; it differs from build 1 in:")
+    changed = compare(first, contents("qwen-finetune:repro-4"))
+    run("docker", "image", "rm", "qwen-finetune:repro-4")
+    show(changed)
+    good = good and digest not in digests and any(CHANGED in line for line in changed)
+    say(
+        f"{len(first[0])} files and folders compared. "
+        + ("The image is reproducible." if good else "NOT reproducible.")
+    )
+    return 0 if good else 1
+
+
+def quick(root: Path, image: str) -> int:
+    place, again = PLACES[1], "qwen-finetune:again"
+    digest = run("docker", "image", "inspect", "--format", "{{.Id}}", image)
+    second = build(checkout(root, place), place, again, "--progress=plain", "--no-cache-filter", "program")
+    one, other = program(image), program(again)
+    run("docker", "image", "rm", again)
+    lines = differences(one, other)
+    say(f"{image}: {digest}\nbuilt again: {second}\n{len(one)} files and folders of the program, {len(lines)} differ")
+    show(lines)
+    if not lines and digest != second:
+        say("The program is the same; another layer, or the configuration, is not: run repro.py without `quick`.")
+    return int(bool(lines) or digest != second)
+
+
+def main(argv: list[str]) -> int:
+    if argv not in ([], ["quick"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    if run("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"):
+        say("note: HEAD is built, without your changes that are not committed")
+    root = Path(tempfile.mkdtemp(prefix="repro-"))
+    try:
+        return quick(root, os.environ.get("IMAGE") or "qwen-finetune:local") if argv else in_full(root)
+    finally:
+        shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
