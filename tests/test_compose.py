@@ -263,7 +263,7 @@ def test_links_out_of_data_and_models_lead_somewhere(project: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("path", ["/etc/hostname", "/usr/lib", "/tmp", "/"])
 def test_nothing_of_the_containers_own_is_covered(project: Path, path: str) -> None:
-    assert "Copy it to data/" in run(project, "data", f"data={path}", status=2)
+    assert "Copy it to data/ or models/" in run(project, "data", f"data={path}", status=2)
     assert containers(project) == []
 
 

