@@ -1,30 +1,18 @@
 #!/usr/bin/env bash
-# The image's entry: checks what the verb will need (data readable, models and runs writable for this user, GPU visible), each with its
-# remedy, then hands over to `python -m train VERB key=value ...`. Keys may be in capitals, as in make and compose: DATA=x is data=x.
+# The image's entry: checks what the verb will need (data readable, models and runs writable for this user, a GPU that this image can use),
+# each with its remedy, then hands over to `python -m train VERB key=value ...`. Keys may be in capitals, as for make: DATA=x is data=x.
 #   ACCELERATOR=gpu   refuse to start without a GPU        cpu   hide it        auto (default)   take what is there
 set -Eeuo pipefail
 
+work=${WORK_DIR:-/work} # tests have another
 problems=()
+words=()
 
-problem() { problems+=("$1"); }
+problem() { problems+=("$1"$'\n'"Remedy: $2"); }
 
-readable() {
-    local path=$1
-    [ ! -e "$path" ] || [ -r "$path" ] && return
-    problem "$path: not readable for uid $(id -u). Remedy: chmod -R a+rX on the host's folder, or --user \"\$(id -u):\$(id -g)\"."
-}
-
-# By writing: a read-only mount and another owner both look writable to root's permission bits.
-writable() {
-    local path=$1 probe
-    if probe=$(mktemp -p "$path" .probe-XXXXXX 2>/dev/null); then rm -f "$probe" && return; fi
-    problem "$path: not writable for uid $(id -u). Remedy: mount a folder that this user owns (-v \"\$PWD/${path##*/}:$path\" --user \"\$(id -u):\$(id -g)\"), not read-only, on a disk with room."
-}
-
-# lower WORD ...: DATA=x is data=x; FROM= is from_run=; values and words without = stay as they are. Into $words.
+# lower WORD ...: DATA=x is data=x; FROM= is from_run=; values, and words without =, stay as they are
 lower() {
     local word key
-    words=()
     for word; do
         case $word in
             [A-Z]*=*)
@@ -37,65 +25,63 @@ lower() {
     done
 }
 
-is_flavour() { grep -q "\"torch\": \"$1\"" "${IMAGE_FILE:-/app/image.json}" 2>/dev/null; }
+# typed KEY: the person names another place than the usual one, which is then not ours to check
+typed() {
+    local word
+    for word in "${words[@]}"; do [[ $word != "$1="* ]] || return 0; done
+    return 1
+}
 
-# ask FIELD: of every card, one a line; nothing where no driver answers
-ask() { nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$' | sort -V || true; }
+readable() {
+    local path=$work/$1
+    [ ! -d "$path" ] || { [ -r "$path" ] && [ -x "$path" ]; } ||
+        problem "$path is not readable for user $(id -u)." "on the host: chmod -R a+rX $1; or run as its owner: --user \"\$(id -u):\$(id -g)\""
+}
 
-# Triton's own ptxas is CUDA 12.8's: a driver before 525 cannot load what it makes. CUDA 11.8's can be used there, and only there: it does
-# not know sm_90a, which Triton asks for on Hopper. So the driver decides, at the start, and not the image.
+# By writing: a read-only mount, a full disk and another owner all leave the permission bits as they were.
+writable() {
+    local path=$work/$1 probe
+    if probe=$(mktemp -p "$path" .probe-XXXXXX 2>/dev/null); then rm -f "$probe" && return; fi
+    problem "$path is not writable for user $(id -u)." "mount a folder of yours and run as yourself: -v \"\$PWD/$1:$path\" --user \"\$(id -u):\$(id -g)\"; is the disk full?"
+}
+
+# Triton's own ptxas is of CUDA 12.8, and a driver before 525 does not load what it makes. The image for CUDA 11.8 has 11.8's beside it, and
+# it must be taken there and nowhere else: it does not know sm_90a, which Triton asks for on Hopper. So the driver decides, here, at the
+# start; set in the image, it would break every Hopper card.
 choose_ptxas() {
-    local driver=$1 ptxas
-    ptxas=$(echo /opt/venv/lib/python3*/site-packages/nvidia/cuda_nvcc/bin/ptxas)
-    if [ -n "$driver" ] && [ "${driver%%.*}" -lt 525 ] && [ -x "$ptxas" ]; then export TRITON_PTXAS_PATH=${TRITON_PTXAS_PATH:-$ptxas}; fi
+    local driver ptxas
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$' | sort -V | head -n 1) || return 0
+    ptxas=$(find "${VIRTUAL_ENV:-/opt/venv}"/lib/python3*/site-packages/nvidia/cuda_nvcc/bin/ptxas 2>/dev/null) || return 0
+    if [ "${driver%%.*}" -lt 525 ]; then export TRITON_PTXAS_PATH=${TRITON_PTXAS_PATH:-$ptxas}; fi
 }
 
 gpu() {
-    if [ "${ACCELERATOR:-auto}" = cpu ]; then
-        export CUDA_VISIBLE_DEVICES=''
-        return
-    fi
-    local driver
-    driver=$(ask driver_version | head -n 1)
-    choose_ptxas "$driver"
-    if [ "${ACCELERATOR:-auto}" = gpu ] && [ -z "$driver" ]; then
-        problem "no GPU is visible in this container. Remedy: install the NVIDIA driver and the NVIDIA Container Toolkit on the host, restart Docker, and start with --gpus all; or run on the CPU: ACCELERATOR=cpu."
-    elif [ -n "$driver" ]; then
-        fits "$driver" "$(ask compute_cap | tail -n 1)"
-    fi
-}
-
-# fits DRIVER CAPABILITY: can this image's CUDA run on the card?
-fits() {
-    local driver=$1 capability=$2
-    if is_flavour cu118; then
-        [ "${capability%%.*}" -lt 10 ] 2>/dev/null || [ -z "$capability" ] ||
-            problem "this card (compute capability $capability) is newer than CUDA 11.8. Remedy: the image for CUDA 12.8: make image CUDA=12.8."
-        [ "${driver%%.*}" -ge 450 ] || problem "driver $driver is older than 450.80.02, which CUDA 11.8 needs. Remedy: a newer driver on the host."
-    elif [ "${driver%%.*}" -lt 525 ]; then
-        problem "driver $driver is older than 525, which CUDA 12 needs. Remedy: a newer driver on the host, or the image for CUDA 11.8: make image CUDA=11.8."
-    fi
+    case ${ACCELERATOR:-auto} in
+        cpu) export CUDA_VISIBLE_DEVICES='' && return ;;
+        gpu) python -c 'from train.diagnosis import must_have_card; must_have_card()' || exit ;;
+    esac
+    choose_ptxas
 }
 
 check() {
-    local verb=$1
-    case $verb in
-        data | train | compare) readable /work/data ;;&
-        model | quantize) writable /work/models ;;&
-        train | export | compare) writable /work/runs ;;&
-        train | export | infer | serve | compare | quantize) readable /work/models && gpu ;;
+    case $1 in
+        data | train | compare) typed data || readable data ;;&
+        train | export | infer | serve | compare | verify) typed models || readable models ;;&
+        model | quantize) typed models || typed out || writable models ;;&
+        train | export | compare) typed runs || writable runs ;;
     esac
-}
-
-main() {
-    local verb=${1:-help} words
-    [ $# -eq 0 ] || shift
-    lower "$@"
-    case " ${words[*]-} " in *" --help "* | *" -h "* | *" help "*) ;; *) check "$verb" ;; esac
     if [ ${#problems[@]} -gt 0 ]; then
         printf 'error: %s\n' "${problems[@]}" >&2
         exit 2
     fi
+    case $1 in train | export | infer | serve | compare | verify | doctor | plan | bench) gpu ;; esac
+}
+
+main() {
+    local verb=${1:-help}
+    [ $# -eq 0 ] || shift
+    lower "$@"
+    case " ${words[*]-} " in *" --help "* | *" -h "* | *" help "*) ;; *) check "$verb" ;; esac
     exec python -m train "$verb" "${words[@]}"
 }
 
