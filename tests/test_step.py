@@ -136,12 +136,14 @@ def test_dropout_has_the_gradient_of_the_masks_it_drew(
 
 
 def test_arrange_closes_every_conversation_and_pads_shapes() -> None:
-    ids, positions, segments, bounds, rows, labels = arrange(batch_of(PACKED), 128)
-    assert ids.shape == segments.shape == (3, 128)
-    assert bounds.tolist() == [0, 17, 57, 60, 128, 137, 198, 256, 320] + [384] * 8
-    assert positions[128:138].tolist() == [*range(9), 0]
-    assert len(rows) == len(labels) == sum(n - max(n // 3, 1) for row in PACKED for n in row)
-    assert torch.equal(ids.flatten()[rows + 1], labels)
+    host = arrange(batch_of(PACKED), 128)
+    assert host["segments"].shape == (3, 128)
+    assert host["bounds"].tolist() == [0, 17, 57, 60, 128, 137, 198, 256, 320, *[384] * 8]
+    assert host["positions"][128:138].tolist() == [*range(9), 0]
+    assert host["starts"][[0, 16, 17, 59, 60, 61, 128, 319, 320]].tolist() == [0, 0, 17, 57, 60, 61, 128, 256, 320]
+    assert host["ends"][[0, 16, 17, 59, 60, 61, 128, 319, 320]].tolist() == [17, 17, 57, 60, 61, 62, 137, 320, 321]
+    assert len(host["rows"]) == len(host["labels"]) == sum(n - max(n // 3, 1) for row in PACKED for n in row)
+    assert torch.equal(host["ids"][host["rows"] + 1], host["labels"])
 
 
 def test_the_vector_holds_each_number_once(tmp_path: Path) -> None:

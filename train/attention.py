@@ -1,7 +1,8 @@
 """Causal attention of many conversations side by side, each to itself, with its gradient by hand.
 
-Flash attention over lengths where the device has it (16 bits, sm_80 on), through torch's own operators: no mask is ever made. Else
-torch's scaled_dot_product_attention with a mask of bools, computed again in the backward pass. Knows tokens; nothing of layers.
+On Hopper our own kernels (train/kernels/attention.py): faster there than torch's, and the same bits every time. Flash attention through
+torch's operators on other cards that have it (16 bits, sm_80 on). Else torch's scaled_dot_product_attention with a mask of bools, computed
+again in the backward pass: the definition. Knows tokens; nothing of layers.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from train import kernels
+from train.kernels import attention as own
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,8 @@ class Tokens:
     positions: Tensor  # [M] int64, from 0 in each conversation
     segments: Tensor  # [B, T] int64, equal = same conversation of a row
     bounds: Tensor  # [S + 1] int32: where conversations begin in the M tokens, then M; repeated up to a constant S
+    starts: Tensor  # [M] int32: the first token of each token's conversation; a padding token is its own
+    ends: Tensor  # [M] int32: the token after its last
     seed: Tensor  # [1] int64, of this micro batch's dropout
     first: int = 0  # the token with which what is computed begins, for dropout's mask
 
@@ -28,7 +34,13 @@ class Tokens:
 
 Kept = tuple[
     Tensor, ...
-]  # of the forward pass, for the backward pass: log-sum-exp and two words of a generator; or nothing
+]  # of the forward pass, for the backward pass: log-sum-exp; of torch's flash attention also two words; or nothing
+
+
+def hopper(q: Tensor) -> bool:
+    """Whether our own kernels take tensors like q [M, H, D], on the generation that they were measured on."""
+    fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in (16, 32, 64, 128)
+    return q.is_cuda and fits and torch.cuda.get_device_capability(q.device)[0] == 9 and kernels.usable(q.device)
 
 
 def flash(q: Tensor) -> bool:
@@ -45,6 +57,9 @@ def flash(q: Tensor) -> bool:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, t: Tokens) -> tuple[Tensor, Kept]:
     """q [M, Hq, D], k and v [M, Hkv, D] -> [M, Hq, D], and what the backward pass needs of it."""
+    if hopper(q):
+        out, lse = own.attend(q, k, v, t.starts)
+        return out, (lse,)
     if not flash(q):
         return _plain(q, k, v, t), ()
     out, *kept = torch.ops.aten._flash_attention_forward(
@@ -57,6 +72,8 @@ def attend_backward(
     slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept, t: Tokens
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v for the gradient `slope` [M, Hq, D] of `out`."""
+    if len(kept) == 1:
+        return own.attend_backward(slope.contiguous(), q, k, v, out, kept[0], t.starts, t.ends)
     if kept:
         lse, state, unused = kept
         return torch.ops.aten._flash_attention_backward(

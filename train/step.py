@@ -7,7 +7,7 @@ learnt tokens changes with every batch and the head is too dear for those that a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -65,14 +65,14 @@ class Vector:
 class Batch:
     """A micro batch on the device."""
 
-    ids: Tensor  # [B, T] int64
+    ids: Tensor  # [M] int64
     tokens: Tokens
     rows: Tensor  # [L] int64: tokens whose successor is learnt
     labels: Tensor  # [L] int64
 
 
-def arrange(batch: dict[str, Tensor], width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `dataset.collate` makes, on the CPU, as the passes read it: ids, positions, segments, bounds, rows, labels.
+def arrange(batch: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """What `dataset.collate` makes, on the CPU, as the passes read it: the fields of Tokens, and ids, rows and labels of Batch.
 
     Args:
         batch: input_ids and labels [B, t]; position_ids and segment_ids where rows are not one conversation each.
@@ -85,14 +85,29 @@ def arrange(batch: dict[str, Tensor], width: int) -> tuple[Tensor, Tensor, Tenso
     ids, segments, positions = (F.pad(x, (0, pad)) for x in (ids, segments, positions))
     following = F.pad(labels, (0, pad + 1), value=IGNORE)[:, 1:].flatten()
     rows = (following != IGNORE).nonzero().squeeze(1)
-    starts = torch.ones_like(segments, dtype=torch.bool)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    bounds = starts.flatten().nonzero().squeeze(1)
+    bounds = _bounds(segments)
+    places, alone = torch.arange(ids.numel()), segments.flatten() == 0
+    lengths = bounds.diff()
     count = CONVERSATIONS
-    while count < len(bounds):
+    while count < len(lengths):
         count *= 2
-    bounds = F.pad(bounds, (0, count + 1 - len(bounds)), value=ids.numel()).int()
-    return ids, positions.flatten(), segments, bounds, rows, following[rows]
+    return {
+        "ids": ids.flatten(),
+        "positions": positions.flatten(),
+        "segments": segments,
+        "bounds": F.pad(bounds, (0, count - len(lengths)), value=ids.numel()).int(),
+        "starts": torch.where(alone, places, bounds[:-1].repeat_interleave(lengths)).int(),
+        "ends": torch.where(alone, places + 1, bounds[1:].repeat_interleave(lengths)).int(),
+        "rows": rows,
+        "labels": following[rows],
+    }
+
+
+def _bounds(segments: Tensor) -> Tensor:
+    """[B, T] -> where a conversation or a row begins in the B · T tokens, and their number."""
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=segments.numel())
 
 
 class Step(nn.Module):
@@ -140,7 +155,7 @@ class Step(nn.Module):
 
     def shape_of(self, batch: Batch) -> "_Shape":
         checkpointing = bool(self.decoder.trunk.gradient_checkpointing)
-        key = (batch.ids.shape, len(batch.tokens.bounds), checkpointing)
+        key = (batch.tokens.segments.shape, len(batch.tokens.bounds), checkpointing)
         if key not in self.shapes:
             self.shapes[key] = _Shape(self.trunk, checkpointing)
         return self.shapes[key]
@@ -150,15 +165,15 @@ class Step(nn.Module):
         width = -(-batch["input_ids"].shape[1] // WIDTH) * WIDTH
         if self.trunk.reach(width):
             self.forget()
-        device = self.vector.device
         host = arrange({key: value.cpu() for key, value in batch.items()}, width)
-        if device.type == "cuda":
-            host = tuple(x.pin_memory() for x in host)  # type: ignore[assignment]
-        ids, positions, segments, bounds, rows, labels = (x.to(device, non_blocking=True) for x in host)
-        # from torch's generator on the CPU, whose state every checkpoint holds
-        seed = torch.randint(2**40, (1,)) if self.drops else torch.zeros(1, dtype=torch.long)
-        seed = seed.to(device)
-        return Batch(ids, Tokens(positions, segments, bounds, seed), rows, labels)
+        # the seed is from torch's generator on the CPU, whose state every checkpoint holds
+        host["seed"] = torch.randint(2**40, (1,)) if self.drops else torch.zeros(1, dtype=torch.long)
+        there = {key: self._move(value) for key, value in host.items()}
+        return Batch(there["ids"], Tokens(*(there[name] for name in FIELDS)), there["rows"], there["labels"])
+
+    def _move(self, x: Tensor) -> Tensor:
+        """To the vector's device, without waiting."""
+        return x.pin_memory().to(self.vector.device, non_blocking=True) if self.vector.is_cuda else x
 
 
 class _Shape:
@@ -183,7 +198,7 @@ class _Shape:
         if self.forth is None:
             self.x, self.tokens = (
                 F.embedding(ids, step.embedding),
-                Tokens(*(getattr(t, name).clone() for name in FIELDS)),
+                replace(t, **{name: getattr(t, name).clone() for name in FIELDS}),
             )
             work = partial(self.trunk.forward, self.x, self.tokens, self.checkpointing)
             self.forth, (self.hidden, self.kept) = _capture(step, work)
@@ -204,7 +219,7 @@ class _Shape:
         return self.back.replay()
 
 
-FIELDS = ("positions", "segments", "bounds", "seed")
+FIELDS = ("positions", "segments", "bounds", "starts", "ends", "seed")
 
 
 def _capture(step: Step, work: Any) -> tuple[Any, Any]:
@@ -225,7 +240,7 @@ class _Learn(torch.autograd.Function):
     def forward(ctx: Any, vector: Tensor, step: Step, batch: dict[str, Tensor]) -> Tensor:
         placed = step.place(batch)
         shape = step.shape_of(placed)
-        hidden, slope = shape.forward(placed.ids.flatten(), placed.tokens, step)
+        hidden, slope = shape.forward(placed.ids, placed.tokens, step)
         head = step.decoder.lm_head.weight
         ctx.step, ctx.shape = step, shape
         return summed(hidden, head, placed.rows, placed.labels, chunk_of(hidden), slope)
