@@ -169,7 +169,8 @@ class Step(nn.Module):
         # the seed is from torch's generator on the CPU, whose state every checkpoint holds
         host["seed"] = torch.randint(2**40, (1,)) if self.drops else torch.zeros(1, dtype=torch.long)
         there = {key: self._move(value) for key, value in host.items()}
-        return Batch(there["ids"], Tokens(*(there[name] for name in FIELDS)), there["rows"], there["labels"])
+        fields: Any = {name: there[name] for name in FIELDS}
+        return Batch(there["ids"], Tokens(**fields), there["rows"], there["labels"])
 
     def _move(self, x: Tensor) -> Tensor:
         """To the vector's device, without waiting."""
