@@ -55,7 +55,7 @@ def difference(model: nn.Module, batch: int, width: int, steps: int = 4, graph: 
     base: Any = decoding.decoder_of(model)
     device = str(base.device)
     ids, mask = prompts(batch, width, device)
-    static = decoding.Static(Layers(base), batch, 32, graph)
+    static = decoding.Static(Layers(base), batch, 32 if width < 20 else 512, graph)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.inference_mode():
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
@@ -272,3 +272,19 @@ def test_the_same_is_said_either_way_on_the_gpu(
         with monkeypatch.context() as patch:
             patch.setattr(decoding, "served", lambda model, batch: False)
             assert everything(one, tokenizer) == graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["1.8b", "0.5b"])
+def test_two_blocks_of_a_published_shape_on_the_gpu(shape: str) -> None:
+    """The tiles of real sizes, heads in several parts, adapters of rank 64; bfloat16."""
+    from tests.bench import shapes
+
+    c = shapes.config(shape)
+    c.num_hidden_layers = 2
+    model = shapes.random_decoder(c, torch.device("cuda"), torch.bfloat16).eval()
+    for batch, width in ((1, 300), (32, 40), (3, 300)):
+        assert difference(model, batch, width, 3, True) < 5e-2
+    wrapped = adapted(model, 64)
+    for batch, width in ((1, 300), (32, 40)):
+        assert difference(wrapped, batch, width, 3, True) < 5e-2

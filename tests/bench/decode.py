@@ -91,7 +91,7 @@ def measure(arm: str, answer: Answer, batch: int, vocabulary: int) -> dict[str, 
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    ids = torch.randint(0, vocabulary - 512, (batch, PROMPT))
+    ids = torch.randint(0, vocabulary - 256, (batch, PROMPT))
     began = time.perf_counter()
     for _ in answer(ids, NEW if arm != "stock" else 8):
         pass
@@ -138,7 +138,7 @@ def trace(answer: Answer, batch: int, vocabulary: int, out: Path, title: str) ->
     """Append torch.profiler's table of kernels of one answer of 64 tokens."""
     from torch.profiler import ProfilerActivity, profile
 
-    ids = torch.randint(0, vocabulary - 512, (batch, PROMPT))
+    ids = torch.randint(0, vocabulary - 256, (batch, PROMPT))
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
         for _ in answer(ids, 64):
             pass
