@@ -79,6 +79,20 @@ def test_a_card_too_small_for_the_base(capsys: pytest.CaptureFixture[str], monke
     told = Told(capsys, "model=base-Int4")
     assert (told.status, told.state["card's memory"]) == (2, "fail")
     assert "Int4 base" in told.text
+    assert "make plan MODEL=base-Int4" in told.text
+
+
+def test_a_card_too_small_for_the_recipe_but_not_for_its_rows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is said fits: the same words given, nothing is left to say."""
+    words = ("model=base-Int4", "length=8192", "batch=64", "accumulation=1", "checkpointing=off")
+    some = replace(CARD, total=4 * GB, free=3 * GB)
+    see(monkeypatch, replace(WITH_CARD, cards=(some,)), {"seen": 1, "errors": []})
+    told = Told(capsys, *words)
+    assert (told.status, told.state["card's memory"]) == (2, "fail")
+    remedy = told.text.split('in less: ARGS="')[1].split('"')[0].split()
+    assert Told(capsys, "model=base-Int4", "length=8192", *remedy).state["card's memory"] in ("ok", "warn")
 
 
 def test_blackwell_with_cuda_12_6(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

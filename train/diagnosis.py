@@ -227,9 +227,9 @@ def check_folder(name: str, folder: Path, needed: int = 0) -> Finding:
     return Finding(name, "ok", text)
 
 
-def check_room(name: str, needed: int, free: int, total: int | None = None) -> Finding:
-    """Is there memory for the least that a run takes? With `total` it is a card's, else the machine's."""
-    text = f"at least {needed / GB:.1f} GB needed, {free / GB:.1f} GB free"
+def check_room(name: str, needed: int, free: int, total: int | None = None, word: str = "at least") -> Finding:
+    """Is there memory for what a run takes? With `total` it is a card's, else the machine's; `word` says how sure `needed` is."""
+    text = f"{word} {needed / GB:.1f} GB needed, {free / GB:.1f} GB free"
     if needed > (total or free):
         remedy = "A smaller or an Int4 base, or another card." if total else "A smaller base, or end other programs."
         return Finding(name, "fail", text, remedy)

@@ -3,14 +3,14 @@
 make doctor [DATA=file] [MODEL=base] [RECIPE=name] [GPUS=n] [ARGS="key=value …"]
 
 One line a check: ok, warn (it runs, but not as you may expect) or fail. Status 0 when nothing fails, 2 when something does. The machine
-is looked at without torch, which is then tried in a process of its own. Memory is told as the least that a run takes.
+is looked at without torch, which is then tried in a process of its own. What a step takes of a card's memory is make plan's.
 """
 
 import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,6 +18,7 @@ from train import conversations, diagnosis, host
 from train.config import Recipe, build, describe, load_recipe, option
 from train.diagnosis import Finding
 from train.errors import UserError
+from train.files import read_json
 from train.host import Host
 from train.modelfolder import damage, find, is_hub_id, read_manifest
 
@@ -234,7 +235,7 @@ def _base(report: Report, recipe: Recipe, folder: Path, here: Host, runs: Path) 
     if names:
         report.add(diagnosis.check_folder("runs", runs, job.room(config, names, recipe)))
         adapter = A_NUMBER * job.adapter_size(config, names, recipe.rank)
-        report.add(_memory(here, found[0], folder, adapter, recipe.precision))
+        report.add(_memory(here, found[0], folder, adapter, recipe))
 
 
 def _shape(model: "Decoder") -> str:
@@ -242,17 +243,43 @@ def _shape(model: "Decoder") -> str:
     return f"layout {config.layout}, {config.num_hidden_layers} layers of {config.hidden_size}"
 
 
-def _memory(here: Host, model: "Decoder", folder: Path, adapter: int, precision: str) -> Finding:
-    """Room for weights, adapter and its optimizer, on the card with most of it or in the machine. Activations come on top."""
+def _memory(here: Host, model: "Decoder", folder: Path, adapter: int, recipe: Recipe) -> Finding:
+    """Room for the step as planned, on the card with most of it; without a plan, for weights, adapter and its optimizer at least."""
+    card = max(here.cards, key=lambda card: card.free or 0, default=None)
+    if (
+        card
+        and card.total
+        and card.free
+        and card.capability
+        and card.capability >= (8, 0)
+        and recipe.precision != "fp32"
+    ):
+        return _planned(recipe, folder, card.free, card.total)
     quantised = any(name.endswith("qweight") for name, _ in model.named_buffers())
-    width = 2 if here.cards and precision != "fp32" else 4
+    width = 2 if here.cards and recipe.precision != "fp32" else 4
     numbers = sum(parameter.numel() for parameter in model.parameters())
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     needed = adapter + (stored if quantised and stored else width * numbers)
-    card = max(here.cards, key=lambda card: card.free or 0, default=None)
     if card and card.total and card.free is not None:
         return diagnosis.check_room("card's memory", needed, card.free, card.total)
     return diagnosis.check_room("memory", needed, here.memory)
+
+
+def _planned(recipe: Recipe, folder: Path, free: int, total: int) -> Finding:
+    """The peak of a step, CUDA's context included; where it does not fit, the quickest way to compute the same rows that does."""
+    from train import plan
+
+    shape = plan.read_shape(read_json(folder / "config.json"))
+    needed = plan.estimate(shape, plan.Setting.of(recipe)).with_context
+    found = diagnosis.check_room("card's memory", needed, free, total, word="at its peak about")
+    chosen = plan.choose(shape, recipe, free)
+    if found.state == "ok" or (chosen and chosen[0] == plan.Setting.of(recipe)):
+        return found
+    if chosen is None:
+        return replace(found, remedy=f"{found.remedy} What would fit: make plan MODEL={recipe.model}")
+    setting, switch = chosen[0], "on" if chosen[0].checkpointing else "off"
+    words = f"batch={setting.batch} accumulation={setting.accumulation} checkpointing={switch}"
+    return replace(found, remedy=f'The same rows a step, in less: ARGS="{words}"')
 
 
 # The data
