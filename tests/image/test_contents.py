@@ -50,6 +50,12 @@ ALLOWED = {
     # DeepSpeed says which accelerator it was told to take, at a level that no setting lowers
     "deepspeed": ("[INFO] [real_accelerator.py:get_accelerator] Setting ds_accelerator to cpu (override)",),
 }
+TAMPER = """FROM {}
+USER 0
+RUN rm -r /opt/venv/lib/python3*/site-packages/einops* && echo >>/app/train/loop.py \\
+    && for site in /opt/venv/lib/python3*/site-packages; do echo >>$site/peft/__init__.py; done \\
+    && printf '\\nPackage: evil\\nStatus: install ok installed\\nArchitecture: all\\nMaintainer: x\\nVersion: 1.0\\nDescription: x\\n' >>/var/lib/dpkg/status
+"""
 IMPORTS = """
 import importlib, json, os, sys, tempfile
 said = {}
@@ -117,6 +123,29 @@ def test_sbom_and_provenance_are_written_and_hold(
     assert sbom.verify(image, tmp_path / "a") == 0
     for name in (sbom.SBOM, sbom.PROVENANCE):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_image_that_was_tampered_with_is_told(
+    image: str, seen: tuple[dict[str, Any], dict[str, Any]], locked: str, tmp_path: Path
+) -> None:
+    """A layer on top that takes a package away, changes one and the program, and adds a Debian package to dpkg's list."""
+    found, inspected = seen
+    bill = sbom.sbom(sbom.wanted(locked, found), found)
+    origin = sbom.provenance(ROOT, found, inspected, sbom.render(bill))
+    before = sbom.check(found, inspected, bill, origin, locked)
+    other = f"{image.partition(':')[0]}-tampered:test"
+    subprocess.run(["docker", "build", "-q", "-t", other, "-"], input=TAMPER.format(image).encode(), check=True)
+    try:
+        after = sbom.check(*sbom.look(other), bill, origin, locked)
+    finally:
+        subprocess.run(["docker", "image", "rm", "-f", other], check=True, capture_output=True)
+    told = " | ".join(line for line in after if line not in before)
+    assert "package einops 0.8.2: in env.lock, not in the image" in told
+    assert "peft/__init__.py: not as its package brought it" in told
+    assert "apt package evil 1.0: in the image, not in the SBOM" in told
+    assert "file /app/train/loop.py: " in told
+    assert f"digest layer {len(inspected['RootFS']['Layers'])} " in told
+    assert "digest settings: " in told
 
 
 def test_pip_finds_no_broken_requirement(image: str) -> None:
