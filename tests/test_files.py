@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from train import files
 from train.files import staged, write_text
 
 KILLED = """
@@ -15,6 +16,7 @@ from pathlib import Path
 from train import files
 folder, where = Path(sys.argv[1]), sys.argv[2]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+files._exchange = lambda *_: False  # as on a file system that cannot
 with files.staged(folder) as aside:
     (aside / "new").write_text("half")
     if where == "writing":
@@ -63,3 +65,24 @@ def test_killed_between_two_renames_the_older_folder_comes_back(tmp_path: Path) 
     with pytest.raises(RuntimeError), staged(tmp_path / "a"):
         raise RuntimeError((tmp_path / "a" / "old").read_text())
     assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["old"]
+
+
+def test_two_folders_change_names_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for an instant is the name without a folder."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert files._exchange(tmp_path / "a", tmp_path / "b")
+    assert names(tmp_path / "a") == ["b"] and names(tmp_path / "b") == ["a"]
+    with pytest.raises(FileNotFoundError):
+        files._exchange(tmp_path / "a", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_an_older_folder_is_replaced_either_way(able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not able:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    for text in ("one", "two"):
+        with staged(tmp_path / "a") as aside:
+            write_text(aside / text, text)
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["two"]

@@ -4,6 +4,8 @@ Knows nothing of models or runs. Every write goes to a temporary name in the sam
 then renamed, which costs one fsync a file and buys that a reader never meets half of one.
 """
 
+import ctypes
+import errno
 import glob
 import hashlib
 import json
@@ -15,17 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+AT_FDCWD, EXCHANGE = -100, 2  # of Linux
+BLOCK = 1 << 23  # bytes hashed at once: each read lets another thread in, which may keep Python to itself for a while
+
 
 def sha256(path: Path) -> str:
     """Hex digest of the file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -63,11 +64,11 @@ def read_json(path: Path) -> Any:
 def staged(folder: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `folder`; rename it onto `folder` if the block succeeds, remove it if not.
 
-    An older `folder` is replaced: it is renamed aside first and removed last, so that its name always holds a whole
-    folder but for the instant between two renames. What a killed process left of this is put right first.
+    An older `folder` is replaced: the two exchange names in one step, or, on file systems that cannot, it is renamed aside first;
+    it is removed last. What a killed process left of this is put right first.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _recover(folder)
+    recover(folder)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -82,6 +83,10 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def _swap(new: Path, old: Path) -> None:
+    """Give `new` the name of `old`; both change names in one step where the file system can, so that nobody ever misses it."""
+    if old.exists() and _exchange(new, old):
+        sync(old.parent)
+        return  # `new` is the older one now, and removed by the caller
     retired = old.with_name(f".{old.name}.{os.getpid()}.old")
     if old.exists():
         old.replace(retired)
@@ -90,7 +95,19 @@ def _swap(new: Path, old: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _recover(folder: Path) -> None:
+def _exchange(one: Path, other: Path) -> bool:
+    """Linux's renameat2(RENAME_EXCHANGE); False where the C library or the file system has none (NFS)."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), EXCHANGE) == 0:
+        return True
+    if (number := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(one))
+
+
+def recover(folder: Path) -> None:
     """Undo what processes that no longer live left beside `folder`: half-written ones go, a retired one takes its name back."""
     for left in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*")):
         found = re.fullmatch(r"\.(\d+)\.(tmp|old)", left.name.removeprefix(f".{folder.name}"))

@@ -15,7 +15,7 @@ from torch import nn
 from train import parity
 from train.config import Recipe, option
 from train.errors import UserError
-from train.files import free_bytes, sha256, staged
+from train.files import free_bytes, recover, sha256, staged
 from train.layouts import DecoderConfig
 from train.loader import load, read_folder_config, read_run
 from train.lora import load_adapter
@@ -55,6 +55,7 @@ def run(options: Options) -> None:
     _check_base(record, base)
     job, out = _job(options, folder, base, record["recipe"]), Path(options.out) if options.out else folder / "merged"
     inputs = _inputs(options, job, base)
+    recover(out)
     if (found := _finished(out, inputs)) is not None:
         print(f"{out}: nothing to do, it was exported from these inputs before.")
         return _closing(options, out, job, found)

@@ -1,0 +1,26 @@
+"""A disk that fails at every call: a save in the default tests, thinned out; save and export whole in the slow ones."""
+
+import shutil
+
+import pytest
+
+from tests.faults import disk
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler for the shim")
+
+
+def test_a_save_that_fails_anywhere_loses_nothing() -> None:
+    """And the campaign is no formality: a save that removes the older checkpoint first is found out by it."""
+    done = disk.start(["save", "careless"], every=4)
+    assert "SIGKILL: 9 cases, 9 of them ended the attempt, 0 wrong so far" in done.stdout, done.stdout + done.stderr
+    wrong = [line for line in done.stdout.splitlines() if " at call " in line]
+    assert done.returncode == 1
+    assert {line.split(",")[0] for line in wrong} == {"careless"}
+    assert any("the newest is None" in line for line in wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["save", "export"])
+def test_every_call_of_it(name: str) -> None:
+    done = disk.start([name])
+    assert done.returncode == 0, done.stdout + done.stderr
