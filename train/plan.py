@@ -1,8 +1,8 @@
 """How much memory a training step takes on a GPU, from the shapes alone, and which batch and checkpointing to take for a card.
 
 Counts what fused.py keeps of a block, what step.py holds beside it, the loss's chunk of logits, and what DeepSpeed's ZeRO 2 keeps of
-every number that is learnt; tests hold each count to the code. The peak is that of the worst of three moments: the loss, the backward
-pass of the last block, the optimizer's update. Imports neither torch nor a model, so that it costs nothing to ask; knows no device.
+every number that is learnt; tests hold each count to the code. The peak is that of the worst of four moments: the last block's
+forward pass, the loss, the last block's backward pass, the optimizer's update. Imports neither torch nor a model, so that it costs nothing to ask; knows no device.
 Valid where the fused passes run in 16 bits with flash attention (sm_80 on). CUDA's own context comes on top, and is named apart.
 """
 
@@ -18,7 +18,8 @@ SIXTEEN = 2  # bytes of a number that is computed with
 CONTEXT = GIB // 2  # of CUDA itself: kernels, driver; measured beside torch's own count
 SPARE = 0.02  # of a card: rounding and gaps of torch's allocator
 ROUND = 64  # rows are padded to a multiple of this many tokens (step.WIDTH)
-LOSS_ROWS = 1024  # rows of logits at once (loss.CHUNK_FAST)
+LOSS_ROWS, LOSS_TOKENS = 1024, 4096  # rows of logits at once, half as many up to so many tokens (step.chunk_of)
+HALVES = 4096  # tokens from which checkpointing makes the MLP again in two halves (fused.HALVES)
 WORKSPACE = 2 * (32 << 20)  # cuBLAS keeps this much a stream on Hopper: the usual one, and the one that captures
 BUCKET = 50_000_000  # numbers in ZeRO's reduction bucket (deepspeed/zero2.json), there during the backward pass
 # bytes of a learnt number: weight and gradient in 16 bits, float32 master and two moments
@@ -50,6 +51,11 @@ class Shape:
     @property
     def qkv(self) -> int:
         return (self.heads + 2 * self.key_heads) * self.head_size
+
+    def groups(self) -> list[list[str]]:
+        """The linears that read the same input, by name."""
+        names = [name for name, _, _ in self.linears()]
+        return [names[:-4], names[-4:-3], names[-3:-1], names[-1:]]
 
     def linears(self) -> list[tuple[str, int, int]]:
         """(name, K, N) of the linears of a block, named as the layout does."""
@@ -109,6 +115,7 @@ def estimate(shape: Shape, setting: Setting) -> Estimate:
     held = kept(shape, setting)
     between = 4 * learnt if setting.accumulation > 1 else 0  # the sum of gradients so far
     moments = {
+        "forward": {"activations": held, "forward pass": between + forward(shape, setting)},
         "loss": {"activations": held, "loss": between + loss(shape, setting)},
         "backward": {"activations": held, "backward pass": between + backward(shape, setting)},
         "update": {"gradients during the update": update(shape, setting, learnt)},
@@ -158,60 +165,99 @@ def adapted(shape: Shape, targets: str) -> list[tuple[str, int, int]]:
 # What a micro batch adds
 
 
-def block_numbers(shape: Shape, setting: Setting) -> int:
-    """16-bit numbers that the forward pass keeps of a token in one block (fused.Saved); attention's log-sums are 32-bit."""
-    thin = setting.rank * len(adapted(shape, setting.targets))
-    return 2 * shape.hidden + shape.qkv + shape.queries + 2 * shape.inner + thin + 2 * shape.heads
+@dataclass(frozen=True)
+class Widths:
+    """Numbers a token of what the passes hold of one block: h hidden, q queries, n queries, keys and values, i inner; and of the
+    adapters' thin products, by projection: 1 qkv, 2 out, 3 gate and up, 4 down."""
+
+    h: int
+    q: int
+    n: int
+    i: int
+    heads: int
+    r1: int
+    r2: int
+    r3: int
+    r4: int
+    drop: int  # 1 where dropout makes a copy of what an adapter reads, else 0
+
+    @classmethod
+    def of(cls, shape: Shape, setting: Setting) -> "Widths":
+        targets = [name for name, _, _ in adapted(shape, setting.targets)]
+        ranks = [setting.rank * sum(name in targets for name in group) for group in shape.groups()]
+        drop = 1 if setting.dropout else 0
+        return cls(shape.hidden, shape.queries, shape.qkv, shape.inner, shape.heads, *ranks, drop)
+
+    def back(self, rank: int) -> int:
+        """Columns that a gradient has to spare for the adapters' part: none with dropout."""
+        return 0 if self.drop else rank
+
+    @property
+    def attended(self) -> int:
+        """What the first half of a block keeps beside its input: q, k, v, attention's output and log-sums (32 bits), the residual."""
+        return self.n + self.q + 2 * self.heads + self.h + self.r1 + self.r2
+
+    @property
+    def branches(self) -> int:
+        """Gate and up, with room for the gradient's adapters."""
+        return 2 * self.i + self.back(self.r3)
+
+    @property
+    def block(self) -> int:
+        """All that is kept of a block."""
+        return self.h + self.attended + self.branches + self.r3 + self.r4
 
 
 def kept(shape: Shape, setting: Setting) -> int:
-    """Of all blocks; with checkpointing their inputs, and one block whole, while its backward pass runs."""
-    a_block, an_input = block_numbers(shape, setting), shape.hidden
-    of_a_token = shape.layers * (an_input if setting.checkpointing else a_block)
-    return SIXTEEN * setting.tokens * (of_a_token + (a_block - an_input if setting.checkpointing else 0))
+    """What the forward pass leaves for the backward pass: of every block all, or with checkpointing its input."""
+    w = Widths.of(shape, setting)
+    return SIXTEEN * setting.tokens * shape.layers * (w.h if setting.checkpointing else w.block)
 
 
-def around(shape: Shape, setting: Setting) -> int:
-    """16-bit numbers a token that stand around the blocks: the last hidden, the embeddings, and the places of a graph."""
-    return shape.hidden * (3 if setting.graphs else 2)
+def forward(shape: Shape, setting: Setting) -> int:
+    """Beside what is kept, in the last block's MLP: what it read, its product, a weight as floats."""
+    w = Widths.of(shape, setting)
+    again = w.block - w.h if setting.checkpointing else 0
+    made = max(
+        (w.h + w.r3, (w.h + w.r3) * 2 * w.i),
+        (w.i + w.r4 + max(w.h, 2 * w.drop * w.i), (w.i + w.r4) * w.h),
+        key=lambda pair: pair[0],
+    )
+    return SIXTEEN * (setting.tokens * (again + made[0]) + made[1])
 
 
 def loss(shape: Shape, setting: Setting) -> int:
-    """The chunk of logits with the rows that it is made of, the gradient of every learnt row, the head's input."""
-    rows = min(LOSS_ROWS, setting.tokens)
-    recomputed = block_numbers(shape, setting) - shape.hidden if setting.checkpointing else 0  # not there yet
-    of_tokens = around(shape, setting) + 2 * shape.hidden - recomputed
-    return SIXTEEN * (rows * (shape.vocabulary + shape.hidden) + setting.tokens * of_tokens)
+    """Hidden before and after the last norm and its gradient; a chunk of logits with the rows that it is made of."""
+    rows = min(LOSS_ROWS if setting.tokens > LOSS_TOKENS else LOSS_ROWS // 2, setting.tokens)
+    return SIXTEEN * (setting.tokens * 3 * shape.hidden + rows * (shape.vocabulary + 2 * shape.hidden))
 
 
 def backward(shape: Shape, setting: Setting) -> int:
-    """Beside what is kept, in the worst step of a block's backward pass; a weight as floats where one is there."""
-    worst = max(SIXTEEN * (setting.tokens * of_a_token + weight) for of_a_token, weight in stages(shape, setting))
-    of_tokens = around(shape, setting) + 2 * shape.hidden  # the gradients of hidden, and of its learnt rows
-    return worst + SIXTEEN * setting.tokens * of_tokens + SIXTEEN * BUCKET
+    """Beside what is kept, in the worst stage of the last block's backward pass; ZeRO's bucket."""
+    w = Widths.of(shape, setting)
+    around = w.h * (3 if setting.graphs else 2)  # the last norm's input, its gradient, and the place of its output
+    worst = max(SIXTEEN * (setting.tokens * wide + weight) for wide, weight in stages(w, setting))
+    return worst + SIXTEEN * setting.tokens * around + SIXTEEN * BUCKET
 
 
-def stages(shape: Shape, setting: Setting) -> Iterator[tuple[int, int]]:
+def stages(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
     """(numbers a token, numbers of one weight) alive in turn within fused.Block.backward, beyond what is kept."""
-    h, i, q, qkv = shape.hidden, shape.inner, shape.queries, shape.qkv
-    drop = 1 if setting.dropout else 0
-    repeated = (
-        2 * q if shape.key_heads < shape.heads else 0
-    )  # flash attention's gradients of keys and values, a query head each
-    yield h + i, i * h  # the product down
-    yield h + i * (1 + drop), 0  # its adapter
-    yield 2 * h, 2 * i * h  # gate and up
-    yield 3 * h + drop * h, 0  # their adapters
-    yield 3 * h + q, q * h  # the product out
-    yield 2 * h + q + qkv + 2 * q + repeated, 0  # attention, with its sum in float32
-    yield 2 * h + q + 2 * qkv, 0  # turned back
-    yield 3 * h + q + qkv, h * qkv  # the product q, k, v
-    yield 4 * h + drop * h + qkv, 0  # their adapters
+    slopes = w.h + w.back(w.r4) + w.h + w.back(w.r2)  # of the block's output and of the residual between
+    again, share = 0, 1.0
+    if setting.checkpointing:  # made again: the first half, then the branches, of half the tokens at a time
+        again, share = w.attended, 0.5 if setting.tokens >= HALVES else 1.0
+    mlp = (w.branches + w.r3) if setting.checkpointing else 0
+    gone = 0 if setting.checkpointing else w.branches  # let go of after the MLP
+    yield again + slopes + int(share * (mlp + w.i * (1 + w.drop))), w.i * (w.h + w.back(w.r4))
+    yield again + slopes + int(share * (mlp + w.h * (2 + w.drop))), w.h * w.branches
+    yield again + slopes - gone + w.q * (1 + w.drop), w.q * w.h
+    yield again + slopes - gone + w.q + w.n + 2 * w.heads, 0
+    yield again + slopes - gone - w.q + w.n + w.back(w.r1) + w.h * (2 + w.drop), w.h * w.n
 
 
 def update(shape: Shape, setting: Setting, learnt: int) -> int:
     """Gradients in wider types than they are kept in, and the places of the graphs, whose inside is free by then."""
-    places = SIXTEEN * setting.tokens * around(shape, setting)
+    places = SIXTEEN * setting.tokens * 3 * shape.hidden if setting.graphs else 0  # embeddings, hidden and its gradient
     return places + max(UPDATE * learnt, HANDOVER * learnt + SIXTEEN * BUCKET)
 
 

@@ -1,0 +1,148 @@
+"""What a training step would allocate on a GPU, counted on tensors without contents: the real passes at any size, on any machine.
+
+Tensors live on torch's meta device, where every operation of the passes gives a tensor of the right shape at no cost; a dispatch mode
+adds up what is alive. Kernels, which need a GPU, are replaced by what they allocate. Not counted: what stays (weights, the vector of
+the adapters), CUDA graphs' own places, workspaces of cuBLAS.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.bench import shapes
+from train import fused, lora, loss, step
+from train.config import Recipe
+from train.layouts import DecoderConfig
+from train.plan import Setting, Shape
+
+META = torch.device("meta")
+
+
+class Living(TorchDispatchMode):
+    """Bytes of all tensors made while it is on and not yet gone; the most there were at once, and after which operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.after = ""
+        self.seen: set[int] = set()
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count what stays, of which operations make views."""
+        self.seen |= {t.untyped_storage()._cdata for t in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.device == META:
+                self._count(tensor, str(func))
+        return made
+
+    def _count(self, tensor: Tensor, name: str) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        weakref.finalize(storage, self._gone, key, size)
+        self.now += size
+        if self.now > self.most:
+            self.most, self.after = self.now, f"{name} {tuple(tensor.shape)}"
+
+    def _gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+def decoder(shape: Shape, device: torch.device) -> Any:
+    """Our decoder in that shape, Int4, bfloat16."""
+    c = DecoderConfig(
+        layout=shape.layout,
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        head_dim=shape.head_size,
+        intermediate_size=shape.inner,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+    )
+    return shapes.random_decoder(c, device, torch.bfloat16)
+
+
+def passes(shape: Shape, setting: Setting) -> tuple[int, int]:
+    """The most that is alive up to the end of the loss, and from there to the end of the backward pass; without graphs."""
+    recipe = Recipe(rank=setting.rank, dropout=setting.dropout, targets=setting.targets)
+    with _no_kernels():
+        model = lora.attach(decoder(shape, META), recipe)
+        base, names = model.get_base_model(), {p: name for name, p in lora.trainable(model).items()}
+        taken = step.Step(base, names, setting.length, graphs=False)
+        taken.vector.data = taken.vector.data.bfloat16()
+        taken.bind()
+        base.trunk.gradient_checkpointing = setting.checkpointing
+        ids = torch.ones(setting.batch, setting.length, dtype=torch.long)
+        living = Living()
+        living.leave_out([*base.parameters(), *base.buffers(), taken.vector, taken.slopes, *taken.trunk.turns])
+        with living:
+            total = taken({"input_ids": ids, "labels": ids})
+            forth, living.most = living.most, living.now
+            total.backward()
+    return forth, living.most
+
+
+@contextmanager
+def _no_kernels() -> Iterator[None]:
+    """Every kernel of the passes as what it allocates."""
+
+    def norm(x: Tensor, weight: Any, eps: Any, out: Tensor | None = None) -> Tensor:
+        return torch.empty_like(x) if out is None else out
+
+    def norm_backward(
+        slope: Any, x: Tensor, weight: Any, eps: Any, residual: Any = None, out: Tensor | None = None
+    ) -> Tensor:
+        return torch.empty_like(x) if out is None else out
+
+    def gate(both: Tensor, out: Tensor | None = None) -> Tensor:
+        return both.new_empty(len(both), both.shape[1] // 2) if out is None else out
+
+    def drop(x: Tensor, seed: Any, site: Any, rate: Any, base: Tensor | None = None, first: int = 0) -> Tensor:
+        return torch.empty_like(x) if base is None else base
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, t: Any) -> Any:
+        return torch.empty(q.shape, dtype=q.dtype, device=META), (torch.empty(q.shape[1], q.shape[0], device=META),)
+
+    def attend_backward(slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Any, kept: Any, t: Any) -> Any:
+        delta = torch.empty_like(kept[0])
+        grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=META) for x in (q, k, v))
+        del delta
+        return grads
+
+    def matrix(layer: Any, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        size = (layer.in_features, layer.out_features)
+        return torch.empty(size, dtype=dtype, device=META) if out is None else out
+
+    with ExitStack() as stack:
+        for place, name, fake in (
+            (fused, "rms_norm", norm),
+            (fused, "rms_norm_backward", norm_backward),
+            (fused, "swiglu", gate),
+            (fused, "swiglu_backward", lambda both, slope: None),
+            (fused, "turn", lambda parts, bias, cos, sin, positions, out, sign=1: out),
+            (fused, "drop", drop),
+            (fused, "attend", attend),
+            (fused, "attend_backward", attend_backward),
+            (fused.Projection, "_bias", lambda projection: None),
+            (fused.Int4Linear, "matrix", matrix),
+            (loss.kernels, "usable", lambda device: True),
+            (loss, "cross_entropy", lambda logits, labels: torch.empty(len(logits), device=META)),
+            (step, "chunk_of", lambda hidden: loss.CHUNK_FAST if len(hidden) > 4096 else loss.CHUNK_FAST // 2),
+        ):
+            stack.enter_context(patch.object(place, name, fake))
+        yield
