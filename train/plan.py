@@ -184,9 +184,9 @@ class Widths:
     @classmethod
     def of(cls, shape: Shape, setting: Setting) -> "Widths":
         targets = [name for name, _, _ in adapted(shape, setting.targets)]
-        ranks = [setting.rank * sum(name in targets for name in group) for group in shape.groups()]
-        drop = 1 if setting.dropout else 0
-        return cls(shape.hidden, shape.queries, shape.qkv, shape.inner, shape.heads, *ranks, drop)
+        r1, r2, r3, r4 = (setting.rank * sum(name in targets for name in group) for group in shape.groups())
+        sizes = (shape.hidden, shape.queries, shape.qkv, shape.inner, shape.heads)
+        return cls(*sizes, r1, r2, r3, r4, drop=1 if setting.dropout else 0)
 
     def back(self, rank: int) -> int:
         """Columns that a gradient has to spare for the adapters' part: none with dropout."""
