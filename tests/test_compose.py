@@ -5,81 +5,31 @@ user, which first. What an engine makes of it is tests/image/test_compose.py's.
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.standin import checkout, environment, log, script
 from train.__main__ import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCKER = (
-    f"#!{sys.executable} -IS"
-    + """
-import json, os, sys, time
-words = sys.argv[1:]
-here = os.path.dirname(os.path.abspath(__file__))
-with open(f"{here}/log", "a") as log:
-    print(json.dumps({"words": words, "env": {k: os.environ.get(k) for k in ("USER_ID", "ACCELERATOR", "IMAGE", "IMAGE_DIGEST", "GPUS")}}), file=log)
-if words[0] == "version":
-    print("28.0")
-elif words[:2] == ["image", "inspect"]:
-    images = os.environ.get("FAKE_IMAGES", "").split() or os.path.exists("built") and words[-1:]
-    sys.exit(print("sha256:" + words[-1]) if images and words[-1] in images else 1)
-elif "-c" in words:
-    print(os.environ.get("FAKE_BASE", ""))
-elif words[0] == "kill":
-    open(f"{here}/killed", "w").close()
-elif words[0] == "inspect":
-    sys.exit(1)
-elif "slow=1" in words:
-    open(f"{here}/started", "w").close()
-    while not os.path.exists(f"{here}/killed"):
-        time.sleep(0.05)
-    sys.exit(75)
-"""
-)
+WORK = "/work"  # where the container works
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A checkout with an image, the stand-in for docker and no GPU; elsewhere/ beside it lies outside."""
-    project = tmp_path / "checkout"
-    (project / "docker").mkdir(parents=True)
-    for name in ("docker/run", "docker/common.sh", "pyproject.toml", "env.lock"):
-        shutil.copy(ROOT / name, project / name)
-    for name in ("train", "data/samples", "models", "runs", "bin"):
-        (project / name).mkdir(parents=True)
-    (project / "data/models.lock").touch()
-    script(project / "bin/docker", DOCKER)
-    script(project / "bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
-    script(project / "docker/host", '#!/bin/sh\n[ -z "$FAKE_HOST" ] || { echo "error: $FAKE_HOST" >&2; exit 2; }\n')
-    script(project / "docker/build", "#!/bin/sh\ntouch built\n")
-    return project
+    return checkout(tmp_path / "checkout")
 
 
-def script(path: Path, text: str) -> None:
-    path.write_text(text)
-    path.chmod(0o755)
-
-
-def start(project: Path, *words: str, **variables: str) -> subprocess.Popen[str]:
-    hidden = {"IMAGE", "ACCELERATOR", "CUDA", "TORCH", "GPUS", "DATA_DIR", "MODELS_DIR", "RUNS_DIR"}
-    kept = {name: value for name, value in os.environ.items() if name not in hidden}
-    known = {
-        "PATH": f"{project}/bin:{os.environ['PATH']}",
-        "FAKE_IMAGES": "qwen-finetune:0.1.0-cu118",
-        "RUNTIME": "docker",
-    }
+def start(project: Path, *words: str, **variables: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         ["docker/run", *words],
         cwd=project,
-        env={**kept, **known, **variables},
+        env=environment(project, **variables),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -98,9 +48,8 @@ def run(project: Path, *words: str, status: int = 0, **variables: str) -> str:
 
 def containers(project: Path) -> list[dict[str, list[str]]]:
     """Each `docker compose run`: its service and words as `words`, its mounts as `mounts`, its environment."""
-    log = [json.loads(line) for line in (project / "bin/log").read_text().splitlines()]
     found = []
-    for entry in (e for e in log if e["words"][:2] == ["compose", "run"]):
+    for entry in (e for e in log(project) if e["words"][:2] == ["compose", "run"]):
         words, mounts = entry["words"][2:], []
         while words[0].startswith("-"):
             flag = words.pop(0)
@@ -216,8 +165,8 @@ def test_files_elsewhere_are_mounted_where_they_were_typed(project: Path, tmp_pa
     (project / "mine.jsonl").touch()
     there = str(elsewhere)
     assert mounts(project, "data", f"data={there}/a.jsonl") == [f"{there}/a.jsonl:{there}/a.jsonl:ro"]
-    assert mounts(project, "data", "data=mine.jsonl") == [f"{project}/mine.jsonl:/work/mine.jsonl:ro"]
-    typed = f"../{elsewhere.name}/a.jsonl"  # /work/.. is /
+    assert mounts(project, "data", "data=mine.jsonl") == [f"{project}/mine.jsonl:{WORK}/mine.jsonl:ro"]
+    typed = f"../{elsewhere.name}/a.jsonl"  # from the container's folder, .. is /
     assert mounts(project, "data", f"data={typed}") == [f"{there}/a.jsonl:/{elsewhere.name}/a.jsonl:ro"]
     found = mounts(project, "train", f"data={there}/a.jsonl", f"model={there}/base", f"recipe={there}/my.yaml")
     assert found == [f"{there}/{name}:{there}/{name}:ro" for name in ("a.jsonl", "base", "my.yaml")]
@@ -238,7 +187,7 @@ def test_folders_to_write_to_are_made_and_mounted_writable(project: Path, tmp_pa
     ]
     assert (big / "runs").is_dir()
     assert mounts(project, "export", "run=r", f"out={big}/merged") == [f"{big}:{big}:rw"]
-    assert mounts(project, "data", "data=x", "out=data/new.jsonl") == [f"{project}/data:/work/data:rw"]
+    assert mounts(project, "data", "data=x", "out=data/new.jsonl") == [f"{project}/data:{WORK}/data:rw"]
     assert mounts(project, "quantize", "model=m", "out=other-name") == []
 
 
@@ -258,7 +207,7 @@ def test_a_run_is_shown_what_it_was_made_of(project: Path, tmp_path: Path) -> No
 def test_links_out_of_data_and_models_lead_somewhere(project: Path, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (project / "models/base").symlink_to("../../base")
-    assert mounts(project, "train", "data=x", "model=base") == [f"{tmp_path}/base:/work/models/base:ro"]
+    assert mounts(project, "train", "data=x", "model=base") == [f"{tmp_path}/base:{WORK}/models/base:ro"]
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname", "/usr/lib", "/tmp", "/"])
@@ -287,8 +236,7 @@ def test_a_signal_reaches_the_program_and_its_status_is_ours(project: Path, sent
     process.send_signal(sent)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 75, said
-    log = [json.loads(line)["words"] for line in (project / "bin/log").read_text().splitlines()]
-    kill = next(words for words in log if words[0] == "kill")
+    kill = next(entry["words"] for entry in log(project) if entry["words"][0] == "kill")
     assert kill[:3] == ["kill", "--signal", passed] and kill[3] == f"qwen-train-{process.pid}"
 
 
