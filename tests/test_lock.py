@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -128,30 +129,66 @@ def test_a_split_lock_renders_to_itself() -> None:
     assert lock.HEADER + "\n" + "\n\n".join(blocks) + "\n" == LOCK
 
 
+# --- the real installers, on the real files of the registry
+
+
+def flipped(block: str) -> str:
+    """A requirement with one digit of each hash changed, so also that of whichever file is chosen."""
+    return re.sub("sha256:([0-9a-f])", lambda digit: f"sha256:{int(digit[1], 16) ^ 1:x}", block)
+
+
+def blocks(*sections: str) -> dict[str, str]:
+    """Name -> requirement with its hashes, of those that this Python installs."""
+    here = [block for name in sections for block in re.split(r"(?<!\\)\n", SECTIONS[name].strip())]
+    found = {Requirement(block.split(" \\\n")[0]): block for block in here}
+    return {
+        requirement.name: block
+        for requirement, block in found.items()
+        if not requirement.marker or requirement.marker.evaluate()
+    }
+
+
+def fetch(command: list[str], text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    folder.mkdir(parents=True)
+    (folder / "requirements.txt").write_text(text)
+    environment = {
+        **os.environ,
+        "PIP_CONSTRAINT": "",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "UV_HTTP_TIMEOUT": "300",
+    } | lock.environment()
+    command = [*command, "--require-hashes", "--no-deps", "-r", str(folder / "requirements.txt")]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
 @pytest.mark.slow
-def test_a_flipped_digit_of_a_hash_is_refused(tmp_path: Path) -> None:
-    """The real installer, on the smallest package: the true hash passes, the wrong one does not."""
-    line = re.search(r"addict==\S+ \\\n    --hash=sha256:\w+", SECTIONS["test"])
-    assert line
-    flipped = line[0][:-1] + ("0" if line[0][-1] != "0" else "1")
-
-    def download(text: str) -> subprocess.CompletedProcess[str]:
-        (tmp_path / "requirements.txt").write_text(text)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--require-hashes",
-            "--no-deps",
-            "--no-cache-dir",
-        ]
-        environment = {**os.environ, "PIP_CONSTRAINT": "", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-        command += ["-r", str(tmp_path / "requirements.txt"), "-d", str(tmp_path / "files")]
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-    assert download(line[0]).returncode == 0
-    refused = download(flipped)
+def test_pip_refuses_uv_with_a_flipped_digit(tmp_path: Path) -> None:
+    """The one package that pip installs: the true hash passes, the wrong one does not."""
+    ((_, block),) = blocks("bootstrap").items()
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-cache-dir", "-d", str(tmp_path / "files")]
+    assert fetch(command, block, tmp_path / "true").returncode == 0
+    refused = fetch(command, flipped(block), tmp_path / "flipped")
     assert refused.returncode != 0
     assert "DO NOT MATCH THE HASHES" in refused.stderr
+
+
+@pytest.mark.slow
+def test_uv_refuses_each_package_with_a_flipped_digit(tmp_path: Path) -> None:
+    """Every other package that docker/setup installs here, downloaded and not installed. What uv computes for the file that it chose must be
+    in the lock: so the refusal is of the one digit, and not of a file that the lock does not know."""
+    everything = blocks("build", "common", "torch-registry", "source", "test")
+    from_source = blocks("source")
+    assert len(everything) > 120
+
+    def attempt(name: str) -> str:
+        target = tmp_path / name / "target"
+        command = [lock.find_uv(), "pip", "install", "--no-cache", "--python", sys.executable, "--target", str(target)]
+        command += ["--no-binary", ":all:"] if name in from_source else ["--no-build"]
+        done = fetch(command, flipped(everything[name]), tmp_path / name)
+        computed = re.search(r"Computed:\s+(sha256:[0-9a-f]{64})", done.stderr)
+        refused = done.returncode != 0 and "Hash mismatch" in done.stderr and not list(target.glob("*.dist-info"))
+        return "" if refused and computed and computed[1] in everything[name] else f"{name}: {done.stderr}"
+
+    with ThreadPoolExecutor(4) as pool:
+        problems = [said for said in pool.map(attempt, everything) if said]
+    assert problems == []
