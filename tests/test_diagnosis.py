@@ -90,6 +90,7 @@ def test_no_driver_or_no_cuda_is_not_judged() -> None:
     assert check_driver(BARE) is None
     assert check_generation(BARE) is None
     assert check_driver(replace(GOOD, cuda="")) is None
+    assert check_driver(replace(GOOD, cuda="13.0")) is None  # what it needs is not known here
 
 
 @pytest.mark.parametrize(

@@ -91,10 +91,10 @@ def _describe(card: Card) -> str:
 
 
 def check_driver(host: Host) -> Finding | None:
-    """Is the driver new enough for torch's CUDA? None where no driver answers, or torch has no CUDA."""
-    if not host.driver or not host.cuda:
+    """Is the driver new enough for torch's CUDA? None where no driver answers, or torch has no CUDA known here."""
+    need = DRIVERS.get(int(host.cuda.partition(".")[0] or 0))
+    if not host.driver or not need:
         return None
-    need = DRIVERS.get(int(host.cuda.split(".")[0]), DRIVERS[12])
     if _numbers(host.driver) >= _numbers(need):
         return Finding("driver", "ok", f"{host.driver}; CUDA {host.cuda} needs {need}")
     text = f"{host.driver} is older than {need}, which torch's CUDA {host.cuda} needs"
