@@ -91,13 +91,14 @@ shell: ## bash in the container, with its mounts and without a network
 image: ## the image, from env.lock and pinned packages: [CUDA=] [TORCH=] [BASE_IMAGE=] [CA=]
 	@docker/build
 
-image-test: setup ## what the image must do, each thing really done in it; GPU=1: on the GPU too
+image-test: setup ## what the image must do, each thing really done in it; GPU=1: on the GPU too, and is it Ubuntu with PyTorch's own build?
+	@. docker/common.sh; docker image inspect "$$(image_name)" >/dev/null 2>&1 || docker/build
 	@GPU=$(GPU) $(PY) -m pytest -q -m image tests/image $(value ARGS)
 
 image-repro: ## build it again from other places and at other times: is it the same, to the bit?
 	@python3 docker/repro.py $(value ARGS)
 
-verify-image: ## an image against its lock, its list of parts and its provenance: [IMAGE=]
+verify-image: ## is an image what its SBOM, its provenance and env.lock say? [IMAGE=]
 	@. docker/common.sh; python3 docker/sbom.py verify "$$(image_name)"
 
 bundle: ## one archive for hosts without a network: image, lock, source, base: [MODEL=] [OUT=]

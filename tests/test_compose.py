@@ -172,6 +172,19 @@ def test_files_elsewhere_are_mounted_where_they_were_typed(project: Path, tmp_pa
     assert found == [f"{there}/{name}:{there}/{name}:ro" for name in ("a.jsonl", "base", "my.yaml")]
 
 
+def test_the_data_of_a_recipes_stages(project: Path, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).touch()
+    (project / "my.yaml").write_text(
+        f"stages:\n  - data: {tmp_path}/a.jsonl # voice\n  - epochs: 1\n    data: {tmp_path}/b.jsonl\n"
+    )
+    found = mounts(project, "train", "recipe=my.yaml")
+    assert found == [
+        *(f"{tmp_path}/{name}:{tmp_path}/{name}:ro" for name in ("a.jsonl", "b.jsonl")),
+        f"{project}/my.yaml:{WORK}/my.yaml:ro",
+    ]
+
+
 def test_several_files_with_commas(project: Path, tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl", "c,d.jsonl"):
         (tmp_path / name).touch()

@@ -13,7 +13,8 @@ from train.config import RECIPES, Recipe
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh.md", "data/README.md"]
-SETTINGS = {"PYTHON", "TORCH", "TORCH_INDEX_URL", "UPGRADE", "ARGS", "FROM"}
+SETTINGS = {"FROM", *re.findall(r"^([A-Z_]+) \?=#", (ROOT / "Makefile").read_text(), flags=re.M)}
+KEYS = {"image-test": {"GPU"}, "bundle": {"MODEL", "OUT"}, "unbundle": {"BUNDLE"}}  # of targets that are no verbs
 
 
 def commands(name: str) -> list[str]:
@@ -30,7 +31,7 @@ def test_every_make_command_exists_and_takes_its_keys(name: str) -> None:
     for command in found:
         target, *_ = command.split()
         assert target in targets, command
-        known = {f.name.upper() for f in fields(Recipe)} | SETTINGS
+        known = {f.name.upper() for f in fields(Recipe)} | SETTINGS | KEYS.get(target, set())
         if target in VERBS:
             known |= {f.name.upper() for f in fields(import_module(f"train.verbs.{target}").Options)}
         assert set(re.findall(r"\b([A-Z_]+)=", command.split('ARGS="')[0])) <= known, command
@@ -49,7 +50,11 @@ def test_the_tree_names_every_file_and_no_other() -> None:
     named = set(re.findall(r"\b([a-z_0-9]+\.py)\b", tree))
     files = {path.name for path in (ROOT / "train").glob("*.py")} - {"__init__.py"}
     assert files <= named
-    assert named - files <= {"lock.py", "oracles.py"}
+    scripts = {
+        path.name for path in (ROOT / "docker").iterdir() if path.name not in ("__pycache__", "Dockerfile.dockerignore")
+    }
+    assert named - files - scripts <= {"oracles.py"}
+    assert [name for name in sorted(scripts) if not re.search(rf"\b{re.escape(name)}\b", tree)] == []
     for verb in VERBS:
         assert verb in tree
 

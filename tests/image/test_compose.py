@@ -5,6 +5,7 @@ Real containers of the real image: data, train, export, infer, and every file ch
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -107,6 +108,16 @@ def test_make_train_with_files_elsewhere(house: House, tmp_path: Path) -> None:
     )
     assert record["runtime"]["digest"] == digest.stdout.strip()
     assert owners(there) == {os.getuid()}
+
+
+@pytest.mark.skipif(not os.environ.get("GPU"), reason="GPU=1 asks for it: the image as it is published, not a stand-in")
+def test_the_image_is_the_published_one_and_sees_the_gpu(house: House) -> None:
+    """Ubuntu's base and packages, PyTorch's own build: what a machine that reaches only a registry of packages cannot build."""
+    house.accelerator = "gpu"
+    ask = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available(), (torch.ones(4).cuda() * 2).sum().item())"
+    said = house.compose("--entrypoint", "bash", "train", "-c", f"grep -h ^PRETTY /etc/os-release; python -c '{ask}'")
+    assert "Ubuntu 22.04" in said
+    assert re.search(r"2\.7\.1\+cu118 11\.8 True 8|2\.7\.1\+cu128 12\.8 True 8", said), said
 
 
 # --- the cage
