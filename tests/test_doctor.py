@@ -70,7 +70,7 @@ def test_on_a_card(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     see(monkeypatch, WITH_CARD, {"seen": 1, "errors": []})
     told = Told(capsys, "model=base-Int4", "gpus=1")
     assert told.status == 0, told.text
-    assert {told.state[name] for name in ("card", "driver", "generation", "card's memory")} == {"ok"}
+    assert {told.state[name] for name in ("card", "driver", "generation", "card's memory", "memory")} == {"ok"}
 
 
 def test_a_card_too_small_for_the_base(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +93,14 @@ def test_a_card_too_small_for_the_recipe_but_not_for_its_rows(
     assert (told.status, told.state["card's memory"]) == (2, "fail")
     remedy = told.text.split('in less: ARGS="')[1].split('"')[0].split()
     assert Told(capsys, "model=base-Int4", "length=8192", *remedy).state["card's memory"] in ("ok", "warn")
+
+
+def test_a_container_with_too_little_memory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see(monkeypatch, replace(WITH_CARD, memory=GB), {"seen": 1, "errors": []})
+    told = Told(capsys, "model=base-Int4")
+    assert (told.status, told.state["memory"], told.state["card's memory"]) == (2, "fail", "ok")
 
 
 def test_blackwell_with_cuda_12_6(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

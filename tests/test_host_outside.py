@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -134,6 +135,11 @@ def test_an_engine_that_hangs_is_not_waited_for(host: Host) -> None:
     (host.bin / "nvidia-container-runtime-hook").unlink()
     host.program("docker", "#!/bin/sh\nexec sleep 60\n")
     assert "toolkit is missing" in host.check(FAKE_CARDS="535.183.01, 8.9").stderr
+
+
+def test_shellcheck_finds_nothing() -> None:
+    done = subprocess.run([Path(sys.executable).parent / "shellcheck", SCRIPT], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_it_says_the_same_drivers_as_the_program_inside() -> None:

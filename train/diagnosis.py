@@ -231,7 +231,11 @@ def check_room(name: str, needed: int, free: int, total: int | None = None, word
     """Is there memory for what a run takes? With `total` it is a card's, else the machine's; `word` says how sure `needed` is."""
     text = f"{word} {needed / GB:.1f} GB needed, {free / GB:.1f} GB free"
     if needed > (total or free):
-        remedy = "A smaller or an Int4 base, or another card." if total else "A smaller base, or end other programs."
+        remedy = (
+            "A smaller or an Int4 base, or another card."
+            if total
+            else "A smaller base, fewer other programs, or a higher limit of the container."
+        )
         return Finding(name, "fail", text, remedy)
     if needed > free:
         return Finding(name, "fail", f"{text}: others hold the rest", "End what uses the card; nvidia-smi lists it.")

@@ -32,6 +32,9 @@ ROOT = Path(__file__).parents[2]
 LOCK = ROOT / "env.lock"
 MODELS = ROOT / "data" / "models.lock"
 A_NUMBER = 16  # bytes that an adapter's number takes at least while it learns: weight, gradient, float32 master, Adam's two moments
+PROCESS = (
+    2 << 30
+)  # the machine's memory that a process with a card takes: 0.7 GB for torch and DeepSpeed, the rest for CUDA
 COLOUR = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -236,6 +239,9 @@ def _base(report: Report, recipe: Recipe, folder: Path, here: Host, runs: Path) 
         report.add(diagnosis.check_folder("runs", runs, job.room(config, names, recipe)))
         adapter = A_NUMBER * job.adapter_size(config, names, recipe.rank)
         report.add(_memory(here, found[0], folder, adapter, recipe))
+    if here.cards:  # weights pass through one tensor at a time
+        largest = 2 * config.vocab_size * config.hidden_size
+        report.add(diagnosis.check_room("memory", PROCESS + largest, here.memory))
 
 
 def _shape(model: "Decoder") -> str:
