@@ -12,6 +12,7 @@ from torch import Tensor
 from train import attention
 from train.attention import Tokens
 from train.kernels import attention as own
+from train.pointwise import turn
 
 CASES = [  # lengths of conversations, heads, key heads, head size
     ([100], 2, 2, 16),
@@ -34,7 +35,7 @@ def tokens(lengths: list[int], device: str) -> Tokens:
     segments = torch.arange(1, len(lengths) + 1).repeat_interleave(count)[None]
     bounds = torch.cat([starts, ends[-1:]]).int()
     where = [starts.repeat_interleave(count).int(), ends.repeat_interleave(count).int()]
-    parts = [torch.zeros(0), segments, bounds, *where, torch.zeros(1)]
+    parts = [torch.arange(len(where[0])) - where[0], segments, bounds, *where, torch.zeros(1)]
     return Tokens(*(part.to(device) for part in parts))
 
 
@@ -46,12 +47,25 @@ def inputs(lengths: list[int], heads: int, keys: int, size: int, dtype: torch.dt
     return mixed.unflatten(1, (-1, size)).split([heads, keys, keys], dim=1), slope
 
 
+def turns(size: int, device: str) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(4096)[:, None] / 7 + torch.arange(size // 2)[None]
+    return angles.cos().to(device), angles.sin().to(device)
+
+
 def exactly(parts: Any, slope: Tensor, t: Tokens) -> list[Tensor]:
-    """Output and gradients in float64 on the CPU."""
+    """Output, and the gradients turned back and side by side, in float64 on the CPU."""
     q, k, v = (x.double().cpu().requires_grad_() for x in parts)
     t = Tokens(*(getattr(t, f).cpu() for f in ("positions", "segments", "bounds", "starts", "ends", "seed")))
     out = attention._plain(q, k, v, t)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), slope.double().cpu())]
+    slopes: Any = torch.autograd.grad(out, (q, k, v), slope.double().cpu())
+    into = torch.empty(len(q), sum(x[0].numel() for x in slopes), dtype=torch.float64)
+    turn(slopes, None, *turns(q.shape[2], "cpu"), t.positions, into, sign=-1)
+    return [out.detach(), *_split(into, parts)]
+
+
+def _split(mixed: Tensor, parts: Any) -> list[Tensor]:
+    """Gradients of q, k and v."""
+    return list(mixed.split([x[0].numel() for x in parts], dim=1))
 
 
 def errors(found: Any, exact: list[Tensor]) -> list[float]:
@@ -62,14 +76,19 @@ def check(device: str, dtype: torch.dtype, cases: list[Any], bound: float) -> No
     for lengths, *shape in cases:
         parts, slope = inputs(lengths, *shape, dtype, device)
         t = tokens(lengths, device)
-        out, lse = own.attend(*parts, t.starts)
-        grads = own.attend_backward(slope, *parts, out, lse, t.starts, t.ends)
-        for error in errors((out, *grads), exactly(parts, slope, t)):
-            assert error < bound, (lengths, shape, error)
+        exact = exactly(parts, slope, t)
+        for short in (False, True):
+            out, lse = own.attend(*parts, t.starts, short)
+            into = torch.empty(len(out), shape[2] * (shape[0] + 2 * shape[1]) + 8, dtype=dtype, device=device)[:, :-8]
+            angles = turns(shape[2], device)
+            own.attend_backward(slope, *parts, out, lse, t.starts, t.ends, t.positions, *angles, into, short)
+            for error in errors((out, *_split(into, parts)), exact):
+                assert error < bound, (lengths, shape, error)
 
 
 def check_interpreted() -> None:
-    own.FORWARD, own.FOR_KEYS, own.FOR_QUERIES = (16, 16, 1, 1), (16, 32, 1, 1), (32, 16, 1, 1)
+    own.FORWARD, own.FOR_KEYS = ((16, 16, 1, 1), (32, 16, 1, 1)), ((16, 32, 1, 1), (16, 16, 1, 1))
+    own.FOR_QUERIES = ((32, 16, 1, 1), (16, 16, 1, 1))
     check("cpu", torch.float32, CASES, 2e-6)
 
 
@@ -105,7 +124,9 @@ def test_no_worse_than_torchs_flash_attention_and_the_same_bits_every_time(monke
         for hopper in (True, True, False):
             monkeypatch.setattr(attention, "hopper", lambda q, hopper=hopper: hopper)
             out, kept = attention.attend(*parts, t)
-            found.append((out, *attention.attend_backward(slope, *parts, out, kept, t)))
+            into = torch.empty(len(out), shape[2] * (shape[0] + 2 * shape[1]), dtype=out.dtype, device="cuda")
+            attention.attend_backward(slope, *parts, out, kept, t, turns(shape[2], "cuda"), into)
+            found.append((out, *_split(into, parts)))
         assert all(torch.equal(a, b) for a, b in zip(found[0], found[1]))
         exact = exactly(parts, slope, t)
         for ours, theirs in zip(errors(found[0], exact), errors(found[2], exact)):

@@ -46,11 +46,27 @@ def check(device: str) -> int:
     return count
 
 
+def check_margin(device: str) -> None:
+    """What stands below and beside W, and nothing else, is written."""
+    from train.kernels import Margin, dequantize
+
+    for rows, columns, group, bits in CASES:
+        parts = packed(rows, columns, group, bits, False, device)
+        g = torch.Generator().manual_seed(1)
+        B, A = (torch.randn(*shape, generator=g).to(device) for shape in ((columns, 3), (70, rows)))
+        for margin in (Margin(B, 66, 70), Margin(A=A), Margin(below=5), Margin(B, 1, 4, A)):
+            plain, fast = (torch.full((rows + 80, columns + 80), -7.0, device=device) for _ in range(2))
+            margin.fill(plain[: rows + margin.below], rows, columns)
+            plain[:rows, :columns] = gptq.dequantize_plain(*parts, bits, torch.float32)
+            dequantize(*parts[:3], None, bits, torch.float32, fast[:rows, :columns], margin)
+            assert torch.equal(fast, plain), (rows, columns, margin)
+
+
 def test_dequantize_equals_its_definition_through_the_interpreter() -> None:
     """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
     code = (
         "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
-        "from tests.test_kernels import check, CASES\nassert check('cpu') == len(CASES) * 4"
+        "from tests.test_kernels import check, check_margin, CASES\nassert check('cpu') == len(CASES) * 4\ncheck_margin('cpu')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
@@ -58,3 +74,4 @@ def test_dequantize_equals_its_definition_through_the_interpreter() -> None:
 @pytest.mark.gpu
 def test_dequantize_equals_its_definition_on_the_gpu() -> None:
     assert check("cuda") == len(CASES) * 6
+    check_margin("cuda")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from train import kernels
 from train.kernels import attention as own
+from train.pointwise import turn
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Tokens:
         return self.segments.shape[1]
 
 
+SHORT = 512  # rows up to this many tokens are better served by smaller programs
+Turns = tuple[Tensor, Tensor]
 Kept = tuple[
     Tensor, ...
 ]  # of the forward pass, for the backward pass: log-sum-exp; of torch's flash attention also two words; or nothing
@@ -58,7 +61,7 @@ def flash(q: Tensor) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, t: Tokens) -> tuple[Tensor, Kept]:
     """q [M, Hq, D], k and v [M, Hkv, D] -> [M, Hq, D], and what the backward pass needs of it."""
     if hopper(q):
-        out, lse = own.attend(q, k, v, t.starts)
+        out, lse = own.attend(q, k, v, t.starts, t.width <= SHORT)
         return out, (lse,)
     if not flash(q):
         return _plain(q, k, v, t), ()
@@ -69,16 +72,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, t: Tokens) -> tuple[Tensor, Kept]:
 
 
 def attend_backward(
-    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept, t: Tokens
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v for the gradient `slope` [M, Hq, D] of `out`."""
+    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept, t: Tokens, turns: Turns, into: Tensor
+) -> Tensor:
+    """The gradients of q, k and v as they were before they were turned, side by side into `into` [M, (Hq + 2 Hkv) D]; returned.
+
+    Args:
+        slope: [M, Hq, D], the gradient of `out`. turns: cos and sin [P, D/2] by position, as q and k were turned.
+    """
     if len(kept) == 1:
-        return own.attend_backward(slope.contiguous(), q, k, v, out, kept[0], t.starts, t.ends)
+        parts = (slope.contiguous(), q, k, v, out, kept[0])
+        return own.attend_backward(*parts, t.starts, t.ends, t.positions, *turns, into, t.width <= SHORT)
     if kept:
         lse, state, unused = kept
-        return torch.ops.aten._flash_attention_backward(
+        slopes = torch.ops.aten._flash_attention_backward(
             slope, q, k, v, out, lse, t.bounds, t.bounds, t.width, t.width, 0.0, True, state, unused
-        )  # type: ignore[no-any-return]
+        )
+    else:
+        slopes = _plain_backward(slope, q, k, v, t)
+    return turn(slopes, None, *turns, t.positions, into, sign=-1)
+
+
+def _plain_backward(slope: Tensor, q: Tensor, k: Tensor, v: Tensor, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
         again = _plain(q, k, v, t)

@@ -112,9 +112,7 @@ class Engine:
         names = {p: name for name, p in trainable(model).items()}
         self.device = next(iter(names)).device
         starts = {name: p.detach().clone() for p, name in names.items()}
-        self.fused = (
-            Step(model.get_base_model(), names, recipe.length, recipe.graphs) if fusable(recipe, self.device) else None
-        )  # type: ignore[operator]
+        self.fused = self._fused(model, names)
         trainee = Trainee(self.fused or model)
         # lr 0: some stages take a step when they are built, to allocate the moments, and would decay the weights in it
         optimizer = torch.optim.AdamW(
@@ -128,6 +126,8 @@ class Engine:
         warnings.filterwarnings("ignore", message=".*(c10d::|reduce_scatter_tensor|Full backward hook).*")
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         config = settings(recipe, dtype)
+        if self.fused:  # the vector is larger than any bucket: reduced as it is, and no room is held for copies
+            config["zero_optimization"] |= {"reduce_bucket_size": 1} if stage_of(recipe, dtype) else {}
         with redirect_stdout(io.StringIO()):
             self.engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=config)
         self.parameters = {"vector": self.fused.vector} if self.fused else trainable(model)
@@ -137,6 +137,11 @@ class Engine:
         self._set_count(0)
         if self.fused:
             self.fused.bind()
+
+    def _fused(self, model: Any, names: dict[nn.Parameter, str]) -> Step | None:
+        if not fusable(self.recipe, self.device):
+            return None
+        return Step(model.get_base_model(), names, self.recipe.length, self.recipe.graphs)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 

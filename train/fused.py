@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from train.attention import Kept, Tokens, attend, attend_backward
 from train.decoder import Decoder, rotary
 from train.gptq import Int4Linear
+from train.kernels import Margin
 from train.pointwise import drop, rms_norm, rms_norm_backward, swiglu, swiglu_backward, turn
 
 HALVES = 4096  # tokens from which checkpointing goes through the MLP in two halves
@@ -146,30 +147,28 @@ class Projection:
         elif len(self.bases) == 1:
             yield self.columns[0], self.bases[0].matrix(dtype)
         else:
-            yield slice(0, self.outputs), self._unpacked(dtype, 0, 0)
+            yield slice(0, self.outputs), self._unpacked(dtype)
 
     def _with_below(self, dtype: torch.dtype) -> Tensor:
         """[W; Bᵀ] [K + R, N]: below W each adapter's Bᵀ under its own columns."""
-        whole = self._unpacked(dtype, self.rank, 0)
-        below = whole[self.inputs :]
-        if len(self.columns) > 1:
-            below.zero_()
+        margins = [Margin(below=self.rank) for _ in self.bases]
         for n, ranks, B in zip(self.adapted, self.ranks, self.B):
-            below[ranks, self.columns[n]] = B.t()
-        return whole
+            margins[n] = Margin(B, ranks.start, self.rank)
+        return self._unpacked(dtype, self.rank, 0, margins)
 
     def _with_beside(self, dtype: torch.dtype) -> Tensor:
         """[W, Aᵀ] [K, N + R]."""
-        whole = self._unpacked(dtype, 0, self.rank)
-        whole[:, self.outputs :] = self.A.t()
-        return whole
+        margins = [Margin() for _ in self.bases[1:]]
+        return self._unpacked(dtype, 0, self.rank, [*margins, Margin(A=self.A)])
 
-    def _unpacked(self, dtype: torch.dtype, below: int, beside: int) -> Tensor:
-        """W [K, N] of packed linears, with rows `below` it and columns `beside` it to be filled."""
+    def _unpacked(
+        self, dtype: torch.dtype, below: int = 0, beside: int = 0, margins: Sequence[Margin | None] = ()
+    ) -> Tensor:
+        """W [K, N] of packed linears, with rows `below` it and columns `beside` it, which `margins` fill."""
         device = self.bases[0].qweight.device
         whole = torch.empty(self.inputs + below, self.outputs + beside, dtype=dtype, device=device)
-        for columns, base in zip(self.columns, self.bases):
-            base.matrix(dtype, whole[: self.inputs, columns])
+        for columns, base, margin in zip(self.columns, self.bases, margins or (None,) * len(self.bases)):
+            base.matrix(dtype, whole[: self.inputs, columns], margin)
         return whole
 
     def _bias(self) -> Tensor | None:
@@ -276,11 +275,10 @@ class Block:
         middle = self._mlp_backward(dy, s, t)
         slope, back = self.out.slope(middle, t)
         self.out.learn(middle, back, s.attended.flatten(1), s.thin[1], t)
-        slopes = attend_backward(slope.view_as(s.attended), *self._split(s.qkv), s.attended, s.kept, t)
-        s.qkv = s.attended = slope = None  # type: ignore[assignment]
         dqkv = _roomy(dy, self.qkv.outputs, self.qkv.spare_back)
-        turn(slopes, None, *turns, t.positions, out=dqkv[:, : self.qkv.outputs], sign=-1)
-        del slopes
+        parts = self._split(s.qkv)
+        attend_backward(slope.view_as(s.attended), *parts, s.attended, s.kept, t, turns, dqkv[:, : self.qkv.outputs])
+        s.qkv = s.attended = slope = parts = None  # type: ignore[assignment]
         slope, back = self.qkv.slope(dqkv, t, wanted=not self.first)  # nothing before the first block learns
         self.qkv.learn(dqkv, back, rms_norm(s.x, self.norm1.weight, self.eps), s.thin[0], t)
         if self.first:

@@ -142,15 +142,26 @@ def dequantize(
     bits: int = 4,
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
+    margin: kernels.Margin | None = None,
 ) -> Tensor:
-    """`dequantize_plain`, by the Triton kernel where that runs (a CUDA device); the same bits. Into `out` [K, N], if given.
+    """`dequantize_plain`, by the Triton kernel where that runs (a CUDA device); the same bits.
 
-    Faster without a g_idx where groups are in order; it is not asked here, since that would make a GPU wait.
+    Into `out` [K, N], if given: the corner of a larger matrix, whose other parts `margin` fills. Faster without a g_idx where groups are in order; it is not asked here, since that would make a GPU wait.
     """
     if qweight.is_cuda and kernels.usable(qweight.device):
-        return kernels.dequantize(qweight, qzeros, scales, g_idx, bits, dtype, out)
+        return kernels.dequantize(qweight, qzeros, scales, g_idx, bits, dtype, out, margin)
     weight = dequantize_plain(qweight, qzeros, scales, g_idx, bits, dtype)
-    return weight if out is None else out.copy_(weight)
+    if out is None:
+        return weight
+    if margin is not None:
+        margin.fill(_around(out, margin), *weight.shape)
+    return out.copy_(weight)
+
+
+def _around(out: Tensor, margin: kernels.Margin) -> Tensor:
+    """The larger matrix that `out` [K, N] is a corner of, as far as the margin goes."""
+    beside = 0 if margin.A is None else len(margin.A)
+    return out.as_strided((out.shape[0] + margin.below, out.shape[1] + beside), out.stride())
 
 
 def dequantize_plain(
@@ -280,14 +291,16 @@ class Int4Linear(nn.Linear):
         product: Tensor = _Product.apply(x, self)
         return product
 
-    def matrix(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """W [K, N] in `dtype`: the kept one, or made anew; into `out`, if given."""
+    def matrix(self, dtype: torch.dtype, out: Tensor | None = None, margin: kernels.Margin | None = None) -> Tensor:
+        """W [K, N] in `dtype`: the kept one, or made anew; into `out`, if given, with what `margin` puts around it."""
         if self._kept is not None and self._kept.dtype == dtype:
+            if out is not None and margin is not None:
+                margin.fill(_around(out, margin), self.in_features, self.out_features)
             return self._kept if out is None else out.copy_(self._kept)
         if self._in_order is None:
             self._in_order = grouped(self.g_idx, len(self.scales))
         g_idx = None if self._in_order else self.g_idx
-        return dequantize(self.qweight, self.qzeros, self.scales, g_idx, self.scheme.bits, dtype, out)
+        return dequantize(self.qweight, self.qzeros, self.scales, g_idx, self.scheme.bits, dtype, out, margin)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] as an nn.Linear holds it."""

@@ -9,10 +9,10 @@ import sys
 
 import torch
 
-from train.kernels.dequantize import dequantize
+from train.kernels.dequantize import Margin, dequantize
 from train.kernels.runtime import INTERPRETED, triton
 
-__all__ = ["INTERPRETED", "dequantize", "usable"]
+__all__ = ["INTERPRETED", "Margin", "dequantize", "usable"]
 
 
 @functools.cache

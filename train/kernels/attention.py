@@ -13,18 +13,37 @@ from torch import Tensor
 from train.kernels.runtime import tl, triton
 
 LOG2E = math.log2(math.e)
-# (queries, keys, warps, stages) of a program, by a sweep on an H100 with heads of 128
-FORWARD, FOR_KEYS, FOR_QUERIES = (128, 128, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2)
+# (queries, keys, warps, stages) of a program, by a sweep on an H100 with heads of 128; for long rows, and for short ones
+FORWARD = ((128, 128, 8, 3), (64, 64, 4, 3))
+FOR_KEYS = ((64, 128, 8, 2), (64, 64, 4, 2))
+FOR_QUERIES = ((128, 64, 8, 3), (64, 64, 4, 3))
 
 if triton is not None:
 
     @triton.jit
-    def _tile(x, rows, stride, head, total, D: tl.constexpr, CHECK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Rows [B, D] of one head; beyond the end zeros, where that has to be asked."""
-        at = x + rows[:, None].to(tl.int64) * stride + head * D + tl.arange(0, D)[None]
+    def _tile(x, first, stride, head, total, B: tl.constexpr, D: tl.constexpr, CHECK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Rows first … first + B [B, D] of one head; beyond the end zeros, where that has to be asked."""
+        rows = tl.arange(0, B)
+        at = x + (tl.cast(first, tl.int64) * stride + head * D) + (rows[:, None] * stride + tl.arange(0, D)[None])
         if CHECK:
-            return tl.load(at, mask=(rows < total)[:, None], other=0.0)
+            return tl.load(at, mask=(first + rows < total)[:, None], other=0.0)
         return tl.load(at)
+
+    @triton.jit
+    def _store_turned(  # type: ignore[no-untyped-def]
+        x, out, first, stride, head, positions, cos, sin, total, B: tl.constexpr, D: tl.constexpr
+    ):
+        """A gradient [B, D] float32 of queries or keys, turned back by their positions, into rows of one head."""
+        HALF: tl.constexpr = D // 2
+        low, high = tl.split(tl.permute(tl.reshape(x, (B, 2, HALF)), (0, 2, 1)))
+        i = first + tl.arange(0, B)
+        d = tl.arange(0, HALF)[None]
+        inside = (i < total)[:, None]
+        place = tl.load(positions + i, mask=i < total, other=0)[:, None] * HALF + d
+        c, s = tl.load(cos + place), tl.load(sin + place)
+        to = out + i[:, None].to(tl.int64) * stride + head * D + d
+        tl.store(to, (low * c + high * s).to(out.dtype.element_ty), mask=inside)
+        tl.store(to + HALF, (high * c - low * s).to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _gather(  # type: ignore[no-untyped-def]
@@ -34,7 +53,7 @@ if triton is not None:
         """Keys first … last into the running softmax of a block of queries."""
         for n in range(first, last, BN):
             j = n + tl.arange(0, BN)
-            key = _tile(k, j, k_stride, head, total, D, MASKED)
+            key = _tile(k, n, k_stride, head, total, BN, D, MASKED)
             s = tl.dot(query, tl.trans(key), input_precision=EXACT) * scale
             if MASKED:
                 s = tl.where((j[None] <= i[:, None]) & (j[None] >= start[:, None]), s, -1.0e6)
@@ -42,7 +61,7 @@ if triton is not None:
             p = tl.exp2(s - new[:, None])
             shrink = tl.exp2(top - new)
             norm = norm * shrink + tl.sum(p, 1)
-            value = _tile(v, j, v_stride, head, total, D, MASKED)
+            value = _tile(v, n, v_stride, head, total, BN, D, MASKED)
             acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision=EXACT)
             top = new
         return acc, top, norm
@@ -56,7 +75,7 @@ if triton is not None:
         m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
         i = m + tl.arange(0, BM)
         start = tl.load(starts + i, mask=i < total, other=total)
-        query = _tile(q, i, q_stride, head, total, D, True)
+        query = _tile(q, m, q_stride, head, total, BM, D, True)
         top = tl.full((BM,), float("-inf"), tl.float32)
         norm = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, D), tl.float32)
@@ -81,10 +100,11 @@ if triton is not None:
     @triton.jit
     def _inner(out, slope, delta, total, heads, D: tl.constexpr, BM: tl.constexpr):  # type: ignore[no-untyped-def]
         """delta = sum over D of out · slope, a number a query and head."""
-        i = tl.program_id(0) * BM + tl.arange(0, BM)
+        m = tl.program_id(0) * BM
+        i = m + tl.arange(0, BM)
         head = tl.program_id(1)
-        a = _tile(out, i, heads * D, head, total, D, True).to(tl.float32)
-        b = _tile(slope, i, heads * D, head, total, D, True).to(tl.float32)
+        a = _tile(out, m, heads * D, head, total, BM, D, True).to(tl.float32)
+        b = _tile(slope, m, heads * D, head, total, BM, D, True).to(tl.float32)
         tl.store(delta + head * total + i, tl.sum(a * b, 1), mask=i < total)
 
     @triton.jit
@@ -95,13 +115,13 @@ if triton is not None:
         """Queries first … last of one head into the gradients of a block of keys and values."""
         for m in range(first, last, BM):
             i = m + tl.arange(0, BM)
-            query = _tile(q, i, q_stride, head, total, D, MASKED)
+            query = _tile(q, m, q_stride, head, total, BM, D, MASKED)
             norm = tl.load(lse + head * total + i, mask=i < total, other=0.0)
             p = tl.exp2(tl.dot(key, tl.trans(query), input_precision=EXACT) * scale - norm[None])  # [BN, BM]
             if MASKED:
                 start = tl.load(starts + i, mask=i < total, other=total)
                 p = tl.where((j[:, None] <= i[None]) & (start[None] <= j[:, None]), p, 0.0)
-            s = _tile(slope, i, heads * D, head, total, D, MASKED)
+            s = _tile(slope, m, heads * D, head, total, BM, D, MASKED)
             dv = tl.dot(p.to(s.dtype), s, dv, input_precision=EXACT)
             dp = tl.dot(value, tl.trans(s), input_precision=EXACT)
             ds = p * (dp - tl.load(delta + head * total + i, mask=i < total, other=0.0)[None])
@@ -110,13 +130,13 @@ if triton is not None:
 
     @triton.jit
     def _for_keys(  # type: ignore[no-untyped-def]
-        q, k, v, slope, starts, ends, lse, delta, dk_out, dv_out, total, q_stride, k_stride, v_stride, scale, plain_scale, heads,
+        q, k, v, slope, starts, ends, lse, delta, positions, cos, sin, out, total, q_stride, k_stride, v_stride, out_stride, scale, plain_scale, heads,
         GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
         of = tl.program_id(1)
         n = tl.program_id(0) * BN
         j = n + tl.arange(0, BN)
-        key, value = _tile(k, j, k_stride, of, total, D, True), _tile(v, j, v_stride, of, total, D, True)
+        key, value = _tile(k, n, k_stride, of, total, BN, D, True), _tile(v, n, v_stride, of, total, BN, D, True)
         dk, dv = tl.zeros((BN, D), tl.float32), tl.zeros((BN, D), tl.float32)
         past = tl.minimum(n + BN, total)
         stop = tl.load(ends + past - 1)
@@ -192,9 +212,10 @@ if triton is not None:
                 True,
                 EXACT,
             )
-        at = (j[:, None].to(tl.int64) * (heads // GROUP) + of) * D + tl.arange(0, D)[None]
-        tl.store(dk_out + at, (dk * plain_scale).to(dk_out.dtype.element_ty), mask=(j < total)[:, None])
-        tl.store(dv_out + at, dv.to(dv_out.dtype.element_ty), mask=(j < total)[:, None])
+        keys = heads // GROUP
+        _store_turned(dk * plain_scale, out, n, out_stride, heads + of, positions, cos, sin, total, BN, D)
+        to = out + j[:, None].to(tl.int64) * out_stride + (heads + keys + of) * D + tl.arange(0, D)[None]
+        tl.store(to, dv.to(out.dtype.element_ty), mask=(j < total)[:, None])
 
     @triton.jit
     def _to_queries(  # type: ignore[no-untyped-def]
@@ -204,25 +225,25 @@ if triton is not None:
         """Keys first … last into the gradient of a block of queries."""
         for n in range(first, last, BN):
             j = n + tl.arange(0, BN)
-            key = _tile(k, j, k_stride, head, total, D, MASKED)
+            key = _tile(k, n, k_stride, head, total, BN, D, MASKED)
             p = tl.exp2(tl.dot(query, tl.trans(key), input_precision=EXACT) * scale - norm[:, None])
             if MASKED:
                 p = tl.where((j[None] <= i[:, None]) & (j[None] >= start[:, None]), p, 0.0)
-            value = _tile(v, j, v_stride, head, total, D, MASKED)
+            value = _tile(v, n, v_stride, head, total, BN, D, MASKED)
             ds = p * (tl.dot(s, tl.trans(value), input_precision=EXACT) - inner[:, None])
             dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=EXACT)
         return dq
 
     @triton.jit
     def _for_queries(  # type: ignore[no-untyped-def]
-        q, k, v, slope, starts, lse, delta, dq_out, total, q_stride, k_stride, v_stride, scale, plain_scale, heads,
+        q, k, v, slope, starts, lse, delta, positions, cos, sin, out, total, q_stride, k_stride, v_stride, out_stride, scale, plain_scale, heads,
         GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
         head = tl.program_id(1)
         m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
         i = m + tl.arange(0, BM)
         start = tl.load(starts + i, mask=i < total, other=total)
-        query, s = _tile(q, i, q_stride, head, total, D, True), _tile(slope, i, heads * D, head, total, D, True)
+        query, s = _tile(q, m, q_stride, head, total, BM, D, True), _tile(slope, m, heads * D, head, total, BM, D, True)
         norm = tl.load(lse + head * total + i, mask=i < total, other=0.0)
         inner = tl.load(delta + head * total + i, mask=i < total, other=0.0)
         dq = tl.zeros((BM, D), tl.float32)
@@ -278,8 +299,7 @@ if triton is not None:
         dq = _to_queries(
             dq, query, s, norm, inner, i, start, k, v, m, end, k_stride, v_stride, of, total, scale, D, BN, True, EXACT
         )
-        at = dq_out + (i[:, None].to(tl.int64) * heads + head) * D + tl.arange(0, D)[None]
-        tl.store(at, (dq * plain_scale).to(dq_out.dtype.element_ty), mask=(i < total)[:, None])
+        _store_turned(dq * plain_scale, out, m, out_stride, head, positions, cos, sin, total, BM, D)
 
 
 def _common(q: Tensor, k: Tensor) -> dict[str, object]:
@@ -287,19 +307,19 @@ def _common(q: Tensor, k: Tensor) -> dict[str, object]:
     return {"GROUP": q.shape[1] // k.shape[1], "D": q.shape[2], "EXACT": exact}
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, short: bool) -> tuple[Tensor, Tensor]:
     """Softmax of q kᵀ / √D over each token's own conversation up to itself, times v.
 
     Args:
         q: [M, Hq, D], k and v: [M, Hkv, D], rows may be strided, D a power of two ≥ 16. starts: [M] int32, the first token of each
-            token's conversation.
+            token's conversation. short: whether rows are, so that smaller programs serve better.
     Returns:
         [M, Hq, D], and the logarithm to base 2 of the softmax's sums [Hq, M] float32.
     """
     total, heads, size = q.shape
     out = torch.empty(total, heads, size, dtype=q.dtype, device=q.device)
     lse = torch.empty(heads, total, dtype=torch.float32, device=q.device)
-    queries, keys, warps, stages = FORWARD
+    queries, keys, warps, stages = FORWARD[short]
     _forward[(triton.cdiv(total, queries), heads)](
         q, k, v, starts, out, lse, total, q.stride(0), k.stride(0), v.stride(0), LOG2E / math.sqrt(size), heads,
         **_common(q, k), BM=queries, BN=keys, num_warps=warps, num_stages=stages,
@@ -308,26 +328,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Ten
 
 
 def attend_backward(
-    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, ends: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v for the gradient `slope` [M, Hq, D] of `out`, both contiguous; the same bits every time.
+    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, ends: Tensor,
+    positions: Tensor, cos: Tensor, sin: Tensor, into: Tensor, short: bool,
+) -> Tensor:  # fmt: skip
+    """Gradients of q, k and v for the gradient `slope` [M, Hq, D] of `out`, both contiguous, turned back; the same bits every time.
 
     Args:
-        ends: [M] int32, the token after the last of each token's conversation. The others as `attend` took and gave them.
+        ends: [M] int32, the token after the last of each token's conversation. positions: [M] int; cos and sin: [P, D/2] float32.
+        into: [M, (Hq + 2 Hkv) D], gets the three side by side; rows may be strided. The others as `attend` took and gave them.
     """
     total, heads, size = q.shape
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
     _inner[(triton.cdiv(total, 64), heads)](out, slope, delta, total, heads, D=size, BM=64)
-    scales = LOG2E / math.sqrt(size), 1 / math.sqrt(size)
-    queries, keys, warps, stages = FOR_KEYS
+    last = (positions, cos, sin, into, total, q.stride(0), k.stride(0), v.stride(0), into.stride(0))
+    scales = (LOG2E / math.sqrt(size), 1 / math.sqrt(size))
+    queries, keys, warps, stages = FOR_KEYS[short]
     _for_keys[(triton.cdiv(total, keys), k.shape[1])](
-        q, k, v, slope, starts, ends, lse, delta, dk, dv, total, q.stride(0), k.stride(0), v.stride(0), *scales, heads,
+        q, k, v, slope, starts, ends, lse, delta, *last, *scales, heads,
         **_common(q, k), BM=queries, BN=keys, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    queries, keys, warps, stages = FOR_QUERIES
+    queries, keys, warps, stages = FOR_QUERIES[short]
     _for_queries[(triton.cdiv(total, queries), heads)](
-        q, k, v, slope, starts, lse, delta, dq, total, q.stride(0), k.stride(0), v.stride(0), *scales, heads,
+        q, k, v, slope, starts, lse, delta, *last, *scales, heads,
         **_common(q, k), BM=queries, BN=keys, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return dq, dk, dv
+    return into
