@@ -1,0 +1,296 @@
+"""SIGKILL at random moments, until every run has ended: each must end in the bytes of a run that nobody disturbed.
+
+    python -m tests.faults.kills [N=100] [command] [gpus=G] [key=value of the recipe …]
+
+Without `command`, a process that has imported everything forks each life of a run, so that a kill costs seconds; with it every life is
+`python -m train train …` itself, as on GPUs. Half of the runs have one process, half two, of which a kill ends both, or one: the
+other must then end by itself. A third of the kills wait until a save has begun. Prints a table; status 1 if anything was lost.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from train import checkpoint, world
+from train.journal import whole_lines
+
+ROOT = Path(__file__).parent.parent.parent
+KEYS = {"data": "data.jsonl", "model": "tiny-Int4", "recipe": "smoke", "length": "96", "zero": "2", "dropout": "0.05"}
+KEYS |= {"steps": "40", "save_every": "4", "rank": "32", "keep": "2", "batch": "1"}
+INTERVAL, LIVES = 4, 6  # steps between saves; lives of a run before it is left alone
+PATIENCE = 180.0  # seconds until a life counts as hanging
+
+
+@dataclass
+class Tally:
+    """What was seen. lost: worst number of steps computed again."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    inside: int = 0
+    lost: int = 0
+    runs: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+def words(run: str, processes: int, more: dict[str, str]) -> dict[str, str]:
+    return {**KEYS, "run": run, "accumulation": str(4 // processes), **more}
+
+
+# --- lives ----------------------------------------------------------------------------------------------------------------
+
+
+def forked(keys: dict[str, str], processes: int) -> list[int]:
+    """One life in `processes` children of this process, which has imported everything; their numbers."""
+    port, pids = world.free_port(), []
+    for rank in range(processes):
+        pid = os.fork()
+        if pid == 0:
+            _child(keys, rank, processes, port)
+        pids.append(pid)
+    return pids
+
+
+def _child(keys: dict[str, str], rank: int, processes: int, port: int) -> None:
+    from train.verbs import train as verb
+
+    log = os.open(f"{keys['run']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    if processes > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    status = 1
+    try:
+        verb.run(verb.parse(keys))
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+
+def commanded(keys: dict[str, str], processes: int) -> list[int]:
+    """One life as a person starts it."""
+    keys = {**keys, "processes": str(processes)} if "gpus" not in keys else {**keys, "gpus": str(processes)}
+    command = [sys.executable, "-m", "train", "train", *(f"{key}={value}" for key, value in keys.items())]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with Path(f"{keys['run']}.log").open("a") as log:
+        return [subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True).pid]
+
+
+def ended(pid: int) -> int | None:
+    """The status of a child that has ended, else None."""
+    found, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def wait(pids: list[int]) -> list[int | None]:
+    """The statuses of all; None for one that hangs, which is killed."""
+    deadline, found = time.monotonic() + PATIENCE, dict.fromkeys(pids)
+    while None in found.values() and time.monotonic() < deadline:
+        for pid in [pid for pid in pids if found[pid] is None]:
+            found[pid] = ended(pid)
+        time.sleep(0.005)
+    for pid in [pid for pid in pids if found[pid] is None]:
+        kill_tree(pid)
+        os.waitpid(pid, 0)
+    return list(found.values())
+
+
+def workers(pids: list[int]) -> list[int]:
+    """The processes that train: the children themselves, or those that torchrun has started below them."""
+    below = [child for pid in pids for child in psutil.Process(pid).children(recursive=True)]
+    ranks = [p.pid for p in below if "torch.distributed" not in " ".join(p.cmdline()) and "train" in p.cmdline()]
+    return ranks or pids
+
+
+def kill_tree(pid: int) -> None:
+    try:
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            process.kill()
+    except psutil.NoSuchProcess:
+        return
+
+
+# --- a kill ---------------------------------------------------------------------------------------------------------------
+
+
+def disturb(run: Path, pids: list[int], how: str, draw: random.Random, tally: Tally, base: int) -> bool:
+    """Kill the life at a moment of its own; False if it ended before that. `base`: steps that it began with."""
+    if not _moment(run, pids, how, draw, base):
+        return False
+    victims = pids
+    if how == "one of two":
+        victims = [draw.choice(workers(pids))]
+    for pid in victims:
+        kill_tree(pid)
+    wait(pids)
+    tally.kills[how] += 1
+    tally.inside += any((run / "checkpoints").glob(".step-*.tmp"))
+    found, notes = checkpoint.newest(run)
+    done, kept = len(whole_lines(run / "losses.jsonl")), checkpoint.step_of(found) if found else 0
+    tally.lost = max(tally.lost, done - kept)
+    if notes:
+        tally.wrong.append(f"{run.name}: after a kill {notes}")
+    if done - kept > INTERVAL or kept < base - INTERVAL:
+        tally.wrong.append(f"{run.name}: {done} steps done, the newest checkpoint is of {kept}")
+    return True
+
+
+def _moment(run: Path, pids: list[int], how: str, draw: random.Random, base: int) -> bool:
+    """Wait for it: a random time after the life has begun to learn, or the middle of a save. False if it ended meanwhile."""
+    path = run / "losses.jsonl"
+    size = path.stat().st_size if path.is_file() else 0
+    began, delay = None, draw.uniform(0.0, 1.5)
+    while all(psutil.pid_exists(pid) and ended_not(pid) for pid in pids):
+        if how == "inside a save":
+            if any((run / "checkpoints").glob(".step-*.tmp")) if (run / "checkpoints").is_dir() else False:
+                time.sleep(draw.uniform(0.0, 0.004))
+                return True
+        elif began is None:
+            began = time.monotonic() if path.is_file() and path.stat().st_size != size else None
+        elif time.monotonic() - began > delay:
+            return True
+        time.sleep(0.0003 if how == "inside a save" else 0.003)
+    return False
+
+
+def ended_not(pid: int) -> bool:
+    """Whether a child still runs; one that has ended is left for `wait`."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------------
+
+
+def undisturbed(life: Callable[..., list[int]], processes: int, more: dict[str, str]) -> tuple[list[Any], bytes]:
+    run = f"whole-{processes}"
+    statuses = wait(life(words(run, processes, more), processes))
+    assert set(statuses) == {0}, (statuses, Path(f"{run}.log").read_text())
+    return outcome(Path("runs") / run)
+
+
+def outcome(run: Path) -> tuple[list[Any], bytes]:
+    """The losses without their times, and the adapter."""
+    import json
+
+    rows = [json.loads(line) for line in whole_lines(run / "losses.jsonl")]
+    for row in rows:
+        row.pop("seconds")
+    return rows, (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def one_run(
+    number: int,
+    processes: int,
+    life: Callable[..., list[int]],
+    more: dict[str, str],
+    whole: tuple[list[Any], bytes],
+    draw: random.Random,
+    tally: Tally,
+    limit: int,
+) -> None:
+    """Kill a run up to LIVES times, let it end, and compare."""
+    run = Path("runs") / f"killed-{number}"
+    kinds = ["any moment", "inside a save"] + (["one of two"] if processes > 1 else [])
+    for _ in range(min(LIVES, limit)):
+        found = checkpoint.newest(run)[0]
+        how = draw.choice([*kinds, "inside a save"])
+        if not disturb(
+            run,
+            life(words(run.name, processes, more), processes),
+            how,
+            draw,
+            tally,
+            checkpoint.step_of(found) if found else 0,
+        ):
+            break
+    for _ in range(3):  # the life that ended before it was killed is not waited for yet
+        try:
+            os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            break
+    statuses = wait(life(words(run.name, processes, more), processes))
+    tally.runs += 1
+    if set(statuses) != {0}:
+        tally.wrong.append(f"{run.name}: ended with {statuses}")
+    elif outcome(run) != whole:
+        tally.wrong.append(f"{run.name}: other losses or another adapter")
+
+
+def house(folder: Path) -> None:
+    from tests.oracles import tiny_checkpoint, tiny_config
+    from tests.test_train import rows
+
+    tiny_checkpoint(folder / "models" / "tiny-Int4", tiny_config(), int4=True)
+    rows(folder / "data.jsonl")
+
+
+def campaign(
+    kills: int, life: Callable[..., list[int]], more: dict[str, str], sizes: tuple[int, ...], seed: int = 0
+) -> Tally:
+    """Runs in the working folder, as many as it takes."""
+    draw, tally = random.Random(seed), Tally()
+    whole = {size: undisturbed(life, size, more) for size in sizes}
+    number = 0
+    while (done := sum(tally.kills.values())) < kills:
+        size = sizes[number % len(sizes)]
+        one_run(number, size, life, more, whole[size], draw, tally, kills - done)
+        number += 1
+        print(f"{sum(tally.kills.values())} kills, {tally.runs} runs, {len(tally.wrong)} wrong", flush=True)
+    return tally
+
+
+def warm() -> None:
+    """Import all that a life needs: what is forked then starts at once."""
+    import torch
+
+    torch.set_num_threads(1)
+    from train import record  # noqa: F401
+    from train.engine import import_deepspeed
+    from train.verbs import train  # noqa: F401
+
+    import_deepspeed()
+
+
+def main(arguments: list[str]) -> int:
+    kills = next((int(word) for word in arguments if word.isdigit()), 100)
+    gpus = next((int(word.partition("=")[2]) for word in arguments if word.startswith("gpus=")), 0)
+    life = commanded if gpus or "command" in arguments else forked
+    sizes = tuple(range(1, gpus + 1)) if gpus else (1, 2)
+    more = dict(word.split("=", 1) for word in arguments if "=" in word)
+    more |= {"background": "off"} if gpus else {}
+    if life is forked:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        warm()
+    with tempfile.TemporaryDirectory() as made:
+        os.chdir(made)
+        house(Path(made))
+        began = time.monotonic()
+        tally = campaign(kills, life, more, sizes)
+    print(
+        f"kills: {dict(tally.kills)}, {tally.inside} of them found a half-written checkpoint; {tally.runs} runs, processes {sizes}"
+    )
+    print(f"most steps computed again: {tally.lost} (save_every={INTERVAL}); {time.monotonic() - began:.0f} s")
+    print("\n".join(tally.wrong) or "every run ended in the bytes of the undisturbed one")
+    return 1 if tally.wrong else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,159 @@
+"""A long run in miniature: memory, open files and time of a step over 20,000 steps with a save every hundred, and a picture of them.
+
+    python -m tests.faults.soak [STEPS=20000] [PICTURE.png] [key=value of the recipe …]
+
+Status 1 if the last quarter is not as flat as the second one: memory within 2 %, open files the same, time of a step within a quarter.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+
+import psutil
+
+ROOT = Path(__file__).parent.parent.parent
+KEYS = {
+    "data": "data.jsonl",
+    "model": "tiny",
+    "recipe": "smoke",
+    "run": "soak",
+    "batch": "1",
+    "accumulation": "1",
+    "length": "48",
+}
+KEYS |= {
+    "rank": "2",
+    "zero": "0",
+    "checkpointing": "off",
+    "save_every": "100",
+    "dropout": "0.05",
+    "learning_rate": "1e-4",
+}
+MEMORY, TIME = 0.02, 0.25  # growth that is allowed
+EVERY = 0.25  # seconds between two looks
+
+
+@dataclass
+class Watcher:
+    """Looks at this process while a block runs."""
+
+    steps: list[int] = field(default_factory=list)
+    megabytes: list[float] = field(default_factory=list)
+    files: list[int] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
+
+    def look(self, over: threading.Event) -> None:
+        me, journal, size, step = psutil.Process(), Path("runs/soak/losses.jsonl"), 0, 0
+        while not over.wait(EVERY):
+            if not journal.is_file():
+                continue
+            with journal.open("rb") as file:
+                file.seek(size)
+                new = file.read()
+            step, size = step + new.count(b"\n"), size + len(new)
+            self.steps.append(step)
+            self.megabytes.append(me.memory_info().rss / 1e6)
+            self.files.append(me.num_fds())
+            self.threads.append(me.num_threads())
+
+
+def train(steps: int, more: dict[str, str]) -> Watcher:
+    """The run, in the working folder, in this process."""
+    from train.verbs import train as verb
+
+    watcher, over = Watcher(), threading.Event()
+    thread = threading.Thread(target=watcher.look, args=(over,))
+    thread.start()
+    try:
+        verb.run(verb.parse({**KEYS, "steps": str(steps), **more}))
+    finally:
+        over.set()
+        thread.join()
+    return watcher
+
+
+def seconds() -> list[float]:
+    return [json.loads(line)["seconds"] for line in Path("runs/soak/losses.jsonl").read_text().splitlines()]
+
+
+def quarters(values: list[float]) -> tuple[list[float], list[float]]:
+    """The second and the last one: the first pays for warming up."""
+    n = len(values) // 4
+    return values[n : 2 * n], values[-n:]
+
+
+def judge(watcher: Watcher, times: list[float]) -> list[str]:
+    """What is not flat, in words."""
+    wrong = []
+    for name, values, pick, allowed in (
+        ("memory (MB)", watcher.megabytes, mean, MEMORY),
+        ("open files", [float(n) for n in watcher.files], median, 0.0),
+        ("threads", [float(n) for n in watcher.threads], median, 0.0),
+        ("seconds a step", times, median, TIME),
+    ):
+        before, after = (pick(part) for part in quarters(values))
+        print(f"{name}: {before:.4g} in the second quarter, {after:.4g} in the last")
+        if after > before * (1 + allowed):
+            wrong.append(f"{name} grew from {before:.4g} to {after:.4g}")
+    return wrong
+
+
+def draw(watcher: Watcher, times: list[float], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(3, 1, figsize=(8, 7), dpi=120, sharex=True, layout="constrained")
+    axes[0].plot(watcher.steps, watcher.megabytes, color="#1f5a96")
+    axes[0].set(ylabel="memory (MB)", ylim=(0, None), title=f"{len(times):,} steps, a save every {KEYS['save_every']}")
+    axes[1].plot(watcher.steps, watcher.files, color="#1f5a96", label="open files")
+    axes[1].plot(watcher.steps, watcher.threads, color="#c9782e", label="threads")
+    axes[1].set(ylabel="number", ylim=(0, None))
+    axes[1].legend(loc="lower right")
+    size = max(1, len(times) // 400)
+    at = range(0, len(times) - size + 1, size)
+    axes[2].plot([*at], [1000 * median(times[n : n + size]) for n in at], color="#1f5a96")
+    axes[2].set(ylabel=f"ms a step (median of {size})", ylim=(0, None), xlabel="step")
+    figure.savefig(path)
+
+
+def house(folder: Path) -> None:
+    from tests.oracles import tiny_checkpoint, tiny_config
+
+    small = tiny_config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    tiny_checkpoint(folder / "models" / "tiny", small)
+    rows = [{"instruction": f"{n}?", "output": f"{n}." * (1 + n % 3)} for n in range(400)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main(words: list[str]) -> int:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    steps = next((int(word) for word in words if word.isdigit()), 20_000)
+    picture = next((Path(word).absolute() for word in words if word.endswith(".png")), None)
+    more = dict(word.split("=", 1) for word in words if "=" in word)
+    with tempfile.TemporaryDirectory() as made:
+        os.chdir(made)
+        house(Path(made))
+        began = time.monotonic()
+        watcher = train(steps, {"system": "", **more})
+        times = seconds()
+        if picture:
+            draw(watcher, times, picture)
+    wrong = judge(watcher, times)
+    print("\n".join(wrong) or f"flat over {len(times):,} steps, {time.monotonic() - began:.0f} s")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main(sys.argv[1:]))

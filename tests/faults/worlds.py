@@ -1,0 +1,115 @@
+"""The same run twice, and one run whose number of processes changes under way.
+
+    python -m tests.faults.worlds [command] [gpus=4]
+
+Twice: the adapters of two runs of one recipe in the same number of processes are the same bytes. Under way: 4, then 2, 1 and 4 processes,
+each stopped by SIGTERM, at the same rows a step; the losses may differ from those of one process by the order in which float32 is summed.
+Where there are GPUs, they are the processes, and a process has the command itself.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults import kills
+from train.journal import whole_lines
+
+LOSS, WEIGHT = (
+    1e-5,
+    2e-4,
+)  # tolerances: of a loss, relative; of a weight, absolute (AdamW's first steps are 1e-3 whatever the gradient)
+CHANGES = (4, 2, 1, 4)
+STEPS, EACH = 20, 5
+KEYS = {"steps": str(STEPS), "dropout": "0", "save_every": "100", "pack": "off", "rank": "4"}
+Life = Callable[[dict[str, str], int], list[int]]
+
+
+def keys(run: str, processes: int, more: dict[str, str]) -> dict[str, str]:
+    """Eight rows a step in any number of processes; what is begun says how many, later lives fit themselves to it."""
+    return {**kills.KEYS, **KEYS, **more, "run": run, "accumulation": str(8 // processes)}
+
+
+def finish(pids: list[int], run: str, status: int = 0) -> None:
+    found = kills.wait(pids)
+    assert set(found) == {status}, (found, Path(f"{run}.log").read_text()[-2000:])
+
+
+def repeated(life: Life, processes: int, more: dict[str, str]) -> bool:
+    """Whether two runs are the same bytes."""
+    for name in ("one", "two"):
+        finish(
+            life(keys(f"{name}-{processes}", processes, {**more, "dropout": "0.05"}), processes), f"{name}-{processes}"
+        )
+    one, two = (kills.outcome(Path("runs") / f"{name}-{processes}") for name in ("one", "two"))
+    return one == two
+
+
+def changing(life: Life, more: dict[str, str]) -> tuple[float, float]:
+    """The largest relative difference of a loss, and absolute one of a weight, from the run of one process."""
+    finish(life(keys("alone", 1, more), 1), "alone")
+    run = Path("runs/changing")
+    for part, processes in enumerate(CHANGES, 1):
+        words = keys(run.name, processes, more)
+        if part > 1:
+            words.pop("accumulation")  # the run says how many rows a step has
+        pids = life(words, processes)
+        if part < len(CHANGES):
+            after(run, part * EACH, pids)
+            for pid in kills.workers(pids):
+                os.kill(pid, signal.SIGTERM)
+        finish(pids, run.name, 75 if part < len(CHANGES) else 0)
+    return differences(Path("runs/alone"), run)
+
+
+def after(run: Path, steps: int, pids: list[int]) -> None:
+    while len(whole_lines(run / "losses.jsonl")) < steps:
+        assert all(kills.ended_not(pid) for pid in pids), Path(f"{run.name}.log").read_text()[-2000:]
+        time.sleep(0.005)
+
+
+def differences(one: Path, two: Path) -> tuple[float, float]:
+    from train import lora
+
+    (first, _), (second, _) = kills.outcome(one), kills.outcome(two)
+    assert [row["label_tokens"] for row in first] == [row["label_tokens"] for row in second], "other samples"
+    loss = max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(first, second, strict=True))
+    ours, theirs = (lora.delta(run / "adapter") for run in (one, two))
+    pairs = [(x, y) for name in ours for x, y in zip(ours[name][:2], theirs[name][:2], strict=True)]
+    return loss, max(float((x - y).abs().max()) for x, y in pairs)
+
+
+def main(arguments: list[str]) -> int:
+    gpus = next((int(word.partition("=")[2]) for word in arguments if word.startswith("gpus=")), 0)
+    life: Life = kills.commanded if gpus or "command" in arguments else kills.forked
+    more = dict(word.split("=", 1) for word in arguments if "=" in word)
+    if life is kills.forked:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        kills.warm()
+    with tempfile.TemporaryDirectory() as made:
+        os.chdir(made)
+        kills.house(Path(made))
+        same = {
+            size: repeated(life, size, more)
+            for size in ((1, 2, 4) if gpus >= 4 else (1, 2))
+            if not gpus or size <= gpus
+        }
+        print(
+            "the same bytes twice: " + ", ".join(f"{n} processes {'yes' if ok else 'NO'}" for n, ok in same.items()),
+            flush=True,
+        )
+        loss = weight = 0.0
+        if not gpus or gpus >= max(CHANGES):
+            loss, weight = changing(life, {**more, "precision": "fp32"})
+            print(
+                f"{' -> '.join(map(str, CHANGES))} processes: losses within {loss:.1e} (allowed {LOSS:.0e}), weights within {weight:.1e} ({WEIGHT:.0e})"
+            )
+    return 0 if all(same.values()) and loss <= LOSS and weight <= WEIGHT else 1
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main(sys.argv[1:]))
