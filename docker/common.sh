@@ -50,7 +50,10 @@ digest_of() { docker image inspect --format '{{.Id}}' "$1" 2>/dev/null; }
 accelerator() {
     case ${ACCELERATOR:-auto} in
     gpu | cpu) echo "$ACCELERATOR" ;;
-    auto) if nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi ;;
+    auto)
+        timeout 8 nvidia-smi -L >/dev/null 2>&1 || [ $? -eq 124 ] || { echo cpu && return; } # 124: many cards take long to wake up
+        echo gpu
+        ;;
     *) fail "ACCELERATOR=$ACCELERATOR: expected gpu, cpu or auto." ;;
     esac
 }

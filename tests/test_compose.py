@@ -5,6 +5,7 @@ user, which first. What an engine makes of it is tests/image/test_compose.py's.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -109,6 +110,26 @@ def test_an_unfit_host_is_told_before_a_container_starts(project: Path) -> None:
     run(project, "data", "data=x", **asked)
     assert "driver too old" in run(project, "doctor", **asked)
     assert containers(project)[-1]["ACCELERATOR"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("answer", "remedy"),
+    [
+        ("echo no devices were found; exit 6", "ACCELERATOR=cpu"),
+        ("echo 440.33.01, 3.7", "a newer driver"),
+        ("echo 570.86.10, 12.0", "make image CUDA=12.8"),
+        ("echo 570.86.10, 9.0", "nvidia-container-toolkit"),
+    ],
+)
+def test_what_an_unfit_host_lacks_is_told_within_ten_seconds(project: Path, answer: str, remedy: str) -> None:
+    """The real docker/host, before an image is built: no card, a driver too old, a card too new for CUDA 11.8, no container toolkit."""
+    shutil.copy(ROOT / "docker/host", project / "docker/host")
+    script(project / "bin/nvidia-smi", f"#!/bin/sh\n{answer}\n")
+    began = time.monotonic()
+    said = run(project, "train", "data=x", status=2, ACCELERATOR="gpu", FAKE_IMAGES="")
+    assert time.monotonic() - began < 10
+    assert remedy in said.partition("Remedy: ")[2]
+    assert containers(project) == [] and not (project / "built").exists()
 
 
 def test_a_missing_image_is_built_first(project: Path) -> None:
