@@ -156,6 +156,26 @@ def test_what_training_would_refuse(
     assert text in " ".join(told.text.split())
 
 
+STAGED = "model: base-Int4\nepochs: 1\nstages:\n  - data: voice.json\n    epochs: 20\n  - learning_rate: 1.0e-4\n"
+
+
+def test_every_stage_of_a_recipe(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (house / "two.yaml").write_text(STAGED)
+    (house / "voice.json").write_text('[{"instruction": "a"}]')
+    told = Told(capsys, "recipe=two.yaml", "data=talk.json")
+    assert told.status == 2
+    assert "20 epochs" in told.text
+    assert "; then " in told.text
+    first, second = told.text.split("data voice.json, stage 1 of 2")[1].split("data talk.json, stage 2 of 2")
+    assert "fail  rows" in first
+    assert "4 conversations" in second
+    alone = Told(capsys, "recipe=two.yaml")  # what the second stage learns is not said yet
+    assert "stage 1 of 2" in alone.text
+    assert "stage 2 of 2" not in alone.text
+    (house / "two.yaml").write_text(STAGED.replace("epochs: 20", "epochs: many"))
+    assert "stage 1" in Told(capsys, "recipe=two.yaml").text
+
+
 def test_a_base_that_is_not_here_yet_is_fetched_by_train(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = Told(capsys)
     assert (told.status, told.state["folder"]) == (0, "warn")
@@ -195,7 +215,7 @@ def test_a_package_that_the_lock_has_otherwise(house: Path, capsys: pytest.Captu
     (house / "env.lock").write_text(LOCK.replace("4.34.1", "4.40.0"))
     told = Told(capsys, "model=base-Int4")
     assert (told.status, told.state["packages"]) == (2, "fail")
-    assert "transformers 4.34.1, not 4.40.0" in told.text
+    assert "transformers is 4.34.1, not 4.40.0" in told.text
 
 
 def test_an_option_of_the_wrong_kind_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,7 +169,8 @@ def check_lock(text: str, installed: dict[str, str]) -> Finding:
     pinned = "".join(sections.get(name, "") for name in ("common", "source"))
     lines = re.findall(r"^([\w.-]+)==([^\s;]+)(?: ; python_version == \"([\d.]+)\")?", pinned, flags=re.M)
     pins = {name: version for name, version, python in lines if python in ("", PYTHON)}
-    wrong = [f"{n} {installed.get(n, 'is missing')}, not {v}" for n, v in pins.items() if installed.get(n) != v]
+    wrong = [f"{n} is {installed[n]}, not {v}" for n, v in pins.items() if installed.get(n, v) != v]
+    wrong += [f"{n} {v} is missing" for n, v in pins.items() if n not in installed]
     if wrong or not pins:
         return Finding("packages", "fail", f"not as env.lock has them: {_some(wrong) or 'it pins nothing'}", SETUP)
     return Finding("packages", "ok", f"{len(pins)} as env.lock has them")

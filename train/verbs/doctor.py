@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from train import conversations, diagnosis, host
-from train.config import Recipe, build, describe, load_recipe, option
+from train.config import Recipe, build, describe, option, read_stages
 from train.diagnosis import Finding
 from train.errors import UserError
 from train.files import read_json
 from train.host import Host
 from train.modelfolder import damage, find, is_hub_id, read_manifest
+from train.stages import Stage, stage
 
 if TYPE_CHECKING:
     from train.decoder import Decoder
@@ -35,6 +36,7 @@ A_NUMBER = 16  # bytes that an adapter's number takes at least while it learns: 
 PROCESS = (
     2 << 30
 )  # the machine's memory that a process with a card takes: 0.7 GB for torch and DeepSpeed, the rest for CUDA
+UNNAMED = "?"  # data that nobody has named yet
 COLOUR = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -73,23 +75,26 @@ def run(options: Request) -> None:
     for finding in _machine(here, options.gpus):
         report.add(finding)
 
-    # --- the recipe ---------------------------------------------------------------------------------------------------------
-    report.section(f"recipe {options.recipe}")
-    overrides = options.overrides | ({"model": options.model} if options.model else {})
-    recipe = report.attempt("keys", lambda: load_recipe(options.recipe, overrides), _sum_up)
     torch_starts = "torch" not in report.failed
-    if recipe and torch_starts:
+
+    # --- the recipe, or the recipes of its stages ---------------------------------------------------------------------------
+    report.section(f"recipe {options.recipe}")
+    work = _work(report, options)
+    recipes = [part.recipe for part in work if part.recipe]
+    for recipe in recipes if torch_starts else []:
         _ways(report, recipe, here)
 
     # --- the base, the data -------------------------------------------------------------------------------------------------
-    folder = _folder(report, recipe, Path(options.models)) if recipe else None
-    if recipe and folder and torch_starts:
-        _base(report, recipe, folder, here, Path(options.runs))
+    folder = _folder(report, recipes[0], Path(options.models)) if recipes else None
+    if folder and torch_starts:
+        largest = max(recipes, key=lambda recipe: recipe.batch * recipe.length)
+        _base(report, largest, folder, here, Path(options.runs))
     else:
         report.add(diagnosis.check_folder("runs", Path(options.runs)))
-    if options.data:
-        report.section(f"data {options.data}")
-        _data(report, recipe, folder if torch_starts else None, options.data)
+    for part in work:
+        if part.data:
+            report.section(f"data {part.data}{part.text}")
+            _data(report, part.recipe, folder if torch_starts else None, part.data)
     report.end()
 
 
@@ -157,6 +162,35 @@ def _machine(here: Host, wanted: int) -> Iterator[Finding | None]:
 
 
 # The recipe
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one run learns: by a recipe, None where it cannot be read, from data, empty where none is to be looked at."""
+
+    recipe: Recipe | None
+    data: str
+    text: str = ""
+
+    @classmethod
+    def of(cls, found: Stage) -> "Part":
+        return cls(found.recipe, "" if found.data == UNNAMED else found.data, found.text and f", {found.text}")
+
+
+def _work(report: Report, options: Request) -> list[Part]:
+    """One part, or one a stage; a stage that names no data is looked at only with DATA=."""
+    overrides = options.overrides | ({"model": options.model} if options.model else {})
+
+    def read() -> list[Part]:
+        stages = read_stages(options.recipe)
+        open_ends = not stages or any("data" not in values for values in stages)
+        data = options.data or (UNNAMED if open_ends else "")
+        numbers = range(1, len(stages) + 1) if stages else [0]
+        return [Part.of(stage(options.recipe, number, overrides, data, Path(), None)) for number in numbers]
+
+    return report.attempt(
+        "keys", read, lambda parts: "; then ".join(_sum_up(part.recipe) for part in parts if part.recipe)
+    ) or [Part(None, options.data)]
 
 
 def _sum_up(recipe: Recipe) -> str:
