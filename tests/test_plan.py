@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests import memory
+from tests.bench import plan_check
 from train import fused, lora, loss, plan, step
 from train.config import Recipe, load_recipe
 from train.engine import PRESETS
@@ -251,3 +252,29 @@ def test_planning_loads_no_torch() -> None:
 
     code = "import sys, train.plan; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# What was measured
+
+
+@pytest.mark.parametrize("path", plan_check.reports(), ids=lambda p: p.stem)
+def test_the_plan_is_within_ten_percent_of_what_was_measured(path: Path) -> None:
+    for found in plan_check.checks(path):
+        assert abs(found.off) < plan_check.WITHIN, found
+
+
+def test_a_plan_that_is_off_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"arm": "ours", "model": "1.8b", "batch": 1, "length": 512, "checkpointing": False, "dropout": 0.0}
+    planned = plan.estimate(PUBLISHED["Qwen-1_8B"], Setting(1, 512, False)).peak / GIB
+    rows = [
+        {**row, "peak_gib": planned * 1.05},
+        {**row, "arm": "stock", "peak_gib": 99.0},
+        {**row, "skipped": "no room"},
+    ]
+    report = {"device": "a card", "rows": rows}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert plan_check.main([str(tmp_path / "report.json")]) == 0
+    report["rows"] = [*rows, {**row, "peak_gib": planned * 1.2, "at_rest_gib": 2.6}]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert plan_check.main([str(tmp_path / "report.json")]) == 1
+    assert "-16.7% !" in capsys.readouterr().out

@@ -251,7 +251,7 @@ def stages(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
     yield again + slopes + int(share * (mlp + w.i * (1 + w.drop))), w.i * (w.h + w.back(w.r4))
     yield again + slopes + int(share * (mlp + w.h * (2 + w.drop))), w.h * w.branches
     yield again + slopes - gone + w.q * (1 + w.drop), w.q * w.h
-    yield again + slopes - gone + w.q + w.n + 2 * w.heads, 0
+    yield again + slopes - gone + w.q + w.n + w.back(w.r1) + 2 * w.heads, 0
     yield again + slopes - gone - w.q + w.n + w.back(w.r1) + w.h * (2 + w.drop), w.h * w.n
 
 

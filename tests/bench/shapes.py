@@ -11,30 +11,33 @@ from torch import Tensor, nn
 from train.decoder import Decoder
 from train.gptq import Int4Linear, Scheme
 from train.layouts import DecoderConfig
+from train.plan import PUBLISHED, Shape
 
-# layers, hidden, heads, key heads, head size, inner, vocabulary, tied; as their config.json says
-SHAPES: dict[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
-    "tiny": ("qwen", 2, 128, 4, 4, 32, 256, 512, False),
-    "0.5b": ("qwen2", 24, 896, 14, 2, 64, 4864, 151_936, True),
-    "1.8b": ("qwen", 24, 2048, 16, 16, 128, 5504, 151_936, False),
-    "7b": ("qwen", 32, 4096, 32, 32, 128, 11_008, 151_936, False),
-    "14b": ("qwen", 40, 5120, 40, 40, 128, 13_696, 152_064, False),
-    "72b": ("qwen", 80, 8192, 64, 64, 128, 24_576, 152_064, False),
+SHAPES: dict[str, Shape] = {
+    "tiny": Shape("qwen", 2, 128, 4, 4, 32, 256, 512),
+    "0.5b": PUBLISHED["Qwen2.5-0.5B"],
+    "1.8b": PUBLISHED["Qwen-1_8B"],
+    "7b": PUBLISHED["Qwen-7B"],
+    "14b": PUBLISHED["Qwen-14B"],
+    "72b": PUBLISHED["Qwen-72B"],
 }
 
 
 def config(name: str) -> DecoderConfig:
-    layout, layers, hidden, heads, key_heads, size, inner, vocabulary, tied = SHAPES[name]
+    return decoder_config(SHAPES[name])
+
+
+def decoder_config(shape: Shape) -> DecoderConfig:
     return DecoderConfig(
-        layout=layout,
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        head_dim=size,
-        intermediate_size=inner,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
+        layout=shape.layout,
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        head_dim=shape.head_size,
+        intermediate_size=shape.inner,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
     )
 
 

@@ -1,0 +1,79 @@
+"""Does the plan say what was measured? Every row of ours in a report, beside the peak that train/plan.py predicts for it.
+
+    python -m tests.bench.plan_check [REPORT.json …]
+
+Without names: every report in tests/bench/results that `make bench` wrote. Status 1 if one row is more than 10 % off. The plan is for
+the fused passes on a card; rows of a CPU, of other arms and of what did not fit are passed over.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench.shapes import SHAPES
+from train import plan
+from train.plan import GIB, Setting
+
+RESULTS = Path(__file__).parent / "results"
+WITHIN = 0.10
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row: GiB predicted and measured, and at which moment the peak is said to be."""
+
+    name: str
+    predicted: float
+    measured: float
+    moment: str
+    at_rest: tuple[float, float] | None  # predicted, measured: where the report has it
+
+    @property
+    def off(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+def check(row: dict[str, Any]) -> Check:
+    """What the plan says of a row."""
+    setting = Setting(row["batch"], row["length"], row["checkpointing"], row.get("rank", 64), row.get("dropout", 0.0))
+    model = row.get("model", "1.8b")
+    found = plan.estimate(SHAPES[model], setting)
+    name = f"{model} {row['batch']}×{row['length']}{' checkpointing' if row['checkpointing'] else ''}"
+    rest = (found.at_rest / GIB, row["at_rest_gib"]) if "at_rest_gib" in row else None
+    return Check(f"{name} dropout {setting.dropout:g}", found.peak / GIB, row["peak_gib"], found.moment, rest)
+
+
+def checks(path: Path) -> list[Check]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if report["device"] == "CPU":
+        return []
+    return [check(row) for row in report["rows"] if row["arm"] == "ours" and row.get("peak_gib")]
+
+
+def reports() -> list[Path]:
+    """Those in results/ that `make bench` wrote: it says which code was measured."""
+    return [path for path in sorted(RESULTS.glob("*.json")) if "code" in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def main(words: Sequence[str]) -> int:
+    off = 0
+    for path in [Path(word) for word in words] or reports():
+        drawn = Table("", "predicted", "measured", "off", "peak at", "at rest", title=path.name, title_justify="left")
+        for one in checks(path):
+            off += abs(one.off) > WITHIN
+            rest = f"{one.at_rest[0]:.2f} / {one.at_rest[1]:.2f}" if one.at_rest else ""
+            sign = f"{one.off:+.1%}" + (" !" if abs(one.off) > WITHIN else "")
+            drawn.add_row(one.name, f"{one.predicted:.2f}", f"{one.measured:.2f}", sign, one.moment, rest)
+        Console(width=120).print(drawn)
+    print(f"{off} rows are more than {WITHIN:.0%} off" if off else f"all within {WITHIN:.0%}")
+    return 1 if off else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
