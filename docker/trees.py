@@ -25,6 +25,13 @@ from pathlib import Path
 from typing import Any
 
 TORCH = ("torch", "functorch", "triton", "nvidia", "cusparselt")  # what these names begin is the first, large layer
+UNUSED = (  # 120 MB that no command here reaches: a server and its client, a solver's programs, headers, a viewer's reader
+    "pyarrow/*flight*",
+    "pyarrow/include",
+    "gekko/bin",
+    "tensorboard_data_server/bin",
+)
+RARE = r"/transformers/models/(?!auto/)[^/]+/(?!__init__)|/fontTools/|/pygments/lexers/"  # hardly any of these 1,700 modules is imported
 TESTED = (
     "matplotlib",
     "networkx",
@@ -67,7 +74,20 @@ def settle(tree: Path, plain: bool = False) -> None:
 def compile_python(folders: list[Path], python: str, root: Path = Path("/")) -> None:
     """A .pyc beside every .py, so that a read-only container needs not compile at each start. By content, not by time; and each folder by
     a process of its own under one hash seed: which strings a process has met before shows in the bytes that it writes."""
-    command = [python, "-m", "compileall", "-qq", "--invalidation-mode", "unchecked-hash", "-s", str(root), "-p", "/"]
+    command = [
+        python,
+        "-m",
+        "compileall",
+        "-qq",
+        "--invalidation-mode",
+        "unchecked-hash",
+        "-x",
+        RARE,
+        "-s",
+        str(root),
+        "-p",
+        "/",
+    ]
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
 
     def one(folder: Path) -> None:  # a file that does not compile (a template, another Python's syntax) stays as it is
@@ -134,7 +154,7 @@ def forget_origin(site: Path) -> None:
 
 
 def thin(site: Path) -> None:
-    """Leave out what nothing here loads: bitsandbytes for other CUDAs than torch's, 200 MB, and the largest packages' own tests."""
+    """Leave out what nothing here loads: bitsandbytes for other CUDAs than torch's, 200 MB; the UNUSED; the largest packages' own tests."""
     cuda = re.search(r"^cuda.*'(\d+)\.(\d+)'$", (site / "torch/version.py").read_text(), flags=re.MULTILINE)
     assert cuda, "torch/version.py names no CUDA"
     keep = {f"libbitsandbytes_cuda{cuda[1]}{cuda[2]}.so", "libbitsandbytes_cpu.so"}
@@ -142,9 +162,9 @@ def thin(site: Path) -> None:
     assert keep <= set(libraries), f"bitsandbytes has {sorted(libraries)}, not {sorted(keep)}"
     for name in sorted(set(libraries) - keep):
         libraries[name].unlink()
-    for package in TESTED:
-        for folder in list((site / package).rglob("tests")):
-            shutil.rmtree(folder, ignore_errors=True)  # one in another is gone already
+    unused = [path for pattern in UNUSED for path in site.glob(pattern)]
+    for path in [*unused, *(folder for package in TESTED for folder in (site / package).rglob("tests"))]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_records(site: Path) -> None:

@@ -121,6 +121,12 @@ def venv(tmp_path: Path) -> Path:
         "numpy/core/tests/test_a.py": "",
         "numpy/testing/b.py": "",
         "einops/tests/c.py": "",
+        "pyarrow/libarrow_flight.so.1": "",
+        "pyarrow/include/a.h": "",
+        "pyarrow/libarrow.so.1": "",
+        "transformers/models/auto/a.py": "A = 1\n",
+        "transformers/models/bert/__init__.py": "A = 1\n",
+        "transformers/models/bert/modeling_bert.py": "A = 1\n",
         **{f"bitsandbytes/libbitsandbytes_{name}.so": "" for name in ("cpu", "cuda118", "cuda126", "cuda128")},
         "torch-2.7.1.dist-info/direct_url.json": '{"url": "https://user:secret@mirror.example/torch.whl"}',
         "torch-2.7.1.dist-info/RECORD": 'torch/a.py,sha256=x,6\n"torch/gone,b.py",,\ntorch-2.7.1.dist-info/direct_url.json,,\n',
@@ -147,6 +153,9 @@ def test_packages_are_parted_thinned_and_tell_no_mirror(venv: Path, tmp_path: Pa
     assert not (second / "numpy/core/tests").exists()
     assert (second / "numpy/testing/b.py").exists()
     assert (second / "einops/tests/c.py").exists()
+    assert [p.name for p in (second / "pyarrow").iterdir()] == ["libarrow.so.1"]
+    compiled = sorted(p.name.split(".")[0] for p in (second / "transformers").rglob("*.pyc"))
+    assert compiled == ["__init__", "a"]  # not the one that is rare
     assert (first / "torch-2.7.1.dist-info/RECORD").read_text() == "torch/a.py,sha256=x,6\n"
     assert not (first / "torch-2.7.1.dist-info/direct_url.json").exists()
     assert sorted(p.name for p in second.parents[2].iterdir()) == ["bin", "lib"]
