@@ -95,7 +95,7 @@ def settings(image: str, place: Place) -> dict[str, str]:
     found = {key: value for key, _, value in lines if key in SETTINGS} | dict(os.environ)
     if found.get("CA"):
         found["CA"] = str((ROOT / found["CA"]).absolute())
-    return {**found, "IMAGE": image, "LC_ALL": place.locale, "TZ": place.zone}
+    return {**found, "IMAGE": image, "BUILD_ONLY": "1", "LC_ALL": place.locale, "TZ": place.zone}
 
 
 def build(folder: Path, place: Place, image: str, *words: str) -> str:
