@@ -45,6 +45,7 @@ def test_a_machine_that_does_all() -> None:
     ("host", "text", "remedy"),
     [
         (BARE, "no NVIDIA card", "ACCELERATOR=cpu"),
+        (replace(BARE, refusal="hidden"), "CUDA_VISIBLE_DEVICES", "Unset it"),
         (replace(BARE, on_bus=True), "no driver answers", "Install the driver"),
         (replace(BARE, contained=True, kernel_driver="535.1"), "host has driver 535.1", "container toolkit"),
         (replace(BARE, refusal="Failed to initialize NVML: Driver/library version mismatch"), "mismatch", "restart"),

@@ -230,4 +230,4 @@ def test_the_real_machine_is_looked_at(
     monkeypatch.chdir(house)
     told = Told(capsys, "model=base-Int4")
     assert {"card", "torch", "packages", "shared memory"} <= set(told.state)
-    assert told.state["torch"] == "ok"
+    assert "torch 2.7.1" in told.text

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from train import host
-from train.host import Card, ask_nvidia, free_memory, installed_torch, installed_versions, look, probe
+from train.host import Card, ask_nvidia, free_memory, installed_torch, installed_versions, look, probe, visible
 
 GIB = 1 << 30
 SMI = """#!/bin/sh
@@ -87,6 +87,32 @@ def test_a_driver_that_refuses(
     cards, driver, heard = ask_nvidia()
     assert (cards, driver) == ((), "")
     assert heard.startswith(refusal)
+
+
+@pytest.mark.parametrize(
+    ("wish", "left"),
+    [
+        (None, "abc"),
+        ("", ""),
+        ("-1", ""),
+        ("1", "b"),
+        ("2,0", "ca"),
+        ("0,7,1", "a"),
+        ("GPU-1f,GPU-2e", "ab"),
+        ("x", ""),
+    ],
+)
+def test_cards_that_cuda_does_not_show(wish: str | None, left: str) -> None:
+    assert "".join(card.name for card in visible(tuple(map(Card, "abc")), wish)) == left
+
+
+def test_hidden_cards_are_no_refusal_of_the_driver(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(machine, "nvidia-smi")
+    monkeypatch.setenv("FAKE_CARDS", "Tesla T4, 15109, 15000, 535.1\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert (look(machine).cards, look(machine).refusal) == ((), "hidden")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert len(look(machine).cards) == 1
 
 
 def test_a_driver_that_hangs_is_not_waited_for(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

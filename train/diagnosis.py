@@ -59,7 +59,12 @@ def check_card(host: Host, wanted: int = 0) -> Finding:
 def _no_card(host: Host, wanted: int) -> Finding:
     """Why no card is seen: a driver in use while it was updated, a container without it, a driver that does not load, or none."""
     said = " ".join(host.refusal.split())[:200]
-    if "version mismatch" in said:
+    if host.refusal == "hidden":
+        text, remedy = (
+            "hidden by CUDA_VISIBLE_DEVICES: the CPU computes",
+            "Unset it, or name the cards: CUDA_VISIBLE_DEVICES=0",
+        )
+    elif "version mismatch" in said:
         text, remedy = said, "The driver was updated while it was in use: restart the machine."
     elif host.contained and host.kernel_driver:
         text = f"the host has driver {host.kernel_driver}, but this container was given no card"
@@ -147,7 +152,7 @@ def check_torch(host: Host, answer: dict[str, Any]) -> Finding:
     if host.cards and not host.cuda:
         return Finding("torch", "fail", f"{name}, and there is a card", SETUP)
     if host.cards and not answer["seen"]:
-        remedy = "Unset CUDA_VISIBLE_DEVICES; in a container, NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+        remedy = "In a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility; else see driver."
         return Finding("torch", "fail", f"{name}: sees none of the cards", remedy)
     where = {0: "the CPU", 1: "the card"}.get(answer["seen"], f"{answer['seen']} cards")
     return Finding("torch", "ok", f"{name}: computes on {where}")

@@ -51,7 +51,9 @@ class Host:
 
     cards: tuple[Card, ...] = ()
     driver: str = ""  # version, as nvidia-smi says it
-    refusal: str = ""  # what nvidia-smi said instead of cards; "absent" where there is none
+    refusal: str = (
+        ""  # what nvidia-smi said instead of cards; "absent" where there is none; "hidden" by CUDA_VISIBLE_DEVICES
+    )
     kernel_driver: str = ""  # version of the loaded kernel module, which a container sees too
     on_bus: bool = False  # an NVIDIA display controller is on the PCI bus
     contained: bool = False
@@ -67,12 +69,13 @@ class Host:
 def look(root: Path = Path("/")) -> Host:
     """This machine; `root` is where its /proc, /sys and /dev are."""
     cards, driver, refusal = ask_nvidia()
+    shown = visible(cards, os.environ.get("CUDA_VISIBLE_DEVICES"))
     torch, cuda = installed_torch()
     shared, ptxas = root / "dev/shm", os.environ.get("TRITON_PTXAS_PATH", "")
     return Host(
-        cards=cards,
+        cards=shown,
         driver=driver,
-        refusal=refusal,
+        refusal="hidden" if cards and not shown else refusal,
         kernel_driver=_kernel_driver(root),
         on_bus=any(map(_is_nvidia, root.glob("sys/bus/pci/devices/*"))),
         contained=any((root / name).exists() for name in (".dockerenv", "run/.containerenv")),
@@ -102,6 +105,18 @@ def ask_nvidia() -> tuple[tuple[Card, ...], str, str]:
         capability = capabilities[number] if number < len(capabilities) else ""
         cards.append(Card(", ".join(name), _version(capability), _mebibytes(total), _mebibytes(free)))
     return tuple(cards), rows[0][-1], ""
+
+
+def visible(cards: tuple[Card, ...], wish: str | None) -> tuple[Card, ...]:
+    """Those that CUDA_VISIBLE_DEVICES leaves: by number up to the first that is not there; by UUID as many as are named."""
+    if wish is None:
+        return cards
+    names = [name.strip() for name in wish.split(",") if name.strip()]
+    if any(name.startswith(("GPU-", "MIG-")) for name in names):
+        return cards[: len(names)]
+    known = [name.isdigit() and int(name) < len(cards) for name in names]
+    first_strange = known.index(False) if False in known else len(names)
+    return tuple(cards[int(name)] for name in names[:first_strange])
 
 
 def _ask(program: str, fields: str) -> tuple[int, str]:
