@@ -16,8 +16,9 @@ case "$*" in
 "-m pip config get "*) [ -n "$FAKE_MIRROR" ] && [ "$5" = global.index-url ] && echo "$FAKE_MIRROR" ;;
 "-m pip install "*) echo "pip $*" >>log && cp "$0" "$here/uv" ;;
 "docker/lock.py select "*) shift 2; echo "lines of $*" ;;
-"pip install "*) echo "uv $* : $(tail -n 1 .venv/requirements.txt) : ${UV_DEFAULT_INDEX-} ${PIP_CONSTRAINT-} : cards=${CUDA_VISIBLE_DEVICES-all}" >>log
-    [ "$FAKE_FAIL" != "$(tail -n 1 .venv/requirements.txt)" ] ;;
+"pip check "* | "pip uninstall "*) echo "afterwards $*" >>log ;;
+"pip install "*) echo "uv $* : $(tail -n 1 ${VENV:-.venv}/requirements.txt) : ${UV_DEFAULT_INDEX-} ${PIP_CONSTRAINT-} : cards=${CUDA_VISIBLE_DEVICES-all}" >>log
+    [ "$FAKE_FAIL" != "$(tail -n 1 ${VENV:-.venv}/requirements.txt)" ] ;;
 esac
 """
 
@@ -33,7 +34,9 @@ def project(tmp_path: Path) -> Path:
 
 
 def setup(project: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_", "TORCH", "PYTHON", "CUDA"))}
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_", "TORCH", "PYTHON", "CUDA", "VENV"))
+    }
     clean["PATH"] = f"{project}/bin:{os.environ['PATH']}"
     (project / "log").unlink(missing_ok=True)
     return subprocess.run(
@@ -44,6 +47,7 @@ def setup(project: Path, *words: str, **variables: str) -> subprocess.CompletedP
 def stages(project: Path) -> list[str]:
     """Which sections were installed, in order; uv's own as `pip`."""
     log = (project / "log").read_text().splitlines() if (project / "log").exists() else []
+    log = [line for line in log if not line.startswith("afterwards")]
     return [line.split(" : ")[1].removeprefix("lines of ") if line.startswith("uv") else "pip" for line in log]
 
 
@@ -133,3 +137,16 @@ def test_an_unknown_torch_is_refused(project: Path) -> None:
     result = setup(project, TORCH="rocm")
     assert result.returncode == 2
     assert "expected cu118, cu128, registry" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("cuda", "torch", "taken"), [("11.8", "", "cu118"), ("12.8", "", "cu128"), ("11.8", "registry", "registry")]
+)
+def test_the_images_has_no_test_tools_and_torch_by_cuda(project: Path, cuda: str, torch: str, taken: str) -> None:
+    """And is checked while pip and uv are still there, which then go."""
+    done = setup(project, "image", CUDA=cuda, TORCH=torch, VENV=str(project / "venv"))
+    assert done.returncode == 0, done.stderr
+    assert stages(project) == ["pip", "build", f"common torch-{taken}", "source"]
+    last = [line for line in (project / "log").read_text().splitlines() if line.startswith("afterwards")]
+    assert [" ".join(line.split()[1:3]) for line in last] == ["pip check", "pip uninstall"]
+    assert last[1].endswith(" pip uv")
