@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench import __main__ as bench
 from train.__main__ import VERBS
 from train.config import RECIPES, Recipe
 
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh.md", "data/README.md"]
 SETTINGS = {"FROM", *re.findall(r"^([A-Z_]+) \?=#", (ROOT / "Makefile").read_text(), flags=re.M)}
 KEYS = {"image-test": {"GPU"}, "bundle": {"MODEL", "OUT"}, "unbundle": {"BUNDLE"}}  # of targets that are no verbs
+KEYS["bench"] = {f.name.upper() for f in fields(bench.Options)}
 
 
 def commands(name: str) -> list[str]:
