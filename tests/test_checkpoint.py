@@ -99,7 +99,7 @@ HARMS = [
     (spoil_state, "state.json is damaged"),
     (lose_sums, "SHA256SUMS is missing"),
     (add_a_line, "SHA256SUMS is damaged"),
-    (rename, "it is the one of step 2"),
+    (rename, "it is the one of another step"),
 ]
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from train.errors import UserError
 from train.files import read_json, sha256, staged, write_json, write_text
 
 TENSORS = ("trainable", "optimizer", "rng")  # each one file, NAME.safetensors
@@ -117,8 +118,9 @@ def harm(folder: Path) -> str:
             return f"{line.split()[1].decode()} is damaged: its sha256 is not what {SUMS} says"
     if written != sums:
         return f"{SUMS} is damaged"
-    if (step := read_json(folder / "state.json")["step"]) != step_of(folder):
-        return f"it is the one of step {step}"
+    state = (folder / "state.json").read_text(encoding="utf-8", errors="replace")
+    if not re.search(rf'"step": {step_of(folder)}\b', state):
+        return "it is the one of another step"
     return ""
 
 
@@ -135,10 +137,19 @@ def newest(run: Path, most: int | None = None) -> tuple[Path | None, list[str]]:
 
 
 def read(folder: Path) -> Snapshot:
-    """The snapshot in `folder`, on the CPU; the caller has chosen it with `newest`."""
-    state = read_json(folder / "state.json")
-    tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSORS}
-    return Snapshot(step=state["step"], state=state, **tensors)
+    """The snapshot in `folder`, on the CPU; the caller has chosen it with `newest`.
+
+    Raises:
+        UserError: files that are what SHA256SUMS says, and yet not what this program writes.
+    """
+    try:
+        state = read_json(folder / "state.json")
+        tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSORS}
+        return Snapshot(step=state["step"], state=state, **tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}: {error}: it is no checkpoint of this program. Remove it; the same command goes on."
+        ) from error
 
 
 def sweep(run: Path) -> None:

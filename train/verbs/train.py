@@ -272,6 +272,7 @@ def _decisions(
 
 def _model(job: "Job", device: "torch.device", dtype: "torch.dtype", keep_float: bool) -> Any:
     """The frozen base with adapters: fresh ones, or those of the run it starts from."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from train import lora
@@ -279,7 +280,10 @@ def _model(job: "Job", device: "torch.device", dtype: "torch.dtype", keep_float:
 
     model = lora.attach(load(job.base, dtype, device, keep_float), job.recipe)
     if job.parent is not None:
-        learnt = load_file(job.parent / "adapter" / lora.WEIGHTS)
+        try:
+            learnt = load_file(job.parent / "adapter" / lora.WEIGHTS)
+        except SafetensorError as error:
+            raise UserError(f"from={job.parent.name}: its adapter is damaged ({error}).") from error
         parameters = lora.trainable(model)
         if learnt.keys() != {lora.stock_name(name) for name in parameters}:
             raise UserError(

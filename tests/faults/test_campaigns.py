@@ -1,0 +1,74 @@
+"""The long campaigns, short: they run, they count what they should, and they would see a loss. Whole, they are `slow`."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults import kills, soak, worlds
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def campaign(*words: str) -> str:
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_few_kills() -> None:
+    said = campaign("tests.faults.kills", "3", "steps=12")
+    assert "every run ended in the bytes of the undisturbed one" in said
+    assert int(re.findall(r"most steps computed again: (\d+)", said)[0]) <= kills.INTERVAL
+
+
+def test_another_outcome_would_be_seen(tmp_path: Path) -> None:
+    for name, loss in (("a", 1.0), ("b", 1.0000001)):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
+        (tmp_path / name / "losses.jsonl").write_text(json.dumps({"step": 1, "loss": loss, "seconds": loss}) + "\n")
+    assert kills.outcome(tmp_path / "a") == kills.outcome(tmp_path / "a")
+    assert kills.outcome(tmp_path / "a") != kills.outcome(tmp_path / "b")
+
+
+def test_a_leak_would_be_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    flat = soak.Watcher([*range(80)], [700.0] * 80, [30] * 80, [9] * 80)
+    assert soak.judge(flat, [0.02] * 80) == []
+    leaking = soak.Watcher([*range(80)], [700.0 + n for n in range(80)], [30 + n // 20 for n in range(80)], [9] * 80)
+    assert len(soak.judge(leaking, [0.02 + n / 4000 for n in range(80)])) == 3
+    capsys.readouterr()
+
+
+def test_a_short_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time a step is not judged here: the machine is not alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(soak, "EVERY", 0.05)
+    soak.house(tmp_path)
+    watcher = soak.train(160, {"save_every": "10"})
+    assert soak.judge(watcher, soak.seconds(), timed=False) == []
+    assert watcher.steps[-1] > 100
+
+
+@pytest.mark.slow
+def test_a_hundred_kills() -> None:
+    said = campaign("tests.faults.kills", "100")
+    assert int(re.findall(r"(\d+) of them found a half-written checkpoint", said)[0]) >= 25
+
+
+@pytest.mark.slow
+def test_kills_of_the_command_itself_with_saves_in_the_background() -> None:
+    campaign("tests.faults.kills", "6", "command", "slack=4", "background=on")
+
+
+@pytest.mark.slow
+def test_the_same_twice_and_in_changing_worlds() -> None:
+    assert "losses within" in campaign("tests.faults.worlds")
+    assert worlds.CHANGES == (4, 2, 1, 4)
+
+
+@pytest.mark.slow
+def test_twenty_thousand_steps(tmp_path: Path) -> None:
+    campaign("tests.faults.soak", "20000", str(tmp_path / "soak.png"))

@@ -1,0 +1,178 @@
+"""Files that would run something, or write elsewhere: nothing of them runs, nothing is written."""
+
+import io
+import json
+import pickle
+import shutil
+import signal
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.oracles import tiny_checkpoint, tiny_config
+from tests.test_train import rows, stop_at, train, words
+from train import checkpoint, download, lora
+from train.errors import UserError
+from train.loader import load
+from train.verbs import export
+from train.verbs import model as model_verb
+from train.verbs import train as verb
+
+TRAP: list[str] = []
+
+
+def spring(text: str) -> None:
+    TRAP.append(text)
+
+
+class Bomb:
+    """Unpickled, it goes off."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return spring, ("a pickle was run",)
+
+
+def bomb() -> bytes:
+    """As torch.save writes it, which a bare unpickler runs too."""
+    out = io.BytesIO()
+    torch.save(Bomb(), out)
+    return out.getvalue()
+
+
+HOSTILE = "import tests.faults.test_hostile as there\nthere.spring(__file__)\nraise SystemExit(9)\n"
+
+
+@pytest.fixture(autouse=True)
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    TRAP.clear()
+
+
+def house(hostile: bool = False) -> Path:
+    """A base, with python files and a config that points at them if `hostile`."""
+    base = tiny_checkpoint(Path("models/tiny-Int4"), tiny_config(), int4=True)
+    rows(Path("data.jsonl"))
+    if hostile:
+        names = (
+            "modeling_qwen.py",
+            "configuration_qwen.py",
+            "tokenization_qwen.py",
+            "__init__.py",
+            "conftest.py",
+            "setup.py",
+        )
+        for name in names:
+            (base / name).write_text(HOSTILE)
+        config = json.loads((base / "config.json").read_text())
+        config["auto_map"] = {
+            "AutoConfig": "configuration_qwen.QWenConfig",
+            "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+        }
+        (base / "config.json").write_text(json.dumps(config))
+    return base
+
+
+def test_the_bomb_goes_off_where_it_is_let() -> None:
+    """Else the tests below would show nothing."""
+    torch.load(io.BytesIO(bomb()), weights_only=False)
+    pickle.loads(pickle.dumps(Bomb()))
+    exec(compile("there.spring('x')", "x.py", "exec"), {"there": sys.modules[__name__]})
+    assert len(TRAP) == 3
+
+
+def test_pickles_beside_a_checkpoint_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    house()
+    with monkeypatch.context() as patch:
+        stop_at(1, signal.SIGTERM, patch)
+        with pytest.raises(SystemExit):
+            train(run="r", steps=4)
+    folder = checkpoint.folder_of(Path("runs/r"), 2)
+    for name in (
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "pytorch_model.bin",
+        "training_args.bin",
+        "state.pkl",
+    ):
+        (folder / name).write_bytes(bomb())
+    train(run="r", steps=4)
+    assert TRAP == []
+
+
+def test_a_pickle_under_the_name_of_a_checkpoints_file_is_refused_even_with_its_hash_put_right() -> None:
+    house()
+    train(run="r", steps=2, save_every=1)
+    run = Path("runs/r")
+    shutil.rmtree(run / "adapter")
+    (run / "run.json").unlink()
+    for folder in checkpoint._folders(run):
+        for name in checkpoint.TENSORS:
+            (folder / f"{name}.safetensors").write_bytes(bomb())
+        (folder / checkpoint.SUMS).write_text(checkpoint._sums(folder))
+    with pytest.raises(UserError, match=r"step-000002: .*is no checkpoint of this program"):
+        train(run="r", steps=2, save_every=1)
+    assert TRAP == []
+
+
+def test_a_pickle_in_an_adapter_is_not_read() -> None:
+    base = house()
+    train(run="r", steps=1)
+    folder = Path("runs/r/adapter")
+    for name in ("adapter_model.bin", "pytorch_model.bin", "optimizer.pt"):
+        (folder / name).write_bytes(bomb())
+    lora.load_adapter(load(base, torch.float32), folder)
+    verb.run(verb.parse(words(**{"run": "on", "steps": 1, "from": "r"})))
+    (folder / lora.WEIGHTS).write_bytes(bomb())
+    for attempt in (lambda: lora.delta(folder), lambda: train(**{"run": "on2", "steps": 1, "from": "r"})):
+        with pytest.raises(UserError, match=r"adapter is damaged"):
+            attempt()
+    (folder / lora.WEIGHTS).unlink()
+    with pytest.raises(UserError, match="no adapter there"):
+        lora.load_adapter(load(base, torch.float32), folder)
+    assert TRAP == []
+
+
+def test_python_files_of_a_model_are_copied_as_bytes_and_never_run() -> None:
+    house(hostile=True)
+    train(run="r", steps=1)
+    export.run(export.Options(run="r", verify=1))
+    assert Path("runs/r/merged/modeling_qwen.py").read_text() == HOSTILE
+    load(Path("runs/r/merged"), torch.float32)
+    assert TRAP == []
+
+
+def test_weights_that_are_a_pickle_are_read_as_numbers_or_not_at_all() -> None:
+    base = house()
+    (base / "model.safetensors").unlink()
+    (base / "pytorch_model.bin").write_bytes(bomb())
+    with pytest.raises(Exception, match=r"(?i)weights_only|unsupported|damaged|not read"):
+        load(base, torch.float32)
+    assert TRAP == []
+
+
+@pytest.mark.parametrize("name", ["../climbed", "/tmp/climbed-out", "a/../../climbed"])
+def test_a_path_that_climbs_out_of_an_archive_is_not_followed(name: str) -> None:
+    wheel = Path("evil-1.0-py3-none-any.whl")
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(name, b"evil")
+        archive.writestr("piece.bin", b"good")
+    before = set(Path("..").rglob("*"))
+    taken, out = io.BytesIO(), io.BytesIO()
+    download._unzip(wheel, "piece.bin", taken)
+    download._unzip(wheel, name, out)  # asked for by its name, it is bytes like any other: no path is made of it
+    assert taken.getvalue() == b"good" and out.getvalue() == b"evil"
+    assert set(Path("..").rglob("*")) == before
+    assert not Path("/tmp/climbed-out").exists()
+
+
+def test_a_hub_that_lists_climbing_names_is_not_followed() -> None:
+    names = ["config.json", "model.safetensors", "../evil.json", "/etc/evil.json", "a/evil.py", "vocab.txt"]
+    listed = {name: SimpleNamespace(rfilename=name, size=1) for name in names}
+    taken = [file.rfilename for file in model_verb._wanted(listed)]
+    assert taken == ["config.json", "vocab.txt", "model.safetensors"]
