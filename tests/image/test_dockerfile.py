@@ -100,7 +100,7 @@ def test_folders_that_this_user_may_not_use_are_told(image: str, tmp_path: Path)
     for name, mode in (("data", 0o700), ("runs", 0o755)):
         (tmp_path / name).mkdir()
         (tmp_path / name).chmod(mode)
-    mounts = [word for name in ("data", "runs") for word in ("-v", f"{tmp_path}/{name}:/work/{name}")]
+    mounts = ["-v", f"{tmp_path}/data:/work/data", "-v", f"{tmp_path}/runs:/work/runs"]
     owner = f"{os.getuid() + 77}"
     words = ["docker", "run", *CAGE, "--user", owner, *mounts, image, "train", "DATA=data/x.jsonl"]
     start = time.monotonic()
