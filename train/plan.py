@@ -92,36 +92,47 @@ class Setting:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by part, at the moment of the peak; `context` is not among them."""
+    """Bytes by part, at the moment of the peak; `context` is not among them.
+
+    `held` is what torch takes from the card: captured graphs keep the room of their activations also while the update works.
+    """
 
     parts: dict[str, int]
     moment: str
     at_rest: int
+    held: int
 
     @property
     def peak(self) -> int:
+        """All that is allocated at the worst moment."""
         return sum(self.parts.values())
 
     @property
     def with_context(self) -> int:
-        return self.peak + CONTEXT
+        """What the card must have."""
+        return self.held + CONTEXT
 
 
 def estimate(shape: Shape, setting: Setting) -> Estimate:
     """What one step takes at its worst moment."""
-    rest = {"weights of the blocks": blocks(shape), "embeddings and head": embeddings(shape)}
     learnt = numbers(shape, setting)
+    rest = {"weights of the blocks": blocks(shape), "embeddings and head": embeddings(shape)}
     rest |= {"adapters: weights, gradients, AdamW": AT_REST * learnt, "workspace of cuBLAS": WORKSPACE}
-    held = kept(shape, setting)
+    activations = kept(shape, setting)
     between = 4 * learnt if setting.accumulation > 1 else 0  # the sum of gradients so far
+    forth, back = forward(shape, setting), backward(shape, setting)
+    learning = update(learnt)
     moments = {
-        "forward": {"activations": held, "forward pass": between + forward(shape, setting)},
-        "loss": {"activations": held, "loss": between + loss(shape, setting)},
-        "backward": {"activations": held, "backward pass": between + backward(shape, setting)},
-        "update": {"gradients during the update": update(shape, setting, learnt)},
+        "forward": {"activations": activations, "forward pass": between + forth},
+        "loss": {"activations": activations, "loss": between + places(shape, setting) + chunk(shape, setting)},
+        "backward": {"activations": activations, "backward pass": between + back + SIXTEEN * BUCKET},
+        "update": {"gradients during the update": (places(shape, setting) if setting.graphs else 0) + learning},
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    return Estimate({**rest, **moments[moment]}, moment, sum(rest.values()))
+    at_rest, peak = sum(rest.values()), sum(moments[moment].values())
+    captured = activations + max(forth, back) + between + max(chunk(shape, setting), learning)
+    held = at_rest + (max(peak, captured) if setting.graphs else peak)
+    return Estimate({**rest, **moments[moment]}, moment, at_rest, held)
 
 
 # What is always there
@@ -226,18 +237,22 @@ def forward(shape: Shape, setting: Setting) -> int:
     return SIXTEEN * (setting.tokens * (again + made[0]) + made[1])
 
 
-def loss(shape: Shape, setting: Setting) -> int:
-    """Hidden before and after the last norm and its gradient; a chunk of logits with the rows that it is made of."""
+def places(shape: Shape, setting: Setting) -> int:
+    """The embeddings or the last norm's input, hidden, and its gradient."""
+    return SIXTEEN * setting.tokens * 3 * shape.hidden
+
+
+def chunk(shape: Shape, setting: Setting) -> int:
+    """A chunk of logits with the rows that it is made of and their gradient."""
     rows = min(LOSS_ROWS if setting.tokens > LOSS_TOKENS else LOSS_ROWS // 2, setting.tokens)
-    return SIXTEEN * (setting.tokens * 3 * shape.hidden + rows * (shape.vocabulary + 2 * shape.hidden))
+    return SIXTEEN * rows * (shape.vocabulary + 2 * shape.hidden)
 
 
 def backward(shape: Shape, setting: Setting) -> int:
-    """Beside what is kept, in the worst stage of the last block's backward pass; ZeRO's bucket."""
+    """Beside what is kept and ZeRO's bucket, in the worst stage of the last block's backward pass."""
     w = Widths.of(shape, setting)
     around = w.h * (3 if setting.graphs else 2)  # the last norm's input, its gradient, and the place of its output
-    worst = max(SIXTEEN * (setting.tokens * wide + weight) for wide, weight in stages(w, setting))
-    return worst + SIXTEEN * setting.tokens * around + SIXTEEN * BUCKET
+    return SIXTEEN * max(setting.tokens * (wide + around) + weight for wide, weight in stages(w, setting))
 
 
 def stages(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
@@ -255,10 +270,9 @@ def stages(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
     yield again + slopes - gone - w.q + w.n + w.back(w.r1) + w.h * (2 + w.drop), w.h * w.n
 
 
-def update(shape: Shape, setting: Setting, learnt: int) -> int:
-    """Gradients in wider types than they are kept in, and the places of the graphs, whose inside is free by then."""
-    places = SIXTEEN * setting.tokens * 3 * shape.hidden if setting.graphs else 0  # embeddings, hidden and its gradient
-    return places + max(UPDATE * learnt, HANDOVER * learnt + SIXTEEN * BUCKET)
+def update(learnt: int) -> int:
+    """Gradients in wider types than they are kept in, while ZeRO takes them over or the optimizer works."""
+    return max(UPDATE * learnt, HANDOVER * learnt + SIXTEEN * BUCKET)
 
 
 # For a card

@@ -33,6 +33,7 @@ class Check:
     measured: float
     moment: str
     at_rest: tuple[float, float] | None  # predicted, measured: where the report has it
+    held: tuple[float, float] | None  # what torch took from the card, likewise
 
     @property
     def off(self) -> float:
@@ -46,7 +47,8 @@ def check(row: dict[str, Any]) -> Check:
     found = plan.estimate(SHAPES[model], setting)
     name = f"{model} {row['batch']}×{row['length']}{' checkpointing' if row['checkpointing'] else ''}"
     rest = (found.at_rest / GIB, row["at_rest_gib"]) if "at_rest_gib" in row else None
-    return Check(f"{name} dropout {setting.dropout:g}", found.peak / GIB, row["peak_gib"], found.moment, rest)
+    held = (found.held / GIB, row["reserved_gib"]) if "reserved_gib" in row else None
+    return Check(f"{name} dropout {setting.dropout:g}", found.peak / GIB, row["peak_gib"], found.moment, rest, held)
 
 
 def checks(path: Path) -> list[Check]:
@@ -64,12 +66,14 @@ def reports() -> list[Path]:
 def main(words: Sequence[str]) -> int:
     off = 0
     for path in [Path(word) for word in words] or reports():
-        drawn = Table("", "predicted", "measured", "off", "peak at", "at rest", title=path.name, title_justify="left")
+        drawn = Table(
+            "", "predicted", "measured", "off", "peak at", "at rest", "held", title=path.name, title_justify="left"
+        )
         for one in checks(path):
             off += abs(one.off) > WITHIN
-            rest = f"{one.at_rest[0]:.2f} / {one.at_rest[1]:.2f}" if one.at_rest else ""
+            pairs = [f"{pair[0]:.2f} / {pair[1]:.2f}" if pair else "" for pair in (one.at_rest, one.held)]
             sign = f"{one.off:+.1%}" + (" !" if abs(one.off) > WITHIN else "")
-            drawn.add_row(one.name, f"{one.predicted:.2f}", f"{one.measured:.2f}", sign, one.moment, rest)
+            drawn.add_row(one.name, f"{one.predicted:.2f}", f"{one.measured:.2f}", sign, one.moment, *pairs)
         Console(width=120).print(drawn)
     print(f"{off} rows are more than {WITHIN:.0%} off" if off else f"all within {WITHIN:.0%}")
     return 1 if off else 0

@@ -90,9 +90,7 @@ def _table(shape: Shape, recipe: Recipe, card: int, chosen: Setting | None):  # 
     """Every way to compute a step, and the memory that it takes."""
     from rich.table import Table
 
-    drawn = Table(
-        "", "batch", "accumulation", "length", "checkpointing", "peak GiB", f"with CUDA's {CONTEXT / GIB:.1f}", "at"
-    )
+    drawn = Table("", "batch", "accumulation", "length", "checkpointing", "peak GiB", "of the card", "peak at")
     found = sorted(plan.candidates(shape, recipe), key=lambda pair: (pair[0].checkpointing, pair[0].batch))
     for setting, estimate in found:
         mark = "->" if setting == chosen else "" if plan.fits(estimate, card) else "no room"
@@ -113,7 +111,10 @@ def _parts(estimate: Estimate):  # type: ignore[no-untyped-def]
     for name, size in estimate.parts.items():
         drawn.add_row(name, f"{size / GIB:.2f}")
     drawn.add_row("all that torch allocates", f"{estimate.peak / GIB:.2f}", style="bold")
-    drawn.add_row("CUDA's own context, beside it", f"{CONTEXT / GIB:.2f}")
+    if estimate.held > estimate.peak:
+        drawn.add_row("held by CUDA graphs meanwhile", f"{(estimate.held - estimate.peak) / GIB:.2f}")
+    drawn.add_row("CUDA's own context", f"{CONTEXT / GIB:.2f}")
+    drawn.add_row("of the card", f"{estimate.with_context / GIB:.2f}", style="bold")
     return drawn
 
 
