@@ -1,6 +1,6 @@
 """SIGKILL at random moments, until every run has ended: each must end in the bytes of a run that nobody disturbed.
 
-    python -m tests.faults.kills [N=100] [command] [gpus=G] [slack=STEPS] [key=value of the recipe …]
+    python -m tests.faults.kills [N=100] [command] [gpus=G] [slack=STEPS] [sizes=1,2] [key=value of the recipe …]
 
 Without `command`, a process that has imported everything forks each life of a run, so that a kill costs seconds; with it every life is
 `python -m train train …` itself, as on GPUs. Half of the runs have one process, half two, of which a kill ends both, or one: the
@@ -278,8 +278,8 @@ def main(arguments: list[str]) -> int:
     kills = next((int(word) for word in arguments if word.isdigit()), 100)
     gpus = next((int(word.partition("=")[2]) for word in arguments if word.startswith("gpus=")), 0)
     life = commanded if gpus or "command" in arguments else forked
-    sizes = tuple(range(1, gpus + 1)) if gpus else (1, 2)
     more = dict(word.split("=", 1) for word in arguments if "=" in word)
+    sizes = tuple(int(n) for n in more.pop("sizes", "1,2").split(","))
     slack = int(more.pop("slack", 0))
     more |= {"background": "off"} if gpus else {}
     if life is forked:

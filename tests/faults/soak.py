@@ -34,6 +34,7 @@ KEYS |= {
     "save_every": "100",
     "dropout": "0.05",
     "learning_rate": "1e-4",
+    "system": "",
 }
 MEMORY, TIME = 0.02, 0.25  # growth that is allowed
 EVERY = 0.25  # seconds between two looks
@@ -146,7 +147,7 @@ def main(words: list[str]) -> int:
         os.chdir(made)
         house(Path(made))
         began = time.monotonic()
-        watcher = train(steps, {"system": "", **more})
+        watcher = train(steps, more)
         times = seconds()
         if picture:
             draw(watcher, times, picture)

@@ -20,7 +20,7 @@ def campaign(*words: str) -> str:
 
 
 def test_a_few_kills() -> None:
-    said = campaign("tests.faults.kills", "3", "steps=12")
+    said = campaign("tests.faults.kills", "3", "steps=12", "sizes=1")
     assert "every run ended in the bytes of the undisturbed one" in said
     assert int(re.findall(r"most steps computed again: (\d+)", said)[0]) <= kills.INTERVAL
 
