@@ -77,10 +77,15 @@ def run(*words: str, **options: Any) -> str:
 # --- building
 
 
-def checkout(root: Path, place: Place) -> Path:
-    """HEAD, at the place."""
+def head() -> str:
+    return run("git", "-C", str(ROOT), "rev-parse", "HEAD")
+
+
+def checkout(root: Path, place: Place, commit: str) -> Path:
+    """The commit, at the place."""
     target = root / place.folder
-    run("git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(target), umask=place.umask)
+    run("git", "clone", "--quiet", "--no-hardlinks", "--no-checkout", str(ROOT), str(target), umask=place.umask)
+    run("git", "-C", str(target), "checkout", "--quiet", "--detach", commit, umask=place.umask)
     for folder, _, names in os.walk(target, topdown=False):
         for path in [*(Path(folder, n) for n in names), Path(folder)]:
             os.utime(path, (place.time, place.time), follow_symlinks=False)
@@ -216,10 +221,10 @@ def change_one_byte(folder: Path) -> None:
 
 def in_full(root: Path) -> int:
     """Three builds: one digest. Only the first is read back whole, for the day when another differs from it."""
-    first, good = None, True
+    first, good, commit = None, True, head()  # which may move on meanwhile
     for number, place in enumerate(PLACES, 1):
         run("docker", "buildx", "prune", "--all", "--force")
-        folder, image = checkout(root, place), f"qwen-finetune:repro-{number}"
+        folder, image = checkout(root, place, commit), f"qwen-finetune:repro-{number}"
         digest = build(folder, place, image, "--progress=plain", "--no-cache")
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         say(f"build {number}: {digest}  umask {place.umask:03o}  files of {place.time}  done {now}  in {folder}")
@@ -260,7 +265,7 @@ def other_digest(folder: Path, place: Place, first: Built) -> bool:
 def quick(root: Path, image: str) -> int:
     place, again = PLACES[1], "qwen-finetune:again"
     digest = run("docker", "image", "inspect", "--format", "{{.Id}}", image)
-    second = build(checkout(root, place), place, again, "--progress=plain", "--no-cache-filter", "program")
+    second = build(checkout(root, place, head()), place, again, "--progress=plain", "--no-cache-filter", "program")
     one, other = program(image), program(again)
     run("docker", "image", "rm", again)
     lines = differences(one, other)

@@ -118,7 +118,7 @@ def test_a_place_shows_in_a_checkout(
     tmp_path: Path, clone: Path, place: repro.Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(repro, "ROOT", clone)
-    path = repro.checkout(tmp_path / "here", place) / repro.CHANGED
+    path = repro.checkout(tmp_path / "here", place, repro.head()) / repro.CHANGED
     assert path.stat().st_mtime == place.time
     assert path.stat().st_mode & 0o777 == 0o666 & ~place.umask
 
