@@ -46,18 +46,19 @@ if triton is not None:
         row_tile, column_tile = tl.program_id(0), tl.program_id(1)
         row_tiles, column_tiles = tl.cdiv(rows, TR), tl.cdiv(columns, TC)
         if row_tile >= row_tiles:  # below W
-            r = (row_tile - row_tiles) * TR + tl.arange(0, TR)[:, None]
-            c = column_tile * TC + tl.arange(0, TC)[None]
-            mine = (r >= first_rank) & (r < first_rank + rank) & (c < columns)
-            value = tl.load(B + c * rank + r - first_rank, mask=mine, other=0.0)
-            place = out + (rows + r).to(tl.int64) * out_stride + c
-            tl.store(place, value.to(out.dtype.element_ty), mask=(r < below) & (c < columns))
+            below_row = (row_tile - row_tiles) * TR + tl.arange(0, TR)[:, None]
+            below_column = column_tile * TC + tl.arange(0, TC)[None]
+            b_there = (below_row >= first_rank) & (below_row < first_rank + rank) & (below_column < columns)
+            b = tl.load(B + below_column * rank + below_row - first_rank, mask=b_there, other=0.0)
+            b_place = out + (rows + below_row).to(tl.int64) * out_stride + below_column
+            tl.store(b_place, b.to(out.dtype.element_ty), mask=(below_row < below) & (below_column < columns))
         elif column_tile >= column_tiles:  # beside W
-            k = row_tile * TR + tl.arange(0, TR)[:, None]
-            c = (column_tile - column_tiles) * TC + tl.arange(0, TC)[None]
-            mine = (k < rows) & (c < beside)
-            value = tl.load(A + c.to(tl.int64) * rows + k, mask=mine, other=0.0)
-            tl.store(out + k.to(tl.int64) * out_stride + columns + c, value.to(out.dtype.element_ty), mask=mine)
+            beside_row = row_tile * TR + tl.arange(0, TR)[:, None]
+            beside_column = (column_tile - column_tiles) * TC + tl.arange(0, TC)[None]
+            a_there = (beside_row < rows) & (beside_column < beside)
+            a = tl.load(A + beside_column.to(tl.int64) * rows + beside_row, mask=a_there, other=0.0)
+            a_place = out + beside_row.to(tl.int64) * out_stride + columns + beside_column
+            tl.store(a_place, a.to(out.dtype.element_ty), mask=a_there)
         else:
             first = row_tile * TR
             n = column_tile * TC + tl.arange(0, TC)
