@@ -79,9 +79,9 @@ def check(device: str, dtype: torch.dtype, cases: list[Any], bound: float) -> No
         exact = exactly(parts, slope, t)
         for short in (False, True):
             out, lse = own.attend(*parts, t.starts, short)
-            into = torch.empty(len(out), shape[2] * (shape[0] + 2 * shape[1]) + 8, dtype=dtype, device=device)[:, :-8]
-            angles = turns(shape[2], device)
-            own.attend_backward(slope, *parts, out, lse, t.starts, t.ends, t.positions, *angles, into, short)
+            slopes = own.attend_backward(slope, *parts, out, lse, t.starts, t.ends, short)
+            into = torch.empty(len(out), shape[2] * (shape[0] + 2 * shape[1]), dtype=dtype, device=device)
+            turn(slopes, None, *turns(shape[2], device), t.positions, into, sign=-1)
             for error in errors((out, *_split(into, parts)), exact):
                 assert error < bound, (lengths, shape, error)
 

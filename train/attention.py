@@ -80,9 +80,8 @@ def attend_backward(
         slope: [M, Hq, D], the gradient of `out`. turns: cos and sin [P, D/2] by position, as q and k were turned.
     """
     if len(kept) == 1:
-        parts = (slope.contiguous(), q, k, v, out, kept[0])
-        return own.attend_backward(*parts, t.starts, t.ends, t.positions, *turns, into, t.width <= SHORT)
-    if kept:
+        slopes = own.attend_backward(slope.contiguous(), q, k, v, out, kept[0], t.starts, t.ends, t.width <= SHORT)
+    elif kept:
         lse, state, unused = kept
         slopes = torch.ops.aten._flash_attention_backward(
             slope, q, k, v, out, lse, t.bounds, t.bounds, t.width, t.width, 0.0, True, state, unused

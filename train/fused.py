@@ -266,59 +266,52 @@ class Block:
         h = self._normed(middle, self.norm2, self.both)
         return self.both.forward(h, t, spare=self.both.spare_back)
 
-    def backward(self, dy: Tensor, s: Saved, t: Tokens, turns: tuple[Tensor, Tensor]) -> Tensor:
-        """The gradient of x for that of y, both as `slope_like` makes them; those of the adapters into the vector.
+    def backward(self, dy: Tensor, s: Saved, t: Tokens, turns: tuple[Tensor, Tensor]) -> None:
+        """dy, as `slope_like` makes it, from the gradient of y becomes that of x; those of the adapters go into the vector.
 
-        Writes over what dy has to spare, and lets go of what is in `s` as soon as it can.
+        In between it is the gradient of what stands between. Lets go of what is in `s` as soon as it can.
         """
         size = s.x.shape[1]
-        middle = self._mlp_backward(dy, s, t)
-        slope, back = self.out.slope(middle, t)
-        self.out.learn(middle, back, s.attended.flatten(1), s.thin[1], t)
+        self._mlp_backward(dy, s, t)
+        slope, back = self.out.slope(dy[:, : size + self.out.spare_back], t)
+        self.out.learn(dy, back, s.attended.flatten(1), s.thin[1], t)
         dqkv = _roomy(dy, self.qkv.outputs, self.qkv.spare_back)
         parts = self._split(s.qkv)
         attend_backward(slope.view_as(s.attended), *parts, s.attended, s.kept, t, turns, dqkv[:, : self.qkv.outputs])
         s.qkv = s.attended = slope = parts = None  # type: ignore[assignment]
         slope, back = self.qkv.slope(dqkv, t, wanted=not self.first)  # nothing before the first block learns
         self.qkv.learn(dqkv, back, rms_norm(s.x, self.norm1.weight, self.eps), s.thin[0], t)
-        if self.first:
-            return slope
-        dx = self.slope_like(s.x)
-        rms_norm_backward(slope, s.x, self.norm1.weight, self.eps, middle[:, :size], dx[:, :size])
-        return dx
+        if not self.first:
+            rms_norm_backward(slope, s.x, self.norm1.weight, self.eps, dy[:, :size], dy[:, :size])
 
-    def _mlp_backward(self, dy: Tensor, s: Saved, t: Tokens) -> Tensor:
-        """The gradient of s.middle. Where the branches were not kept, half of the tokens at a time: they are the widest of all."""
-        middle = _roomy(dy, s.middle.shape[1], self.out.spare_back)
+    def _mlp_backward(self, dy: Tensor, s: Saved, t: Tokens) -> None:
+        """dy becomes the gradient of s.middle. Where the branches were not kept, half of the tokens at a time: they are the widest."""
         if s.both is not None:
-            self._half_backward(dy, s.middle, s.both, s.thin[2:], middle, t)
+            self._half_backward(dy, s.middle, s.both, s.thin[2:], t)
             s.both = None
-            return middle
+            return
         step = -(-len(dy) // 2) if len(dy) >= HALVES else len(dy)
         for start in range(0, len(dy), step):
             rows = slice(start, start + step)
             mine = replace(t, first=start)
             both, thin = self._branches(s.middle[rows], mine)
-            self._half_backward(dy[rows], s.middle[rows], both, (thin, None), middle[rows], mine, start > 0)
+            self._half_backward(dy[rows], s.middle[rows], both, (thin, None), mine, start > 0)
             del both, thin
-        return middle
 
-    def _half_backward(
-        self, dy: Tensor, x: Tensor, both: Tensor, thin: Any, out: Tensor, t: Tokens, more: bool = False
-    ) -> None:
-        """The gradient of the MLP's input x [m, H] and of what goes past it, into `out`. Writes over `both` [m, 2 I]."""
+    def _half_backward(self, dy: Tensor, x: Tensor, both: Tensor, thin: Any, t: Tokens, more: bool = False) -> None:
+        """dy becomes the gradient of the MLP's input x [m, H] and of what goes past it. Writes over `both` [m, 2 I]."""
         size = x.shape[1]
-        slope, back = self.down.slope(dy, t)
+        slope, back = self.down.slope(dy[:, : size + self.down.spare_back], t)
         swiglu_backward(both, slope)  # both: its gradient; slope: what the product down read
         self.down.learn(dy, back, slope, thin[1], t, more)
         del slope
         slope, back = self.both.slope(_widened(both, self.both.spare_back), t)
         self.both.learn(both, back, rms_norm(x, self.norm2.weight, self.eps), thin[0], t, more)
-        rms_norm_backward(slope, x, self.norm2.weight, self.eps, dy[:, :size], out[:, :size])
+        rms_norm_backward(slope, x, self.norm2.weight, self.eps, dy[:, :size], dy[:, :size])
 
     def slope_like(self, x: Tensor) -> Tensor:
-        """Room for a gradient of x [M, H], with what the block below would like to spare: all are alike."""
-        return _roomy(x, x.shape[1], self.down.spare_back)
+        """Room for a gradient of x [M, H], with what its readers would like to spare: all blocks are alike."""
+        return _roomy(x, x.shape[1], max(self.down.spare_back, self.out.spare_back))
 
     def _normed(self, x: Tensor, norm: Any, reader: Projection) -> Tensor:
         """The norm of x [M, H], with the columns that its reader would like to spare."""
@@ -374,7 +367,7 @@ class Trunk:
             saved = kept.pop()
             if isinstance(saved, Tensor):
                 saved = block.attend(saved, t, self.turns)
-            dx = block.backward(dx, saved, t, self.turns)
+            block.backward(dx, saved, t, self.turns)
             del saved
 
     def _turns(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -30,20 +30,10 @@ if triton is not None:
         return tl.load(at)
 
     @triton.jit
-    def _store_turned(  # type: ignore[no-untyped-def]
-        x, out, first, stride, head, positions, cos, sin, total, B: tl.constexpr, D: tl.constexpr
-    ):
-        """A gradient [B, D] float32 of queries or keys, turned back by their positions, into rows of one head."""
-        HALF: tl.constexpr = D // 2
-        low, high = tl.split(tl.permute(tl.reshape(x, (B, 2, HALF)), (0, 2, 1)))
-        i = first + tl.arange(0, B)
-        d = tl.arange(0, HALF)[None]
-        inside = (i < total)[:, None]
-        place = tl.load(positions + i, mask=i < total, other=0)[:, None] * HALF + d
-        c, s = tl.load(cos + place), tl.load(sin + place)
-        to = out + i[:, None].to(tl.int64) * stride + head * D + d
-        tl.store(to, (low * c + high * s).to(out.dtype.element_ty), mask=inside)
-        tl.store(to + HALF, (high * c - low * s).to(out.dtype.element_ty), mask=inside)
+    def _store(x, out, first, stride, head, total, B: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
+        rows = first + tl.arange(0, B)
+        at = out + rows[:, None].to(tl.int64) * stride + head * D + tl.arange(0, D)[None]
+        tl.store(at, x.to(out.dtype.element_ty), mask=(rows < total)[:, None])
 
     @triton.jit
     def _gather(  # type: ignore[no-untyped-def]
@@ -93,8 +83,7 @@ if triton is not None:
         acc, top, norm = _gather(
             acc, top, norm, query, i, start, k, v, m, end, k_stride, v_stride, of, total, scale, D, BN, True, EXACT
         )
-        at = out + (i[:, None].to(tl.int64) * heads + head) * D + tl.arange(0, D)[None]
-        tl.store(at, (acc / norm[:, None]).to(out.dtype.element_ty), mask=(i < total)[:, None])
+        _store(acc / norm[:, None], out, m, heads * D, head, total, BM, D)
         tl.store(lse + head * total + i, top + tl.log2(norm), mask=i < total)
 
     @triton.jit
@@ -130,7 +119,7 @@ if triton is not None:
 
     @triton.jit
     def _for_keys(  # type: ignore[no-untyped-def]
-        q, k, v, slope, starts, ends, lse, delta, positions, cos, sin, out, total, q_stride, k_stride, v_stride, out_stride, scale, plain_scale, heads,
+        q, k, v, slope, starts, ends, lse, delta, dk_out, dv_out, total, q_stride, k_stride, v_stride, scale, plain_scale, heads,
         GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
         of = tl.program_id(1)
@@ -212,10 +201,8 @@ if triton is not None:
                 True,
                 EXACT,
             )
-        keys = heads // GROUP
-        _store_turned(dk * plain_scale, out, n, out_stride, heads + of, positions, cos, sin, total, BN, D)
-        to = out + j[:, None].to(tl.int64) * out_stride + (heads + keys + of) * D + tl.arange(0, D)[None]
-        tl.store(to, dv.to(out.dtype.element_ty), mask=(j < total)[:, None])
+        _store(dk * plain_scale, dk_out, n, heads // GROUP * D, of, total, BN, D)
+        _store(dv, dv_out, n, heads // GROUP * D, of, total, BN, D)
 
     @triton.jit
     def _to_queries(  # type: ignore[no-untyped-def]
@@ -236,7 +223,7 @@ if triton is not None:
 
     @triton.jit
     def _for_queries(  # type: ignore[no-untyped-def]
-        q, k, v, slope, starts, lse, delta, positions, cos, sin, out, total, q_stride, k_stride, v_stride, out_stride, scale, plain_scale, heads,
+        q, k, v, slope, starts, lse, delta, dq_out, total, q_stride, k_stride, v_stride, scale, plain_scale, heads,
         GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
         head = tl.program_id(1)
@@ -299,7 +286,7 @@ if triton is not None:
         dq = _to_queries(
             dq, query, s, norm, inner, i, start, k, v, m, end, k_stride, v_stride, of, total, scale, D, BN, True, EXACT
         )
-        _store_turned(dq * plain_scale, out, m, out_stride, head, positions, cos, sin, total, BM, D)
+        _store(dq * plain_scale, dq_out, m, heads * D, head, total, BM, D)
 
 
 def _common(q: Tensor, k: Tensor) -> dict[str, object]:
@@ -328,28 +315,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, short: bool) -> tupl
 
 
 def attend_backward(
-    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, ends: Tensor,
-    positions: Tensor, cos: Tensor, sin: Tensor, into: Tensor, short: bool,
-) -> Tensor:  # fmt: skip
-    """Gradients of q, k and v for the gradient `slope` [M, Hq, D] of `out`, both contiguous, turned back; the same bits every time.
+    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, ends: Tensor, short: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v for the gradient `slope` [M, Hq, D] of `out`, both contiguous; the same bits every time.
 
     Args:
-        ends: [M] int32, the token after the last of each token's conversation. positions: [M] int; cos and sin: [P, D/2] float32.
-        into: [M, (Hq + 2 Hkv) D], gets the three side by side; rows may be strided. The others as `attend` took and gave them.
+        ends: [M] int32, the token after the last of each token's conversation. The others as `attend` took and gave them.
     """
     total, heads, size = q.shape
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
     _inner[(triton.cdiv(total, 64), heads)](out, slope, delta, total, heads, D=size, BM=64)
-    last = (positions, cos, sin, into, total, q.stride(0), k.stride(0), v.stride(0), into.stride(0))
+    strides = (q.stride(0), k.stride(0), v.stride(0))
     scales = (LOG2E / math.sqrt(size), 1 / math.sqrt(size))
     queries, keys, warps, stages = FOR_KEYS[short]
     _for_keys[(triton.cdiv(total, keys), k.shape[1])](
-        q, k, v, slope, starts, ends, lse, delta, *last, *scales, heads,
+        q, k, v, slope, starts, ends, lse, delta, dk, dv, total, *strides, *scales, heads,
         **_common(q, k), BM=queries, BN=keys, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     queries, keys, warps, stages = FOR_QUERIES[short]
     _for_queries[(triton.cdiv(total, queries), heads)](
-        q, k, v, slope, starts, lse, delta, *last, *scales, heads,
+        q, k, v, slope, starts, lse, delta, dq, total, *strides, *scales, heads,
         **_common(q, k), BM=queries, BN=keys, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return into
+    return dq, dk, dv
