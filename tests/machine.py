@@ -1,14 +1,16 @@
 """A pytest plugin (`-p tests.machine`): skips what this machine cannot run, and says at the end what that was, counted and named.
 
-Refuses to decide which tests are wanted: that is `-m`. A skip here is for a missing GPU or Docker engine only, never for a failure.
+Refuses to decide which tests are wanted: that is `-m`. A skip here is for a missing GPU, Docker engine or image only, never for a failure.
 """
 
 import shutil
 import subprocess
 from functools import cache
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
 MISSING: dict[str, list[str]] = {}
 
 
@@ -20,8 +22,11 @@ def lacks(marker: str) -> str:
 
         return "" if torch.cuda.is_available() else "no CUDA device"
     if marker == "image":
-        engine = shutil.which("docker") and subprocess.run(["docker", "info"], capture_output=True).returncode == 0
-        return "" if engine else "no Docker engine"
+        if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
+            return "no Docker engine"
+        there = 'docker image inspect "$(image_name)"'
+        found = subprocess.run(["bash", "-c", f". docker/common.sh; {there}"], cwd=ROOT, capture_output=True)
+        return "" if found.returncode == 0 else "no image: make image"
     return ""
 
 
