@@ -67,6 +67,16 @@ def test_killed_between_two_renames_the_older_folder_comes_back(tmp_path: Path) 
     assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["old"]
 
 
+def test_a_killed_process_may_have_had_our_number(tmp_path: Path) -> None:
+    """In a container every start has the same one."""
+    old = tmp_path / f".merged.{os.getpid()}.old"
+    old.mkdir()
+    (old / "kept").touch()
+    with pytest.raises(KeyError), staged(tmp_path / "merged"):
+        raise KeyError
+    assert (tmp_path / "merged/kept").exists() and not old.exists()
+
+
 def test_two_folders_change_names_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even for an instant is the name without a folder."""
     for name in "ab":

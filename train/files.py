@@ -122,7 +122,10 @@ def recover(folder: Path) -> None:
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process of this number runs on this machine, somebody else's too."""
+    """Whether another process of this number runs on this machine, somebody else's too. Our own number is one that died before us
+    where each start has the same few numbers, as in a container: what it left, we have not made."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
