@@ -112,7 +112,7 @@ def test_graphs_hold_their_room_while_the_update_works() -> None:
     learning = plan.UPDATE * plan.numbers(shape, setting)
     assert found.held > found.at_rest + plan.kept(shape, setting) + learning
     plain = plan.estimate(shape, replace(setting, graphs=False))
-    assert plain.held == plain.peak < found.held
+    assert plain.peak < plain.held < found.held
 
 
 def test_more_of_anything_takes_more() -> None:

@@ -16,7 +16,11 @@ from train.errors import UserError
 GIB = 2**30
 SIXTEEN = 2  # bytes of a number that is computed with
 CONTEXT = GIB // 2  # of CUDA itself: kernels, driver; measured beside torch's own count
-SPARE = 0.02  # of a card: rounding and gaps of torch's allocator
+SPARE = 0.02  # of a card that is left alone
+GAPS, GAPS_SHARE = (
+    GIB // 4,
+    1 / 12,
+)  # rounding and gaps of torch's allocator: measured, so much and a share of the activations
 ROUND = 64  # rows are padded to a multiple of this many tokens (step.WIDTH)
 LOSS_ROWS, LOSS_TOKENS = 1024, 4096  # rows of logits at once, half as many up to so many tokens (step.chunk_of)
 HALVES = 4096  # tokens from which checkpointing makes the MLP again in two halves (fused.HALVES)
@@ -94,7 +98,8 @@ class Setting:
 class Estimate:
     """Bytes by part, at the moment of the peak; `context` is not among them.
 
-    `held` is what torch takes from the card: captured graphs keep the room of their activations also while the update works.
+    `held` is what torch takes from the card: gaps between blocks, and captured graphs keep the room of their activations also while
+    the update works.
     """
 
     parts: dict[str, int]
@@ -131,7 +136,7 @@ def estimate(shape: Shape, setting: Setting) -> Estimate:
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     at_rest, peak = sum(rest.values()), sum(moments[moment].values())
     captured = activations + max(forth, back) + between + max(chunk(shape, setting), learning)
-    held = at_rest + (max(peak, captured) if setting.graphs else peak)
+    held = at_rest + (max(peak, captured) if setting.graphs else peak) + GAPS + int(GAPS_SHARE * activations)
     return Estimate({**rest, **moments[moment]}, moment, at_rest, held)
 
 
@@ -257,7 +262,7 @@ def backward(shape: Shape, setting: Setting) -> int:
 
 def stages(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
     """(numbers a token, numbers of one weight) alive in turn within fused.Block.backward, beyond what is kept."""
-    slopes = w.h + w.back(w.r4) + w.h + w.back(w.r2)  # of the block's output and of the residual between
+    slopes = w.h + w.back(max(w.r2, w.r4))  # of the block's output; one room for all gradients of that kind
     again, share = 0, 1.0
     if setting.checkpointing:  # made again: the first half, then the branches, of half the tokens at a time
         again, share = w.attended, 0.5 if setting.tokens >= HALVES else 1.0
