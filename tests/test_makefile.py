@@ -13,7 +13,7 @@ import pytest
 from train.config import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ("demo", "model", "data", "train", "export", "quantize", "infer", "compare", "verify", "doctor")
+VERBS = ("demo", "model", "data", "train", "export", "quantize", "infer", "compare", "verify", "doctor", "plan")
 
 
 def make(*words: str, cwd: Path = ROOT, **variables: str) -> str:
