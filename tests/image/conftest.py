@@ -96,3 +96,11 @@ def house(tmp_path: Path, image: str, request: pytest.FixtureRequest) -> Iterato
     made.own(user)
     yield made
     made.own(os.getuid())  # so that pytest can remove it
+
+
+@pytest.fixture
+def empty(tmp_path: Path, image: str) -> House:
+    """A house of user 4242 with nothing in it, for what starts no container."""
+    for name in ("data", "models", "runs"):
+        (tmp_path / name).mkdir()
+    return House(tmp_path, image, 4242)

@@ -18,6 +18,7 @@ from train.files import read_json
 from train.modelfolder import damage, read_manifest
 
 pytestmark = pytest.mark.image
+COMPOSE = ["docker", "compose", "-p", f"qwen-test-{os.getpid()}"]  # not among the containers of this host's user
 HOUSES = [(user, accelerator) for accelerator in accelerators() for user in (1000, 4242)]
 
 
@@ -123,12 +124,12 @@ def test_the_image_is_the_published_one_and_sees_the_gpu(house: House) -> None:
 # --- the cage
 
 
-def inspect(house: House, service: str) -> dict[str, Any]:
+def inspect(empty: House, service: str) -> dict[str, Any]:
     """A container of `service` as the engine has made it; never started."""
-    made = subprocess.run(["docker", "compose", "create", "--no-recreate", service], **house.how())  # type: ignore[call-overload]
+    made = subprocess.run([*COMPOSE, "create", service], **empty.how())  # type: ignore[call-overload]
     assert made.returncode == 0, made.stdout
-    ask = ["docker", "compose", "ps", "-aq", service]
-    name = subprocess.run(ask, **{**house.how(), "stderr": None}).stdout.strip()  # type: ignore[call-overload]
+    ask = [*COMPOSE, "ps", "-aq", service]
+    name = subprocess.run(ask, **{**empty.how(), "stderr": None}).stdout.strip()  # type: ignore[call-overload]
     try:
         found = subprocess.run(["docker", "inspect", name], capture_output=True, text=True, check=True)
         return dict(json.loads(found.stdout)[0])
@@ -137,9 +138,9 @@ def inspect(house: House, service: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("service", ["model", "data", "train", "export", "infer", "doctor"])
-def test_the_cage_is_the_engines_too(house: House, service: str) -> None:
+def test_the_cage_is_the_engines_too(empty: House, service: str) -> None:
     """Not what compose.yaml says, but what the engine would start."""
-    found = inspect(house, service)
+    found = inspect(empty, service)
     host = found["HostConfig"]
     assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"] and not host["Privileged"]
     assert host["SecurityOpt"] == ["no-new-privileges:true"]
@@ -187,8 +188,8 @@ def test_no_way_out(house: House) -> None:
 # --- compose.yaml with a GPU and without one
 
 
-def config(house: House, **variables: str) -> dict[str, Any]:
-    how = {**house.how(), "env": {**house.environment, **variables}, "stderr": None}
+def config(empty: House, **variables: str) -> dict[str, Any]:
+    how = {**empty.how(), "env": {**empty.environment, **variables}, "stderr": None}
     done = subprocess.run(["docker", "compose", "config", "--format", "json"], **how)  # type: ignore[call-overload]
     assert done.returncode == 0
     return dict(json.loads(done.stdout)["services"])
@@ -197,16 +198,16 @@ def config(house: House, **variables: str) -> dict[str, Any]:
 GPU_VERBS = {"train", "export", "compare", "infer", "doctor", "plan", "verify"}
 
 
-def test_config_on_a_cpu_reserves_nothing(house: House) -> None:
-    services = config(house, ACCELERATOR="cpu")
+def test_config_on_a_cpu_reserves_nothing(empty: House) -> None:
+    services = config(empty, ACCELERATOR="cpu")
     assert {"model", "data", "quantize"} | GPU_VERBS <= set(services) and "on-cpu" not in services
     assert not any("deploy" in service for service in services.values())
     assert all(service["environment"]["ACCELERATOR"] == "cpu" for service in services.values())
 
 
 @pytest.mark.parametrize(("gpus", "count"), [("", -1), ("2", 2)])
-def test_config_with_a_gpu_reserves_it_for_what_computes(house: House, gpus: str, count: int) -> None:
-    services = config(house, ACCELERATOR="gpu", GPUS=gpus)
+def test_config_with_a_gpu_reserves_it_for_what_computes(empty: House, gpus: str, count: int) -> None:
+    services = config(empty, ACCELERATOR="gpu", GPUS=gpus)
     reserved = {name for name, service in services.items() if "deploy" in service}
     assert reserved == GPU_VERBS
     for name in reserved:
@@ -215,7 +216,7 @@ def test_config_with_a_gpu_reserves_it_for_what_computes(house: House, gpus: str
         assert services[name]["environment"]["ACCELERATOR"] == "gpu"
 
 
-def test_another_accelerator_is_an_error(house: House) -> None:
-    how = {**house.how(), "env": {**house.environment, "ACCELERATOR": "tpu"}}
+def test_another_accelerator_is_an_error(empty: House) -> None:
+    how = {**empty.how(), "env": {**empty.environment, "ACCELERATOR": "tpu"}}
     done = subprocess.run(["docker", "compose", "config"], **how)  # type: ignore[call-overload]
     assert done.returncode != 0 and "on-tpu" in done.stdout
