@@ -190,7 +190,7 @@ def test_files_elsewhere_are_mounted_where_they_were_typed(project: Path, tmp_pa
     typed = f"../{elsewhere.name}/a.jsonl"  # from the container's folder, .. is /
     assert mounts(project, "data", f"data={typed}") == [f"{there}/a.jsonl:/{elsewhere.name}/a.jsonl:ro"]
     found = mounts(project, "train", f"data={there}/a.jsonl", f"model={there}/base", f"recipe={there}/my.yaml")
-    assert found == [f"{there}/{name}:{there}/{name}:ro" for name in ("a.jsonl", "base", "my.yaml")]
+    assert found == [f"{there}/{name}:{there}/{name}:ro" for name in ("base", "my.yaml", "a.jsonl")]
 
 
 def test_the_data_of_a_recipes_stages(project: Path, tmp_path: Path) -> None:
@@ -199,11 +199,11 @@ def test_the_data_of_a_recipes_stages(project: Path, tmp_path: Path) -> None:
     (project / "my.yaml").write_text(
         f"stages:\n  - data: {tmp_path}/a.jsonl # voice\n  - epochs: 1\n    data: {tmp_path}/b.jsonl\n"
     )
-    found = mounts(project, "train", "recipe=my.yaml")
-    assert found == [
-        *(f"{tmp_path}/{name}:{tmp_path}/{name}:ro" for name in ("a.jsonl", "b.jsonl")),
+    expected = [
         f"{project}/my.yaml:{WORK}/my.yaml:ro",
+        *(f"{tmp_path}/{n}:{tmp_path}/{n}:ro" for n in ("a.jsonl", "b.jsonl")),
     ]
+    assert mounts(project, "train", "recipe=my.yaml") == expected
 
 
 def test_several_files_with_commas(project: Path, tmp_path: Path) -> None:
@@ -236,6 +236,20 @@ def test_a_run_is_shown_what_it_was_made_of(project: Path, tmp_path: Path) -> No
     assert mounts(project, "export", "run=r") == expected
     (project / "runs/r/run.json").write_text("{}")
     assert mounts(project, "infer") == expected
+
+
+def test_nothing_is_mounted_twice(project: Path, tmp_path: Path) -> None:
+    """A run that goes on names its data again; data that is read and written in one folder is writable."""
+    (tmp_path / "a.jsonl").touch()
+    (project / "runs/r").mkdir()
+    inputs = {"data": {"path": f"{tmp_path}/a.jsonl"}, "base": {"name": "base"}}
+    (project / "runs/r/inputs.json").write_text(json.dumps(inputs, indent=2, sort_keys=True))
+    assert mounts(project, "train", f"data={tmp_path}/a.jsonl", "run=r") == [
+        f"{tmp_path}/a.jsonl:{tmp_path}/a.jsonl:ro"
+    ]
+    there = tmp_path / "there"
+    there.mkdir()
+    assert mounts(project, "data", f"data={there}", f"out={there}/new.jsonl") == [f"{there}:{there}:rw"]
 
 
 def test_links_out_of_data_and_models_lead_somewhere(project: Path, tmp_path: Path) -> None:
