@@ -44,6 +44,7 @@ class Task:
     device: torch.device
     watch: Watch = field(default_factory=Watch)
     spent: dict[str, float] = field(default_factory=dict)  # what this start spent, for the record
+    ready: dict[tuple[int, int], Any] = field(default_factory=dict)  # the next micro batch, by step and number
 
     @property
     def first(self) -> bool:
@@ -190,8 +191,9 @@ def _step(task: Task, engine: Engine, step: int, stop: Stop, trouble: bool) -> t
     rate = learning_rate(recipe, step, len(task.plan))
     sums, norm = [], None
     for micro in range(recipe.accumulation):
-        batch = _batch(task, _mine(rows, micro, task))
+        batch = task.ready.pop((step, micro), None) or _batch(task, engine, step, micro)
         sums.append(engine.micro(batch, max(labels, 1)))
+        _prepare(task, engine, step, micro + 1)  # while the GPU is at this one
         norm = engine.step(last=micro == recipe.accumulation - 1, rate=rate)
     totals = torch.stack([s.double() for s in sums])
     flags = torch.tensor([float(stop.wanted), float(trouble)], device=task.device, dtype=torch.float64)
@@ -221,15 +223,25 @@ def _mine(rows: Sequence[Row], micro: int, task: Task) -> list[Row]:
     return list(rows[start : start + task.recipe.batch])
 
 
-def _batch(task: Task, rows: list[Row]) -> dict[str, Tensor]:
-    """Tensors of `rows` on the device. No rows: two tokens that teach nothing, so that every process makes the same calls."""
+def _prepare(task: Task, engine: Engine, step: int, micro: int) -> None:
+    """Lay the next micro batch ready on the device, that of the next step after the last one of this."""
+    step, micro = (step, micro) if micro < task.recipe.accumulation else (step + 1, 0)
+    task.ready.clear()
+    if step < len(task.plan):
+        task.ready[step, micro] = _batch(task, engine, step, micro)
+
+
+def _batch(task: Task, engine: Engine, step: int, micro: int) -> Any:
+    """This process's micro batch as the engine reads it. No rows: two tokens that teach nothing, so that every process makes the
+    same calls."""
+    rows = _mine(task.plan.rows(step), micro, task)
     if rows:
-        batch = collate(rows, task.samples, task.pad)
-    else:
-        pad = torch.full((1, 2), task.pad)
-        ones = torch.ones(1, 2, dtype=torch.long)
-        batch = {"input_ids": pad, "labels": ones * -100, "position_ids": ones.cumsum(1) - 1, "segment_ids": ones}
-    return batch  # on the CPU: the engine moves it, and reads shapes before
+        return engine.place(collate(rows, task.samples, task.pad))
+    ones = torch.ones(1, 2, dtype=torch.long)
+    pad = torch.full((1, 2), task.pad)
+    return engine.place(
+        {"input_ids": pad, "labels": ones * -100, "position_ids": ones.cumsum(1) - 1, "segment_ids": ones}
+    )
 
 
 def _suspects(task: Task, rows: Sequence[Row], sums: list[float]) -> list[str]:

@@ -145,7 +145,7 @@ class Step(nn.Module):
                 if full in views:
                     p.data = views[full]
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+    def forward(self, batch: Batch | dict[str, Tensor]) -> Tensor:
         return _Learn.apply(self.vector, self, batch)  # type: ignore[no-any-return]
 
     def forget(self) -> None:
@@ -161,13 +161,12 @@ class Step(nn.Module):
         return self.shapes[key]
 
     def place(self, batch: dict[str, Tensor]) -> Batch:
-        """Round the shape up and move all to the device."""
+        """Round the shape up and move all to the device; may be done while the GPU is at the batch before."""
         width = -(-batch["input_ids"].shape[1] // WIDTH) * WIDTH
         if self.trunk.reach(width):
             self.forget()
         host = arrange({key: value.cpu() for key, value in batch.items()}, width)
-        # the seed is from torch's generator on the CPU, whose state every checkpoint holds
-        host["seed"] = torch.randint(2**40, (1,)) if self.drops else torch.zeros(1, dtype=torch.long)
+        host["seed"] = torch.zeros(1, dtype=torch.long)  # drawn when the batch is learnt
         there = {key: self._move(value) for key, value in host.items()}
         fields: Any = {name: there[name] for name in FIELDS}
         return Batch(there["ids"], Tokens(**fields), there["rows"], there["labels"])
@@ -238,8 +237,10 @@ class _Learn(torch.autograd.Function):
     """The loss of a batch as a function of the vector."""
 
     @staticmethod
-    def forward(ctx: Any, vector: Tensor, step: Step, batch: dict[str, Tensor]) -> Tensor:
-        placed = step.place(batch)
+    def forward(ctx: Any, vector: Tensor, step: Step, batch: "Batch | dict[str, Tensor]") -> Tensor:
+        placed = batch if isinstance(batch, Batch) else step.place(batch)
+        if step.drops:  # from torch's generator on the CPU, whose state every checkpoint holds
+            placed.tokens.seed.copy_(torch.randint(2**40, (1,)))
         shape = step.shape_of(placed)
         hidden, slope = shape.forward(placed.ids, placed.tokens, step)
         head = step.decoder.lm_head.weight
