@@ -72,7 +72,8 @@ def check_product(device: str, dtypes: tuple[torch.dtype, ...], cases: list[Any]
 
 def check_adapted(device: str, dtype: torch.dtype, every: tuple[int, ...] = MANY) -> None:
     """Three linears side by side, each with its own adapter, and the gated pair."""
-    from train.kernels.matvec import Thin, Tile, gated, narrow, product
+    from train.kernels.decode import activate
+    from train.kernels.matvec import NEVER, Thin, Tile, narrow, product
 
     g = torch.Generator().manual_seed(0)
     w, plain = weights(256, 192, 128, 4, False, device)
@@ -85,19 +86,21 @@ def check_adapted(device: str, dtype: torch.dtype, every: tuple[int, ...] = MANY
         t = (x.double().cpu() @ a.double().t()).split(16, dim=1)
         extra = torch.cat([t[n] @ b[64 * n : 64 * (n + 1)].double().t() for n in range(3)], dim=1)
         for tile in (None, Tile(16, 64, 2), Tile(16, 32, 1), Tile(32, 64, 1, 8)):
-            got = product(x, w, Thin(low, b.to(device), (64, 128)), tile).sum(0)
+            got = product(x, w, Thin(low, b.to(device), (64, 128)), tile=tile).sum(0)
             close(got, x.double().cpu() @ plain + w.bias.double().cpu() + extra, loss)
         (gate, plain1), (up, plain2) = (weights(256, 192, 128, 4, True, device, bias=False) for _ in range(2))
         gate.scales.mul_(1 / 64)
         up.scales.mul_(1 / 32)
-        for thin in (None, (Thin(low, b.to(device)), Thin(low, b.to(device)))):
+        b2 = torch.cat([b, b.flip(0)])
+        for thin in (None, Thin(low, b2.to(device), (192, NEVER))):
             y1, y2 = x.double().cpu() @ plain1 / 64, x.double().cpu() @ plain2 / 32
             if thin:
-                y1, y2 = y1 + t[0] @ b.double().t(), y2 + t[1] @ b.double().t()
+                y1, y2 = y1 + t[0] @ b.double().t(), y2 + t[1] @ b.double().flip(0).t()
+            parts = product(x, gate, thin, up)
+            close(parts.sum(0), torch.cat([y1, y2], dim=1), loss)
             want = torch.nn.functional.silu(y1) * y2
-            close(
-                gated(x, gate, up, thin), want, {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-            )
+            rounded = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+            close(activate(parts, dtype), want, rounded)
 
 
 def test_products_equal_their_definition_through_the_interpreter() -> None:
@@ -117,7 +120,7 @@ POINTERS |= {"bias2", "up2"}
 
 
 def compile_for(capability: int, high: int) -> None:
-    """Compile both products for a card that need not be here."""
+    """Compile products for a card that need not be here."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -126,21 +129,21 @@ def compile_for(capability: int, high: int) -> None:
 
     fixed = {"BITS": 4, "WORDS": 16, "TM": high, "TN": 32, "PERM": True, "BIAS": True, "RANK": 16, "LOW_SPLITS": 2}
     fixed |= {"ONE_GROUP": True, "STAGES": 3}
-    for kernel in (matvec._product, matvec._gated):
-        types = {
-            "qweight": "*i32",
-            "qzeros": "*i32",
-            "perm": "*i32",
-            "low": "*fp32",
-            "qweight2": "*i32",
-            "qzeros2": "*i32",
-        }
-        types["out"] = "*fp32" if kernel is matvec._product else "*fp16"
+    types = {"qweight": "*i32", "qzeros": "*i32", "perm": "*i32", "low": "*fp32", "qweight2": "*i32", "qzeros2": "*i32"}
+    for two in (False, True):
         kinds, values = {}, {}
+        kernel = matvec._product
         for n, name in enumerate(kernel.arg_names):
-            kinds[name] = "constexpr" if name in fixed else types.get(name, "*fp16") if name in POINTERS else "i32"
-            if name in fixed:
-                values[(n,)] = fixed[name]
+            known = {**fixed, "TWO": two}
+            kinds[name] = (
+                "constexpr"
+                if name in known
+                else {**types, "out": "*fp32"}.get(name, "*fp16")
+                if name in POINTERS
+                else "i32"
+            )
+            if name in known:
+                values[(n,)] = known[name]
         triton.compile(ASTSource(kernel, kinds, values), target=GPUTarget("cuda", capability, 32))
 
 

@@ -1,4 +1,4 @@
-"""Decoding with a cache of constant size: a step is eight kernels a block at most, and on a GPU one CUDA graph.
+"""Decoding with a cache of constant size: a step is ten kernels a block, and on a GPU one CUDA graph.
 
 A `Static` holds keys and values [B, Hkv, capacity, D] of every block, the tables of turns by position, and where each row begins; the prompt
 goes through the decoder itself, whose cache is copied in. Positions, logn and dynamic NTK are the decoder's own, tabulated. The graph ends
@@ -25,7 +25,7 @@ from train.kernels.matvec import MOST_ROWS, units
 from train.layers import Layers, active, base_of
 
 BUCKET = 512  # capacities are multiples of it: a longer answer seldom needs another graph
-LEAST_KEYS = 256  # of a program of attention: fewer are not worth another program
+LEAST_KEYS = 64  # of a program of attention: fewer are not worth another program
 
 
 class Static:

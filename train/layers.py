@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from train import kernels
 from train.decoder import Decoder
 from train.gptq import Int4Linear, grouped, pack_rows, unpack_rows
+from train.kernels import decode as fast
 from train.kernels import matvec
 from train.kernels.matvec import NEVER, Packed, Thin
 
@@ -193,12 +194,14 @@ class Layers:
         weights = packed([gate, up], self.device)
         if weights is None or (weights[0].bias is None) != (weights[1].bias is None):
             return lambda x: _called(up, x) * F.silu(_called(gate, x))
+        first, second = weights
         found = self._adapter([gate, up])
         if found is None:
-            return lambda x: matvec.gated(x, weights[0], weights[1])
+            return lambda x: fast.activate(matvec.product(x, first, None, second), x.dtype)
+        edges = (first.columns, NEVER)
 
         def call(x: Tensor) -> Tensor:
-            low = matvec.narrow(x, found.down)
-            return matvec.gated(x, weights[0], weights[1], (Thin(low, found.ups[0]), Thin(low, found.ups[1])))
+            thin = Thin(matvec.narrow(x, found.down), found.up, edges)
+            return fast.activate(matvec.product(x, first, thin, second), x.dtype)
 
         return call

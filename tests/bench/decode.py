@@ -1,6 +1,6 @@
 """Tokens a second of answers on this GPU: ours against the stock stack, Qwen-1.8B's shape, random Int4 weights.
 
-    python -m tests.bench.decode out.json [--model 1.8b] [--arms ours,stock] [--profile table.txt]
+    python -m tests.bench.decode out.json [--model 1.8b] [--arms ours,stock] [--profile table.txt] [--tiles tiles.json]
 
 ours         what `make infer` and `make compare` run: packed products, a static cache, one CUDA graph a step; bfloat16
 ours-drawn   the same with a temperature and top_p, batch 1
@@ -116,6 +116,17 @@ def measure(arm: str, answer: Answer, batch: int, vocabulary: int) -> dict[str, 
     return found | {"peak_gib": round(peak / 2**30, 2)}
 
 
+def use(tiles: str) -> None:
+    """Take the fastest tiles of tests/bench/tiles.py's report instead of those that matvec.py knows."""
+    from train.kernels import matvec
+
+    if tiles and Path(tiles).is_file():
+        for shape in json.loads(Path(tiles).read_text())["products"]:
+            best = shape["found"][0]
+            cut = {name: best[name] for name in ("words", "columns", "splits", "warps", "stages")}
+            matvec.MEASURED[shape["rows"] == 1, shape["k"], shape["n"]] = matvec.Tile(**cut)
+
+
 def one(arm: str, model: str, adapter: bool, profile: str) -> Iterator[dict[str, Any]]:
     """The rows of one arm, in this process."""
     torch.manual_seed(0)
@@ -167,10 +178,12 @@ def main() -> None:
     parser.add_argument("--model", default="1.8b")
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--profile", default="")
+    parser.add_argument("--tiles", default="", help="a report of tests/bench/tiles.py")
     parser.add_argument("--one", default="", help="used by this program itself: ARM:ADAPTER")
     wanted = parser.parse_args()
     if wanted.one:
         arm, _, adapter = wanted.one.partition(":")
+        use(wanted.tiles)
         with wanted.out.open("a") as file:
             for row in one(arm, wanted.model, adapter == "1", wanted.profile):
                 print(row, flush=True)
@@ -181,7 +194,8 @@ def main() -> None:
     lines.unlink(missing_ok=True)
     for arm in wanted.arms.split(","):
         for adapter in "01":
-            again = ["--model", wanted.model, "--profile", wanted.profile, "--one", f"{arm}:{adapter}"]
+            again = ["--model", wanted.model, "--profile", wanted.profile, "--tiles", wanted.tiles]
+            again += ["--one", f"{arm}:{adapter}"]
             done = subprocess.run([sys.executable, "-m", "tests.bench.decode", str(lines), *again])
             if done.returncode:
                 print(f"{arm}, adapter {adapter}: exit status {done.returncode}", file=sys.stderr)

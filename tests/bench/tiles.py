@@ -1,8 +1,8 @@
 """Which cut of a packed product is the fastest on this GPU: every sensible tile, by shape and number of rows.
 
-    python -m tests.bench.tiles out.json [--rows 1,32] [--workers 12]
+    python -m tests.bench.tiles out.json [--rows 1,32] [--model 1.8b]
 
-First every tile is compiled, in `--workers` processes at once (Triton keeps them on the disk), then each is timed in a CUDA graph over copies of
+First every tile is compiled, in several processes at once (Triton keeps them on the disk), then each is timed in a CUDA graph over copies of
 the weight that no cache holds. Prints the best of each shape beside what matvec.tile_for takes. The same for attention: how many parts.
 """
 
@@ -11,15 +11,19 @@ import itertools
 import json
 import multiprocessing
 import statistics
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SHAPES = [(2048, 6144), (2048, 2048), (5504, 2048), (4096, 12288), (4096, 4096), (11008, 4096)]
-GATED = [(2048, 5504), (4096, 11008)]
+SHAPES = {  # K, N, whether two weights of N side by side
+    "1.8b": [(2048, 6144, False), (2048, 2048, False), (2048, 5504, True), (5504, 2048, False)],
+    "7b": [(4096, 12288, False), (4096, 4096, False), (4096, 11008, True), (11008, 4096, False)],
+}
 SPLITS = (1, 2, 3, 4, 6, 8)
 COLD = 160 << 20  # bytes of copies of a weight: more than any cache
 
@@ -27,11 +31,11 @@ Cut = tuple[int, int, int, int]  # words, columns, warps, stages
 
 
 def cuts(rows: int) -> list[Cut]:
-    """Tiles of 4-bit words: each thread has 2 to 16 of a step's."""
+    """Tiles of 4-bit words, a group of 128 deep: each thread has 2 to 16 words of a step."""
     if rows == 1:
-        every = itertools.product((16, 32, 64), (32, 64, 128), (2, 4, 8), (1, 3))
+        every = itertools.product((16,), (32, 64, 128), (2, 4, 8), (1, 3, 5))
     else:
-        every = itertools.product((16, 32), (16, 32, 64, 128), (2, 4, 8), (2, 3, 4))
+        every = itertools.product((16,), (32, 64, 128), (4, 8), (2, 3, 4))
     return [cut for cut in every if 2 <= cut[0] * cut[1] // (32 * cut[2]) <= 16]
 
 
@@ -46,17 +50,17 @@ def random_weight(rows: int, columns: int) -> Any:
 
 def compile_some(jobs: list[tuple[int, bool, Cut]]) -> list[str]:
     """Run each once on a small weight; what fails is said."""
-    from train.kernels.matvec import Tile, gated, product
+    from train.kernels.matvec import Tile, product
 
     failed = []
     w = random_weight(2048, 2048)
-    for many, fused, (words, columns, warps, stages) in jobs:
+    for many, two, (words, columns, warps, stages) in jobs:
         x, tile = torch.randn(many, 2048, device="cuda").bfloat16(), Tile(words, columns, 1, warps, stages)
         try:
-            gated(x, w, w, tile=tile) if fused else product(x, w, tile=tile)
+            product(x, w, second=w if two else None, tile=tile)
             torch.cuda.synchronize()
         except Exception as error:
-            failed.append(f"{many} {fused} {tile}: {str(error).splitlines()[-1][:100]}")
+            failed.append(f"{many} {two} {tile}: {str(error).splitlines()[-1][:100]}")
     return failed
 
 
@@ -81,40 +85,26 @@ def microseconds(calls: list[Callable[[], Tensor]]) -> float:
     return statistics.median(found)
 
 
-def sweep(rows: int, columns: int, many: int, fused: bool) -> list[dict[str, Any]]:
+def sweep(rows: int, columns: int, two: bool, many: int) -> list[dict[str, Any]]:
     """Every tile's time on one shape, the best first; `chosen` marks what tile_for takes."""
-    from train.kernels.matvec import Tile, gated, product, tile_for
+    from train.kernels.matvec import Tile, product, tile_for
 
-    size = rows * columns // 2 * (2 if fused else 1)
-    copies = max(4, -(-COLD // size))
-    weights = [
-        (random_weight(rows, columns), random_weight(rows, columns)) if fused else random_weight(rows, columns)
-        for _ in range(copies)
-    ]
+    size = rows * columns // 2 * (2 if two else 1)
+    weights = [random_weight(rows, columns) for _ in range(max(4, -(-COLD // size)) * (2 if two else 1))]
+    pairs = list(zip(weights[::2], weights[1::2])) if two else [(w, None) for w in weights]
     x = torch.randn(many, rows, device="cuda").bfloat16()
-    chosen = tile_for(many, rows, columns, 4, x.device, fused)
-    tiles = [Tile(w, c, s, p, d) for w, c, p, d in cuts(many) for s in ((1,) if fused else SPLITS)]
+    chosen = tile_for(many, rows, columns * (2 if two else 1), 4, x.device)
+    tiles = [Tile(w, c, s, p, d) for w, c, p, d in cuts(many) for s in SPLITS if s <= rows // 128]
     found = []
     for tile in [chosen, *tiles]:
-        if tile.splits > max(1, rows // 8 // tile.words):
-            continue
         try:
-            calls = [
-                (lambda w=w, t=tile: gated(x, *w, tile=t)) if fused else (lambda w=w, t=tile: product(x, w, tile=t))
-                for w in weights
-            ]
-            time = microseconds(calls)
+            took = microseconds([lambda w=w, v=v, t=tile: product(x, w, second=v, tile=t) for w, v in pairs])
         except Exception as error:
             print(f"  {tile}: {str(error).splitlines()[-1][:100]}", flush=True)
             continue
-        what = {
-            "words": tile.words,
-            "columns": tile.columns,
-            "splits": tile.splits,
-            "warps": tile.warps,
-            "stages": tile.stages,
-        }
-        found.append({"us": round(time, 2), "tb_s": round(size / time / 1e6, 2), **what, "chosen": tile is chosen})
+        found.append(
+            {"us": round(took, 2), "tb_s": round(size / took / 1e6, 2), **asdict(tile), "chosen": tile is chosen}
+        )
     return sorted(found, key=lambda row: row["us"])
 
 
@@ -131,9 +121,9 @@ def attention(many: int, heads: int, keys: int) -> list[dict[str, Any]]:
     found = []
     for splits in (1, 2, 4, 8, 16):
         calls = [lambda k=k, v=v, s=splits: attend(qkv, cos, sin, None, pads, slot, k, v, heads, s) for k, v in caches]
-        time = microseconds(calls)
+        took = microseconds(calls)
         found.append(
-            {"splits": splits, "us": round(time, 2), "tb_s": round(4 * many * heads * keys * 128 / time / 1e6, 2)}
+            {"splits": splits, "us": round(took, 2), "tb_s": round(4 * many * heads * keys * 128 / took / 1e6, 2)}
         )
     return sorted(found, key=lambda row: row["us"])
 
@@ -142,35 +132,33 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", default="1,32")
-    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--model", default="1.8b", choices=SHAPES)
     wanted = parser.parse_args()
     rows = [int(n) for n in wanted.rows.split(",")]
-    jobs = [(many, fused, cut) for many in rows for fused in (False, True) for cut in cuts(many)]
+    jobs = [(many, two, cut) for many in rows for two in (False, True) for cut in cuts(many)]
+    began = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(wanted.workers) as pool:
         parts = [jobs[n :: wanted.workers] for n in range(wanted.workers)]
         failed = [line for lines in pool.map(compile_some, parts) for line in lines]
-    print(f"{len(jobs)} tiles compiled, {len(failed)} failed: {failed[:3]}", flush=True)
+    print(f"{len(jobs)} tiles, {time.perf_counter() - began:.0f} s, {len(failed)} failed: {failed[:3]}", flush=True)
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "products": [], "attention": []}
-    for many in rows:
-        for fused, shapes in ((False, SHAPES), (True, GATED)):
-            for k, n in shapes:
-                found = sweep(k, n, many, fused)
-                mine = next((row for row in found if row["chosen"]), None)
-                print(f"{'gated' if fused else 'product'} {many} x {k} x {n}: now {mine}", flush=True)
-                for row in found[:4]:
-                    print(f"    {row}", flush=True)
-                report["products"].append(
-                    {"rows": many, "k": k, "n": n, "gated": fused, "found": found[:20], "chosen": mine}
-                )
-                wanted.out.write_text(json.dumps(report))
-    for many, heads, keys in ((1, 16, 128), (1, 16, 384), (1, 16, 2048), (32, 16, 256), (1, 32, 384)):
-        try:
-            found = attention(many, heads, keys)
-            print(f"attention {many} x {heads} heads x {keys} keys: {found}", flush=True)
-            report["attention"].append({"rows": many, "heads": heads, "keys": keys, "found": found})
-        except Exception as error:
-            print(f"attention {many} {heads} {keys}: {error}", flush=True)
+    for many, (k, n, two) in itertools.product(rows, SHAPES[wanted.model]):
+        found = sweep(k, n, two, many)
+        mine = next((row for row in found if row["chosen"]), None)
+        print(f"{many} x {k} x {n}{' twice' if two else ''}: now {mine}", flush=True)
+        for row in found[:5]:
+            print(f"    {row}", flush=True)
+        report["products"].append(
+            {"rows": many, "k": k, "n": n * (2 if two else 1), "found": found[:40], "chosen": mine}
+        )
         wanted.out.write_text(json.dumps(report))
+    for many, heads, keys in ((1, 16, 128), (1, 16, 384), (1, 16, 2048), (32, 16, 256)):
+        found = attention(many, heads, keys)
+        print(f"attention {many} x {heads} heads x {keys} keys: {found}", flush=True)
+        report["attention"].append({"rows": many, "heads": heads, "keys": keys, "found": found})
+        wanted.out.write_text(json.dumps(report))
+    print(f"{time.perf_counter() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What a decoding step needs beside its products: the residual sum with its norm, and one new token's attention over a static cache.
+"""What a decoding step needs beside its products: the residual sum with its norm, SwiGLU, one new token's attention over a static cache.
 
-Both read sums that are still in parts [S, M, N] and add them in order, so that a product cut in K needs no pass of its own. Values are rounded
+All read sums that are still in parts [S, M, N] and add them in order, so that a product cut in K needs no pass of its own. Values are rounded
 where the decoder's separate layers round them. Knows tensors only; train/decoding.py has the plain definition of each.
 """
 
@@ -107,6 +107,23 @@ if triton is not None:
             tl.store(weights + row * 2, top)
             tl.store(weights + row * 2 + 1, mass)
 
+    @triton.jit(do_not_specialize=["many"])
+    def _activate(parts, out, many, width, PARTS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """silu(gate) · up of columns that stand side by side in parts, each rounded where separate layers round."""
+        m = tl.program_id(0)
+        i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < width
+        dtype = out.dtype.element_ty
+        gate = tl.zeros((BLOCK,), tl.float32)
+        up = tl.zeros((BLOCK,), tl.float32)
+        for s in tl.static_range(PARTS):
+            row = parts + (s * many + m) * 2 * width + i
+            gate += tl.load(row, mask=inside, other=0.0)
+            up += tl.load(row + width, mask=inside, other=0.0)
+        gate = gate.to(dtype).to(tl.float32)
+        act = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
+        tl.store(out + m * width + i, (act * up.to(dtype).to(tl.float32)).to(dtype), mask=inside)
+
     @triton.jit
     def _combine(sums, weights, out, rows, D: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
         """The softmax over all parts from those of each."""
@@ -127,9 +144,19 @@ def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tup
     block = triton.next_power_of_2(width)
     _add_norm[(many,)](
         x, x if parts is None else parts, weight, total, normed, many, width, eps,
-        PARTS=0 if parts is None else len(parts), BLOCK=block, num_warps=max(1, min(16, block // 256)),
+        PARTS=0 if parts is None else len(parts), BLOCK=block, num_warps=max(1, min(16, block // 128)),
     )  # fmt: skip
     return total, normed
+
+
+def activate(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """silu(gate) · up [M, I] in `dtype`, for the sum of parts [S, M, 2 I], gate first."""
+    splits, many, both = parts.shape
+    out = torch.empty(many, both // 2, dtype=dtype, device=parts.device)
+    block = 256 if many < 8 else 1024
+    grid = (many, triton.cdiv(both // 2, block))
+    _activate[grid](parts, out, many, both // 2, PARTS=splits, BLOCK=block, num_warps=2 if many < 8 else 4)
+    return out
 
 
 def attend(

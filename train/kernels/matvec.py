@@ -52,7 +52,7 @@ class Packed:
 class Thin:
     """An adapter's half way for one call: low [S, M, L] float32, the S parts of x Aᵀ; up [N, R], scaled B, one after the other.
 
-    edges: where the second and the third of several linears side by side begin in N; each has R of the L columns.
+    edges: where the second and the third of several linears side by side begin in N; each has R of the L columns of low.
     """
 
     low: Tensor
@@ -69,6 +69,9 @@ class Tile:
     splits: int = 1
     warps: int = 4
     stages: int = 1
+
+
+MEASURED: dict[tuple[bool, int, int], Tile] = {}  # (one row, K, N) -> the fastest on an H100, by tests/bench/tiles.py
 
 
 if triton is not None:
@@ -89,16 +92,23 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["many", "tiles", "wide", "edge1", "edge2"])
     def _product(  # type: ignore[no-untyped-def]
-        x, qweight, qzeros, scales, bias, perm, low, up, out, many, rows, columns, zero_words, group, tiles, wide,
-        edge1, edge2, magic,
+        x, qweight, qzeros, scales, bias, qweight2, qzeros2, scales2, bias2, perm, low, up, out,
+        many, rows, columns, zero_words, group, tiles, wide, edge1, edge2, magic,
         BITS: tl.constexpr, WORDS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr,
-        BIAS: tl.constexpr, RANK: tl.constexpr, LOW_SPLITS: tl.constexpr, ONE_GROUP: tl.constexpr,
+        BIAS: tl.constexpr, TWO: tl.constexpr, RANK: tl.constexpr, LOW_SPLITS: tl.constexpr, ONE_GROUP: tl.constexpr,
         STAGES: tl.constexpr,
     ):  # fmt: skip
-        """One part of y[:, n …]: `tiles` tiles of K; the first part brings the bias and the adapter."""
+        """One part of y[:, n …]: `tiles` tiles of K; the first part brings the bias and the adapter. TWO: the second half of
+        the programs has the second weight, whose y stands beside the first's."""
         split = tl.program_id(1)
-        start = tl.program_id(0) * TN
-        n = start + tl.arange(0, TN)
+        block = tl.program_id(0)
+        half = block // tl.cdiv(columns, TN) if TWO else 0
+        block -= half * tl.cdiv(columns, TN)
+        beside, total = half * columns, columns * (2 if TWO else 1)
+        if TWO:  # noqa: SIM102  known when it is compiled; the next is not
+            if half == 1:
+                qweight, qzeros, scales, bias = qweight2, qzeros2, scales2, bias2
+        n = block * TN + tl.arange(0, TN)
         inside = n < columns
         m0 = tl.program_id(2) * TM
         m = m0 + tl.arange(0, TM)
@@ -118,53 +128,11 @@ if triton is not None:
             if BIAS:
                 y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None]
             if RANK > 0:
+                start = beside + block * TN
                 segment = (start >= edge1).to(tl.int32) + (start >= edge2).to(tl.int32)
-                y += _thin(low, up, m, many, n, inside, wide, segment * RANK, LOW_SPLITS, RANK, TM, TN)
-        place = out + (split * many + m)[:, None].to(tl.int64) * columns + n[None]
+                y += _thin(low, up, m, many, beside + n, inside, wide, segment * RANK, LOW_SPLITS, RANK, TM, TN)
+        place = out + (split * many + m)[:, None].to(tl.int64) * total + beside + n[None]
         tl.store(place, y, mask=(m < many)[:, None] & inside[None])
-
-    @triton.jit(do_not_specialize=["many", "wide"])
-    def _gated(  # type: ignore[no-untyped-def]
-        x, qweight, qzeros, scales, bias, qweight2, qzeros2, scales2, bias2, perm, low, up, up2, out,
-        many, rows, columns, zero_words, group, tiles, wide, magic,
-        BITS: tl.constexpr, WORDS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr,
-        BIAS: tl.constexpr, RANK: tl.constexpr, LOW_SPLITS: tl.constexpr, ONE_GROUP: tl.constexpr,
-        STAGES: tl.constexpr,
-    ):  # fmt: skip
-        """silu(gate) · up for the columns n, each rounded where separate layers would round."""
-        n = tl.program_id(0) * TN + tl.arange(0, TN)
-        inside = n < columns
-        m0 = tl.program_id(1) * TM
-        m = m0 + tl.arange(0, TM)
-        dtype = out.dtype.element_ty
-        if TM == 1:
-            gate = one_row(
-                x + m0 * rows, qweight, qzeros, scales, perm, 0, tiles, n, inside, rows, columns, zero_words, group, magic,
-                BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
-            )  # fmt: skip
-            y = one_row(
-                x + m0 * rows, qweight2, qzeros2, scales2, perm, 0, tiles, n, inside, rows, columns, zero_words, group, magic,
-                BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
-            )  # fmt: skip
-        else:
-            gate = many_rows(
-                x, qweight, qzeros, scales, perm, 0, tiles, m, many, n, inside, rows, columns, zero_words, group, magic,
-                BITS, WORDS, TM, TN, PERM, ONE_GROUP, STAGES,
-            )  # fmt: skip
-            y = many_rows(
-                x, qweight2, qzeros2, scales2, perm, 0, tiles, m, many, n, inside, rows, columns, zero_words, group, magic,
-                BITS, WORDS, TM, TN, PERM, ONE_GROUP, STAGES,
-            )  # fmt: skip
-        if BIAS:
-            gate += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None]
-            y += tl.load(bias2 + n, mask=inside, other=0.0).to(tl.float32)[None]
-        if RANK > 0:
-            gate += _thin(low, up, m, many, n, inside, wide, 0, LOW_SPLITS, RANK, TM, TN)
-            y += _thin(low, up2, m, many, n, inside, wide, RANK, LOW_SPLITS, RANK, TM, TN)
-        gate = gate.to(dtype).to(tl.float32)
-        act = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
-        place = out + m[:, None] * columns + n[None]
-        tl.store(place, (act * y.to(dtype).to(tl.float32)).to(dtype), mask=(m < many)[:, None] & inside[None])
 
     @triton.jit(do_not_specialize=["many"])
     def _narrow(  # type: ignore[no-untyped-def]
@@ -213,70 +181,45 @@ def units(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
 
 
-def tile_for(many: int, rows: int, columns: int, bits: int, device: torch.device, fused: bool = False) -> Tile:
-    """The cut of a product of `many` rows: enough programs for every multiprocessor, K whole where the result is used at once (`fused`)."""
-    deep = 128  # K of one step: a group of the usual size
-    width = 32 if fused or many > 1 else 64
-    if fused:
-        return Tile(deep * bits // 32, width, 1, 4, 1 if many == 1 else 3)
-    wanted = triton.cdiv(2 * units(device), triton.cdiv(columns, width))
+def tile_for(many: int, rows: int, columns: int, bits: int, device: torch.device) -> Tile:
+    """The cut of a product of `many` rows: as measured, else programs for every multiprocessor twice, each with steps to load ahead of."""
+    deep, few = 128, many == 1  # K of one step: a group of the usual size
+    if bits == 4 and (few, rows, columns) in MEASURED:
+        return MEASURED[few, rows, columns]
+    wanted = triton.cdiv(2 * units(device), triton.cdiv(columns, 64))
     splits = max(1, min(wanted, triton.cdiv(rows, deep) // 2, 8))
-    return Tile(deep * bits // 32, width, splits, 4, 1 if many == 1 else 3)
+    return Tile(deep * bits // 32, 64, splits, 4 if many <= 16 else 8, 4 if few else 3)
 
 
-def _common(x: Tensor, w: Packed, tile: Tile, thin: Thin | None) -> dict[str, int | bool]:
-    """Constants that every product passes to its kernel."""
-    deep = tile.words * 32 // w.bits
-    return {
-        "BITS": w.bits,
-        "WORDS": tile.words,
-        "TM": height(x),
-        "TN": tile.columns,
-        "PERM": w.perm is not None,
-        "BIAS": w.bias is not None,
-        "RANK": thin.up.shape[1] if thin else 0,
-        "LOW_SPLITS": len(thin.low) if thin else 0,
-        "ONE_GROUP": w.group % deep == 0,
-        "STAGES": tile.stages,
-        "num_warps": tile.warps,
-    }
+def product(
+    x: Tensor, w: Packed, thin: Thin | None = None, second: Packed | None = None, tile: Tile | None = None
+) -> Tensor:
+    """x [M, K] @ W + bias + the adapter's part, as [S, M, N] float32 whose S parts are to be added in order.
 
-
-def product(x: Tensor, w: Packed, thin: Thin | None = None, tile: Tile | None = None) -> Tensor:
-    """x [M, K] @ W + bias + the adapter's part, as [S, M, N] float32 whose S parts are to be added in order."""
+    `second`, a weight alike in shape, bits, groups, order and bias: its product stands beside the first, [S, M, 2 N].
+    """
     assert x.is_contiguous() and x.shape[1] == w.rows, (x.shape, w.rows)
-    tile = tile or tile_for(len(x), w.rows, w.columns, w.bits, x.device)
+    pair = second or w
+    assert pair.qweight.shape == w.qweight.shape and (pair.bias is None) == (w.bias is None), "two weights alike"
+    wide = w.columns * (2 if second else 1)
+    tile = tile or tile_for(len(x), w.rows, wide, w.bits, x.device)
     steps = triton.cdiv(w.qweight.shape[0], tile.words)
     each = triton.cdiv(steps, tile.splits)
     tile = replace(tile, splits=triton.cdiv(steps, each))  # none without work
-    constants = _common(x, w, tile, thin)
     if thin:
-        assert all(edge % tile.columns == 0 for edge in thin.edges), (thin.edges, tile.columns)
-    out = torch.empty(tile.splits, len(x), w.columns, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(w.columns, tile.columns), tile.splits, triton.cdiv(len(x), constants["TM"]))
+        assert all(edge % tile.columns == 0 for edge in thin.edges) or second, (thin.edges, tile.columns)
+    out = torch.empty(tile.splits, len(x), wide, dtype=torch.float32, device=x.device)
+    high = height(x)
+    grid = (triton.cdiv(w.columns, tile.columns) * (2 if second else 1), tile.splits, triton.cdiv(len(x), high))
+    bias, bias2 = (one.bias if one.bias is not None else x for one in (w, pair))
     _product[grid](
-        x, w.qweight, w.qzeros, w.scales, w.bias if w.bias is not None else x, w.perm if w.perm is not None else x,
-        thin.low if thin else x, thin.up if thin else x, out, len(x), w.rows, w.columns, w.qzeros.shape[1], w.group,
-        each, thin.low.shape[2] if thin else 0, *(thin.edges if thin else (0, 0)), MAGIC, **constants,
-    )  # fmt: skip
-    return out
-
-
-def gated(
-    x: Tensor, gate: Packed, up: Packed, thin: tuple[Thin, Thin] | None = None, tile: Tile | None = None
-) -> Tensor:
-    """silu(x Wgate + …) · (x Wup + …): [M, N] in x's dtype. Both weights alike in shape, bits, groups and order; `thin` shares one low."""
-    assert x.is_contiguous() and gate.qweight.shape == up.qweight.shape and gate.bits == up.bits
-    tile = tile or tile_for(len(x), gate.rows, gate.columns, gate.bits, x.device, fused=True)
-    constants = _common(x, gate, tile, thin[0] if thin else None)
-    out = torch.empty(len(x), gate.columns, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(gate.columns, tile.columns), triton.cdiv(len(x), constants["TM"]))
-    _gated[grid](
-        x, gate.qweight, gate.qzeros, gate.scales, gate.bias if gate.bias is not None else x,
-        up.qweight, up.qzeros, up.scales, up.bias if up.bias is not None else x,
-        gate.perm if gate.perm is not None else x, thin[0].low if thin else x, thin[0].up if thin else x,
-        thin[1].up if thin else x, out, len(x), gate.rows, gate.columns, gate.qzeros.shape[1], gate.group,
-        triton.cdiv(gate.qweight.shape[0], tile.words), thin[0].low.shape[2] if thin else 0, MAGIC, **constants,
+        x, w.qweight, w.qzeros, w.scales, bias, pair.qweight, pair.qzeros, pair.scales, bias2,
+        w.perm if w.perm is not None else x, thin.low if thin else x, thin.up if thin else x, out,
+        len(x), w.rows, w.columns, w.qzeros.shape[1], w.group, each, thin.low.shape[2] if thin else 0,
+        *(thin.edges if thin else (0, 0)), MAGIC,
+        BITS=w.bits, WORDS=tile.words, TM=high, TN=tile.columns, PERM=w.perm is not None, BIAS=w.bias is not None,
+        TWO=second is not None, RANK=thin.up.shape[1] if thin else 0, LOW_SPLITS=len(thin.low) if thin else 0,
+        ONE_GROUP=w.group % (tile.words * 32 // w.bits) == 0, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
