@@ -208,9 +208,10 @@ def test_reports_of_one_visit_become_one(tmp_path: Path, capsys: pytest.CaptureF
 def test_reports_that_are_kept_have_what_a_report_has(path: Path) -> None:
     report = json.loads(path.read_text())
     assert report.keys() >= {"device", "date", "versions", "rows"}
+    assert report["rows"]
     for found in report["rows"]:
-        assert found.keys() >= {"arm", "batch", "length"}
-        assert found.get("skipped") or found["tokens_per_s"] > 0
+        assert found["arm"]
+        assert found.get("skipped") or found.get("tokens_per_s", 0) > 0 or found.get("final_loss", 0) > 0
 
 
 # Curves
@@ -219,12 +220,13 @@ def test_reports_that_are_kept_have_what_a_report_has(path: Path) -> None:
 def test_curves_are_summed_up_and_drawn(tmp_path: Path) -> None:
     ours = [3.0 - 0.01 * n for n in range(100)]
     losses = {"ours": ours, "stock": [x + 0.01 for x in ours], "ours-again": [x - 0.02 for x in ours]}
-    found = curves.summed_up(losses)
-    assert found["stock_apart_mean"] == pytest.approx(0.01)
-    assert found["stock_over_ours"] == pytest.approx(1 + 0.01 / (sum(ours[-50:]) / 50))
+    found = {row["arm"]: row for row in curves.summed_up(losses)}
+    assert found["stock"]["apart_mean"] == pytest.approx(0.01)
+    assert found["stock"]["over_ours"] == pytest.approx(1 + 0.01 / (sum(ours[-50:]) / 50))
+    assert "over_ours" not in found["ours"]
     curves.draw(losses, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert curves.summed_up({})["final_loss"] == {}
+    assert curves.summed_up({}) == []
 
 
 CURVES = """

@@ -7,7 +7,6 @@ LoRA on every linear of the blocks. Each arm runs in processes of its own, one a
 is named and left out. Rows are on the disk as soon as they are measured: OUT.rows.jsonl, then OUT itself.
 """
 
-import datetime
 import json
 import os
 import signal
@@ -18,9 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.bench.spec import Shape, Spec, beyond, shapes_of
+from tests.bench.spec import Shape, Spec, beyond, heading, shapes_of
 from tests.bench.table import show
-from train import manifest
 from train.config import SWITCH, build, describe, option, pairs
 from train.errors import UserError
 from train.files import write_json
@@ -64,10 +62,9 @@ def run(options: Options) -> None:
     import torch
 
     # what is measured, where, and where to
-    cuda = torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if cuda else "CPU"
+    cuda, report = torch.cuda.is_available(), heading()
+    name, today = report["device"], report["date"]
     specs = list(_specs(_filled(options, cuda), "cuda" if cuda else "cpu"))
-    today = datetime.date.today().isoformat()
     out = Path(options.out or f"runs/bench/{today}-{name.lower().replace(' ', '-')}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     rows_file = out.with_suffix(".rows.jsonl")
@@ -78,7 +75,6 @@ def run(options: Options) -> None:
 
     # one process after another; the report is whole after each
     until = time.monotonic() + options.seconds if options.seconds else float("inf")
-    report: dict[str, Any] = {"device": name, "date": today, "versions": manifest.versions(), "code": manifest.code()}
     rows: list[dict[str, Any]] = []
     for spec in specs:
         rows += _group(replace(spec, rows=str(rows_file)), options, until)

@@ -20,7 +20,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tests.bench.spec import heading
 from train.config import Recipe, build, describe, load_recipe, option, pairs
+from train.files import write_json
 
 ARMS = ("ours", "stock", "ours-again")
 LAST = 50  # steps whose mean is the final loss
@@ -58,9 +60,11 @@ def main(words: list[str]) -> int:
         done = subprocess.run([sys.executable, "-m", "tests.bench.curves", *given, f"only={arm}"], check=False)
         print(f"{arm}: status {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
     losses = {arm: read(out / f"{arm}.jsonl") for arm in ARMS if (out / f"{arm}.jsonl").is_file()}
-    summary = summed_up(losses)
-    (out / "curves.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps(summary))
+    rows = summed_up(losses)
+    settings = {f.name: getattr(options, f.name) for f in fields(Options) if f.name not in ("only", "out")}
+    settings |= {name: Path(settings[name]).name for name in ("data", "base")}
+    write_json(out / "curves.json", {**heading(), "settings": settings, "rows": rows})
+    print(json.dumps(rows))
     draw(losses, out / "curves.png")
     return 0
 
@@ -69,16 +73,17 @@ def read(path: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
 
 
-def summed_up(losses: dict[str, list[float]]) -> dict[str, Any]:
-    """The final loss of each arm (the mean of the last steps), and how far the others are from ours."""
-    final = {arm: statistics.fmean(values[-LAST:]) for arm, values in losses.items() if values}
-    found: dict[str, Any] = {"steps": {arm: len(v) for arm, v in losses.items()}, "final_loss": final}
-    for arm in final.keys() - {"ours"} if "ours" in final else ():
-        apart = [abs(a - b) for a, b in zip(losses["ours"], losses[arm])]
-        found[f"{arm}_over_ours"] = final[arm] / final["ours"]
-        found[f"{arm}_apart_mean"] = statistics.fmean(apart)
-        found[f"{arm}_apart_most"] = max(apart)
-    return found
+def summed_up(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """A row an arm: its final loss (the mean of the last steps), and how far it is from ours."""
+    rows = []
+    for arm, values in losses.items():
+        row: dict[str, Any] = {"arm": arm, "steps": len(values), "final_loss": statistics.fmean(values[-LAST:])}
+        if arm != "ours" and "ours" in losses:
+            apart = [abs(a - b) for a, b in zip(losses["ours"], values)]
+            row["over_ours"] = row["final_loss"] / statistics.fmean(losses["ours"][-LAST:])
+            row |= {"apart_mean": statistics.fmean(apart), "apart_most": max(apart)}
+        rows.append(row)
+    return rows
 
 
 def _recipe(options: Options) -> Recipe:

@@ -16,8 +16,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from tests.bench.spec import heading
 from train.config import Recipe, build, describe, load_recipe, option, pairs
 from train.dataset import Plan, Sample
+from train.files import write_json
 
 ARMS = ("packed", "padded", "longest")
 
@@ -55,7 +57,9 @@ def main(words: list[str]) -> int:
         done = subprocess.run([sys.executable, "-m", "tests.bench.packing", *given, f"only={arm}"], check=False)
         if done.returncode:
             print(f"{arm}: status {done.returncode}", flush=True)
-    _show([json.loads(line) for line in out.read_text().splitlines()])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    write_json(out.with_suffix(".json"), {**heading(), "rows": rows})
+    _show(rows)
     return 0
 
 

@@ -1,8 +1,11 @@
 """What one worker measures, and the row that comes of it: the words that the parent process and its workers share."""
 
+import datetime
 import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from train import manifest
 
 Shape = tuple[int, int]  # batch, length
 
@@ -37,6 +40,15 @@ class Spec:
         """A row of the report; `found` has tokens_per_s and peak_gib, or skipped: why there are none."""
         setting = {"checkpointing": self.checkpointing, "dropout": self.dropout, "rank": self.rank}
         return {"arm": self.arm, "model": self.model, "batch": shape[0], "length": shape[1], **setting, **found}
+
+
+def heading() -> dict[str, Any]:
+    """What a report says of where and with what it was made."""
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    today = datetime.date.today().isoformat()
+    return {"device": name, "date": today, "versions": manifest.versions(), "code": manifest.code()}
 
 
 def shapes_of(text: str) -> list[Shape]:
