@@ -30,7 +30,8 @@ ROOT = Path(__file__).parent.parent.parent
 KEYS = {"data": "data.jsonl", "model": "tiny-Int4", "recipe": "smoke", "length": "96", "zero": "2", "dropout": "0.05"}
 KEYS |= {"steps": "40", "save_every": "4", "rank": "32", "keep": "2", "batch": "1"}
 INTERVAL, LIVES = 4, 6  # steps between saves; lives of a run before it is left alone
-PATIENCE = 180.0  # seconds until a life counts as hanging
+PATIENCE = 600.0  # seconds until a life counts as hanging
+ONLY = os.environ.get("KILLS_ONLY", "")  # one kind alone: any moment, inside a save, one of two
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Tally:
     lost: int = 0
     runs: int = 0
     slack: int = 0
+    interval: int = INTERVAL
     wrong: list[str] = field(default_factory=list)
 
 
@@ -115,7 +117,7 @@ def wait(pids: list[int]) -> list[int | None]:
 def workers(pids: list[int]) -> list[int]:
     """The processes that train: the children themselves, or those that torchrun has started below them."""
     below = [child for pid in pids for child in psutil.Process(pid).children(recursive=True)]
-    ranks = [p.pid for p in below if "torch.distributed" not in " ".join(p.cmdline()) and "train" in p.cmdline()]
+    ranks = [p.pid for p in below if "launch()" not in " ".join(p.cmdline()) and "train" in p.cmdline()]
     return ranks or pids
 
 
@@ -148,7 +150,7 @@ def disturb(run: Path, pids: list[int], how: str, draw: random.Random, tally: Ta
     tally.lost = max(tally.lost, done - kept)
     if notes:
         tally.wrong.append(f"{run.name}: after a kill {notes}")
-    if done - kept > INTERVAL + tally.slack or kept < base - INTERVAL:
+    if done - kept > tally.interval + tally.slack:
         tally.wrong.append(f"{run.name}: {done} steps done, the newest checkpoint is of {kept}")
     return True
 
@@ -211,7 +213,7 @@ def one_run(
     kinds = ["any moment", "inside a save"] + (["one of two"] if processes > 1 else [])
     for _ in range(min(LIVES, limit)):
         found = checkpoint.newest(run)[0]
-        how = draw.choice([*kinds, "inside a save"])
+        how = next((kind for kind in kinds if kind == ONLY), draw.choice([*kinds, "inside a save"]))
         if not disturb(
             run,
             life(words(run.name, processes, more), processes),
@@ -251,7 +253,7 @@ def campaign(
     seed: int = 0,
 ) -> Tally:
     """Runs in the working folder, as many as it takes."""
-    draw, tally = random.Random(seed), Tally(slack=slack)
+    draw, tally = random.Random(seed), Tally(slack=slack, interval=int(more.get("save_every", INTERVAL)))
     whole = {size: undisturbed(life, size, more) for size in sizes}
     number = 0
     while (done := sum(tally.kills.values())) < kills:
@@ -293,7 +295,7 @@ def main(arguments: list[str]) -> int:
     print(
         f"kills: {dict(tally.kills)}, {tally.inside} of them found a half-written checkpoint; {tally.runs} runs, processes {sizes}"
     )
-    print(f"most steps computed again: {tally.lost} (save_every={INTERVAL}); {time.monotonic() - began:.0f} s")
+    print(f"most steps computed again: {tally.lost} (save_every={tally.interval}); {time.monotonic() - began:.0f} s")
     print("\n".join(tally.wrong) or "every run ended in the bytes of the undisturbed one")
     return 1 if tally.wrong else 0
 
