@@ -59,7 +59,8 @@ def difference(model: nn.Module, batch: int, width: int, steps: int = 4, graph: 
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.inference_mode():
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        worst = [float((static.start(model, ids, mask) - out.logits[:, -1]).abs().max())]
+        want = out.logits[:, -1]
+        worst = [float((static.start(model, ids, mask) - want).abs().max() / want.abs().max())]
         for _ in range(steps):
             chosen = out.logits[:, -1].argmax(-1)
             positions, mask = positions[:, -1:] + 1, torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -79,7 +80,11 @@ def difference(model: nn.Module, batch: int, width: int, steps: int = 4, graph: 
 @pytest.mark.parametrize("changes", [{}, STRETCH], ids=["usual", "beyond its context"])
 @pytest.mark.parametrize("int4", [False, True], ids=["float", "int4"])
 @pytest.mark.parametrize("layout", ["qwen", "qwen2"])
-def test_a_step_is_the_decoders(tmp_path: Path, layout: str, int4: bool, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("short", [decoding.SHORT, 0], ids=["short prompts", "long prompts"])
+def test_a_step_is_the_decoders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, int4: bool, changes: dict[str, Any], short: int
+) -> None:
+    monkeypatch.setattr(decoding, "SHORT", short)
     model = made(tmp_path, layout, int4, **changes)
     for batch, width in ((3, 9), (1, 5)):  # 5: logn begins to act within the answer, NTK stays off
         assert difference(model, batch, width) < 1e-5

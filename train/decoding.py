@@ -1,7 +1,7 @@
 """Decoding with a cache of constant size: a step is ten kernels a block, and on a GPU one CUDA graph.
 
-A `Static` holds keys and values [B, Hkv, capacity, D] of every block, the tables of turns by position, and where each row begins; the prompt
-goes through the decoder itself, whose cache is copied in. Positions, logn and dynamic NTK are the decoder's own, tabulated. The graph ends
+A `Static` holds keys and values [B, Hkv, capacity, D] of every block, the tables of turns by position, and where each row begins; a long prompt
+goes through the decoder itself, whose cache is copied in, a short one through the step's own products. Positions, logn and dynamic NTK are the decoder's own, tabulated. The graph ends
 with the likeliest next tokens in place as the next step's input, so that greedy decoding never asks the host. Refuses to know text and
 sampling. Trade-off: memory for the whole answer is taken at its beginning. Without a GPU the same step runs eagerly on plain
 definitions, which is what tests compare; nobody else uses that, the growing cache is as fast there.
@@ -10,7 +10,7 @@ definitions, which is what tests compare; nobody else uses that, the growing cac
 import math
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train import kernels
-from train.decoder import Decoder, rotary
+from train.decoder import Decoder, attention_bias, ntk_alpha, rotary, rotate
 from train.kernels import decode as fast
 from train.kernels.matvec import MOST_ROWS, units
 from train.layers import Layers, active, base_of
 
 BUCKET = 512  # capacities are multiples of it: a longer answer seldom needs another graph
+SHORT = 256  # tokens of all prompts of a batch together, up to which products of packed weights are the faster way through them
 LEAST_KEYS = 64  # of a program of attention: fewer are not worth another program
 
 
@@ -94,19 +95,52 @@ class Static:
         assert ids.shape[0] == self.batch and ids.shape[1] <= self.capacity, (ids.shape, self.batch, self.capacity)
         self.layers.refresh()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = (self._short if ids.numel() <= SHORT else self._long)(model, ids, mask, positions)
+        self.pads.copy_(ids.shape[1] - mask.sum(-1))
+        self.slot.fill_(ids.shape[1])
+        self.logits.copy_(logits)
+        self.token.copy_(self.logits.argmax(-1))
+        return self.logits
+
+    def _long(self, model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """The prompt by the model itself, its cache copied in."""
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, last_only=True)
         for n, (key, value, *_) in enumerate(out.past_key_values):
             self.keys[n, :, :, : ids.shape[1]].copy_(key)
             self.values[n, :, :, : ids.shape[1]].copy_(value)
+        self._stretch(out.past_key_values[0][2] if len(out.past_key_values[0]) > 2 else None)
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _short(self, model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """The prompt by the step's own products, which take fewer calls than the model: its first token comes sooner."""
+        c, (batch, width) = self.layers.config, ids.shape
+        self._stretch(ntk_alpha(mask.sum(-1, keepdim=True), c.seq_length) if width > c.seq_length else None)
+        row = torch.arange(batch, device=ids.device)[:, None] if self.stretched else torch.zeros_like(positions)
+        cos, sin = (torch.cat([table[row, positions]] * 2, dim=-1) for table in self.turns)  # [B, T, D]
+        logn = None if self.logn is None else self.logn[positions]
+        bias = attention_bias(mask, None, width, width, ids.device)
+
+        def attend(qkv: Tensor, n: int) -> Tensor:
+            mixed = qkv.sum(0).to(self.keys.dtype).view(batch, width, -1, c.head_dim).transpose(1, 2)
+            q, k, v = mixed.split([self.heads, c.num_key_value_heads, c.num_key_value_heads], dim=1)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            self.keys[n, :, :, :width], self.values[n, :, :, :width] = k, v
+            if logn is not None:
+                q = q * logn[:, None, :, None].to(q.dtype)
+            k, v = (t.repeat_interleave(self.heads // c.num_key_value_heads, dim=1) for t in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and width > 1)
+            return y.transpose(1, 2).reshape(batch * width, -1)
+
+        h = self._through(F.embedding(ids.flatten(), self.layers.embed), attend)
+        logits: Tensor = self.layers.head(h.view(batch, width, -1)[:, -1])
+        return logits
+
+    def _stretch(self, alpha: Tensor | None) -> None:
+        """Make the tables of turns anew for prompts whose dynamic NTK is alpha [B, 1]."""
         if self.stretched:
-            alpha = out.past_key_values[0][2] if len(out.past_key_values[0]) > 2 else None
             for table, made in zip(self.turns, self._turns(alpha)):
                 table.copy_(made)
-        self.pads.copy_(ids.shape[1] - mask.sum(-1))
-        self.slot.fill_(ids.shape[1])
-        self.logits.copy_(out.logits[:, -1])
-        self.token.copy_(self.logits.argmax(-1))
-        return self.logits
 
     @torch.inference_mode()
     def step(self, chosen: Tensor | None = None) -> Tensor:
@@ -117,16 +151,20 @@ class Static:
         return self.logits
 
     def _step(self) -> None:
+        h = self._through(F.embedding(self.token, self.layers.embed), self._attend)
+        self.logits.copy_(self.layers.head(h))
+        self.token.copy_(self.logits.argmax(-1))
+        self.slot += 1
+
+    def _through(self, x: Tensor, attend: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Embeddings [M, H] through all blocks and the last norm; `attend` takes q, k, v in parts and the block's number."""
         layers, eps = self.layers, self.layers.config.rms_norm_eps
-        x = F.embedding(self.token, layers.embed)
         norms = [step.norm1 for step in layers.steps[1:]] + [layers.norm]
         x, h = self._add_norm(x, None, layers.steps[0].norm1, eps)
         for n, (step, norm) in enumerate(zip(layers.steps, norms)):
-            x, h = self._add_norm(x, step.out(self._attend(step.qkv(h), n)), step.norm2, eps)
+            x, h = self._add_norm(x, step.out(attend(step.qkv(h), n)), step.norm2, eps)
             x, h = self._add_norm(x, step.down(step.gated(h)), norm, eps)
-        self.logits.copy_(layers.head(h))
-        self.token.copy_(self.logits.argmax(-1))
-        self.slot += 1
+        return h
 
     def _add_norm(self, x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return (fast.add_norm if self.fast else add_norm)(x, parts, weight, eps)
