@@ -44,6 +44,9 @@ source_hash() {
         LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16
 }
 
+# keeps_both: does the engine keep, and count, an image packed and unpacked?
+keeps_both() { docker info --format '{{.DriverStatus}}' 2>/dev/null | grep -q io.containerd.snapshotter; }
+
 digest_of() { docker image inspect --format '{{.Id}}' "$1" 2>/dev/null; }
 
 # accelerator: gpu or cpu, as asked; auto: by the host's driver
