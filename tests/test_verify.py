@@ -140,8 +140,6 @@ def test_a_replay_that_computes_something_else_is_named(copy: Path, monkeypatch:
 
     monkeypatch.setattr(verify.manifest, "code", lambda: {})
     in_this_process(monkeypatch, lambda: monkeypatch.setattr(Engine, "micro", wrong))
-    with pytest.raises(
-        UserError, match=r"replay is not the same: step 2: loss was \d(.|\n)*is kept in runs/first"
-    ):
+    with pytest.raises(UserError, match=r"replay is not the same: step 2: loss was \d(.|\n)*is kept in runs/first"):
         verify.run(Options(run="first", replay=True))
     assert json.loads((copy / "runs/first/replay/again/run.json").read_text())["steps"] == 3

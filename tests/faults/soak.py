@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
@@ -72,7 +73,8 @@ def train(steps: int, more: dict[str, str]) -> Watcher:
     thread = threading.Thread(target=watcher.look, args=(over,))
     thread.start()
     try:
-        verb.run(verb.parse({**KEYS, "steps": str(steps), **more}))
+        with suppress(SystemExit):  # SIGTERM: what has been seen until then is judged
+            verb.run(verb.parse({**KEYS, "steps": str(steps), **more}))
     finally:
         over.set()
         thread.join()
