@@ -35,7 +35,7 @@ def cuts(rows: int) -> list[Cut]:
     if rows == 1:
         every = itertools.product((16,), (32, 64, 128), (2, 4, 8), (1, 3, 5))
     else:
-        every = itertools.product((16,), (32, 64, 128), (4, 8), (2, 3, 4))
+        every = itertools.product((16,), (32, 64, 128), (4, 8), (3, 4))
     return [cut for cut in every if 2 <= cut[0] * cut[1] // (32 * cut[2]) <= 16]
 
 
