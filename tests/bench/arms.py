@@ -51,6 +51,7 @@ class Ours:
         recipe = load_recipe("qlora", {**{k: str(v) for k, v in values.items()}, "checkpointing": switch})
         self.engine, self.size = self.engine_for(recipe, spec.model, place, device), place.size
         self.learnt = shape[0] * (shape[1] - 1) * place.size
+        self.ready: Any = None  # the next batch, laid on the device while the GPU is at this one, as train.loop does
 
     @staticmethod
     def engine_for(recipe: Recipe, model: str, place: World, device: torch.device) -> Engine:
@@ -62,7 +63,9 @@ class Ours:
         return Engine(lora.attach(base, recipe).train(), recipe, dtype, place.size)
 
     def step(self, ids: Tensor) -> Tensor:
-        total = self.engine.micro({"input_ids": ids, "labels": ids}, self.learnt)
+        batch = {"input_ids": ids, "labels": ids}
+        total = self.engine.micro(self.ready or self.engine.place(batch), self.learnt)
+        self.ready = self.engine.place(batch)
         self.engine.step(last=True, rate=RATE)
         return total * self.size / self.learnt
 

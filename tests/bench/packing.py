@@ -90,17 +90,22 @@ def _measure(options: Options) -> None:
     width = None if options.only == "longest" else options.length
     known, watch = shapes.config(options.model).vocab_size, Stopwatch(device)
     seconds = tokens = positions = 0.0
-    for step in range(options.warm + options.counted):
+
+    def batch_of(step: int) -> tuple[Any, int]:
         batch = collate(plan.rows(step), samples, tokenizer.pad, width)
         batch["input_ids"] %= known  # of the tiny shape, which knows few tokens; the lengths are what counts
         batch["labels"] = torch.where(batch["labels"] < 0, batch["labels"], batch["labels"] % known)
+        return engine.place(batch), batch["input_ids"].numel()
+
+    ready, size = batch_of(0)
+    for step in range(options.warm + options.counted):
         watch.start()
-        engine.micro(batch, max(plan.label_count(step), 1))
+        engine.micro(ready, max(plan.label_count(step), 1))
+        this, (ready, size) = size, batch_of(step + 1)  # while the GPU is at this one, as train.loop does
         engine.step(last=True, rate=1e-4)
         took = watch.stop()
         if step >= options.warm:
-            seconds, tokens = seconds + took, tokens + plan.token_count(step)
-            positions += batch["input_ids"].numel()
+            seconds, tokens, positions = seconds + took, tokens + plan.token_count(step), positions + this
     row = {"arm": options.only, "model": options.model, "batch": options.batch, "length": options.length}
     row |= {"checkpointing": options.checkpointing, "dropout": options.dropout, "data": Path(options.data).name}
     row |= {"tokens_per_s": round(tokens / seconds), "peak_gib": round(watch.peak_gib(), 2)}
@@ -121,7 +126,7 @@ def _overrides(options: Options) -> dict[str, str]:
 
 
 def _plan(recipe: Recipe, samples: list[Sample], options: Options) -> Plan:
-    steps = options.warm + options.counted
+    steps = options.warm + options.counted + 1  # one is laid ready and not learnt
     return Plan(samples, recipe.length, recipe.batch, 1, steps, recipe.seed, recipe.pack)
 
 
