@@ -127,7 +127,7 @@ def test_the_image_is_the_published_one_and_sees_the_gpu(house: House) -> None:
 def inspect(empty: House, service: str) -> dict[str, Any]:
     """A container of `service` as the engine has made it; never started."""
     made = subprocess.run([*COMPOSE, "create", service], **empty.how())  # type: ignore[call-overload]
-    assert made.returncode == 0, made.stdout
+    assert made.returncode == 0, made.stderr
     ask = [*COMPOSE, "ps", "-aq", service]
     name = subprocess.run(ask, **{**empty.how(), "stderr": None}).stdout.strip()  # type: ignore[call-overload]
     try:
@@ -219,4 +219,4 @@ def test_config_with_a_gpu_reserves_it_for_what_computes(empty: House, gpus: str
 def test_another_accelerator_is_an_error(empty: House) -> None:
     how = {**empty.how(), "env": {**empty.environment, "ACCELERATOR": "tpu"}}
     done = subprocess.run(["docker", "compose", "config"], **how)  # type: ignore[call-overload]
-    assert done.returncode != 0 and "on-tpu" in done.stdout
+    assert done.returncode != 0 and "on-tpu" in done.stderr

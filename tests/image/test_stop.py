@@ -41,8 +41,8 @@ def test_stopped_then_gone_on(house: House) -> None:
     began = time.monotonic()
     subprocess.run(["docker", "stop", NAME], check=True, capture_output=True)
     took = time.monotonic() - began
-    said, _ = process.communicate(timeout=60)
-    house.check(subprocess.CompletedProcess([], process.returncode, said), status=75)
+    out, errors = process.communicate(timeout=60)
+    said = house.check(subprocess.CompletedProcess([], process.returncode, out, errors), status=75)
     assert "The same command goes on from there" in said
     assert took < 60, "a tiny step and a save; the engine would have waited for 300 s, then killed"
     assert not (run / "run.json").exists()
