@@ -3,8 +3,11 @@
 import errno
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from tests.test_checkpoint import snapshot
 from train import checkpoint, saver
@@ -51,6 +54,43 @@ def test_training_goes_on_while_one_is_written(tmp_path: Path, monkeypatch: pyte
     gate.set()
     assert one.again() is None
     assert checkpoint.newest(tmp_path)[0] == checkpoint.folder_of(tmp_path, 3)
+
+
+def test_a_run_that_breaks_off_finishes_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad step right after a save began: the checkpoint is there to go back to, and its journal was open until then."""
+    import time
+
+    from train import loop
+    from train.config import Recipe
+    from train.guard import Watch
+    from train.world import World
+
+    write = checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *all: (time.sleep(0.2), write(*all)))
+
+    def step(task: Any, engine: Any, now: int, *_: Any) -> Any:
+        if now == 1:
+            raise loop.BadStep(now, "on purpose", [])
+        row = {
+            "step": now + 1,
+            "loss": 1.0,
+            "grad_norm": 1.0,
+            "learning_rate": 1.0,
+            "epoch": 0,
+            "tokens": 1,
+            "seconds": 1.0,
+        }
+        return row, False, False
+
+    monkeypatch.setattr(loop, "_step", step)
+    engine: Any = SimpleNamespace(gather=lambda: ({}, {}), counters=lambda: {"updates": 0})
+    plan: Any = type("Plan", (), {"epoch": lambda self, step: 0, "__len__": lambda self: 4})()
+    recipe = Recipe(background="on", save_every=1)
+    task = loop.Task(recipe, plan, [], 0, tmp_path, World(), torch.device("cpu"), Watch())
+    with Stop() as stop, pytest.raises(loop.BadStep):
+        loop._go(task, engine, 0, stop, {})
+    assert loop.standing(tmp_path) == (checkpoint.folder_of(tmp_path, 1), [])
+    assert task.spent["saves"] == 1
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -109,11 +109,12 @@ def _go(task: Task, engine: Engine, first: int, stop: Stop, left_out: dict[int, 
             closing.callback(journal.close)
         saver = Saver(task.run, task.recipe.keep, _behind(task), journal)
         closing.callback(_tally, task, saver)
+        closing.callback(saver.join)  # whatever ends the run: first of all what is being written is finished
         if first == 0 and task.recipe.guard == "skip":
             save(task, engine, 0, saver)  # to go back to
         for step in range(first, total):
             if step in left_out:
-                row, cut_off, trouble = _blank(task, left_out[step]), stop.wanted, saver.trouble
+                row, cut_off, trouble = _blank(task, left_out[step]), False, False  # the next step asks all processes
             else:
                 row, cut_off, trouble = _step(task, engine, step, stop, saver.trouble)
             if journal is not None and meter is not None:

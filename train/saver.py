@@ -40,7 +40,7 @@ class Saver:
 
     def begin(self, snapshot: Snapshot) -> None:
         """Write `snapshot`, once the one before is written. `trouble` says later whether that failed."""
-        self._join()
+        self.join()
         assert self._waiting is None, "the snapshot before is not written"
         self._waiting = snapshot
         if self.background:
@@ -51,7 +51,7 @@ class Saver:
 
     def again(self) -> Exception | None:
         """Wait for the thread; try once more if it failed. What is wrong, None if all is written."""
-        self._join()
+        self.join()
         if self._waiting is not None:
             self._attempt()
         return self._error
@@ -61,7 +61,8 @@ class Saver:
         """Whether a snapshot could not be written, as far as is known by now."""
         return self._error is not None
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Wait until nothing is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

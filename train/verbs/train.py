@@ -107,11 +107,15 @@ def _stages(options: Request, place: World | None) -> int:
         world.leave()
         return status
     _stage(replace(options, stage=stages))  # what is wrong with the last is said before the first begins
+    status = 0
     for number in range(1, stages + 1):
-        if status := _run(replace(options, stage=number), place):
-            return status
+        status = _run(one := replace(options, stage=number), place)
+        if (
+            status or not (_stage(one).run / "run.json").is_file()
+        ):  # under torchrun, a worker that was stopped says 0 too
+            break
     world.leave()
-    return 0
+    return status
 
 
 def _stage(options: Request) -> Stage:
