@@ -4,4 +4,9 @@ Four floors; imports run downwards only, and tests/test_house.py holds them to i
 verbs (train/verbs), assembled, parts, leaves. The README's tree has a phrase for each file.
 """
 
+import os
+
+# Before torch is imported, which reads it then: nothing here is compiled by inductor, whose workers would wait, a process a core.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 __version__ = "0.1.0"

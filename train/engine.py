@@ -36,7 +36,6 @@ def import_deepspeed() -> Any:
     used here: the accelerator is named by hand, and the GPU is out of sight until the import is done.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else torch starts idle compile workers, a core each
     from torch.utils import cpp_extension  # noqa: F401  here, where it sees the GPU: else it says that there is none
 
     hidden: dict[str, Any] = {"is_available": lambda: False, "get_device_capability": lambda device=None: (0, 0)}
