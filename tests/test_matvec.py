@@ -127,8 +127,9 @@ def compile_for(capability: int, high: int) -> None:
 
     from train.kernels import matvec
 
-    fixed = {"BITS": 4, "WORDS": 16, "TM": high, "TN": 32, "PERM": True, "BIAS": True, "RANK": 16, "LOW_SPLITS": 2}
-    fixed |= {"ONE_GROUP": True, "STAGES": 3}
+    tile = matvec.tile_for(high, 2048, 2048, 4, torch.device("cpu"))
+    fixed = {"BITS": 4, "WORDS": tile.words, "TM": high, "TN": tile.columns, "PERM": True, "BIAS": True, "RANK": 64}
+    fixed |= {"LOW_SPLITS": 4, "ONE_GROUP": True, "STAGES": tile.stages}
     types = {"qweight": "*i32", "qzeros": "*i32", "perm": "*i32", "low": "*fp32", "qweight2": "*i32", "qzeros2": "*i32"}
     for two in (False, True):
         kinds, values = {}, {}
@@ -144,7 +145,11 @@ def compile_for(capability: int, high: int) -> None:
             )
             if name in known:
                 values[(n,)] = known[name]
-        triton.compile(ASTSource(kernel, kinds, values), target=GPUTarget("cuda", capability, 32))
+        target, options = GPUTarget("cuda", capability, 32), {"num_warps": tile.warps}
+        compiled = triton.compile(ASTSource(kernel, kinds, values), target=target, options=options)
+        assert (
+            compiled.metadata.shared < 64 << 10 if high == 1 else compiled.metadata.shared < 99 << 10
+        )  # what small cards have
 
 
 def test_every_product_compiles_for_cards_that_are_not_here() -> None:

@@ -289,8 +289,13 @@ def _take(model: nn.Module, batch: int, length: int) -> Static | None:
         found = next((s for s in kept.free if s.batch == batch and s.capacity >= length), None)
         kept.free.clear()  # its memory, before more is taken
         return found or Static(kept.layers, batch, -(-length // BUCKET) * BUCKET)
-    except (RuntimeError, ValueError) as error:  # no memory for it, or a layer that cannot be recorded
-        print(f"Decoding goes the slower way, without a CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (
+        Exception
+    ) as error:  # no memory, a layer that cannot be recorded; Triton has a class of its own for each of its reasons
+        print(
+            f"Decoding goes the slower way, without a CUDA graph: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            file=sys.stderr,
+        )
         forget(model)
         return None
 
