@@ -65,7 +65,10 @@ def of_a_step(row: dict[str, Any]) -> bool:
 
 def reports() -> list[Path]:
     """Those in results/ that `make bench` wrote: it says which code was measured."""
-    return [path for path in sorted(RESULTS.glob("*.json")) if "code" in json.loads(path.read_text(encoding="utf-8"))]
+    written = [
+        path for path in sorted(RESULTS.glob("*.json")) if "code" in json.loads(path.read_text(encoding="utf-8"))
+    ]
+    return [path for path in written if checks(path)]
 
 
 def main(words: Sequence[str]) -> int:

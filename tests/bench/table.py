@@ -16,10 +16,12 @@ def key(row: Row) -> Key:
 
 
 def by_setting(rows: list[Row]) -> dict[Key, dict[str, Row]]:
-    """Setting -> arm -> row, in the order in which they were measured; of two measurements the later one."""
+    """Setting -> arm -> row, in the order in which they were measured; of two measurements the later one, of none the reason."""
     found: dict[Key, dict[str, Row]] = {}
     for row in rows:
-        found.setdefault(key(row), {})[row["arm"]] = row
+        arms = found.setdefault(key(row), {})
+        if row.get("tokens_per_s") or row["arm"] not in arms:
+            arms[row["arm"]] = row
     return found
 
 
