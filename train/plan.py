@@ -15,7 +15,9 @@ from train.errors import UserError
 
 GIB = 2**30
 SIXTEEN = 2  # bytes of a number that is computed with
-CONTEXT = GIB // 2  # of CUDA itself: kernels, driver; measured beside torch's own count
+CONTEXT = (
+    GIB // 2
+)  # of CUDA itself, assumed for a small card; 1.29 GiB were outside torch on an H100, NCCL's and the driver's among them
 SPARE = 0.02  # of a card that is left alone
 GAPS, GAPS_SHARE = (
     GIB // 4,

@@ -112,7 +112,7 @@ def _parts(estimate: Estimate):  # type: ignore[no-untyped-def]
         drawn.add_row(name, f"{size / GIB:.2f}")
     drawn.add_row("all that torch allocates", f"{estimate.peak / GIB:.2f}", style="bold")
     drawn.add_row("gaps, and what CUDA graphs hold meanwhile", f"{(estimate.held - estimate.peak) / GIB:.2f}")
-    drawn.add_row("CUDA's own context", f"{CONTEXT / GIB:.2f}")
+    drawn.add_row("CUDA's own context, assumed", f"{CONTEXT / GIB:.2f}")
     drawn.add_row("of the card", f"{estimate.with_context / GIB:.2f}", style="bold")
     return drawn
 
