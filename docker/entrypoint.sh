@@ -25,10 +25,12 @@ lower() {
     done
 }
 
-# typed KEY: the person names another place than the usual one, which is then not ours to check
-typed() {
+# elsewhere KEY: the person names another place than the usual one, which is then not ours to check
+elsewhere() {
     local word
-    for word in "${words[@]}"; do [[ $word != "$1="* ]] || return 0; done
+    for word in "${words[@]}"; do
+        if [[ $word == "$1="* && ${word#*=} != "$1"/* && ${word#*=} != "$work/$1"/* ]]; then return 0; fi
+    done
     return 1
 }
 
@@ -65,10 +67,10 @@ gpu() {
 
 check() {
     case $1 in
-        data | train | compare) typed data || readable data ;;&
-        train | export | infer | serve | compare | verify) typed models || readable models ;;&
-        model | quantize) typed models || typed out || writable models ;;&
-        train | export | compare) typed runs || writable runs ;;
+        data | train | compare) elsewhere data || readable data ;;&
+        train | export | infer | serve | compare | verify) elsewhere models || readable models ;;&
+        model | quantize) elsewhere models || elsewhere out || writable models ;;&
+        train | export | compare) elsewhere runs || writable runs ;;
     esac
     if [ ${#problems[@]} -gt 0 ]; then
         printf 'error: %s\n' "${problems[@]}" >&2

@@ -265,6 +265,7 @@ def other_digest(folder: Path, place: Place, first: Built) -> bool:
 def quick(root: Path, image: str) -> int:
     place, again = PLACES[1], "qwen-finetune:again"
     digest = run("docker", "image", "inspect", "--format", "{{.Id}}", image)
+    run("docker", "tag", image, again)  # docker/build asks for less room where there is one to start from
     second = build(checkout(root, place, head()), place, again, "--progress=plain", "--no-cache-filter", "program")
     one, other = program(image), program(again)
     run("docker", "image", "rm", again)
