@@ -240,6 +240,7 @@ for arm in ("ours", "stock"):
 """
 
 
+@pytest.mark.slow
 def test_ours_and_the_stock_stack_learn_the_same(tmp_path: Path) -> None:
     """Six whole steps in float32, from the same weights: decoder, Int4, adapters, loss, clipping, optimizer and schedule."""
     base = tiny_checkpoint(tmp_path / "base-Int4", tiny_config("qwen2", tie_word_embeddings=True), int4=True)
@@ -254,6 +255,7 @@ def test_ours_and_the_stock_stack_learn_the_same(tmp_path: Path) -> None:
 # The whole of it
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark_on_a_cpu(tmp_path: Path) -> None:
     setting = ["shapes=1x32", "checkpointing=on", "dropout=0.05", "rank=8", "warm=1", "counted=2"]
     said = python("-m", "tests.bench", "arms=ours", *setting, f"out={tmp_path / 'out.json'}")
