@@ -143,10 +143,10 @@ def test_an_unknown_torch_is_refused(project: Path) -> None:
     ("cuda", "torch", "taken"), [("11.8", "", "cu118"), ("12.8", "", "cu128"), ("11.8", "registry", "registry")]
 )
 def test_the_images_has_no_test_tools_and_torch_by_cuda(project: Path, cuda: str, torch: str, taken: str) -> None:
-    """And is checked while pip and uv are still there, which then go."""
+    """And is checked while uv is still there, which then goes."""
     done = setup(project, "image", CUDA=cuda, TORCH=torch, VENV=str(project / "venv"))
     assert done.returncode == 0, done.stderr
     assert stages(project) == ["pip", "build", f"common torch-{taken}", "source"]
     last = [line for line in (project / "log").read_text().splitlines() if line.startswith("afterwards")]
     assert [" ".join(line.split()[1:3]) for line in last] == ["pip check", "pip uninstall"]
-    assert last[1].endswith(" pip uv")
+    assert last[1].endswith(" uv")
