@@ -262,11 +262,26 @@ def other_digest(folder: Path, place: Place, first: Built) -> bool:
     return digest != first.digest and files == expected
 
 
+def keep_below(folder: Path) -> None:
+    """The modes of what the layers below the program are built from, as they are here: of another mode, the builder would not know them."""
+    docker = ROOT / "docker"
+    for path in [
+        ROOT / "env.lock",
+        docker / "setup",
+        *docker.glob("*.py"),
+        docker / "apt",
+        *(docker / "apt").iterdir(),
+    ]:
+        (folder / path.relative_to(ROOT)).chmod(path.stat().st_mode & 0o777)
+
+
 def quick(root: Path, image: str) -> int:
     place, again = PLACES[1], "qwen-finetune:again"
+    folder = checkout(root, place, head())
+    keep_below(folder)
     digest = run("docker", "image", "inspect", "--format", "{{.Id}}", image)
     run("docker", "tag", image, again)  # docker/build asks for less room where there is one to start from
-    second = build(checkout(root, place, head()), place, again, "--progress=plain", "--no-cache-filter", "program")
+    second = build(folder, place, again, "--progress=plain", "--no-cache-filter", "program")
     one, other = program(image), program(again)
     run("docker", "image", "rm", again)
     lines = differences(one, other)

@@ -123,6 +123,17 @@ def test_a_place_shows_in_a_checkout(
     assert path.stat().st_mode & 0o777 == 0o666 & ~place.umask
 
 
+def test_a_quick_build_changes_only_what_the_program_is_made_of(tmp_path: Path) -> None:
+    """The modes of another umask everywhere, but on what the layers below are built from, which the builder must know again."""
+    folder = repro.checkout(tmp_path / "here", repro.PLACES[1], repro.head())
+    repro.keep_below(folder)
+    modes = {
+        name: (folder / name).stat().st_mode & 0o777
+        for name in ("env.lock", "docker/setup", "docker/apt", "train/errors.py")
+    }
+    assert modes == {name: (ROOT / name).stat().st_mode & 0o777 for name in modes} | {"train/errors.py": 0o600}
+
+
 def test_the_places_differ_in_everything() -> None:
     for key in ("folder", "umask", "time", "locale", "zone"):
         assert len({getattr(place, key) for place in repro.PLACES}) == 3
