@@ -1,5 +1,6 @@
 """DeepSpeed's import and settings, each import in a process of its own: it chooses its device once a process."""
 
+import json
 import os
 import subprocess
 import sys
@@ -59,3 +60,21 @@ def test_sixteen_bits_are_at_least_stage_two(dtype: torch.dtype) -> None:
     assert [stage_of(Recipe(zero=zero), dtype) for zero in range(4)] == [2, 2, 2, 3]
     assert settings(Recipe(zero=0), dtype)["zero_optimization"]["stage"] == 2
     assert [stage_of(Recipe(zero=zero), torch.float32) for zero in range(4)] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["0", "2"])
+def test_the_vector_learns_alike_in_one_process_and_in_two(tmp_path: Path, stage: str) -> None:
+    """The fused passes under DeepSpeed, with the one parameter sharded or not."""
+    found = []
+    for processes in (1, 2):
+        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+        words = [f"--nproc_per_node={processes}", "-m", "tests.vector_worlds", stage, str(tmp_path / str(processes))]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
+    one, two = found
+    assert [loss for loss, _ in two["rows"]] == pytest.approx([loss for loss, _ in one["rows"]], rel=1e-5)
+    assert [norm for _, norm in two["rows"]] == pytest.approx([norm for _, norm in one["rows"]], rel=1e-4)
+    assert two["sum"] == pytest.approx(one["sum"], rel=1e-5)
