@@ -4,7 +4,7 @@
 #   ACCELERATOR=gpu   refuse to start without a GPU        cpu   hide it        auto (default)   take what is there
 set -Eeuo pipefail
 
-work=${WORK_DIR:-/work} # tests have another
+work=${WORK_DIR:-/workspace} # tests have another
 problems=()
 words=()
 

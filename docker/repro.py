@@ -27,7 +27,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ("BASE_IMAGE", "CUDA", "TORCH", "CA")  # docker/build finds them in .env, which a clone has not
-PROGRAM = ("/app", "/usr/local/bin", "/work")
+PROGRAM = ("/app", "/usr/local/bin", "/workspace")
 SMALL = 8_000_000  # bytes; what is larger is a layer for sure, and read as it comes
 CHANGED = "train/__init__.py"  # gets the one other byte
 Listing = dict[str, str]  # path -> mode, owner, time and sha256 or target

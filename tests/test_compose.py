@@ -18,7 +18,7 @@ from tests.standin import checkout, environment, log, script
 from train.__main__ import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK = "/work"  # where the container works
+WORK = "/workspace"  # where the container works
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""docker/entrypoint.sh, run for real in a folder that stands for /work, with stand-ins for Python and nvidia-smi."""
+"""docker/entrypoint.sh, run for real in a folder that stands for /workspace, with stand-ins for Python and nvidia-smi."""
 
 import os
 import subprocess

@@ -65,7 +65,7 @@ def test_the_program_is_the_same_from_any_checkout(tmp_path: Path, monkeypatch: 
     assert one == two
     assert one["usr/local/bin/entrypoint.sh"][0] == "-rwxr-xr-x"
     assert one["app/train/errors.py"][0] == "-rw-r--r--"
-    assert {one[f"work/{name}"][0] for name in ("data", "models", "runs")} == {"drwxrwxrwx"}
+    assert {one[f"workspace/{name}"][0] for name in ("data", "models", "runs")} == {"drwxrwxrwx"}
     assert {time for _, time, _ in one.values()} == {trees.epoch()}
     assert f"app/train/__pycache__/errors.cpython-3{sys.version_info[1]}.pyc" in one
     assert "app/docker" not in one

@@ -148,9 +148,9 @@ def test_the_cage_is_the_engines_too(empty: House, service: str) -> None:
     assert host["NetworkMode"] == ("bridge" if service == "model" else "none")
     assert found["Config"]["User"] == "4242:4242" and found["Config"]["StopTimeout"] == 300
     mounts = {mount["Destination"]: mount["RW"] for mount in found["Mounts"]}
-    assert mounts["/work/data"] is False
-    assert mounts["/work/models"] is (service in ("model", "export", "doctor"))
-    assert mounts["/work/runs"] is (service in ("data", "train", "export", "doctor"))
+    assert mounts["/workspace/data"] is False
+    assert mounts["/workspace/models"] is (service in ("model", "export", "doctor"))
+    assert mounts["/workspace/runs"] is (service in ("data", "train", "export", "doctor"))
 
 
 def test_no_way_out(house: House) -> None:

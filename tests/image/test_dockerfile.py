@@ -43,7 +43,7 @@ def config(image: str) -> dict[str, Any]:
 def test_settings(config: dict[str, Any]) -> None:
     settings = config["Config"]
     assert settings["User"] == "1000:1000"
-    assert settings["WorkingDir"] == "/work"
+    assert settings["WorkingDir"] == "/workspace"
     assert settings["StopSignal"] == "SIGTERM"
     assert settings["Entrypoint"] == ["/usr/bin/tini", "--", "/usr/local/bin/entrypoint.sh"]
     environment = dict(line.split("=", 1) for line in settings["Env"])
@@ -62,7 +62,7 @@ def test_labels_say_version_and_commit(config: dict[str, Any], image: str) -> No
 def test_no_file_is_newer_than_the_snapshot_and_the_image_is_of_that_day(config: dict[str, Any], image: str) -> None:
     day = datetime.fromtimestamp(trees.epoch(), timezone.utc)
     assert config["Created"].startswith(day.strftime("%Y-%m-%dT%H:%M:%S"))
-    newer = caged(image, f"find /opt /app /usr /work -xdev -newermt @{trees.epoch()}")
+    newer = caged(image, f"find /opt /app /usr /workspace -xdev -newermt @{trees.epoch()}")
     assert newer == ""
 
 
@@ -100,14 +100,14 @@ def test_folders_that_this_user_may_not_use_are_told(image: str, tmp_path: Path)
     for name, mode in (("data", 0o700), ("runs", 0o755)):
         (tmp_path / name).mkdir()
         (tmp_path / name).chmod(mode)
-    mounts = ["-v", f"{tmp_path}/data:/work/data", "-v", f"{tmp_path}/runs:/work/runs"]
+    mounts = ["-v", f"{tmp_path}/data:/workspace/data", "-v", f"{tmp_path}/runs:/workspace/runs"]
     owner = f"{os.getuid() + 77}"
     words = ["docker", "run", *CAGE, "--user", owner, *mounts, image, "train", "DATA=data/x.jsonl"]
     start = time.monotonic()
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2
-    assert f"/work/data is not readable for user {owner}" in done.stderr
-    assert f"/work/runs is not writable for user {owner}" in done.stderr
+    assert f"/workspace/data is not readable for user {owner}" in done.stderr
+    assert f"/workspace/runs is not writable for user {owner}" in done.stderr
     assert done.stderr.count("Remedy: ") == 2
     assert time.monotonic() - start < 10
 
