@@ -42,7 +42,11 @@ TESTED = (
 )  # their tests are 100 MB, and no module imports them
 PASSING = ("proc", "sys", "dev", "run", "tmp", "build", "base", "tree", "var/log", "var/cache", "var/lib/apt/lists")
 MOUNTED = ("etc/resolv.conf", "etc/hosts", "etc/hostname", ".dockerenv")  # by the builder, into every RUN
-WRITABLE = ("workspace/data", "workspace/models", "workspace/runs")  # where folders or volumes get mounted, for whatever uid
+WRITABLE = (
+    "workspace/data",
+    "workspace/models",
+    "workspace/runs",
+)  # where folders or volumes get mounted, for whatever uid
 
 
 def epoch() -> int:
