@@ -17,8 +17,7 @@ VERBS = ("demo", "model", "data", "train", "export", "quantize", "infer", "compa
 
 
 def make(*words: str, cwd: Path = ROOT, **variables: str) -> str:
-    kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    environment = {**kept, "RUNTIME": "local", **variables}
+    environment = {**os.environ, "RUNTIME": "local", **variables}
     done = subprocess.run(["make", *words], cwd=cwd, env=environment, check=True, capture_output=True, text=True)
     return done.stdout
 
