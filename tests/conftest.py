@@ -4,9 +4,8 @@ import os
 
 import pytest
 
-for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
-    os.environ.pop(name, None)  # a make that a test starts is nobody's sub-make, whoever runs the tests
-
+os.environ.pop("MAKEFLAGS", None)  # a make that a test starts is nobody's sub-make, whoever runs the tests
+os.environ.pop("MAKELEVEL", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
