@@ -97,7 +97,7 @@ def _no_kernels() -> Iterator[None]:
     ) -> Tensor:
         return torch.empty_like(x) if out is None else out
 
-    def gate(both: Tensor, out: Tensor | None = None) -> Tensor:
+    def gate(both: Tensor, out: Tensor | None = None, thin: Any = None) -> Tensor:
         return both.new_empty(len(both), both.shape[1] // 2) if out is None else out
 
     def drop(x: Tensor, seed: Any, site: Any, rate: Any, base: Tensor | None = None, first: int = 0) -> Tensor:
@@ -107,7 +107,7 @@ def _no_kernels() -> Iterator[None]:
         return torch.empty(q.shape, dtype=q.dtype, device=META), (torch.empty(q.shape[1], q.shape[0], device=META),)
 
     def attend_backward(*args: Any) -> Tensor:
-        *_, kept, _, _, into = args
+        *_, kept, _, _, into, _ = args
         torch.empty_like(kept[0])  # alive for a moment
         return into  # type: ignore[no-any-return]
 
@@ -120,7 +120,7 @@ def _no_kernels() -> Iterator[None]:
             (fused, "rms_norm", norm),
             (fused, "rms_norm_backward", norm_backward),
             (fused, "swiglu", gate),
-            (fused, "swiglu_backward", lambda both, slope: None),
+            (fused, "swiglu_backward", lambda both, slope, thin: None),
             (fused, "turn", lambda parts, bias, cos, sin, positions, out, sign=1: out),
             (fused, "drop", drop),
             (fused, "attend", attend),

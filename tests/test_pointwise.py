@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train import pointwise
+from train.kernels import thin as thinly
+from train.pointwise import Thin
 
 SIZES = [(3, 64), (5, 200), (2, 2048)]
 
@@ -59,6 +61,38 @@ def results(device: str, dtype: torch.dtype) -> list[Tensor]:
     return found
 
 
+def taken_along(device: str, dtype: torch.dtype, rows: int) -> list[Tensor]:
+    """Each pass that takes thin products along, and what it took."""
+    found: list[Tensor] = []
+
+    def thin(parts: list[tuple[int, int]], transposed: bool = False) -> Thin:
+        """Of parts (columns, r), side by side."""
+        made, at = [], 0
+        for columns, r in parts:
+            matrix = numbers(*((r, columns) if transposed else (columns, r)), seed=at + 1, dtype=dtype, device=device)
+            made.append((slice(at, at + columns), matrix.t() if transposed else matrix))
+            at += columns
+        total = sum(r for _, r in parts)
+        return Thin(made, 0.25, numbers(rows, total + 8, dtype=dtype, device=device)[:, :total])
+
+    for size, r in [(48, 4), (40, 16), (344, 64)]:
+        both = numbers(rows, 2 * size + 8, dtype=dtype, device=device)[:, : 2 * size]
+        one, two = thin([(size, r)], transposed=True), thin([(size, r)] * 2)
+        found += [pointwise.swiglu(both, None, one), one.out]
+        slope = numbers(rows, size, seed=3, dtype=dtype, device=device)
+        pointwise.swiglu_backward(both, slope, two)
+        found += [both, slope, two.out]
+    for queries, keys, size, r in [(4, 2, 32, 4), (3, 3, 32, 16), (14, 2, 64, 64)]:
+        parts: Any = tuple(numbers(rows, n, size, seed=n, dtype=dtype, device=device) for n in (queries, keys, keys))
+        widths = [n * size for n in (queries, keys, keys)]
+        positions = torch.arange(rows, device=device) % 10
+        for one in (thin([(sum(widths), r)]), thin([(n, r) for n in widths])):
+            out = numbers(rows, sum(widths) + 8, dtype=dtype, device=device)[:, : sum(widths)]
+            pointwise.turn(parts, None, *tables(10, size // 2, device), positions, out, -1, one)
+            found += [out, one.out]
+    return found
+
+
 def cross_entropies(device: str, dtype: torch.dtype) -> list[Tensor]:
     from train.kernels.cross_entropy import cross_entropy
 
@@ -84,6 +118,17 @@ def check(device: str, dtype: torch.dtype, definitions: list[Tensor]) -> None:
     for ours, want in zip(kernels, definitions):
         torch.testing.assert_close(ours.float().cpu(), want.float(), rtol=room, atol=room)
     assert len(cross_entropies(device, dtype)) == 3
+
+
+def check_taken_along(device: str, dtype: torch.dtype, definitions: list[Tensor], rows: int) -> None:
+    """The kernels, not the passes beside cuBLAS: those are for fewer rows."""
+    assert thinly.tile(rows, dtype, [4]) and not thinly.tile(rows, dtype, [4, 8])
+    room = {torch.float32: 4e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    found = taken_along(device, dtype, rows)
+    assert len(found) == len(definitions) == 27
+    for ours, want in zip(found, definitions):
+        error = (ours.float().cpu() - want.float()).abs().max() / want.float().abs().max()
+        assert float(error) < room, (tuple(want.shape), float(error))
 
 
 def check_drop(device: str) -> None:
@@ -128,12 +173,13 @@ def test_dropout_draws_by_seed_and_site() -> None:
 
 def test_kernels_equal_their_definitions_through_the_interpreter(tmp_path: Path) -> None:
     """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    torch.save(results("cpu", torch.float32), tmp_path / "definitions")
+    torch.save((results("cpu", torch.float32), taken_along("cpu", torch.float32, 37)), tmp_path / "definitions")
     code = (
         "import os, sys, torch; os.environ['TRITON_INTERPRET'] = '1'\n"
-        "from tests.test_pointwise import check, check_drop\n"
+        "from tests.test_pointwise import check, check_drop, check_taken_along, thinly\n"
         "from train.kernels import usable; assert usable(torch.device('cpu'))\n"
-        "check('cpu', torch.float32, torch.load(sys.argv[1])); check_drop('cpu')"
+        "plain, along = torch.load(sys.argv[1]); thinly.TILES = ((1, 16, 16, 1),)\n"
+        "check('cpu', torch.float32, plain); check_drop('cpu'); check_taken_along('cpu', torch.float32, along, 37)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "definitions")]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
@@ -144,3 +190,5 @@ def test_kernels_equal_their_definitions_through_the_interpreter(tmp_path: Path)
 def test_kernels_equal_their_definitions_on_the_gpu(dtype: torch.dtype) -> None:
     check("cuda", dtype, results("cpu", dtype))
     check_drop("cuda")
+    for rows in (4100, 8200):
+        check_taken_along("cuda", dtype, taken_along("cpu", dtype, rows), rows)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from train import kernels
 from train.kernels import attention as own
-from train.pointwise import turn
+from train.pointwise import Thin, turn
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, t: Tokens) -> tuple[Tensor, Kept]:
 
 
 def attend_backward(
-    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept, t: Tokens, turns: Turns, into: Tensor
+    slope: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    kept: Kept,
+    t: Tokens,
+    turns: Turns,
+    into: Tensor,
+    thin: Thin | None = None,
 ) -> Tensor:
     """The gradients of q, k and v as they were before they were turned, side by side into `into` [M, (Hq + 2 Hkv) D]; returned.
 
     Args:
         slope: [M, Hq, D], the gradient of `out`. turns: cos and sin [P, D/2] by position, as q and k were turned.
+        thin: made of `into`.
     """
     if len(kept) == 1:
         slopes = own.attend_backward(slope.contiguous(), q, k, v, out, kept[0], t.starts, t.ends, t.width <= SHORT)
@@ -88,7 +98,7 @@ def attend_backward(
         )
     else:
         slopes = _plain_backward(slope, q, k, v, t)
-    return turn(slopes, None, *turns, t.positions, into, sign=-1)
+    return turn(slopes, None, *turns, t.positions, into, sign=-1, thin=thin)
 
 
 def _plain_backward(slope: Tensor, q: Tensor, k: Tensor, v: Tensor, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:

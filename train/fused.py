@@ -17,7 +17,7 @@ from train.attention import Kept, Tokens, attend, attend_backward
 from train.decoder import Decoder, rotary
 from train.gptq import Int4Linear
 from train.kernels import Margin
-from train.pointwise import drop, rms_norm, rms_norm_backward, swiglu, swiglu_backward, turn
+from train.pointwise import Thin, drop, rms_norm, rms_norm_backward, swiglu, swiglu_backward, turn
 
 HALVES = 4096  # tokens from which checkpointing goes through the MLP in two halves
 
@@ -69,13 +69,15 @@ class Projection:
             at += columns * rank
         return A, B
 
-    def forward(self, h: Tensor, t: Tokens, bias: bool = True, spare: int = 0) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, h: Tensor, t: Tokens, bias: bool = True, spare: int = 0, made: Thin | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """h [M, K], or [M, K + R] with the last R to spare -> y [M, N], and s · drop(h) Aᵀ [M, R].
 
         Args:
-            bias: False if whoever calls adds it. spare: columns that y's rows get besides.
+            bias: False if whoever calls adds it. spare: columns that y's rows get besides. made: `of_input`, filled already.
         """
-        thin = self.thin(h[:, : self.inputs], t)
+        thin = made.out if made else self.thin(h[:, : self.inputs], t)
         y = torch.empty(len(h), self.outputs + spare, dtype=h.dtype, device=h.device)[:, : self.outputs]
         if thin is not None and h.shape[1] > self.inputs:
             h[:, self.inputs :] = thin
@@ -91,15 +93,33 @@ class Projection:
 
     def thin(self, h: Tensor, t: Tokens) -> Tensor | None:
         """s · drop(h) Aᵀ [M, R], or None without adapters."""
-        return _scaled(self._dropped(h, t), self.A.t(), self.scale) if self.adapted else None
+        return self._of_input(h).fill(self._dropped(h, t)) if self.adapted else None
 
-    def slope(self, dy: Tensor, t: Tokens, wanted: bool = True) -> tuple[Tensor, Tensor | None]:
+    def of_input(self, h: Tensor) -> Thin | None:
+        """What whoever writes h [M, K] may take along for `forward`: nothing where dropout comes between."""
+        return self._of_input(h) if self.adapted and not self.dropout else None
+
+    def _of_input(self, h: Tensor) -> Thin:
+        out = torch.empty(len(h), self.rank, dtype=h.dtype, device=h.device)
+        return Thin([(slice(0, self.inputs), self.A.t())], self.scale, out)
+
+    def of_slope(self, dy: Tensor) -> Thin | None:
+        """s · dy B [M, R], in the columns that dy has to spare, if it has: whoever writes dy may take it along for `slope`."""
+        if not self.adapted:
+            return None
+        spare = dy.shape[1] > self.outputs
+        out = dy[:, self.outputs :] if spare else torch.empty(len(dy), self.rank, dtype=dy.dtype, device=dy.device)
+        return Thin([(self.columns[n], B) for n, B in zip(self.adapted, self.B)], self.scale, out)
+
+    def slope(
+        self, dy: Tensor, t: Tokens, wanted: bool = True, made: Thin | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The gradient of h [M, K] (empty if not `wanted`), and s · dy B [M, R], for `learn`.
 
         Args:
-            dy: the gradient of y [M, N], or [M, N + R] with the last R to spare.
+            dy: the gradient of y [M, N], or [M, N + R] with the last R to spare. made: `of_slope`, filled already.
         """
-        back = self._back(dy)
+        back = made.out if made else self._back(dy)
         if not wanted:
             return dy[:0], back
         if back is not None and dy.shape[1] > self.outputs:
@@ -114,14 +134,8 @@ class Projection:
         return dh.addmm_(back, self.A), back
 
     def _back(self, dy: Tensor) -> Tensor | None:
-        """s · dy B [M, R], in the columns that dy has to spare, if it has."""
-        if not self.adapted:
-            return None
-        spare = dy.shape[1] > self.outputs
-        back = dy[:, self.outputs :] if spare else torch.empty(len(dy), self.rank, dtype=dy.dtype, device=dy.device)
-        for n, ranks, B in zip(self.adapted, self.ranks, self.B):
-            back[:, ranks].addmm_(dy[:, self.columns[n]], B, beta=0, alpha=self.scale)
-        return back
+        thin = self.of_slope(dy)
+        return thin.fill(dy) if thin else None
 
     def learn(
         self, dy: Tensor, back: Tensor | None, h: Tensor, thin: Tensor | None, t: Tokens, more: bool = False
@@ -206,10 +220,6 @@ def _widened(x: Tensor, spare: int) -> Tensor:
     return x.as_strided((len(x), x.shape[1] + spare), x.stride()) if spare else x
 
 
-def _scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
-    return torch.empty(len(x), y.shape[1], dtype=x.dtype, device=x.device).addmm_(x, y, beta=0, alpha=scale)
-
-
 @dataclass
 class Saved:
     """Of a block's forward pass, M tokens; the thin products where they were made."""
@@ -245,9 +255,7 @@ class Block:
         """y, and what `backward` needs."""
         saved = self.attend(x, t, turns)
         both, thin3 = self._branches(saved.middle, t)
-        act = _roomy(x, self.down.inputs, self.down.spare)
-        swiglu(both, act[:, : self.down.inputs])
-        y, thin4 = self.down.forward(act, t)
+        y, thin4 = self._joined(both, t)
         y += saved.middle
         saved.both, saved.thin = both, (*saved.thin[:2], thin3, thin4)
         return y, saved
@@ -266,6 +274,12 @@ class Block:
         h = self._normed(middle, self.norm2, self.both)
         return self.both.forward(h, t, spare=self.both.spare_back)
 
+    def _joined(self, both: Tensor, t: Tokens) -> tuple[Tensor, Tensor | None]:
+        act = _roomy(both, self.down.inputs, self.down.spare)
+        taken = self.down.of_input(act)
+        swiglu(both, act[:, : self.down.inputs], taken)
+        return self.down.forward(act, t, made=taken)
+
     def backward(self, dy: Tensor, s: Saved, t: Tokens, turns: tuple[Tensor, Tensor]) -> None:
         """dy, as `slope_like` makes it, from the gradient of y becomes that of x; those of the adapters go into the vector.
 
@@ -276,10 +290,12 @@ class Block:
         slope, back = self.out.slope(dy[:, : size + self.out.spare_back], t)
         self.out.learn(dy, back, s.attended.flatten(1), s.thin[1], t)
         dqkv = _roomy(dy, self.qkv.outputs, self.qkv.spare_back)
-        parts = self._split(s.qkv)
-        attend_backward(slope.view_as(s.attended), *parts, s.attended, s.kept, t, turns, dqkv[:, : self.qkv.outputs])
+        taken, parts = self.qkv.of_slope(dqkv), self._split(s.qkv)
+        attend_backward(
+            slope.view_as(s.attended), *parts, s.attended, s.kept, t, turns, dqkv[:, : self.qkv.outputs], taken
+        )
         s.qkv = s.attended = slope = parts = None  # type: ignore[assignment]
-        slope, back = self.qkv.slope(dqkv, t, wanted=not self.first)  # nothing before the first block learns
+        slope, back = self.qkv.slope(dqkv, t, not self.first, taken)  # nothing before the first block learns
         self.qkv.learn(dqkv, back, rms_norm(s.x, self.norm1.weight, self.eps), s.thin[0], t)
         if not self.first:
             rms_norm_backward(slope, s.x, self.norm1.weight, self.eps, dy[:, :size], dy[:, :size])
@@ -302,10 +318,12 @@ class Block:
         """dy becomes the gradient of the MLP's input x [m, H] and of what goes past it. Writes over `both` [m, 2 I]."""
         size = x.shape[1]
         slope, back = self.down.slope(dy[:, : size + self.down.spare_back], t)
-        swiglu_backward(both, slope)  # both: its gradient; slope: what the product down read
+        wide = _widened(both, self.both.spare_back)
+        taken = self.both.of_slope(wide)
+        swiglu_backward(both, slope, taken)  # both: its gradient; slope: what the product down read
         self.down.learn(dy, back, slope, thin[1], t, more)
         del slope
-        slope, back = self.both.slope(_widened(both, self.both.spare_back), t)
+        slope, back = self.both.slope(wide, t, made=taken)
         self.both.learn(both, back, rms_norm(x, self.norm2.weight, self.eps), thin[0], t, more)
         rms_norm_backward(slope, x, self.norm2.weight, self.eps, dy[:, :size], dy[:, :size])
 

@@ -1,8 +1,12 @@
 """What stands between the products of a decoder block, with gradients written out by hand: the definitions.
 
 On a CUDA device each runs as one Triton kernel (train/kernels/pointwise.py); tests hold one against the other, and against autograd.
-Knows tensors of tokens [M, ...]; nothing of layers, adapters or attention. All weights are frozen: none gets a gradient.
+Knows tensors of tokens [M, ...]; nothing of layers or attention. All weights are frozen: none gets a gradient. Where what a pass writes
+goes through an adapter next, the pass takes the adapter's product along (Thin; train/kernels/thin.py).
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +14,45 @@ from torch import Tensor
 
 from train import kernels
 from train.kernels import pointwise as fast
+from train.kernels import thin as thinly
+
+
+@dataclass(frozen=True)
+class Thin:
+    """Products with few columns of an activation x [M, N], side by side: out = scale · [x[:, columns] matrix, ...]."""
+
+    parts: Sequence[tuple[slice, Tensor]]  # columns of x, and a matrix [n, r] for them; rows may be strided
+    scale: float
+    out: Tensor  # [M, R], R the sum of all r; rows may be strided
+
+    @property
+    def ranks(self) -> list[int]:
+        return [matrix.shape[1] for _, matrix in self.parts]
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        return [matrix for _, matrix in self.parts]
+
+    def fill(self, x: Tensor) -> Tensor:
+        """Make them of a whole x; gives `out`."""
+        at = 0
+        for columns, matrix in self.parts:
+            self.out[:, at : at + matrix.shape[1]].addmm_(x[:, columns], matrix, beta=0, alpha=self.scale)
+            at += matrix.shape[1]
+        return self.out
 
 
 def _fast(x: Tensor) -> bool:
     return kernels.usable(x.device) and x.dtype != torch.float64
+
+
+def _along(x: Tensor, thin: Thin | None, parts: Sequence[int]) -> tuple[int, int, int] | None:
+    """The tile with which a kernel takes `thin` along, if that reads all of x [M, N] in one of these numbers of parts, and it serves."""
+    if thin is None or len(thin.parts) not in parts or not _fast(x):
+        return None
+    if sum(len(matrix) for matrix in thin.matrices) != x.shape[1]:
+        return None
+    return thinly.tile(len(x), x.dtype, thin.ranks)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
@@ -47,14 +86,34 @@ def turn(
     positions: Tensor,
     out: Tensor,
     sign: int = 1,
+    thin: Thin | None = None,
 ) -> Tensor:
     """Queries and keys turned by their positions, values as they are, side by side.
 
     Args:
         parts: q [M, Hq, D], k and v [M, Hkv, D]; rows may be strided. bias: [(Hq + 2 Hkv) D], added first, or None.
         cos, sin: [P, D/2] float32 by position. positions: [M] int. sign: 1, or -1 to turn back (the backward pass).
-        out: [M, (Hq + 2 Hkv) D]; may be the very memory of `parts`. Returned.
+        out: [M, (Hq + 2 Hkv) D]; may be the very memory of `parts`. Returned. thin: made of `out`.
     """
+    if sign < 0 and (tile := _along(out, thin, (1, 3))) and thinly.heads_fit(parts):
+        assert thin is not None and bias is None
+        thinly.turn_back(parts, cos, sin, positions, out, thin.matrices, thin.scale, thin.out, tile)
+        return out
+    out = _turn(parts, bias, cos, sin, positions, out, sign)
+    if thin is not None:
+        thin.fill(out)
+    return out
+
+
+def _turn(
+    parts: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    out: Tensor,
+    sign: int,
+) -> Tensor:
     if _fast(out):
         return fast.turn(parts, bias, cos, sin, positions, out, sign)
     mixed = torch.cat([part.flatten(1) for part in parts], dim=1)
@@ -68,26 +127,48 @@ def turn(
     return out.copy_(torch.cat([turned, heads[:, queries + keys :]], dim=1).flatten(1))
 
 
-def swiglu(both: Tensor, out: Tensor | None = None) -> Tensor:
-    """silu(gate) · up for both [M, 2 I], gate first -> [M, I]. Rows of `both` may be strided, here and below."""
+def swiglu(both: Tensor, out: Tensor | None = None, thin: Thin | None = None) -> Tensor:
+    """silu(gate) · up for both [M, 2 I], gate first -> [M, I]. Rows of `both` may be strided, here and below.
+
+    Args:
+        thin: made of the result.
+    """
     if out is None:
         out = torch.empty(len(both), both.shape[1] // 2, dtype=both.dtype, device=both.device)
+    if tile := _along(out, thin, (1,)):
+        assert thin is not None
+        thinly.swiglu(both, out, thin.matrices[0], thin.scale, thin.out, tile)
+        return out
     if _fast(both):
-        return fast.swiglu(both, out)
-    gate, up = both.chunk(2, dim=1)
-    return out.copy_(F.silu(gate) * up)
+        fast.swiglu(both, out)
+    else:
+        gate, up = both.chunk(2, dim=1)
+        out.copy_(F.silu(gate) * up)
+    if thin is not None:
+        thin.fill(out)
+    return out
 
 
-def swiglu_backward(both: Tensor, slope: Tensor) -> None:
-    """In place: both [M, 2 I] becomes its gradient for the gradient `slope` [M, I], and `slope` becomes swiglu(both)."""
+def swiglu_backward(both: Tensor, slope: Tensor, thin: Thin | None = None) -> None:
+    """In place: both [M, 2 I] becomes its gradient for the gradient `slope` [M, I], and `slope` becomes swiglu(both).
+
+    Args:
+        thin: made of the gradient.
+    """
+    if tile := _along(both, thin, (2,)):
+        assert thin is not None
+        return thinly.swiglu_backward(both, slope, thin.matrices, thin.scale, thin.out, tile)
     if _fast(both):
-        return fast.swiglu_backward(both, slope)
-    gate, up = _wide(both).chunk(2, dim=1)
-    s, wide = torch.sigmoid(gate), _wide(slope)
-    act = gate * s
-    product = (act * up).to(slope.dtype)
-    both.copy_(torch.cat([wide * up * s * (1 + gate * (1 - s)), wide * act], dim=1))
-    slope.copy_(product)
+        fast.swiglu_backward(both, slope)
+    else:
+        gate, up = _wide(both).chunk(2, dim=1)
+        s, wide = torch.sigmoid(gate), _wide(slope)
+        act = gate * s
+        product = (act * up).to(slope.dtype)
+        both.copy_(torch.cat([wide * up * s * (1 + gate * (1 - s)), wide * act], dim=1))
+        slope.copy_(product)
+    if thin is not None:
+        thin.fill(both)
     return None
 
 
