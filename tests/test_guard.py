@@ -83,6 +83,14 @@ def test_a_layer_that_stops_learning_is_found_by_adamw_s_own_arithmetic(last: fl
     assert bool(found) == idle
 
 
+def test_weights_that_are_no_numbers_are_named() -> None:
+    names = [NAME.format(name, "B") for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    masters = dict(zip(names, [torch.zeros(0), torch.ones(3, 4), torch.ones(3, 4), torch.full((2, 2), 1e38)]))
+    assert guard.broken(masters) == []
+    masters[names[1]][2, 1], masters[names[2]][0, 3] = float("nan"), float("-inf")
+    assert guard.broken(masters) == names[1:3]
+
+
 def test_a_run_that_has_learnt_everything_is_no_fault() -> None:
     watch = Watch()
     assert watch.idle(moments(q_proj=1.0, v_proj=1.0), 8, 0.9) == []

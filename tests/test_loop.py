@@ -1,9 +1,13 @@
 """losses.jsonl beside the checkpoints: on the disk before them, and never shorter than the one that is gone on from."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from tests.test_checkpoint import lose, snapshot
 from train import checkpoint, journal, loop
@@ -51,3 +55,15 @@ def test_a_lost_journal_is_asked_for_and_nothing_is_thrown_away(tmp_path: Path) 
 def test_a_run_without_checkpoints_begins_anew(tmp_path: Path) -> None:
     lines(tmp_path, 3)
     assert loop.standing(tmp_path) == (None, [])
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    """Whatever made them so: an engine whose losses and norms were good."""
+    checkpoint.write(tmp_path, snapshot(4), keep=2)
+    task: Any = SimpleNamespace(run=tmp_path)
+    engine: Any = SimpleNamespace(
+        gather=lambda: ({"model.layers.3.o_proj.lora_B.w": torch.tensor([1.0, math.nan])}, {})
+    )
+    with pytest.raises(UserError, match=r"no numbers any more: layers.3.o_proj. They .*\n.*step-000004 is as it was"):
+        loop.save(task, engine, 8, None)  # type: ignore[arg-type]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]

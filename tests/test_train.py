@@ -617,6 +617,70 @@ def test_a_layer_that_no_gradient_reaches_stops_the_run(monkeypatch: pytest.Monk
     assert losses("cut")[-1]["step"] == 8, "found at once, not at the first checkpoint"
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("how", "value"),
+    [("zero=0", NAN), ("zero=1", INF), ("zero=2", NAN), ("zero=3", INF), ("precision=bf16", INF), ("fused", NAN)],
+)
+def test_a_gradient_that_is_no_number_stops_the_run_at_once(
+    how: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last step of all, whose loss is a good one: nothing comes after it to show the harm. ZeRO itself calls this norm 1."""
+    real, calls = Engine.micro, []
+
+    def poisoned(self: Engine, batch: Any, labels: int) -> torch.Tensor:
+        calls.append(labels)
+        with monkeypatch.context() as patch:
+            if len(calls) == 4:
+                back = self.engine.backward
+                patch.setattr(self.engine, "backward", lambda loss, **more: back(loss * value, **more))
+            return real(self, batch, labels)
+
+    monkeypatch.setattr(Engine, "micro", poisoned)
+    keys = dict([how.split("=")]) if "=" in how else on_the_fused_path(monkeypatch)
+    run = f"poisoned-{how}-{value}"
+    with pytest.raises(UserError, match=r"step 2: the gradient is not a number any more, in data.jsonl:\d+"):
+        train(run=run, steps=2, save_every=1, checkpointing="off", **keys)
+    assert [path.name for path in Path(f"runs/{run}/checkpoints").iterdir()] == ["step-000001"]
+    assert not Path(f"runs/{run}/adapter").exists()
+
+
+def on_the_fused_path(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Passes and vector of a GPU, on the CPU."""
+    monkeypatch.setattr("train.engine.FUSED_ON", ("cpu",))
+    return {"zero": 2}
+
+
+def test_the_vector_goes_on_in_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"steps": 10, "save_every": 4, "dropout": 0.05, **on_the_fused_path(monkeypatch)}
+    train(run="vector", **keys)
+    with monkeypatch.context() as patch:
+        stop_at(5, signal.SIGTERM, patch)
+        with pytest.raises(SystemExit):
+            train(run="vector-cut", **keys)
+    train(run="vector-cut", **keys)
+    assert losses("vector-cut") == losses("vector")
+    assert adapter("vector-cut") == adapter("vector")
+
+
+def test_a_stretch_of_the_vector_that_no_gradient_reaches_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer's B within it; it is found by the moments that a checkpoint gathers anyway."""
+    from train import step
+
+    real, name = step._Shape.backward, "base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight"
+
+    def cut(self: Any, scale: torch.Tensor, whole: Any) -> None:
+        real(self, scale, whole)
+        whole.layout.split(whole.slopes)[name].zero_()
+
+    monkeypatch.setattr(step._Shape, "backward", cut)
+    with pytest.raises(UserError, match=r"no gradient reached layers.1.mlp.up_proj in 8 updates"):
+        train(run="vector-zero", steps=20, save_every=100, **on_the_fused_path(monkeypatch))
+    assert losses("vector-zero")[-1]["step"] == 8
+
+
 def test_what_teaches_nothing_is_named(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = {"instruction": "a" * 200, "output": "never reached"}
     (house / "long.jsonl").write_text((house / "data.jsonl").read_text() + json.dumps(long) + "\n")

@@ -102,6 +102,17 @@ def settings(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
     return preset | values
 
 
+def _honest(optimizer: Any) -> None:
+    """ZeRO calls the norm of a gradient that holds NaN or infinity -1, and the norm of that is 1, a good one. Here it is none."""
+    measure = getattr(optimizer, "get_grad_norm_direct", None)
+    if measure is not None:
+        optimizer.get_grad_norm_direct = lambda *all, **named: _number(measure(*all, **named))
+
+
+def _number(norm: Tensor) -> Tensor:
+    return norm.masked_fill(norm < 0, float("nan"))
+
+
 class Engine:
     """A model with adapters, ready to learn. Every process calls every method, in the same order."""
 
@@ -130,6 +141,7 @@ class Engine:
         with redirect_stdout(io.StringIO()):
             self.engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=config)
         self.parameters = {"vector": self.fused.vector} if self.fused else trainable(model)
+        _honest(self.engine.optimizer)
         self.engine.train()
         self._allocate()
         self._restore_parameters(self._joined(starts))  # float32 masters, not their 16-bit roundings

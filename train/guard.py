@@ -7,11 +7,12 @@ stays away is found at the next checkpoint instead of at once, and costs nothing
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor
 
 WINDOW = 32  # steps whose median loss a spike is measured from
@@ -90,6 +91,13 @@ def excused(masks: Iterable[Any]) -> tuple[str, ...]:
     It is predicted from the first one, which attends to itself alone: there is nothing to choose.
     """
     return () if any(mask[2:].any() for mask in masks) else ATTENTION
+
+
+def broken(masters: Mapping[str, Tensor]) -> list[str]:
+    """Names of weights that hold something else than numbers; of the largest absolute value alone, which NaN is too."""
+    return [
+        n for n, x in masters.items() if x.numel() and not math.isfinite(float(torch.linalg.vector_norm(x, math.inf)))
+    ]
 
 
 def layer(name: str) -> str:

@@ -280,10 +280,20 @@ def _check_layers(task: Task, engine: Engine, moments: dict[str, Tensor]) -> Non
     raise AgreedError(f"{text}\nGive targets= without it, or guard=skip to train all the same.")
 
 
+def _check_numbers(task: Task, masters: dict[str, Tensor]) -> None:
+    """Refuse to save weights that are no numbers: whatever made them so was not seen in a loss or a norm."""
+    if found := guard.broken(masters):
+        newest = checkpoint.newest(task.run)[0]
+        kept = f"The checkpoint {newest.name} is as it was." if newest else "No checkpoint was written yet."
+        named = _list([guard.layer(name) for name in found])
+        raise AgreedError(f"weights that are no numbers any more: {named}. They are not saved.\n{kept}")
+
+
 def save(task: Task, engine: Engine, done: int, saver: Saver) -> None:
     """A checkpoint after `done` steps; every process calls it, the first one writes."""
     began = time.monotonic()
     masters, moments = engine.gather()
+    _check_numbers(task, masters)
     _check_layers(task, engine, moments)
     states = world.gather(checkpoint.rng_state())
     if task.first:
