@@ -17,15 +17,8 @@ from train.errors import UserError
 
 T = TypeVar("T")
 RECIPES = Path(__file__).parent / "recipes"
-COMMON = (
-    "model",
-    "template",
-    "rank",
-    "alpha",
-    "targets",
-    "precision",
-    "processes",
-)  # what stages hand on to one another
+# what stages hand on to one another
+COMMON = ("model", "template", "rank", "alpha", "targets", "precision", "processes")
 STAGES = "stages:\n  - data: voice.jsonl\n    epochs: 20\n  - data: knowledge.jsonl\n    epochs: 2\n    learning_rate: 1.0e-4"
 SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
 
@@ -71,7 +64,14 @@ class Recipe:
     precision: str = option(
         "auto", "auto: bf16 from sm_80, fp16 below, fp32 on a CPU", ("auto", "bf16", "fp16", "fp32")
     )
-    checkpointing: bool = option(True, "recompute each block in the backward pass: less memory, a third more work")
+    checkpointing: str = option(
+        "on",
+        "compute each block again in the backward pass: less memory, a third more work; offload: what is kept stands on the host",
+        ("off", "on", "offload"),
+    )
+    embedding: str = option(
+        "device", "where its table is: on the host it takes no memory of a card's", ("device", "host")
+    )
     graphs: bool = option(True, "on a GPU: replay CUDA graphs where the shapes of batches repeat")
     zero: int = option(2, "DeepSpeed ZeRO stage (train/deepspeed/zeroN.json)")
     guard: str = option(
@@ -188,6 +188,8 @@ def _convert(text: str, kind: Any, choices: tuple[str, ...] | None) -> Any:
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
         if text == "":
             return None
+    if choices and {"on", "off"} <= set(choices) and text.lower() in SWITCH:  # YAML's own words, and older recipes'
+        text = "on" if SWITCH[text.lower()] else "off"
     if choices and text not in choices:
         raise ValueError(f"expected one of {', '.join(choices)}")
     if kind is bool:

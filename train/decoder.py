@@ -7,17 +7,21 @@ padding or packing needs one: that costs a [B, 1, T, S] mask of bools, and buys 
 """
 
 import math
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from train.layouts import LAYOUTS, DecoderConfig
 from train.loss import chunked_cross_entropy
+from train.offload import HostEmbedding
 
 Cache = tuple[Tensor, ...]  # (key, value) [B, Hkv, S, D] of a layer; with dynamic NTK also alpha [B, 1] of the prompt
 
@@ -174,7 +178,7 @@ class Block(nn.Module):
         return x + getattr(self, names.mlp)(getattr(self, names.norm2)(x)), cache
 
 
-def _hidden_only(block: Block, x: Tensor, *how: Any) -> Tensor:
+def _hidden_only(block: Block, how: Any, x: Tensor) -> Tensor:
     return block(x, *how)[0]
 
 
@@ -184,7 +188,7 @@ class Trunk(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         names = config.names
-        self.config, self.gradient_checkpointing = config, False
+        self.config, self.gradient_checkpointing, self.offload = config, False, False
         self.add_module(names.embed, nn.Embedding(config.vocab_size, config.hidden_size))
         self.add_module(names.blocks, nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)))
         self.add_module(names.norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
@@ -210,12 +214,23 @@ class Trunk(nn.Module):
         for n, block in enumerate(getattr(self, c.names.blocks)):
             how = (cos, sin, logn, bias, past[n] if past else None)
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(_hidden_only, block, x, *how, use_reentrant=False)
+                x = self._checkpointed(block, x, how)
                 continue
             x, cache = block(x, *how)
             if keep:
                 caches.append(cache if alpha is None or segments is not None else (*cache, alpha))
         return getattr(self, c.names.norm)(x), tuple(caches)
+
+    @property
+    def checkpointing(self) -> str:
+        """off | on | offload, as a recipe says it."""
+        return ("offload" if self.offload else "on") if self.gradient_checkpointing else "off"
+
+    def _checkpointed(self, block: Block, x: Tensor, how: Any) -> Tensor:
+        """A block of which its input alone is kept, on the host with `offload`. Plain, and slow on a GPU: there fused.py trains, with
+        copies beside the computing, wherever its kernels run."""
+        with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
+            return checkpoint(partial(_hidden_only, block, how), x, use_reentrant=False)  # type: ignore[no-any-return]
 
     def alpha(
         self, ids: Tensor, mask: Tensor | None, segments: Tensor | None, past: tuple[Cache, ...] | None
@@ -319,6 +334,15 @@ class Decoder(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         setattr(self.trunk, self.config.names.embed, value)
+
+    def checkpoint(self, how: str) -> None:
+        """What the training passes keep of a block. off: what its gradient needs; on: its input; offload: that, on the host."""
+        self.trunk.gradient_checkpointing, self.trunk.offload = how != "off", how == "offload"
+
+    def leave_embedding(self) -> None:
+        """Keep the embedding's table on the host from now on, wherever the model is or moves to."""
+        embedding: Any = self.get_input_embeddings()
+        self.set_input_embeddings(HostEmbedding(embedding.weight.cpu()))
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

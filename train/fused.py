@@ -17,6 +17,7 @@ from train.attention import Kept, Tokens, attend, attend_backward
 from train.decoder import Decoder, rotary
 from train.gptq import Int4Linear
 from train.kernels import Margin
+from train.offload import Host, Shelf
 from train.pointwise import Thin, drop, rms_norm, rms_norm_backward, swiglu, swiglu_backward, turn
 
 HALVES = 4096  # tokens from which checkpointing goes through the MLP in two halves
@@ -353,6 +354,7 @@ class Trunk:
         self.blocks = [Block(block, c, n) for n, block in enumerate(getattr(trunk, c.names.blocks))]
         self.norm = getattr(trunk, c.names.norm)
         self.turns = self._turns(length, self.norm.weight.device)
+        self.host = Host(self.norm.weight.device)
 
     @property
     def projections(self) -> list[Projection]:
@@ -365,18 +367,20 @@ class Trunk:
         self.turns = self._turns(length, self.norm.weight.device)
         return True
 
-    def forward(self, x: Tensor, t: Tokens, checkpointing: bool) -> tuple[Tensor, list[Any]]:
-        """hidden, and what `backward` needs: of each block all (Saved), or with checkpointing its input."""
-        kept: list[Any] = []
+    def forward(self, x: Tensor, t: Tokens, checkpointing: str) -> tuple[Tensor, Any]:
+        """hidden, and what `backward` needs: of each block all (Saved), or with checkpointing (on, offload) its input."""
+        kept: Any = Shelf(self.host, len(self.blocks), x) if checkpointing == "offload" else []
         for block in self.blocks:
-            y, saved = block.forward(x, t, self.turns)
-            kept.append(x if checkpointing else saved)
-            x = y
+            if checkpointing != "off":
+                kept.append(x)
+            x, saved = block.forward(x, t, self.turns)
+            if checkpointing == "off":
+                kept.append(saved)
             del saved
         kept.append(x)
         return rms_norm(x, self.norm.weight, self.config.rms_norm_eps), kept
 
-    def backward(self, slope: Tensor, kept: list[Any], t: Tokens) -> None:
+    def backward(self, slope: Tensor, kept: Any, t: Tokens) -> None:
         """Every adapter's gradient for the gradient `slope` [M, H] of hidden. Empties `kept`."""
         x = kept.pop()
         dx = self.blocks[-1].slope_like(x)

@@ -30,7 +30,8 @@ from train.tokenizer import Tokenizer, load_tokenizer
 from train.world import AgreedError
 
 # keys that change how fast or how safely a run goes, not what it computes: another value may go on with it
-FREE = {"model", "batch", "accumulation", "processes", "zero", "checkpointing", "save_every", "keep", "background"}
+FREE = {"model", "batch", "accumulation", "processes", "zero", "checkpointing", "embedding"}
+FREE |= {"save_every", "keep", "background"}
 FREE |= {"guard", "spike", "unlearnable", "patience"}  # what to do when something is wrong; nothing was, so far
 
 
@@ -127,10 +128,11 @@ def check_ways(recipe: Recipe, device: str) -> None:
         raise UserError(
             "precision=fp16 needs a GPU: DeepSpeed does not compute it on a CPU. Give precision=fp32 or bf16."
         )
-    if recipe.zero == 3 and recipe.checkpointing:
+    if recipe.zero == 3 and recipe.checkpointing != "off":
         raise UserError(
-            "zero=3 takes its weights away while checkpointing=on recomputes with them. Give checkpointing=off, or zero=2: "
-            "the base is frozen, so stage 2 shards all that an optimizer keeps (and stage 3 does not shard Int4 weights)."
+            f"zero=3 takes its weights away while checkpointing={recipe.checkpointing} recomputes with them. Give "
+            "checkpointing=off, or zero=2: the base is frozen, so stage 2 shards all that an optimizer keeps (and stage 3 does "
+            "not shard Int4 weights)."
         )
 
 

@@ -131,18 +131,27 @@ def read_state(names: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensors.get_tensor(name)
 
 
-def load(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", keep_float: bool = False) -> Decoder:
+def load(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    keep_float: bool = False,
+    embedding: str = "device",
+) -> Decoder:
     """The model of `folder`, frozen and in evaluation mode; float tensors in `dtype`, Int4 as stored.
 
     Args:
         keep_float: keep each Int4 weight dequantised in `dtype` too: the same numbers, faster on a CPU, 8 times the
-        memory.
+        memory. embedding: device, or host: its table never goes to `device` (unless the head is the same table).
     Raises:
         UserError: an architecture, scheme or file that this program cannot read; tensors missing or left over.
     """
     model, names = check(folder)
-    _fill(model, names, dtype, torch.device(device))
+    apart = embedding == "host" and not model.config.tie_word_embeddings
+    _fill(model, names, dtype, torch.device(device), apart)
     model.tie_weights()
+    if apart:
+        model.leave_embedding()
     model.requires_grad_(False).eval()
     for module in model.modules():
         if keep_float and isinstance(module, Int4Linear):
@@ -168,8 +177,11 @@ def _shape_linears(model: Decoder, names: dict[str, Path], quantization: dict[st
             linear.register_parameter("bias", empty)
 
 
-def _fill(model: Decoder, names: dict[str, Path], dtype: torch.dtype, device: torch.device) -> None:
+def _fill(model: Decoder, names: dict[str, Path], dtype: torch.dtype, device: torch.device, apart: bool) -> None:
+    """The weights, on the device but for the embedding's if it stays `apart`."""
     wanted, names = _expected(model, names)
+    layout = model.config.names
+    table = f"{layout.root}.{layout.embed}.weight"
     state = {}
     for name, tensor in read_state(names):
         if tensor.shape != wanted[name].shape:
@@ -177,7 +189,8 @@ def _fill(model: Decoder, names: dict[str, Path], dtype: torch.dtype, device: to
                 f"{name}: the file has shape {list(tensor.shape)}, config.json says {list(wanted[name].shape)}."
             )
         whole = tensor.dtype.is_floating_point and not name.endswith(".scales")  # scales are part of the Int4 format
-        state[name] = tensor.to(device, dtype if whole else tensor.dtype)
+        place = torch.device("cpu") if apart and name == table else device
+        state[name] = tensor.to(place, dtype if whole else tensor.dtype)
     model.load_state_dict(state, strict=False, assign=True)
 
 

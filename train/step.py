@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from train.attention import Tokens
 from train.fused import Projection, Trunk
 from train.loss import CHUNK, CHUNK_FAST, IGNORE, summed
+from train.offload import HostEmbedding
 
-WIDTH, CONVERSATIONS = (
-    64,
-    8,
-)  # rows are padded to a multiple of this many tokens; the number of conversations to a power of two of these
+WIDTH = 64  # rows are padded to a multiple of this many tokens
+CONVERSATIONS = 8  # and the number of conversations to a power of two of these
 GRAPHS = 12  # shapes that are captured at most: each keeps its activations' places in one pool
 
 
@@ -69,6 +68,7 @@ class Batch:
     tokens: Tokens
     rows: Tensor  # [L] int64: tokens whose successor is learnt
     labels: Tensor  # [L] int64
+    embedded: Tensor | None = None  # [M, H] in the host's memory, where the embedding's table is there
 
 
 def arrange(batch: dict[str, Tensor], width: int) -> dict[str, Tensor]:
@@ -131,9 +131,17 @@ class Step(nn.Module):
         return self._decoder[0]
 
     @property
-    def embedding(self) -> Tensor:
-        """[V, H]"""
-        return getattr(self.decoder.trunk, self.decoder.config.names.embed).weight  # type: ignore[no-any-return]
+    def embedding(self) -> Any:
+        """The module; its table is [V, H]."""
+        return self.decoder.get_input_embeddings()
+
+    def embed(self, batch: Batch, out: Tensor | None = None) -> Tensor:
+        """The embeddings [M, H] of a batch on the device, into `out` if given."""
+        if batch.embedded is None:
+            return torch.index_select(self.embedding.weight, 0, batch.ids, out=out)
+        if out is None:
+            return batch.embedded.to(self.vector.device, non_blocking=True)
+        return out.copy_(batch.embedded, non_blocking=True)
 
     def bind(self) -> None:
         """Look at where the vector's numbers are now: once, after DeepSpeed has put them where it wants them."""
@@ -154,7 +162,7 @@ class Step(nn.Module):
         self.pool = None  # a pool ends with its last graph
 
     def shape_of(self, batch: Batch) -> "_Shape":
-        checkpointing = bool(self.decoder.trunk.gradient_checkpointing)
+        checkpointing = self.decoder.trunk.checkpointing
         key = (batch.tokens.segments.shape, len(batch.tokens.bounds), checkpointing)
         if key not in self.shapes:
             self.shapes[key] = _Shape(self.trunk, checkpointing)
@@ -167,43 +175,46 @@ class Step(nn.Module):
             self.forget()
         host = arrange({key: value.cpu() for key, value in batch.items()}, width)
         host["seed"] = torch.zeros(1, dtype=torch.long)  # drawn when the batch is learnt
+        rows = self._pinned(self.embedding.rows(host["ids"])) if isinstance(self.embedding, HostEmbedding) else None
         there = {key: self._move(value) for key, value in host.items()}
         fields: Any = {name: there[name] for name in FIELDS}
-        return Batch(there["ids"], Tokens(**fields), there["rows"], there["labels"])
+        return Batch(there["ids"], Tokens(**fields), there["rows"], there["labels"], rows)
 
     def _move(self, x: Tensor) -> Tensor:
         """To the vector's device, without waiting."""
-        return x.pin_memory().to(self.vector.device, non_blocking=True) if self.vector.is_cuda else x
+        return self._pinned(x).to(self.vector.device, non_blocking=True) if self.vector.is_cuda else x
+
+    def _pinned(self, x: Tensor) -> Tensor:
+        return x.pin_memory() if self.vector.is_cuda else x
 
 
 class _Shape:
     """The passes of batches of one shape: run, then captured, then replayed."""
 
-    def __init__(self, trunk: Trunk, checkpointing: bool) -> None:
+    def __init__(self, trunk: Trunk, checkpointing: str) -> None:
         self.trunk, self.checkpointing = trunk, checkpointing
         self.uses = 0
-        self.kept: list[Any] = []
+        self.kept: Any = None
         self.forth: Any = None
         self.back: Any = None
 
-    def forward(self, ids: Tensor, t: Tokens, step: Step) -> tuple[Tensor, Tensor]:
-        """ids [M] -> hidden [M, H], and room for its gradient, zeros; the next call writes over both."""
+    def forward(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
+        """hidden [M, H], and room for its gradient, zeros; the next call writes over both."""
         self.uses += 1
+        t = batch.tokens
         captured = [shape for shape in step.shapes.values() if shape.forth is not None]
         if self.forth is None and (self.uses < 2 or not step.graphs or len(captured) >= GRAPHS):
             self.tokens = t
-            hidden, self.kept = self.trunk.forward(F.embedding(ids, step.embedding), t, self.checkpointing)
+            hidden, self.kept = self.trunk.forward(step.embed(batch), t, self.checkpointing)
             self.slope = torch.zeros_like(hidden)
             return hidden, self.slope
         if self.forth is None:
-            self.x, self.tokens = (
-                F.embedding(ids, step.embedding),
-                replace(t, **{name: getattr(t, name).clone() for name in FIELDS}),
-            )
+            self.x = step.embed(batch)
+            self.tokens = replace(t, **{name: getattr(t, name).clone() for name in FIELDS})
             work = partial(self.trunk.forward, self.x, self.tokens, self.checkpointing)
             self.forth, (self.hidden, self.kept) = _capture(step, work)
             self.slope = torch.empty_like(self.hidden)
-        torch.index_select(step.embedding, 0, ids, out=self.x)
+        step.embed(batch, out=self.x)
         for name in FIELDS:
             getattr(self.tokens, name).copy_(getattr(t, name))
         self.forth.replay()
@@ -242,7 +253,7 @@ class _Learn(torch.autograd.Function):
         if step.drops:  # from torch's generator on the CPU, whose state every checkpoint holds
             placed.tokens.seed.copy_(torch.randint(2**40, (1,)))
         shape = step.shape_of(placed)
-        hidden, slope = shape.forward(placed.ids, placed.tokens, step)
+        hidden, slope = shape.forward(placed, step)
         head = step.decoder.lm_head.weight
         ctx.step, ctx.shape = step, shape
         return summed(hidden, head, placed.rows, placed.labels, chunk_of(hidden), slope)

@@ -58,8 +58,9 @@ class Ours:
         """The engine of a run with this recipe, on random weights in the shape `model`."""
         dtype = pick_dtype(device, recipe.precision)
         base = shapes.random_decoder(shapes.config(model), device, dtype)
-        if recipe.checkpointing:
-            base.gradient_checkpointing_enable()
+        base.checkpoint(recipe.checkpointing)
+        if recipe.embedding == "host":
+            base.leave_embedding()
         return Engine(lora.attach(base, recipe).train(), recipe, dtype, place.size)
 
     def step(self, ids: Tensor) -> Tensor:

@@ -282,7 +282,7 @@ def _model(job: "Job", device: "torch.device", dtype: "torch.dtype", keep_float:
     from train import lora
     from train.loader import load
 
-    model = lora.attach(load(job.base, dtype, device, keep_float), job.recipe)
+    model = lora.attach(load(job.base, dtype, device, keep_float, job.recipe.embedding), job.recipe)
     if job.parent is not None:
         try:
             learnt = load_file(job.parent / "adapter" / lora.WEIGHTS)
@@ -296,8 +296,7 @@ def _model(job: "Job", device: "torch.device", dtype: "torch.dtype", keep_float:
         for name, p in parameters.items():
             p.data.copy_(learnt[lora.stock_name(name)])
     model.get_base_model().config.use_cache = False
-    if job.recipe.checkpointing:
-        model.get_base_model().gradient_checkpointing_enable()
+    model.get_base_model().checkpoint(job.recipe.checkpointing)
     return model.to(device)
 
 
