@@ -107,7 +107,7 @@ def _no_kernels() -> Iterator[None]:
         return torch.empty(q.shape, dtype=q.dtype, device=META), (torch.empty(q.shape[1], q.shape[0], device=META),)
 
     def attend_backward(*args: Any) -> Tensor:
-        *_, kept, _, _, into, _ = args
+        *_, kept, _, _, into, _, _ = args
         torch.empty_like(kept[0])  # alive for a moment
         return into  # type: ignore[no-any-return]
 

@@ -73,23 +73,34 @@ def errors(found: Any, exact: list[Tensor]) -> list[float]:
 
 
 def check(device: str, dtype: torch.dtype, cases: list[Any], bound: float) -> None:
+    """For long rows and for short ones; scores' slopes made twice and left behind."""
     for lengths, *shape in cases:
         parts, slope = inputs(lengths, *shape, dtype, device)
         t = tokens(lengths, device)
         exact = exactly(parts, slope, t)
-        for short in (False, True):
-            out, lse = own.attend(*parts, t.starts, short)
-            slopes = own.attend_backward(slope, *parts, out, lse, t.starts, t.ends, short)
+        width = 64 if len(lengths) == 4 and lengths[0] == 16 else len(slope)  # two rows of 64, no conversation in both
+        for short, roomy in ((False, False), (False, True), (True, True)):
+            out, lse = own.attend(*parts, t.starts, width, short)
+            slopes = own.attend_backward(slope, *parts, out, lse, t.starts, t.ends, width, short, roomy)
             into = torch.empty(len(out), shape[2] * (shape[0] + 2 * shape[1]), dtype=dtype, device=device)
             turn(slopes, None, *turns(shape[2], device), t.positions, into, sign=-1)
             for error in errors((out, *_split(into, parts)), exact):
-                assert error < bound, (lengths, shape, error)
+                assert error < bound, (lengths, shape, short, roomy, error)
 
 
 def check_interpreted() -> None:
     own.FORWARD, own.FOR_KEYS = ((16, 16, 1, 1), (32, 16, 1, 1)), ((16, 32, 1, 1), (16, 16, 1, 1))
-    own.FOR_QUERIES = ((32, 16, 1, 1), (16, 16, 1, 1))
+    own.FOR_QUERIES, own.FROM_KEPT = ((32, 16, 1, 1), (16, 16, 1, 1)), ((32, 16, 1, 1), (16, 16, 1, 1))
+    own.KEPT_FROM, own.ABREAST = 64, 2
+    assert [own._heads_kept(n, width, 2, False) for n, width in ((128, 64), (128, 128), (32, 32), (128, 48))] == [
+        64,
+        32,
+        0,
+        0,
+    ]
     check("cpu", torch.float32, CASES, 2e-6)
+    own.KEPT = 2 * 64 * 2  # a head at once
+    check("cpu", torch.float32, CASES[2:3], 2e-6)
 
 
 def test_kernels_equal_the_definition_through_the_interpreter() -> None:
@@ -114,6 +125,7 @@ def test_a_conversation_does_not_see_another() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_kernels_equal_the_definition_on_the_gpu(dtype: torch.dtype) -> None:
     check("cuda", dtype, [*CASES, *LARGE], 2e-3 if dtype == torch.float16 else 1.2e-2)
+    assert own._heads_kept(len(inputs(*LARGE[0], dtype, "cuda")[1]) * 2, 4096, 1, False) == 2
 
 
 @pytest.mark.gpu

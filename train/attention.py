@@ -61,7 +61,7 @@ def flash(q: Tensor) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, t: Tokens) -> tuple[Tensor, Kept]:
     """q [M, Hq, D], k and v [M, Hkv, D] -> [M, Hq, D], and what the backward pass needs of it."""
     if hopper(q):
-        out, lse = own.attend(q, k, v, t.starts, t.width <= SHORT)
+        out, lse = own.attend(q, k, v, t.starts, t.width, t.width <= SHORT)
         return out, (lse,)
     if not flash(q):
         return _plain(q, k, v, t), ()
@@ -82,15 +82,18 @@ def attend_backward(
     turns: Turns,
     into: Tensor,
     thin: Thin | None = None,
+    roomy: bool = False,
 ) -> Tensor:
     """The gradients of q, k and v as they were before they were turned, side by side into `into` [M, (Hq + 2 Hkv) D]; returned.
 
     Args:
         slope: [M, Hq, D], the gradient of `out`. turns: cos and sin [P, D/2] by position, as q and k were turned.
-        thin: made of `into`.
+        thin: made of `into`. roomy: whether some memory (kernels.attention.KEPT) may be taken for a moment, to be quicker.
     """
     if len(kept) == 1:
-        slopes = own.attend_backward(slope.contiguous(), q, k, v, out, kept[0], t.starts, t.ends, t.width <= SHORT)
+        slopes = own.attend_backward(
+            slope.contiguous(), q, k, v, out, kept[0], t.starts, t.ends, t.width, t.width <= SHORT, roomy
+        )
     elif kept:
         lse, state, unused = kept
         slopes = torch.ops.aten._flash_attention_backward(

@@ -286,14 +286,14 @@ class Block:
 
         In between it is the gradient of what stands between. Lets go of what is in `s` as soon as it can.
         """
-        size = s.x.shape[1]
+        size, roomy = s.x.shape[1], s.both is not None  # the branches, which the MLP gives back
         self._mlp_backward(dy, s, t)
         slope, back = self.out.slope(dy[:, : size + self.out.spare_back], t)
         self.out.learn(dy, back, s.attended.flatten(1), s.thin[1], t)
         dqkv = _roomy(dy, self.qkv.outputs, self.qkv.spare_back)
         taken, parts = self.qkv.of_slope(dqkv), self._split(s.qkv)
         attend_backward(
-            slope.view_as(s.attended), *parts, s.attended, s.kept, t, turns, dqkv[:, : self.qkv.outputs], taken
+            slope.view_as(s.attended), *parts, s.attended, s.kept, t, turns, dqkv[:, : self.qkv.outputs], taken, roomy
         )
         s.qkv = s.attended = slope = parts = None  # type: ignore[assignment]
         slope, back = self.qkv.slope(dqkv, t, not self.first, taken)  # nothing before the first block learns

@@ -1,11 +1,13 @@
 """Causal attention of conversations side by side, forward and backward: FlashAttention-2's algorithm, written for Hopper's tiles.
 
-Dao 2023, with two choices of its own. A token knows where its conversation starts and ends, so the tokens are one long row: no grid over
-conversations, no empty programs, and only blocks that a border or the diagonal crosses are masked. And the backward pass is one kernel for
-keys and one for queries, each the only writer of its sums: two products more, and the same bits every time.
+Dao 2023, with three choices of its own. A token knows where its conversation starts and ends, so the tokens are one long row: no grid over
+conversations, no empty programs, and only blocks that a border or the diagonal crosses are masked. The backward pass is one kernel for
+keys and one for queries, each the only writer of its sums: the same bits every time. And where the tokens fill the card, the first
+leaves the slopes of the scores of a few heads behind for the second, which else makes them again by two products.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +15,34 @@ from torch import Tensor
 from train.kernels.runtime import tl, triton
 
 LOG2E = math.log2(math.e)
-# (queries, keys, warps, stages) of a program, by a sweep on an H100 with heads of 128; for long rows, and for short ones
+# (queries, keys, warps, stages) of a program, by a sweep on an H100 with heads of 128; for long rows, and for short ones. Queries are a
+# multiple of keys; in FOR_KEYS keys of queries.
 FORWARD = ((128, 128, 8, 3), (64, 64, 4, 3))
 FOR_KEYS = ((64, 128, 8, 2), (64, 64, 4, 2))
 FOR_QUERIES = ((128, 64, 8, 3), (64, 64, 4, 3))
+FROM_KEPT = ((128, 128, 8, 3), (64, 64, 4, 3))
+KEPT = 16384  # bytes a token of slopes left behind: as much as the block's branches gave back before
+KEPT_FROM = 4096  # tokens; the few heads of fewer do not fill a card
+ABREAST = (
+    4  # heads that are worked on at once: as many as their keys and values stay in the cache, the long programs first
+)
 
 if triton is not None:
+
+    @triton.jit
+    def _place(blocks, rows, heads, LAST: tl.constexpr, ABREAST: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Of the program: its block, the ones with most to do first (LAST: those are a row's last), and its head."""
+        one = tl.program_id(0)
+        beside = tl.minimum(ABREAST, heads)
+        group = one // (beside * blocks)
+        first = group * beside
+        beside = tl.minimum(beside, heads - first)
+        one = one - first * blocks
+        nth = one // beside
+        along = nth // rows
+        if LAST:
+            along = blocks // rows - 1 - along
+        return (nth % rows) * (blocks // rows) + along, first + one % beside
 
     @triton.jit
     def _tile(x, first, stride, head, total, B: tl.constexpr, D: tl.constexpr, CHECK: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -34,6 +58,19 @@ if triton is not None:
         rows = first + tl.arange(0, B)
         at = out + rows[:, None].to(tl.int64) * stride + head * D + tl.arange(0, D)[None]
         tl.store(at, x.to(out.dtype.element_ty), mask=(rows < total)[:, None])
+
+    @triton.jit
+    def _kept_at(kept, head, j, m, width, total, B: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Where the slopes of scores of keys j and queries m … m + B stand, [keys, B]: kept is [heads, M, width] of a row's queries."""
+        columns = m - m // width * width + tl.arange(0, B)
+        return kept + (head * total + j).to(tl.int64)[:, None] * width + columns[None]
+
+    @triton.jit
+    def _reach(starts, m, total, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Keys that queries m … m + BM see: from `low`; from `border` up to m all of them see all."""
+        low = tl.load(starts + m) // BN * BN
+        high = tl.load(starts + tl.minimum(m + BM, total) - 1)
+        return low, tl.minimum(tl.maximum((high + BN - 1) // BN * BN, low), m)
 
     @triton.jit
     def _gather(  # type: ignore[no-untyped-def]
@@ -58,31 +95,25 @@ if triton is not None:
 
     @triton.jit
     def _forward(  # type: ignore[no-untyped-def]
-        q, k, v, starts, out, lse, total, q_stride, k_stride, v_stride, scale, heads,
-        GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+        q, k, v, starts, out, lse, total, q_stride, k_stride, v_stride, scale, heads, rows,
+        GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, ABREAST: tl.constexpr,
     ):  # fmt: skip
-        head = tl.program_id(1)
-        m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+        block, head = _place(tl.cdiv(total, BM), rows, heads, True, ABREAST)
+        m = block * BM
         i = m + tl.arange(0, BM)
         start = tl.load(starts + i, mask=i < total, other=total)
         query = _tile(q, m, q_stride, head, total, BM, D, True)
         top = tl.full((BM,), float("-inf"), tl.float32)
         norm = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, D), tl.float32)
-        low = tl.load(starts + m) // BN * BN
-        high = tl.load(starts + tl.minimum(m + BM, total) - 1)
-        border = tl.minimum(tl.maximum((high + BN - 1) // BN * BN, low), m)
-        of = head // GROUP
-        acc, top, norm = _gather(
-            acc, top, norm, query, i, start, k, v, low, border, k_stride, v_stride, of, total, scale, D, BN, True, EXACT
-        )
-        acc, top, norm = _gather(
-            acc, top, norm, query, i, start, k, v, border, m, k_stride, v_stride, of, total, scale, D, BN, False, EXACT
-        )
-        end = tl.minimum(m + BM, total)
-        acc, top, norm = _gather(
-            acc, top, norm, query, i, start, k, v, m, end, k_stride, v_stride, of, total, scale, D, BN, True, EXACT
-        )
+        low, border = _reach(starts, m, total, BM, BN)
+        for part in tl.static_range(3):  # up to the border, to the diagonal, the diagonal
+            acc, top, norm = _gather(
+                acc, top, norm, query, i, start, k, v,
+                low if part == 0 else border if part == 1 else m,
+                border if part == 0 else m if part == 1 else tl.minimum(m + BM, total),
+                k_stride, v_stride, head // GROUP, total, scale, D, BN, part != 1, EXACT,
+            )  # fmt: skip
         _store(acc / norm[:, None], out, m, heads * D, head, total, BM, D)
         tl.store(lse + head * total + i, top + tl.log2(norm), mask=i < total)
 
@@ -98,32 +129,44 @@ if triton is not None:
 
     @triton.jit
     def _to_keys(  # type: ignore[no-untyped-def]
-        dk, dv, key, value, j, starts, q, slope, lse, delta, first, last, q_stride, head, heads, total, scale,
-        D: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+        dk, dv, key, value, j, starts, q, slope, lse, delta, kept, first, last, q_stride, head, heads, beside, width, total, scale,
+        D: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
-        """Queries first … last of one head into the gradients of a block of keys and values."""
+        """Queries first … last of one head into the gradients of a block of keys and values; the scores' slopes as number `beside`."""
         for m in range(first, last, BM):
             i = m + tl.arange(0, BM)
             query = _tile(q, m, q_stride, head, total, BM, D, MASKED)
             norm = tl.load(lse + head * total + i, mask=i < total, other=0.0)
             p = tl.exp2(tl.dot(key, tl.trans(query), input_precision=EXACT) * scale - norm[None])  # [BN, BM]
+            start = tl.load(starts + i, mask=i < total, other=total)
+            seen = (j[:, None] <= i[None]) & (start[None] <= j[:, None])
             if MASKED:
-                start = tl.load(starts + i, mask=i < total, other=total)
-                p = tl.where((j[:, None] <= i[None]) & (start[None] <= j[:, None]), p, 0.0)
+                p = tl.where(seen, p, 0.0)
             s = _tile(slope, m, heads * D, head, total, BM, D, MASKED)
             dv = tl.dot(p.to(s.dtype), s, dv, input_precision=EXACT)
             dp = tl.dot(value, tl.trans(s), input_precision=EXACT)
             ds = p * (dp - tl.load(delta + head * total + i, mask=i < total, other=0.0)[None])
-            dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=EXACT)
+            ds = ds.to(query.dtype)
+            if KEEP:
+                at = _kept_at(kept, beside, j, m, width, total, BM)
+                if MASKED:
+                    tl.store(at, ds, mask=seen)
+                else:
+                    tl.store(at, ds)
+            dk = tl.dot(ds, query, dk, input_precision=EXACT)
         return dk, dv
 
     @triton.jit
     def _for_keys(  # type: ignore[no-untyped-def]
-        q, k, v, slope, starts, ends, lse, delta, dk_out, dv_out, total, q_stride, k_stride, v_stride, scale, plain_scale, heads,
-        GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+        q, k, v, slope, starts, ends, lse, delta, kept, dk_out, dv_out, total, q_stride, k_stride, v_stride, scale, plain_scale,
+        heads, rows, first_of, count, width,
+        GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KEEP: tl.constexpr, EXACT: tl.constexpr,
+        ABREAST: tl.constexpr,
     ):  # fmt: skip
-        of = tl.program_id(1)
-        n = tl.program_id(0) * BN
+        """Key heads first_of … first_of + count."""
+        block, beside = _place(tl.cdiv(total, BN), rows, count, False, ABREAST)
+        of = first_of + beside
+        n = block * BN
         j = n + tl.arange(0, BN)
         key, value = _tile(k, n, k_stride, of, total, BN, D, True), _tile(v, n, v_stride, of, total, BN, D, True)
         dk, dv = tl.zeros((BN, D), tl.float32), tl.zeros((BN, D), tl.float32)
@@ -131,76 +174,13 @@ if triton is not None:
         stop = tl.load(ends + past - 1)
         border = tl.maximum(tl.load(ends + n) // BM * BM, n + BN)  # up to here all queries see all these keys
         for g in range(0, GROUP):
-            head = of * GROUP + g
-            dk, dv = _to_keys(
-                dk,
-                dv,
-                key,
-                value,
-                j,
-                starts,
-                q,
-                slope,
-                lse,
-                delta,
-                n,
-                tl.minimum(n + BN, stop),
-                q_stride,
-                head,
-                heads,
-                total,
-                scale,
-                D,
-                BM,
-                True,
-                EXACT,
-            )
-            dk, dv = _to_keys(
-                dk,
-                dv,
-                key,
-                value,
-                j,
-                starts,
-                q,
-                slope,
-                lse,
-                delta,
-                n + BN,
-                border,
-                q_stride,
-                head,
-                heads,
-                total,
-                scale,
-                D,
-                BM,
-                False,
-                EXACT,
-            )
-            dk, dv = _to_keys(
-                dk,
-                dv,
-                key,
-                value,
-                j,
-                starts,
-                q,
-                slope,
-                lse,
-                delta,
-                border,
-                stop,
-                q_stride,
-                head,
-                heads,
-                total,
-                scale,
-                D,
-                BM,
-                True,
-                EXACT,
-            )
+            for part in tl.static_range(3):  # the diagonal, to the border, beyond it
+                dk, dv = _to_keys(
+                    dk, dv, key, value, j, starts, q, slope, lse, delta, kept,
+                    n if part == 0 else n + BN if part == 1 else border,
+                    tl.minimum(n + BN, stop) if part == 0 else border if part == 1 else stop,
+                    q_stride, of * GROUP + g, heads, beside * GROUP + g, width, total, scale, D, BM, part != 1, KEEP, EXACT,
+                )  # fmt: skip
         _store(dk * plain_scale, dk_out, n, heads // GROUP * D, of, total, BN, D)
         _store(dv, dv_out, n, heads // GROUP * D, of, total, BN, D)
 
@@ -223,119 +203,146 @@ if triton is not None:
 
     @triton.jit
     def _for_queries(  # type: ignore[no-untyped-def]
-        q, k, v, slope, starts, lse, delta, dq_out, total, q_stride, k_stride, v_stride, scale, plain_scale, heads,
-        GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+        q, k, v, slope, starts, lse, delta, dq_out, total, q_stride, k_stride, v_stride, scale, plain_scale, heads, rows,
+        GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, ABREAST: tl.constexpr,
     ):  # fmt: skip
-        head = tl.program_id(1)
-        m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+        block, head = _place(tl.cdiv(total, BM), rows, heads, True, ABREAST)
+        m = block * BM
         i = m + tl.arange(0, BM)
         start = tl.load(starts + i, mask=i < total, other=total)
         query, s = _tile(q, m, q_stride, head, total, BM, D, True), _tile(slope, m, heads * D, head, total, BM, D, True)
         norm = tl.load(lse + head * total + i, mask=i < total, other=0.0)
         inner = tl.load(delta + head * total + i, mask=i < total, other=0.0)
         dq = tl.zeros((BM, D), tl.float32)
-        low = tl.load(starts + m) // BN * BN
-        high = tl.load(starts + tl.minimum(m + BM, total) - 1)
-        border = tl.minimum(tl.maximum((high + BN - 1) // BN * BN, low), m)
-        of = head // GROUP
-        dq = _to_queries(
-            dq,
-            query,
-            s,
-            norm,
-            inner,
-            i,
-            start,
-            k,
-            v,
-            low,
-            border,
-            k_stride,
-            v_stride,
-            of,
-            total,
-            scale,
-            D,
-            BN,
-            True,
-            EXACT,
-        )
-        dq = _to_queries(
-            dq,
-            query,
-            s,
-            norm,
-            inner,
-            i,
-            start,
-            k,
-            v,
-            border,
-            m,
-            k_stride,
-            v_stride,
-            of,
-            total,
-            scale,
-            D,
-            BN,
-            False,
-            EXACT,
-        )
-        end = tl.minimum(m + BM, total)
-        dq = _to_queries(
-            dq, query, s, norm, inner, i, start, k, v, m, end, k_stride, v_stride, of, total, scale, D, BN, True, EXACT
-        )
+        low, border = _reach(starts, m, total, BM, BN)
+        for part in tl.static_range(3):  # as in the forward pass
+            dq = _to_queries(
+                dq, query, s, norm, inner, i, start, k, v,
+                low if part == 0 else border if part == 1 else m,
+                border if part == 0 else m if part == 1 else tl.minimum(m + BM, total),
+                k_stride, v_stride, head // GROUP, total, scale, D, BN, part != 1, EXACT,
+            )  # fmt: skip
+        _store(dq * plain_scale, dq_out, m, heads * D, head, total, BM, D)
+
+    @triton.jit
+    def _from_kept_part(  # type: ignore[no-untyped-def]
+        dq, i, m, start, k, kept, first, last, k_stride, head, beside, width, total,
+        D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    ):  # fmt: skip
+        for n in range(first, last, BN):
+            j = n + tl.arange(0, BN)
+            key = _tile(k, n, k_stride, head, total, BN, D, MASKED)
+            at = _kept_at(kept, beside, j, m, width, total, BM)
+            if MASKED:
+                ds = tl.load(at, mask=(j[:, None] <= i[None]) & (j[:, None] >= start[None]), other=0.0)
+            else:
+                ds = tl.load(at)
+            dq = tl.dot(tl.trans(ds), key, dq, input_precision=EXACT)
+        return dq
+
+    @triton.jit
+    def _from_kept(  # type: ignore[no-untyped-def]
+        k, kept, starts, dq_out, total, k_stride, plain_scale, heads, rows, first_of, count, width,
+        GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, ABREAST: tl.constexpr,
+    ):  # fmt: skip
+        """The gradient of queries, heads first_of · GROUP … + count, from the slopes of scores that `_for_keys` left behind."""
+        block, beside = _place(tl.cdiv(total, BM), rows, count, True, ABREAST)
+        head = first_of * GROUP + beside
+        m = block * BM
+        i = m + tl.arange(0, BM)
+        start = tl.load(starts + i, mask=i < total, other=total)
+        dq = tl.zeros((BM, D), tl.float32)
+        low, border = _reach(starts, m, total, BM, BN)
+        for part in tl.static_range(3):  # as in the forward pass
+            dq = _from_kept_part(
+                dq, i, m, start, k, kept,
+                low if part == 0 else border if part == 1 else m,
+                border if part == 0 else m if part == 1 else tl.minimum(m + BM, total),
+                k_stride, head // GROUP, beside, width, total, D, BM, BN, part != 1, EXACT,
+            )  # fmt: skip
         _store(dq * plain_scale, dq_out, m, heads * D, head, total, BM, D)
 
 
-def _common(q: Tensor, k: Tensor) -> dict[str, object]:
+def _common(q: Tensor, k: Tensor) -> dict[str, Any]:
     exact = "ieee" if q.dtype == torch.float32 else "tf32"  # asked of float32 only
-    return {"GROUP": q.shape[1] // k.shape[1], "D": q.shape[2], "EXACT": exact}
+    return {"GROUP": q.shape[1] // k.shape[1], "D": q.shape[2], "EXACT": exact, "ABREAST": ABREAST}
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, short: bool) -> tuple[Tensor, Tensor]:
+def _tiles(table: Any, short: bool) -> tuple[int, int, dict[str, int]]:
+    queries, keys, warps, stages = table[short]
+    return queries, keys, {"BM": queries, "BN": keys, "num_warps": warps, "num_stages": stages}
+
+
+def _rows(total: int, width: int, block: int) -> int:
+    """How many rows of the batch to tell apart when programs are put in order: all alike, where blocks do not cross them."""
+    return 1 if width % block else total // width
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, short: bool) -> tuple[Tensor, Tensor]:
     """Softmax of q kᵀ / √D over each token's own conversation up to itself, times v.
 
     Args:
         q: [M, Hq, D], k and v: [M, Hkv, D], rows may be strided, D a power of two ≥ 16. starts: [M] int32, the first token of each
-            token's conversation. short: whether rows are, so that smaller programs serve better.
+            token's conversation. width: of the rows that the M tokens are; no conversation is in two. short: whether they are, so
+            that smaller programs serve better.
     Returns:
         [M, Hq, D], and the logarithm to base 2 of the softmax's sums [Hq, M] float32.
     """
     total, heads, size = q.shape
     out = torch.empty(total, heads, size, dtype=q.dtype, device=q.device)
     lse = torch.empty(heads, total, dtype=torch.float32, device=q.device)
-    queries, keys, warps, stages = FORWARD[short]
-    _forward[(triton.cdiv(total, queries), heads)](
+    queries, _, tiles = _tiles(FORWARD, short)
+    _forward[(triton.cdiv(total, queries) * heads,)](
         q, k, v, starts, out, lse, total, q.stride(0), k.stride(0), v.stride(0), LOG2E / math.sqrt(size), heads,
-        **_common(q, k), BM=queries, BN=keys, num_warps=warps, num_stages=stages,
+        _rows(total, width, queries), **_common(q, k), **tiles,
     )  # fmt: skip
     return out, lse
 
 
 def attend_backward(
-    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, ends: Tensor, short: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, ends: Tensor, width: int, short: bool,
+    roomy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v for the gradient `slope` [M, Hq, D] of `out`, both contiguous; the same bits every time.
 
     Args:
-        ends: [M] int32, the token after the last of each token's conversation. The others as `attend` took and gave them.
+        ends: [M] int32, the token after the last of each token's conversation. roomy: whether KEPT bytes a token are to be had for
+            a moment. The others as `attend` took and gave them.
     """
     total, heads, size = q.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
     _inner[(triton.cdiv(total, 64), heads)](out, slope, delta, total, heads, D=size, BM=64)
-    strides = (q.stride(0), k.stride(0), v.stride(0))
+    strides, common = (q.stride(0), k.stride(0), v.stride(0)), _common(q, k)
     scales = (LOG2E / math.sqrt(size), 1 / math.sqrt(size))
-    queries, keys, warps, stages = FOR_KEYS[short]
-    _for_keys[(triton.cdiv(total, keys), k.shape[1])](
-        q, k, v, slope, starts, ends, lse, delta, dk, dv, total, *strides, *scales, heads,
-        **_common(q, k), BM=queries, BN=keys, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    queries, keys, warps, stages = FOR_QUERIES[short]
-    _for_queries[(triton.cdiv(total, queries), heads)](
-        q, k, v, slope, starts, lse, delta, dq, total, *strides, *scales, heads,
-        **_common(q, k), BM=queries, BN=keys, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    at_once = min(k.shape[1], _heads_kept(total, width, common["GROUP"], short)) if roomy else 0
+    _, keys, tiles = _tiles(FOR_KEYS, short)
+    count, rows = at_once or k.shape[1], _rows(total, width, keys)
+    kept = torch.empty(count * common["GROUP"], total, width, dtype=q.dtype, device=q.device) if at_once else q
+    for first in range(0, k.shape[1], count):
+        now = min(count, k.shape[1] - first)
+        _for_keys[(triton.cdiv(total, keys) * now,)](
+            q, k, v, slope, starts, ends, lse, delta, kept, dk, dv, total, *strides, *scales, heads, rows, first, now, width,
+            KEEP=at_once > 0, **common, **tiles,
+        )  # fmt: skip
+        if at_once:
+            queries, _, kept_tiles = _tiles(FROM_KEPT, short)
+            _from_kept[(triton.cdiv(total, queries) * now * common["GROUP"],)](
+                k, kept, starts, dq, total, strides[1], scales[1], heads, _rows(total, width, queries), first,
+                now * common["GROUP"], width, **common, **kept_tiles,
+            )  # fmt: skip
+    if not at_once:
+        queries, _, tiles = _tiles(FOR_QUERIES, short)
+        _for_queries[(triton.cdiv(total, queries) * heads,)](
+            q, k, v, slope, starts, lse, delta, dq, total, *strides, *scales, heads, _rows(total, width, queries),
+            **common, **tiles,
+        )  # fmt: skip
     return dq, dk, dv
+
+
+def _heads_kept(total: int, width: int, group: int, short: bool) -> int:
+    """Key heads whose scores' slopes are left behind at once; 0: none, they are made again."""
+    blocks = (FOR_KEYS[short][0], FROM_KEPT[short][0])
+    if total < KEPT_FROM or any(width % block for block in blocks):
+        return 0
+    return KEPT // (2 * width * group)
