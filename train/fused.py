@@ -211,6 +211,13 @@ def _rate(linear: Any) -> float:
     return float(getattr(linear.lora_dropout["default"], "p", 0.0))
 
 
+def _parts(count: int, t: Tokens) -> Iterator[tuple[slice, Tokens]]:
+    """Two halves of so many tokens, or few all at once."""
+    step = -(-count // 2) if count >= HALVES else count
+    for start in range(0, count, step):
+        yield slice(start, start + step), replace(t, first=start)
+
+
 def _roomy(like: Tensor, columns: int, spare: int) -> Tensor:
     """[M, columns + spare] beside `like` [M, ...], not filled."""
     return torch.empty(len(like), columns + spare, dtype=like.dtype, device=like.device)
@@ -261,6 +268,13 @@ class Block:
         saved.both, saved.thin = both, (*saved.thin[:2], thin3, thin4)
         return y, saved
 
+    def passed(self, x: Tensor, t: Tokens, turns: tuple[Tensor, Tensor]) -> Tensor:
+        """y, with nothing kept: the MLP goes over it part by part, in place."""
+        y = self.attend(x, t, turns).middle
+        for rows, mine in _parts(len(y), t):
+            y[rows] += self._joined(self._branches(y[rows], mine)[0], mine)[0]
+        return y
+
     def attend(self, x: Tensor, t: Tokens, turns: tuple[Tensor, Tensor]) -> Saved:
         """The first half, without the MLP: what `backward` needs of it, where the branches are None."""
         qkv, thin1 = self.qkv.forward(self._normed(x, self.norm1, self.qkv), t, bias=False)
@@ -307,12 +321,9 @@ class Block:
             self._half_backward(dy, s.middle, s.both, s.thin[2:], t)
             s.both = None
             return
-        step = -(-len(dy) // 2) if len(dy) >= HALVES else len(dy)
-        for start in range(0, len(dy), step):
-            rows = slice(start, start + step)
-            mine = replace(t, first=start)
+        for rows, mine in _parts(len(dy), t):
             both, thin = self._branches(s.middle[rows], mine)
-            self._half_backward(dy[rows], s.middle[rows], both, (thin, None), mine, start > 0)
+            self._half_backward(dy[rows], s.middle[rows], both, (thin, None), mine, rows.start > 0)
             del both, thin
 
     def _half_backward(self, dy: Tensor, x: Tensor, both: Tensor, thin: Any, t: Tokens, more: bool = False) -> None:
@@ -373,10 +384,11 @@ class Trunk:
         for block in self.blocks:
             if checkpointing != "off":
                 kept.append(x)
-            x, saved = block.forward(x, t, self.turns)
-            if checkpointing == "off":
+                x = block.passed(x, t, self.turns)
+            else:
+                x, saved = block.forward(x, t, self.turns)
                 kept.append(saved)
-            del saved
+                del saved
         kept.append(x)
         return rms_norm(x, self.norm.weight, self.config.rms_norm_eps), kept
 
