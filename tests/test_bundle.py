@@ -2,6 +2,7 @@
 With a real image: tests/image/test_bundle.py.
 """
 
+import hashlib
 import io
 import shutil
 import subprocess
@@ -117,6 +118,33 @@ def test_nothing_is_taken_from_a_bad_archive(archive: Path, there: Path, change:
     assert "Nothing was loaded" in bundle(there, "load", f"bundle={archive}", status=2)
     assert not loaded(there) and not (there / "models" / BASE).exists() and not (there / ".env").exists()
     assert not (there.parent / "outside").exists() and not list(there.glob(".unbundle*"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["model=../../outside", "model=..", "model=a/b", "image=..", "image=a b", "image=a\nimage=DATA_DIR=/", "model="],
+)
+def test_names_that_lead_out_are_refused_with_their_hashes_right(archive: Path, there: Path, line: str) -> None:
+    """`about` names the folder of the base and a line of .env."""
+    key = line.partition("=")[0]
+    with tarfile.open(archive) as old:
+        held = {entry.name: old.extractfile(entry).read() for entry in old if entry.isfile()}  # type: ignore[union-attr]
+    kept = [one for one in held["about"].decode().splitlines() if not one.startswith(f"{key}=")]
+    held["about"] = "\n".join([*kept, line, ""]).encode()
+    digest = hashlib.sha256(held["about"]).hexdigest()
+    sums = [one for one in held["SHA256SUMS"].decode().splitlines() if not one.endswith("  about")]
+    held["SHA256SUMS"] = "\n".join([f"{digest}  about", *sums, ""]).encode()
+    with tarfile.open(archive, "w") as new:
+        for name, data in held.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            new.addfile(info, io.BytesIO(data))
+    before = sorted(there.parent.rglob("*"))
+    assert "what nothing is called" in bundle(there, "load", f"bundle={archive}", status=2)
+    assert not loaded(there) and not (there / ".env").exists()
+    assert [path for path in sorted(there.parent.rglob("*")) if path.name != "log"] == [
+        p for p in before if p.name != "log"
+    ]
 
 
 def test_a_cut_off_archive(archive: Path, there: Path) -> None:

@@ -69,7 +69,7 @@ class Gguf:
                 self._buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             self._at = 0
             self._read_all()
-        except (ValueError, KeyError, UnicodeDecodeError, struct.error, OSError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError, struct.error, OSError) as error:
             raise UserError(f"{path}: not a whole GGUF file ({error}). Fetch it again.") from error
 
     def _read_all(self) -> None:
@@ -219,8 +219,13 @@ def convert(path: Path, folder: Path, advance: Callable[[float], None] = lambda 
         UserError: not a GGUF, not a Qwen2, or damaged.
     """
     reader = Gguf(path)
-    write_json(folder / "config.json", config_of(reader))
-    tokenizer = tokenizer_of(reader)
+    try:
+        config, tokenizer = config_of(reader), tokenizer_of(reader)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # the tokenizers package raises nothing narrower
+        raise UserError(f"{path}: its metadata contradicts itself ({error}). Fetch it again.") from error
+    write_json(folder / "config.json", config)
     tokenizer.save(folder)
     settings = read_json(folder / "tokenizer_config.json")
     settings["chat_template"] = reader.field("tokenizer.chat_template", settings["chat_template"])

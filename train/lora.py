@@ -22,6 +22,8 @@ from train.errors import UserError
 from train.files import read_json, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+UNREAD = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
+UNREAD += ("megatron_config",)  # with it peft imports whatever module the file names
 PREFIX = "base_model.model."  # what peft puts before every module's name
 
 
@@ -141,11 +143,13 @@ def delta(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
         UserError: no adapter, a damaged one, or one of a kind that is more than A and B (DoRA, saved modules, patterns).
     """
     config, state = _read(folder)
-    unread = [
-        key
-        for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-        if config.get(key)
-    ]
+    unread = [key for key in UNREAD if config.get(key)]
+    if str(config.get("init_lora_weights", True)).partition("_")[0] in (
+        "pissa",
+        "olora",
+        "loftq",
+    ):  # change the base too
+        unread.append("init_lora_weights")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unread:
         raise UserError(
             f"{folder / CONFIG}: only plain LoRA is read here; found {', '.join(unread) or config.get('peft_type')}."

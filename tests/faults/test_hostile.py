@@ -3,10 +3,13 @@
 import io
 import json
 import pickle
+import random
 import shutil
 import signal
+import struct
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.oracles import tiny_checkpoint, tiny_config
+from tests.oracles import tiny_checkpoint, tiny_config, tiny_decoder
+from tests.test_from_gguf import write_gguf
 from tests.test_train import rows, stop_at, train, words
-from train import checkpoint, download, lora
+from train import checkpoint, download, from_gguf, lora
 from train.errors import UserError
 from train.loader import load
 from train.verbs import export
@@ -138,6 +142,28 @@ def test_a_pickle_in_an_adapter_is_not_read() -> None:
     assert TRAP == []
 
 
+def test_an_adapter_that_names_a_module_to_import_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft imports what an adapter's `megatron_core` says, from the working folder too."""
+    base = house()
+    train(run="r", steps=1)
+    folder = Path("runs/r/adapter")
+    Path("evil_module.py").write_text(HOSTILE)
+    (folder / "evil_module.py").write_text(HOSTILE)
+    whole = json.loads((folder / lora.CONFIG).read_text())
+    monkeypatch.syspath_prepend(".")
+    for module in ("evil_module", "runs.r.adapter.evil_module"):
+        more = {"megatron_config": {"tensor_model_parallel_size": 1}, "megatron_core": module}
+        (folder / lora.CONFIG).write_text(json.dumps({**whole, **more}))
+        with pytest.raises(UserError, match="only plain LoRA is read here; found megatron_config"):
+            lora.load_adapter(load(base, torch.float32), folder)
+        with pytest.raises(UserError, match="only plain LoRA is read here; found megatron_config"):
+            export.run(export.Options(run="r"))
+    more = {"auto_mapping": {"base_model_class": "spring", "parent_library": "evil_module"}}
+    (folder / lora.CONFIG).write_text(json.dumps({**whole, **more}))
+    lora.load_adapter(load(base, torch.float32), folder)
+    assert TRAP == []
+
+
 def test_python_files_of_a_model_are_copied_as_bytes_and_never_run() -> None:
     house(hostile=True)
     train(run="r", steps=1)
@@ -153,6 +179,51 @@ def test_weights_that_are_a_pickle_are_read_as_numbers_or_not_at_all() -> None:
     (base / "pytorch_model.bin").write_bytes(bomb())
     with pytest.raises(Exception, match=r"(?i)weights_only|unsupported|damaged|not read"):
         load(base, torch.float32)
+    assert TRAP == []
+
+
+def small_gguf(path: Path) -> bytes:
+    config = tiny_config("qwen2")
+    write_gguf(path, config, state=dict(tiny_decoder(config).state_dict()))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", [b"../../../climbed.bias", b"/tmp/climbed-out.bias", b"blk.0.attn_q/../../.x"])
+def test_a_gguf_whose_tensors_are_called_like_paths_is_refused(name: bytes, tmp_path: Path) -> None:
+    whole = small_gguf(Path("m.gguf"))
+    old = b"blk.0.attn_output.weight"
+    Path("m.gguf").write_bytes(whole.replace(old, name.ljust(len(old), b"x")))
+    Path("out").mkdir()
+    before = set(tmp_path.parent.rglob("*"))
+    with pytest.raises(UserError, match="a Qwen2 model has no tensor"):
+        from_gguf.convert(Path("m.gguf"), Path("out"))
+    assert {path.parent for path in set(tmp_path.parent.rglob("*")) - before} <= {tmp_path / "out"}
+    assert not Path("/tmp/climbed-out.bias").exists()
+
+
+def test_a_gguf_with_any_header_is_read_or_refused_in_words() -> None:
+    """Bytes changed at random where names, kinds and counts stand; and arrays within arrays, deeper than Python counts."""
+    whole, draw, said = small_gguf(Path("m.gguf")), random.Random(1), Counter[str]()
+    assert b"{{ messages }}" in whole, "a template is text, which nothing here fills in"
+    nested = (
+        struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q1sI", 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 10**5
+    )
+    changed = [nested]
+    for _ in range(250):
+        data = bytearray(whole)
+        for _ in range(draw.choice([1, 2, 8])):
+            data[draw.randrange(14_000)] = draw.choice([0, 1, 2, 8, 9, 255, draw.randrange(256)])
+        changed.append(bytes(data))
+    for number, data in enumerate(changed):
+        folder = Path(f"out-{number}")
+        folder.mkdir()
+        Path("x.gguf").write_bytes(data)
+        try:
+            from_gguf.convert(Path("x.gguf"), folder)
+            said["read"] += 1
+        except UserError:
+            said["refused"] += 1
+    assert said["refused"] > 50 and said["read"] > 50, said
     assert TRAP == []
 
 
