@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.bench import shapes
-from train import fused, lora, loss, step
+from train import fused, lora, loss, offload, step
 from train.config import Recipe
-from train.plan import Setting, Shape
+from train.plan import Setting
+from train.shapes import Shape
 
 META = torch.device("meta")
 
@@ -74,8 +75,10 @@ def passes(shape: Shape, setting: Setting) -> tuple[int, int]:
         taken = step.Step(base, names, setting.length, graphs=False)
         taken.vector.data = taken.vector.data.bfloat16()
         taken.bind()
-        base.trunk.gradient_checkpointing = setting.checkpointing
-        ids = torch.ones(setting.batch, setting.length, dtype=torch.long)
+        base.checkpoint(setting.checkpointing)
+        if setting.embedding == "host":
+            base.set_input_embeddings(offload.HostEmbedding(torch.zeros(1, shape.hidden, dtype=torch.bfloat16)))
+        ids = torch.zeros(setting.batch, setting.length, dtype=torch.long)
         living = Living()
         living.leave_out([*base.parameters(), *base.buffers(), taken.vector, taken.slopes, *taken.trunk.turns])
         with living:
@@ -89,7 +92,7 @@ def passes(shape: Shape, setting: Setting) -> tuple[int, int]:
 def _no_kernels() -> Iterator[None]:
     """Every kernel of the passes as what it allocates."""
 
-    def norm(x: Tensor, weight: Any, eps: Any, out: Tensor | None = None) -> Tensor:
+    def norm(x: Tensor, weight: Any, eps: Any, out: Tensor | None = None, add: Any = None, thin: Any = None) -> Tensor:
         return torch.empty_like(x) if out is None else out
 
     def norm_backward(
@@ -111,6 +114,9 @@ def _no_kernels() -> Iterator[None]:
         torch.empty_like(kept[0])  # alive for a moment
         return into  # type: ignore[no-any-return]
 
+    def places(host: Any, count: int, like: Tensor) -> Tensor:
+        return like.new_empty(1).expand(count, *like.shape)  # the host's: next to nothing of the device's
+
     def matrix(layer: Any, dtype: torch.dtype, out: Tensor | None = None, margin: Any = None) -> Tensor:
         size = (layer.in_features, layer.out_features)
         return torch.empty(size, dtype=dtype, device=META) if out is None else out
@@ -129,6 +135,8 @@ def _no_kernels() -> Iterator[None]:
             (fused.Int4Linear, "matrix", matrix),
             (loss.kernels, "usable", lambda device: True),
             (loss, "cross_entropy", lambda logits, labels: torch.empty(len(logits), device=META)),
+            (offload.Host, "places", places),
+            (offload.Lane, "copy", lambda lane, to, x: None),
             (step, "chunk_of", lambda hidden: loss.CHUNK_FAST if len(hidden) > 4096 else loss.CHUNK_FAST // 2),
         ):
             stack.enter_context(patch.object(place, name, fake))

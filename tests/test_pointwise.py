@@ -36,6 +36,8 @@ def results(device: str, dtype: torch.dtype) -> list[Tensor]:
     for rows, size in SIZES:
         x, weight, slope, residual = make(rows, size), make(size), make(rows, size, seed=1), make(rows, size, seed=2)
         found.append(pointwise.rms_norm(x, weight, 1e-6))
+        summed = x.clone()
+        found += [pointwise.rms_norm(summed, weight, 1e-6, add=residual), summed]
         found.append(pointwise.rms_norm_backward(slope, x, weight, 1e-6))
         found.append(pointwise.rms_norm_backward(slope, x, weight, 1e-6, residual))
         strided = make(rows, size + 8)[:, :size]
@@ -78,6 +80,10 @@ def taken_along(device: str, dtype: torch.dtype, rows: int) -> list[Tensor]:
     for size, r in [(48, 4), (40, 16), (344, 64)]:
         both = numbers(rows, 2 * size + 8, dtype=dtype, device=device)[:, : 2 * size]
         one, two = thin([(size, r)], transposed=True), thin([(size, r)] * 2)
+        for add in (None, numbers(rows, size, seed=5, dtype=dtype, device=device)):
+            x, weight = (numbers(*shape, seed=6, dtype=dtype, device=device) for shape in ((rows, size), (size,)))
+            out = numbers(rows, size + 8, dtype=dtype, device=device)[:, :size]
+            found += [pointwise.rms_norm(x, weight, 1e-6, out, add, one), x, one.out.clone()]
         found += [pointwise.swiglu(both, None, one), one.out]
         slope = numbers(rows, size, seed=3, dtype=dtype, device=device)
         pointwise.swiglu_backward(both, slope, two)
@@ -125,7 +131,7 @@ def check_taken_along(device: str, dtype: torch.dtype, definitions: list[Tensor]
     assert thinly.tile(rows, dtype, [4]) and not thinly.tile(rows, dtype, [4, 8])
     room = {torch.float32: 4e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
     found = taken_along(device, dtype, rows)
-    assert len(found) == len(definitions) == 27
+    assert len(found) == len(definitions) == 45
     for ours, want in zip(found, definitions):
         error = (ours.float().cpu() - want.float()).abs().max() / want.float().abs().max()
         assert float(error) < room, (tuple(want.shape), float(error))

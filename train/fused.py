@@ -236,13 +236,13 @@ class Saved:
     qkv: Tensor  # [M, (Hq + 2 Hkv) D], turned
     attended: Tensor  # [M, Hq, D]
     kept: Kept
-    middle: Tensor  # [M, H], after attention
+    middle: Tensor  # [M, H], after attention; without x, which the norm after it adds
     both: Tensor | None  # [M, 2 I], gate and up
     thin: tuple[Tensor | None, ...]  # of qkv, out, both, down
 
 
 class Block:
-    """One block's passes. x, y and their gradients are [M, H]."""
+    """One block's passes. x, y and their gradients are [M, H]. What goes past a product is added by the norm that reads the sum."""
 
     def __init__(self, block: nn.Module, config: Any, number: int) -> None:
         names = config.names
@@ -259,35 +259,38 @@ class Block:
     def projections(self) -> tuple[Projection, ...]:
         return self.qkv, self.out, self.both, self.down
 
-    def forward(self, x: Tensor, t: Tokens, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Saved]:
-        """y, and what `backward` needs."""
-        saved = self.attend(x, t, turns)
-        both, thin3 = self._branches(saved.middle, t)
+    def forward(
+        self, x: Tensor, add: Tensor | None, t: Tokens, turns: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Saved]:
+        """Two tensors whose sum is y, and what `backward` needs, for x and `add`, of which x becomes the sum."""
+        saved = self.attend(x, t, turns, add)
+        both, thin3 = self._branches(saved.middle, x, t)
         y, thin4 = self._joined(both, t)
-        y += saved.middle
         saved.both, saved.thin = both, (*saved.thin[:2], thin3, thin4)
-        return y, saved
+        return y, saved.middle, saved
 
     def passed(self, x: Tensor, t: Tokens, turns: tuple[Tensor, Tensor]) -> Tensor:
         """y, with nothing kept: the MLP goes over it part by part, in place."""
         y = self.attend(x, t, turns).middle
         for rows, mine in _parts(len(y), t):
-            y[rows] += self._joined(self._branches(y[rows], mine)[0], mine)[0]
+            y[rows] += self._joined(self._branches(y[rows], x[rows], mine)[0], mine)[0]
         return y
 
-    def attend(self, x: Tensor, t: Tokens, turns: tuple[Tensor, Tensor]) -> Saved:
+    def attend(self, x: Tensor, t: Tokens, turns: tuple[Tensor, Tensor], add: Tensor | None = None) -> Saved:
         """The first half, without the MLP: what `backward` needs of it, where the branches are None."""
-        qkv, thin1 = self.qkv.forward(self._normed(x, self.norm1, self.qkv), t, bias=False)
+        h, taken = self._normed(x, self.norm1, self.qkv, add)
+        qkv, thin1 = self.qkv.forward(h, t, bias=False, made=taken)
+        del h
         parts = self._split(qkv)
         turn(parts, self.qkv.bias, *turns, t.positions, out=qkv)
         attended, kept = attend(*parts, t)
         middle, thin2 = self.out.forward(attended.flatten(1), t)
-        middle += x
         return Saved(x, qkv, attended, kept, middle, None, (thin1, thin2))
 
-    def _branches(self, middle: Tensor, t: Tokens) -> tuple[Tensor, Tensor | None]:
-        h = self._normed(middle, self.norm2, self.both)
-        return self.both.forward(h, t, spare=self.both.spare_back)
+    def _branches(self, middle: Tensor, x: Tensor, t: Tokens) -> tuple[Tensor, Tensor | None]:
+        """Gate and up, and their thin product; x is added to `middle`."""
+        h, taken = self._normed(middle, self.norm2, self.both, x)
+        return self.both.forward(h, t, spare=self.both.spare_back, made=taken)
 
     def _joined(self, both: Tensor, t: Tokens) -> tuple[Tensor, Tensor | None]:
         act = _roomy(both, self.down.inputs, self.down.spare)
@@ -322,7 +325,7 @@ class Block:
             s.both = None
             return
         for rows, mine in _parts(len(dy), t):
-            both, thin = self._branches(s.middle[rows], mine)
+            both, thin = self._branches(s.middle[rows], s.x[rows], mine)
             self._half_backward(dy[rows], s.middle[rows], both, (thin, None), mine, rows.start > 0)
             del both, thin
 
@@ -343,11 +346,12 @@ class Block:
         """Room for a gradient of x [M, H], with what its readers would like to spare: all blocks are alike."""
         return _roomy(x, x.shape[1], max(self.down.spare_back, self.out.spare_back))
 
-    def _normed(self, x: Tensor, norm: Any, reader: Projection) -> Tensor:
-        """The norm of x [M, H], with the columns that its reader would like to spare."""
+    def _normed(self, x: Tensor, norm: Any, reader: Projection, add: Tensor | None) -> tuple[Tensor, Thin | None]:
+        """The norm of x + `add` [M, H], with the columns that its reader would like to spare, and its reader's thin product."""
         h = _roomy(x, x.shape[1], reader.spare)
-        rms_norm(x, norm.weight, self.eps, h[:, : x.shape[1]])
-        return h
+        taken = reader.of_input(h)
+        rms_norm(x, norm.weight, self.eps, h[:, : x.shape[1]], add, taken)
+        return h, taken
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         queries, keys, size = self.heads
@@ -381,16 +385,18 @@ class Trunk:
     def forward(self, x: Tensor, t: Tokens, checkpointing: str) -> tuple[Tensor, Any]:
         """hidden, and what `backward` needs: of each block all (Saved), or with checkpointing (on, offload) its input."""
         kept: Any = Shelf(self.host, len(self.blocks), x) if checkpointing == "offload" else []
+        add = None
         for block in self.blocks:
             if checkpointing != "off":
                 kept.append(x)
                 x = block.passed(x, t, self.turns)
             else:
-                x, saved = block.forward(x, t, self.turns)
+                x, add, saved = block.forward(x, add, t, self.turns)
                 kept.append(saved)
                 del saved
+        hidden = rms_norm(x, self.norm.weight, self.config.rms_norm_eps, add=add)
         kept.append(x)
-        return rms_norm(x, self.norm.weight, self.config.rms_norm_eps), kept
+        return hidden, kept
 
     def backward(self, slope: Tensor, kept: Any, t: Tokens) -> None:
         """Every adapter's gradient for the gradient `slope` [M, H] of hidden. Empties `kept`."""

@@ -55,13 +55,34 @@ def _along(x: Tensor, thin: Thin | None, parts: Sequence[int]) -> tuple[int, int
     return thinly.tile(len(x), x.dtype, thin.ranks)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """x / rms(x) · weight, the mean in float32. x [M, H] contiguous; rows of `out` may be strided, here and below."""
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+    add: Tensor | None = None,
+    thin: Thin | None = None,
+) -> Tensor:
+    """x / rms(x) · weight, the mean in float32. x [M, H] contiguous; rows of `out` and `add` may be strided, here and below.
+
+    Args:
+        add: [M, H], added to x first, in place. thin: made of the result.
+    """
     out = torch.empty_like(x) if out is None else out
+    if tile := _along(out, thin, (1,)):
+        assert thin is not None
+        thinly.rms_norm(x, weight, eps, out, add, thin.matrices[0], thin.scale, thin.out, tile)
+        return out
     if _fast(x):
-        return fast.rms_norm(x, weight, eps, out)
-    y = _wide(x)
-    return out.copy_((y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight)
+        fast.rms_norm(x, weight, eps, out, add)
+    else:
+        if add is not None:
+            x += add
+        y = _wide(x)
+        out.copy_((y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight)
+    if thin is not None:
+        thin.fill(out)
+    return out
 
 
 def rms_norm_backward(

@@ -12,11 +12,15 @@ from train.kernels.runtime import tl, triton
 if triton is not None:
 
     @triton.jit
-    def _norm_row(x, weight, out, size, eps, out_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _norm_row(x, add, weight, out, size, eps, add_stride, out_stride, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         row = tl.program_id(0).to(tl.int64)
         n = tl.arange(0, BLOCK)
         inside = n < size
         given = tl.load(x + row * size + n, mask=inside, other=0.0)
+        if ADD:
+            more = tl.load(add + row * add_stride + n, mask=inside, other=0.0)
+            given = (given.to(tl.float32) + more.to(tl.float32)).to(given.dtype)
+            tl.store(x + row * size + n, given, mask=inside)
         a = given.to(tl.float32)
         rate = tl.rsqrt(tl.sum(a * a, 0) / size + eps)
         scaled = (a * rate).to(given.dtype).to(tl.float32)
@@ -135,10 +139,14 @@ def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    """pointwise.rms_norm: x [M, H] -> out [M, H]."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None) -> Tensor:
+    """pointwise.rms_norm: x [M, H], plus `add` in place -> out [M, H]."""
     block = triton.next_power_of_2(x.shape[1])
-    _norm_row[(len(x),)](x, weight, out, x.shape[1], eps, out.stride(0), BLOCK=block, num_warps=_warps(block))
+    more = x if add is None else add
+    _norm_row[(len(x),)](
+        x, more, weight, out, x.shape[1], eps, more.stride(0), out.stride(0),
+        ADD=add is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
     return out
 
 

@@ -1,4 +1,4 @@
-"""SwiGLU and rotation with an adapter's thin product made on the way: what a pass writes is not read again for it.
+"""Norm, SwiGLU and rotation with an adapter's thin product made on the way: what a pass writes is not read again for it.
 
 A product of an activation [M, N] with a matrix [N, r] reads all of the activation for little work. Here a program takes some rows,
 goes along them tile by tile as the plain passes do, and has tensor cores add up the thin product of what it writes. It pays where
@@ -29,6 +29,39 @@ if triton is not None:
         r = tl.arange(0, R)[None]
         at = out + i.to(tl.int64)[:, None] * stride + r
         tl.store(at, x.to(out.dtype.element_ty), mask=(i < rows)[:, None] & (r < rank))
+
+    @triton.jit
+    def _norm_thin(  # type: ignore[no-untyped-def]
+        x, add, weight, out, matrix, thin, rows, size, eps, add_stride, out_stride, matrix_row, matrix_column, thin_stride, scale, rank,
+        ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
+    ):  # fmt: skip
+        """Along the rows twice: for their squares, and, from the cache, for what they become."""
+        i = tl.program_id(0) * BM + tl.arange(0, BM)
+        row = i.to(tl.int64)[:, None]
+        squares = tl.zeros((BM, BN), tl.float32)
+        for start in tl.range(0, size, BN, num_stages=STAGES):
+            n = start + tl.arange(0, BN)[None]
+            inside = (i < rows)[:, None] & (n < size)
+            given = tl.load(x + row * size + n, mask=inside, other=0.0)
+            if ADD:
+                more = tl.load(add + row * add_stride + n, mask=inside, other=0.0)
+                given = (given.to(tl.float32) + more.to(tl.float32)).to(given.dtype)
+                tl.store(x + row * size + n, given, mask=inside)
+            a = given.to(tl.float32)
+            squares += a * a
+        rate = tl.rsqrt(tl.sum(squares, 1) / size + eps)[:, None]
+        tl.debug_barrier()  # the sums are read again, by other threads of the program
+        acc = tl.zeros((BM, R), tl.float32)
+        for start in tl.range(0, size, BN, num_stages=STAGES):
+            n = start + tl.arange(0, BN)[None]
+            inside = (i < rows)[:, None] & (n < size)
+            given = tl.load(x + row * size + n, mask=inside, other=0.0)
+            w = tl.load(weight + n, mask=n < size, other=0.0).to(tl.float32)
+            y = ((given.to(tl.float32) * rate).to(given.dtype).to(tl.float32) * w).to(out.dtype.element_ty)
+            tl.store(out + row * out_stride + n, y, mask=inside)
+            part = _thin_tile(matrix, start, matrix_row, matrix_column, size, rank, BN, R)
+            acc = tl.dot(y, part, acc, input_precision=EXACT)
+        _store_thin(acc * scale, thin, i, rows, thin_stride, rank, R)
 
     @triton.jit
     def _swiglu_thin(  # type: ignore[no-untyped-def]
@@ -156,6 +189,20 @@ def _numbers(rank: int, dtype: torch.dtype) -> dict[str, object]:
     return {
         "R": max(16, triton.next_power_of_2(rank)), "STAGES": STAGES, "EXACT": "ieee" if dtype == torch.float32 else "tf32"
     }  # fmt: skip
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None,
+    matrix: Tensor, scale: float, thin: Tensor, shape: tuple[int, int, int],
+) -> None:  # fmt: skip
+    """pointwise.rms_norm, and thin [M, r] = scale · out matrix, for a matrix [H, r] of any strides."""
+    rows, size = x.shape
+    BM, BN, warps = shape
+    more = x if add is None else add
+    _norm_thin[(triton.cdiv(rows, BM),)](
+        x, more, weight, out, matrix, thin, rows, size, eps, more.stride(0), out.stride(0), *matrix.stride(), thin.stride(0),
+        scale, matrix.shape[1], ADD=add is not None, BM=BM, BN=BN, num_warps=warps, **_numbers(matrix.shape[1], out.dtype),
+    )  # fmt: skip
 
 
 def swiglu(both: Tensor, out: Tensor, matrix: Tensor, scale: float, thin: Tensor, shape: tuple[int, int, int]) -> None:
