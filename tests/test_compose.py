@@ -26,6 +26,12 @@ def project(tmp_path: Path) -> Path:
     return checkout(tmp_path / "checkout")
 
 
+def _heedful() -> None:
+    """As in a terminal, whoever runs the tests: a shell cannot trap what was ignored when it began (nohup, a job in the background)."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(project: Path, *words: str, **variables: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         ["docker/run", *words],
@@ -35,6 +41,7 @@ def start(project: Path, *words: str, **variables: str) -> "subprocess.Popen[str
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_heedful,
     )
 
 
