@@ -11,7 +11,7 @@ FLOORS = {
     name: set(modules.split())
     for name, modules in {
         "leaves": "config errors files progress download modelfolder gptq kernels loss attention pointwise offload "
-        "conversations formats parsing scanner meter world host diagnosis plan guard journal stages",
+        "conversations formats parsing scanner meter world host diagnosis shapes plan guard journal stages",
         "parts": "layouts decoder fused layers decoding lora tokenizer chatml from_gguf",
         "assembled": "loader stock dataset generate step engine loop job checkpoint saver manifest record merge parity report",
     }.items()

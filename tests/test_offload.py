@@ -31,7 +31,7 @@ def learnt(model: Any, how: str, graphs: bool, times: int = 3) -> list[tuple[flo
     step.vector.data = step.vector.data.to(next(iter(names)).dtype)
     step.bind()
     torch.manual_seed(0)
-    found = []
+    found: list[tuple[float, Tensor]] = []
     for n in range(times * len(BATCHES)):
         step.vector.grad = None
         loss = step(batch_of(BATCHES[n % len(BATCHES)]))

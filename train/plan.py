@@ -7,69 +7,47 @@ Valid where the fused passes run in 16 bits with flash attention (sm_80 on). CUD
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 from train.config import Recipe
 from train.errors import UserError
+from train.shapes import Shape
 
 GIB = 2**30
-SIXTEEN = 2  # bytes of a number that is computed with
-CONTEXT = (
-    GIB // 2
-)  # of CUDA itself, assumed for a small card; 1.29 GiB were outside torch on an H100, NCCL's and the driver's among them
-SPARE = 0.02  # of a card that is left alone
-GAPS, GAPS_SHARE = (
-    GIB // 4,
-    1 / 12,
-)  # rounding and gaps of torch's allocator: measured, so much and a share of the activations
-ROUND = 64  # rows are padded to a multiple of this many tokens (step.WIDTH)
-LOSS_ROWS, LOSS_TOKENS = 1024, 4096  # rows of logits at once, half as many up to so many tokens (step.chunk_of)
-HALVES = 4096  # tokens from which checkpointing makes the MLP again in two halves (fused.HALVES)
-WORKSPACE = 2 * (32 << 20)  # cuBLAS keeps this much a stream on Hopper: the usual one, and the one that captures
-BUCKET = 50_000_000  # numbers in ZeRO's reduction bucket (deepspeed/zero2.json), there during the backward pass
+# bytes of a number that is computed with
+SIXTEEN = 2
+
+# CUDA's own context, assumed for a small card; 1.29 GiB were outside torch on an H100, NCCL's and the driver's among them
+CONTEXT = GIB // 2
+# of a card that is left alone
+SPARE = 0.02
+# rounding and gaps of torch's allocator: measured, so much and a share of the activations
+GAPS, GAPS_SHARE = GIB // 4, 1 / 12
+# cuBLAS keeps this much a stream on Hopper: the usual one, and the one that captures
+WORKSPACE = 2 * (32 << 20)
+
+# rows are padded to a multiple of this many tokens (step.WIDTH)
+ROUND = 64
+# rows of logits at once, half as many up to so many tokens (step.chunk_of)
+LOSS_ROWS, LOSS_TOKENS = 1024, 4096
+# tokens from which checkpointing makes the MLP again in two halves (fused.HALVES)
+HALVES = 4096
+
+# numbers in ZeRO's reduction bucket (deepspeed/zero2.json), there during the backward pass
+BUCKET = 50_000_000
 # bytes of a learnt number: weight and gradient in 16 bits, float32 master and two moments
 AT_REST = 2 + 2 + 4 + 8
-UPDATE = 4 + 8  # while the optimizer works: the gradient in float32, and in float64 for its norm
-HANDOVER = 2 + 2 + 4  # while ZeRO takes a gradient over: torch's copy of it, its own, and the sum in float32
+# while the optimizer works: the gradient in float32, and in float64 for its norm
+UPDATE = 4 + 8
+# while ZeRO takes a gradient over: torch's copy of it, its own, and the sum in float32
+HANDOVER = 2 + 2 + 4
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A model as far as memory is concerned."""
-
-    layout: str  # qwen (fused c_attn) | qwen2
-    layers: int
-    hidden: int
-    heads: int
-    key_heads: int
-    head_size: int
-    inner: int  # width of one branch of the MLP
-    vocabulary: int
-    tied: bool = False
-    bits: int = 4  # of a weight in the blocks; 16: floats
-    group: int = 128  # weights of one scale
-
-    @property
-    def queries(self) -> int:
-        return self.heads * self.head_size
-
-    @property
-    def qkv(self) -> int:
-        return (self.heads + 2 * self.key_heads) * self.head_size
-
-    def groups(self) -> list[list[str]]:
-        """The linears that read the same input, by name."""
-        names = [name for name, _, _ in self.linears()]
-        return [names[:-4], names[-4:-3], names[-3:-1], names[-1:]]
-
-    def linears(self) -> list[tuple[str, int, int]]:
-        """(name, K, N) of the linears of a block, named as the layout does."""
-        h, q, kv, i = self.hidden, self.queries, self.key_heads * self.head_size, self.inner
-        if self.layout == "qwen":
-            return [("c_attn", h, self.qkv), ("c_proj", q, h), ("w2", h, i), ("w1", h, i), ("c_proj", i, h)]
-        attention = [("q_proj", h, q), ("k_proj", h, kv), ("v_proj", h, kv), ("o_proj", q, h)]
-        return [*attention, ("gate_proj", h, i), ("up_proj", h, i), ("down_proj", i, h)]
+# Time, in the measure of one token's. What a micro batch costs however small it is, from the speeds at 512, 2048 and 8192 tokens
+BATCH_COSTS = 600
+# how much longer a step takes: recomputing is a third of all; copies beside the computing and the rows of an embedding from the host
+# are not measured, and assumed to cost a little
+TAKES = {"off": 1.0, "on": 4 / 3, "offload": 1.4}
+HOST_TAKES = 1.01
 
 
 @dataclass(frozen=True)
@@ -78,22 +56,33 @@ class Setting:
 
     batch: int
     length: int
-    checkpointing: bool
+    checkpointing: str  # off | on | offload
     rank: int = 64
     dropout: float = 0.0
     accumulation: int = 1
     graphs: bool = True
     targets: str = "all"
+    embedding: str = "device"  # device | host
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Setting":
-        same = ("batch", "length", "checkpointing", "rank", "dropout", "accumulation", "graphs", "targets")
-        return cls(**{name: getattr(recipe, name) for name in same})
+        return cls(**{field.name: getattr(recipe, field.name) for field in fields(cls)})
+
+    def words(self, but: Recipe | None = None) -> str:
+        """What is chosen here, as key=value; without what the recipe `but` says already."""
+        keys = ("batch", "accumulation", "checkpointing", "embedding")
+        values = {key: getattr(self, key) for key in keys}
+        return " ".join(f"{key}={value}" for key, value in values.items() if but is None or getattr(but, key) != value)
 
     @property
     def tokens(self) -> int:
         """Of a micro batch, padding included."""
         return self.batch * (-(-self.length // ROUND) * ROUND)
+
+    @property
+    def over_the_bus(self) -> bool:
+        """Whether a step copies what a card with more memory would keep."""
+        return self.checkpointing == "offload" or self.embedding == "host"
 
 
 @dataclass(frozen=True)
@@ -123,7 +112,7 @@ class Estimate:
 def estimate(shape: Shape, setting: Setting) -> Estimate:
     """What one step takes at its worst moment."""
     learnt = numbers(shape, setting)
-    rest = {"weights of the blocks": blocks(shape), "embeddings and head": embeddings(shape)}
+    rest = {"weights of the blocks": blocks(shape), tables(shape, setting): embeddings(shape, setting)}
     rest |= {"adapters: weights, gradients, AdamW": AT_REST * learnt, "workspace of cuBLAS": WORKSPACE}
     activations = kept(shape, setting)
     between = 4 * learnt if setting.accumulation > 1 else 0  # the sum of gradients so far
@@ -157,8 +146,13 @@ def blocks(shape: Shape) -> int:
     return shape.layers * (total + SIXTEEN * (2 * shape.hidden + shape.qkv))
 
 
-def embeddings(shape: Shape) -> int:
-    return SIXTEEN * shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+def embeddings(shape: Shape, setting: Setting) -> int:
+    """The embedding's table and the head: one where they are the same, or where the embedding's stays on the host."""
+    return SIXTEEN * shape.vocabulary * shape.hidden * (1 if shape.tied or setting.embedding == "host" else 2)
+
+
+def tables(shape: Shape, setting: Setting) -> str:
+    return "head" if setting.embedding == "host" and not shape.tied else "embeddings and head"
 
 
 def numbers(shape: Shape, setting: Setting) -> int:
@@ -227,21 +221,33 @@ class Widths:
 
 
 def kept(shape: Shape, setting: Setting) -> int:
-    """What the forward pass leaves for the backward pass: of every block all, or with checkpointing its input."""
+    """What the forward pass leaves on the device for the backward pass: of every block all, with checkpointing its input, and with
+    offload the last block's input only; a graph's place of the first block's stays besides."""
     w = Widths.of(shape, setting)
-    return SIXTEEN * setting.tokens * shape.layers * (w.h if setting.checkpointing else w.block)
+    inputs = {"off": 0, "on": shape.layers, "offload": min(shape.layers, 2 if setting.graphs else 1)}
+    numbers = inputs[setting.checkpointing] * w.h if setting.checkpointing != "off" else shape.layers * w.block
+    return SIXTEEN * setting.tokens * numbers
 
 
 def forward(shape: Shape, setting: Setting) -> int:
-    """Beside what is kept, in the last block's MLP: what it read, its product, a weight as floats."""
+    """Beside what is kept, in the widest stage of the last block's forward pass."""
     w = Widths.of(shape, setting)
-    again = w.block - w.h if setting.checkpointing else 0
-    made = max(
-        (w.h + w.r3, (w.h + w.r3) * 2 * w.i),
-        (w.i + w.r4 + max(w.h, 2 * w.drop * w.i), (w.i + w.r4) * w.h),
-        key=lambda pair: pair[0],
-    )
-    return SIXTEEN * (setting.tokens * (again + made[0]) + made[1])
+    return SIXTEEN * max(setting.tokens * wide + weight for wide, weight in made(w, setting))
+
+
+def made(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
+    """(numbers a token, numbers of one weight) alive in turn beyond what is kept. With checkpointing (fused.Block.passed) also what is
+    kept otherwise: first attention's, then the MLP's, of half the tokens at a time."""
+    read, product = w.h + w.r3, w.i + w.r4 + max(w.h, 2 * w.drop * w.i)
+    if setting.checkpointing == "off":
+        yield read, read * 2 * w.i
+        yield product, (w.i + w.r4) * w.h
+        return
+    share = 0.5 if setting.tokens >= HALVES else 1.0
+    yield w.h + 2 * w.r1 + w.n, (w.h + w.r1) * w.n
+    yield w.attended, w.q * w.h
+    yield w.h + int(share * (w.branches + w.r3 + read)), read * 2 * w.i
+    yield w.h + int(share * (w.branches + w.r3 + w.r4 + product)), (w.i + w.r4) * w.h
 
 
 def places(shape: Shape, setting: Setting) -> int:
@@ -259,6 +265,8 @@ def backward(shape: Shape, setting: Setting) -> int:
     """Beside what is kept and ZeRO's bucket, in the worst stage of the last block's backward pass."""
     w = Widths.of(shape, setting)
     around = w.h * (3 if setting.graphs else 2)  # the last norm's input, its gradient, and the place of its output
+    if setting.checkpointing == "offload" and shape.layers > 1:
+        around += w.h  # the input that is on its way
     return SIXTEEN * max(setting.tokens * (wide + around) + weight for wide, weight in stages(w, setting))
 
 
@@ -266,15 +274,15 @@ def stages(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
     """(numbers a token, numbers of one weight) alive in turn within fused.Block.backward, beyond what is kept."""
     slopes = w.h + w.back(max(w.r2, w.r4))  # of the block's output; one room for all gradients of that kind
     again, share = 0, 1.0
-    if setting.checkpointing:  # made again: the first half, then the branches, of half the tokens at a time
+    if setting.checkpointing != "off":  # made again: the first half, then the branches, of half the tokens at a time
         again, share = w.attended, 0.5 if setting.tokens >= HALVES else 1.0
-    mlp = (w.branches + w.r3) if setting.checkpointing else 0
-    gone = 0 if setting.checkpointing else w.branches  # let go of after the MLP
+    mlp = (w.branches + w.r3) if setting.checkpointing != "off" else 0
+    gone = w.branches if setting.checkpointing == "off" else 0  # let go of after the MLP
     yield again + slopes + int(share * (mlp + w.i * (1 + w.drop))), w.i * (w.h + w.back(w.r4))
     yield again + slopes + int(share * (mlp + w.h * (2 + w.drop))), w.h * w.branches
     yield again + slopes - gone + w.q * (1 + w.drop), w.q * w.h
     yield again + slopes - gone + w.q + w.n + w.back(w.r1) + 2 * w.heads, 0
-    yield again + slopes - gone - w.q + w.n + w.back(w.r1) + w.h * (2 + w.drop), w.h * w.n
+    yield again + slopes - gone - w.q + w.back(w.r1) + w.h * (2 + w.drop), w.h * w.n
 
 
 def update(learnt: int) -> int:
@@ -282,24 +290,43 @@ def update(learnt: int) -> int:
     return max(UPDATE * learnt, HANDOVER * learnt + SIXTEEN * BUCKET)
 
 
+# What it takes of the host
+
+
+def on_host(shape: Shape, setting: Setting) -> int:
+    """Bytes of the machine's memory that a step keeps for the card: the embedding's table, and pinned room for the inputs of blocks,
+    of which torch takes powers of two."""
+    table = SIXTEEN * shape.vocabulary * shape.hidden if setting.embedding == "host" and not shape.tied else 0
+    room = SIXTEEN * setting.tokens * shape.hidden * (shape.layers - 1) if setting.checkpointing == "offload" else 0
+    return table + (1 << (room - 1).bit_length() if room else 0)
+
+
 # For a card
 
 
 def candidates(shape: Shape, recipe: Recipe) -> Iterator[tuple[Setting, Estimate]]:
-    """Every way to compute the recipe's step of batch × accumulation rows, quickest first."""
+    """Every way to compute the recipe's step of batch × accumulation rows, quickest first.
+
+    Those that copy over the bus come after all that do not: what they cost depends on the machine around the card. An embedding that
+    the recipe wants on the host stays there in all of them.
+    """
     rows, base = recipe.batch * recipe.accumulation, Setting.of(recipe)
-    found = []
-    for batch in (b for b in range(1, rows + 1) if rows % b == 0):
-        for checkpointing in (False, True):
-            found.append(replace(base, batch=batch, accumulation=rows // batch, checkpointing=checkpointing))
-    for setting in sorted(found, key=seconds):
+    places = (base.embedding,) if shape.tied or base.embedding == "host" else ("device", "host")
+    found = [
+        replace(base, batch=batch, accumulation=rows // batch, checkpointing=how, embedding=place)
+        for batch in range(1, rows + 1)
+        if rows % batch == 0
+        for how in TAKES
+        for place in places
+    ]
+    for setting in sorted(found, key=lambda setting: (setting.over_the_bus, seconds(setting))):
         yield setting, estimate(shape, setting)
 
 
 def seconds(setting: Setting) -> float:
-    """The time of a step in the measure of one token's, to order settings by: what a micro batch costs however small it is is
-    about 600 tokens' worth (from the speeds at 512, 2048 and 8192 tokens), and recomputing a third of all."""
-    return setting.accumulation * (setting.tokens + 600) * (4 / 3 if setting.checkpointing else 1)
+    """The time of a step in the measure of one token's, to order settings by."""
+    place = HOST_TAKES if setting.embedding == "host" else 1.0
+    return setting.accumulation * (setting.tokens + BATCH_COSTS) * TAKES[setting.checkpointing] * place
 
 
 def choose(shape: Shape, recipe: Recipe, card: int) -> tuple[Setting, Estimate] | None:
@@ -311,13 +338,13 @@ def fits(found: Estimate, card: int) -> bool:
     return found.with_context <= card * (1 - SPARE)
 
 
-def longest(shape: Shape, recipe: Recipe, card: int) -> int:
-    """The longest rows, in steps of 64 tokens, that fit a card one at a time with checkpointing; 0 if none do."""
-    base = replace(Setting.of(recipe), batch=1, accumulation=recipe.batch * recipe.accumulation, checkpointing=True)
+def longest(shape: Shape, setting: Setting, card: int) -> int:
+    """The longest rows, in steps of 64 tokens, that fit a card one at a time in a setting that is otherwise this; 0 if none do."""
+    one = replace(setting, batch=1, accumulation=setting.batch * setting.accumulation)
     low, high = 0, 1 << 20
     while high - low > ROUND:
         middle = (low + high) // 2 // ROUND * ROUND
-        low, high = (middle, high) if fits(estimate(shape, replace(base, length=middle)), card) else (low, middle)
+        low, high = (middle, high) if fits(estimate(shape, replace(one, length=middle)), card) else (low, middle)
     return low
 
 
@@ -336,65 +363,3 @@ def card_bytes(text: str) -> int:
     if not 0 < size < 2**50:
         raise UserError(f"gpu={text}: expected the memory of a card, as 8G or 7.6G; empty: this machine's card.")
     return int(size)
-
-
-# Which model
-
-
-PUBLISHED: dict[str, Shape] = {  # by the last part of a name, before -Chat, -Instruct, -Int4 …
-    "Qwen-1_8B": Shape("qwen", 24, 2048, 16, 16, 128, 5504, 151_936),
-    "Qwen-7B": Shape("qwen", 32, 4096, 32, 32, 128, 11_008, 151_936),
-    "Qwen-14B": Shape("qwen", 40, 5120, 40, 40, 128, 13_696, 152_064),
-    "Qwen-72B": Shape("qwen", 80, 8192, 64, 64, 128, 24_576, 152_064),
-    "Qwen2.5-0.5B": Shape("qwen2", 24, 896, 14, 2, 64, 4864, 151_936, tied=True),
-    "Qwen2.5-1.5B": Shape("qwen2", 28, 1536, 12, 2, 128, 8960, 151_936, tied=True),
-    "Qwen2.5-3B": Shape("qwen2", 36, 2048, 16, 2, 128, 11_008, 151_936, tied=True),
-    "Qwen2.5-7B": Shape("qwen2", 28, 3584, 28, 4, 128, 18_944, 152_064),
-    "Qwen2.5-14B": Shape("qwen2", 48, 5120, 40, 8, 128, 13_824, 152_064),
-    "Qwen2.5-32B": Shape("qwen2", 64, 5120, 40, 8, 128, 27_648, 152_064),
-    "Qwen2.5-72B": Shape("qwen2", 80, 8192, 64, 8, 128, 29_568, 152_064),
-}
-
-
-def published(name: str) -> Shape:
-    """The shape of a model that is not here, by its name: Qwen/Qwen-7B-Chat-Int4, Qwen2.5-7B-Instruct-GPTQ-Int4.
-
-    Raises:
-        UserError: a name that is none of those known.
-    """
-    last = name.rstrip("/").rpartition("/")[2].replace("-Coder", "")
-    found = max((key for key in PUBLISHED if last == key or last.startswith(f"{key}-")), key=len, default=None)
-    if found is None:
-        raise UserError(
-            f"model {name!r}: no folder of that name, and no shape that is known by it. Known: {', '.join(PUBLISHED)}; "
-            f"or fetch it first: make model MODEL={name}"
-        )
-    bits = 4 if "Int4" in last else 8 if "Int8" in last else 16
-    return replace(PUBLISHED[found], bits=bits)
-
-
-def read_shape(config: dict[str, Any]) -> Shape:
-    """From the content of a published config.json.
-
-    Raises:
-        UserError: neither Qwen-1 nor Qwen2.
-    """
-    kind = config.get("model_type")
-    if kind not in ("qwen", "qwen2"):
-        raise UserError(f"config.json: model_type is {kind!r}; this program reads 'qwen' and 'qwen2'.")
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    packing = config.get("quantization_config") or {}
-    group = packing.get("group_size", 128)
-    return Shape(
-        layout=kind,
-        layers=config["num_hidden_layers"],
-        hidden=hidden,
-        heads=heads,
-        key_heads=heads if kind == "qwen" else config.get("num_key_value_heads", heads),
-        head_size=config.get("kv_channels", 128) if kind == "qwen" else config.get("head_dim") or hidden // heads,
-        inner=config["intermediate_size"] // (2 if kind == "qwen" else 1),
-        vocabulary=config["vocab_size"],
-        tied=config.get("tie_word_embeddings", False),
-        bits=packing.get("bits", 4) if packing else 16,
-        group=group if group > 0 else hidden,
-    )

@@ -9,7 +9,7 @@ the fused passes on a card; rows of a CPU, of other arms and of what did not fit
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from train.plan import GIB, Setting
 
 RESULTS = Path(__file__).parent / "results"
 WITHIN = 0.10
+CALLED = {"off": "", "on": " checkpointing", "offload": " offload"}
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ class Check:
 
 def check(row: dict[str, Any]) -> Check:
     """What the plan says of a row."""
-    setting = Setting(row["batch"], row["length"], row["checkpointing"], row.get("rank", 64), row.get("dropout", 0.0))
+    how = {False: "off", True: "on"}.get(row["checkpointing"], row["checkpointing"])
+    setting = Setting(row["batch"], row["length"], how, row.get("rank", 64), row.get("dropout", 0.0))
+    setting = replace(setting, embedding=row.get("embedding", "device"))
     model = row.get("model", "1.8b")
     found = plan.estimate(SHAPES[model], setting)
-    name = f"{model} {row['batch']}×{row['length']}{' checkpointing' if row['checkpointing'] else ''}"
+    name = f"{model} {row['batch']}×{row['length']}{CALLED[how]}{' embedding on the host' if setting.embedding == 'host' else ''}"
     rest = (found.at_rest / GIB, row["at_rest_gib"]) if "at_rest_gib" in row else None
     held = (found.held / GIB, row["reserved_gib"]) if "reserved_gib" in row else None
     return Check(f"{name} dropout {setting.dropout:g}", found.peak / GIB, row["peak_gib"], found.moment, rest, held)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from train.decoder import Decoder
 from train.gptq import Int4Linear, Scheme
 from train.layouts import DecoderConfig
-from train.plan import PUBLISHED, Shape
+from train.shapes import PUBLISHED, Shape
 
 SHAPES: dict[str, Shape] = {
     "tiny": Shape("qwen", 2, 128, 4, 4, 32, 256, 512),

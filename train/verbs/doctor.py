@@ -308,8 +308,9 @@ def _memory(here: Host, model: "Decoder", folder: Path, adapter: int, recipe: Re
 def _planned(recipe: Recipe, folder: Path, free: int, total: int) -> Finding:
     """The peak of a step, CUDA's context included; where it does not fit, the quickest way to compute the same rows that does."""
     from train import plan
+    from train.shapes import read_shape
 
-    shape = plan.read_shape(read_json(folder / "config.json"))
+    shape = read_shape(read_json(folder / "config.json"))
     needed = plan.estimate(shape, plan.Setting.of(recipe)).with_context
     found = diagnosis.check_room("card's memory", needed, free, total, word="at its peak about")
     chosen = plan.choose(shape, recipe, free)
@@ -317,9 +318,7 @@ def _planned(recipe: Recipe, folder: Path, free: int, total: int) -> Finding:
         return found
     if chosen is None:
         return replace(found, remedy=f"{found.remedy} What would fit: make plan MODEL={recipe.model}")
-    setting, switch = chosen[0], "on" if chosen[0].checkpointing else "off"
-    words = f"batch={setting.batch} accumulation={setting.accumulation} checkpointing={switch}"
-    return replace(found, remedy=f'The same rows a step, in less: ARGS="{words}"')
+    return replace(found, remedy=f'The same rows a step, in less: ARGS="{chosen[0].words()}"')
 
 
 # The data

@@ -2,20 +2,22 @@
 
 make plan MODEL=base [GPU=8G] [RECIPE=name] [ARGS="key=value …"]
 
-Rows of a step stay what the recipe says (batch × accumulation): only how many of them are computed at once changes, which changes no
-result. Memory is predicted from the shapes, for a card of compute capability 8.0 or newer. CUDA's own context is counted apart.
+Rows of a step stay what the recipe says (batch × accumulation): only how many of them are computed at once changes, and what stands in
+the memory of the host, which change no result. Memory is predicted from the shapes, for a card of compute capability 8.0 or newer. CUDA's
+own context is counted apart. A desktop on the card takes some of it too: say GPU=7G for a card of 8.
 """
 
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from train import plan
+from train import plan, shapes
 from train.config import Recipe, build_with_overrides, describe, load_recipe, option
 from train.errors import UserError
 from train.files import read_json
 from train.modelfolder import find
-from train.plan import CONTEXT, GIB, Estimate, Setting, Shape
+from train.plan import CONTEXT, GIB, Estimate, Setting
+from train.shapes import Shape
 
 __doc__ = f"{__doc__}\nEvery key of the recipe may be given too:\n{describe(Recipe)}\n\nKeys of this command:"
 
@@ -58,18 +60,20 @@ def run(options: Request) -> None:
     if chosen is None:
         raise UserError(_too_small(shape, recipe, card))
     console.print(_parts(chosen[1]))
+    if needed := plan.on_host(shape, chosen[0]):
+        print(f"Of the machine's own memory it keeps {needed / GIB:.2f} GiB for the card.")
+    print(_as_it_is(shape, recipe, card))
     print(_command(recipe, chosen[0]))
-    if (longest := plan.longest(shape, recipe, card)) > recipe.length:
-        print(f"The longest rows that fit this card, one at a time and with checkpointing: {longest:,} tokens.")
+    print(_longest(shape, chosen[0], card))
 
 
 def _shape(model: str, models: Path) -> tuple[Shape, str]:
     """The shape, and where it is known from."""
     folder = find(model, models)
     if folder is None:
-        return plan.published(model), "not here: its published shape"
+        return shapes.published(model), "not here: its published shape"
     try:
-        return plan.read_shape(read_json(folder / "config.json")), str(folder)
+        return shapes.read_shape(read_json(folder / "config.json")), str(folder)
     except (KeyError, json.JSONDecodeError) as error:
         raise UserError(
             f"{folder / 'config.json'}: damaged ({error}). Fetch it again: make model MODEL={model}"
@@ -87,18 +91,20 @@ def _this_card() -> int:
 
 
 def _table(shape: Shape, recipe: Recipe, card: int, chosen: Setting | None):  # type: ignore[no-untyped-def]
-    """Every way to compute a step, and the memory that it takes."""
+    """Every way to compute a step, and the memory that it takes; those over the bus where no other fits, or the recipe is one."""
     from rich.table import Table
 
-    drawn = Table("", "batch", "accumulation", "length", "checkpointing", "peak GiB", "of the card", "peak at")
-    found = sorted(plan.candidates(shape, recipe), key=lambda pair: (pair[0].checkpointing, pair[0].batch))
-    for setting, estimate in found:
+    drawn = Table("", "batch", "accumulation", "checkpointing", "embedding", "peak GiB", "of the card", "peak at")
+    found = list(plan.candidates(shape, recipe))
+    own = Setting.of(recipe)
+    if not (own.over_the_bus or chosen is None or chosen.over_the_bus):
+        found = [pair for pair in found if not pair[0].over_the_bus]
+    order = list(plan.TAKES)
+    for setting, estimate in sorted(found, key=lambda p: (p[0].embedding, order.index(p[0].checkpointing), p[0].batch)):
         mark = "->" if setting == chosen else "" if plan.fits(estimate, card) else "no room"
-        switch = "on" if setting.checkpointing else "off"
-        cells = (mark, setting.batch, setting.accumulation, setting.length, switch)
-        drawn.add_row(
-            *map(str, cells), f"{estimate.peak / GIB:.2f}", f"{estimate.with_context / GIB:.2f}", estimate.moment
-        )
+        cells = (mark, setting.batch, setting.accumulation, setting.checkpointing, setting.embedding)
+        sizes = (f"{estimate.peak / GIB:.2f}", f"{estimate.with_context / GIB:.2f}")
+        drawn.add_row(*map(str, cells), *sizes, estimate.moment, style="bold" if setting == own else "")
     return drawn
 
 
@@ -117,15 +123,27 @@ def _parts(estimate: Estimate):  # type: ignore[no-untyped-def]
     return drawn
 
 
+def _as_it_is(shape: Shape, recipe: Recipe, card: int) -> str:
+    """Whether the recipe itself would do."""
+    own = Setting.of(recipe)
+    found = plan.estimate(shape, own)
+    verdict = "fits" if plan.fits(found, card) else "does not fit"
+    sizes = f"{found.peak / GIB:.2f} GiB at its peak, {found.with_context / GIB:.2f} of the card"
+    return f"The recipe as it is ({own.words()}) {verdict}: {sizes}."
+
+
 def _command(recipe: Recipe, chosen: Setting) -> str:
     """The words for make train; those that the recipe says already are left out."""
-    values = {"batch": chosen.batch, "accumulation": chosen.accumulation}
-    words = [f"{key}={value}" for key, value in values.items() if getattr(recipe, key) != value]
-    if recipe.checkpointing != chosen.checkpointing:
-        words.append(f"checkpointing={'on' if chosen.checkpointing else 'off'}")
+    words = chosen.words(but=recipe)
     if not words:
-        return "The recipe as it is does best on this card: it needs no ARGS."
-    return f'Quickest that fits: make train DATA=… MODEL={recipe.model} ARGS="{" ".join(words)}"'
+        return "It is also what does best on this card: it needs no ARGS."
+    return f'Quickest that fits: make train DATA=… MODEL={recipe.model} ARGS="{words}"'
+
+
+def _longest(shape: Shape, chosen: Setting, card: int) -> str:
+    """How far the card reaches with its rows one at a time."""
+    on, away = (plan.longest(shape, replace(chosen, checkpointing=how), card) for how in ("on", "offload"))
+    return f"The longest rows that fit, one at a time: {on:,} tokens with checkpointing=on, {away:,} with offload."
 
 
 def _too_small(shape: Shape, recipe: Recipe, card: int) -> str:
@@ -136,14 +154,12 @@ def _too_small(shape: Shape, recipe: Recipe, card: int) -> str:
         for rank in ranks:
             smaller = replace(recipe, rank=rank, length=length)
             if found := plan.choose(shape, smaller, card):
-                switch = "on" if found[0].checkpointing else "off"
-                words = f"rank={rank} length={length} batch={found[0].batch} accumulation={found[0].accumulation}"
                 return (
                     f"no way to train {recipe.model} with rank={recipe.rank} and length={recipe.length} fits this card.\n"
-                    f'This does, in {found[1].peak / GIB:.2f} GiB: ARGS="{words} checkpointing={switch}"'
+                    f'This does, in {found[1].peak / GIB:.2f} GiB: ARGS="rank={rank} length={length} {found[0].words()}"'
                 )
-    return f"{recipe.model} does not fit this card in any way: its weights alone take {_weights(shape):.1f} GiB. Take a smaller base."
+    return f"{recipe.model} does not fit this card in any way: its weights alone take {_weights(shape):.1f} GiB of it. Take a smaller base."
 
 
 def _weights(shape: Shape) -> float:
-    return (plan.blocks(shape) + plan.embeddings(shape)) / GIB
+    return (plan.blocks(shape) + plan.embeddings(shape, Setting(1, plan.ROUND, "offload", embedding="host"))) / GIB
