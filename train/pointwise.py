@@ -13,17 +13,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train import kernels
+from train.kernels import mask
 from train.kernels import pointwise as fast
 from train.kernels import thin as thinly
 
 
 @dataclass(frozen=True)
+class Drop:
+    """Dropout whose mask is a function of seed, site and place: no mask is kept, and a part of an activation has its part of it."""
+
+    seed: Tensor  # [1] int64 on the device, so that a captured graph draws anew when it changes
+    site: int
+    rate: float
+    first: int = 0  # the number of the activation's first row among those that the mask is drawn for
+
+    def kept(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """[rows, columns] bool: what kernels/mask.py says, in 64 bits, since torch has no unsigned 32."""
+        seed, low = self.seed.to(device), 0xFFFFFFFF
+        place = torch.arange(self.first, self.first + rows, device=device)[:, None] * columns
+        place = (place + torch.arange(columns, device=device)) & low
+        hashed = _mix((_mix(place ^ (seed & low) ^ mask.salt(self.site)) + (seed >> 32)) & low)
+        return (hashed >> 1) >= mask.threshold(self.rate)
+
+
+def _mix(h: Tensor) -> Tensor:
+    h = ((h ^ (h >> 16)) * mask.ONE) & 0xFFFFFFFF
+    h = ((h ^ (h >> 13)) * mask.TWO) & 0xFFFFFFFF
+    return h ^ (h >> 16)
+
+
+@dataclass(frozen=True)
 class Thin:
-    """Products with few columns of an activation x [M, N], side by side: out = scale · [x[:, columns] matrix, ...]."""
+    """Products with few columns of an activation x [M, N], side by side: out = scale · [drop(x)[:, columns] matrix, ...]."""
 
     parts: Sequence[tuple[slice, Tensor]]  # columns of x, and a matrix [n, r] for them; rows may be strided
     scale: float
     out: Tensor  # [M, R], R the sum of all r; rows may be strided
+    drop: Drop | None = None
 
     @property
     def ranks(self) -> list[int]:
@@ -35,7 +61,7 @@ class Thin:
 
     def fill(self, x: Tensor) -> Tensor:
         """Make them of a whole x; gives `out`."""
-        at = 0
+        x, at = drop(x, self.drop) if self.drop else x, 0
         for columns, matrix in self.parts:
             self.out[:, at : at + matrix.shape[1]].addmm_(x[:, columns], matrix, beta=0, alpha=self.scale)
             at += matrix.shape[1]
@@ -48,7 +74,7 @@ def _fast(x: Tensor) -> bool:
 
 def _along(x: Tensor, thin: Thin | None, parts: Sequence[int]) -> tuple[int, int, int] | None:
     """The tile with which a kernel takes `thin` along, if that reads all of x [M, N] in one of these numbers of parts, and it serves."""
-    if thin is None or len(thin.parts) not in parts or not _fast(x):
+    if thin is None or len(thin.parts) not in parts or not kernels.hopper(x.device):
         return None
     if sum(len(matrix) for matrix in thin.matrices) != x.shape[1]:
         return None
@@ -62,24 +88,28 @@ def rms_norm(
     out: Tensor | None = None,
     add: Tensor | None = None,
     thin: Thin | None = None,
+    how: Drop | None = None,
 ) -> Tensor:
     """x / rms(x) · weight, the mean in float32. x [M, H] contiguous; rows of `out` and `add` may be strided, here and below.
 
     Args:
-        add: [M, H], added to x first, in place. thin: made of the result.
+        add: [M, H], added to x first, in place. thin: made of the result. how: the result is dropped so; not both.
     """
     out = torch.empty_like(x) if out is None else out
+    assert thin is None or how is None
     if tile := _along(out, thin, (1,)):
         assert thin is not None
-        thinly.rms_norm(x, weight, eps, out, add, thin.matrices[0], thin.scale, thin.out, tile)
+        thinly.rms_norm(x, weight, eps, out, add, thin.matrices[0], thin.scale, thin.out, thin.drop, tile)
         return out
     if _fast(x):
-        fast.rms_norm(x, weight, eps, out, add)
+        fast.rms_norm(x, weight, eps, out, add, how)
     else:
         if add is not None:
             x += add
         y = _wide(x)
         out.copy_((y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight)
+        if how:
+            drop(out, how, out)
     if thin is not None:
         thin.fill(out)
     return out
@@ -158,7 +188,7 @@ def swiglu(both: Tensor, out: Tensor | None = None, thin: Thin | None = None) ->
         out = torch.empty(len(both), both.shape[1] // 2, dtype=both.dtype, device=both.device)
     if tile := _along(out, thin, (1,)):
         assert thin is not None
-        thinly.swiglu(both, out, thin.matrices[0], thin.scale, thin.out, tile)
+        thinly.swiglu(both, out, thin.matrices[0], thin.scale, thin.out, thin.drop, tile)
         return out
     if _fast(both):
         fast.swiglu(both, out)
@@ -170,42 +200,44 @@ def swiglu(both: Tensor, out: Tensor | None = None, thin: Thin | None = None) ->
     return out
 
 
-def swiglu_backward(both: Tensor, slope: Tensor, thin: Thin | None = None) -> None:
+def swiglu_backward(both: Tensor, slope: Tensor, thin: Thin | None = None, how: Drop | None = None) -> None:
     """In place: both [M, 2 I] becomes its gradient for the gradient `slope` [M, I], and `slope` becomes swiglu(both).
 
     Args:
-        thin: made of the gradient.
+        thin: made of the gradient. how: swiglu(both) is dropped so.
     """
     if tile := _along(both, thin, (2,)):
         assert thin is not None
-        return thinly.swiglu_backward(both, slope, thin.matrices, thin.scale, thin.out, tile)
+        return thinly.swiglu_backward(both, slope, thin.matrices, thin.scale, thin.out, how, tile)
     if _fast(both):
-        fast.swiglu_backward(both, slope)
+        fast.swiglu_backward(both, slope, how)
     else:
         gate, up = _wide(both).chunk(2, dim=1)
         s, wide = torch.sigmoid(gate), _wide(slope)
         act = gate * s
         product = (act * up).to(slope.dtype)
         both.copy_(torch.cat([wide * up * s * (1 + gate * (1 - s)), wide * act], dim=1))
-        slope.copy_(product)
+        slope.copy_(drop(product, how) if how else product)
     if thin is not None:
         thin.fill(both)
     return None
 
 
-def drop(x: Tensor, seed: Tensor, site: int, p: float, base: Tensor | None = None, first: int = 0) -> Tensor:
-    """Dropout whose mask is a function of (seed, site): x [m, K] with places zero at rate p, others / (1 − p); plus `base`.
-
-    The kernel and this definition draw other masks: each is used in forward and backward alike.
-    Args:
-        first: x's first row among those that the mask was drawn for.
-    """
+def drop(x: Tensor, how: Drop, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """x [M, N] where it is kept, / (1 − rate), else zeros; into `out`, or (`add`) onto what is there. `out` may be x."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     if _fast(x):
-        return fast.drop(x, seed, site, p, base, first * x.shape[1])
-    generator = torch.Generator().manual_seed(int(seed) * 1_000_003 + site)
-    drawn = torch.rand(first + len(x), x.shape[1], generator=generator)[first:]
-    y = x * (drawn.to(x.device) >= p) / (1 - p)
-    return (y if base is None else y + base).to(x.dtype)
+        return fast.drop(x, how, out, add)
+    y = _wide(x) * how.kept(*x.shape, x.device) / (1 - how.rate)
+    return out.copy_(_wide(out) + y if add else y)
+
+
+def spread(thin: Tensor, matrix: Tensor, how: Drop, out: Tensor) -> Tensor:
+    """out [M, N] += drop(thin [M, r] matrix [r, N]): the way back through an adapter's A and the dropout before it."""
+    if _fast(out):
+        thinly.spread(thin, matrix, how, out)
+        return out
+    return drop(thin @ matrix, how, out, add=True)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -164,15 +164,19 @@ if triton is not None:
 
 def height(x: Tensor) -> int:
     """Rows of x [M, K] in one program: what tensor cores take; 1 for one row, and where Triton has none for x (before sm_80, float32)."""
-    if len(x) == 1 or (x.is_cuda and (x.dtype == torch.float32 or not tensor_cores(x.device))):
+    if len(x) == 1 or (x.is_cuda and x.dtype == torch.float32) or not tensor_cores(x):
         return 1
     return max(16, min(MOST_ROWS, triton.next_power_of_2(len(x))))
 
 
+def tensor_cores(x: Tensor) -> bool:
+    """Whether Triton's dot runs where x is: not before sm_80, where its compiler breaks off. Through the interpreter it does."""
+    return not x.is_cuda or _generation(x.device) >= 8
+
+
 @cache
-def tensor_cores(device: torch.device) -> bool:
-    """Whether Triton's dot on 16 bits runs on the GPU `device`."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 @cache
