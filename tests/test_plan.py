@@ -1,6 +1,7 @@
 """The plan's numbers against the code that they speak of: weights, adapters, and what the fused passes really keep."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from tests import memory
 from tests.bench import plan_check
 from train import fused, lora, loss, plan, shapes, step
-from train.config import Recipe, load_recipe
+from train.config import RECIPES, Recipe, load_recipe
 from train.engine import PRESETS
 from train.errors import UserError
 from train.gptq import Int4Linear
@@ -228,6 +229,51 @@ def test_the_verb_prints_what_to_type(capsys: pytest.CaptureFixture[str]) -> Non
     assert "CUDA's own context" in out
     assert "its published shape" in out
     assert "no room" in out
+
+
+def test_the_recipe_for_8_gb_fits_beside_a_desktop(capsys: pytest.CaptureFixture[str]) -> None:
+    """7.6 GiB of such a card can be had; the plan says the numbers that the recipe and README do."""
+    for gpu in ("8G", "7.6G", "7G"):
+        out = planned(capsys, model="Qwen/Qwen-7B-Chat-Int4", gpu=gpu, recipe="8gb")
+        fits = re.search(r"The recipe as it is \((.*)\) fits: (.*) GiB at its peak, (.*) of the card\.", out)
+        assert fits is not None
+        assert fits[1] == "batch=2 accumulation=8 checkpointing=on embedding=host"
+        assert [f"{float(size):.1f}" for size in fits.groups()[1:]] == ["5.7", "6.8"]
+    said = (RECIPES / "8gb.yaml").read_text()
+    assert "5.7 GiB at its peak, 6.8 of the card" in said
+
+
+def test_what_goes_over_the_bus_is_offered_where_nothing_else_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    model = "Qwen/Qwen-7B-Chat-Int4"
+    roomy = planned(capsys, model=model, gpu="12G", rank="16")
+    assert "offload " not in roomy.replace("with offload.", "")
+    assert "host" not in roomy
+    small = planned(capsys, model=model, gpu="7G", rank="16")
+    assert re.search(r"Quickest that fits: .*embedding=host", small)
+    assert "Of the machine's own memory it keeps" in small
+
+
+def test_what_is_offered_is_in_order_of_time() -> None:
+    """First all that stays on the card; in each part the quickest first. What the recipe wants on the host stays there."""
+    shape = PUBLISHED["Qwen-7B"]
+    found = [setting for setting, _ in plan.candidates(shape, RECIPE)]
+    assert len(found) == 5 * 3 * 2
+    keys = [(setting.over_the_bus, plan.seconds(setting)) for setting in found]
+    assert keys == sorted(keys)
+    hosted = [setting for setting, _ in plan.candidates(shape, replace(RECIPE, embedding="host"))]
+    assert {setting.embedding for setting in hosted} == {"host"}
+    tied = [setting for setting, _ in plan.candidates(PUBLISHED["Qwen2.5-3B"], RECIPE)]
+    assert {setting.embedding for setting in tied} == {"device"}
+
+
+def test_the_room_on_the_host_is_a_power_of_two() -> None:
+    """As torch's allocator of pinned memory takes it: 31 inputs of 512 tokens of 4096 numbers are 130 MB, and take 128 MiB."""
+    shape = PUBLISHED["Qwen-7B"]
+    assert plan.on_host(shape, Setting(1, 512, "offload")) == 128 << 20
+    assert plan.on_host(shape, Setting(1, 576, "offload")) == 256 << 20
+    table = plan.on_host(shape, Setting(1, 512, "on", embedding="host"))
+    assert table == 2 * 151_936 * 4096
+    assert plan.on_host(PUBLISHED["Qwen2.5-3B"], Setting(1, 512, "on", embedding="host")) == 0
 
 
 def test_what_the_verb_says_the_recipe_takes(capsys: pytest.CaptureFixture[str]) -> None:
