@@ -252,6 +252,15 @@ def test_a_run_goes_on_with_another_place_for_either(fused_house: Path, monkeypa
     assert adapter("moved") == adapter("straight")
 
 
+@pytest.mark.parametrize(("tied", "said"), [(False, "stays in the host's memory"), (True, "stays on the card")])
+def test_what_stands_where_is_said(tmp_path: Path, tied: bool, said: str) -> None:
+    base = tiny_checkpoint(tmp_path / "base", tiny_config("qwen2", tie_word_embeddings=tied))
+    lines = verb._on_the_host(Recipe(checkpointing="offload", embedding="host"), base)
+    assert len(lines) == 2
+    assert said in lines[1]
+    assert verb._on_the_host(Recipe(), base) == []
+
+
 # --- the words of a recipe ----------------------------------------------------------------------------------------------------
 
 

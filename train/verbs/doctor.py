@@ -256,8 +256,9 @@ def _whole(folder: Path) -> str:
 
 def _base(report: Report, recipe: Recipe, folder: Path, here: Host, runs: Path) -> None:
     """Config, tensors, tokenizer; then the room that this base and this recipe take at least."""
-    from train import job, lora
+    from train import job, lora, plan
     from train.loader import check
+    from train.shapes import read_shape
     from train.tokenizer import load_tokenizer
 
     report.attempt("tokenizer", lambda: load_tokenizer(folder), lambda tokenizer: f"{tokenizer.vocab_size:,} tokens")
@@ -275,7 +276,8 @@ def _base(report: Report, recipe: Recipe, folder: Path, here: Host, runs: Path) 
         report.add(_memory(here, found[0], folder, adapter, recipe))
     if here.cards:  # weights pass through one tensor at a time
         largest = 2 * config.vocab_size * config.hidden_size
-        report.add(diagnosis.check_room("memory", PROCESS + largest, here.memory))
+        kept = plan.on_host(read_shape(read_json(folder / "config.json")), plan.Setting.of(recipe))
+        report.add(diagnosis.check_room("memory", PROCESS + largest + kept, here.memory))
 
 
 def _shape(model: "Decoder") -> str:

@@ -269,8 +269,24 @@ def _decisions(
         lines.append(
             "the Int4 weights are also kept in float32: memory suffices, the numbers are the same, and it is faster."
         )
+    if device.type == "cuda":
+        lines += _on_the_host(recipe, job.base)
     if job.parent is not None:
         lines.append(f"starts from the adapter of run {job.parent.name!r}.")
+    return lines
+
+
+def _on_the_host(recipe: Recipe, base: Path) -> list[str]:
+    """What waits in the machine's own memory, a line each."""
+    from train.loader import read_folder_config
+
+    lines = []
+    if recipe.checkpointing == "offload":
+        lines.append("checkpointing=offload: what the backward pass begins each block from waits in the host's memory.")
+    if recipe.embedding == "host":
+        tied = read_folder_config(base)[0].tie_word_embeddings
+        stays = "stays on the card: this base's head is the same table" if tied else "stays in the host's memory"
+        lines.append(f"embedding=host: the embedding's table {stays}.")
     return lines
 
 
