@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.bench import shapes
-from train import fused, lora, loss, offload, step
+from train import fused, lora, loss, offload, pointwise, step
 from train.config import Recipe
+from train.kernels import attention
 from train.plan import Setting
 from train.shapes import Shape
 
@@ -92,7 +93,9 @@ def passes(shape: Shape, setting: Setting) -> tuple[int, int]:
 def _no_kernels() -> Iterator[None]:
     """Every kernel of the passes as what it allocates."""
 
-    def norm(x: Tensor, weight: Any, eps: Any, out: Tensor | None = None, add: Any = None, thin: Any = None) -> Tensor:
+    def norm(
+        x: Tensor, weight: Any, eps: Any, out: Tensor | None = None, add: Any = None, thin: Any = None, how: Any = None
+    ) -> Tensor:
         return torch.empty_like(x) if out is None else out
 
     def norm_backward(
@@ -103,15 +106,19 @@ def _no_kernels() -> Iterator[None]:
     def gate(both: Tensor, out: Tensor | None = None, thin: Any = None) -> Tensor:
         return both.new_empty(len(both), both.shape[1] // 2) if out is None else out
 
-    def drop(x: Tensor, seed: Any, site: Any, rate: Any, base: Tensor | None = None, first: int = 0) -> Tensor:
-        return torch.empty_like(x) if base is None else base
+    def drop(x: Tensor, how: Any, out: Tensor | None = None, add: bool = False) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, device=META) if out is None else out
 
     def attend(q: Tensor, k: Tensor, v: Tensor, t: Any) -> Any:
         return torch.empty(q.shape, dtype=q.dtype, device=META), (torch.empty(q.shape[1], q.shape[0], device=META),)
 
     def attend_backward(*args: Any) -> Tensor:
-        *_, kept, _, _, into, _, _ = args
-        torch.empty_like(kept[0])  # alive for a moment
+        *_, kept, _, _, into, _, roomy = args
+        delta = torch.empty_like(kept[0])  # alive for a moment, as are the slopes of scores that are left behind
+        slopes = (
+            delta.new_empty(attention.KEPT * len(into) // 4) if roomy and len(into) >= attention.KEPT_FROM else None
+        )
+        del delta, slopes
         return into  # type: ignore[no-any-return]
 
     def places(host: Any, count: int, like: Tensor) -> Tensor:
@@ -126,9 +133,11 @@ def _no_kernels() -> Iterator[None]:
             (fused, "rms_norm", norm),
             (fused, "rms_norm_backward", norm_backward),
             (fused, "swiglu", gate),
-            (fused, "swiglu_backward", lambda both, slope, thin: None),
+            (fused, "swiglu_backward", lambda both, slope, thin, how: None),
+            (fused, "spread", lambda thin, matrix, how, out: out),
             (fused, "turn", lambda parts, bias, cos, sin, positions, out, sign=1: out),
             (fused, "drop", drop),
+            (pointwise, "drop", drop),
             (fused, "attend", attend),
             (fused, "attend_backward", attend_backward),
             (fused.Projection, "_bias", lambda projection: None),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from train import pointwise
 from train.kernels import thin as thinly
-from train.pointwise import Thin
+from train.pointwise import Drop, Thin
 
 SIZES = [(3, 64), (5, 200), (2, 2048)]
 
@@ -63,6 +63,27 @@ def results(device: str, dtype: torch.dtype) -> list[Tensor]:
     return found
 
 
+SEED = 123_456_789_012
+RATE = 0.25
+
+
+def dropped(device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Whatever drops, with and without what it adds to."""
+    found: list[Tensor] = []
+    for rows, size, r in [(3, 50, 4), (70, 200, 16), (65, 130, 80)]:
+        x, more = (numbers(rows, size, seed=n, dtype=dtype, device=device) for n in (1, 2))
+        thin = numbers(rows, r + 3, dtype=dtype, device=device)[:, :r]
+        matrix = numbers(r, size, dtype=dtype, device=device)
+        how = Drop(torch.tensor([SEED], device=device), 5, RATE, 2)
+        found += [pointwise.drop(x, how), pointwise.drop(x, how, more.clone(), add=True)]
+        found.append(pointwise.spread(thin, matrix, how, more.clone()))
+        found.append(pointwise.rms_norm(x, more[0], 1e-6, how=how))
+        both, slope = numbers(rows, 2 * size, dtype=dtype, device=device), x.clone()
+        pointwise.swiglu_backward(both, slope, None, how)
+        found.append(slope)
+    return found
+
+
 def taken_along(device: str, dtype: torch.dtype, rows: int) -> list[Tensor]:
     """Each pass that takes thin products along, and what it took."""
     found: list[Tensor] = []
@@ -75,7 +96,10 @@ def taken_along(device: str, dtype: torch.dtype, rows: int) -> list[Tensor]:
             made.append((slice(at, at + columns), matrix.t() if transposed else matrix))
             at += columns
         total = sum(r for _, r in parts)
-        return Thin(made, 0.25, numbers(rows, total + 8, dtype=dtype, device=device)[:, :total])
+        out = numbers(rows, total + 8, dtype=dtype, device=device)[:, :total]
+        return Thin(made, 0.25, out, how if transposed else None)
+
+    how = Drop(torch.tensor([SEED], device=device), 3, RATE, 1) if rows % 2 else None
 
     for size, r in [(48, 4), (40, 16), (344, 64)]:
         both = numbers(rows, 2 * size + 8, dtype=dtype, device=device)[:, : 2 * size]
@@ -86,7 +110,7 @@ def taken_along(device: str, dtype: torch.dtype, rows: int) -> list[Tensor]:
             found += [pointwise.rms_norm(x, weight, 1e-6, out, add, one), x, one.out.clone()]
         found += [pointwise.swiglu(both, None, one), one.out]
         slope = numbers(rows, size, seed=3, dtype=dtype, device=device)
-        pointwise.swiglu_backward(both, slope, two)
+        pointwise.swiglu_backward(both, slope, two, how)
         found += [both, slope, two.out]
     for queries, keys, size, r in [(4, 2, 32, 4), (3, 3, 32, 16), (14, 2, 64, 64)]:
         parts: Any = tuple(numbers(rows, n, size, seed=n, dtype=dtype, device=device) for n in (queries, keys, keys))
@@ -117,12 +141,16 @@ def cross_entropies(device: str, dtype: torch.dtype) -> list[Tensor]:
     return found
 
 
-def check(device: str, dtype: torch.dtype, definitions: list[Tensor]) -> None:
+def check(device: str, dtype: torch.dtype, definitions: list[Tensor], less: list[Tensor]) -> None:
     room = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
     kernels = results(device, dtype)
     assert len(kernels) == len(definitions) > 20
     for ours, want in zip(kernels, definitions):
         torch.testing.assert_close(ours.float().cpu(), want.float(), rtol=room, atol=room)
+    kernels = dropped(device, dtype)
+    assert len(kernels) == len(less) == 15
+    for ours, want in zip(kernels, less):
+        torch.testing.assert_close(ours.float().cpu(), want.float(), rtol=2 * room, atol=4 * room)
     assert len(cross_entropies(device, dtype)) == 3
 
 
@@ -139,14 +167,18 @@ def check_taken_along(device: str, dtype: torch.dtype, definitions: list[Tensor]
 
 def check_drop(device: str) -> None:
     x, seed = torch.ones(70, 100, device=device), torch.tensor([11], device=device)
-    kept = pointwise.drop(x, seed, 3, 0.25)
-    assert torch.equal(kept, pointwise.drop(x, seed, 3, 0.25))
-    assert not torch.equal(kept, pointwise.drop(x, seed, 4, 0.25))
-    assert not torch.equal(kept, pointwise.drop(x, seed + 1, 3, 0.25))
-    assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
-    assert float((kept == 0).float().mean()) == pytest.approx(0.25, abs=0.03)
-    torch.testing.assert_close(pointwise.drop(x, seed, 3, 0.25, base=x), kept + x)
-    assert torch.equal(pointwise.drop(x[30:], seed, 3, 0.25, first=30), kept[30:])
+    kept = pointwise.drop(x, Drop(seed, 3, RATE))
+    assert torch.equal(kept, pointwise.drop(x, Drop(seed, 3, RATE)))
+    for other in (Drop(seed, 4, RATE), Drop(seed + 1, 3, RATE), Drop(seed + 2**32, 3, RATE)):
+        same = ((kept > 0) == (pointwise.drop(x, other) > 0)).float().mean()
+        assert float(same) == pytest.approx(RATE**2 + (1 - RATE) ** 2, abs=0.03)
+    assert kept.unique().tolist() == pytest.approx([0, 1 / (1 - RATE)])
+    for some in (kept, kept[:35], kept[:, :50], kept[::2], kept[:, ::2]):
+        assert float((some == 0).float().mean()) == pytest.approx(RATE, abs=0.03)
+    zero = ((kept == 0).float() - RATE).flatten()
+    for shift in (1, 2, 7, 100):  # neighbours, beside and below, know nothing of each other
+        assert abs(float((zero[shift:] * zero[:-shift]).mean())) < 0.01
+    assert torch.equal(pointwise.drop(x[30:], Drop(seed, 3, RATE, 30)), kept[30:])
 
 
 def test_the_definitions_are_what_autograd_says() -> None:
@@ -179,13 +211,16 @@ def test_dropout_draws_by_seed_and_site() -> None:
 
 def test_kernels_equal_their_definitions_through_the_interpreter(tmp_path: Path) -> None:
     """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    torch.save((results("cpu", torch.float32), taken_along("cpu", torch.float32, 37)), tmp_path / "definitions")
+    f32 = torch.float32
+    along = taken_along("cpu", f32, 37), taken_along("cpu", f32, 18)  # with dropout and without
+    torch.save((results("cpu", f32), dropped("cpu", f32), *along), tmp_path / "definitions")
     code = (
         "import os, sys, torch; os.environ['TRITON_INTERPRET'] = '1'\n"
         "from tests.test_pointwise import check, check_drop, check_taken_along, thinly\n"
         "from train.kernels import usable; assert usable(torch.device('cpu'))\n"
-        "plain, along = torch.load(sys.argv[1]); thinly.TILES = ((1, 16, 16, 1),)\n"
-        "check('cpu', torch.float32, plain); check_drop('cpu'); check_taken_along('cpu', torch.float32, along, 37)"
+        "plain, less, odd, even = torch.load(sys.argv[1]); thinly.TILES = ((1, 16, 16, 1),)\n"
+        "check('cpu', torch.float32, plain, less); check_drop('cpu')\n"
+        "check_taken_along('cpu', torch.float32, odd, 37); check_taken_along('cpu', torch.float32, even, 18)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "definitions")]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
@@ -194,7 +229,7 @@ def test_kernels_equal_their_definitions_through_the_interpreter(tmp_path: Path)
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_kernels_equal_their_definitions_on_the_gpu(dtype: torch.dtype) -> None:
-    check("cuda", dtype, results("cpu", dtype))
+    check("cuda", dtype, results("cpu", dtype), dropped("cpu", dtype))
     check_drop("cuda")
-    for rows in (4100, 8200):
+    for rows in (4101, 8200) if dtype != torch.float32 else ():
         check_taken_along("cuda", dtype, taken_along("cpu", dtype, rows), rows)

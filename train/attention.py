@@ -43,7 +43,7 @@ Kept = tuple[
 def hopper(q: Tensor) -> bool:
     """Whether our own kernels take tensors like q [M, H, D], on the generation that they were measured on."""
     fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in (16, 32, 64, 128)
-    return q.is_cuda and fits and torch.cuda.get_device_capability(q.device)[0] == 9 and kernels.usable(q.device)
+    return q.is_cuda and fits and kernels.generation(q.device) == 9
 
 
 def flash(q: Tensor) -> bool:
@@ -92,7 +92,7 @@ def attend_backward(
     """
     if len(kept) == 1:
         slopes = own.attend_backward(
-            slope.contiguous(), q, k, v, out, kept[0], t.starts, t.ends, t.width, t.width <= SHORT, roomy
+            slope.contiguous(), q, k, v, out, kept[0], t.starts, t.ends, t.width, t.width <= SHORT, into, roomy
         )
     elif kept:
         lse, state, unused = kept

@@ -18,7 +18,7 @@ from train.decoder import Decoder, rotary
 from train.gptq import Int4Linear
 from train.kernels import Margin
 from train.offload import Host, Shelf
-from train.pointwise import Thin, drop, rms_norm, rms_norm_backward, swiglu, swiglu_backward, turn
+from train.pointwise import Drop, Thin, drop, rms_norm, rms_norm_backward, spread, swiglu, swiglu_backward, turn
 
 HALVES = 4096  # tokens from which checkpointing goes through the MLP in two halves
 
@@ -94,15 +94,19 @@ class Projection:
 
     def thin(self, h: Tensor, t: Tokens) -> Tensor | None:
         """s · drop(h) Aᵀ [M, R], or None without adapters."""
-        return self._of_input(h).fill(self._dropped(h, t)) if self.adapted else None
+        thin = self.of_input(h, self.drop(t))
+        return thin.fill(h) if thin else None
 
-    def of_input(self, h: Tensor) -> Thin | None:
-        """What whoever writes h [M, K] may take along for `forward`: nothing where dropout comes between."""
-        return self._of_input(h) if self.adapted and not self.dropout else None
-
-    def _of_input(self, h: Tensor) -> Thin:
+    def of_input(self, h: Tensor, drop: Drop | None) -> Thin | None:
+        """s · drop(h) Aᵀ: whoever writes h [M, K] may take it along for `forward`."""
+        if not self.adapted:
+            return None
         out = torch.empty(len(h), self.rank, dtype=h.dtype, device=h.device)
-        return Thin([(slice(0, self.inputs), self.A.t())], self.scale, out)
+        return Thin([(slice(0, self.inputs), self.A.t())], self.scale, out, drop)
+
+    def drop(self, t: Tokens) -> Drop | None:
+        """How what the adapters read is dropped: `learn` wants it so."""
+        return Drop(t.seed, self.site, self.dropout, t.first) if self.dropout else None
 
     def of_slope(self, dy: Tensor) -> Thin | None:
         """s · dy B [M, R], in the columns that dy has to spare, if it has: whoever writes dy may take it along for `slope`."""
@@ -130,28 +134,23 @@ class Projection:
             dh.addmm_(dy[:, columns], weight.t(), beta=min(number, 1))
         if back is None:
             return dh, None
-        if self.dropout:
-            return drop(back @ self.A, t.seed, self.site, self.dropout, dh, t.first), back
-        return dh.addmm_(back, self.A), back
+        how = self.drop(t)
+        return spread(back, self.A, how, dh) if how else dh.addmm_(back, self.A), back
 
     def _back(self, dy: Tensor) -> Tensor | None:
         thin = self.of_slope(dy)
         return thin.fill(dy) if thin else None
 
-    def learn(
-        self, dy: Tensor, back: Tensor | None, h: Tensor, thin: Tensor | None, t: Tokens, more: bool = False
-    ) -> None:
-        """The gradients of A and B, into their places in the vector, or (`more`) onto what is there."""
+    def learn(self, dy: Tensor, back: Tensor | None, h: Tensor, thin: Tensor | None, more: bool = False) -> None:
+        """The gradients of A and B, into their places in the vector, or (`more`) onto what is there. h: as it was dropped."""
         if back is None:
             return
-        thin = self.thin(h, t) if thin is None else thin
+        made = None if thin is not None else self.of_input(h, None)
+        thin = made.fill(h) if made else thin
         assert thin is not None
         for n, ranks, dB in zip(self.adapted, self.ranks, self.dB):
             dB.addmm_(dy[:, self.columns[n]].t(), thin[:, ranks], beta=int(more))
-        self.dA.addmm_(back.t(), self._dropped(h, t), beta=int(more))
-
-    def _dropped(self, h: Tensor, t: Tokens) -> Tensor:
-        return drop(h.contiguous(), t.seed, self.site, self.dropout, None, t.first) if self.dropout else h
+        self.dA.addmm_(back.t(), h, beta=int(more))
 
     def _weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """(columns of y, W [K, n]): all at once where the weights are packed, one after another where they are floats."""
@@ -278,7 +277,7 @@ class Block:
 
     def attend(self, x: Tensor, t: Tokens, turns: tuple[Tensor, Tensor], add: Tensor | None = None) -> Saved:
         """The first half, without the MLP: what `backward` needs of it, where the branches are None."""
-        h, taken = self._normed(x, self.norm1, self.qkv, add)
+        h, taken = self._normed(x, self.norm1, self.qkv, add, t)
         qkv, thin1 = self.qkv.forward(h, t, bias=False, made=taken)
         del h
         parts = self._split(qkv)
@@ -289,12 +288,12 @@ class Block:
 
     def _branches(self, middle: Tensor, x: Tensor, t: Tokens) -> tuple[Tensor, Tensor | None]:
         """Gate and up, and their thin product; x is added to `middle`."""
-        h, taken = self._normed(middle, self.norm2, self.both, x)
+        h, taken = self._normed(middle, self.norm2, self.both, x, t)
         return self.both.forward(h, t, spare=self.both.spare_back, made=taken)
 
     def _joined(self, both: Tensor, t: Tokens) -> tuple[Tensor, Tensor | None]:
         act = _roomy(both, self.down.inputs, self.down.spare)
-        taken = self.down.of_input(act)
+        taken = self.down.of_input(act, self.down.drop(t))
         swiglu(both, act[:, : self.down.inputs], taken)
         return self.down.forward(act, t, made=taken)
 
@@ -306,7 +305,9 @@ class Block:
         size, roomy = s.x.shape[1], s.both is not None  # the branches, which the MLP gives back
         self._mlp_backward(dy, s, t)
         slope, back = self.out.slope(dy[:, : size + self.out.spare_back], t)
-        self.out.learn(dy, back, s.attended.flatten(1), s.thin[1], t)
+        how, read = self.out.drop(t), s.attended.flatten(1)
+        self.out.learn(dy, back, drop(read, how) if how else read, s.thin[1])
+        del read
         dqkv = _roomy(dy, self.qkv.outputs, self.qkv.spare_back)
         taken, parts = self.qkv.of_slope(dqkv), self._split(s.qkv)
         attend_backward(
@@ -314,7 +315,7 @@ class Block:
         )
         s.qkv = s.attended = slope = parts = None  # type: ignore[assignment]
         slope, back = self.qkv.slope(dqkv, t, not self.first, taken)  # nothing before the first block learns
-        self.qkv.learn(dqkv, back, rms_norm(s.x, self.norm1.weight, self.eps), s.thin[0], t)
+        self.qkv.learn(dqkv, back, rms_norm(s.x, self.norm1.weight, self.eps, how=self.qkv.drop(t)), s.thin[0])
         if not self.first:
             rms_norm_backward(slope, s.x, self.norm1.weight, self.eps, dy[:, :size], dy[:, :size])
 
@@ -335,21 +336,23 @@ class Block:
         slope, back = self.down.slope(dy[:, : size + self.down.spare_back], t)
         wide = _widened(both, self.both.spare_back)
         taken = self.both.of_slope(wide)
-        swiglu_backward(both, slope, taken)  # both: its gradient; slope: what the product down read
-        self.down.learn(dy, back, slope, thin[1], t, more)
+        swiglu_backward(both, slope, taken, self.down.drop(t))  # both: its gradient; slope: what down's adapter read
+        self.down.learn(dy, back, slope, thin[1], more)
         del slope
         slope, back = self.both.slope(wide, t, made=taken)
-        self.both.learn(both, back, rms_norm(x, self.norm2.weight, self.eps), thin[0], t, more)
+        self.both.learn(both, back, rms_norm(x, self.norm2.weight, self.eps, how=self.both.drop(t)), thin[0], more)
         rms_norm_backward(slope, x, self.norm2.weight, self.eps, dy[:, :size], dy[:, :size])
 
     def slope_like(self, x: Tensor) -> Tensor:
         """Room for a gradient of x [M, H], with what its readers would like to spare: all blocks are alike."""
         return _roomy(x, x.shape[1], max(self.down.spare_back, self.out.spare_back))
 
-    def _normed(self, x: Tensor, norm: Any, reader: Projection, add: Tensor | None) -> tuple[Tensor, Thin | None]:
+    def _normed(
+        self, x: Tensor, norm: Any, reader: Projection, add: Tensor | None, t: Tokens
+    ) -> tuple[Tensor, Thin | None]:
         """The norm of x + `add` [M, H], with the columns that its reader would like to spare, and its reader's thin product."""
         h = _roomy(x, x.shape[1], reader.spare)
-        taken = reader.of_input(h)
+        taken = reader.of_input(h, reader.drop(t))
         rms_norm(x, norm.weight, self.eps, h[:, : x.shape[1]], add, taken)
         return h, taken
 

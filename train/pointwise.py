@@ -74,7 +74,7 @@ def _fast(x: Tensor) -> bool:
 
 def _along(x: Tensor, thin: Thin | None, parts: Sequence[int]) -> tuple[int, int, int] | None:
     """The tile with which a kernel takes `thin` along, if that reads all of x [M, N] in one of these numbers of parts, and it serves."""
-    if thin is None or len(thin.parts) not in parts or not kernels.hopper(x.device):
+    if thin is None or len(thin.parts) not in parts or kernels.generation(x.device) != 9:
         return None
     if sum(len(matrix) for matrix in thin.matrices) != x.shape[1]:
         return None
@@ -228,13 +228,13 @@ def drop(x: Tensor, how: Drop, out: Tensor | None = None, add: bool = False) -> 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     if _fast(x):
         return fast.drop(x, how, out, add)
-    y = _wide(x) * how.kept(*x.shape, x.device) / (1 - how.rate)
+    y = _wide(x) * how.kept(x.shape[0], x.shape[1], x.device) / (1 - how.rate)
     return out.copy_(_wide(out) + y if add else y)
 
 
 def spread(thin: Tensor, matrix: Tensor, how: Drop, out: Tensor) -> Tensor:
     """out [M, N] += drop(thin [M, r] matrix [r, N]): the way back through an adapter's A and the dropout before it."""
-    if _fast(out):
+    if _fast(out) and kernels.generation(out.device) >= 8:
         thinly.spread(thin, matrix, how, out)
         return out
     return drop(thin @ matrix, how, out, add=True)

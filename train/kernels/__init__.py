@@ -12,7 +12,7 @@ import torch
 from train.kernels.dequantize import Margin, dequantize
 from train.kernels.runtime import INTERPRETED, triton
 
-__all__ = ["INTERPRETED", "Margin", "dequantize", "usable"]
+__all__ = ["INTERPRETED", "Margin", "dequantize", "generation", "usable"]
 
 
 @functools.cache
@@ -29,3 +29,14 @@ def usable(device: torch.device) -> bool:
         print(f"Triton does not run here, the slower plain path is used: {error}", file=sys.stderr)
         return False
     return True
+
+
+@functools.cache
+def generation(device: torch.device) -> int:
+    """The major compute capability where kernels run, 0 where they do not; the interpreter can what 9 can.
+
+    From 8 on Triton's dot runs: below it its compiler breaks off. At 9, Hopper, are the tiles that need its shared memory.
+    """
+    if not usable(device):
+        return 0
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9

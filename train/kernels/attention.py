@@ -158,8 +158,8 @@ if triton is not None:
 
     @triton.jit
     def _for_keys(  # type: ignore[no-untyped-def]
-        q, k, v, slope, starts, ends, lse, delta, kept, dk_out, dv_out, total, q_stride, k_stride, v_stride, scale, plain_scale,
-        heads, rows, first_of, count, width,
+        q, k, v, slope, starts, ends, lse, delta, kept, dk_out, dv_out, total, q_stride, k_stride, v_stride, out_stride,
+        scale, plain_scale, heads, rows, first_of, count, width,
         GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KEEP: tl.constexpr, EXACT: tl.constexpr,
         ABREAST: tl.constexpr,
     ):  # fmt: skip
@@ -181,8 +181,8 @@ if triton is not None:
                     tl.minimum(n + BN, stop) if part == 0 else border if part == 1 else stop,
                     q_stride, of * GROUP + g, heads, beside * GROUP + g, width, total, scale, D, BM, part != 1, KEEP, EXACT,
                 )  # fmt: skip
-        _store(dk * plain_scale, dk_out, n, heads // GROUP * D, of, total, BN, D)
-        _store(dv, dv_out, n, heads // GROUP * D, of, total, BN, D)
+        _store(dk * plain_scale, dk_out, n, out_stride, of, total, BN, D)
+        _store(dv, dv_out, n, out_stride, of, total, BN, D)
 
     @triton.jit
     def _to_queries(  # type: ignore[no-untyped-def]
@@ -203,8 +203,8 @@ if triton is not None:
 
     @triton.jit
     def _for_queries(  # type: ignore[no-untyped-def]
-        q, k, v, slope, starts, lse, delta, dq_out, total, q_stride, k_stride, v_stride, scale, plain_scale, heads, rows,
-        GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, ABREAST: tl.constexpr,
+        q, k, v, slope, starts, lse, delta, dq_out, total, q_stride, k_stride, v_stride, out_stride, scale, plain_scale, heads,
+        rows, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, ABREAST: tl.constexpr,
     ):  # fmt: skip
         block, head = _place(tl.cdiv(total, BM), rows, heads, True, ABREAST)
         m = block * BM
@@ -222,7 +222,7 @@ if triton is not None:
                 border if part == 0 else m if part == 1 else tl.minimum(m + BM, total),
                 k_stride, v_stride, head // GROUP, total, scale, D, BN, part != 1, EXACT,
             )  # fmt: skip
-        _store(dq * plain_scale, dq_out, m, heads * D, head, total, BM, D)
+        _store(dq * plain_scale, dq_out, m, out_stride, head, total, BM, D)
 
     @triton.jit
     def _from_kept_part(  # type: ignore[no-untyped-def]
@@ -242,7 +242,7 @@ if triton is not None:
 
     @triton.jit
     def _from_kept(  # type: ignore[no-untyped-def]
-        k, kept, starts, dq_out, total, k_stride, plain_scale, heads, rows, first_of, count, width,
+        k, kept, starts, dq_out, total, k_stride, out_stride, plain_scale, heads, rows, first_of, count, width,
         GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, ABREAST: tl.constexpr,
     ):  # fmt: skip
         """The gradient of queries, heads first_of · GROUP … + count, from the slopes of scores that `_for_keys` left behind."""
@@ -260,7 +260,7 @@ if triton is not None:
                 border if part == 0 else m if part == 1 else tl.minimum(m + BM, total),
                 k_stride, head // GROUP, beside, width, total, D, BM, BN, part != 1, EXACT,
             )  # fmt: skip
-        _store(dq * plain_scale, dq_out, m, heads * D, head, total, BM, D)
+        _store(dq * plain_scale, dq_out, m, out_stride, head, total, BM, D)
 
 
 def _common(q: Tensor, k: Tensor) -> dict[str, Any]:
@@ -301,19 +301,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, short: b
 
 def attend_backward(
     slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, ends: Tensor, width: int, short: bool,
-    roomy: bool,
+    into: Tensor, roomy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v for the gradient `slope` [M, Hq, D] of `out`, both contiguous; the same bits every time.
+
+    They stand side by side in `into` [M, (Hq + 2 Hkv) D], whose rows may be strided, and are given as parts of it.
 
     Args:
         ends: [M] int32, the token after the last of each token's conversation. roomy: whether KEPT bytes a token are to be had for
             a moment. The others as `attend` took and gave them.
     """
     total, heads, size = q.shape
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = into.unflatten(1, (-1, size)).split([heads, k.shape[1], v.shape[1]], dim=1)
     delta = torch.empty_like(lse)
     _inner[(triton.cdiv(total, 64), heads)](out, slope, delta, total, heads, D=size, BM=64)
-    strides, common = (q.stride(0), k.stride(0), v.stride(0)), _common(q, k)
+    strides, common = (q.stride(0), k.stride(0), v.stride(0), into.stride(0)), _common(q, k)
     scales = (LOG2E / math.sqrt(size), 1 / math.sqrt(size))
     at_once = min(k.shape[1], _heads_kept(total, width, common["GROUP"], short)) if roomy else 0
     _, keys, tiles = _tiles(FOR_KEYS, short)
@@ -328,7 +330,7 @@ def attend_backward(
         if at_once:
             queries, _, kept_tiles = _tiles(FROM_KEPT, short)
             _from_kept[(triton.cdiv(total, queries) * now * common["GROUP"],)](
-                k, kept, starts, dq, total, strides[1], scales[1], heads, _rows(total, width, queries), first,
+                k, kept, starts, dq, total, strides[1], strides[3], scales[1], heads, _rows(total, width, queries), first,
                 now * common["GROUP"], width, **common, **kept_tiles,
             )  # fmt: skip
     if not at_once:

@@ -4,15 +4,20 @@ Every function computes in float32 and rounds where the definition in train/poin
 makes a gradient for one; that, and writing where the next product reads, is why these are not a library's.
 """
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
+from train.kernels.mask import kept, salt, threshold
 from train.kernels.runtime import tl, triton
 
 if triton is not None:
 
     @triton.jit
-    def _norm_row(x, add, weight, out, size, eps, add_stride, out_stride, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _norm_row(  # type: ignore[no-untyped-def]
+        x, add, weight, out, size, eps, add_stride, out_stride, seed, salt, first, least, gain,
+        ADD: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         n = tl.arange(0, BLOCK)
         inside = n < size
@@ -25,7 +30,10 @@ if triton is not None:
         rate = tl.rsqrt(tl.sum(a * a, 0) / size + eps)
         scaled = (a * rate).to(given.dtype).to(tl.float32)
         w = tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + row * out_stride + n, (scaled * w).to(out.dtype.element_ty), mask=inside)
+        y = (scaled * w).to(out.dtype.element_ty)
+        if DROP:
+            y = tl.where(kept(seed, salt, first + tl.program_id(0), n, size, least), y.to(tl.float32) * gain, 0.0)
+        tl.store(out + row * out_stride + n, y.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _norm_row_backward(  # type: ignore[no-untyped-def]
@@ -107,8 +115,10 @@ if triton is not None:
         tl.store(out + row * out_stride + n, (act * u).to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _swiglu_tile_backward(both, slope, size, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """In place: the branches become their gradients, the slope becomes the product that was forgotten."""
+    def _swiglu_tile_backward(  # type: ignore[no-untyped-def]
+        both, slope, size, stride, seed, salt, first, least, gain, DROP: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """In place: the branches become their gradients, the slope becomes the product that was forgotten, dropped."""
         row = tl.program_id(0).to(tl.int64)
         n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = n < size
@@ -121,31 +131,45 @@ if triton is not None:
         act = (g * gate).to(given.dtype).to(tl.float32)
         tl.store(at, (s * u * gate * (1 + g * (1 - gate))).to(both.dtype.element_ty), mask=inside)
         tl.store(at + size, (s * act).to(both.dtype.element_ty), mask=inside)
-        tl.store(slope + row * size + n, (act * u).to(slope.dtype.element_ty), mask=inside)
+        y = (act * u).to(slope.dtype.element_ty)
+        if DROP:
+            y = tl.where(kept(seed, salt, first + tl.program_id(0), n, size, least), y.to(tl.float32) * gain, 0.0)
+        tl.store(slope + row * size + n, y.to(slope.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _drop(x, base, out, seed, site, count, offset, p, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """out = kept x / (1 − p), or base + that; the same places for the same seed and site, whatever the block."""
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < count
-        kept = tl.rand(tl.load(seed) + site, offset + at) >= p
-        y = tl.where(kept, tl.load(x + at, mask=inside, other=0.0).to(tl.float32) / (1 - p), 0.0)
+    def _drop(  # type: ignore[no-untyped-def]
+        x, out, size, stride, out_stride, seed, salt, first, least, gain, ADD: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """out = kept x · gain, or out + that."""
+        row = tl.program_id(0).to(tl.int64)
+        n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = n < size
+        given = tl.load(x + row * stride + n, mask=inside, other=0.0).to(tl.float32)
+        y = tl.where(kept(seed, salt, first + tl.program_id(0), n, size, least), given * gain, 0.0)
+        to = out + row * out_stride + n
         if ADD:
-            y += tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+            y += tl.load(to, mask=inside, other=0.0).to(tl.float32)
+        tl.store(to, y.to(out.dtype.element_ty), mask=inside)
 
 
 def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None) -> Tensor:
+def dropping(drop: Any, like: Tensor) -> tuple[Any, ...]:
+    """What the kernels are told of a pointwise.Drop, or of none: seed, salt, first, least, gain."""
+    if drop is None:
+        return like, 0, 0, 0, 1.0
+    return drop.seed, salt(drop.site), drop.first, threshold(drop.rate), 1 / (1 - drop.rate)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None, drop: Any) -> Tensor:
     """pointwise.rms_norm: x [M, H], plus `add` in place -> out [M, H]."""
     block = triton.next_power_of_2(x.shape[1])
     more = x if add is None else add
     _norm_row[(len(x),)](
-        x, more, weight, out, x.shape[1], eps, more.stride(0), out.stride(0),
-        ADD=add is not None, BLOCK=block, num_warps=_warps(block),
+        x, more, weight, out, x.shape[1], eps, more.stride(0), out.stride(0), *dropping(drop, x),
+        ADD=add is not None, DROP=drop is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out
 
@@ -193,21 +217,18 @@ def swiglu(both: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(both: Tensor, slope: Tensor) -> None:
-    """pointwise.swiglu_backward, in place: both [M, 2 I] -> its gradient, slope [M, I] -> swiglu(both)."""
+def swiglu_backward(both: Tensor, slope: Tensor, drop: Any) -> None:
+    """pointwise.swiglu_backward, in place: both [M, 2 I] -> its gradient, slope [M, I] -> swiglu(both), dropped."""
     rows, size = slope.shape
-    _swiglu_tile_backward[(rows, triton.cdiv(size, 2048))](both, slope, size, both.stride(0), BLOCK=2048, num_warps=4)
+    _swiglu_tile_backward[(rows, triton.cdiv(size, 2048))](
+        both, slope, size, both.stride(0), *dropping(drop, slope), DROP=drop is not None, BLOCK=2048, num_warps=4
+    )
 
 
-def drop(x: Tensor, seed: Tensor, site: int, p: float, base: Tensor | None, offset: int) -> Tensor:
-    """pointwise.drop: x [m, K], the first of whose places is number `offset` of the mask.
-
-    Args:
-        seed: [1] int64 on the device, so that a captured graph draws anew when it changes.
-    """
-    out = torch.empty_like(x)
-    grid = (triton.cdiv(x.numel(), 1024),)
-    _drop[grid](
-        x, x if base is None else base, out, seed, site, x.numel(), offset, p, ADD=base is not None, BLOCK=1024, num_warps=4
-    )  # fmt: skip
+def drop(x: Tensor, how: Any, out: Tensor, add: bool) -> Tensor:
+    """pointwise.Drop's x [M, N] into `out`, or onto what is there."""
+    rows, size = x.shape
+    _drop[(rows, triton.cdiv(size, 2048))](
+        x, out, size, x.stride(0), out.stride(0), *dropping(how, x), ADD=add, BLOCK=2048, num_warps=4
+    )
     return out

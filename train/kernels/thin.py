@@ -6,11 +6,14 @@ the rows alone fill the card; below that the plain passes with cuBLAS beside the
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from train.kernels.runtime import tl, triton
+from train.kernels.mask import kept
+from train.kernels.pointwise import dropping
+from train.kernels.runtime import INTERPRETED, tl, triton
 
 TILES = ((8192, 64, 64, 8), (4096, 32, 64, 4))  # (from so many rows on: rows and columns of a tile, warps)
 STAGES = 3
@@ -31,9 +34,16 @@ if triton is not None:
         tl.store(at, x.to(out.dtype.element_ty), mask=(i < rows)[:, None] & (r < rank))
 
     @triton.jit
+    def _dropped(y, i, n, size, seed, salt, first, least, gain, DROP: tl.constexpr):  # type: ignore[no-untyped-def]
+        if DROP:
+            y = tl.where(kept(seed, salt, first + i[:, None], n, size, least), y.to(tl.float32) * gain, 0.0).to(y.dtype)
+        return y
+
+    @triton.jit
     def _norm_thin(  # type: ignore[no-untyped-def]
         x, add, weight, out, matrix, thin, rows, size, eps, add_stride, out_stride, matrix_row, matrix_column, thin_stride, scale, rank,
-        ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
+        seed, salt, first, least, gain,
+        ADD: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
         """Along the rows twice: for their squares, and, from the cache, for what they become."""
         i = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -59,6 +69,7 @@ if triton is not None:
             w = tl.load(weight + n, mask=n < size, other=0.0).to(tl.float32)
             y = ((given.to(tl.float32) * rate).to(given.dtype).to(tl.float32) * w).to(out.dtype.element_ty)
             tl.store(out + row * out_stride + n, y, mask=inside)
+            y = _dropped(y, i, n, size, seed, salt, first, least, gain, DROP)
             part = _thin_tile(matrix, start, matrix_row, matrix_column, size, rank, BN, R)
             acc = tl.dot(y, part, acc, input_precision=EXACT)
         _store_thin(acc * scale, thin, i, rows, thin_stride, rank, R)
@@ -66,7 +77,8 @@ if triton is not None:
     @triton.jit
     def _swiglu_thin(  # type: ignore[no-untyped-def]
         both, out, matrix, thin, rows, size, stride, out_stride, matrix_row, matrix_column, thin_stride, scale, rank,
-        BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
+        seed, salt, first, least, gain,
+        DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
         i = tl.program_id(0) * BM + tl.arange(0, BM)
         row = i.to(tl.int64)[:, None]
@@ -79,6 +91,7 @@ if triton is not None:
             g = given.to(tl.float32)
             y = ((g * tl.sigmoid(g)).to(given.dtype).to(tl.float32) * u).to(out.dtype.element_ty)
             tl.store(out + row * out_stride + n, y, mask=inside)
+            y = _dropped(y, i, n, size, seed, salt, first, least, gain, DROP)
             part = _thin_tile(matrix, start, matrix_row, matrix_column, size, rank, BN, R)
             acc = tl.dot(y, part, acc, input_precision=EXACT)
         _store_thin(acc * scale, thin, i, rows, thin_stride, rank, R)
@@ -86,7 +99,8 @@ if triton is not None:
     @triton.jit
     def _swiglu_thin_backward(  # type: ignore[no-untyped-def]
         both, slope, gate_matrix, up_matrix, thin, rows, size, stride, matrix_row, matrix_column, thin_stride, scale, rank,
-        BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
+        seed, salt, first, least, gain,
+        DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
         """As the plain pass, in place; and the thin products of gate's gradient, then of up's, side by side."""
         i = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -106,7 +120,8 @@ if triton is not None:
             to_up = (s * act).to(given.dtype)
             tl.store(at, to_gate, mask=inside)
             tl.store(at + size, to_up, mask=inside)
-            tl.store(there, (act * u).to(slope.dtype.element_ty), mask=inside)
+            y = _dropped((act * u).to(slope.dtype.element_ty), i, n, size, seed, salt, first, least, gain, DROP)
+            tl.store(there, y, mask=inside)
             part = _thin_tile(gate_matrix, start, matrix_row, matrix_column, size, rank, BN, R)
             of_gate = tl.dot(to_gate, part, of_gate, input_precision=EXACT)
             part = _thin_tile(up_matrix, start, matrix_row, matrix_column, size, rank, BN, R)
@@ -115,15 +130,33 @@ if triton is not None:
         _store_thin(of_up * scale, thin + rank, i, rows, thin_stride, rank, R)
 
     @triton.jit
+    def _spread(  # type: ignore[no-untyped-def]
+        thin, matrix, out, rows, size, thin_stride, matrix_row, out_stride, rank, seed, salt, first, least, gain,
+        BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr,
+    ):  # fmt: skip
+        i, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)[None]
+        row = i.to(tl.int64)[:, None]
+        y = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, rank, R):
+            r = start + tl.arange(0, R)
+            x = tl.load(thin + row * thin_stride + r[None], mask=(i < rows)[:, None] & (r < rank)[None], other=0.0)
+            part = tl.load(matrix + r[:, None] * matrix_row + n, mask=(r < rank)[:, None] & (n < size), other=0.0)
+            y = tl.dot(x, part, y, input_precision=EXACT)
+        y = tl.where(kept(seed, salt, first + i[:, None], n, size, least), y * gain, 0.0)
+        to, inside = out + row * out_stride + n, (i < rows)[:, None] & (n < size)
+        y += tl.load(to, mask=inside, other=0.0).to(tl.float32)
+        tl.store(to, y.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
     def _turned_back(  # type: ignore[no-untyped-def]
-        acc, x, out, matrix, i, rows, c, s, heads, matrix_row, matrix_column, out_stride, rank,
+        acc, x, out, matrix, i, rows, c, s, heads, stride, matrix_row, matrix_column, out_stride, rank,
         TURN: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
-        """Rows i of `heads` heads, contiguous, into their place in `out`, and onto their thin product."""
+        """Rows i of `heads` heads into their place in `out`, which may be where they are, and onto their thin product."""
         d = tl.arange(0, HALF)[None]
         row, inside = i.to(tl.int64)[:, None], (i < rows)[:, None]
         for head in tl.range(0, heads, num_stages=STAGES):
-            at = x + row * (heads * 2 * HALF) + head * 2 * HALF + d
+            at = x + row * stride + head * 2 * HALF + d
             low = tl.load(at, mask=inside, other=0.0)
             high = tl.load(at + HALF, mask=inside, other=0.0)
             if TURN:
@@ -142,7 +175,7 @@ if triton is not None:
     @triton.jit
     def _turn_back_thin(  # type: ignore[no-untyped-def]
         dq, dk, dv, out, q_matrix, k_matrix, v_matrix, thin, positions, cos, sin, rows, queries, keys,
-        matrix_row, matrix_column, out_stride, thin_stride, scale, rank,
+        q_stride, k_stride, v_stride, matrix_row, matrix_column, out_stride, thin_stride, scale, rank,
         ONE: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
         """Three gradients into one matrix. ONE: one adapter reads all of it; else three stand side by side."""
@@ -152,21 +185,21 @@ if triton is not None:
         size = 2 * HALF
         acc = tl.zeros((BM, R), tl.float32)
         acc = _turned_back(
-            acc, dq, out, q_matrix, i, rows, c, s, queries, matrix_row, matrix_column, out_stride, rank,
+            acc, dq, out, q_matrix, i, rows, c, s, queries, q_stride, matrix_row, matrix_column, out_stride, rank,
             True, HALF, R, STAGES, EXACT,
         )  # fmt: skip
         if not ONE:
             _store_thin(acc * scale, thin, i, rows, thin_stride, rank, R)
             acc = tl.zeros((BM, R), tl.float32)
         acc = _turned_back(
-            acc, dk, out + queries * size, k_matrix, i, rows, c, s, keys, matrix_row, matrix_column, out_stride, rank,
+            acc, dk, out + queries * size, k_matrix, i, rows, c, s, keys, k_stride, matrix_row, matrix_column, out_stride, rank,
             True, HALF, R, STAGES, EXACT,
         )  # fmt: skip
         if not ONE:
             _store_thin(acc * scale, thin + rank, i, rows, thin_stride, rank, R)
             acc = tl.zeros((BM, R), tl.float32)
         acc = _turned_back(
-            acc, dv, out + (queries + keys) * size, v_matrix, i, rows, c, s, keys, matrix_row, matrix_column, out_stride,
+            acc, dv, out + (queries + keys) * size, v_matrix, i, rows, c, s, keys, v_stride, matrix_row, matrix_column, out_stride,
             rank, False, HALF, R, STAGES, EXACT,
         )  # fmt: skip
         _store_thin(acc * scale, thin if ONE else thin + 2 * rank, i, rows, thin_stride, rank, R)
@@ -174,57 +207,76 @@ if triton is not None:
 
 def tile(rows: int, dtype: torch.dtype, ranks: Sequence[int]) -> tuple[int, int, int] | None:
     """(rows, columns, warps) of a program, or None where the passes with cuBLAS beside them serve better."""
-    if len(set(ranks)) != 1 or ranks[0] > RANKS or dtype == torch.float64:
+    narrow = dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and INTERPRETED)
+    if not narrow or len(set(ranks)) != 1 or ranks[0] > RANKS:
         return None
-    return next((found for least, *found in TILES if rows >= least), None)  # type: ignore[misc]
+    return next(((height, width, warps) for least, height, width, warps in TILES if rows >= least), None)
 
 
 def heads_fit(parts: tuple[Tensor, Tensor, Tensor]) -> bool:
-    """Whether `turn_back` takes these gradients: contiguous, half a head a power of two that tensor cores take."""
+    """Whether `turn_back` takes these gradients: half a head is a power of two that tensor cores take."""
     half = parts[0].shape[2] // 2
-    return half >= 16 and half & (half - 1) == 0 and all(part.is_contiguous() for part in parts)
+    return half >= 16 and half & (half - 1) == 0
 
 
-def _numbers(rank: int, dtype: torch.dtype) -> dict[str, object]:
-    return {
-        "R": max(16, triton.next_power_of_2(rank)), "STAGES": STAGES, "EXACT": "ieee" if dtype == torch.float32 else "tf32"
-    }  # fmt: skip
+def _columns(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _exact(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"  # asked of float32 only
+
+
+def _numbers(rank: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {"R": _columns(rank), "STAGES": STAGES, "EXACT": _exact(dtype)}
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None,
-    matrix: Tensor, scale: float, thin: Tensor, shape: tuple[int, int, int],
+    matrix: Tensor, scale: float, thin: Tensor, drop: Any, shape: tuple[int, int, int],
 ) -> None:  # fmt: skip
-    """pointwise.rms_norm, and thin [M, r] = scale · out matrix, for a matrix [H, r] of any strides."""
+    """pointwise.rms_norm, and thin [M, r] = scale · drop(out) matrix, for a matrix [H, r] of any strides."""
     rows, size = x.shape
     BM, BN, warps = shape
     more = x if add is None else add
     _norm_thin[(triton.cdiv(rows, BM),)](
         x, more, weight, out, matrix, thin, rows, size, eps, more.stride(0), out.stride(0), *matrix.stride(), thin.stride(0),
-        scale, matrix.shape[1], ADD=add is not None, BM=BM, BN=BN, num_warps=warps, **_numbers(matrix.shape[1], out.dtype),
+        scale, matrix.shape[1], *dropping(drop, x), ADD=add is not None, DROP=drop is not None, BM=BM, BN=BN, num_warps=warps, **_numbers(matrix.shape[1], out.dtype),
     )  # fmt: skip
 
 
-def swiglu(both: Tensor, out: Tensor, matrix: Tensor, scale: float, thin: Tensor, shape: tuple[int, int, int]) -> None:
-    """pointwise.swiglu, and thin [M, r] = scale · out matrix, for a matrix [I, r] of any strides."""
+def swiglu(
+    both: Tensor, out: Tensor, matrix: Tensor, scale: float, thin: Tensor, drop: Any, shape: tuple[int, int, int]
+) -> None:
+    """pointwise.swiglu, and thin [M, r] = scale · drop(out) matrix, for a matrix [I, r] of any strides."""
     rows, size = out.shape
     BM, BN, warps = shape
     _swiglu_thin[(triton.cdiv(rows, BM),)](
         both, out, matrix, thin, rows, size, both.stride(0), out.stride(0), *matrix.stride(), thin.stride(0), scale,
-        matrix.shape[1], BM=BM, BN=BN, num_warps=warps, **_numbers(matrix.shape[1], out.dtype),
+        matrix.shape[1], *dropping(drop, out), DROP=drop is not None, BM=BM, BN=BN, num_warps=warps,
+        **_numbers(matrix.shape[1], out.dtype),
     )  # fmt: skip
 
 
 def swiglu_backward(
-    both: Tensor, slope: Tensor, matrices: Sequence[Tensor], scale: float, thin: Tensor, shape: tuple[int, int, int]
-) -> None:
+    both: Tensor, slope: Tensor, matrices: Sequence[Tensor], scale: float, thin: Tensor, drop: Any, shape: tuple[int, int, int]
+) -> None:  # fmt: skip
     """pointwise.swiglu_backward, and thin [M, 2 r] = scale · [gate's gradient matrix₀, up's matrix₁], matrices [I, r]."""
     rows, size = slope.shape
     BM, BN, warps = shape
     gate, up = matrices
     _swiglu_thin_backward[(triton.cdiv(rows, BM),)](
         both, slope, gate, up, thin, rows, size, both.stride(0), *gate.stride(), thin.stride(0), scale, gate.shape[1],
-        BM=BM, BN=BN, num_warps=warps, **_numbers(gate.shape[1], both.dtype),
+        *dropping(drop, slope), DROP=drop is not None, BM=BM, BN=BN, num_warps=warps, **_numbers(gate.shape[1], both.dtype),
+    )  # fmt: skip
+
+
+def spread(thin: Tensor, matrix: Tensor, drop: Any, out: Tensor) -> None:
+    """pointwise.spread: out [M, N] += drop(thin matrix), thin [M, r], matrix [r, N] with rows of any stride."""
+    rows, size = out.shape
+    _spread[(triton.cdiv(rows, 64), triton.cdiv(size, 64))](
+        thin, matrix, out, rows, size, thin.stride(0), matrix.stride(0), out.stride(0), len(matrix), *dropping(drop, out),
+        BM=64, BN=64, R=min(64, _columns(len(matrix))), EXACT=_exact(out.dtype), num_warps=4,
     )  # fmt: skip
 
 
@@ -232,7 +284,7 @@ def turn_back(
     parts: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, positions: Tensor, out: Tensor,
     matrices: Sequence[Tensor], scale: float, thin: Tensor, shape: tuple[int, int, int],
 ) -> None:  # fmt: skip
-    """pointwise.turn by sign -1 of contiguous parts without bias, and their thin product.
+    """pointwise.turn by sign -1 without bias, and the thin product of `out`.
 
     Args:
         matrices: one of all (Hq + 2 Hkv) D rows, whose thin is [M, r]; or one of each part, whose thin is [M, 3 r].
@@ -244,7 +296,7 @@ def turn_back(
     three = [matrices[0][at:] for at in heads] if len(matrices) == 1 else matrices
     rank = matrices[0].shape[1]
     _turn_back_thin[(triton.cdiv(rows, BM),)](
-        *parts, out, *three, thin, positions, cos, sin, rows, queries, k.shape[1], *matrices[0].stride(), out.stride(0),
-        thin.stride(0), scale, rank, ONE=len(matrices) == 1, BM=BM, HALF=size // 2, num_warps=warps,
+        *parts, out, *three, thin, positions, cos, sin, rows, queries, k.shape[1], *(part.stride(0) for part in parts),
+        *matrices[0].stride(), out.stride(0), thin.stride(0), scale, rank, ONE=len(matrices) == 1, BM=BM, HALF=size // 2, num_warps=warps,
         **_numbers(rank, out.dtype),
     )  # fmt: skip
