@@ -100,9 +100,8 @@ def resolve(requirements: list[str], constraints: list[str], *flags: str) -> lis
         source, limits, build, result = (Path(folder, name) for name in ("in", "limits", "build", "pylock.toml"))
         source.write_text("\n".join(requirements))
         limits.write_text("\n".join(constraints))
-        build.write_text(
-            "\n".join(wanted()["build"])
-        )  # source packages are asked for their metadata with the pinned tools
+        # Source packages are asked for their metadata with the pinned tools
+        build.write_text("\n".join(wanted()["build"]))
         command = [find_uv(), "pip", "compile", "--quiet", "--universal", "--python-version", PYTHONS[0], *flags]
         command += ["-c", str(limits), "-b", str(build), "--format", "pylock.toml", "-o", str(result), str(source)]
         if subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL).returncode:

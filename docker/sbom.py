@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent)
-)  # not the folder above: Docker's own library for Python is called docker too
+# Not the folder above: Docker's own library for Python is called docker too
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 import lock  # type: ignore[import-not-found]
 from differences import SBOM, differences, render, settings, sha256  # type: ignore[import-not-found]
 

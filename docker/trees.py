@@ -32,21 +32,12 @@ UNUSED = (  # 120 MB that no command here reaches: a server and its client, a so
     "tensorboard_data_server/bin",
 )
 RARE = r"/transformers/models/(?!auto/)[^/]+/(?!__init__)|/fontTools/|/pygments/lexers/"  # hardly any of these 1,700 modules is imported
-TESTED = (
-    "matplotlib",
-    "networkx",
-    "numpy",
-    "pandas",
-    "pyarrow",
-    "sympy",
-)  # their tests are 100 MB, and no module imports them
+# Their tests are 100 MB, and no module imports them
+TESTED = ("matplotlib", "networkx", "numpy", "pandas", "pyarrow", "sympy")
 PASSING = ("proc", "sys", "dev", "run", "tmp", "build", "base", "tree", "var/log", "var/cache", "var/lib/apt/lists")
 MOUNTED = ("etc/resolv.conf", "etc/hosts", "etc/hostname", ".dockerenv")  # by the builder, into every RUN
-WRITABLE = (
-    "workspace/data",
-    "workspace/models",
-    "workspace/runs",
-)  # where folders or volumes get mounted, for whatever uid
+# Where folders or volumes get mounted, for whatever uid
+WRITABLE = ("workspace/data", "workspace/models", "workspace/runs")
 
 
 def epoch() -> int:

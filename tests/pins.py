@@ -26,9 +26,8 @@ def commands(name: str, text: str) -> list[str]:
     found = []
     for line in text.splitlines():
         code = re.sub(r"(^|\s)#.*", "", line)
-        code = re.sub(
-            r"\b(?:fail|problem|say|echo) .*", lambda told: re.sub(r'"[^"]*"', "", told[0]), code
-        )  # advice, no command
+        # Advice, no command
+        code = re.sub(r"\b(?:fail|problem|say|echo) .*", lambda told: re.sub(r'"[^"]*"', "", told[0]), code)
         if not FETCHES.search(code) and '"${apt[@]}" install' not in code and '/uv" pip install' not in code:
             continue
         if (

@@ -106,9 +106,8 @@ def test_a_gpu_is_reserved_where_a_driver_answers_and_the_host_is_fit(project: P
     assert containers(project)[-1]["ACCELERATOR"] == "gpu"
     assert "as asked" in run(project, "train", "data=x", ACCELERATOR="cpu").splitlines()[0]
     assert containers(project)[-1]["ACCELERATOR"] == "cpu"
-    run(
-        project, "train", "data=x", "gpus=2", GPUS="2"
-    )  # make exports what was typed; the program itself counts the cards
+    # Make exports what was typed; the program itself counts the cards
+    run(project, "train", "data=x", "gpus=2", GPUS="2")
     assert containers(project)[-1]["ACCELERATOR"] == "gpu" and containers(project)[-1]["GPUS"] is None
     assert "expected gpu, cpu" in run(project, "train", "data=x", ACCELERATOR="tpu", status=2)
 

@@ -57,9 +57,8 @@ def test_why_no_card_is_seen(host: Host, text: str, remedy: str) -> None:
     assert wanted.state == "fail"
     assert text in wanted.text
     assert remedy in wanted.remedy
-    assert unasked.state == (
-        "ok" if host is BARE else "warn"
-    )  # it will train on the CPU, which is not what it looks like
+    # It will train on the CPU, which is not what it looks like
+    assert unasked.state == ("ok" if host is BARE else "warn")
 
 
 def test_fewer_cards_than_asked_for() -> None:

@@ -155,9 +155,8 @@ def test_qwen2_loads_strictly_into_the_plain_llama(tmp_path: Path) -> None:
     out = export(folder, dtype="float32")
     plain, state = llama(read_config(read_json(out / "config.json"))), merged_state(out)
     missing, extra = plain.load_state_dict(state, strict=False)
-    assert not extra and all(
-        n.endswith("o_proj.bias") or n == "lm_head.weight" for n in missing
-    )  # tied head, no such bias
+    # Tied head, no such bias
+    assert not extra and all(n.endswith("o_proj.bias") or n == "lm_head.weight" for n in missing)
     assert close(adapted(folder), plain) and close(adapted(folder), load(out, torch.float32))
 
 

@@ -102,9 +102,8 @@ def test_gradients_reach_every_parameter_on_int4(tokens: int, tmp_path: Path) ->
     model(input_ids=ids, labels=ids).loss.backward()
     for name, p in lora.trainable(model).items():
         assert p.grad is not None and p.grad.isfinite().all(), name
-        alone = tokens == 1 and (
-            "q_proj" in name or "k_proj" in name
-        )  # one query sees one key, whatever both are: no slope
+        # One query sees one key, whatever both are: no slope
+        alone = tokens == 1 and ("q_proj" in name or "k_proj" in name)
         assert alone or p.grad.any(), name
 
 

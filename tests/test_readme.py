@@ -74,9 +74,8 @@ def test_ci_runs_the_readmes_test_command() -> None:
 
 def test_no_file_names_a_registry_or_a_path_of_the_machine_it_was_written_on() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    registry = re.compile(
-        "py" + r"pi\.(org|python)|python" + "hosted|/ro" + "ot/|/wo" + "rk/(?!data|models|runs)"
-    )  # but for the image's own folders
+    # But for the image's own folders
+    registry = re.compile("py" + r"pi\.(org|python)|python" + "hosted|/ro" + "ot/|/wo" + "rk/(?!data|models|runs)")
     for name in listed:
         if (ROOT / name).suffix in {".py", ".md", ".lock", ".toml", ".yaml", ".json", ""}:
             text = (ROOT / name).read_text(encoding="utf-8", errors="ignore")

@@ -35,9 +35,8 @@ class Tokens:
 
 SHORT = 512  # rows up to this many tokens are better served by smaller programs
 Turns = tuple[Tensor, Tensor]
-Kept = tuple[
-    Tensor, ...
-]  # of the forward pass, for the backward pass: log-sum-exp; of torch's flash attention also two words; or nothing
+# Of the forward pass, for the backward pass: log-sum-exp; of torch's flash attention also two words; or nothing
+Kept = tuple[Tensor, ...]
 
 
 def hopper(q: Tensor) -> bool:

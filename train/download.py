@@ -88,9 +88,8 @@ def _receive(url: str, part: Path, size: int | None, headers: Mapping[str, str])
                 return _receive(url, part, size, headers)
             answer.raise_for_status()
             have = have if answer.status_code == 206 else 0
-            length = answer.headers.get(
-                "Content-Length"
-            )  # none if it comes in chunks: the file is judged when it is here
+            # None if it comes in chunks: the file is judged when it is here
+            length = answer.headers.get("Content-Length")
             total = have + int(length) if length else size
             if size is not None and total != size:
                 raise UnreachableError(f"{url} offers {total:,} bytes, expected {size:,}: not the file")

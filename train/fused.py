@@ -47,9 +47,8 @@ class Projection:
         self.dropout = _rate(adapted[0]) if adapted else 0.0
         self.bias = self._bias()
         self.spare = self.rank if self.packed else 0  # columns that it would like its input to have besides
-        self.spare_back = (
-            0 if self.dropout else self.spare
-        )  # and its output's gradient; dropout stands between back and A
+        # And its output's gradient; dropout stands between back and A
+        self.spare_back = 0 if self.dropout else self.spare
 
     def parameters(self) -> list[nn.Parameter]:
         """All A, then all B: in this order they stand in the vector."""

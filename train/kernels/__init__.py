@@ -23,9 +23,8 @@ def usable(device: torch.device) -> bool:
     try:
         word = torch.zeros(4, 8, dtype=torch.int32, device=device)
         dequantize(word, word[:1, :1].contiguous(), torch.ones(1, 8, device=device), None, 4, torch.float32)
-    except (
-        Exception
-    ) as error:  # no compiler, an unknown card, a driver too old: Triton raises a different class for each
+    # No compiler, an unknown card, a driver too old: Triton raises a different class for each
+    except Exception as error:
         print(f"Triton does not run here, the slower plain path is used: {error}", file=sys.stderr)
         return False
     return True

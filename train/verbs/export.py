@@ -157,10 +157,8 @@ def _finished(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _check_space(out: Path, job: Job) -> None:
-    need, free = (
-        int(size(job) * 1.02) + 50 * 10**6,
-        free_bytes(out),
-    )  # an older export is replaced last: it still counts
+    # An older export is replaced last: it still counts
+    need, free = int(size(job) * 1.02) + 50 * 10**6, free_bytes(out)
     if free < need:
         raise UserError(
             f"{out}: needs {need / GB:.1f} GB of disk, {free / GB:.1f} GB are free. "
