@@ -98,6 +98,7 @@ class Lagging(offload.Lane):
         self.waiting.append((to, x))
 
     def join(self) -> None:
+        assert len(self.waiting) == 1, "joined with nothing under way, which no capture allows, or with two"
         for to, x in self.waiting:
             to.copy_(x)
         self.waiting.clear()
@@ -107,8 +108,10 @@ def test_nobody_uses_what_has_not_arrived(tmp_path: Path, monkeypatch: pytest.Mo
     """With copies that are made only when they are waited for."""
     model = adapted(tmp_path, "qwen2", True, torch.float32, "cpu")
     wanted = learnt(model, "on", False, 1)
-    monkeypatch.setattr(offload, "Lane", lambda device: Lagging())
+    lanes: list[Lagging] = []
+    monkeypatch.setattr(offload, "Lane", lambda device: lanes.append(Lagging()) or lanes[-1])  # type: ignore[func-returns-value]
     assert_same(learnt(model, "offload", False, 1), wanted)
+    assert [lane.waiting for lane in lanes] == [[]], "every copy is joined: a capture would not end otherwise"
 
 
 def test_a_shelf_is_a_stack_with_two_on_the_device() -> None:

@@ -84,8 +84,12 @@ class Shelf:
         return x
 
     def _join(self) -> Tensor | None:
-        """The tensor that was under way, which the computing stream may now use, or whose memory it may use again."""
-        self.lane.join()
+        """The tensor that was under way, which the computing stream may now use, or whose memory it may use again.
+
+        A stream that captures must not wait for one that nothing was asked of since the capture began.
+        """
+        if self.moving is not None:
+            self.lane.join()
         moved, self.moving = self.moving, None
         return moved
 
