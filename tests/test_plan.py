@@ -136,13 +136,13 @@ def test_each_way_to_save_memory_saves_some() -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("8G", 8.0), ("8GB", 8.0), ("7.6 GiB", 7.6), ("8192M", 8.0), ("24", 24.0)])
 def test_a_cards_memory_in_words(text: str, size: float) -> None:
-    assert plan.card_bytes(text) == int(size * GIB)
+    assert verb.card_bytes(text) == int(size * GIB)
 
 
 @pytest.mark.parametrize("text", ["", "big", "-8G", "0", "nanG", "1e9G"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="gpu="):
-        plan.card_bytes(text)
+        verb.card_bytes(text)
 
 
 def test_the_choice_fits_and_no_quicker_one_does() -> None:

@@ -2,8 +2,8 @@
 
 Counts what fused.py keeps of a block, what step.py holds beside it, the loss's chunk of logits, and what DeepSpeed's ZeRO 2 keeps of
 every number that is learnt; tests hold each count to the code. The peak is that of the worst of four moments: the last block's
-forward pass, the loss, the last block's backward pass, the optimizer's update. Imports neither torch nor a model, so that it costs nothing to ask; knows no device.
-Valid where the fused passes run in 16 bits with flash attention (sm_80 on). CUDA's own context comes on top, and is named apart.
+forward pass, the loss, the last block's backward pass, the optimizer's update. Imports neither torch nor a model, so that it costs
+nothing to ask; knows no device. Valid where the fused passes run in 16 bits with flash attention (sm_80 on). CUDA's own context comes on top, and is named apart.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ WORKSPACE = 2 * (32 << 20)
 ROUND = 64
 # rows of logits at once, half as many up to so many tokens (step.chunk_of)
 LOSS_ROWS, LOSS_TOKENS = 1024, 4096
-# tokens from which checkpointing makes the MLP again in two halves (fused.HALVES)
+# tokens from which checkpointing goes through the MLP in two halves (fused.HALVES)
 HALVES = 4096
 
 # numbers in ZeRO's reduction bucket (deepspeed/zero2.json), there during the backward pass
@@ -224,9 +224,10 @@ def kept(shape: Shape, setting: Setting) -> int:
     """What the forward pass leaves on the device for the backward pass: of every block all, with checkpointing its input, and with
     offload the last block's input only; a graph's place of the first block's stays besides."""
     w = Widths.of(shape, setting)
-    inputs = {"off": 0, "on": shape.layers, "offload": min(shape.layers, 2 if setting.graphs else 1)}
-    numbers = inputs[setting.checkpointing] * w.h if setting.checkpointing != "off" else shape.layers * w.block
-    return SIXTEEN * setting.tokens * numbers
+    if setting.checkpointing == "off":
+        return SIXTEEN * setting.tokens * shape.layers * w.block
+    inputs = shape.layers if setting.checkpointing == "on" else min(shape.layers, 2 if setting.graphs else 1)
+    return SIXTEEN * setting.tokens * inputs * w.h
 
 
 def forward(shape: Shape, setting: Setting) -> int:
@@ -346,20 +347,3 @@ def longest(shape: Shape, setting: Setting, card: int) -> int:
         middle = (low + high) // 2 // ROUND * ROUND
         low, high = (middle, high) if fits(estimate(shape, replace(one, length=middle)), card) else (low, middle)
     return low
-
-
-def card_bytes(text: str) -> int:
-    """ "8G", "8GB", "7.6 GiB" or "8192M" -> bytes; makers' gigabytes are binary ones.
-
-    Raises:
-        UserError: no size.
-    """
-    word = text.strip().lower().removesuffix("b").removesuffix("i").strip()
-    unit = {"g": GIB, "m": 2**20}.get(word[-1:], 0)
-    try:
-        size = float(word[:-1] if unit else word) * (unit or GIB)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < 2**50:
-        raise UserError(f"gpu={text}: expected the memory of a card, as 8G or 7.6G; empty: this machine's card.")
-    return int(size)

@@ -50,7 +50,7 @@ def run(options: Request) -> None:
     # --- which model, which recipe, which card ----------------------------------------------------------------------------
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
     shape, known = _shape(recipe.model, Path(options.models))
-    card = plan.card_bytes(options.gpu) if options.gpu else _this_card()
+    card = card_bytes(options.gpu) if options.gpu else _this_card()
     console = Console(width=None if Console().is_terminal else 120)
 
     # --- what it takes, and what to say to make train ---------------------------------------------------------------------
@@ -78,6 +78,23 @@ def _shape(model: str, models: Path) -> tuple[Shape, str]:
         raise UserError(
             f"{folder / 'config.json'}: damaged ({error}). Fetch it again: make model MODEL={model}"
         ) from error
+
+
+def card_bytes(text: str) -> int:
+    """ "8G", "8GB", "7.6 GiB" or "8192M" -> bytes; makers' gigabytes are binary ones.
+
+    Raises:
+        UserError: no size.
+    """
+    word = text.strip().lower().removesuffix("b").removesuffix("i").strip()
+    unit = {"g": GIB, "m": 2**20}.get(word[-1:], 0)
+    try:
+        size = float(word[:-1] if unit else word) * (unit or GIB)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 2**50:
+        raise UserError(f"gpu={text}: expected the memory of a card, as 8G or 7.6G; empty: this machine's card.")
+    return int(size)
 
 
 def _this_card() -> int:
