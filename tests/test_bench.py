@@ -1,23 +1,28 @@
 """The benchmarks themselves: what they leave out and why, how reports become tables, and the whole of them on a CPU with a tiny shape."""
 
+import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.bench import __main__ as bench
-from tests.bench import curves, merge, packing, shapes, table, worker
+from tests.bench import card, crew, curves, merge, packing, shapes, table, worker
 from tests.bench.spec import Shape, Spec, beyond, shapes_of
 from tests.oracles import tiny_checkpoint, tiny_config
 from train.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-SPEC = Spec("ours", "tiny", ((1, 32), (2, 64)), True, 0.05, 8, 1, 2, "cpu", "rows.jsonl")
+PYTHON = sys.executable
+SPEC = Spec("ours", "tiny", 2, 64, "on", 0.05, 8, "device", 1, 2, "cpu")
 
 
 def python(*words: str) -> str:
@@ -44,87 +49,229 @@ def test_what_is_beyond_a_shape_that_did_not_fit() -> None:
 
 def test_a_spec_goes_to_a_worker_and_comes_back_the_same() -> None:
     assert Spec.load(SPEC.dump()) == SPEC
-    assert SPEC.with_shapes([(3, 4)]).shapes == ((3, 4),)
+    assert "embedding" not in SPEC.row()
+    assert replace(SPEC, embedding="host", again=True).row()["arm"] == "ours again"
 
 
-def test_every_arm_in_every_setting() -> None:
-    specs = list(bench._specs(bench.Options(arms="ours,stock", model="tiny", shapes="1x32"), "cpu"))
-    assert [(s.dropout, s.checkpointing, s.arm) for s in specs[:3]] == [
-        (0.0, False, "ours"),
-        (0.0, False, "stock"),
-        (0.0, True, "ours"),
+def settings(**given: str) -> list[list[Spec]]:
+    return list(bench._settings(bench.Options(model="tiny", **given), "cpu"))  # type: ignore[arg-type]
+
+
+def test_every_arm_in_every_setting_and_ours_again_after_the_others() -> None:
+    found = settings(arms="ours,stock", shapes="4x2048,1x512")
+    assert [(s[0].dropout, s[0].shape, s[0].checkpointing) for s in found[:3]] == [
+        (0.0, (4, 2048), "off"),
+        (0.0, (4, 2048), "on"),
+        (0.0, (1, 512), "off"),
     ]
-    assert len(specs) == 8
+    assert len(found) == 8
+    assert [(s.arm, s.keep, s.again) for s in found[0]] == [
+        ("ours", True, False),
+        ("stock", False, False),
+        ("ours", False, True),
+    ]
+    alone = settings(arms="ours,stock", shapes="1x512", checkpointing="offload", dropout="0")
+    assert [s.arm for s in alone[0]] == ["ours"]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [({"arms": "theirs"}, "no arm is called theirs"), ({"dropout": "some"}, "not understood")]
-)
+    ("wrong", "said"),
+    [({"arms": "theirs"}, "no arm is called theirs"), ({"dropout": "some"}, "not understood"), ({"checkpointing": "yes"}, "yes is none")],
+)  # fmt: skip
 def test_what_cannot_be_measured_is_refused(wrong: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        list(bench._specs(bench.Options(**{"shapes": "1x32", **wrong}), "cpu"))  # type: ignore[arg-type]
+        settings(**{"shapes": "1x32", **wrong})
 
 
-class Workers:
-    """Workers that answer by a script: of each shape a rate, "fit" (no room), or "" (ended without a word)."""
+class Script:
+    """Workers that answer by a script: of each arm and shape a rate, "fit" (no room), "crowd" (no room beside others), "" (no row)."""
 
-    def __init__(self, script: dict[Shape, Any]) -> None:
-        self.script, self.asked = script, []  # type: ignore[var-annotated]
+    def __init__(self, answers: dict[tuple[str, Shape], Any]) -> None:
+        self.answers, self.living, self.asked = answers, set(), []  # type: ignore[var-annotated]
 
-    def __call__(self, spec: Spec, options: bench.Options) -> list[dict[str, Any]]:
-        self.asked.append(spec.shapes)
-        rows: list[dict[str, Any]] = []
-        for shape in spec.shapes:
-            answer = self.script[shape]
-            if answer == "":
-                Path(spec.rows).with_suffix(".log").write_text("warming up\nSegmentation fault\n\n")
-                return rows
-            if answer == "fit":
-                return [*rows, spec.row(shape, skipped="does not fit: out of memory (7.6 GiB)")]
-            rows.append(spec.row(shape, tokens_per_s=answer, peak_gib=1.0))
-        return rows
+    def __call__(self, folder: Path, arm: str, gpus: int, patience: float) -> "Script.One":
+        return Script.One(self, arm)
 
+    class One:
+        def __init__(self, script: "Script", arm: str) -> None:
+            self.script, self.arm = script, arm
+            script.living.add(self)
 
-def group(script: dict[Shape, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: float = 1e18) -> Any:
-    spec = Spec("ours", "tiny", tuple(script), False, 0.0, 8, 1, 2, "cpu", str(tmp_path / "rows.jsonl"))
-    workers = Workers(script)
-    monkeypatch.setattr(bench, "_worker", workers)
-    return bench._group(spec, bench.Options(seconds=5), until), workers.asked
+        @property
+        def alive(self) -> bool:
+            return self in self.script.living
 
+        def end(self) -> None:
+            self.script.living.discard(self)
 
-def test_after_no_room_another_worker_goes_on_and_larger_ones_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = {(1, 512): 10, (1, 2048): "fit", (8, 512): 30, (4, 2048): 40}
-    rows, asked = group(script, tmp_path, monkeypatch)
-    assert [(row["batch"], row.get("tokens_per_s"), row.get("skipped", "")[:12]) for row in rows] == [
-        (1, 10, ""),
-        (1, None, "does not fit"),
-        (4, None, "does not fit"),
-        (8, 30, ""),
-    ]
-    assert "1x2048 did not" in rows[2]["skipped"]
-    assert asked == [((1, 512), (1, 2048), (8, 512), (4, 2048)), ((8, 512),)]
+        def ask(self, spec: Spec) -> dict[str, Any] | None:
+            self.script.asked.append((spec.arm, spec.shape, spec.again))
+            answer = self.script.answers[spec.arm, spec.shape]
+            if answer == "crowd":
+                answer = 5 if len(self.script.living) == 1 else "fit"
+            if answer in ("", "fit"):
+                self.end()
+                return spec.row(skipped="does not fit: out of memory (7.6 GiB)") if answer else None
+            return spec.row(tokens_per_s=answer, peak_gib=1.0)
 
 
-def test_a_worker_that_ends_without_a_word_costs_its_shape_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows, _ = group({(1, 32): "", (2, 32): 7}, tmp_path, monkeypatch)
-    assert rows[0]["skipped"] == "failed: Segmentation fault"
-    assert rows[1]["tokens_per_s"] == 7
+def measured(
+    answers: dict[tuple[str, Shape], Any], monkeypatch: pytest.MonkeyPatch, until: float = 1e18
+) -> tuple[list[dict[str, Any]], Script]:
+    script = Script(answers)
+    monkeypatch.setattr(crew, "Worker", script)
+    arms = ",".join(dict.fromkeys(arm for arm, _ in answers))
+    shapes = ",".join(f"{b}x{n}" for b, n in dict.fromkeys(shape for _, shape in answers))
+    specs = settings(arms=arms, shapes=shapes, checkpointing="off", dropout="0")
+    return list(bench._measured(specs, crew.Crew(Path(), 1, 1.0), 5, until)), script
 
 
-def test_nothing_begins_once_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, asked = group({(1, 32): 1, (2, 32): 2}, tmp_path, monkeypatch, until=-1.0)
+def test_after_no_room_larger_ones_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    answers = {("ours", shape): n for shape, n in {(1, 512): 10, (1, 2048): "fit", (8, 512): 30, (4, 2048): 40}.items()}
+    rows, script = measured(answers, monkeypatch)
+    assert [row.get("tokens_per_s") for row in rows] == [10, None, 30, None]
+    assert "1x2048 did not" in rows[3]["skipped"]
+    assert len(script.asked) == 3
+
+
+def test_what_does_not_fit_beside_others_is_tried_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows, script = measured({("ours", (4, 64)): 10, ("stock", (4, 64)): "crowd"}, monkeypatch)
+    assert [(row["arm"], row["tokens_per_s"]) for row in rows] == [("ours", 10), ("stock", 5), ("ours again", 10)]
+    assert [arm for arm, *_ in script.asked] == ["ours", "stock", "stock", "ours"]
+
+
+def test_nothing_begins_once_the_time_is_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows, script = measured({("ours", (1, 32)): 1, ("ours", (2, 32)): 2}, monkeypatch, until=-1.0)
     assert [row["skipped"] for row in rows] == ["not begun: seconds=5 are over"] * 2
-    assert asked == []
-    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+    assert script.asked == []
+
+
+def test_memory_that_is_left_behind_twice_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows, _ = measured({("ours", (1, 32)): ""}, monkeypatch)
+    assert rows[0]["skipped"] == "failed: memory was left behind twice"
+
+
+def worker_of(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float = 20.0
+) -> dict[str, Any] | None:
+    """What is answered to SPEC by a worker whose program is `code`; it finds ORDERS and ROWS in its arguments."""
+    (tmp_path / "python").write_text(
+        f"#!{sys.executable}\nimport sys, time, json\norders, rows = sys.argv[-2:]\n{code}\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(crew.sys, "executable", str(tmp_path / "python"))
+    worker = crew.Worker(tmp_path, "ours", 1, patience)
+    row = worker.ask(SPEC)
+    worker.end(0.1)
+    assert not worker.alive
+    return row
+
+
+def test_a_worker_that_ends_without_a_word_or_is_silent_costs_its_row_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = worker_of("sys.exit('warming up\\nSegmentation fault\\n\\n')", tmp_path, monkeypatch)
+    assert row is not None
+    assert row["skipped"] == "failed: Segmentation fault"
+    row = worker_of("time.sleep(60)", tmp_path, monkeypatch, patience=0.5)
+    assert row is not None
+    assert row["skipped"] == "failed: silent for 0.5 s"
+
+
+def test_a_worker_answers_or_hands_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "while not open(orders).read().endswith('\\n'): time.sleep(0.01)\nopen(rows, 'a').write({!r} + '\\n'); time.sleep(9)"
+    row = worker_of(said.format(json.dumps({"tokens_per_s": 7})), tmp_path, monkeypatch)
+    assert row == {"tokens_per_s": 7}
+    assert worker_of(said.format("null"), tmp_path, monkeypatch) is None
+
+
+def test_orders_are_followed_as_they_come(tmp_path: Path) -> None:
+    path = tmp_path / "orders"
+    path.write_text(SPEC.dump() + "\n" + SPEC.dump()[:20])
+    orders = worker.follow(path)
+    assert next(orders) == SPEC
+    path.write_text(SPEC.dump() + "\n" + replace(SPEC, batch=3).dump() + "\n\n")
+    assert [spec.batch for spec in orders] == [3]
 
 
 def test_out_of_memory_is_told_from_a_failure() -> None:
     assert worker.reason(torch.OutOfMemoryError("CUDA out of memory. Tried")).startswith("does not fit: out of memory")
     assert worker.reason(RuntimeError("shapes\ndiffer")) == "failed: RuntimeError: shapes differ"
+
+
+# What the card does meanwhile
+
+
+class Eye:
+    """A card that is held back by its power in every other look."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def look(self) -> card.Look:
+        self.looks += 1
+        return card.Look(1980 - 300 * (self.looks % 2), 2619, 699.6, 61, 4 * (self.looks % 2))
+
+
+def test_a_card_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "EVERY", 0.001)
+    eye = Eye()
+    with card.Watch(eye) as seen:
+        while eye.looks < 10:
+            pass
+    found = seen.found()
+    assert found["sm_mhz"][0] == 1680
+    assert found["sm_mhz"][2] == 1980
+    assert found["watts"] == [700, 700, 700]
+    assert 0.4 < found["held_back"]["power cap"] < 0.6
+    assert found["looks"] == eye.looks
+    assert "heat" not in found["held_back"]
+
+
+def test_why_a_card_cannot_be_seen_is_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert card.eye_on(torch.device("cpu")) == "no card"
+
+    def refuse(index: int) -> None:
+        raise OSError("libnvidia-ml.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(card, "Library", refuse)
+    eye = card.eye_on(torch.device("cuda", 0))
+    assert "libnvidia-ml" in str(eye)
+    with card.Watch(eye) as seen:
+        pass
+    assert "libnvidia-ml" in seen.found()["seen"]
+    with card.Watch(Eye()) as seen:
+        pass
+    assert seen.found() == {"seen": "too short to be seen"}
+
+
+LIBRARY = """
+#include <string.h>
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **out) { *out = (void *)7; return strcmp(uuid, "GPU-one") ? 2 : 0; }
+int nvmlDeviceGetClockInfo(void *d, unsigned kind, unsigned *out) { *out = kind == 1 ? 1755 : 2619; return d != (void *)7; }
+int nvmlDeviceGetPowerUsage(void *d, unsigned *out) { *out = 512345; return 0; }
+int nvmlDeviceGetTemperature(void *d, unsigned sensor, unsigned *out) { *out = 54; return sensor; }
+int nvmlDeviceGetCurrentClocksThrottleReasons(void *d, unsigned long long *out) { *out = 1ull << 5 | 4; return 0; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to make a stand-in of the library with")
+def test_the_library_is_called_as_it_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ml.c").write_text(LIBRARY)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "ml.so", tmp_path / "ml.c"], check=True)
+    open_library = ctypes.CDLL
+    monkeypatch.setattr(card.ctypes, "CDLL", lambda name: open_library(str(tmp_path / "ml.so")))
+    for uuid, fits in (("one", True), ("other", False)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, uuid=uuid: SimpleNamespace(uuid=uuid))
+        eye = card.eye_on(torch.device("cuda", 0))
+        assert isinstance(eye, str) is not fits
+        if not isinstance(eye, str):
+            assert eye.look() == card.Look(1755, 2619, 512.345, 54, 36)
 
 
 # Random models
@@ -166,6 +313,8 @@ def test_a_table_has_the_ratio_beside_each_peer() -> None:
     drawn = table.table(rows)
     cells = [list(column.cells) for column in drawn.columns]
     assert [str(column.header) for column in drawn.columns][4:] == ["ours", "stock", "×", "unsloth", "×"]
+    control = table.table([*rows, row("ours again", 2500, checkpointing="on")])
+    assert [next(iter(column.cells)) for column in control.columns][4:7] == ["3,000 · 2.00", "1,000 · 2.00", "2.5"]
     assert [column[0] for column in cells[4:]] == ["3,000 · 2.00", "1,000 · 2.00", "3.0", "no room", ""]
     assert [column[1] for column in cells[4:]] == ["4,000 · 2.00", "", "", "", ""]
 
@@ -178,9 +327,9 @@ def test_the_lines_of_another_programs_benchmark() -> None:
     )
     found = merge.peers(lines)
     assert [(r["arm"], r["batch"], r["checkpointing"], r["tokens_per_s"], r["peak_gib"]) for r in found] == [
-        ("unsloth", 1, True, 1822, 2.88),
-        ("hf-bnb-liger", 4, True, 13512, 6.36),
-        ("unsloth", 8, False, 22158, 8.63),
+        ("unsloth", 1, "on", 1822, 2.88),
+        ("hf-bnb-liger", 4, "on", 13512, 6.36),
+        ("unsloth", 8, "off", 22158, 8.63),
     ]
     assert found[0]["checkpointing_kind"] == "unsloth"
 

@@ -11,27 +11,22 @@ stock-lean   the same model without DeepSpeed: bfloat16 under autocast, float32 
              who writes the loop by hand: less overhead a step.
 """
 
-import io
-import logging
-import warnings
-from contextlib import nullcontext, redirect_stdout
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tests.bench import shapes
-from tests.bench.spec import Shape, Spec
+from tests.bench.spec import Spec
+from tests.bench.stack import adapt, deepspeed_engine, stock_llama
 from train import lora, world
 from train.config import Recipe, load_recipe
-from train.engine import Engine, import_deepspeed
-from train.layouts import DecoderConfig
-from train.loader import pick_dtype, read_folder_config, read_state, state_names
+from train.engine import Engine
+from train.loader import pick_dtype
 from train.world import World
 
 RATE = 1e-4
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Arm(Protocol):
@@ -45,12 +40,11 @@ class Arm(Protocol):
 class Ours:
     """This program's own step."""
 
-    def __init__(self, spec: Spec, shape: Shape, place: World, device: torch.device) -> None:
-        switch = "on" if spec.checkpointing else "off"
-        values = {"batch": shape[0], "length": shape[1], "accumulation": 1, "dropout": spec.dropout, "rank": spec.rank}
-        recipe = load_recipe("qlora", {**{k: str(v) for k, v in values.items()}, "checkpointing": switch})
+    def __init__(self, spec: Spec, place: World, device: torch.device) -> None:
+        same = ("batch", "length", "checkpointing", "dropout", "rank", "embedding")
+        recipe = load_recipe("qlora", {"accumulation": "1", **{name: str(getattr(spec, name)) for name in same}})
         self.engine, self.size = self.engine_for(recipe, spec.model, place, device), place.size
-        self.learnt = shape[0] * (shape[1] - 1) * place.size
+        self.learnt = spec.batch * (spec.length - 1) * place.size
         self.ready: Any = None  # the next batch, laid on the device while the GPU is at this one, as train.loop does
 
     @staticmethod
@@ -59,7 +53,7 @@ class Ours:
         dtype = pick_dtype(device, recipe.precision)
         base = shapes.random_decoder(shapes.config(model), device, dtype)
         base.checkpoint(recipe.checkpointing)
-        if recipe.embedding == "host":
+        if recipe.embedding == "host" and not base.config.tie_word_embeddings:
             base.leave_embedding()
         return Engine(lora.attach(base, recipe).train(), recipe, dtype, place.size)
 
@@ -74,16 +68,16 @@ class Ours:
 class Stock:
     """The published recipe's stack; `lean` leaves DeepSpeed and float16 out."""
 
-    def __init__(self, spec: Spec, shape: Shape, place: World, device: torch.device) -> None:
+    def __init__(self, spec: Spec, place: World, device: torch.device) -> None:
         self.device, self.lean = device, spec.arm == "stock-lean"
         dtype = (torch.bfloat16 if self.lean else torch.float16) if device.type == "cuda" else torch.float32
         base = stock_llama(shapes.config(spec.model), device, dtype)
-        self.model = adapt(base, spec.rank, spec.dropout, spec.checkpointing).train()
+        self.model = adapt(base, spec.rank, spec.dropout, spec.checkpointing == "on").train()
         learnt = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             learnt, lr=RATE, weight_decay=0.1, betas=(0.9, 0.95), fused=device.type == "cuda"
         )
-        self.engine = None if self.lean else deepspeed_engine(self.model, self.optimizer, shape[0], dtype)
+        self.engine = None if self.lean else deepspeed_engine(self.model, self.optimizer, spec.batch, dtype)
 
     def step(self, ids: Tensor) -> Tensor:
         ids = ids.to(self.device)
@@ -102,98 +96,6 @@ class Stock:
 
 
 ARMS: dict[str, type[Ours] | type[Stock]] = {"ours": Ours, "stock": Stock, "stock-lean": Stock}
-
-
-def stock_llama(c: DecoderConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """transformers' LlamaForCausalLM with auto_gptq's QuantLinear for every linear of its blocks, random, frozen."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    same += ("intermediate_size", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings")
-    published = LlamaConfig(attention_bias=True, pad_token_id=None, use_cache=False, **{k: getattr(c, k) for k in same})
-    with torch.device("meta"):
-        model = LlamaForCausalLM(published)
-    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, quant_linear(linear, shapes.group_of(c), device, dtype))
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            value = torch.ones(p.shape, dtype=dtype, device=device)
-            setattr(module, name, nn.Parameter(value if p.dim() == 1 else value.normal_(std=0.02)))
-    model.tie_weights()
-    with torch.device(device):
-        for layer in model.model.layers:  # its tables of sines are no parameters, and were on the meta device
-            layer.self_attn._init_rope()
-    return model.requires_grad_(False)
-
-
-def stock_from(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The same with the weights of an Int4 folder in layout qwen2, whose names are Llama's.
-
-    Raises:
-        ValueError: a tensor that Llama has no place for, or a place that no tensor fills (but o_proj's bias, which is zero).
-    """
-    c, _ = read_folder_config(folder)
-    model = stock_llama(c, device, dtype)
-    state = dict(read_state(state_names(folder)))
-    if c.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    found = model.load_state_dict(state, strict=False)
-    missing = [name for name in found.missing_keys if not name.endswith("o_proj.bias")]
-    if missing or found.unexpected_keys:
-        raise ValueError(f"{folder}: missing {missing[:3]}, left over {found.unexpected_keys[:3]}")
-    return model
-
-
-def quant_linear(linear: nn.Linear, group: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """auto_gptq's layer in the place of `linear`: the class that peft looks for where exllama is disabled, as for training."""
-    from auto_gptq.utils.import_utils import dynamically_import_QuantLinear
-
-    kind = dynamically_import_QuantLinear(
-        use_triton=False, desc_act=False, group_size=group, bits=4, disable_exllama=True, disable_exllamav2=True
-    )
-    bias = linear.bias is not None
-    layer = kind(4, group, linear.in_features, linear.out_features, bias, trainable=True, weight_dtype=dtype).to(device)
-    for name, buffer in layer.named_buffers():
-        shapes.random_part(name, buffer, layer)
-    return layer  # type: ignore[no-any-return]
-
-
-def adapt(base: Any, rank: int, dropout: float, checkpointing: bool) -> nn.Module:
-    """peft's adapters as Qwen's finetune.py puts them on."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import GPTQConfig
-
-    quantised = next(m for m in base.modules() if hasattr(m, "qweight"))
-    base.quantization_method = "gptq"
-    base.config.quantization_config = GPTQConfig(bits=4, group_size=quantised.group_size, disable_exllama=True)
-    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing)
-    config = LoraConfig(
-        r=rank, lora_alpha=16, lora_dropout=dropout, target_modules=TARGETS, bias="none", task_type="CAUSAL_LM"
-    )
-    return get_peft_model(base, config)  # type: ignore[no-any-return]
-
-
-def deepspeed_engine(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, dtype: torch.dtype) -> Any:
-    """DeepSpeed as the published finetune/ds_config_zero2.json sets it."""
-    deepspeed = import_deepspeed()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    scaled = {"enabled": dtype == torch.float16, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2}
-    stage = {"stage": 2, "allgather_bucket_size": int(2e8), "reduce_bucket_size": int(2e8), "overlap_comm": True}
-    config = {
-        "train_micro_batch_size_per_gpu": batch,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 1.0,
-        "fp16": scaled,
-        "zero_optimization": {**stage, "reduce_scatter": True, "contiguous_gradients": True},
-        "zero_allow_untested_optimizer": True,
-    }
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    engine.train()
-    return engine
 
 
 def join(device: torch.device) -> World:

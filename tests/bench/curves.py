@@ -148,7 +148,8 @@ def _ours(options: Options, recipe: Recipe, device: Any) -> Learn:
 def _stock(options: Options, recipe: Recipe, device: Any) -> Learn:
     import torch
 
-    from tests.bench.arms import adapt, deepspeed_engine, join, stock_from
+    from tests.bench.arms import join
+    from tests.bench.stack import adapt, deepspeed_engine, stock_from
     from train import lora
 
     dtype = torch.float16 if device.type == "cuda" else torch.float32

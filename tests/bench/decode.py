@@ -61,7 +61,7 @@ def ours(model: str, adapter: bool) -> nn.Module:
 
 
 def stock(model: str, adapter: bool) -> nn.Module:
-    from tests.bench.arms import adapt, stock_llama
+    from tests.bench.stack import adapt, stock_llama
 
     base = stock_llama(shapes.config(model), DEVICE, torch.float16 if DEVICE.type == "cuda" else torch.float32).eval()
     return adapt(base, 64, 0.0, checkpointing=False).eval() if adapter else base

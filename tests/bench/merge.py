@@ -25,7 +25,7 @@ def peers(text: str, model: str = "1.8b") -> list[dict[str, Any]]:
     rows = []
     for found in filter(None, map(LINE.match, text.splitlines())):
         row = {"arm": found["arm"], "model": model, "batch": int(found["batch"]), "length": int(found["length"])}
-        row |= {"checkpointing": found["how"] != "0", "dropout": 0.0}
+        row |= {"checkpointing": "off" if found["how"] == "0" else "on", "dropout": 0.0}
         row |= {"tokens_per_s": int(found["rate"]), "peak_gib": float(found["peak"])}
         rows.append(row if found["how"] in "01" else {**row, "checkpointing_kind": found["how"]})
     return rows

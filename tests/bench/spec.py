@@ -1,8 +1,8 @@
-"""What one worker measures, and the row that comes of it: the words that the parent process and its workers share."""
+"""What one worker is asked to measure, and the row that comes of it: the words that the parent process and its workers share."""
 
 import datetime
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from train import manifest
@@ -12,34 +12,39 @@ Shape = tuple[int, int]  # batch, length
 
 @dataclass(frozen=True)
 class Spec:
-    """One arm in one setting, over several shapes, in one process (or one a GPU)."""
+    """One arm in one setting at one shape."""
 
     arm: str
     model: str
-    shapes: tuple[Shape, ...]
-    checkpointing: bool
+    batch: int
+    length: int
+    checkpointing: str  # off | on | offload
     dropout: float
     rank: int
+    embedding: str  # device | host
     warm: int
     counted: int
     device: str
-    rows: str  # file that takes a line of JSON for each shape as soon as it is measured
+    again: bool = False  # measure once more what was built for the last one, which was told to `keep` it
+    keep: bool = False
+    alone: bool = True  # whether nobody else holds memory of the card
 
-    def with_shapes(self, shapes: list[Shape]) -> "Spec":
-        return replace(self, shapes=tuple(shapes))
+    @property
+    def shape(self) -> Shape:
+        return self.batch, self.length
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def load(cls, text: str) -> "Spec":
-        values = json.loads(text)
-        return cls(**{**values, "shapes": tuple((b, n) for b, n in values["shapes"])})
+        return cls(**json.loads(text))
 
-    def row(self, shape: Shape, **found: Any) -> dict[str, Any]:
+    def row(self, **found: Any) -> dict[str, Any]:
         """A row of the report; `found` has tokens_per_s and peak_gib, or skipped: why there are none."""
-        setting = {"checkpointing": self.checkpointing, "dropout": self.dropout, "rank": self.rank}
-        return {"arm": self.arm, "model": self.model, "batch": shape[0], "length": shape[1], **setting, **found}
+        same = ("model", "batch", "length", "checkpointing", "dropout", "rank")
+        row = {"arm": f"{self.arm} again" if self.again else self.arm, **{name: getattr(self, name) for name in same}}
+        return {**row, **({"embedding": "host"} if self.embedding == "host" else {}), **found}
 
 
 def heading() -> dict[str, Any]:

@@ -1,51 +1,78 @@
-"""One arm in a process of its own: builds it for each shape, times steps, writes a line of JSON a shape.
+"""One arm in a process of its own: builds it as it is ordered, times steps, writes a line of JSON for each order.
 
-    python -m tests.bench.worker SPEC      (tests/bench/__main__.py starts it)
+    python -m tests.bench.worker ORDERS ROWS      (tests/bench/crew.py starts it, one for each arm)
 
-A shape that does not fit is a row that says so, and ends the process: after running out, what another shape would find is no clean
-card. So does memory that a shape leaves behind. The parent starts another worker for the rest.
+ORDERS is a file to which the parent adds a line at a time, so that several processes of one arm read the same ones; an empty line ends the
+worker. What does not fit is a row that says so, and ends the process: after running out of memory, what another shape would find
+is no clean card. So does memory that a shape leaves behind. The parent starts another worker for the rest.
 """
 
 import gc
 import json
+import os
 import resource
 import statistics
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tests.bench import shapes
+from tests.bench import card, shapes
 from tests.bench.arms import ARMS, Arm, join
-from tests.bench.spec import Shape, Spec
+from tests.bench.spec import Spec
 from train.world import World
 
 LEFT_BEHIND = 256 << 20  # bytes still allocated after a shape, from which on the next one gets a process of its own
-AGAIN = 3  # exit status: start another worker for the shapes that are left
+AGAIN = 3  # exit status: start another worker for what is left
+LEAST = 1.5  # seconds that the counted steps take at least: a card's clocks and power follow within tenths of one
+MOST = 200  # and steps at most
 
 
-def main(text: str) -> int:
-    spec = Spec.load(text)
-    device = torch.device(spec.device)
-    torch.manual_seed(0)
-    place = join(device)
-    for shape in spec.shapes:
+def main(orders: Path, rows: Path) -> int:
+    device, kept, place = torch.device("cpu"), None, None
+    for spec in follow(orders):
+        if place is None:
+            device = torch.device(spec.device)
+            place = join(device)
+            eye = card.eye_on(device)
+        if not spec.again:
+            kept = None
+            if left(device) > LEFT_BEHIND:
+                write(rows, place, None)  # not begun: the parent asks another worker
+                return AGAIN
         try:
-            found = measure(spec, shape, place, device)
+            warm = 2 if kept else spec.warm
+            arm = kept or build(spec, place, device)
+            found = measure(arm, spec, warm, place, device, eye)
         except Exception as error:
             traceback.print_exc()
-            write(spec, place, spec.row(shape, skipped=reason(error)))
+            write(rows, place, spec.row(skipped=reason(error)))
             return AGAIN
-        write(spec, place, spec.row(shape, gpus=place.size, **found))
-        if left(device) > LEFT_BEHIND:
-            return AGAIN
-    if dist.get_world_size() > 1:
+        write(rows, place, spec.row(gpus=place.size, **found))
+        kept = arm if spec.keep else None
+        del arm
+        left(device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.destroy_process_group()
     return 0
+
+
+def follow(path: Path) -> Iterator[Spec]:
+    """Orders as they come; the end is an empty line, or that the parent is gone."""
+    read, parent = 0, os.getppid()
+    while os.getppid() == parent:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[read:]
+        for line in (line for line in lines if line.endswith("\n")):
+            if not line.strip():
+                return
+            read += 1
+            yield Spec.load(line)
+        time.sleep(0.02)
 
 
 def reason(error: Exception) -> str:
@@ -56,24 +83,48 @@ def reason(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {error!s:.200}".replace("\n", " ")
 
 
-def measure(spec: Spec, shape: Shape, place: World, device: torch.device) -> dict[str, Any]:
-    """Medians over `counted` steps after `warm`; the peak from the first step on, for graphs are captured in it."""
-    arm: Arm = ARMS[spec.arm](spec, shape, place, device)
+def build(spec: Spec, place: World, device: torch.device) -> Arm:
+    torch.manual_seed(0)
+    return ARMS[spec.arm](spec, place, device)
+
+
+def measure(
+    arm: Arm, spec: Spec, warm: int, place: World, device: torch.device, eye: card.Eye | str
+) -> dict[str, Any]:  # fmt: skip
+    """Medians over `counted` steps or more after `warm`; the peak from the first step on, for graphs are captured in it."""
     c = shapes.config(spec.model)
     watch, seconds = Stopwatch(device), []
-    for _ in range(spec.warm + spec.counted):
-        ids = torch.randint(0, c.vocab_size - 256, shape)  # on the CPU, as a collated batch is
+
+    def step() -> None:
+        ids = torch.randint(0, c.vocab_size - 256, spec.shape)  # on the CPU, as a collated batch is
         watch.start()
-        loss = arm.step(ids)
+        found["loss"] = round(float(arm.step(ids)), 3)
         seconds.append(watch.stop())
-    counted = seconds[spec.warm :]
-    rate = shape[0] * shape[1] * place.size / statistics.median(counted)
-    tflops = (
-        4 * shapes.weights(c) * rate / place.size / 1e12
-    )  # forward, and the gradient of the input: the base is frozen
-    found = {"tokens_per_s": round(rate), "peak_gib": round(watch.peak_gib(), 2), "loss": round(float(loss), 3)}
-    found |= {"ms": [round(1000 * min(counted), 2), round(1000 * max(counted), 2)], "tflops": round(tflops, 1)}
-    return found | watch.memory()
+
+    found: dict[str, Any] = {}
+    for _ in range(warm):
+        step()
+    # as many steps in every process: each does what the slowest of the warm ones says
+    count = min(MOST, max(spec.counted, agreed(round(LEAST / max(seconds[-1], 1e-4)), place, device)))
+    seconds.clear()
+    with card.Watch(eye) as seen:
+        for _ in range(count):
+            step()
+    rate = spec.batch * spec.length * place.size / statistics.median(seconds)
+    flops = 4 * shapes.weights(c)  # a token: forward, and the gradient of the input; the base is frozen
+    found |= {"tokens_per_s": round(rate), "peak_gib": round(watch.peak_gib(), 2), "steps": count}
+    found |= {"ms": [round(1000 * n, 2) for n in (min(seconds), statistics.median(seconds), max(seconds))]}
+    found |= {"tflops": round(flops * rate / place.size / 1e12, 1), **watch.memory(spec.alone)}
+    return {**found, "card": {**seen.found(), "product_tflops": card.worth(device)}, "at": time.strftime("%H:%M:%S")}
+
+
+def agreed(number: int, place: World, device: torch.device) -> int:
+    """The least of all processes' numbers."""
+    if place.size == 1:
+        return number
+    told = torch.tensor(number, device=device)
+    dist.all_reduce(told, dist.ReduceOp.MIN)
+    return int(told)
 
 
 class Stopwatch:
@@ -105,17 +156,14 @@ class Stopwatch:
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
-    def memory(self) -> dict[str, float]:
+    def memory(self, alone: bool) -> dict[str, float]:
         """GiB before the first step, at most held by torch's allocator, and the CUDA context's own beside it."""
         if not self.cuda:
             return {}
-        free, total = torch.cuda.mem_get_info()
-        outside = total - free - torch.cuda.memory_reserved()
-        found = {
-            "at_rest": self.at_rest,
-            "reserved": torch.cuda.max_memory_reserved() / 2**30,
-            "outside": outside / 2**30,
-        }
+        found = {"at_rest": self.at_rest, "reserved": torch.cuda.max_memory_reserved() / 2**30}
+        if alone:
+            free, total = torch.cuda.mem_get_info()
+            found["outside"] = (total - free - torch.cuda.memory_reserved()) / 2**30
         return {f"{name}_gib": round(value, 2) for name, value in found.items()}
 
 
@@ -128,11 +176,11 @@ def left(device: torch.device) -> int:
     return torch.cuda.memory_allocated()
 
 
-def write(spec: Spec, place: World, row: dict[str, Any]) -> None:
+def write(rows: Path, place: World, row: dict[str, Any] | None) -> None:
     if place.rank == 0:
-        with Path(spec.rows).open("a", encoding="utf-8") as file:
+        with rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
