@@ -160,7 +160,7 @@ def worker_of(
 ) -> dict[str, Any] | None:
     """What is answered to SPEC by a worker whose program is `code`; it finds ORDERS and ROWS in its arguments."""
     (tmp_path / "python").write_text(
-        f"#!{sys.executable}\nimport sys, time, json\norders, rows = sys.argv[-2:]\n{code}\n"
+        f"#!{PYTHON}\nimport sys, time, json\norders, rows = sys.argv[-2:]\n{code}\n"
     )
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(crew.sys, "executable", str(tmp_path / "python"))
