@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -797,6 +798,48 @@ def test_a_signal_reaches_every_process() -> None:
     assert said.count("finishing this step, then a checkpoint\n") == 1
     assert "The same command goes on from there" in said
     assert checkpoint.newest(Path("runs/both-stopped"))[1] == []
+
+
+@pytest.mark.slow
+def test_a_signal_to_every_process_of_a_run_is_the_same() -> None:
+    """Slurm's time limit and systemd send it so: to the command, to torchrun and to the workers."""
+    process = two_at_work("all-stopped")
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == CUT_OFF, said
+    assert "The same command goes on from there" in said
+    assert "Traceback" not in said
+    assert checkpoint.newest(Path("runs/all-stopped"))[1] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["command", "torchrun"])
+def test_what_is_left_of_a_killed_tree_ends_with_a_checkpoint(who: str) -> None:
+    """SIGKILL to one process above the workers: they are not left training for nobody."""
+    process = two_at_work(f"orphans-{who}")
+    below = psutil.Process(process.pid).children(recursive=True)
+    victim = process if who == "command" else next(p for p in below if "launch()" in " ".join(p.cmdline()))
+    victim.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert psutil.wait_procs(below, timeout=60)[1] == []
+    assert checkpoint.newest(Path(f"runs/orphans-{who}"))[1] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_while_the_model_is_loaded_says_that_the_command_goes_on(processes: int) -> None:
+    """As soon as the folder is begun; the two processes are started after that."""
+    run = f"early-{processes}"
+    keys = {**LONG, "run": run, "processes": processes, "accumulation": 2 // processes}
+    process = child(keys)
+    while not Path(f"runs/{run}/inputs.json").is_file() and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == CUT_OFF, said
+    assert "Traceback" not in said
+    assert not Path(f"runs/{run}/losses.jsonl").is_file() or not losses(run)
 
 
 @pytest.mark.slow

@@ -4,8 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from train import world
@@ -69,6 +72,68 @@ def test_a_killed_worker_is_named(tmp_path: Path) -> None:
     assert done.stderr == "error: process 1 was ended by SIGKILL.\n"
 
 
+@pytest.mark.parametrize("everybody", [False, True], ids=["the launcher alone", "every process"])
+def test_a_signal_to_the_launcher_waits_for_the_workers(everybody: bool, tmp_path: Path) -> None:
+    """As Slurm and systemd send it. The workers take their time: torchrun itself would have reported SIGTERM."""
+    program = (
+        "signal.signal(15, lambda *_: (time.sleep(1), os.write(1, b'saved '), sys.exit(0)))\nopen(f'up{rank}', 'w')\n"
+    )
+    (tmp_path / "worker.py").write_text(
+        f"import os, signal, sys, time\nrank = os.environ['RANK']\n{program}time.sleep(60)"
+    )
+    command = [sys.executable, "-c", "from train.world import launch; launch()", "--standalone", "--nproc_per_node=2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen([*command, "worker.py"], env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob("up*"))) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    workers = psutil.Process(launcher.pid).children() if everybody else []
+    for process in [launcher, *workers]:
+        process.send_signal(signal.SIGTERM)
+    said, _ = launcher.communicate(timeout=60)
+    assert (launcher.returncode, said) == (0, "saved saved ")
+
+
+EARLY = """
+import signal, threading
+from train import world
+with world.leaving_early(speaks=True):
+    with world.Stop(speaks=False) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.wanted
+    print("up", flush=True)
+    lock = threading.Lock()
+    lock.acquire(), lock.acquire()  # for ever, in C
+"""
+
+
+def test_before_the_first_step_sigterm_ends_at_once_with_75() -> None:
+    """And not while a Stop answers."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", EARLY], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.terminate()
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said.strip()) == (
+        world.CUT_OFF,
+        "stopped before a step was done; the same command goes on",
+    )
+
+
+def test_afterwards_signals_are_answered_as_before() -> None:
+    seen, threads = [], threading.active_count()
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("ours"))
+    try:
+        with world.leaving_early(speaks=False):
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        assert seen == ["ours"] and threading.active_count() == threads
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_the_first_signal_is_answered_and_the_second_ctrl_c_ends(capfd: pytest.CaptureFixture[str]) -> None:
     with Stop() as stop:
         signal.raise_signal(signal.SIGINT)
@@ -95,7 +160,8 @@ def test_workers_get_the_signal_that_was_sent() -> None:
     launcher = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert launcher.stdout is not None
     assert launcher.stdout.readline() == "up\n"
-    with world._passed_on(launcher.pid):
+    with world._passed_on() as (launchers, _):
+        launchers.append(launcher.pid)
         signal.raise_signal(signal.SIGINT)
         assert launcher.communicate(timeout=60)[0] == f"{int(signal.SIGINT)}\n"
         signal.raise_signal(signal.SIGINT)

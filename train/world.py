@@ -5,11 +5,13 @@ program started several times: the first process checks everything, and only the
 once. The price is that every process reads the data again.
 """
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from train.errors import UserError
 
 CUT_OFF = 75  # exit status (EX_TEMPFAIL): stopped with a checkpoint; the same command goes on
 SPAWNED = "TRAIN_SPAWNED"  # set in the processes that `spawn` starts
+PDEATHSIG = 1  # of Linux's prctl
 
 
 class AgreedError(UserError):
@@ -177,21 +180,34 @@ def spawn(words: list[str], processes: int, cuda: bool) -> int:
     options = ["--standalone", f"--nproc_per_node={processes}", "-m", "train", "train"]
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     env = {"OMP_NUM_THREADS": str(threads), **os.environ} if not cuda else dict(os.environ)
-    child = subprocess.Popen([*launcher, *options, *words], env={**env, SPAWNED: "1"}, start_new_session=True)
-    with _passed_on(child.pid):
+    with _passed_on() as (launchers, passed):  # before there is one: a signal in between would leave it behind
+        child = subprocess.Popen([*launcher, *options, *words], env={**env, SPAWNED: "1"}, start_new_session=True)
+        launchers.append(child.pid)
+        if passed:
+            child.terminate()
         status = child.wait()
-    return status if status >= 0 else 128 - status
+    status = status if status >= 0 else 128 - status
+    return (
+        CUT_OFF if signal.SIGTERM in passed and status == 128 + signal.SIGTERM else status
+    )  # before they could answer
 
 
 def launch() -> None:
-    """torchrun without its own log: a worker has said what is wrong, and its status is the launcher's."""
+    """torchrun without its own log: a worker has said what is wrong, and its status is the launcher's.
+
+    Its own answer to a signal is to kill the workers after 30 seconds. Slurm and systemd signal every process of a job, this one too,
+    and a step and a save may take longer: here it hands the signal down, and waits.
+    """
     import logging
 
+    from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     logging.disable(logging.CRITICAL)
+    follow()
+    api._terminate_process_handler = _handed_down  # type: ignore[assignment]
     try:
         main()
     except ChildFailedError as error:
@@ -203,27 +219,90 @@ def launch() -> None:
         sys.exit(128 + error.sigval)
 
 
+def follow() -> None:
+    """SIGTERM to this process when the one that started it dies: what nobody waits for any more ends too, with a checkpoint."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _handed_down(number: int, _: FrameType | None) -> None:
+    """Any signal to the launcher is SIGTERM to its workers: twice is once, while a second SIGINT would end them."""
+    import psutil
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    workers = psutil.Process().children()
+    if not workers:
+        raise SignalException("no worker yet", signal.Signals(number))
+    for worker in workers:
+        with suppress(psutil.NoSuchProcess):
+            worker.terminate()
+
+
 @contextmanager
-def _passed_on(launcher: int) -> Iterator[None]:
-    """While the block runs, SIGINT and SIGTERM to this process go to the launcher's workers; to itself while it has none."""
+def _passed_on() -> Iterator[tuple[list[int], list[int]]]:
+    """While the block runs, SIGINT and SIGTERM to this process go to the launcher's workers; to itself while it has none.
+
+    Yields a list for the launcher's number, and one of the signals that came.
+    """
     import psutil
 
-    def pass_on(number: int, _: FrameType | None) -> None:
-        with suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(launcher)
-            workers = parent.children()
-            for worker in workers:
-                with suppress(psutil.NoSuchProcess):
-                    worker.send_signal(number)
-            if not workers:
-                parent.terminate()
+    launchers: list[int] = []
+    passed: list[int] = []
 
+    def pass_on(number: int, _: FrameType | None) -> None:
+        passed.append(number)
+        for launcher in launchers:
+            with suppress(psutil.NoSuchProcess):
+                parent = psutil.Process(launcher)
+                workers = parent.children()
+                for worker in workers:
+                    with suppress(psutil.NoSuchProcess):
+                        worker.send_signal(number)
+                if not workers:
+                    parent.terminate()
+
+    wakeup = signal.set_wakeup_fd(-1)
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield launchers, passed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+
+
+def _early(number: int, _: FrameType | None) -> None:
+    """Nothing: the thread of `leaving_early` answers."""
+
+
+@contextmanager
+def leaving_early(speaks: bool) -> Iterator[None]:
+    """While the block runs, and no other one within it answers, SIGTERM ends this process at once with CUT_OFF: while a model is loaded
+    there is nothing to save. By a thread, since Python's own handlers wait for whatever C is at, which may wait for another process."""
+    ours, its = socket.socketpair()
+    its.setblocking(False)
+    handler, wakeup = (
+        signal.signal(signal.SIGTERM, _early),
+        signal.set_wakeup_fd(its.fileno(), warn_on_full_buffer=False),
+    )
+
+    def wait() -> None:
+        while number := ours.recv(1):
+            if number[0] == signal.SIGTERM:
+                if speaks:
+                    os.write(2, b"\nstopped before a step was done; the same command goes on\n")
+                os._exit(CUT_OFF)
+
+    thread = threading.Thread(target=wait, name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGTERM, handler)
+        its.close()
+        thread.join()
+        ours.close()
 
 
 class Stop:
@@ -244,9 +323,11 @@ class Stop:
         self.wanted = True
 
     def __enter__(self) -> "Stop":
+        self.wakeup = signal.set_wakeup_fd(-1)  # of `leaving_early`
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self.wakeup)

@@ -4,6 +4,7 @@ make train DATA=file [MODEL=base] [RECIPE=name] [RUN=name] [FROM=run] [GPUS=n] [
 
 Everything that can be wrong with the inputs is said before anything is loaded or written. Ctrl-C or SIGTERM finishes the step,
 writes a checkpoint and ends with status 75; the same command goes on from there, in the same bytes as if it had never stopped.
+SIGTERM before the first step ends with 75 at once.
 """
 
 import os
@@ -84,8 +85,11 @@ def run(options: Request) -> None:
     from train.saver import FullError
 
     place = world.detect()
+    if world.SPAWNED in os.environ:
+        world.follow()
     try:
-        status = _stages(options, place)
+        with world.leaving_early(speaks=place is None or place.rank == 0 and world.SPAWNED not in os.environ):
+            status = _stages(options, place)
     except FullError as error:
         _say(place, f"stopped: {error}")
         status = CUT_OFF
