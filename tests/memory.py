@@ -96,7 +96,9 @@ def _no_kernels() -> Iterator[None]:
     def norm(
         x: Tensor, weight: Any, eps: Any, out: Tensor | None = None, add: Any = None, thin: Any = None, how: Any = None
     ) -> Tensor:
-        return torch.empty_like(x) if out is None else out
+        out = torch.empty_like(x) if out is None else out
+        filled(thin, out)
+        return out
 
     def norm_backward(
         slope: Any, x: Tensor, weight: Any, eps: Any, residual: Any = None, out: Tensor | None = None
@@ -104,7 +106,13 @@ def _no_kernels() -> Iterator[None]:
         return torch.empty_like(x) if out is None else out
 
     def gate(both: Tensor, out: Tensor | None = None, thin: Any = None) -> Tensor:
-        return both.new_empty(len(both), both.shape[1] // 2) if out is None else out
+        out = both.new_empty(len(both), both.shape[1] // 2) if out is None else out
+        filled(thin, out)
+        return out
+
+    def filled(thin: Any, x: Tensor) -> None:
+        if thin is not None and thin.drop:  # where no kernel takes it along: a copy, for a moment
+            torch.empty(x.shape, dtype=x.dtype, device=META)
 
     def drop(x: Tensor, how: Any, out: Tensor | None = None, add: bool = False) -> Tensor:
         return torch.empty(x.shape, dtype=x.dtype, device=META) if out is None else out

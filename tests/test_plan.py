@@ -16,6 +16,7 @@ from train.config import RECIPES, Recipe, load_recipe
 from train.engine import PRESETS
 from train.errors import UserError
 from train.gptq import Int4Linear
+from train.kernels import attention
 from train.layouts import LAYOUTS, read_config
 from train.plan import GIB, Setting
 from train.shapes import PUBLISHED, Shape
@@ -72,7 +73,7 @@ def test_the_passes_take_what_the_plan_says(shape: Shape, batch: int, checkpoint
     in_loss = plan.places(shape, setting) + plan.chunk(shape, setting)
     planned = kept + max(plan.forward(shape, setting), in_loss)
     assert planned == pytest.approx(forth, rel=0.05)
-    assert kept + plan.backward(shape, setting) == pytest.approx(back, rel=0.07)
+    assert kept + plan.backward(shape, setting) == pytest.approx(back, rel=0.05)
 
 
 def test_the_count_of_the_passes_would_notice_a_tensor_more() -> None:
@@ -89,6 +90,7 @@ def test_the_count_of_the_passes_would_notice_a_tensor_more() -> None:
 
 def test_constants_are_those_of_the_code() -> None:
     assert (plan.ROUND, plan.HALVES, plan.LOSS_ROWS) == (step.WIDTH, fused.HALVES, loss.CHUNK_FAST)
+    assert (plan.SLOPES, plan.SLOPES_FROM) == (attention.KEPT, attention.KEPT_FROM)
     zero = json.loads((PRESETS / "zero2.json").read_text())["zero_optimization"]
     assert zero["reduce_bucket_size"] == plan.BUCKET
 
@@ -238,9 +240,9 @@ def test_the_recipe_for_8_gb_fits_beside_a_desktop(capsys: pytest.CaptureFixture
         fits = re.search(r"The recipe as it is \((.*)\) fits: (.*) GiB at its peak, (.*) of the card\.", out)
         assert fits is not None
         assert fits[1] == "batch=2 accumulation=8 checkpointing=on embedding=host"
-        assert [f"{float(size):.1f}" for size in fits.groups()[1:]] == ["5.7", "6.8"]
+        assert [f"{float(size):.1f}" for size in fits.groups()[1:]] == ["5.7", "6.7"]
     said = (RECIPES / "8gb.yaml").read_text()
-    assert "5.7 GiB at its peak, 6.8 of the card" in said
+    assert "5.7 GiB at its peak, 6.7 of the card" in said
 
 
 def test_what_goes_over_the_bus_is_offered_where_nothing_else_fits(capsys: pytest.CaptureFixture[str]) -> None:

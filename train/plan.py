@@ -33,6 +33,9 @@ LOSS_ROWS, LOSS_TOKENS = 1024, 4096
 # tokens from which checkpointing goes through the MLP in two halves (fused.HALVES)
 HALVES = 4096
 
+# bytes a token of slopes that attention's backward pass leaves behind, and the tokens from which it does (kernels.attention)
+SLOPES, SLOPES_FROM = 16_384, 4096
+
 # numbers in ZeRO's reduction bucket (deepspeed/zero2.json), there during the backward pass
 BUCKET = 50_000_000
 # bytes of a learnt number: weight and gradient in 16 bits, float32 master and two moments
@@ -237,18 +240,22 @@ def forward(shape: Shape, setting: Setting) -> int:
 
 
 def made(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
-    """(numbers a token, numbers of one weight) alive in turn beyond what is kept. With checkpointing (fused.Block.passed) also what is
-    kept otherwise: first attention's, then the MLP's, of half the tokens at a time."""
-    read, product = w.h + w.r3, w.i + w.r4 + max(w.h, 2 * w.drop * w.i)
+    """(numbers a token, numbers of one weight) alive in turn beyond what is kept: what a product reads, with what it gives and its
+    weight, or before that with a dropped copy. With checkpointing (fused.Block.passed) also what is kept without: of attention,
+    then of the MLP, half the tokens at a time."""
+    read, acted = w.h + w.r3, w.i + w.r4
     if setting.checkpointing == "off":
         yield read, read * 2 * w.i
-        yield product, (w.i + w.r4) * w.h
+        yield acted + w.h, acted * w.h
+        yield acted + w.drop * w.i, 0
         return
     share = 0.5 if setting.tokens >= HALVES else 1.0
     yield w.h + 2 * w.r1 + w.n, (w.h + w.r1) * w.n
     yield w.attended, w.q * w.h
+    yield w.attended - w.h + w.drop * w.q, 0
     yield w.h + int(share * (w.branches + w.r3 + read)), read * 2 * w.i
-    yield w.h + int(share * (w.branches + w.r3 + w.r4 + product)), (w.i + w.r4) * w.h
+    yield w.h + int(share * (w.branches + w.r4 + acted + w.h)), acted * w.h
+    yield w.h + int(share * (w.branches + w.r4 + acted + w.drop * w.i)), 0
 
 
 def places(shape: Shape, setting: Setting) -> int:
@@ -274,16 +281,18 @@ def backward(shape: Shape, setting: Setting) -> int:
 def stages(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
     """(numbers a token, numbers of one weight) alive in turn within fused.Block.backward, beyond what is kept."""
     slopes = w.h + w.back(max(w.r2, w.r4))  # of the block's output; one room for all gradients of that kind
-    again, share = 0, 1.0
-    if setting.checkpointing != "off":  # made again: the first half, then the branches, of half the tokens at a time
-        again, share = w.attended, 0.5 if setting.tokens >= HALVES else 1.0
-    mlp = (w.branches + w.r3) if setting.checkpointing != "off" else 0
-    gone = w.branches if setting.checkpointing == "off" else 0  # let go of after the MLP
-    yield again + slopes + int(share * (mlp + w.i * (1 + w.drop))), w.i * (w.h + w.back(w.r4))
-    yield again + slopes + int(share * (mlp + w.h * (2 + w.drop))), w.h * w.branches
+    whole = setting.checkpointing == "off"
+    # made again: the first half, then the branches, of half the tokens at a time
+    again, mlp = (0, 0) if whole else (w.attended, w.branches + w.r3)
+    share = 1.0 if whole or setting.tokens < HALVES else 0.5
+    # let go of after the MLP, so that attention may leave some slopes behind
+    gone = w.branches if whole else 0
+    behind = SLOPES // SIXTEEN if whole and setting.tokens >= SLOPES_FROM else 0
+    yield again + slopes + int(share * (mlp + w.i)), w.i * (w.h + w.back(w.r4))
+    yield again + slopes + int(share * (mlp + 2 * w.h)), w.h * w.branches
     yield again + slopes - gone + w.q * (1 + w.drop), w.q * w.h
-    yield again + slopes - gone + w.q + w.n + w.back(w.r1) + 2 * w.heads, 0
-    yield again + slopes - gone - w.q + w.back(w.r1) + w.h * (2 + w.drop), w.h * w.n
+    yield again + slopes - gone + w.q + w.n + w.back(w.r1) + 2 * w.heads + behind, 0
+    yield again + slopes - gone - w.q + w.back(w.r1) + 2 * w.h, w.h * w.n
 
 
 def update(learnt: int) -> int:
