@@ -1,0 +1,188 @@
+"""Which tiles serve the training step's own kernels best on this card: attention, and the passes that take thin products along.
+
+    python -m tests.bench.passes out.json [--shapes 4x2048,8x512] [--compilers 12]
+
+Every candidate is first compiled, in several processes at once (Triton keeps them on the disk), then timed, one table of tiles at a time,
+the best one staying. For the passes that take thin products along the control is the plain pass with cuBLAS beside it, in the same run.
+One layer of the 1.8B shape; medians in microseconds.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda"
+HEADS, SIZE, HIDDEN, INNER, RANK = 16, 128, 2048, 5504, 64
+ATTENTION: dict[str, list[Any]] = {
+    "FORWARD": [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)],
+    "FOR_KEYS": [(64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)],
+    "FOR_QUERIES": [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 32, 4, 3)],
+    "FROM_KEPT": [(128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 4)],
+    "ABREAST": [1, 2, 4, 8, 16],
+}
+# What each table is timed by: a function of Layer, and whether the scores' slopes are kept
+TIMED = {
+    "FORWARD": [("forward", False)],
+    "FOR_KEYS": [("backward", True), ("backward", False)],
+    "FOR_QUERIES": [("backward", False)],
+    "FROM_KEPT": [("backward", True)],
+    "ABREAST": [("forward", False), ("backward", True), ("backward", False)],
+}
+THIN = [(64, 64, 8), (64, 32, 8), (64, 64, 4), (32, 64, 4), (32, 128, 4), (16, 128, 4)]
+
+
+class Layer:
+    """One layer's tensors for a batch × length, with full rows."""
+
+    def __init__(self, batch: int, length: int) -> None:
+        from train.attention import SHORT
+
+        self.total, self.width, self.short = batch * length, length, length <= SHORT
+        self.mixed = self._random(self.total, 3 * HEADS * SIZE)
+        self.slope = self._random(self.total, HEADS, SIZE)
+        places = torch.arange(self.total, device=DEVICE)
+        self.positions = places % length
+        self.starts = (places // length * length).int()
+        self.ends = self.starts + length
+        self.into = torch.empty(self.total, 3 * HEADS * SIZE + RANK, device=DEVICE, dtype=torch.bfloat16)
+        self.angles = torch.rand(length, SIZE // 2, device=DEVICE)
+        self.out, self.lse = self.forward()
+
+    @staticmethod
+    def _random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE).bfloat16()
+
+    @property
+    def parts(self) -> Any:
+        return self.mixed.unflatten(1, (-1, SIZE)).split(HEADS, dim=1)
+
+    def forward(self, kept: bool = False) -> tuple[Tensor, Tensor]:
+        from train.kernels import attention
+
+        q, k, v = self.parts
+        return attention.attend(q, k, v, self.starts, self.width, self.short)
+
+    def backward(self, kept: bool) -> None:
+        from train.kernels import attention
+
+        q, k, v = self.parts
+        attention.attend_backward(
+            self.slope, q, k, v, self.out, self.lse, self.starts, self.ends, self.width, self.short,
+            self.into[:, : -RANK], kept,
+        )  # fmt: skip
+
+
+def thin_passes(layer: Layer) -> dict[str, Callable[[], object]]:
+    """The passes as a block calls them, by name."""
+    from train import pointwise
+    from train.pointwise import Thin
+
+    m = layer.total
+    x, add, h = (Layer._random(m, HIDDEN) for _ in range(3))
+    both, act = Layer._random(m, 2 * INNER + 2 * RANK), Layer._random(m, INNER)
+    weight, thin = Layer._random(HIDDEN), Layer._random(m, RANK)
+    A, B = Layer._random(RANK, HIDDEN) / 50, Layer._random(INNER, RANK) / 50
+    wide, matrix = slice(0, 2 * INNER), Layer._random(3 * HEADS * SIZE, RANK) / 50
+    read = Thin([(slice(0, HIDDEN), A.t())], 0.25, thin)
+    acted = Thin([(slice(0, INNER), B.t().contiguous().t())], 0.25, thin)
+    back = Thin([(slice(0, INNER), B), (slice(INNER, 2 * INNER), B)], 0.25, both[:, 2 * INNER :])
+    turned = Thin([(slice(0, len(matrix)), matrix)], 0.25, layer.into[:, -RANK:])
+    angles = layer.angles.cos(), layer.angles.sin()
+    into = layer.into[:, :-RANK]
+    parts: Any = into.unflatten(1, (-1, SIZE)).split(HEADS, dim=1)
+    return {
+        "norm": lambda: pointwise.rms_norm(x, weight, 1e-6, h, add, read),
+        "swiglu": lambda: pointwise.swiglu(both[:, wide], act, acted),
+        "swiglu back": lambda: pointwise.swiglu_backward(both[:, wide], act, back),
+        "turn back": lambda: pointwise.turn(parts, None, *angles, layer.positions, into, -1, turned),
+    }
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return round(1e3 * do_bench(call, warmup=5, rep=30, return_mode="median"), 1)
+
+
+def tried(call: Callable[[], object], time: bool) -> float | str:
+    """Microseconds (0 where only compiled), or why it does not run."""
+    try:
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return microseconds(call) if time else 0.0
+    except Exception as error:
+        return str(error).splitlines()[-1][:100]
+
+
+def sweep(shape: str, time: bool, mine: Callable[[int], bool]) -> Iterator[dict[str, Any]]:
+    """A row for each candidate whose number is `mine`; without `time` they are only compiled."""
+    from train.kernels import attention
+    from train.kernels import thin as thinly
+
+    batch, length = map(int, shape.split("x"))
+    layer, number = Layer(batch, length), 0
+    for table, candidates in ATTENTION.items():
+        for what, kept in TIMED[table]:
+            found = []
+            before = getattr(attention, table)
+            for candidate in candidates:
+                number += 1
+                if not mine(number):
+                    continue
+                setattr(attention, table, candidate if table == "ABREAST" else (candidate, candidate))
+                took = tried(partial(getattr(layer, what), kept), time)
+                found.append((took, candidate))
+                yield {"shape": shape, "what": what, "kept": kept, "table": table, "tile": candidate, "us": took}
+            timed = [pair for pair in found if isinstance(pair[0], float)]
+            best = min(timed)[1] if timed and time else None
+            setattr(attention, table, before if best is None else best if table == "ABREAST" else (best, best))
+    for tile in (None, *THIN):
+        vars(thinly)["TILES"] = () if tile is None else ((0, *tile),)
+        for name, call in thin_passes(layer).items():
+            number += 1
+            if mine(number):
+                yield {"shape": shape, "what": name, "tile": tile, "us": tried(call, time)}
+
+
+def compile_some(shape: str, nth: int, count: int) -> None:
+    for _ in sweep(shape, False, lambda number: number % count == nth):
+        pass
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shapes", default="4x2048,8x512")
+    parser.add_argument("--compilers", type=int, default=12)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: this needs an NVIDIA GPU: tiles are measured on the card that they are for.", file=sys.stderr)
+        return 1
+    rows = []
+    spawn = multiprocessing.get_context("spawn")
+    for shape in options.shapes.split(","):
+        compilers = [
+            spawn.Process(target=compile_some, args=(shape, n, options.compilers)) for n in range(options.compilers)
+        ]
+        for process in compilers:
+            process.start()
+        for process in compilers:
+            process.join()
+        for row in sweep(shape, True, lambda number: True):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            options.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
