@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from tests.oracles import tiny_checkpoint, tiny_config
-from tests.test_train import QUIET, rows
+from tests.test_train import QUIET, rows, stop_at
 from train.errors import UserError
 from train.files import read_json, write_json
 from train.verbs import train as verb
@@ -127,6 +128,80 @@ def test_a_replay_is_the_same_and_leaves_nothing(
     verify.run(Options(run="second", replay=True))
     assert "the replay is the same: 3 losses, and the adapter's bytes." in capsys.readouterr().out
     assert not (copy / "runs/second/replay").exists()
+
+
+def begin(run: str, **keys: str) -> None:
+    base = {"data": "data.jsonl", "model": "tiny-Int4", "recipe": "smoke", **QUIET, "steps": "6", "save_every": "2"}
+    verb.run(verb.parse({**base, "dropout": "0.05", "run": run, **keys}))
+
+
+def test_a_run_that_was_cut_off_twice_is_replayed_to_the_same_bytes(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 4):
+        with monkeypatch.context() as patch:
+            stop_at(step, signal.SIGTERM, patch)
+            with pytest.raises(SystemExit):
+                begin("cut")
+    begin("cut")
+    assert [start["after"] for start in read_json(copy / "runs/cut/run.json")["starts"]] == [0, 3, 5]
+    monkeypatch.setattr(verify.manifest, "code", lambda: {})
+    in_this_process(monkeypatch)
+    verify.run(Options(run="cut", replay=True))
+    assert "the replay is the same: 6 losses, and the adapter's bytes." in capsys.readouterr().out
+
+
+STAGED = "stages:\n  - data: data.jsonl\n    steps: 2\n  - data: more.jsonl\n    steps: 3\n    learning_rate: 1.0e-4\n"
+
+
+def test_the_stages_of_a_run_are_verified_and_replayed(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows(copy / "more.jsonl", 7)
+    keep = {"model": "tiny-Int4", "length": 96, "rank": 4, "batch": 2, "accumulation": 2, "dropout": 0.05, "zero": 0}
+    text = "".join(f"{key}: {value}\n" for key, value in keep.items())
+    (copy / "two.yaml").write_text(text + STAGED)
+    verb.run(verb.parse({"recipe": "two.yaml", "run": "staged"}))
+    monkeypatch.setattr(verify.manifest, "code", lambda: {})
+    in_this_process(monkeypatch)
+    verify.run(Options(run="staged", replay=True))
+    said = capsys.readouterr().out
+    assert "the replay is the same: 2 losses" in said and "the replay is the same: 3 losses" in said
+    flip(copy / "runs/staged/stages/1/losses.jsonl")
+    with pytest.raises(UserError, match="is not what its record says"):
+        verify.run(Options(run="staged"))
+    assert "DIFFERS  stage 1: losses.jsonl" in capsys.readouterr().out
+
+
+def test_another_number_of_processes_under_way_is_allowed_for_or_refused(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run, dropout in (("mixed", "0"), ("drawn", "0.05")):
+        begin(run, dropout=dropout)
+        path = copy / "runs" / run / "run.json"
+        record = read_json(path)
+        write_json(path, {**record, "starts": [{"after": 0, "processes": 2}, {"after": 3, "processes": 1}]})
+    monkeypatch.setattr(verify.manifest, "code", lambda: {})
+    in_this_process(monkeypatch)
+    verify.run(Options(run="mixed", replay=True))
+    assert "the replay is the same: 6 losses within 1e-05, in 1 processes" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"in 2, then 1 processes: dropout drew other numbers"):
+        verify.run(Options(run="drawn", replay=True))
+    assert (
+        verify._same(1.0, 1.000005, 1e-5)
+        and not verify._same(1.0, 1.00002, 1e-5)
+        and not verify._same(1.0, 1.000005, 0)
+    )
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_replayed_by_the_command(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(verify.__file__).parents[2]))
+    begin("both", processes="2", accumulation="1", zero="2")
+    verify.run(Options(run="both", replay=True))
+    assert "the replay is the same: 6 losses, and the adapter's bytes." in capfd.readouterr().out
 
 
 def test_a_replay_that_computes_something_else_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,9 @@ class Task:
     device: torch.device
     watch: Watch = field(default_factory=Watch)
     spent: dict[str, float] = field(default_factory=dict)  # what this start spent, for the record
+    starts: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # each start that the steps come from: after which, in what
     ready: dict[tuple[int, int], Any] = field(default_factory=dict)  # the next micro batch, by step and number
 
     @property
@@ -54,6 +57,11 @@ class Task:
     def say(self, text: str) -> None:
         if self.first:
             print(text, flush=True)
+
+    def start(self, step: int, earlier: list[dict[str, Any]]) -> None:
+        """This start goes on after `step`; those of `earlier` that began later have left nothing behind."""
+        this = {"after": step, "processes": self.world.size, "device": self.device.type, "began": time.time()}
+        self.starts[:] = [*(one for one in earlier if one["after"] < step), this]
 
 
 class BadStep(Exception):  # noqa: N818  with guard=skip it is no error
@@ -299,6 +307,7 @@ def save(task: Task, engine: Engine, done: int, saver: Saver) -> None:
     if task.first:
         rng = {f"rank{n}/{key}": value for n, state in enumerate(states) for key, value in state.items()}
         state = {"engine": engine.counters(), "processes": task.world.size, "guard": task.watch.state()}
+        state["starts"] = task.starts
         state["epoch"] = task.plan.epoch(max(done - 1, 0))
         saver.begin(Snapshot(done, masters, moments, rng, state))
     saver.blocked += time.monotonic() - began
@@ -333,6 +342,7 @@ def resume(task: Task, engine: Engine, folder: Path) -> int:
         checkpoint.set_rng_state(mine)
     else:  # more processes than before
         checkpoint.seed_all(task.recipe.seed + 1000 * snapshot.step + task.world.rank)
+    task.start(snapshot.step, snapshot.state.get("starts", []))
     if task.world.rank == 0:
         rewind(task.run / "losses.jsonl", snapshot.step)
     return snapshot.step

@@ -39,6 +39,7 @@ def write(
         "machine": manifest.machine(),
         "device": str(task.device),
         "processes": task.world.size,
+        "starts": task.starts,
         "decisions": notes,
         "steps": len(rows),
         "loss": _loss([row for row in rows if row["loss"] is not None]),

@@ -88,7 +88,7 @@ def run(options: Request) -> None:
     if world.SPAWNED in os.environ:
         world.follow()
     try:
-        with world.leaving_early(speaks=place is None or place.rank == 0 and world.SPAWNED not in os.environ):
+        with world.leaving_early(speaks=place is None or (place.rank == 0 and world.SPAWNED not in os.environ)):
             status = _stages(options, place)
     except FullError as error:
         _say(place, f"stopped: {error}")
@@ -229,7 +229,11 @@ def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype
     if found is not None:
         first = loop.resume(task, engine, found)
         _say(place, f"goes on after step {first} of {len(job.plan)} ({found.name})")
+        if told := _another_number(task):
+            notes.append(told)
+            _say(place, told)
     else:
+        task.start(0, [])
         checkpoint.seed_all(job.recipe.seed + place.rank)
         if place.rank == 0:
             journal.rewind(job.run / "losses.jsonl", 0)
@@ -242,6 +246,16 @@ def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype
     else:
         _say(place, f"stopped with a checkpoint in {job.run / 'checkpoints'}. The same command goes on from there.")
     return 0 if whole or "TORCHELASTIC_RUN_ID" in os.environ else CUT_OFF  # torchrun would take it for a failure
+
+
+def _another_number(task: "Task") -> str:
+    """What it means that the steps so far were computed in another number of processes; empty if they were not."""
+    before, now = task.starts[-2:-1], task.world.size
+    if not before or before[0]["processes"] == now:
+        return ""
+    drops = " dropout draws other numbers from here on." if task.recipe.dropout else ""
+    was = before[0]["processes"]
+    return f"{was} processes before, {now} now: the same samples in the same order, losses within 1e-5 of what they would be.{drops}"
 
 
 def _say(place: World | None, text: str) -> None:

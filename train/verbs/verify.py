@@ -3,11 +3,13 @@
 make verify RUN=name [REPLAY=1]
 
 REPLAY=1 trains it again, aside, from the same inputs, and compares every loss and the adapter's bytes: the same on the same machine,
-packages and number of processes. Nothing of the run is changed. What has become of the program, the lock and the machine since is
-told too, but is no fault of the run.
+packages and number of processes, however often the run was cut off; its stages too. Where that number changed under way, losses
+may differ by the order of sums, and with dropout a replay is refused. Nothing of the run is changed. What has become of the program,
+the lock and the machine since is told too, but is no fault of the run.
 """
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from train.errors import UserError
 from train.files import read_json, sha256
 from train.modelfolder import damage, find, read_manifest
 
+TOLERANCE, ROUNDED = 1e-5, ("loss", "grad_norm")  # where float32 is summed in another order
 Findings = list[tuple[str, list[str]]]  # what was looked at, and what is wrong with it
 
 
@@ -42,8 +45,12 @@ def run(options: Options) -> None:
     folder = Path(options.runs) / options.run
     record = _record(folder)
 
+    stages = [(path.parent, _record(path.parent)) for path in sorted(folder.glob("stages/*/run.json"))]
+
     # --- every hash in it -------------------------------------------------------------------------------------------------
     found = [*_own(folder, record), *_inputs(options, record), *_beside(folder)]
+    for path, one in stages:
+        found += [(f"stage {path.name}: {title}", wrong) for title, wrong in [*_own(path, one), *_beside(path)]]
     for title, wrong in found:
         print(f"{'same   ' if not wrong else 'DIFFERS'}  {title}" + "".join(f"\n           {line}" for line in wrong))
     for line in _since(record):
@@ -54,7 +61,8 @@ def run(options: Options) -> None:
 
     # --- the training itself ----------------------------------------------------------------------------------------------
     if options.replay:
-        _replay(options, folder, record)
+        for path, one in [*stages, (folder, record)]:
+            _replay(options, path, one)
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -140,6 +148,13 @@ def _since(record: dict[str, Any]) -> list[str]:
 
 def _replay(options: Options, folder: Path, record: dict[str, Any]) -> None:
     """Train again below the run's own folder; gone afterwards, if it is the same."""
+    numbers = [start["processes"] for start in record.get("starts", [])]
+    mixed = len(set(numbers)) > 1
+    if mixed and record["recipe"]["dropout"]:
+        raise UserError(
+            f"run {folder.name!r} was computed in {', then '.join(map(str, numbers))} processes: dropout drew other numbers in each, "
+            "which no single start draws again. The hashes above hold."
+        )
     aside = folder / "replay"
     shutil.rmtree(aside, ignore_errors=True)
     print(f"training it again in {aside}", flush=True)
@@ -148,11 +163,12 @@ def _replay(options: Options, folder: Path, record: dict[str, Any]) -> None:
     ).returncode
     if status:
         raise UserError(f"the replay ended with status {status}; what it wrote is in {aside}.")
-    wrong = _difference(folder, aside / "again")
+    wrong = _difference(folder, aside / "again", TOLERANCE if mixed else 0.0)
     if wrong:
         raise UserError(f"the replay is not the same: {wrong}.\nIt is kept in {aside}.")
     shutil.rmtree(aside)
-    print(f"the replay is the same: {record['steps']} losses, and the adapter's bytes.")
+    what = f"losses within {TOLERANCE:g}, in {numbers[-1]} processes" if mixed else "losses, and the adapter's bytes"
+    print(f"the replay is the same: {record['steps']} {what}.")
 
 
 def _words(options: Options, folder: Path, record: dict[str, Any], aside: Path) -> list[str]:
@@ -171,17 +187,24 @@ def _words(options: Options, folder: Path, record: dict[str, Any], aside: Path) 
     return [f"{key}={value}" for key, value in words.items()]
 
 
-def _difference(first: Path, second: Path) -> str:
-    """How two runs differ, in words; empty if their losses and adapters are the same to the bit."""
+def _difference(first: Path, second: Path, tolerance: float) -> str:
+    """How two runs differ, in words; empty if their losses and adapters are the same to the bit, or with a `tolerance` their losses
+    within it, relative."""
     one, two = (_losses(folder) for folder in (first, second))
     for ours, theirs in zip(one, two):
-        if ours != theirs:
-            keys = [key for key in ours if ours[key] != theirs.get(key)]
+        keys = [key for key in ours if not _same(ours[key], theirs.get(key), tolerance * (key in ROUNDED))]
+        if keys:
             return f"step {ours['step']}: " + ", ".join(f"{key} was {ours[key]}, is {theirs.get(key)}" for key in keys)
     if len(one) != len(two):
         return f"{len(one)} steps before, {len(two)} now"
     files = _compare(manifest.hash_folder(second / "adapter"), manifest.hash_folder(first / "adapter"))
-    return ", ".join(files)
+    return "" if tolerance else ", ".join(files)
+
+
+def _same(one: Any, two: Any, tolerance: float) -> bool:
+    if tolerance and isinstance(one, float) and isinstance(two, float):
+        return math.isclose(one, two, rel_tol=tolerance)
+    return bool(one == two)
 
 
 def _losses(folder: Path) -> list[dict[str, Any]]:
