@@ -3,6 +3,7 @@
 import gc
 import json
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor
 from tests import memory
 from tests.oracles import tiny_checkpoint, tiny_config
 from tests.test_step import PACKED, RAGGED, adapted, batch_of
-from train import decoder, engine, loop, lora, offload, plan
+from train import decoder, engine, job, loop, lora, offload, plan
 from train.config import Recipe, build, load_recipe
 from train.errors import UserError
-from train.loader import load
+from train.loader import load, load_run
 from train.offload import Host, HostEmbedding, Shelf
 from train.plan import Setting
 from train.shapes import Shape
@@ -260,9 +261,28 @@ def adapter(run: str) -> bytes:
 
 
 def test_a_run_from_the_host_writes_the_same_bytes(fused_house: Path) -> None:
+    """And is loaded as any other: export and infer need no word of it."""
     train("plain")
     train("host", checkpointing="offload", embedding="host")
     assert adapter("host") == adapter("plain")
+    model, _, record = load_run(Path("runs") / "host", Path("models"), torch.float32)
+    assert (record["recipe"]["checkpointing"], record["recipe"]["embedding"]) == ("offload", "host")
+    assert isinstance(model.get_base_model().get_input_embeddings(), torch.nn.Embedding)
+
+
+def test_a_run_of_an_older_program_is_gone_on_with() -> None:
+    """Whose recipe had a switch for checkpointing, and no word for the embedding."""
+    recipe = asdict(Recipe())
+    same: dict[str, Any] = {
+        "data": {"path": "d", "sha256": "1"},
+        "base": {"files": {}},
+        "from": None,
+        "dtype": "float32",
+    }
+    old = {key: value for key, value in recipe.items() if key != "embedding"} | {"checkpointing": True}
+    assert (
+        job.changes({**same, "rows_per_step": 4, "recipe": old}, {**same, "rows_per_step": 4, "recipe": recipe}) == []
+    )
 
 
 def test_a_run_goes_on_with_another_place_for_either(fused_house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
