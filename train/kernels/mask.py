@@ -37,3 +37,10 @@ if triton is not None:
         low, high = given.to(tl.uint32) ^ salt, (given >> 32).to(tl.uint32)
         place = rows.to(tl.uint32) * size + columns.to(tl.uint32)
         return (_mix(_mix(place ^ low) + high) >> 1).to(tl.int32) >= threshold
+
+    @triton.jit
+    def dropped(y, seed, salt, rows, columns, size, least, gain, DROP: tl.constexpr):  # type: ignore[no-untyped-def]
+        """y · gain where it is kept, else zeros, in y's own dtype; y itself without DROP."""
+        if DROP:
+            y = tl.where(kept(seed, salt, rows, columns, size, least), y.to(tl.float32) * gain, 0.0).to(y.dtype)
+        return y

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from train.kernels.mask import kept, salt, threshold
+from train.kernels.mask import dropped, kept, salt, threshold
 from train.kernels.runtime import tl, triton
 
 if triton is not None:
@@ -30,10 +30,10 @@ if triton is not None:
         rate = tl.rsqrt(tl.sum(a * a, 0) / size + eps)
         scaled = (a * rate).to(given.dtype).to(tl.float32)
         w = tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
-        y = (scaled * w).to(out.dtype.element_ty)
-        if DROP:
-            y = tl.where(kept(seed, salt, first + tl.program_id(0), n, size, least), y.to(tl.float32) * gain, 0.0)
-        tl.store(out + row * out_stride + n, y.to(out.dtype.element_ty), mask=inside)
+        y = dropped(
+            (scaled * w).to(out.dtype.element_ty), seed, salt, first + tl.program_id(0), n, size, least, gain, DROP
+        )
+        tl.store(out + row * out_stride + n, y, mask=inside)
 
     @triton.jit
     def _norm_row_backward(  # type: ignore[no-untyped-def]
@@ -131,10 +131,10 @@ if triton is not None:
         act = (g * gate).to(given.dtype).to(tl.float32)
         tl.store(at, (s * u * gate * (1 + g * (1 - gate))).to(both.dtype.element_ty), mask=inside)
         tl.store(at + size, (s * act).to(both.dtype.element_ty), mask=inside)
-        y = (act * u).to(slope.dtype.element_ty)
-        if DROP:
-            y = tl.where(kept(seed, salt, first + tl.program_id(0), n, size, least), y.to(tl.float32) * gain, 0.0)
-        tl.store(slope + row * size + n, y.to(slope.dtype.element_ty), mask=inside)
+        y = dropped(
+            (act * u).to(slope.dtype.element_ty), seed, salt, first + tl.program_id(0), n, size, least, gain, DROP
+        )
+        tl.store(slope + row * size + n, y, mask=inside)
 
     @triton.jit
     def _drop(  # type: ignore[no-untyped-def]

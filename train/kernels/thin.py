@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.kernels.mask import kept
+from train.kernels.mask import dropped, kept
 from train.kernels.pointwise import dropping
 from train.kernels.runtime import INTERPRETED, tl, triton
 
@@ -32,12 +32,6 @@ if triton is not None:
         r = tl.arange(0, R)[None]
         at = out + i.to(tl.int64)[:, None] * stride + r
         tl.store(at, x.to(out.dtype.element_ty), mask=(i < rows)[:, None] & (r < rank))
-
-    @triton.jit
-    def _dropped(y, i, n, size, seed, salt, first, least, gain, DROP: tl.constexpr):  # type: ignore[no-untyped-def]
-        if DROP:
-            y = tl.where(kept(seed, salt, first + i[:, None], n, size, least), y.to(tl.float32) * gain, 0.0).to(y.dtype)
-        return y
 
     @triton.jit
     def _norm_thin(  # type: ignore[no-untyped-def]
@@ -69,7 +63,7 @@ if triton is not None:
             w = tl.load(weight + n, mask=n < size, other=0.0).to(tl.float32)
             y = ((given.to(tl.float32) * rate).to(given.dtype).to(tl.float32) * w).to(out.dtype.element_ty)
             tl.store(out + row * out_stride + n, y, mask=inside)
-            y = _dropped(y, i, n, size, seed, salt, first, least, gain, DROP)
+            y = dropped(y, seed, salt, first + i[:, None], n, size, least, gain, DROP)
             part = _thin_tile(matrix, start, matrix_row, matrix_column, size, rank, BN, R)
             acc = tl.dot(y, part, acc, input_precision=EXACT)
         _store_thin(acc * scale, thin, i, rows, thin_stride, rank, R)
@@ -91,7 +85,7 @@ if triton is not None:
             g = given.to(tl.float32)
             y = ((g * tl.sigmoid(g)).to(given.dtype).to(tl.float32) * u).to(out.dtype.element_ty)
             tl.store(out + row * out_stride + n, y, mask=inside)
-            y = _dropped(y, i, n, size, seed, salt, first, least, gain, DROP)
+            y = dropped(y, seed, salt, first + i[:, None], n, size, least, gain, DROP)
             part = _thin_tile(matrix, start, matrix_row, matrix_column, size, rank, BN, R)
             acc = tl.dot(y, part, acc, input_precision=EXACT)
         _store_thin(acc * scale, thin, i, rows, thin_stride, rank, R)
@@ -120,8 +114,8 @@ if triton is not None:
             to_up = (s * act).to(given.dtype)
             tl.store(at, to_gate, mask=inside)
             tl.store(at + size, to_up, mask=inside)
-            y = _dropped((act * u).to(slope.dtype.element_ty), i, n, size, seed, salt, first, least, gain, DROP)
-            tl.store(there, y, mask=inside)
+            y = (act * u).to(slope.dtype.element_ty)
+            tl.store(there, dropped(y, seed, salt, first + i[:, None], n, size, least, gain, DROP), mask=inside)
             part = _thin_tile(gate_matrix, start, matrix_row, matrix_column, size, rank, BN, R)
             of_gate = tl.dot(to_gate, part, of_gate, input_precision=EXACT)
             part = _thin_tile(up_matrix, start, matrix_row, matrix_column, size, rank, BN, R)
