@@ -101,13 +101,14 @@ def card(capability: int) -> Iterator[Card]:
 
     there = Card(capability)
 
-    def hopper(q: Tensor) -> bool:
+    def hopper(q: Tensor) -> bool:  # attention.hopper, of a tensor on that card
         return capability == 90 and q.dtype != torch.float32
 
     driver.set_active(there)
     try:
         with ExitStack() as stack:
             fakes: list[tuple[Any, str, Any]] = [(kernels, "usable", lambda device: True)]
+            fakes += [(kernels, "generation", lambda device: capability // 10)]
             fakes += [(matvec, "units", lambda device: UNITS), (matvec, "tensor_cores", lambda x: capability >= 80)]
             fakes += [(attention, "hopper", hopper), (attention, "flash", lambda q: capability >= 80)]
             fakes += [(gptq, "dequantize", kernels.dequantize)]  # which asks for a GPU's tensor
