@@ -70,7 +70,7 @@ class Recipe:
         ("off", "on", "offload"),
     )
     embedding: str = option(
-        "device", "where its table is: on the host it takes no memory of a card's", ("device", "host")
+        "device", "where the embedding's table is: on the host it takes no memory of the card", ("device", "host")
     )
     graphs: bool = option(True, "on a GPU: replay CUDA graphs where the shapes of batches repeat")
     zero: int = option(2, "DeepSpeed ZeRO stage (train/deepspeed/zeroN.json)")
