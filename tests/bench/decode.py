@@ -1,18 +1,18 @@
 """Tokens a second of answers on this GPU: ours against the stock stack, Qwen-1.8B's shape, random Int4 weights.
 
-    python -m tests.bench.decode out.json [--model 1.8b] [--arms ours,stock] [--profile table.txt] [--tiles tiles.json]
+    python -m tests.bench.decode out.json [--model 1.8b] [--arms ours,stock,ours-again] [--profile table.txt] [--tiles tiles.json]
 
 ours         what `make infer` and `make compare` run: packed products, a static cache, one CUDA graph a step; bfloat16
 ours-drawn   the same with a temperature and top_p, batch 1
 ours-plain   our decoder by its growing cache, as where Triton does not run
-stock        transformers' generate on LlamaForCausalLM in the same shape with auto_gptq's QuantLinear, peft; float16
+ours-again   the first once more, after the others: what the card was worth then
+stock        transformers' generate on LlamaForCausalLM in the same shape with auto_gptq's QuantLinear, peft; float16, its own cache
 
 128 prompt tokens, 256 new ones, without and with an adapter of rank 64 on every linear. A row's rate counts the new tokens, over the whole
 answer, prompt included; step_ms is one step alone. Every arm runs in a process of its own; the file is written after each.
 """
 
 import argparse
-import datetime
 import gc
 import json
 import statistics
@@ -27,15 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.bench import shapes
-from train import __version__, decoding, lora
+from tests.bench import card, shapes
+from tests.bench.spec import heading
+from train import decoding, lora
 from train.config import load_recipe
+from train.files import write_json
 from train.generate import Sampling, tokens
 
 PROMPT, NEW = 128, 256
 BATCHES = (1, 32)
 TURNS = 3  # answers timed, after one to warm up
-ARMS = ("ours", "ours-drawn", "ours-plain", "stock")
+ARMS = ("ours", "stock", "ours-again")
+OTHERS = ("ours-drawn", "ours-plain")
 DEVICE = torch.device(
     "cuda" if torch.cuda.is_available() else "cpu"
 )  # a CPU is for trying this program itself, in the shape tiny
@@ -86,7 +89,7 @@ def _generated(model: Any, ids: Tensor, new: int) -> Iterator[Tensor]:
     yield from done[:, ids.shape[1] :].T
 
 
-def measure(arm: str, answer: Answer, batch: int, vocabulary: int) -> dict[str, float]:
+def measure(arm: str, answer: Answer, batch: int, vocabulary: int) -> dict[str, Any]:
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
@@ -98,22 +101,24 @@ def measure(arm: str, answer: Answer, batch: int, vocabulary: int) -> dict[str, 
     settle()
     warm = time.perf_counter() - began
     rates, firsts, steps = [], [], []
-    for _ in range(TURNS if arm != "stock" else 1):
-        settle()
-        began = time.perf_counter()
-        times = [time.perf_counter() for _ in answer(ids, NEW)]
-        settle()
-        rates.append(batch * NEW / (time.perf_counter() - began))
-        firsts.append(times[0] - began)
-        steps.append((times[-1] - times[0]) / (NEW - 1))
-    found = {"tokens_per_s": round(statistics.median(rates), 1), "warm_s": round(warm, 2)}
+    with card.Watch(card.eye_on(DEVICE)) as seen:
+        for _ in range(TURNS if arm != "stock" else 1):
+            settle()
+            began = time.perf_counter()
+            times = [time.perf_counter() for _ in answer(ids, NEW)]
+            settle()
+            rates.append(batch * NEW / (time.perf_counter() - began))
+            firsts.append(times[0] - began)
+            steps.append((times[-1] - times[0]) / (NEW - 1))
+    found: dict[str, Any] = {"tokens_per_s": round(statistics.median(rates), 1), "warm_s": round(warm, 2)}
     if arm != "stock":
         found |= {
             "first_ms": round(1000 * statistics.median(firsts), 2),
             "step_ms": round(1000 * statistics.median(steps), 4),
         }
     peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
-    return found | {"peak_gib": round(peak / 2**30, 2)}
+    found["peak_gib"] = round(peak / 2**30, 2)
+    return found | {"card": {**seen.found(), "product_tflops": card.worth(DEVICE)}, "at": time.strftime("%H:%M:%S")}
 
 
 def use(tiles: str) -> None:
@@ -127,22 +132,25 @@ def use(tiles: str) -> None:
             matvec.MEASURED[shape["rows"] == 1, shape["k"], shape["n"]] = matvec.Tile(**cut)
 
 
-def one(arm: str, model: str, adapter: bool, profile: str) -> Iterator[dict[str, Any]]:
-    """The rows of one arm, in this process."""
-    torch.manual_seed(0)
-    network = stock(model, adapter) if arm == "stock" else ours(model, adapter)
+def one(arm: str, model: str, profile: str) -> Iterator[dict[str, Any]]:
+    """The rows of one arm, in this process: without an adapter, then with one."""
     if arm == "ours-plain":
         decoding.served = lambda model, batch: False
-    answer, vocabulary = answer_of(arm, network), shapes.config(model).vocab_size
-    for batch in (1,) if arm == "ours-drawn" else BATCHES:
-        row = {"arm": arm, "model": model, "adapter": adapter, "batch": batch, "prompt": PROMPT, "new": NEW}
-        try:
-            yield {**row, **measure(arm, answer, batch, vocabulary)}
-            if profile and arm != "stock":
-                trace(answer, batch, vocabulary, Path(profile), f"{arm}, adapter {adapter}, batch {batch}")
-        except Exception as error:
-            traceback.print_exc()
-            yield {**row, "skipped": f"{type(error).__name__}: {error!s:.200}"}
+    vocabulary = shapes.config(model).vocab_size
+    for adapter in (False, True):
+        torch.manual_seed(0)
+        network = answer = None  # what the one before held
+        for batch in (1,) if arm == "ours-drawn" else BATCHES:
+            row = {"arm": arm, "model": model, "adapter": adapter, "batch": batch, "prompt": PROMPT, "new": NEW}
+            try:
+                network = network or (stock if arm == "stock" else ours)(model, adapter)
+                answer = answer or answer_of(arm, network)
+                yield {**row, **measure(arm, answer, batch, vocabulary)}
+                if profile and arm != "stock":
+                    trace(answer, batch, vocabulary, Path(profile), f"{arm}, adapter {adapter}, batch {batch}")
+            except Exception as error:
+                traceback.print_exc()
+                yield {**row, "skipped": f"{type(error).__name__}: {error!s:.200}"}
 
 
 def trace(answer: Answer, batch: int, vocabulary: int, out: Path, title: str) -> None:
@@ -159,19 +167,6 @@ def trace(answer: Answer, batch: int, vocabulary: int, out: Path, title: str) ->
         file.write(f"\n== {title}\n{table}\n")
 
 
-def report(out: Path, rows: list[dict[str, Any]]) -> None:
-    import transformers
-    import triton
-
-    versions = {"program": __version__, "torch": torch.__version__, "triton": triton.__version__}
-    head = {
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
-        "date": datetime.date.today().isoformat(),
-    }
-    versions["transformers"] = transformers.__version__
-    out.write_text(json.dumps({**head, "versions": versions, "rows": rows}, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
@@ -179,28 +174,28 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--profile", default="")
     parser.add_argument("--tiles", default="", help="a report of tests/bench/tiles.py")
-    parser.add_argument("--one", default="", help="used by this program itself: ARM:ADAPTER")
+    parser.add_argument("--one", default="", help="used by this program itself: an arm")
     wanted = parser.parse_args()
     if wanted.one:
-        arm, _, adapter = wanted.one.partition(":")
         use(wanted.tiles)
         with wanted.out.open("a") as file:
-            for row in one(arm, wanted.model, adapter == "1", wanted.profile):
+            for row in one(wanted.one, wanted.model, wanted.profile):
                 print(row, flush=True)
                 file.write(json.dumps(row) + "\n")
                 file.flush()
         return
     lines = wanted.out.with_suffix(".jsonl")
-    lines.unlink(missing_ok=True)
+    lines.write_text("")
     for arm in wanted.arms.split(","):
-        for adapter in "01":
-            again = ["--model", wanted.model, "--profile", wanted.profile, "--tiles", wanted.tiles]
-            again += ["--one", f"{arm}:{adapter}"]
-            done = subprocess.run([sys.executable, "-m", "tests.bench.decode", str(lines), *again])
-            if done.returncode:
-                print(f"{arm}, adapter {adapter}: exit status {done.returncode}", file=sys.stderr)
-            found = [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
-            report(wanted.out, found)
+        again = ["--model", wanted.model, "--profile", wanted.profile, "--tiles", wanted.tiles, "--one", arm]
+        done = subprocess.run([sys.executable, "-m", "tests.bench.decode", str(lines), *again])
+        if done.returncode:  # not an exception, which would have been a row
+            print(f"{arm}: exit status {done.returncode}", file=sys.stderr)
+            with lines.open("a") as file:
+                file.write(
+                    json.dumps({"arm": arm, "model": wanted.model, "skipped": f"exit status {done.returncode}"}) + "\n"
+                )
+        write_json(wanted.out, {**heading(), "rows": [json.loads(line) for line in lines.read_text().splitlines()]})
 
 
 if __name__ == "__main__":

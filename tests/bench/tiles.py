@@ -1,9 +1,10 @@
 """Which cut of a packed product is the fastest on this GPU: every sensible tile, by shape and number of rows.
 
-    python -m tests.bench.tiles out.json [--rows 1,32] [--model 1.8b]
+    python -m tests.bench.tiles out.json [--rows 1,32] [--model 1.8b] [--seconds 60]
 
 First every tile is compiled, in several processes at once (Triton keeps them on the disk), then each is timed in a CUDA graph over copies of
 the weight that no cache holds. Prints the best of each shape beside what matvec.tile_for takes. The same for attention: how many parts.
+Once the seconds are over no shape is begun; the shapes in which a step spends most come first.
 """
 
 import argparse
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor
 
 SHAPES = {  # K, N, whether two weights of N side by side
-    "1.8b": [(2048, 6144, False), (2048, 2048, False), (2048, 5504, True), (5504, 2048, False)],
-    "7b": [(4096, 12288, False), (4096, 4096, False), (4096, 11008, True), (11008, 4096, False)],
+    "1.8b": [(2048, 5504, True), (5504, 2048, False), (2048, 6144, False), (2048, 2048, False)],
+    "7b": [(4096, 11008, True), (11008, 4096, False), (4096, 12288, False), (4096, 4096, False)],
 }
 SPLITS = (1, 2, 3, 4, 6, 8)
 COLD = 160 << 20  # bytes of copies of a weight: more than any cache
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", default="1,32")
     parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--model", default="1.8b", choices=SHAPES)
     wanted = parser.parse_args()
     rows = [int(n) for n in wanted.rows.split(",")]
@@ -144,6 +146,9 @@ def main() -> None:
     print(f"{len(jobs)} tiles, {time.perf_counter() - began:.0f} s, {len(failed)} failed: {failed[:3]}", flush=True)
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "products": [], "attention": []}
     for many, (k, n, two) in itertools.product(rows, SHAPES[wanted.model]):
+        if time.perf_counter() - began > wanted.seconds:
+            print(f"not begun: {many} x {k} x {n}", flush=True)
+            continue
         found = sweep(k, n, two, many)
         mine = next((row for row in found if row["chosen"]), None)
         print(f"{many} x {k} x {n}{' twice' if two else ''}: now {mine}", flush=True)
@@ -153,7 +158,10 @@ def main() -> None:
             {"rows": many, "k": k, "n": n * (2 if two else 1), "found": found[:40], "chosen": mine}
         )
         wanted.out.write_text(json.dumps(report))
-    for many, heads, keys in ((1, 16, 128), (1, 16, 384), (1, 16, 2048), (32, 16, 256)):
+    for many, heads, keys in ((1, 16, 384), (32, 16, 256), (1, 16, 128), (1, 16, 2048)):
+        if time.perf_counter() - began > wanted.seconds:
+            print(f"not begun: attention {many} x {keys}", flush=True)
+            continue
         found = attention(many, heads, keys)
         print(f"attention {many} x {heads} heads x {keys} keys: {found}", flush=True)
         report["attention"].append({"rows": many, "heads": heads, "keys": keys, "found": found})
