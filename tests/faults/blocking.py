@@ -1,16 +1,20 @@
-"""How long training waits for its checkpoints: written at once, and in the background.
+"""How long training waits for its checkpoints: without any, written at once, and in the background.
 
-    python -m tests.faults.blocking [key=value of the recipe …]
+    python -m tests.faults.blocking [command] [shape=1.8b] [json=FILE] [key=value of the recipe …]
 
-The same short run twice; timings.saving_seconds of run.json is what training waited, whatever was written meanwhile.
+The same short run three times. timings.saving_seconds of run.json is what the loop itself waited; a thread that writes may also keep Python
+from the next step, which only the steps' own times show: `slower` is their sum beside that of the run without saves.
 """
 
+import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-from tests.faults import kills
+from tests.faults import kills, results
 from train.files import read_json
 
 KEYS = {
@@ -22,28 +26,72 @@ KEYS = {
     "batch": "2",
     "learning_rate": "1e-4",
 }
+REAL = {
+    "rank": "64",
+    "alpha": "16",
+    "steps": "40",
+    "save_every": "10",
+    "batch": "4",
+    "accumulation": "4",
+    "length": "2048",
+}
+REAL |= {"spike": "0", "recipe": "qlora", "model": "base", "data": "long.jsonl", "learning_rate": "1e-4"}
+WARM = 4  # steps that compile and capture
+
+
+def long_talks(path: Path) -> None:
+    """Conversations that fill rows of 2,048 tokens of a byte each."""
+    rows = [{"instruction": f"Number {n}?", "output": f"It is {n}. " * (12 + 7 * n % 90)} for n in range(900)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def measured(how: str, run: Path, life: Any, keys: dict[str, str]) -> dict[str, Any]:
+    """One run, and what it spent on its saves."""
+    found = kills.wait(life({**keys, "run": run.name}, 1))
+    assert set(found) == {0}, Path(f"{run.name}.log").read_text()[-3000:]
+    times = read_json(run / "run.json")["timings"]
+    steps = [json.loads(line)["seconds"] for line in (run / "losses.jsonl").read_text().splitlines()][WARM:]
+    size = sum(path.stat().st_size for path in next((run / "checkpoints").iterdir()).iterdir())
+    whole = times["steps_seconds"] + times["saving_seconds"]
+    return {
+        "saves": how,
+        "written": times["saves"],
+        "megabytes": round(size / 1e6, 1),
+        "waited_seconds": round(times["saving_seconds"], 3),
+        "share": round(times["saving_seconds"] / whole, 5),
+        "step_ms": round(1000 * median(steps), 2),
+        "steps_seconds": round(sum(steps), 3),
+    }
 
 
 def main(words: list[str]) -> int:
-    more = dict(word.split("=", 1) for word in words if "=" in word)
-    life = kills.commanded if "command" in words else kills.forked
+    more = results.words(words)
+    target, shape = more.pop("json", ""), more.pop("shape", "")
+    life = kills.commanded if "command" in words or shape else kills.forked
     if life is kills.forked:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         kills.warm()
     with tempfile.TemporaryDirectory() as made:
         os.chdir(made)
         kills.house(Path(made))
-        for how in ("off", "on"):
-            keys = {**kills.KEYS, **KEYS, **more, "run": how, "background": how}
-            assert set(kills.wait(life(keys, 1))) == {0}, Path(f"{how}.log").read_text()
-            times = read_json(Path("runs") / how / "run.json")["timings"]
-            size = sum(path.stat().st_size for path in next(Path("runs", how, "checkpoints").iterdir()).iterdir())
-            share = times["saving_seconds"] / (times["steps_seconds"] + times["saving_seconds"])
-            print(
-                f"background={how}: {times['saves']} saves of {size / 1e6:.1f} MB, training waited {times['saving_seconds']:.2f} s "
-                f"of {times['steps_seconds'] + times['saving_seconds']:.1f} s ({share:.2%})",
-                flush=True,
-            )
+        keys = {**kills.KEYS, **KEYS}
+        if shape:
+            from tests.faults import base
+
+            base.main([shape, "models/base"])
+            long_talks(Path("long.jsonl"))
+            keys |= REAL
+        without = 0.0
+        for how, changes in {
+            "none but the last": {"save_every": "1000000"},
+            "background=off": {"background": "off"},
+            "background=on": {"background": "on"},
+        }.items():
+            row = measured(how, Path("runs") / how.split()[0].replace("=", "-"), life, {**keys, **more, **changes})
+            without = without or row["steps_seconds"]
+            row["slower"] = round(row["steps_seconds"] / without - 1, 5)
+            print(json.dumps(row), flush=True)
+            results.keep(target, "blocking", {"shape": shape or "tiny, rank 512", **row})
     return 0
 
 

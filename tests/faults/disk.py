@@ -1,6 +1,6 @@
 """A disk that fails at a given call: ENOSPC, EIO and SIGKILL at every write, fsync, rename, unlink and mkdir of a save and of an export.
 
-    python -m tests.faults.disk [save] [export]
+    python -m tests.faults.disk [save] [export] [every=1] [json=FILE.jsonl]
 
 One process imports everything under the preloaded shim (shim.c) and forks a child for each case: a case takes milliseconds. After each,
 the last good state must be there, whole, with no half of a new one in sight, and the same thing done again must succeed.
@@ -12,10 +12,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.faults import results
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -42,12 +45,19 @@ def build(folder: Path) -> Path:
     return target
 
 
-def start(names: list[str], every: int = 1) -> "subprocess.CompletedProcess[str]":
+def start(names: list[str], every: int = 1, target: str = "") -> "subprocess.CompletedProcess[str]":
     """This module under the shim, in a process of its own; each `every`-th call only."""
     with tempfile.TemporaryDirectory() as made:
         shim = build(Path(made))
         env = {**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SHIM": "1"}
-        words = [sys.executable, "-m", "tests.faults.disk", f"every={every}", *names]
+        words = [
+            sys.executable,
+            "-m",
+            "tests.faults.disk",
+            f"every={every}",
+            *names,
+            *([f"json={target}"] if target else []),
+        ]
         return subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -101,12 +111,13 @@ def fresh(scene: Scene, folder: Path) -> None:
     assert forked(lambda: scene.prepare(folder)) == 0, "it cannot be prepared"
 
 
-def campaign(title: str, scene: Scene, folder: Path, every: int) -> list[str]:
+def campaign(title: str, scene: Scene, folder: Path, every: int, target: str = "") -> list[str]:
     """Every call × every kind; prints a line a kind, returns what went wrong."""
+    began = time.monotonic()
     total, names = count(scene, folder)
     tally = {name: names.count(name) for name in dict.fromkeys(names)}
     print(f"{title}: {total} calls: " + ", ".join(f"{n} {name}" for name, n in tally.items()), flush=True)
-    wrong = []
+    wrong, ended = [], {}
     for kind, number in KINDS.items():
         cases = failed = 0
         for at in range(1, total + 1, every):
@@ -120,6 +131,9 @@ def campaign(title: str, scene: Scene, folder: Path, every: int) -> list[str]:
                 if found:
                     wrong.append(f"{title}, {kind} at call {at} ({names[at - 1]}): {found}")
         print(f"  {kind}: {cases} cases, {failed} of them ended the attempt, {len(wrong)} wrong so far", flush=True)
+        ended[kind] = {"cases": cases, "ended_the_attempt": failed}
+    found = {"scene": title, "calls": total, "kinds_of_calls": tally, "every": every, "faults": ended, "wrong": wrong}
+    results.keep(target, "disk", {**found, "seconds": round(time.monotonic() - began)})
     return wrong
 
 
@@ -217,10 +231,11 @@ def exporting(house: Path) -> Scene:
 
 
 def main(words: list[str]) -> int:
-    every = next((int(word.partition("=")[2]) for word in words if word.startswith("every=")), 1)
+    more = results.words(words)
+    every, target = int(more.get("every", 1)), more.get("json", "")
     names = [word for word in words if "=" not in word] or ["save", "export"]
     if "SHIM" not in os.environ:
-        done = start(names, every)
+        done = start(names, every, target)
         print(done.stdout + done.stderr, end="")
         return done.returncode
     import torch
@@ -235,7 +250,7 @@ def main(words: list[str]) -> int:
             tiny_run(house)
         for name in names:
             scene = exporting(house) if name == "export" else {"save": saving, "careless": careless}[name]()
-            wrong += campaign(name, scene, Path(made) / name, every)
+            wrong += campaign(name, scene, Path(made) / name, every, target)
     print("\n".join(wrong) or "nothing was lost")
     return 1 if wrong else 0
 

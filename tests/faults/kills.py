@@ -1,13 +1,15 @@
 """SIGKILL at random moments, until every run has ended: each must end in the bytes of a run that nobody disturbed.
 
-    python -m tests.faults.kills [N=100] [command] [gpus=G] [slack=STEPS] [sizes=1,2] [key=value of the recipe …]
+    python -m tests.faults.kills [N=100] [command] [gpus=G] [parallel=1] [slack=STEPS] [sizes=1,2] [only=KIND] [json=FILE] [key=value of the recipe …]
 
 Without `command`, a process that has imported everything forks each life of a run, so that a kill costs seconds; with it every life is
 `python -m train train …` itself, as on GPUs. Half of the runs have one process, half two, of which a kill ends both, or one: the
 other must then end by itself. About half of the kills wait until a save has begun. Prints a table; status 1 if anything was lost. With
-background=on a kill also costs the steps of the save that it cuts off: slack= says how many are allowed above the interval.
+background=on a kill also costs the steps of the save that it cuts off: slack= says how many are allowed above the interval. With
+parallel=P the kills are shared out to P processes, whose runs go on side by side: on a card, a start takes longer than its steps.
 """
 
+import json
 import os
 import random
 import signal
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +26,7 @@ from typing import Any
 
 import psutil
 
+from tests.faults import results
 from train import checkpoint, world
 from train.journal import whole_lines
 
@@ -31,7 +35,7 @@ KEYS = {"data": "data.jsonl", "model": "tiny-Int4", "recipe": "smoke", "length":
 KEYS |= {"steps": "40", "save_every": "4", "rank": "32", "keep": "2", "batch": "1"}
 INTERVAL, LIVES = 4, 6  # steps between saves; lives of a run before it is left alone
 PATIENCE = 600.0  # seconds until a life counts as hanging
-ONLY = os.environ.get("KILLS_ONLY", "")  # one kind alone: any moment, inside a save, one of two
+KINDS = ("any moment", "inside a save", "one of two")
 
 
 @dataclass
@@ -45,6 +49,14 @@ class Tally:
     slack: int = 0
     interval: int = INTERVAL
     wrong: list[str] = field(default_factory=list)
+
+    def add(self, other: dict[str, Any]) -> None:
+        """That of another process, as JSON."""
+        self.kills.update(other.get("kills", {}))
+        self.inside += other.get("inside", 0)
+        self.runs += other.get("runs", 0)
+        self.lost = max(self.lost, other.get("lost", 0))
+        self.wrong += other["wrong"]
 
 
 def words(run: str, processes: int, more: dict[str, str]) -> dict[str, str]:
@@ -136,6 +148,7 @@ def kill_tree(pid: int) -> None:
 def disturb(run: Path, pids: list[int], how: str, draw: random.Random, tally: Tally, base: int) -> bool:
     """Kill the life at a moment of its own; False if it ended before that. `base`: steps that it began with."""
     if not _moment(run, pids, how, draw, base):
+        wait(pids)
         return False
     victims = pids
     if how == "one of two":
@@ -190,8 +203,6 @@ def undisturbed(life: Callable[..., list[int]], processes: int, more: dict[str, 
 
 def outcome(run: Path) -> tuple[list[Any], bytes]:
     """The losses without their times, and the adapter."""
-    import json
-
     rows = [json.loads(line) for line in whole_lines(run / "losses.jsonl")]
     for row in rows:
         row.pop("seconds")
@@ -207,13 +218,14 @@ def one_run(
     draw: random.Random,
     tally: Tally,
     limit: int,
+    only: str = "",
 ) -> None:
     """Kill a run up to LIVES times, let it end, and compare."""
     run = Path("runs") / f"killed-{number}"
-    kinds = ["any moment", "inside a save"] + (["one of two"] if processes > 1 else [])
+    kinds = KINDS if processes > 1 else KINDS[:2]
     for _ in range(min(LIVES, limit)):
         found = checkpoint.newest(run)[0]
-        how = next((kind for kind in kinds if kind == ONLY), draw.choice([*kinds, "inside a save"]))
+        how = only if only in kinds else draw.choice([*kinds, "inside a save"])
         if not disturb(
             run,
             life(words(run.name, processes, more), processes),
@@ -222,11 +234,6 @@ def one_run(
             tally,
             checkpoint.step_of(found) if found else 0,
         ):
-            break
-    for _ in range(3):  # the life that ended before it was killed is not waited for yet
-        try:
-            os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
             break
     statuses = wait(life(words(run.name, processes, more), processes))
     tally.runs += 1
@@ -251,17 +258,63 @@ def campaign(
     sizes: tuple[int, ...],
     slack: int = 0,
     seed: int = 0,
+    parallel: int = 1,
+    only: str = "",
 ) -> Tally:
     """Runs in the working folder, as many as it takes."""
-    draw, tally = random.Random(seed), Tally(slack=slack, interval=int(more.get("save_every", INTERVAL)))
+    tally = Tally(slack=slack, interval=int(more.get("save_every", INTERVAL)))
     whole = {size: undisturbed(life, size, more) for size in sizes}
-    number = 0
+    shares = [kills * (n + 1) // parallel - kills * n // parallel for n in range(parallel)]
+    children = [
+        forked_share(
+            n,
+            lambda part, n=n: share(1000 * n, shares[n], life, more, whole, random.Random(seed + n), part, only),
+            tally,
+        )
+        for n in range(1, parallel)
+    ]
+    share(0, shares[0], life, more, whole, random.Random(seed), tally, only)
+    for pid, path in children:
+        os.waitpid(pid, 0)
+        tally.add(json.loads(path.read_text()) if path.is_file() else {"wrong": [f"{path.stem} did not end well"]})
+    return tally
+
+
+def share(
+    number: int,
+    kills: int,
+    life: Callable[..., list[int]],
+    more: dict[str, str],
+    whole: dict[int, tuple[list[Any], bytes]],
+    draw: random.Random,
+    tally: Tally,
+    only: str,
+) -> None:
+    """So many kills, of runs that are numbered from `number`."""
+    sizes = tuple(whole)
     while (done := sum(tally.kills.values())) < kills:
         size = sizes[number % len(sizes)]
-        one_run(number, size, life, more, whole[size], draw, tally, kills - done)
+        one_run(number, size, life, more, whole[size], draw, tally, kills - done, only)
         number += 1
         print(f"{sum(tally.kills.values())} kills, {tally.runs} runs, {len(tally.wrong)} wrong", flush=True)
-    return tally
+
+
+def forked_share(number: int, work: Callable[[Tally], None], like: Tally) -> tuple[int, Path]:
+    """A child that does it, and the file where it leaves its tally."""
+    path = Path(f"share-{number}.json").absolute()
+    pid = os.fork()
+    if pid == 0:
+        mine, status = Tally(slack=like.slack, interval=like.interval), 1
+        try:
+            work(mine)
+            path.write_text(json.dumps(vars(mine)))
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+    return pid, path
 
 
 def warm() -> None:
@@ -278,11 +331,12 @@ def warm() -> None:
 
 def main(arguments: list[str]) -> int:
     kills = next((int(word) for word in arguments if word.isdigit()), 100)
-    gpus = next((int(word.partition("=")[2]) for word in arguments if word.startswith("gpus=")), 0)
+    more = results.words(arguments)
+    gpus, target, only = int(more.get("gpus", 0)), more.pop("json", ""), more.pop("only", "")
+    assert only in ("", *KINDS), f"only= one of {KINDS}"
     life = commanded if gpus or "command" in arguments else forked
-    more = dict(word.split("=", 1) for word in arguments if "=" in word)
     sizes = tuple(int(n) for n in more.pop("sizes", "1,2").split(","))
-    slack = int(more.pop("slack", 0))
+    slack, parallel = int(more.pop("slack", 0)), int(more.pop("parallel", 1))
     more |= {"background": "off"} if gpus else {}
     if life is forked:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -291,12 +345,25 @@ def main(arguments: list[str]) -> int:
         os.chdir(made)
         house(Path(made))
         began = time.monotonic()
-        tally = campaign(kills, life, more, sizes, slack)
+        tally = campaign(kills, life, more, sizes, slack, parallel=parallel, only=only)
+    seconds = round(time.monotonic() - began)
     print(
         f"kills: {dict(tally.kills)}, {tally.inside} of them found a half-written checkpoint; {tally.runs} runs, processes {sizes}"
     )
-    print(f"most steps computed again: {tally.lost} (save_every={tally.interval}); {time.monotonic() - began:.0f} s")
+    print(f"most steps computed again: {tally.lost} (save_every={tally.interval}); {seconds} s")
     print("\n".join(tally.wrong) or "every run ended in the bytes of the undisturbed one")
+    found = {
+        "kills": dict(tally.kills),
+        "half_written": tally.inside,
+        "runs": tally.runs,
+        "processes": sizes,
+        "lives": life.__name__,
+    }
+    results.keep(
+        target,
+        "kills",
+        {**found, "most_lost": tally.lost, "interval": tally.interval, "wrong": tally.wrong, "seconds": seconds},
+    )
     return 1 if tally.wrong else 0
 
 

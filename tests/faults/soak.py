@@ -1,6 +1,6 @@
 """A long run in miniature: memory, open files and time of a step over 20,000 steps with a save every hundred, and a picture of them.
 
-    python -m tests.faults.soak [STEPS=20000] [PICTURE.png] [time=off] [key=value of the recipe …]
+    python -m tests.faults.soak [STEPS=20000] [PICTURE.png] [time=off] [json=FILE] [key=value of the recipe …]
 
 Status 1 if the last quarter is not as flat as the second one: memory within 2 %, open files the same, time of a step within a quarter.
 """
@@ -11,12 +11,16 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import psutil
+
+from tests.faults import results
 
 ROOT = Path(__file__).parent.parent.parent
 KEYS = {
@@ -107,6 +111,23 @@ def judge(watcher: Watcher, times: list[float], timed: bool = True) -> list[str]
     return wrong
 
 
+def summary(watcher: Watcher, times: list[float]) -> dict[str, Any]:
+    """Each quarter's memory (MB, mean), open files and threads (median), and milliseconds a step (median)."""
+
+    def parts(values: list[float], pick: Callable[[list[float]], float]) -> list[float]:
+        n = max(1, len(values) // 4)
+        return [round(pick(values[at : at + n]), 2) for at in range(0, 4 * n, n)]
+
+    return {
+        "steps": len(times),
+        "save_every": int(KEYS["save_every"]),
+        "megabytes": parts(watcher.megabytes, mean),
+        "open_files": parts([float(n) for n in watcher.files], median),
+        "threads": parts([float(n) for n in watcher.threads], median),
+        "step_ms": parts([1000 * t for t in times], median),
+    }
+
+
 def draw(watcher: Watcher, times: list[float], path: Path) -> None:
     import matplotlib
 
@@ -143,7 +164,8 @@ def main(words: list[str]) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     steps = next((int(word) for word in words if word.isdigit()), 20_000)
     picture = next((Path(word).absolute() for word in words if word.endswith(".png")), None)
-    more = dict(word.split("=", 1) for word in words if "=" in word)
+    more = results.words(words)
+    target = more.pop("json", "")
     timed = more.pop("time", "on") == "on"
     with tempfile.TemporaryDirectory() as made:
         os.chdir(made)
@@ -154,6 +176,9 @@ def main(words: list[str]) -> int:
         if picture:
             draw(watcher, times, picture)
     wrong = judge(watcher, times, timed)
+    results.keep(
+        target, "soak", {**summary(watcher, times), "wrong": wrong, "seconds": round(time.monotonic() - began)}
+    )
     print("\n".join(wrong) or f"flat over {len(times):,} steps, {time.monotonic() - began:.0f} s")
     return 1 if wrong else 0
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.faults import kills, soak, worlds
+from tests.faults import base, kills, soak, worlds
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -19,10 +20,39 @@ def campaign(*words: str) -> str:
     return done.stdout
 
 
-def test_a_few_kills() -> None:
-    said = campaign("tests.faults.kills", "3", "steps=12", "sizes=1")
+def test_a_few_kills(tmp_path: Path) -> None:
+    """Shared out to two processes, and kept as JSON."""
+    said = campaign("tests.faults.kills", "3", "steps=12", "sizes=1", "parallel=2", f"json={tmp_path / 'kills.json'}")
+    kept = json.loads((tmp_path / "kills.json").read_text())
+    assert sum(kept["kills"].values()) >= 3 and kept["wrong"] == [] and kept["runs"] >= 2
     assert "every run ended in the bytes of the undisturbed one" in said
     assert int(re.findall(r"most steps computed again: (\d+)", said)[0]) <= kills.INTERVAL
+
+
+def test_what_another_process_found_is_added() -> None:
+    tally = kills.Tally(kills.Counter({"any moment": 2}), inside=1, lost=2, runs=1, wrong=["a"])
+    tally.add({"kills": {"any moment": 1, "one of two": 1}, "inside": 1, "lost": 4, "runs": 2, "wrong": ["b"]})
+    tally.add({"wrong": ["share-2 did not end well"]})
+    assert (dict(tally.kills), tally.inside, tally.lost, tally.runs) == ({"any moment": 3, "one of two": 1}, 2, 4, 3)
+    assert tally.wrong == ["a", "b", "share-2 did not end well"]
+
+
+def test_a_base_of_random_weights_is_one_that_the_loader_reads(tmp_path: Path) -> None:
+    from train.gptq import Int4Linear
+    from train.loader import load
+
+    model = load(base.write("tiny", tmp_path / "base"), torch.float32)
+    assert sum(isinstance(m, Int4Linear) for m in model.modules()) == 2 * 5, "qkv in one, out, gate, up, down"
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_steps_bytes_are_the_same_in_two_starts() -> None:
+    said = json.loads(
+        campaign("tests.faults.deterministic", "shape=tiny", "batch=2", "length=64", "steps=2").splitlines()[-1]
+    )
+    assert said["same_bytes"] and said["same_bytes_deterministic"]
+    assert len(said["rows"]) == 4 and all(row["step_ms"] > 0 for row in said["rows"])
 
 
 def test_another_outcome_would_be_seen(tmp_path: Path) -> None:

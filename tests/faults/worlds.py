@@ -1,6 +1,6 @@
 """The same run twice, and one run whose number of processes changes under way.
 
-    python -m tests.faults.worlds [command] [gpus=4]
+    python -m tests.faults.worlds [command] [gpus=4] [json=FILE]
 
 Twice: the adapters of two runs of one recipe in the same number of processes are the same bytes. Under way: 4, then 2, 1 and 4 processes,
 each stopped by SIGTERM, at the same rows a step; the losses may differ from those of one process by the order in which float32 is summed.
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import kills
+from tests.faults import kills, results
 from train.journal import whole_lines
 
 LOSS, WEIGHT = (
@@ -23,7 +23,8 @@ LOSS, WEIGHT = (
     2e-4,
 )  # tolerances: of a loss, relative; of a weight, absolute (AdamW's first steps are 1e-3 whatever the gradient)
 CHANGES = (4, 2, 1, 4)
-STEPS, EACH = 20, 5
+FEWER = (2, 1, 2)  # where there are two cards
+STEPS = 20
 KEYS = {"steps": str(STEPS), "dropout": "0", "save_every": "100", "pack": "off", "rank": "4"}
 Life = Callable[[dict[str, str], int], list[int]]
 
@@ -48,20 +49,20 @@ def repeated(life: Life, processes: int, more: dict[str, str]) -> bool:
     return one == two
 
 
-def changing(life: Life, more: dict[str, str]) -> tuple[float, float]:
+def changing(life: Life, more: dict[str, str], changes: tuple[int, ...] = CHANGES) -> tuple[float, float]:
     """The largest relative difference of a loss, and absolute one of a weight, from the run of one process."""
     finish(life(keys("alone", 1, more), 1), "alone")
     run = Path("runs/changing")
-    for part, processes in enumerate(CHANGES, 1):
+    for part, processes in enumerate(changes, 1):
         words = keys(run.name, processes, more)
         if part > 1:
             words.pop("accumulation")  # the run says how many rows a step has
         pids = life(words, processes)
-        if part < len(CHANGES):
-            after(run, part * EACH, pids)
+        if part < len(changes):
+            after(run, part * int(more.get("steps", STEPS)) // (len(changes) + 1), pids)
             for pid in kills.workers(pids):
                 os.kill(pid, signal.SIGTERM)
-        finish(pids, run.name, 75 if part < len(CHANGES) else 0)
+        finish(pids, run.name, 75 if part < len(changes) else 0)
     return differences(Path("runs/alone"), run)
 
 
@@ -83,30 +84,29 @@ def differences(one: Path, two: Path) -> tuple[float, float]:
 
 
 def main(arguments: list[str]) -> int:
-    gpus = next((int(word.partition("=")[2]) for word in arguments if word.startswith("gpus=")), 0)
+    more = results.words(arguments)
+    gpus, target = int(more.get("gpus", 0)), more.pop("json", "")
     life: Life = kills.commanded if gpus or "command" in arguments else kills.forked
-    more = dict(word.split("=", 1) for word in arguments if "=" in word)
     if life is kills.forked:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         kills.warm()
+    sizes = [size for size in ((1, 2, 4) if gpus >= 4 else (1, 2)) if not gpus or size <= gpus]
+    changes = CHANGES if not gpus or gpus >= max(CHANGES) else FEWER if gpus > 1 else ()
     with tempfile.TemporaryDirectory() as made:
         os.chdir(made)
         kills.house(Path(made))
-        same = {
-            size: repeated(life, size, more)
-            for size in ((1, 2, 4) if gpus >= 4 else (1, 2))
-            if not gpus or size <= gpus
-        }
-        print(
-            "the same bytes twice: " + ", ".join(f"{n} processes {'yes' if ok else 'NO'}" for n, ok in same.items()),
-            flush=True,
-        )
+        same = {size: repeated(life, size, more) for size in sizes}
+        said = ", ".join(f"{n} processes {'yes' if ok else 'NO'}" for n, ok in same.items())
+        print(f"the same bytes twice: {said}", flush=True)
         loss = weight = 0.0
-        if not gpus or gpus >= max(CHANGES):
-            loss, weight = changing(life, {**more, "precision": "fp32"})
+        if changes:
+            loss, weight = changing(life, {**more, "precision": "fp32"}, changes)
+            named = " -> ".join(map(str, changes))
             print(
-                f"{' -> '.join(map(str, CHANGES))} processes: losses within {loss:.1e} (allowed {LOSS:.0e}), weights within {weight:.1e} ({WEIGHT:.0e})"
+                f"{named} processes: losses within {loss:.1e} (allowed {LOSS:.0e}), weights within {weight:.1e} ({WEIGHT:.0e})"
             )
+    found = {"same_bytes_twice": same, "changes": changes, "loss_within": loss, "weight_within": weight}
+    results.keep(target, "worlds", {**found, "allowed": [LOSS, WEIGHT], "lives": life.__name__})
     return 0 if all(same.values()) and loss <= LOSS and weight <= WEIGHT else 1
 
 

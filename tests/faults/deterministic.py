@@ -1,0 +1,94 @@
+"""What deterministic algorithms cost a step, and whether the step is the same bytes without them.
+
+    python -m tests.faults.deterministic [shape=1.8b] [batch=4] [length=2048] [steps=40] [json=FILE]
+
+Each way in a process of its own, twice: as training runs, and under torch.use_deterministic_algorithms with cuBLAS's own workspace. Of each:
+the median of a step, and a hash of all masters and moments at the end, which is to be the same in both starts.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tests.faults import results
+
+ROOT = Path(__file__).parent.parent.parent
+WARM = 4
+
+
+def one(way: str, shape: str, batch: int, length: int, steps: int) -> dict[str, Any]:
+    """Some steps in this process."""
+    import torch
+
+    if way == "deterministic":
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # it fills every new tensor: none is read before it is written
+        )
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    from tests.bench.arms import Ours
+    from train import world
+    from train.config import load_recipe
+    from train.loader import pick_device
+
+    device = pick_device()
+    world.join(world.World(), device.type == "cuda")
+    values = {"batch": str(batch), "accumulation": "1", "length": str(length), "dropout": "0.05"}
+    torch.manual_seed(0)
+    engine = Ours.engine_for(load_recipe("qlora", values), shape, world.World(), device)
+    draw, times = torch.Generator().manual_seed(1), []
+    for _ in range(WARM + steps):
+        ids = torch.randint(0, 500, (batch, length), generator=draw)
+        began = time.perf_counter()
+        engine.micro(engine.place({"input_ids": ids, "labels": ids}), batch * (length - 1))
+        engine.step(last=True, rate=1e-4)  # reads the norm: all is done
+        times.append(time.perf_counter() - began)
+    digest = hashlib.sha256()
+    for part in engine.gather():
+        for name in sorted(part):
+            digest.update(part[name].contiguous().numpy().tobytes())
+    return {"way": way, "step_ms": round(1000 * median(times[WARM:]), 3), "sha256": digest.hexdigest()[:16]}
+
+
+def started(way: str, values: dict[str, str]) -> dict[str, Any]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WAY": way}
+    env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if way == "deterministic" else {}
+    words = [f"{key}={value}" for key, value in values.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.deterministic", *words], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    row["warned"] = sorted({line[:160] for line in done.stderr.splitlines() if "deterministic" in line.lower()})
+    return row
+
+
+def main(arguments: list[str]) -> int:
+    more = results.words(arguments)
+    target = more.pop("json", "")
+    values = {"shape": "1.8b", "batch": "4", "length": "2048", "steps": "40", **more}
+    if way := os.environ.get("WAY"):
+        shape = values.pop("shape")
+        print(json.dumps(one(way, shape, **{key: int(value) for key, value in values.items()})))
+        return 0
+    rows = [started(way, values) for way in ("as trained", "deterministic", "as trained", "deterministic")]
+    plain, forced = ([row for row in rows if row["way"] == way] for way in ("as trained", "deterministic"))
+    found = {
+        **values,
+        "same_bytes": plain[0]["sha256"] == plain[1]["sha256"],
+        "same_bytes_deterministic": forced[0]["sha256"] == forced[1]["sha256"],
+        "slowdown": round(min(r["step_ms"] for r in forced) / min(r["step_ms"] for r in plain) - 1, 4),
+        "rows": rows,
+    }
+    print(json.dumps(found), flush=True)
+    results.keep(target, "deterministic", found)
+    return 0 if found["same_bytes"] or found["same_bytes_deterministic"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
