@@ -22,8 +22,16 @@ from train.errors import UserError
 from train.files import read_json, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-UNREAD = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
-UNREAD += ("megatron_config",)  # with it peft imports whatever module the file names
+# with megatron_config peft imports whatever module the file names
+UNREAD = (
+    "use_dora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "layer_replication",
+    "megatron_config",
+)
 PREFIX = "base_model.model."  # what peft puts before every module's name
 
 
