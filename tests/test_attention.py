@@ -143,3 +143,23 @@ def test_no_worse_than_torchs_flash_attention_and_the_same_bits_every_time(monke
         exact = exactly(parts, slope, t)
         for ours, theirs in zip(errors(found[0], exact), errors(found[2], exact)):
             assert ours < 1.2 * theirs, (lengths, shape)
+
+
+def test_torchs_backward_is_asked_to_add_in_order_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What adds up in another order every time would make a resumed run another one. The flag is read when the operator is called."""
+    seen = []
+    monkeypatch.setattr(attention, "_plain_backward", lambda *_: seen.append(flags()) or 1 / 0)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    before = flags()
+    with pytest.raises(ZeroDivisionError):
+        attention.attend_backward(*[torch.zeros(1)] * 5, (), None, None, torch.zeros(1))  # type: ignore[arg-type]
+    assert seen == [(True, False, False)]
+    assert flags() == before == (False, False, True)
+
+
+def flags() -> tuple[bool, bool, bool]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )

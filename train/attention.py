@@ -2,10 +2,14 @@
 
 On Hopper our own kernels (train/kernels/attention.py): faster there than torch's, and the same bits every time. Flash attention through
 torch's operators on other cards that have it (16 bits, sm_80 on). Else torch's scaled_dot_product_attention with a mask of bools, computed
-again in the backward pass: the definition. Knows tokens; nothing of layers.
+again in the backward pass: the definition. Those two are asked for the slower of their backward passes, the one that adds in order. Knows tokens; nothing of layers.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,12 +99,31 @@ def attend_backward(
         )
     elif kept:
         lse, state, unused = kept
-        slopes = torch.ops.aten._flash_attention_backward(
-            slope, q, k, v, out, lse, t.bounds, t.bounds, t.width, t.width, 0.0, True, state, unused
-        )
+        with in_order():
+            slopes = torch.ops.aten._flash_attention_backward(
+                slope, q, k, v, out, lse, t.bounds, t.bounds, t.width, t.width, 0.0, True, state, unused
+            )
     else:
-        slopes = _plain_backward(slope, q, k, v, t)
+        with in_order():
+            slopes = _plain_backward(slope, q, k, v, t)
     return turn(slopes, None, *turns, t.positions, into, sign=-1, thin=thin)
+
+
+@contextmanager
+def in_order() -> Iterator[None]:
+    """torch's own backward passes of attention add up in the order in which blocks of threads end, unless told otherwise when they are
+    called. Told for them alone: everywhere else it would cost (filling new tensors, other kernels) and buy nothing."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch wants to see it, should a product be in there
+    filling: Any = torch.utils.deterministic
+    fill, warn = filling.fill_uninitialized_memory, torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.are_deterministic_algorithms_enabled()
+    filling.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        filling.fill_uninitialized_memory = fill
 
 
 def _plain_backward(slope: Tensor, q: Tensor, k: Tensor, v: Tensor, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
