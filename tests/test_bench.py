@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.bench import __main__ as bench
-from tests.bench import card, crew, curves, merge, packing, shapes, table, worker
+from tests.bench import card, crew, curves, merge, packing, picture, real, shapes, table, worker
 from tests.bench.spec import Shape, Spec, beyond, shapes_of
 from tests.oracles import tiny_checkpoint, tiny_config
 from train.errors import UserError
@@ -159,9 +159,7 @@ def worker_of(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float = 20.0
 ) -> dict[str, Any] | None:
     """What is answered to SPEC by a worker whose program is `code`; it finds ORDERS and ROWS in its arguments."""
-    (tmp_path / "python").write_text(
-        f"#!{PYTHON}\nimport sys, time, json\norders, rows = sys.argv[-2:]\n{code}\n"
-    )
+    (tmp_path / "python").write_text(f"#!{PYTHON}\nimport sys, time, json\norders, rows = sys.argv[-2:]\n{code}\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(crew.sys, "executable", str(tmp_path / "python"))
     worker = crew.Worker(tmp_path, "ours", 1, patience)
@@ -334,6 +332,29 @@ def test_the_lines_of_another_programs_benchmark() -> None:
     assert found[0]["checkpointing_kind"] == "unsloth"
 
 
+def test_what_the_card_did_meanwhile_is_laid_beside_a_peers_line() -> None:
+    looks = [
+        (9.5, 0, 1980, 100),
+        (11.2, 0, 1500, 690),
+        (11.2, 1, 300, 60),
+        (11.7, 0, 1440, 700),
+        (12.4, 0, 1455, 698),
+        (14.0, 0, 1980, 90),
+    ]
+    log = "".join(f"2026/11/22 20:31:{s:06.3f}, {n}, {mhz}, 2619, {w}.5, 61\n" for s, n, mhz, w in looks)
+    line = "unsloth-ck0  bs=4 seq=2048 0.2000 s/it     40960 tok/s peak 14.14 GiB loss 12.3 at 20:31:12"
+    (found,) = merge.peers(line, card=log)
+    assert (found["at"], found["tokens_per_s"]) == ("20:31:12", 40960)
+    assert found["card"] == {
+        "looks": 3,
+        "sm_mhz": [1440, 1455, 1500],
+        "memory_mhz": [2619] * 3,
+        "watts": [690, 698, 700],
+        "celsius": [61] * 3,
+    }
+    assert "card" not in merge.peers(line[:-12])[0]
+
+
 def test_reports_of_one_visit_become_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = {
         "device": "a card",
@@ -373,7 +394,7 @@ def test_curves_are_summed_up_and_drawn(tmp_path: Path) -> None:
     assert found["stock"]["apart_mean"] == pytest.approx(0.01)
     assert found["stock"]["over_ours"] == pytest.approx(1 + 0.01 / (sum(ours[-50:]) / 50))
     assert "over_ours" not in found["ours"]
-    curves.draw(losses, tmp_path / "curves.png")
+    picture.draw(losses, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert curves.summed_up({}) == []
 
@@ -423,13 +444,39 @@ def test_help_names_every_key() -> None:
     assert all(f"{name}=" in said for name in ("arms", "shapes", "gpus", "seconds", "patience", "out"))
 
 
+def test_an_arm_that_fails_is_a_row(capfd: pytest.CaptureFixture[str]) -> None:
+    found = real.apart("tests.bench.nothing", ("one", "two"), packing.Options())
+    assert found == [{"arm": arm, "skipped": "failed: status 1"} for arm in ("one", "two")]
+    assert "No module named tests.bench.nothing" in capfd.readouterr().err
+
+
+PACKING = """
+from dataclasses import replace
+from tests.bench import packing
+options = packing.Options(data="data/demo.jsonl", tokenizer={base!r}, model="tiny", length=128, batch=2, warm=1, counted=2, out={out!r})
+for arm in packing.ARMS:
+    packing._measure(replace(options, only=arm))
+"""
+
+
+@pytest.mark.slow
+def test_packing_is_measured_on_real_data(tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base", tiny_config("qwen2"))
+    python("-c", PACKING.format(base=str(base), out=str(tmp_path / "rows.jsonl")))
+    found = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["arm"] for row in found] == list(packing.ARMS)
+    real_share = {row["arm"]: row["real"] for row in found}
+    assert real_share["packed"] > real_share["padded"]
+    assert real_share["longest"] >= real_share["padded"]
+
+
 def test_packing_takes_what_its_arms_need() -> None:
-    options = packing.Options(batch=4, checkpointing=True, only="packed")
+    options = packing.Options(batch=4, checkpointing="on", only="packed")
     assert packing._overrides(options) == {
         "length": "512",
         "batch": "4",
         "dropout": "0.0",
-        "checkpointing": "true",
+        "checkpointing": "on",
         "pack": "on",
         "accumulation": "1",
     }

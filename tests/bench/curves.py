@@ -12,14 +12,14 @@ writes OUT/ARM.jsonl, a line a step; then OUT/curves.json sums up and OUT/curves
 
 import json
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tests.bench.picture import draw
+from tests.bench.real import Conversations, apart
 from tests.bench.spec import heading
 from train.config import Recipe, build, describe, load_recipe, option, pairs
 from train.files import write_json
@@ -54,13 +54,9 @@ def main(words: list[str]) -> int:
         return 0
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    given = [f"{f.name}={getattr(options, f.name)}" for f in fields(Options) if f.name != "only"]
-    for arm in ARMS:
-        began = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", "tests.bench.curves", *given, f"only={arm}"], check=False)
-        print(f"{arm}: status {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
+    failed = apart("tests.bench.curves", ARMS, options)
     losses = {arm: read(out / f"{arm}.jsonl") for arm in ARMS if (out / f"{arm}.jsonl").is_file()}
-    rows = summed_up(losses)
+    rows = summed_up(losses) + [row for row in failed if row["arm"] not in losses]
     settings = {f.name: getattr(options, f.name) for f in fields(Options) if f.name not in ("only", "out")}
     settings |= {name: Path(settings[name]).name for name in ("data", "base")}
     write_json(out / "curves.json", {**heading(), "settings": settings, "rows": rows})
@@ -99,24 +95,19 @@ def _train(options: Options) -> None:
     """One arm: its losses, a line a step, as they come."""
     import torch
 
-    from train import checkpoint, conversations
-    from train.dataset import Plan, collate, encode
+    from train import checkpoint
     from train.loop import learning_rate
-    from train.tokenizer import load_tokenizer
 
     recipe = _recipe(options)
-    tokenizer = load_tokenizer(Path(options.base))
-    samples, _ = encode(conversations.load(options.data), tokenizer, recipe)
     order = load_recipe("qlora", {}).seed  # the same for every arm
-    plan = Plan(samples, recipe.length, recipe.batch, 1, recipe.steps, order, pack=False)
+    data = Conversations(options.data, Path(options.base), recipe, recipe.steps, order)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint.seed_all(recipe.seed)
     learn = _stock(options, recipe, device) if options.only == "stock" else _ours(options, recipe, device)
     with (Path(options.out) / f"{options.only}.jsonl").open("w") as file:
-        for step in range(len(plan)):
-            batch = collate(plan.rows(step), samples, tokenizer.pad)
-            rate = learning_rate(recipe, step, len(plan))
-            loss = learn(batch, plan.label_count(step), rate)
+        for step in range(len(data.plan)):
+            rate = learning_rate(recipe, step, len(data.plan))
+            loss = learn(data.batch(step), data.plan.label_count(step), rate)
             file.write(json.dumps({"step": step + 1, "loss": loss, "learning_rate": rate}) + "\n")
             file.flush()
             if step % 50 == 0:
@@ -177,55 +168,6 @@ def _stock(options: Options, recipe: Recipe, device: Any) -> Learn:
         return float(loss)
 
     return learn
-
-
-COLOURS = {"ours": "#1f5a96", "stock": "#c2571a", "ours-again": "#8a8a8a"}
-NAMES = {"ours": "ours", "stock": "stock stack", "ours-again": "ours, other first weights and dropout"}
-
-
-def draw(losses: dict[str, list[float]], path: Path) -> None:
-    """Above: each arm's steps (thin) and running mean. Below: how far from ours, step by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from train.report import smoothed
-
-    figure, (above, below) = pyplot.subplots(
-        2, 1, figsize=(9, 7), dpi=150, sharex=True, height_ratios=[3, 1], layout="constrained"
-    )
-    for arm, values in _drawn_last_first(losses):
-        steps = range(1, len(values) + 1)
-        above.plot(steps, values, color=COLOURS[arm], linewidth=0.6, alpha=0.35)
-        above.plot(
-            steps,
-            smoothed(values),
-            color=COLOURS[arm],
-            linewidth=2,
-            label=NAMES[arm],
-            linestyle="--" if arm == "stock" else "-",
-        )
-        if arm != "ours" and "ours" in losses:
-            apart = [b - a for a, b in zip(losses["ours"], values)]
-            below.plot(range(1, len(apart) + 1), apart, color=COLOURS[arm], linewidth=0.9, label=f"{NAMES[arm]} − ours")
-    above.set(ylabel="loss (nats per learnt token)", title="The same base, data, order and first weights")
-    above.legend(frameon=False)
-    below.axhline(0, color="#444444", linewidth=0.8)
-    below.set(xlabel="optimizer step", ylabel="difference")
-    below.legend(frameon=False, fontsize="small")
-    for axes in (above, below):
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
-def _drawn_last_first(losses: dict[str, list[float]]) -> Iterator[tuple[str, list[float]]]:
-    """The arms, what matters most on top."""
-    for arm in ("ours-again", "ours", "stock"):
-        if arm in losses:
-            yield arm, losses[arm]
 
 
 if __name__ == "__main__":

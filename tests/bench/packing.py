@@ -10,15 +10,14 @@ Random weights in the model's shape: the lengths of the data are what counts. Ea
 """
 
 import json
-import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.bench.real import Conversations, apart
 from tests.bench.spec import heading
-from train.config import Recipe, build, describe, load_recipe, option, pairs
-from train.dataset import Plan, Sample
+from train.config import build, describe, load_recipe, option, pairs
 from train.files import write_json
 
 ARMS = ("packed", "padded", "longest")
@@ -33,7 +32,7 @@ class Options:
     model: str = option("1.8b", "shape: tiny, 0.5b, 1.8b, 7b")
     length: int = option(512, "tokens of a row")
     batch: int = option(8, "rows a step")
-    checkpointing: bool = option(False, "recompute each block")
+    checkpointing: str = option("off", "recompute each block", ("off", "on", "offload"))
     dropout: float = option(0.0, "LoRA's dropout")
     warm: int = option(16, "steps that do not count: the first of each shape captures its graph")
     counted: int = option(40, "steps that count")
@@ -52,13 +51,9 @@ def main(words: list[str]) -> int:
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("")
-    given = [f"{f.name}={getattr(options, f.name)}" for f in fields(Options) if f.name != "only"]
-    for arm in ARMS:
-        done = subprocess.run([sys.executable, "-m", "tests.bench.packing", *given, f"only={arm}"], check=False)
-        if done.returncode:
-            print(f"{arm}: status {done.returncode}", flush=True)
+    failed = apart("tests.bench.packing", ARMS, options)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    write_json(out.with_suffix(".json"), {**heading(), "rows": rows})
+    write_json(out.with_suffix(".json"), {**heading(), "rows": [*rows, *failed]})
     _show(rows)
     return 0
 
@@ -74,17 +69,13 @@ def _show(rows: list[dict[str, Any]]) -> None:
 def _measure(options: Options) -> None:
     import torch
 
-    from tests.bench import shapes
+    from tests.bench import card, shapes
     from tests.bench.arms import Ours, join
     from tests.bench.worker import Stopwatch
-    from train import conversations
-    from train.dataset import collate, encode
-    from train.tokenizer import load_tokenizer
 
     recipe = load_recipe("qlora", _overrides(options))
-    tokenizer = load_tokenizer(Path(options.tokenizer))
-    samples, summary = encode(conversations.load(options.data), tokenizer, recipe)
-    plan = _plan(recipe, samples, options)
+    steps = options.warm + options.counted + 1  # one is laid ready and not learnt
+    data = Conversations(options.data, Path(options.tokenizer), recipe, steps, recipe.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = Ours.engine_for(recipe, options.model, join(device), device)
     width = None if options.only == "longest" else options.length
@@ -92,27 +83,29 @@ def _measure(options: Options) -> None:
     seconds = tokens = positions = 0.0
 
     def batch_of(step: int) -> tuple[Any, int]:
-        batch = collate(plan.rows(step), samples, tokenizer.pad, width)
+        batch = data.batch(step, width)
         batch["input_ids"] %= known  # of the tiny shape, which knows few tokens; the lengths are what counts
         batch["labels"] = torch.where(batch["labels"] < 0, batch["labels"], batch["labels"] % known)
         return engine.place(batch), batch["input_ids"].numel()
 
     ready, size = batch_of(0)
-    for step in range(options.warm + options.counted):
-        watch.start()
-        engine.micro(ready, max(plan.label_count(step), 1))
-        this, (ready, size) = size, batch_of(step + 1)  # while the GPU is at this one, as train.loop does
-        engine.step(last=True, rate=1e-4)
-        took = watch.stop()
-        if step >= options.warm:
-            seconds, tokens, positions = seconds + took, tokens + plan.token_count(step), positions + this
+    with card.Watch(card.eye_on(device)) as seen:
+        for step in range(options.warm + options.counted):
+            watch.start()
+            engine.micro(ready, max(data.plan.label_count(step), 1))
+            this, (ready, size) = size, batch_of(step + 1)  # while the GPU is at this one, as train.loop does
+            engine.step(last=True, rate=1e-4)
+            took = watch.stop()
+            if step >= options.warm:
+                seconds, tokens, positions = seconds + took, tokens + data.plan.token_count(step), positions + this
     row = {"arm": options.only, "model": options.model, "batch": options.batch, "length": options.length}
     row |= {"checkpointing": options.checkpointing, "dropout": options.dropout, "data": Path(options.data).name}
     row |= {"tokens_per_s": round(tokens / seconds), "peak_gib": round(watch.peak_gib(), 2)}
     row |= {
         "real": round(tokens / positions, 4),
-        "conversations": len(samples),
-        "mean_tokens": round(summary.tokens / summary.conversations, 1),
+        "conversations": len(data.samples),
+        "mean_tokens": round(data.summary.tokens / data.summary.conversations, 1),
+        "card": {**seen.found(), "product_tflops": card.worth(device)},
     }
     print(json.dumps(row), flush=True)
     with Path(options.out).open("a") as file:
@@ -121,13 +114,8 @@ def _measure(options: Options) -> None:
 
 def _overrides(options: Options) -> dict[str, str]:
     same = ("length", "batch", "dropout", "checkpointing")
-    values = {name: str(getattr(options, name)).lower() for name in same}
+    values = {name: str(getattr(options, name)) for name in same}
     return {**values, "pack": "on" if options.only == "packed" else "off", "accumulation": "1"}
-
-
-def _plan(recipe: Recipe, samples: list[Sample], options: Options) -> Plan:
-    steps = options.warm + options.counted + 1  # one is laid ready and not learnt
-    return Plan(samples, recipe.length, recipe.batch, 1, steps, recipe.seed, recipe.pack)
 
 
 if __name__ == "__main__":

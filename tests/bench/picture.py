@@ -1,0 +1,52 @@
+"""Loss curves over each other, as a picture."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+COLOURS = {"ours": "#1f5a96", "stock": "#c2571a", "ours-again": "#8a8a8a"}
+NAMES = {"ours": "ours", "stock": "stock stack", "ours-again": "ours, other first weights and dropout"}
+
+
+def draw(losses: dict[str, list[float]], path: Path) -> None:
+    """Above: each arm's steps (thin) and running mean. Below: how far from ours, step by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from train.report import smoothed
+
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(9, 7), dpi=150, sharex=True, height_ratios=[3, 1], layout="constrained"
+    )
+    for arm, values in _drawn_last_first(losses):
+        steps = range(1, len(values) + 1)
+        above.plot(steps, values, color=COLOURS[arm], linewidth=0.6, alpha=0.35)
+        above.plot(
+            steps,
+            smoothed(values),
+            color=COLOURS[arm],
+            linewidth=2,
+            label=NAMES[arm],
+            linestyle="--" if arm == "stock" else "-",
+        )
+        if arm != "ours" and "ours" in losses:
+            apart = [b - a for a, b in zip(losses["ours"], values)]
+            below.plot(range(1, len(apart) + 1), apart, color=COLOURS[arm], linewidth=0.9, label=f"{NAMES[arm]} − ours")
+    above.set(ylabel="loss (nats per learnt token)", title="The same base, data, order and first weights")
+    above.legend(frameon=False)
+    below.axhline(0, color="#444444", linewidth=0.8)
+    below.set(xlabel="optimizer step", ylabel="difference")
+    below.legend(frameon=False, fontsize="small")
+    for axes in (above, below):
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _drawn_last_first(losses: dict[str, list[float]]) -> Iterator[tuple[str, list[float]]]:
+    """The arms, what matters most on top."""
+    for arm in ("ours-again", "ours", "stock"):
+        if arm in losses:
+            yield arm, losses[arm]
