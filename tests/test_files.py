@@ -96,3 +96,13 @@ def test_an_older_folder_is_replaced_either_way(able: bool, tmp_path: Path, monk
         with staged(tmp_path / "a") as aside:
             write_text(aside / text, text)
     assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["two"]
+
+
+def test_the_name_of_every_new_folder_is_forced_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pulled plug may else keep a checkpoint's bytes and lose the folder that they are in."""
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync", synced.append)
+    files.make(tmp_path / "runs" / "mine" / "checkpoints")
+    assert synced == [tmp_path, tmp_path / "runs", tmp_path / "runs" / "mine"]
+    files.make(tmp_path / "runs" / "mine")
+    assert len(synced) == 3 and (tmp_path / "runs/mine/checkpoints").is_dir()

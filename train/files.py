@@ -60,6 +60,17 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def make(folder: Path) -> None:
+    """The folder and those above it; the entry of each new one is forced to the disk, without which what is in it has no name there."""
+    new = []
+    while not folder.is_dir():
+        new.append(folder)
+        folder = folder.parent
+    for path in reversed(new):
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `folder`; rename it onto `folder` if the block succeeds, remove it if not.
@@ -67,7 +78,7 @@ def staged(folder: Path) -> Iterator[Path]:
     An older `folder` is replaced: the two exchange names in one step, or, on file systems that cannot, it is renamed aside first;
     it is removed last. What a killed process left of this is put right first.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make(folder.parent)
     recover(folder)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)

@@ -22,7 +22,7 @@ from train.config import Recipe
 from train.dataset import Plan, Sample, encode
 from train.decoder import Decoder
 from train.errors import UserError
-from train.files import free_bytes, read_json, sha256, write_json, write_text
+from train.files import free_bytes, make, read_json, sha256, write_json, write_text
 from train.layouts import DecoderConfig
 from train.loader import read_folder_config
 from train.modelfolder import resolve
@@ -302,7 +302,7 @@ def adapter_size(config: DecoderConfig, names: list[str], rank: int) -> int:
 
 def begin(job: Job) -> None:
     """Make the run folder: the recipe after overrides, and the inputs that it belongs to, as this command gives them."""
-    job.run.mkdir(parents=True, exist_ok=True)
+    make(job.run)
     write_text(job.run / "recipe.yaml", yaml.safe_dump(asdict(job.recipe), sort_keys=False, allow_unicode=True))
     write_json(job.run / "inputs.json", job.inputs)
     if job.lineage:
@@ -327,7 +327,7 @@ def alone(run: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    run.mkdir(parents=True, exist_ok=True)
+    make(run)
     with (run / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
