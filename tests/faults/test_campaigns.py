@@ -65,19 +65,24 @@ def test_another_outcome_would_be_seen(tmp_path: Path) -> None:
 
 
 def test_a_leak_would_be_seen(capsys: pytest.CaptureFixture[str]) -> None:
-    flat = soak.Watcher([*range(80)], [700.0] * 80, [30] * 80, [9] * 80)
+    flat = soak.Watcher([*range(80)], [700.0] * 80, [30] * 80, [9] * 80, [n / 50 for n in range(80)])
     assert soak.judge(flat, [0.02] * 80) == []
-    leaking = soak.Watcher([*range(80)], [700.0 + n for n in range(80)], [30 + n // 20 for n in range(80)], [9] * 80)
+    assert soak.judge(flat, [0.02 + n / 4000 for n in range(80)], timed=False) == [], "by the clock alone"
+    slower = soak.Watcher(flat.steps, flat.megabytes, flat.files, flat.threads, [n * n / 4000 for n in range(80)])
+    assert "processor's seconds a step grew" in soak.judge(slower, [0.02] * 80, timed=False)[0]
+    leaking = soak.Watcher(flat.steps, [700.0 + n for n in range(80)], [30 + n // 20 for n in range(80)], [9] * 80)
     assert len(soak.judge(leaking, [0.02 + n / 4000 for n in range(80)])) == 3
     capsys.readouterr()
 
 
 def test_a_short_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its time a step is not judged here: the machine is not alone."""
+    """So short that its first steps still count in the time of one: that is not judged."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(soak, "EVERY", 0.05)
     soak.house(tmp_path)
     watcher = soak.train(160, {"save_every": "10"})
+    assert watcher.cpu == sorted(watcher.cpu)
+    watcher.cpu = [0.0] * len(watcher.steps)
     assert soak.judge(watcher, soak.seconds(), timed=False) == []
     assert watcher.steps[-1] > 100
 
@@ -101,4 +106,4 @@ def test_the_same_twice_and_in_changing_worlds() -> None:
 
 @pytest.mark.slow
 def test_twenty_thousand_steps(tmp_path: Path) -> None:
-    campaign("tests.faults.soak", "20000", str(tmp_path / "soak.png"))
+    campaign("tests.faults.soak", "20000", str(tmp_path / "soak.png"), "time=off")
