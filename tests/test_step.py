@@ -1,5 +1,7 @@
 """The passes written by hand against autograd through the decoder: loss and every gradient, on the CPU and on a GPU."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,19 @@ from train import fused, lora
 from train.config import load_recipe
 from train.dataset import Sample, collate
 from train.gptq import Int4Linear
+from train.kernels import attention, thin
 from train.loader import load
 from train.step import Step, arrange
 
 LAYOUTS = ("qwen", "qwen2")
 
 
-def adapted(tmp_path: Path, layout: str, int4: bool, dtype: torch.dtype, device: str, **changes: str) -> Any:
-    """A tiny decoder with adapters whose B is not zero, in training mode."""
-    folder = tiny_checkpoint(tmp_path / f"{layout}-{int4}", tiny_config(layout), int4=int4)
+def adapted(
+    tmp_path: Path, layout: str, int4: bool, dtype: torch.dtype, device: str, wide: bool = False, **changes: str
+) -> Any:
+    """A tiny decoder with adapters whose B is not zero, in training mode; `wide`: with heads of 64."""
+    config = tiny_config(layout, **({"hidden_size": 256, "head_dim": 64} if wide else {}))
+    folder = tiny_checkpoint(tmp_path / f"{layout}-{int4}", config, int4=int4)
     recipe = load_recipe("qlora", {"dropout": "0", "rank": "4", **changes})
     model = lora.attach(load(folder, dtype, device), recipe).to(device)
     generator = torch.Generator().manual_seed(5)
@@ -190,6 +196,42 @@ def test_on_the_gpu_as_near_to_the_exact_gradient_as_autograd_is(
     bound = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
     assert abs(float(loss) / float(exact_loss) - 1) < bound / 5
     assert closeness(ours, exact) < max(1.5 * closeness(plain, exact), bound / 10) < bound * 2
+
+
+def check_full_card(
+    tmp_path: Path, layout: str, dropout: str, dtype: torch.dtype, device: str, lengths: list[list[int]]
+) -> None:
+    """What serves many tokens (thin products taken along, scores' slopes left behind) learns what serves few does, masks and all."""
+    found: list[Any] = []
+    tiles, least = thin.TILES, attention.KEPT_FROM
+    for first in (10**9, 0):
+        thin.TILES, attention.KEPT_FROM = ((first, 64, 64, 8),), first  # type: ignore[assignment]
+        torch.manual_seed(0)
+        model = adapted(tmp_path / str(first), layout, True, dtype, device, wide=True, dropout=dropout)
+        found.append(by_hand(model, batch_of(lengths)))
+    thin.TILES, attention.KEPT_FROM = tiles, least
+    (want, slopes), (got, ours) = found
+    bound = 1e-5 if dtype == torch.float32 else 5e-3
+    assert float(got) == pytest.approx(float(want), rel=bound / 5)
+    assert closeness(ours, slopes) < bound
+
+
+@pytest.mark.slow
+def test_what_serves_a_full_card_through_the_interpreter(tmp_path: Path) -> None:
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported. Attention's own kernels want a GPU."""
+    code = (
+        "import os, sys, torch; os.environ['TRITON_INTERPRET'] = '1'\n"
+        "from pathlib import Path; from tests.test_step import check_full_card\n"
+        "check_full_card(Path(sys.argv[1]), 'qwen', '0.1', torch.float32, 'cpu', [[30, 20]])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parent.parent)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_serves_a_full_card_on_the_gpu(tmp_path: Path, layout: str, dropout: str) -> None:
+    check_full_card(tmp_path, layout, dropout, torch.float16, "cuda", PACKED)
 
 
 @pytest.mark.gpu
