@@ -51,6 +51,8 @@ def test_a_spec_goes_to_a_worker_and_comes_back_the_same() -> None:
     assert Spec.load(SPEC.dump()) == SPEC
     assert "embedding" not in SPEC.row()
     assert replace(SPEC, embedding="host", again=True).row()["arm"] == "ours again"
+    assert table.how(replace(SPEC, embedding="host").row()) == "on, embedding on the host"
+    assert table.key(SPEC.row()) == ("tiny", 2, 64, "on", 0.05, 1, 8)
 
 
 def settings(**given: str) -> list[list[Spec]]:

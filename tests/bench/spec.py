@@ -44,7 +44,7 @@ class Spec:
         """A row of the report; `found` has tokens_per_s and peak_gib, or skipped: why there are none."""
         same = ("model", "batch", "length", "checkpointing", "dropout", "rank")
         row = {"arm": f"{self.arm} again" if self.again else self.arm, **{name: getattr(self, name) for name in same}}
-        return {**row, **({"embedding": "host"} if self.embedding == "host" else {}), **found}
+        return {**row, **({"embedding": "host"} if (self.arm, self.embedding) == ("ours", "host") else {}), **found}
 
 
 def heading() -> dict[str, Any]:

@@ -7,17 +7,18 @@ from rich.table import Table
 
 Row = dict[str, Any]
 OURS = ("ours", "ours again")  # the second after the others, as control
-Key = tuple[str, int, int, str, float, int]
+Key = tuple[str, int, int, str, float, int, int]
 
 
 def how(row: Row) -> str:
-    """Its way of checkpointing; reports were once written with true and false."""
-    return {True: "on", False: "off"}.get(row["checkpointing"], str(row["checkpointing"]))
+    """Its way of checkpointing, and where the embedding is; reports were once written with true and false."""
+    way = {True: "on", False: "off"}.get(row["checkpointing"], str(row["checkpointing"]))
+    return f"{way}, embedding on the host" if row.get("embedding") == "host" else way
 
 
 def key(row: Row) -> Key:
     """What two rows must have in common to be compared. Reports of other programs leave some of it out."""
-    setting = (how(row), float(row.get("dropout", 0.0)), int(row.get("gpus", 1)))
+    setting = (how(row), float(row.get("dropout", 0.0)), int(row.get("gpus", 1)), int(row.get("rank", 64)))
     return (str(row.get("model", "1.8b")), int(row["batch"]), int(row["length"]), *setting)
 
 
@@ -54,8 +55,8 @@ def table(rows: list[Row]) -> Table:
         drawn.add_column(arm, justify="right")
         if arm not in OURS and "ours" in arms:
             drawn.add_column("×", justify="right")
-    for (model, batch, length, checkpointing, dropout, gpus), found in by_setting(rows).items():
-        shape = f"{batch}×{length}" + (f" ×{gpus} GPUs" if gpus > 1 else "")
+    for (model, batch, length, checkpointing, dropout, gpus, rank), found in by_setting(rows).items():
+        shape = f"{batch}×{length}" + (f" ×{gpus} GPUs" if gpus > 1 else "") + (f" r{rank}" if rank != 64 else "")
         cells = [model, shape, checkpointing, f"{dropout:g}"]
         for arm in arms:
             cells.append(_cell(found.get(arm)))
