@@ -228,6 +228,20 @@ def test_a_full_disk_is_found_before_it_is_full(monkeypatch: pytest.MonkeyPatch)
     assert not Path("runs/wrong").exists()
 
 
+def test_room_for_all_stages_is_counted_before_the_first(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for one, not for two: said now, not when the first is done."""
+    rows(house / "small.jsonl", 4)
+    (house / "two.yaml").write_text((RECIPES / "smoke.yaml").read_text() + STAGES)
+    recipe = load_recipe("two.yaml", {"rank": "4"})
+    one = job.room(tiny_config(), lora.targets("qwen2", "all"), recipe)
+    monkeypatch.setattr(job, "free_bytes", lambda path: one * 3 // 2)
+    with pytest.raises(
+        UserError, match=r"stages/1: .*for 2 checkpoints and the adapter, in this stage and the 1 after it"
+    ):
+        train(run="roomless", recipe="two.yaml")
+    assert not Path("runs/roomless").exists()
+
+
 def test_checkpoints_that_are_there_need_no_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = 4 * job.adapter_size(tiny_config(), lora.targets("qwen2", "all"), 4)
     monkeypatch.setattr(job, "free_bytes", lambda path: 5 * tensor + (64 << 20))  # one checkpoint is 3, the adapter 1

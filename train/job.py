@@ -55,12 +55,21 @@ class Job:
         return (self.run / "run.json").is_file()
 
 
-def prepare(recipe: Recipe, data: str, run: Path, parent: Path | None, models: Path, processes: int, dtype: str) -> Job:
+def prepare(
+    recipe: Recipe,
+    data: str,
+    run: Path,
+    parent: Path | None,
+    models: Path,
+    processes: int,
+    dtype: str,
+    later: int = 0,
+) -> Job:
     """Check everything there is to check; nothing is written and no weight is loaded.
 
     Args:
         parent: the run whose adapter this one starts from, or None. processes: how many will share a step's rows.
-        dtype: what is computed in, as it stands in the record.
+        dtype: what is computed in, as it stands in the record. later: stages that come after this one, which need room too.
     Raises:
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
@@ -80,7 +89,7 @@ def prepare(recipe: Recipe, data: str, run: Path, parent: Path | None, models: P
     )
     _check_unchanged(job)
     if not job.finished:
-        _check_disk(job, config, names)
+        _check_disk(job, config, names, later)
     return job
 
 
@@ -276,13 +285,15 @@ def fitted(recipe: Recipe, run: Path, processes: int) -> Recipe:
     return replace(recipe, accumulation=rows // share)
 
 
-def _check_disk(job: Job, config: DecoderConfig, names: list[str]) -> None:
-    """Room for the checkpoints that are kept and not yet there, one that is being written, and the adapter."""
+def _check_disk(job: Job, config: DecoderConfig, names: list[str], later: int = 0) -> None:
+    """Room for the checkpoints that are kept and not yet there, one that is being written, and the adapter; of later stages as well."""
     needed = room(config, names, job.recipe, there=len(list((job.run / "checkpoints").glob("step-*"))))
+    needed += later * room(config, names, job.recipe)
     if (free := free_bytes(job.run)) < needed:
+        each = f", in this stage and the {later} after it" if later else ""
         raise UserError(
             f"{job.run}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for {job.recipe.keep} checkpoints and the "
-            "adapter. Free some, give runs=FOLDER on another disk, or keep=1."
+            f"adapter{each}. Free some, give runs=FOLDER on another disk, or keep=1."
         )
 
 

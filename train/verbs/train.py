@@ -113,7 +113,7 @@ def _stages(options: Request, place: World | None) -> int:
     _stage(replace(options, stage=stages))  # what is wrong with the last is said before the first begins
     status = 0
     for number in range(1, stages + 1):
-        status = _run(one := replace(options, stage=number), place)
+        status = _run(one := replace(options, stage=number), place, later=stages - number)
         if (
             status or not (_stage(one).run / "run.json").is_file()
         ):  # under torchrun, a worker that was stopped says 0 too
@@ -130,7 +130,7 @@ def _stage(options: Request) -> Stage:
     return stage_of_recipe(options.recipe, options.stage, overrides, options.data, folder, parent)
 
 
-def _run(options: Request, place: World | None) -> int:
+def _run(options: Request, place: World | None, later: int = 0) -> int:
     # --- what is to be done, checked --------------------------------------------------------------------------------------
     if not options.data and not options.stage:
         raise UserError("train: which data? Example: make train DATA=data/demo.jsonl")
@@ -144,9 +144,8 @@ def _run(options: Request, place: World | None) -> int:
 
     if "accumulation" not in options.overrides:
         recipe = fitted(recipe, folder, processes)
-    job = prepare(
-        recipe, wanted.data, folder, wanted.parent, Path(options.models), processes, str(dtype).removeprefix("torch.")
-    )
+    name = str(dtype).removeprefix("torch.")
+    job = prepare(recipe, wanted.data, folder, wanted.parent, Path(options.models), processes, name, later)
     if recipe.accumulation != wanted.recipe.accumulation:
         job.notes.append(
             f"accumulation={recipe.accumulation}: the run was begun with {job.inputs['rows_per_step']} rows a step."
