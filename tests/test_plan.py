@@ -13,7 +13,6 @@ from tests import memory
 from tests.bench import plan_check
 from train import fused, lora, loss, plan, shapes, step
 from train.config import RECIPES, Recipe, load_recipe
-from train.engine import PRESETS
 from train.errors import UserError
 from train.gptq import Int4Linear
 from train.kernels import attention
@@ -91,8 +90,6 @@ def test_the_count_of_the_passes_would_notice_a_tensor_more() -> None:
 def test_constants_are_those_of_the_code() -> None:
     assert (plan.ROUND, plan.HALVES, plan.LOSS_ROWS) == (step.WIDTH, fused.HALVES, loss.CHUNK_FAST)
     assert (plan.SLOPES, plan.SLOPES_FROM) == (attention.KEPT, attention.KEPT_FROM)
-    zero = json.loads((PRESETS / "zero2.json").read_text())["zero_optimization"]
-    assert zero["reduce_bucket_size"] == plan.BUCKET
 
     class OnAGpu(list[int]):
         is_cuda = True
@@ -240,9 +237,9 @@ def test_the_recipe_for_8_gb_fits_beside_a_desktop(capsys: pytest.CaptureFixture
         fits = re.search(r"The recipe as it is \((.*)\) fits: (.*) GiB at its peak, (.*) of the card\.", out)
         assert fits is not None
         assert fits[1] == "batch=2 accumulation=8 checkpointing=on embedding=host"
-        assert [f"{float(size):.1f}" for size in fits.groups()[1:]] == ["5.7", "6.7"]
+        assert [f"{float(size):.1f}" for size in fits.groups()[1:]] == ["5.6", "6.7"]
     said = (RECIPES / "8gb.yaml").read_text()
-    assert "5.7 GiB at its peak, 6.7 of the card" in said
+    assert "5.6 GiB at its peak, 6.7 of the card" in said
 
 
 def test_what_goes_over_the_bus_is_offered_where_nothing_else_fits(capsys: pytest.CaptureFixture[str]) -> None:

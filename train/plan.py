@@ -36,8 +36,6 @@ HALVES = 4096
 # bytes a token of slopes that attention's backward pass leaves behind, and the tokens from which it does (kernels.attention)
 SLOPES, SLOPES_FROM = 16_384, 4096
 
-# numbers in ZeRO's reduction bucket (deepspeed/zero2.json), there during the backward pass
-BUCKET = 50_000_000
 # bytes of a learnt number: weight and gradient in 16 bits, float32 master and two moments
 AT_REST = 2 + 2 + 4 + 8
 # while the optimizer works: the gradient in float32, and in float64 for its norm
@@ -124,7 +122,7 @@ def estimate(shape: Shape, setting: Setting) -> Estimate:
     moments = {
         "forward": {"activations": activations, "forward pass": between + forth},
         "loss": {"activations": activations, "loss": between + places(shape, setting) + chunk(shape, setting)},
-        "backward": {"activations": activations, "backward pass": between + back + SIXTEEN * BUCKET},
+        "backward": {"activations": activations, "backward pass": between + back},
         "update": {"gradients during the update": (places(shape, setting) if setting.graphs else 0) + learning},
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
@@ -297,7 +295,7 @@ def stages(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
 
 def update(learnt: int) -> int:
     """Gradients in wider types than they are kept in, while ZeRO takes them over or the optimizer works."""
-    return max(UPDATE * learnt, HANDOVER * learnt + SIXTEEN * BUCKET)
+    return max(UPDATE, HANDOVER) * learnt
 
 
 # What it takes of the host
