@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.bench import __main__ as bench
-from tests.bench import card, crew, curves, merge, packing, picture, real, shapes, table, worker
+from tests.bench import card, crew, curves, decode, merge, packing, picture, real, shapes, table, worker
 from tests.bench.spec import Shape, Spec, beyond, shapes_of
 from tests.oracles import tiny_checkpoint, tiny_config
 from train.errors import UserError
@@ -422,6 +422,27 @@ def test_ours_and_the_stock_stack_learn_the_same(tmp_path: Path) -> None:
     assert len(ours) == 6
     assert ours == pytest.approx(stock, rel=2e-6)
     assert ours[0] - min(ours) > 0.1
+
+
+# Decoding
+
+
+def test_an_arm_of_decoding_that_is_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["decode", "out.json", "--arms", "ours,theirs"])
+    with pytest.raises(SystemExit):
+        decode.main()
+    assert "no arm is called theirs. There are: ours, stock, ours-again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arm", ["ours", "stock"])
+def test_both_arms_decode_a_tiny_model_with_and_without_an_adapter(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PROMPT", 6), ("NEW", 4), ("BATCHES", (1, 2)), ("TURNS", 1), ("DEVICE", torch.device("cpu"))):
+        monkeypatch.setattr(decode, name, value)
+    rows = list(decode.one(arm, "tiny", ""))
+    assert [(row["adapter"], row["batch"]) for row in rows] == [(False, 1), (False, 2), (True, 1), (True, 2)]
+    assert all(row["tokens_per_s"] > 0 for row in rows), rows
 
 
 # The whole of it

@@ -111,10 +111,13 @@ class Watch:
 
 def worth(device: torch.device, seconds: float = 0.05) -> float | None:
     """TFLOP/s of a large bfloat16 product on random numbers, now; None where there is no card or no room."""
-    if device.type != "cuda" or torch.cuda.mem_get_info()[0] < 4 * SIDE * SIDE * 2:
+    if device.type != "cuda":
         return None
-    a, b = (torch.randn(SIDE, SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
-    out = a @ b
+    try:
+        a, b = (torch.randn(SIDE, SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
+        out = a @ b
+    except torch.OutOfMemoryError:
+        return None
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = max(1, round(seconds / 0.0015))
     begin.record()

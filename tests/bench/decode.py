@@ -176,6 +176,8 @@ def main() -> None:
     parser.add_argument("--tiles", default="", help="a report of tests/bench/tiles.py")
     parser.add_argument("--one", default="", help="used by this program itself: an arm")
     wanted = parser.parse_args()
+    if strange := set((wanted.one or wanted.arms).split(",")) - {*ARMS, *OTHERS}:
+        parser.error(f"no arm is called {', '.join(sorted(strange))}. There are: {', '.join((*ARMS, *OTHERS))}")
     if wanted.one:
         use(wanted.tiles)
         with wanted.out.open("a") as file:
