@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from train.errors import UserError
 
 CUT_OFF = 75  # exit status (EX_TEMPFAIL): stopped with a checkpoint; the same command goes on
 SPAWNED = "TRAIN_SPAWNED"  # set in the processes that `spawn` starts
+SETTLE = 0.05  # seconds in which threads let go of what they hold
 PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -152,12 +154,21 @@ def spoken_for(error: UserError) -> bool:
 
 
 def leave() -> None:
-    """Part from the other processes, once all are here."""
+    """Part from the other processes, once all are here.
+
+    Groups of gloo are not destroyed but left to the end of the process: destroying one waits, with Python's lock held, for threads of
+    its own, and one of them may just be letting go of a tensor of Python's, for which it waits for that lock. Seen on a busy machine.
+    """
     import torch.distributed as dist
 
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    dist.barrier()
+    if dist.get_backend() == "nccl":
+        return dist.destroy_process_group()
+    for group in dist.distributed_c10d._world.pg_map:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # for ever: Python's own end would destroy it too
+    time.sleep(SETTLE)
 
 
 def gather(value: Any) -> list[Any]:
