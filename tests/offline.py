@@ -222,9 +222,10 @@ def attention(capability: int) -> None:
 
 
 def rest(capability: int) -> None:
-    """Other ways through the same kernels: small ranks, weights in act-order, few tokens, parts of attention, heads that share keys."""
+    """Other ways through the same kernels: small ranks, act-order, few tokens, short prompts, attention's parts, heads that share keys."""
     training(capability, 1, 512, rank=16, in_order=False, layers=2)
     training(capability, 2, 2048, "on", rank=128, model="7b", layers=1)
+    decoding(capability, 1, adapter=True)  # a short prompt
     decoding(capability, 1, adapter=False, splits=4)
     decoding(capability, 3, adapter=False, model="0.5b", splits=1)
 
@@ -237,7 +238,7 @@ def steps(capability: int) -> None:
 
 def tokens(capability: int) -> None:
     """Decoding steps likewise."""
-    decoding(capability, 1, adapter=True)
+    decoding(capability, 1, adapter=True, prompt=300)
     decoding(capability, 32, adapter=True)
 
 

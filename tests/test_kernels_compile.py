@@ -99,9 +99,9 @@ def check(rows: list[dict[str, Any]]) -> None:
 def test_what_does_not_compile_is_said() -> None:
     """A check that cannot fail shows nothing: tensor cores on a card whose compiler has none."""
     code = (
-        "from unittest.mock import patch\nfrom tests import offline\nfrom train import kernels\n"
-        "with offline.card(75), patch.object(kernels, 'generation', lambda device: 9):\n"
-        "    offline.training(75, 4, 2048, layers=1)"
+        "from unittest.mock import patch\nfrom tests import offline\nfrom train.kernels import matvec\n"
+        "with offline.card(75), patch.object(matvec, 'tensor_cores', lambda x: True):\n"
+        "    offline.decoding(75, 32, adapter=False)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
