@@ -1,5 +1,6 @@
 """A disk that fails at every call: a save in the default tests, thinned out; save and export whole in the slow ones."""
 
+import re
 import shutil
 
 import pytest
@@ -12,7 +13,8 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compile
 def test_a_save_that_fails_anywhere_loses_nothing() -> None:
     """And the campaign is no formality: a save that removes the older checkpoint first is found out by it."""
     done = disk.start(["save", "careless"], every=4)
-    assert "SIGKILL: 9 cases, 9 of them ended the attempt, 0 wrong so far" in done.stdout, done.stdout + done.stderr
+    killed = re.search(r"SIGKILL: (\d+) cases, (\d+) of them ended the attempt, 0 wrong so far", done.stdout)
+    assert killed and killed[1] == killed[2] and int(killed[1]) >= 8, done.stdout + done.stderr
     wrong = [line for line in done.stdout.splitlines() if " at call " in line]
     assert done.returncode == 1
     assert {line.split(",")[0] for line in wrong} == {"careless"}
