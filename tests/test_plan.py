@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -275,14 +276,30 @@ def test_the_room_on_the_host_is_a_power_of_two() -> None:
     assert plan.on_host(PUBLISHED["Qwen2.5-3B"], Setting(1, 512, "on", embedding="host")) == 0
 
 
-def test_what_the_verb_says_the_recipe_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Typed as it was printed, the plan is content."""
-    words = {"batch": "4", "accumulation": "4", "checkpointing": "off"}
-    assert "needs no ARGS" in planned(capsys, model="Qwen-1_8B-Chat-Int4", gpu="8G", **words)
+@pytest.mark.parametrize(
+    "values", [{}, {"recipe": "8gb"}, {"gpu": "12G", "rank": "16"}, {"gpu": "6G", "length": "256"}, {"gpu": "80G"}]
+)
+def test_what_is_printed_is_what_was_planned(capsys: pytest.CaptureFixture[str], values: dict[str, str]) -> None:
+    """Typed as it was printed, the plan is content with it."""
+    asked = {"model": "Qwen/Qwen-7B-Chat-Int4", "gpu": "8G", **values}
+    try:
+        printed = planned(capsys, **asked)
+    except UserError as error:
+        printed = str(error)
+    line = next(line for line in printed.splitlines() if "make train" in line)
+    words = dict(word.split("=", 1) for word in shlex.split(line.partition("make train ")[2]))
+    typed = dict(word.split("=", 1) for word in shlex.split(words.pop("ARGS", "")))
+    again = {"model": words["MODEL"], "recipe": words.get("RECIPE", "qlora"), "gpu": asked["gpu"], **typed}
+    assert "It is also the quickest that fits" in planned(capsys, **again)
+    assert {key: typed[key] for key in asked.keys() & {"length"}} == {
+        key: asked[key] for key in asked.keys() & {"length"}
+    }
 
 
 def test_a_card_that_is_too_small_is_told_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=r"no way to train .* rank=64 .*\n.*This does, in .*rank=32 length=512 batch="):
+    with pytest.raises(
+        UserError, match=r"no way to train .* rank=64 .*\n.*This does, in .*rank=32 alpha=8 length=512 batch="
+    ):
         planned(capsys, model="Qwen/Qwen-7B-Chat-Int4", gpu="8G")
     with pytest.raises(UserError, match="in any way: its weights alone take"):
         planned(capsys, model="Qwen/Qwen-72B-Chat-Int4", gpu="24G")

@@ -103,7 +103,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(capsys: pytest.CaptureFixtur
     assert "a step: 2 rows × 2 × 1 process = 4 rows" in said
     assert "float32 (as this device does best)" in said
     assert "kept in float32" in said
-    assert "Next: make export RUN=whole" in said
+    assert "make export RUN=whole" in said
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     train(run="whole", steps=4, save_every=2)
@@ -732,7 +732,7 @@ def test_two_processes_learn_what_one_does(alone_wide: list[float], two_wide: st
     """ZeRO-2, 2 × 4 rows against 1 × 8, short steps at the end of an epoch among them; float32 sums in another order."""
     said = two_wide
     assert [row["loss"] for row in losses("wide-2")] == pytest.approx(alone_wide, rel=1e-5)
-    assert said.count("Next: make export") == 1
+    assert said.count("make export RUN=") == 1
     assert "OMP_NUM_THREADS" not in said
     one, two = (lora.delta(Path("runs") / run / "adapter") for run in ("wide-1", "wide-2"))
     for name in one:

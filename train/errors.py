@@ -15,8 +15,8 @@ class UserError(Exception):
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 LESS_MEMORY = {
-    "train": "Give batch=1 (and a larger accumulation=), a smaller length=, checkpointing=on or offload, embedding=host, or a "
-    "smaller base. What fits a card: make plan. The same command goes on from the last checkpoint.",
+    "train": "With batch=1 and a larger accumulation=, checkpointing=on or offload, or embedding=host the run goes on from its last "
+    "checkpoint. A smaller length= or another base wants another RUN=. What fits a card: make plan.",
 }
 
 

@@ -36,6 +36,7 @@ def resolve(model: str, models: Path) -> Path:
     raise UserError(
         f"model {model!r}: no folder with a config.json, neither there nor at {models / Path(model).name}.\n"
         f"Fetch it first: make model MODEL={model}"
+        + ("" if "/" in model else "   (a hub id names its owner: MODEL=Qwen/…)")
     )
 
 

@@ -69,11 +69,14 @@ class Setting:
     def of(cls, recipe: Recipe) -> "Setting":
         return cls(**{field.name: getattr(recipe, field.name) for field in fields(cls)})
 
-    def words(self, but: Recipe | None = None) -> str:
-        """What is chosen here, as key=value; without what the recipe `but` says already."""
-        keys = ("batch", "accumulation", "checkpointing", "embedding")
-        values = {key: getattr(self, key) for key in keys}
-        return " ".join(f"{key}={value}" for key, value in values.items() if but is None or getattr(but, key) != value)
+    def choices(self, but: Recipe | None = None) -> dict[str, object]:
+        """What is chosen here, by the recipe's keys; without what the recipe `but` says already."""
+        values = {key: getattr(self, key) for key in ("batch", "accumulation", "checkpointing", "embedding")}
+        return {key: value for key, value in values.items() if but is None or getattr(but, key) != value}
+
+    def words(self) -> str:
+        """The same as key=value."""
+        return " ".join(f"{key}={value}" for key, value in self.choices().items())
 
     @property
     def tokens(self) -> int:

@@ -8,6 +8,7 @@ own context is counted apart. A desktop on the card takes some of it too: say GP
 """
 
 import json
+import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -58,12 +59,12 @@ def run(options: Request) -> None:
     chosen = plan.choose(shape, recipe, card)
     console.print(_table(shape, recipe, card, chosen[0] if chosen else None))
     if chosen is None:
-        raise UserError(_too_small(shape, recipe, card))
+        raise UserError(_too_small(options, shape, recipe, card))
     console.print(_parts(chosen[1]))
     if needed := plan.on_host(shape, chosen[0]):
         print(f"Of the machine's own memory it keeps {needed / GIB:.2f} GiB for the card.")
     print(_as_it_is(shape, recipe, card))
-    print(_command(recipe, chosen[0]))
+    print(_command(options, recipe, chosen[0]))
     print(_longest(shape, chosen[0], card))
 
 
@@ -149,12 +150,19 @@ def _as_it_is(shape: Shape, recipe: Recipe, card: int) -> str:
     return f"The recipe as it is ({own.words()}) {verdict}: {sizes}."
 
 
-def _command(recipe: Recipe, chosen: Setting) -> str:
-    """The words for make train; those that the recipe says already are left out."""
-    words = chosen.words(but=recipe)
-    if not words:
-        return "It is also what does best on this card: it needs no ARGS."
-    return f'Quickest that fits: make train DATA=… MODEL={recipe.model} ARGS="{words}"'
+def _command(options: Request, recipe: Recipe, chosen: Setting) -> str:
+    """What to type: the recipe, what was typed beside it, and what is chosen where the recipe says otherwise."""
+    own = chosen == Setting.of(recipe)
+    lead = "It is also the quickest that fits:" if own else "Quickest that fits:"
+    return f"{lead} {_train(options, recipe, chosen.choices(but=recipe))}"
+
+
+def _train(options: Request, recipe: Recipe, words: dict[str, object]) -> str:
+    """The whole command, so that what was planned is what is trained."""
+    named = "" if options.recipe == Options.recipe else f" RECIPE={options.recipe}"
+    typed = {key: value for key, value in options.overrides.items() if key != "model"}
+    said = " ".join(shlex.quote(f"{key}={value}") for key, value in (typed | words).items())
+    return f"make train DATA=… MODEL={recipe.model}{named}" + (f' ARGS="{said}"' if said else "")
 
 
 def _longest(shape: Shape, chosen: Setting, card: int) -> str:
@@ -163,17 +171,18 @@ def _longest(shape: Shape, chosen: Setting, card: int) -> str:
     return f"The longest rows that fit, one at a time: {on:,} tokens with checkpointing=on, {away:,} with offload."
 
 
-def _too_small(shape: Shape, recipe: Recipe, card: int) -> str:
-    """What would fit: the same with fewer numbers to learn, then with shorter rows."""
+def _too_small(options: Request, shape: Shape, recipe: Recipe, card: int) -> str:
+    """What would fit: the same with fewer numbers to learn (alpha / rank as it was), then with shorter rows."""
     ranks = [rank for rank in (recipe.rank, 32, 16, 8) if rank <= recipe.rank]
     lengths = [n for n in (recipe.length, 2048, 1024, 512, 256) if n <= recipe.length]
     for length in lengths:
         for rank in ranks:
             smaller = replace(recipe, rank=rank, length=length)
             if found := plan.choose(shape, smaller, card):
+                words = {"rank": rank, "alpha": f"{recipe.alpha * rank / recipe.rank:g}", "length": length}
                 return (
                     f"no way to train {recipe.model} with rank={recipe.rank} and length={recipe.length} fits this card.\n"
-                    f'This does, in {found[1].peak / GIB:.2f} GiB: ARGS="rank={rank} length={length} {found[0].words()}"'
+                    f"This does, in {found[1].peak / GIB:.2f} GiB: {_train(options, recipe, words | found[0].choices())}"
                 )
     return f"{recipe.model} does not fit this card in any way: its weights alone take {_weights(shape):.1f} GiB of it. Take a smaller base."
 

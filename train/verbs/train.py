@@ -356,4 +356,5 @@ def _finish(job: "Job", task: "Task", engine: "Engine", notes: list[str], began:
 
 
 def _next(folder: Path) -> str:
-    return f"Next: make export RUN={folder.name}"
+    chat, compare, export = (f"make {verb} RUN={folder.name}" for verb in ("infer", "compare", "export"))
+    return f"Next: {chat} (chat), {compare} (before and after), {export} (merged weights)"
