@@ -2,7 +2,7 @@
 # the container where a Docker engine answers, else in .venv. Every KEY=value typed after `make` goes to the command as it is, its
 # key in lower case; the command refuses, by name, a key that it does not know.
 ARGS ?=#             more words for the command: ARGS="epochs=3 system='You are Ada.'"
-RUNTIME ?=#          docker | local (default: docker where an engine answers; demo and test are always local)
+RUNTIME ?=#          docker | local (default: docker where an engine answers; demo, bench and test are always local)
 ACCELERATOR ?=#      gpu | cpu (default: gpu where nvidia-smi answers)
 IMAGE ?=#            image to build or use (default: qwen-finetune:VERSION-cu118, or what was built last)
 CUDA ?=#             of the image: 11.8, or 12.8 for Blackwell cards
@@ -39,13 +39,13 @@ help: ## this list
 	@echo "settings:"
 	@awk -F ' [?]=#  *' '/^[A-Z_]+ [?]=#/ { printf "  %-16s %s\n", $$1 "=", $$2 }' Makefile
 
-setup: ## .venv from env.lock, every file by its hash; done once, what runs in it does it too
+setup: ## .venv from env.lock, every file by its hash; other commands do it when it is needed
 	@docker/setup
 
 demo: setup ## the whole way on this machine, from nothing: a small Qwen fetched, made Int4, trained, merged, compared
 	@$(PY) -m train demo $(_pairs)
 
-test: setup ## unit tests and the short end-to-end
+test: setup ## the quick tests, on the CPU
 	@$(PY) -m pytest -q $(value ARGS)
 
 test-all: setup ## every test that this machine can run; names and counts those that it cannot
