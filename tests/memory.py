@@ -101,7 +101,7 @@ def _no_kernels() -> Iterator[None]:
         return out
 
     def norm_backward(
-        slope: Any, x: Tensor, weight: Any, eps: Any, residual: Any = None, out: Tensor | None = None
+        slope: Any, x: Tensor, weight: Any, eps: Any, residual: Any = None, out: Tensor | None = None, scale: Any = None
     ) -> Tensor:
         return torch.empty_like(x) if out is None else out
 
@@ -151,7 +151,7 @@ def _no_kernels() -> Iterator[None]:
             (fused.Projection, "_bias", lambda projection: None),
             (fused.Int4Linear, "matrix", matrix),
             (loss.kernels, "usable", lambda device: True),
-            (loss, "cross_entropy", lambda logits, labels: torch.empty(len(logits), device=META)),
+            (loss, "cross_entropy", lambda logits, labels, gain: torch.empty(len(logits), device=META)),
             (offload.Host, "places", places),
             (offload.Lane, "copy", lambda lane, to, x: None),
             (step, "chunk_of", lambda hidden: loss.CHUNK_FAST if len(hidden) > 4096 else loss.CHUNK_FAST // 2),

@@ -152,6 +152,20 @@ def test_arrange_closes_every_conversation_and_pads_shapes() -> None:
     assert torch.equal(host["ids"][host["rows"] + 1], host["labels"])
 
 
+def test_batches_that_are_nearly_full_have_one_shape(tmp_path: Path) -> None:
+    """What is half of it at least is padded to it, and learns the same; less keeps a shape of its own."""
+    model = adapted(tmp_path, "qwen2", True, torch.float32, "cpu")
+    names = {p: name for name, p in lora.trainable(model).items()}
+    losses = []
+    for full in (None, (4, 100)):
+        step = Step(model.get_base_model(), names, 64, False, full)
+        step.bind()
+        losses += [float(step(batch_of(lengths))) for lengths in (PACKED, [[64]] * 4, [[5]])]
+        shapes = [key[0] for key in step.shapes]
+    assert shapes == [(4, 128), (1, 64)]
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-6)
+
+
 def test_the_vector_holds_each_number_once(tmp_path: Path) -> None:
     model = adapted(tmp_path, "qwen", True, torch.float32, "cpu")
     parameters = lora.trainable(model)

@@ -61,6 +61,12 @@ def flash(q: Tensor) -> bool:
     )
 
 
+def reads_bounds(like: Tensor, size: int, device: torch.device) -> bool:
+    """Whether heads of `size` in the dtype of `like` go the way that reads Tokens.bounds, whose number is then part of a shape."""
+    q = torch.empty(0, 1, size, dtype=like.dtype, device=device)
+    return flash(q) and not hopper(q)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, t: Tokens) -> tuple[Tensor, Kept]:
     """q [M, Hq, D], k and v [M, Hkv, D] -> [M, Hq, D], and what the backward pass needs of it."""
     if hopper(q):

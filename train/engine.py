@@ -152,7 +152,8 @@ class Engine:
     def _fused(self, model: Any, names: dict[nn.Parameter, str]) -> Step | None:
         if not fusable(self.recipe, self.device):
             return None
-        return Step(model.get_base_model(), names, self.recipe.length, self.recipe.graphs)
+        full = (self.recipe.batch, self.recipe.length) if self.recipe.pack else None
+        return Step(model.get_base_model(), names, self.recipe.length, self.recipe.graphs, full)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 

@@ -400,11 +400,11 @@ class Trunk:
         kept.append(x)
         return hidden, kept
 
-    def backward(self, slope: Tensor, kept: Any, t: Tokens) -> None:
-        """Every adapter's gradient for the gradient `slope` [M, H] of hidden. Empties `kept`."""
+    def backward(self, slope: Tensor, kept: Any, t: Tokens, scale: Tensor) -> None:
+        """Every adapter's gradient for `scale` times the gradient `slope` [M, H] of hidden. Empties `kept`."""
         x = kept.pop()
         dx = self.blocks[-1].slope_like(x)
-        rms_norm_backward(slope, x, self.norm.weight, self.config.rms_norm_eps, out=dx[:, : x.shape[1]])
+        rms_norm_backward(slope, x, self.norm.weight, self.config.rms_norm_eps, None, dx[:, : x.shape[1]], scale)
         for block in reversed(self.blocks):
             saved = kept.pop()
             if isinstance(saved, Tensor):

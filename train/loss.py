@@ -18,6 +18,12 @@ CHUNK = 256  # rows of logits at once: 256 x 151,936 in float32 are 156 MB, and 
 CHUNK_FAST = 1024  # of the kernel, which works in place and in 16 bits: 311 MB; fewer leave a large GPU partly idle
 
 
+def gain(dtype: torch.dtype) -> float:
+    """What gradients of logits are multiplied by while they are of `dtype`, and their product with it: float16 knows none below 6e-8,
+    and a softmax over a vocabulary has many. A power of two, so that nothing is rounded by it; the products stay far below its end."""
+    return 1024.0 if dtype == torch.float16 else 1.0
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
@@ -25,13 +31,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
         slope = torch.zeros_like(hidden, dtype=_wide(hidden)) if ctx.needs_input_grad[0] else None
         total = summed(hidden, weight, learnt, labels[learnt], chunk, slope)
         ctx.save_for_backward(slope)
-        ctx.dtype = hidden.dtype
+        ctx.dtype, ctx.gain = hidden.dtype, gain(weight.dtype)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (slope,) = ctx.saved_tensors
-        return (slope * grads[0]).to(ctx.dtype), None, None, None
+        return (slope * (grads[0] / ctx.gain)).to(ctx.dtype), None, None, None
 
 
 def summed(
@@ -41,7 +47,7 @@ def summed(
 
     Args:
         labels: [M] int64, of those rows. chunk: rows of logits in memory at once.
-        slope: [N, H], gets the gradient in those rows; the others stay as they are.
+        slope: [N, H], gets `gain` times the gradient in those rows; the others stay as they are.
     """
     wide = _wide(hidden)
     fast = weight.dtype in (torch.float16, torch.bfloat16) and kernels.usable(weight.device)
@@ -61,19 +67,19 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The summed loss of rows [C, H], and d loss / d logits [C, V]: softmax minus one at the label."""
+    """The summed loss of rows [C, H], and `gain` times d loss / d logits [C, V]: softmax minus one at the label."""
     logits = (hidden @ weight.t()).to(wide)
     norm = logits.logsumexp(-1, keepdim=True)
     index = labels[:, None]
     loss = (norm - logits.gather(1, index)).sum()
     slope = logits.sub_(norm).exp_().scatter_add_(1, index, torch.full_like(norm, -1.0))
-    return loss, slope
+    return loss, slope.mul_(gain(weight.dtype))
 
 
 def _chunk_fast(hidden: Tensor, weight: Tensor, labels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """The same by the kernel, in place on 16-bit logits."""
     logits = hidden @ weight.t()
-    return cross_entropy(logits, labels).sum().to(wide), logits
+    return cross_entropy(logits, labels, gain(weight.dtype)).sum().to(wide), logits
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:

@@ -116,13 +116,25 @@ def rms_norm(
 
 
 def rms_norm_backward(
-    slope: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None
+    slope: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of x [M, H] for the gradient `slope` of the norm; `residual` [M, H], the gradient that goes past it, is added."""
+    """The gradient of x [M, H] for the gradient `slope` of the norm; `residual` [M, H], the gradient that goes past it, is added.
+
+    Args:
+        scale: a number that `slope` is multiplied by first, without a rounding in between.
+    """
     out = torch.empty_like(x) if out is None else out
     if _fast(x):
-        return fast.rms_norm_backward(slope, x, weight, eps, residual, out)
+        return fast.rms_norm_backward(slope, x, weight, eps, residual, out, scale)
     a, s = _wide(x), _wide(slope) * weight
+    if scale is not None:
+        s = s * scale
     rate = torch.rsqrt(a.pow(2).mean(-1, keepdim=True) + eps)
     hat = a * rate
     grad = rate * (s - hat * (s * hat).mean(-1, keepdim=True))

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.attention import Tokens
+from train.attention import Tokens, reads_bounds
 from train.fused import Projection, Trunk
-from train.loss import CHUNK, CHUNK_FAST, IGNORE, summed
+from train.loss import CHUNK, CHUNK_FAST, IGNORE, gain, summed
 from train.offload import HostEmbedding
 
 WIDTH = 64  # rows are padded to a multiple of this many tokens
@@ -71,20 +71,20 @@ class Batch:
     embedded: Tensor | None = None  # [M, H] in the host's memory, where the embedding's table is there
 
 
-def arrange(batch: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+def arrange(batch: dict[str, Tensor], width: int, rows: int = 0) -> dict[str, Tensor]:
     """What `dataset.collate` makes, on the CPU, as the passes read it: the fields of Tokens, and ids, rows and labels of Batch.
 
     Args:
         batch: input_ids and labels [B, t]; position_ids and segment_ids where rows are not one conversation each.
-        width: T ≥ t, to which rows are padded.
+        width: T ≥ t, to which rows are padded. rows: to so many are they filled up, with padding alone.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     segments = batch.get("segment_ids", torch.ones_like(ids))
     positions = batch.get("position_ids", torch.arange(ids.shape[1]).expand_as(ids))
-    pad = width - ids.shape[1]
-    ids, segments, positions = (F.pad(x, (0, pad)) for x in (ids, segments, positions))
-    following = F.pad(labels, (0, pad + 1), value=IGNORE)[:, 1:].flatten()
-    rows = (following != IGNORE).nonzero().squeeze(1)
+    right, below = width - ids.shape[1], max(0, rows - len(ids))
+    ids, segments, positions = (F.pad(x, (0, right, 0, below)) for x in (ids, segments, positions))
+    following = F.pad(labels, (0, right + 1, 0, below), value=IGNORE)[:, 1:].flatten()
+    learnt = (following != IGNORE).nonzero().squeeze(1)
     bounds = _bounds(segments)
     places, alone = torch.arange(ids.numel()), segments.flatten() == 0
     lengths = bounds.diff()
@@ -98,8 +98,8 @@ def arrange(batch: dict[str, Tensor], width: int) -> dict[str, Tensor]:
         "bounds": F.pad(bounds, (0, count - len(lengths)), value=ids.numel()).int(),
         "starts": torch.where(alone, places, bounds[:-1].repeat_interleave(lengths)).int(),
         "ends": torch.where(alone, places + 1, bounds[1:].repeat_interleave(lengths)).int(),
-        "rows": rows,
-        "labels": following[rows],
+        "rows": learnt,
+        "labels": following[learnt],
     }
 
 
@@ -113,8 +113,19 @@ def _bounds(segments: Tensor) -> Tensor:
 class Step(nn.Module):
     """batch -> the SUM of its token losses, connected to the one parameter `vector` [n]."""
 
-    def __init__(self, decoder: nn.Module, names: dict[nn.Parameter, str], length: int, graphs: bool) -> None:
-        """names: of every parameter that is learnt. length: of the rows to come. graphs: whether to capture."""
+    def __init__(
+        self,
+        decoder: nn.Module,
+        names: dict[nn.Parameter, str],
+        length: int,
+        graphs: bool,
+        full: tuple[int, int] | None = None,
+    ) -> None:
+        """names: of every parameter that is learnt. length: of the rows to come. graphs: whether to capture.
+
+        full: (rows, tokens) that batches are meant to have. What is at least half of it is padded to it, so that there is one shape:
+        the memory that one graph's activations stand in serves no other.
+        """
         super().__init__()
         self._decoder = [decoder]  # in a list: its parameters are not this module's
         self.trunk = Trunk(decoder, length)  # type: ignore[arg-type]
@@ -125,6 +136,8 @@ class Step(nn.Module):
         self.shapes: dict[tuple[Any, ...], _Shape] = {}
         self.pool: Any = None
         self.drops = any(projection.dropout for projection in self.trunk.projections)
+        self.full = (full[0], _rounded(full[1])) if full else (0, 0)
+        self.bounded = reads_bounds(self.embedding.weight, self.trunk.config.head_dim, start.device)
 
     @property
     def decoder(self) -> Any:
@@ -163,22 +176,28 @@ class Step(nn.Module):
 
     def shape_of(self, batch: Batch) -> "_Shape":
         checkpointing = self.decoder.trunk.checkpointing
-        key = (batch.tokens.segments.shape, len(batch.tokens.bounds), checkpointing)
+        key = (batch.tokens.segments.shape, self.bounded and len(batch.tokens.bounds), checkpointing)
         if key not in self.shapes:
             self.shapes[key] = _Shape(self.trunk, checkpointing)
         return self.shapes[key]
 
     def place(self, batch: dict[str, Tensor]) -> Batch:
         """Round the shape up and move all to the device; may be done while the GPU is at the batch before."""
-        width = -(-batch["input_ids"].shape[1] // WIDTH) * WIDTH
+        rows, width = len(batch["input_ids"]), _rounded(batch["input_ids"].shape[1])
+        if 2 * rows * width >= self.full[0] * self.full[1]:
+            rows, width = max(rows, self.full[0]), max(width, self.full[1])
         if self.trunk.reach(width):
             self.forget()
-        host = arrange({key: value.cpu() for key, value in batch.items()}, width)
+        host = arrange({key: value.cpu() for key, value in batch.items()}, width, rows)
         host["seed"] = torch.zeros(1, dtype=torch.long)  # drawn when the batch is learnt
-        rows = self._pinned(self.embedding.rows(host["ids"])) if isinstance(self.embedding, HostEmbedding) else None
+        embedded = self._pinned(self.embedding.rows(host["ids"])) if isinstance(self.embedding, HostEmbedding) else None
         there = {key: self._move(value) for key, value in host.items()}
         fields: Any = {name: there[name] for name in FIELDS}
-        return Batch(there["ids"], Tokens(**fields), there["rows"], there["labels"], rows)
+        return Batch(there["ids"], Tokens(**fields), there["rows"], there["labels"], embedded)
+
+    def draw(self, tokens: Tokens) -> None:
+        """A seed for this batch's dropout, from torch's generator on the CPU, whose state every checkpoint holds."""
+        tokens.seed.copy_(self._pinned(torch.randint(2**40, (1,))), non_blocking=True)
 
     def _move(self, x: Tensor) -> Tensor:
         """To the vector's device, without waiting."""
@@ -194,6 +213,8 @@ class _Shape:
     def __init__(self, trunk: Trunk, checkpointing: str) -> None:
         self.trunk, self.checkpointing = trunk, checkpointing
         self.uses = 0
+        self.tokens: Any = None
+        self.slope: Any = None
         self.kept: Any = None
         self.forth: Any = None
         self.back: Any = None
@@ -216,18 +237,23 @@ class _Shape:
             self.slope = torch.empty_like(self.hidden)
         step.embed(batch, out=self.x)
         for name in FIELDS:
-            getattr(self.tokens, name).copy_(getattr(t, name))
+            place, given = getattr(self.tokens, name), getattr(t, name)
+            if place.shape == given.shape:  # bounds may not be, where nobody reads them
+                place.copy_(given)
         self.forth.replay()
         return self.hidden, self.slope.zero_()
 
     def backward(self, scale: Tensor, step: Step) -> None:
         """Gradients of every adapter into step.slopes, for `scale` times the gradient that stands in the room."""
-        self.slope.mul_(scale)
         if self.forth is None:
-            return self.trunk.backward(self.slope, self.kept, self.tokens)
+            self.trunk.backward(self.slope, self.kept, self.tokens, scale)
+            self.slope = self.kept = self.tokens = None  # seldom used: nothing of it stays
+            return
         if self.back is None:
-            self.back, _ = _capture(step, partial(self.trunk.backward, self.slope, self.kept, self.tokens))
-        return self.back.replay()
+            self.scale = scale.clone()
+            self.back, _ = _capture(step, partial(self.trunk.backward, self.slope, self.kept, self.tokens, self.scale))
+        self.scale.copy_(scale)
+        self.back.replay()
 
 
 FIELDS = ("positions", "segments", "bounds", "starts", "ends", "seed")
@@ -250,8 +276,8 @@ class _Learn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vector: Tensor, step: Step, batch: "Batch | dict[str, Tensor]") -> Tensor:
         placed = batch if isinstance(batch, Batch) else step.place(batch)
-        if step.drops:  # from torch's generator on the CPU, whose state every checkpoint holds
-            placed.tokens.seed.copy_(torch.randint(2**40, (1,)))
+        if step.drops:
+            step.draw(placed.tokens)
         shape = step.shape_of(placed)
         hidden, slope = shape.forward(placed, step)
         head = step.decoder.lm_head.weight
@@ -260,8 +286,12 @@ class _Learn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.shape.backward(grads[0], ctx.step)
+        ctx.shape.backward(grads[0] / gain(ctx.step.decoder.lm_head.weight.dtype), ctx.step)
         return ctx.step.slopes, None, None
+
+
+def _rounded(width: int) -> int:
+    return -(-width // WIDTH) * WIDTH
 
 
 def chunk_of(hidden: Tensor) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.kernels.runtime import tl, triton
+from train.kernels.runtime import tl, triton, units
 
 LOG2E = math.log2(math.e)
 # (queries, keys, warps, stages) of a program, by a sweep on an H100 with heads of 128; for long rows, and for short ones. Queries are a
@@ -23,6 +23,7 @@ FOR_QUERIES = ((128, 64, 8, 3), (64, 64, 4, 3))
 FROM_KEPT = ((128, 128, 8, 3), (64, 64, 4, 3))
 KEPT = 16384  # bytes a token of slopes left behind: as much as the block's branches gave back before
 KEPT_FROM = 4096  # tokens; the few heads of fewer do not fill a card
+FULL = 1.5  # programs a multiprocessor that do
 ABREAST = (
     4  # heads that are worked on at once: as many as their keys and values stay in the cache, the long programs first
 )
@@ -317,7 +318,7 @@ def attend_backward(
     _inner[(triton.cdiv(total, 64), heads)](out, slope, delta, total, heads, D=size, BM=64)
     strides, common = (q.stride(0), k.stride(0), v.stride(0), into.stride(0)), _common(q, k)
     scales = (LOG2E / math.sqrt(size), 1 / math.sqrt(size))
-    at_once = min(k.shape[1], _heads_kept(total, width, common["GROUP"], short)) if roomy else 0
+    at_once = _heads_kept(total, width, k.shape[1], common["GROUP"], short, units(q.device)) if roomy else 0
     _, keys, tiles = _tiles(FOR_KEYS, short)
     count, rows = at_once or k.shape[1], _rows(total, width, keys)
     kept = torch.empty(count * common["GROUP"], total, width, dtype=q.dtype, device=q.device) if at_once else q
@@ -342,9 +343,10 @@ def attend_backward(
     return dq, dk, dv
 
 
-def _heads_kept(total: int, width: int, group: int, short: bool) -> int:
-    """Key heads whose scores' slopes are left behind at once; 0: none, they are made again."""
+def _heads_kept(total: int, width: int, heads: int, group: int, short: bool, multiprocessors: int) -> int:
+    """Key heads whose scores' slopes are left behind at once; 0: none, they are made again, since so few would not fill the card."""
     blocks = (FOR_KEYS[short][0], FROM_KEPT[short][0])
+    at_once = min(heads, KEPT // (2 * width * group))
     if total < KEPT_FROM or any(width % block for block in blocks):
         return 0
-    return KEPT // (2 * width * group)
+    return at_once if at_once * triton.cdiv(total, FOR_KEYS[short][1]) >= FULL * multiprocessors else 0

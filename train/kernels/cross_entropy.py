@@ -8,7 +8,7 @@ from train.kernels.runtime import tl, triton
 if triton is not None:
 
     @triton.jit
-    def _row(logits, labels, losses, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _row(logits, labels, losses, size, gain, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         row = tl.program_id(0).to(tl.int64)
         here = logits + row * size
         label = tl.load(labels + row)
@@ -30,11 +30,11 @@ if triton is not None:
             n = start + tl.arange(0, BLOCK)
             x = tl.load(here + n, mask=n < size, other=0.0).to(tl.float32)
             slope = tl.exp(x - norm) - tl.where(n == label, 1.0, 0.0)
-            tl.store(here + n, slope.to(logits.dtype.element_ty), mask=n < size)
+            tl.store(here + n, (slope * gain).to(logits.dtype.element_ty), mask=n < size)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Losses [C] float32 of logits [C, V]; the logits become softmax minus one at the label. labels [C] int64, all in range."""
+def cross_entropy(logits: Tensor, labels: Tensor, gain: float = 1.0) -> Tensor:
+    """Losses [C] float32 of logits [C, V]; the logits become softmax minus one at the label, times `gain`. labels [C] int64, in range."""
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    _row[(len(logits),)](logits, labels, losses, logits.shape[1], BLOCK=4096, num_warps=8)
+    _row[(len(logits),)](logits, labels, losses, logits.shape[1], gain, BLOCK=4096, num_warps=8)
     return losses

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from train.kernels.runtime import tl, triton
+from train.kernels.runtime import tl, triton, units
 
 if triton is not None:
     from train.kernels.packed import many_rows, one_row
@@ -177,12 +177,6 @@ def tensor_cores(x: Tensor) -> bool:
 @cache
 def _generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
-
-
-@cache
-def units(device: torch.device) -> int:
-    """Multiprocessors of `device`; of a usual one where it is none."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
 
 
 def tile_for(many: int, rows: int, columns: int, bits: int, device: torch.device) -> Tile:

@@ -44,9 +44,11 @@ if triton is not None:
         out,
         size,
         eps,
+        scale,
         residual_stride,
         out_stride,
         RESIDUAL: tl.constexpr,
+        SCALE: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
@@ -57,6 +59,8 @@ if triton is not None:
         rate = tl.rsqrt(tl.sum(a * a, 0) / size + eps)
         s = tl.load(slope + at, mask=inside, other=0.0).to(tl.float32)
         s = s * tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
+        if SCALE:
+            s = s * tl.load(scale).to(tl.float32)
         hat = a * rate
         grad = rate * (s - hat * (tl.sum(s * hat, 0) / size))
         if RESIDUAL:
@@ -175,14 +179,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | N
 
 
 def rms_norm_backward(
-    slope: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor
+    slope: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor, scale: Tensor | None
 ) -> Tensor:
     """pointwise.rms_norm_backward: the gradient of x [M, H], with `residual` [M, H] added to it, into `out`."""
     given = x if residual is None else residual
     block = triton.next_power_of_2(x.shape[1])
     _norm_row_backward[(len(x),)](
-        slope, x, weight, given, out, x.shape[1], eps, given.stride(0), out.stride(0),
-        RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
+        slope, x, weight, given, out, x.shape[1], eps, x if scale is None else scale, given.stride(0), out.stride(0),
+        RESIDUAL=residual is not None, SCALE=scale is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out
 

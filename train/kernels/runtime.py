@@ -1,6 +1,9 @@
 """Triton where it is installed, and None where it is not: the kernels' files import it from here."""
 
 import os
+from functools import cache
+
+import torch
 
 try:
     import triton
@@ -9,3 +12,9 @@ except ImportError:  # a machine without Triton runs the plain definitions
     triton = tl = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def units(device: torch.device) -> int:
+    """Multiprocessors of `device`; of a usual one where it is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128

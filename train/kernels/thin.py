@@ -208,9 +208,9 @@ def tile(rows: int, dtype: torch.dtype, ranks: Sequence[int]) -> tuple[int, int,
 
 
 def heads_fit(parts: tuple[Tensor, Tensor, Tensor]) -> bool:
-    """Whether `turn_back` takes these gradients: half a head is a power of two that tensor cores take."""
+    """Whether `turn_back` takes these gradients: half a head is what tensor cores take and shared memory holds."""
     half = parts[0].shape[2] // 2
-    return half >= 16 and half & (half - 1) == 0
+    return half in (16, 32, 64)
 
 
 def _columns(rank: int) -> int:
