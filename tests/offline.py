@@ -230,6 +230,17 @@ def rest(capability: int) -> None:
     decoding(capability, 3, adapter=False, model="0.5b", splits=1)
 
 
+def full(capability: int) -> None:
+    """What serves many tokens, by rank, by dropout, by length of rows, by the size of heads and how they are shared."""
+    training(capability, 4, 2048, rank=128, layers=1)
+    training(capability, 4, 2048, rank=8, dropout=0.05, layers=1)
+    training(capability, 8, 512, layers=1)
+    training(capability, 1, 8192, layers=1)
+    training(capability, 4, 2048, model="0.5b", layers=1)
+    with patch.dict(globals(), sixteen=lambda capability: torch.float16):
+        training(capability, 4, 2048, dropout=0.05, layers=1)
+
+
 def steps(capability: int) -> None:
     """Training steps that among them take every kernel of training."""
     training(capability, 4, 2048, layers=2)
@@ -243,7 +254,7 @@ def tokens(capability: int) -> None:
 
 
 GROUPS: dict[str, Callable[[int], None]] = {
-    "training": steps, "decoding": tokens, "formats": formats, "attention": attention, "rest": rest
+    "training": steps, "decoding": tokens, "formats": formats, "attention": attention, "rest": rest, "full": full
 }  # fmt: skip
 
 

@@ -75,7 +75,9 @@ def test_every_kernel_compiles_and_is_seen_to(card: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("card", "group"), [(75, "formats"), (90, "formats"), (80, "rest"), (90, "rest")])
+@pytest.mark.parametrize(
+    ("card", "group"), [(75, "formats"), (90, "formats"), (80, "rest"), (90, "rest"), (90, "full")]
+)
 def test_other_ways_through_the_kernels_compile(card: int, group: str) -> None:
     check(compiled(card, group))
 

@@ -319,7 +319,7 @@ def attend_backward(
     strides, common = (q.stride(0), k.stride(0), v.stride(0), into.stride(0)), _common(q, k)
     scales = (LOG2E / math.sqrt(size), 1 / math.sqrt(size))
     at_once = _heads_kept(total, width, k.shape[1], common["GROUP"], short, units(q.device)) if roomy else 0
-    _, keys, tiles = _tiles(FOR_KEYS, short)
+    _, keys, tiles = _tiles(FOR_KEYS, short and not at_once)  # in the small tiles what is left behind has no registers
     count, rows = at_once or k.shape[1], _rows(total, width, keys)
     kept = torch.empty(count * common["GROUP"], total, width, dtype=q.dtype, device=q.device) if at_once else q
     for first in range(0, k.shape[1], count):
@@ -345,8 +345,8 @@ def attend_backward(
 
 def _heads_kept(total: int, width: int, heads: int, group: int, short: bool, multiprocessors: int) -> int:
     """Key heads whose scores' slopes are left behind at once; 0: none, they are made again, since so few would not fill the card."""
-    blocks = (FOR_KEYS[short][0], FROM_KEPT[short][0])
+    blocks = (FOR_KEYS[0][0], FROM_KEPT[short][0])
     at_once = min(heads, KEPT // (2 * width * group))
     if total < KEPT_FROM or any(width % block for block in blocks):
         return 0
-    return at_once if at_once * triton.cdiv(total, FOR_KEYS[short][1]) >= FULL * multiprocessors else 0
+    return at_once if at_once * triton.cdiv(total, FOR_KEYS[0][1]) >= FULL * multiprocessors else 0
