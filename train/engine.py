@@ -95,8 +95,10 @@ def settings(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.accumulation,
         "gradient_clipping": recipe.clip if stage else 0.0,  # stage 0: clipped in `step`, which also wants the norm
     }
+    if dtype != torch.float32:  # micro batches are added up in 32 bits
+        values |= {"data_types": {"grad_accum_dtype": "fp32"}}
     if dtype == torch.bfloat16:
-        values |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        values |= {"bf16": {"enabled": True}}
     elif dtype == torch.float16:
         values |= {"fp16": {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 500, "hysteresis": 2}}
     return preset | values
