@@ -20,7 +20,7 @@ CPU = "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't 
 CASES = [
     (
         OutOfMemoryError(GPU),
-        ["Tried to allocate 2.00 GiB.\n", "batch=1", "length=", "checkpointing=on", "smaller base"],
+        ["Tried to allocate 2.00 GiB.\n", "batch=1", "length=", "checkpointing=on", "another base"],
     ),
     (RuntimeError(CPU), ["out of memory", "batch=1"]),
     (MemoryError(), ["out of memory: MemoryError"]),

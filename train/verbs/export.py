@@ -60,6 +60,7 @@ def run(options: Options) -> None:
         print(f"{out}: nothing to do, it was exported from these inputs before.")
         return _closing(options, out, job, found)
     _check_space(out, job)
+    _place(size(job), job.dtype)  # what comparing needs is asked for before the merge, too
 
     # merge, read back, compare; only then it gets its name
     print(
