@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from tests.bench import shapes
 from train import fused, lora, loss, offload, pointwise, step
 from train.config import Recipe
-from train.kernels import attention
 from train.plan import Setting
 from train.shapes import Shape
 
@@ -93,26 +92,14 @@ def passes(shape: Shape, setting: Setting) -> tuple[int, int]:
 def _no_kernels() -> Iterator[None]:
     """Every kernel of the passes as what it allocates."""
 
-    def norm(
-        x: Tensor, weight: Any, eps: Any, out: Tensor | None = None, add: Any = None, thin: Any = None, how: Any = None
-    ) -> Tensor:
-        out = torch.empty_like(x) if out is None else out
-        filled(thin, out)
-        return out
-
-    def norm_backward(
-        slope: Any, x: Tensor, weight: Any, eps: Any, residual: Any = None, out: Tensor | None = None, scale: Any = None
-    ) -> Tensor:
+    def norm(x: Tensor, weight: Any, eps: Any, out: Tensor | None = None, add: Any = None, how: Any = None) -> Tensor:
         return torch.empty_like(x) if out is None else out
 
-    def gate(both: Tensor, out: Tensor | None = None, thin: Any = None) -> Tensor:
-        out = both.new_empty(len(both), both.shape[1] // 2) if out is None else out
-        filled(thin, out)
-        return out
+    def norm_backward(*args: Any, normed: Any = None, how: Any = None) -> Tensor:
+        return args[5]  # type: ignore[no-any-return]  # where it is wanted
 
-    def filled(thin: Any, x: Tensor) -> None:
-        if thin is not None and thin.drop:  # where no kernel takes it along: a copy, for a moment
-            torch.empty(x.shape, dtype=x.dtype, device=META)
+    def gate(both: Tensor, out: Tensor | None = None) -> Tensor:
+        return both.new_empty(len(both), both.shape[1] // 2) if out is None else out
 
     def drop(x: Tensor, how: Any, out: Tensor | None = None, add: bool = False) -> Tensor:
         return torch.empty(x.shape, dtype=x.dtype, device=META) if out is None else out
@@ -121,12 +108,8 @@ def _no_kernels() -> Iterator[None]:
         return torch.empty(q.shape, dtype=q.dtype, device=META), (torch.empty(q.shape[1], q.shape[0], device=META),)
 
     def attend_backward(*args: Any) -> Tensor:
-        *_, kept, _, _, into, _, roomy = args
-        delta = torch.empty_like(kept[0])  # alive for a moment, as are the slopes of scores that are left behind
-        slopes = (
-            delta.new_empty(attention.KEPT * len(into) // 4) if roomy and len(into) >= attention.KEPT_FROM else None
-        )
-        del delta, slopes
+        *_, kept, _, _, into, _ = args
+        torch.empty_like(kept[0])  # delta, alive for a moment
         return into  # type: ignore[no-any-return]
 
     def places(host: Any, count: int, like: Tensor) -> Tensor:
@@ -141,7 +124,7 @@ def _no_kernels() -> Iterator[None]:
             (fused, "rms_norm", norm),
             (fused, "rms_norm_backward", norm_backward),
             (fused, "swiglu", gate),
-            (fused, "swiglu_backward", lambda both, slope, thin, how: None),
+            (fused, "swiglu_backward", lambda both, slope, how: None),
             (fused, "spread", lambda thin, matrix, how, out: out),
             (fused, "turn", lambda parts, bias, cos, sin, positions, out, sign=1: out),
             (fused, "drop", drop),

@@ -14,7 +14,7 @@ from train import fused, lora
 from train.config import load_recipe
 from train.dataset import Sample, collate
 from train.gptq import Int4Linear
-from train.kernels import attention, thin
+from train.kernels import thin
 from train.loader import load
 from train.step import Step, arrange
 
@@ -215,15 +215,15 @@ def test_on_the_gpu_as_near_to_the_exact_gradient_as_autograd_is(
 def check_full_card(
     tmp_path: Path, layout: str, dropout: str, dtype: torch.dtype, device: str, lengths: list[list[int]]
 ) -> None:
-    """What serves many tokens (thin products taken along, scores' slopes left behind) learns what serves few does, masks and all."""
+    """What serves many tokens (a thin product taken along) learns what serves few does, masks and all."""
     found: list[Any] = []
-    tiles, least = thin.TILES, attention.KEPT_FROM
+    least = thin.LEAST_ROWS
     for first in (10**9, 0):
-        thin.TILES, attention.KEPT_FROM = ((first, 64, 64, 8),), first  # type: ignore[assignment]
+        thin.LEAST_ROWS = first
         torch.manual_seed(0)
         model = adapted(tmp_path / str(first), layout, True, dtype, device, wide=True, dropout=dropout)
         found.append(by_hand(model, batch_of(lengths)))
-    thin.TILES, attention.KEPT_FROM = tiles, least
+    thin.LEAST_ROWS = least
     (want, slopes), (got, ours) = found
     bound = 1e-5 if dtype == torch.float32 else 5e-3
     assert float(got) == pytest.approx(float(want), rel=bound / 5)

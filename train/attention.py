@@ -91,17 +91,16 @@ def attend_backward(
     turns: Turns,
     into: Tensor,
     thin: Thin | None = None,
-    roomy: bool = False,
 ) -> Tensor:
     """The gradients of q, k and v as they were before they were turned, side by side into `into` [M, (Hq + 2 Hkv) D]; returned.
 
     Args:
         slope: [M, Hq, D], the gradient of `out`. turns: cos and sin [P, D/2] by position, as q and k were turned.
-        thin: made of `into`. roomy: whether some memory (kernels.attention.KEPT) may be taken for a moment, to be quicker.
+        thin: made of `into`.
     """
     if len(kept) == 1:
         slopes = own.attend_backward(
-            slope.contiguous(), q, k, v, out, kept[0], t.starts, t.ends, t.width, t.width <= SHORT, into, roomy
+            slope.contiguous(), q, k, v, out, kept[0], t.starts, t.ends, t.width, t.width <= SHORT, into
         )
     elif kept:
         lse, state, unused = kept

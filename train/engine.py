@@ -26,6 +26,7 @@ from train.step import Step
 
 PRESETS = Path(__file__).parent / "deepspeed"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PIECE = 1 << 22  # numbers of a gradient that are float64 at once, for its norm
 FUSED_ON = ("cuda",)  # types of devices on which the passes are the fused ones
 
 
@@ -104,15 +105,22 @@ def settings(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
     return preset | values
 
 
-def _honest(optimizer: Any) -> None:
-    """ZeRO calls the norm of a gradient that holds NaN or infinity -1, and the norm of that is 1, a good one. Here it is none."""
+def _measured(optimizer: Any) -> None:
+    """ZeRO's norm of a gradient, honest and in little memory.
+
+    It calls the norm of what holds NaN or infinity -1, and the norm of that is 1, a good one: here it is none. And it copies a whole
+    gradient to float64 first: here it is given PIECE numbers at a time, which it adds up as it does several gradients.
+    """
     measure = getattr(optimizer, "get_grad_norm_direct", None)
-    if measure is not None:
-        optimizer.get_grad_norm_direct = lambda *all, **named: _number(measure(*all, **named))
+    if measure is None:
+        return
 
+    def norm(gradients: Any, params: Any, norm_type: int = 2) -> Tensor:
+        pieces = [(piece, p) for g, p in zip(gradients, params) for piece in g.detach().view(-1).split(PIECE)]
+        found: Tensor = measure([piece for piece, _ in pieces], [p for _, p in pieces], norm_type)
+        return found.masked_fill(found < 0, float("nan"))
 
-def _number(norm: Tensor) -> Tensor:
-    return norm.masked_fill(norm < 0, float("nan"))
+    optimizer.get_grad_norm_direct = norm
 
 
 class Engine:
@@ -143,7 +151,7 @@ class Engine:
         with redirect_stdout(io.StringIO()):
             self.engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=config)
         self.parameters = {"vector": self.fused.vector} if self.fused else trainable(model)
-        _honest(self.engine.optimizer)
+        _measured(self.engine.optimizer)
         self.engine.train()
         self._allocate()
         self._restore_parameters(self._joined(starts))  # float32 masters, not their 16-bit roundings

@@ -69,15 +69,13 @@ class Projection:
             at += columns * rank
         return A, B
 
-    def forward(
-        self, h: Tensor, t: Tokens, bias: bool = True, spare: int = 0, made: Thin | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, h: Tensor, t: Tokens, bias: bool = True, spare: int = 0) -> tuple[Tensor, Tensor | None]:
         """h [M, K], or [M, K + R] with the last R to spare -> y [M, N], and s · drop(h) Aᵀ [M, R].
 
         Args:
-            bias: False if whoever calls adds it. spare: columns that y's rows get besides. made: `of_input`, filled already.
+            bias: False if whoever calls adds it. spare: columns that y's rows get besides.
         """
-        thin = made.out if made else self.thin(h[:, : self.inputs], t)
+        thin = self._thin(h[:, : self.inputs], self.drop(t))
         y = torch.empty(len(h), self.outputs + spare, dtype=h.dtype, device=h.device)[:, : self.outputs]
         if thin is not None and h.shape[1] > self.inputs:
             h[:, self.inputs :] = thin
@@ -91,17 +89,12 @@ class Projection:
             y += self.bias
         return y, thin
 
-    def thin(self, h: Tensor, t: Tokens) -> Tensor | None:
+    def _thin(self, h: Tensor, drop: Drop | None) -> Tensor | None:
         """s · drop(h) Aᵀ [M, R], or None without adapters."""
-        thin = self.of_input(h, self.drop(t))
-        return thin.fill(h) if thin else None
-
-    def of_input(self, h: Tensor, drop: Drop | None) -> Thin | None:
-        """s · drop(h) Aᵀ: whoever writes h [M, K] may take it along for `forward`."""
         if not self.adapted:
             return None
         out = torch.empty(len(h), self.rank, dtype=h.dtype, device=h.device)
-        return Thin([(slice(0, self.inputs), self.A.t())], self.scale, out, drop)
+        return Thin([(slice(0, self.inputs), self.A.t())], self.scale, out, drop).fill(h)
 
     def drop(self, t: Tokens) -> Drop | None:
         """How what the adapters read is dropped: `learn` wants it so."""
@@ -144,8 +137,7 @@ class Projection:
         """The gradients of A and B, into their places in the vector, or (`more`) onto what is there. h: as it was dropped."""
         if back is None:
             return
-        made = None if thin is not None else self.of_input(h, None)
-        thin = made.fill(h) if made else thin
+        thin = self._thin(h, None) if thin is None else thin
         assert thin is not None
         for n, ranks, dB in zip(self.adapted, self.ranks, self.dB):
             dB.addmm_(dy[:, self.columns[n]].t(), thin[:, ranks], beta=int(more))
@@ -276,8 +268,8 @@ class Block:
 
     def attend(self, x: Tensor, t: Tokens, turns: tuple[Tensor, Tensor], add: Tensor | None = None) -> Saved:
         """The first half, without the MLP: what `backward` needs of it, where the branches are None."""
-        h, taken = self._normed(x, self.norm1, self.qkv, add, t)
-        qkv, thin1 = self.qkv.forward(h, t, bias=False, made=taken)
+        h = self._normed(x, self.norm1, self.qkv, add)
+        qkv, thin1 = self.qkv.forward(h, t, bias=False)
         del h
         parts = self._split(qkv)
         turn(parts, self.qkv.bias, *turns, t.positions, out=qkv)
@@ -287,21 +279,20 @@ class Block:
 
     def _branches(self, middle: Tensor, x: Tensor, t: Tokens) -> tuple[Tensor, Tensor | None]:
         """Gate and up, and their thin product; x is added to `middle`."""
-        h, taken = self._normed(middle, self.norm2, self.both, x, t)
-        return self.both.forward(h, t, spare=self.both.spare_back, made=taken)
+        h = self._normed(middle, self.norm2, self.both, x)
+        return self.both.forward(h, t, spare=self.both.spare_back)
 
     def _joined(self, both: Tensor, t: Tokens) -> tuple[Tensor, Tensor | None]:
         act = _roomy(both, self.down.inputs, self.down.spare)
-        taken = self.down.of_input(act, self.down.drop(t))
-        swiglu(both, act[:, : self.down.inputs], taken)
-        return self.down.forward(act, t, made=taken)
+        swiglu(both, act[:, : self.down.inputs])
+        return self.down.forward(act, t)
 
     def backward(self, dy: Tensor, s: Saved, t: Tokens, turns: tuple[Tensor, Tensor]) -> None:
         """dy, as `slope_like` makes it, from the gradient of y becomes that of x; those of the adapters go into the vector.
 
         In between it is the gradient of what stands between. Lets go of what is in `s` as soon as it can.
         """
-        size, roomy = s.x.shape[1], s.both is not None  # the branches, which the MLP gives back
+        size = s.x.shape[1]
         self._mlp_backward(dy, s, t)
         slope, back = self.out.slope(dy[:, : size + self.out.spare_back], t)
         how, read = self.out.drop(t), s.attended.flatten(1)
@@ -310,13 +301,15 @@ class Block:
         dqkv = _roomy(dy, self.qkv.outputs, self.qkv.spare_back)
         taken, parts = self.qkv.of_slope(dqkv), self._split(s.qkv)
         attend_backward(
-            slope.view_as(s.attended), *parts, s.attended, s.kept, t, turns, dqkv[:, : self.qkv.outputs], taken, roomy
+            slope.view_as(s.attended), *parts, s.attended, s.kept, t, turns, dqkv[:, : self.qkv.outputs], taken
         )
         s.qkv = s.attended = slope = parts = None  # type: ignore[assignment]
-        slope, back = self.qkv.slope(dqkv, t, not self.first, taken)  # nothing before the first block learns
-        self.qkv.learn(dqkv, back, rms_norm(s.x, self.norm1.weight, self.eps, how=self.qkv.drop(t)), s.thin[0])
-        if not self.first:
-            rms_norm_backward(slope, s.x, self.norm1.weight, self.eps, dy[:, :size], dy[:, :size])
+        slope, back = self.qkv.slope(dqkv, t, not self.first, taken)
+        if self.first:  # nothing before it learns
+            h = rms_norm(s.x, self.norm1.weight, self.eps, how=self.qkv.drop(t))
+        else:
+            h = self._norm_backward(slope, s.x, self.norm1, self.qkv, dy[:, :size], t)
+        self.qkv.learn(dqkv, back, h, s.thin[0])
 
     def _mlp_backward(self, dy: Tensor, s: Saved, t: Tokens) -> None:
         """dy becomes the gradient of s.middle. Where the branches were not kept, half of the tokens at a time: they are the widest."""
@@ -333,27 +326,29 @@ class Block:
         """dy becomes the gradient of the MLP's input x [m, H] and of what goes past it. Writes over `both` [m, 2 I]."""
         size = x.shape[1]
         slope, back = self.down.slope(dy[:, : size + self.down.spare_back], t)
-        wide = _widened(both, self.both.spare_back)
-        taken = self.both.of_slope(wide)
-        swiglu_backward(both, slope, taken, self.down.drop(t))  # both: its gradient; slope: what down's adapter read
+        swiglu_backward(both, slope, self.down.drop(t))  # both: its gradient; slope: what down's adapter read
         self.down.learn(dy, back, slope, thin[1], more)
         del slope
-        slope, back = self.both.slope(wide, t, made=taken)
-        self.both.learn(both, back, rms_norm(x, self.norm2.weight, self.eps, how=self.both.drop(t)), thin[0], more)
-        rms_norm_backward(slope, x, self.norm2.weight, self.eps, dy[:, :size], dy[:, :size])
+        slope, back = self.both.slope(_widened(both, self.both.spare_back), t)
+        self.both.learn(
+            both, back, self._norm_backward(slope, x, self.norm2, self.both, dy[:, :size], t), thin[0], more
+        )
 
     def slope_like(self, x: Tensor) -> Tensor:
         """Room for a gradient of x [M, H], with what its readers would like to spare: all blocks are alike."""
         return _roomy(x, x.shape[1], max(self.down.spare_back, self.out.spare_back))
 
-    def _normed(
-        self, x: Tensor, norm: Any, reader: Projection, add: Tensor | None, t: Tokens
-    ) -> tuple[Tensor, Thin | None]:
-        """The norm of x + `add` [M, H], with the columns that its reader would like to spare, and its reader's thin product."""
+    def _normed(self, x: Tensor, norm: Any, reader: Projection, add: Tensor | None) -> Tensor:
+        """The norm of x + `add` [M, H], with the columns that its reader would like to spare."""
         h = _roomy(x, x.shape[1], reader.spare)
-        taken = reader.of_input(h, reader.drop(t))
-        rms_norm(x, norm.weight, self.eps, h[:, : x.shape[1]], add, taken)
-        return h, taken
+        rms_norm(x, norm.weight, self.eps, h[:, : x.shape[1]], add)
+        return h
+
+    def _norm_backward(self, slope: Tensor, x: Tensor, norm: Any, reader: Projection, dx: Tensor, t: Tokens) -> Tensor:
+        """Adds the way back through the norm of x [M, H] to dx; returns what its reader's adapters read, made again in the same pass."""
+        h = torch.empty_like(x)
+        rms_norm_backward(slope, x, norm.weight, self.eps, dx, dx, normed=h, how=reader.drop(t))
+        return h
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         queries, keys, size = self.heads

@@ -33,13 +33,10 @@ LOSS_ROWS, LOSS_TOKENS = 1024, 4096
 # tokens from which checkpointing goes through the MLP in two halves (fused.HALVES)
 HALVES = 4096
 
-# bytes a token of slopes that attention's backward pass leaves behind, and the tokens from which it does (kernels.attention)
-SLOPES, SLOPES_FROM = 16_384, 4096
-
 # bytes of a learnt number: weight and gradient in 16 bits, float32 master and two moments
 AT_REST = 2 + 2 + 4 + 8
-# while the optimizer works: the gradient in float32, and in float64 for its norm
-UPDATE = 4 + 8
+# while the optimizer works: the gradient in float32, and ZeRO's copy of it
+UPDATE = 4 + 4
 # while ZeRO takes a gradient over: torch's copy of it, its own, and the sum in float32
 HANDOVER = 2 + 2 + 4
 
@@ -286,13 +283,11 @@ def stages(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
     # made again: the first half, then the branches, of half the tokens at a time
     again, mlp = (0, 0) if whole else (w.attended, w.branches + w.r3)
     share = 1.0 if whole or setting.tokens < HALVES else 0.5
-    # let go of after the MLP, so that attention may leave some slopes behind
-    gone = w.branches if whole else 0
-    behind = SLOPES // SIXTEEN if whole and setting.tokens >= SLOPES_FROM else 0
+    gone = w.branches if whole else 0  # let go of after the MLP
     yield again + slopes + int(share * (mlp + w.i)), w.i * (w.h + w.back(w.r4))
     yield again + slopes + int(share * (mlp + 2 * w.h)), w.h * w.branches
     yield again + slopes - gone + w.q * (1 + w.drop), w.q * w.h
-    yield again + slopes - gone + w.q + w.n + w.back(w.r1) + 2 * w.heads + behind, 0
+    yield again + slopes - gone + w.q + w.n + w.back(w.r1) + 2 * w.heads, 0
     yield again + slopes - gone - w.q + w.back(w.r1) + 2 * w.h, w.h * w.n
 
 

@@ -1,8 +1,7 @@
 """What stands between the products of a decoder block, with gradients written out by hand: the definitions.
 
 On a CUDA device each runs as one Triton kernel (train/kernels/pointwise.py); tests hold one against the other, and against autograd.
-Knows tensors of tokens [M, ...]; nothing of layers or attention. All weights are frozen: none gets a gradient. Where what a pass writes
-goes through an adapter next, the pass takes the adapter's product along (Thin; train/kernels/thin.py).
+Knows tensors of tokens [M, ...]; nothing of layers or attention. All weights are frozen: none gets a gradient.
 """
 
 from collections.abc import Sequence
@@ -72,47 +71,27 @@ def _fast(x: Tensor) -> bool:
     return kernels.usable(x.device) and x.dtype != torch.float64
 
 
-def _along(x: Tensor, thin: Thin | None, parts: Sequence[int]) -> tuple[int, int, int] | None:
-    """The tile with which a kernel takes `thin` along, if that reads all of x [M, N] in one of these numbers of parts, and it serves."""
-    if thin is None or len(thin.parts) not in parts or kernels.generation(x.device) != 9:
-        return None
-    if sum(len(matrix) for matrix in thin.matrices) != x.shape[1]:
-        return None
-    return thinly.tile(len(x), x.dtype, thin.ranks)
-
-
 def rms_norm(
     x: Tensor,
     weight: Tensor,
     eps: float,
     out: Tensor | None = None,
     add: Tensor | None = None,
-    thin: Thin | None = None,
     how: Drop | None = None,
 ) -> Tensor:
     """x / rms(x) · weight, the mean in float32. x [M, H] contiguous; rows of `out` and `add` may be strided, here and below.
 
     Args:
-        add: [M, H], added to x first, in place. thin: made of the result. how: the result is dropped so; not both.
+        add: [M, H], added to x first, in place. how: the result is dropped so.
     """
     out = torch.empty_like(x) if out is None else out
-    assert thin is None or how is None
-    if tile := _along(out, thin, (1,)):
-        assert thin is not None
-        thinly.rms_norm(x, weight, eps, out, add, thin.matrices[0], thin.scale, thin.out, thin.drop, tile)
-        return out
     if _fast(x):
-        fast.rms_norm(x, weight, eps, out, add, how)
-    else:
-        if add is not None:
-            x += add
-        y = _wide(x)
-        out.copy_((y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight)
-        if how:
-            drop(out, how, out)
-    if thin is not None:
-        thin.fill(out)
-    return out
+        return fast.rms_norm(x, weight, eps, out, add, how)
+    if add is not None:
+        x += add
+    y = _wide(x)
+    out.copy_((y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight)
+    return drop(out, how, out) if how else out
 
 
 def rms_norm_backward(
@@ -123,15 +102,20 @@ def rms_norm_backward(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     scale: Tensor | None = None,
+    normed: Tensor | None = None,
+    how: Drop | None = None,
 ) -> Tensor:
     """The gradient of x [M, H] for the gradient `slope` of the norm; `residual` [M, H], the gradient that goes past it, is added.
 
     Args:
         scale: a number that `slope` is multiplied by first, without a rounding in between.
+        normed: [M, H] contiguous, gets rms_norm(x) on the way, dropped by `how`.
     """
     out = torch.empty_like(x) if out is None else out
     if _fast(x):
-        return fast.rms_norm_backward(slope, x, weight, eps, residual, out, scale)
+        return fast.rms_norm_backward(slope, x, weight, eps, residual, out, scale, normed, how)
+    if normed is not None:
+        rms_norm(x, weight, eps, normed, how=how)
     a, s = _wide(x), _wide(slope) * weight
     if scale is not None:
         s = s * scale
@@ -158,14 +142,20 @@ def turn(
         cos, sin: [P, D/2] float32 by position. positions: [M] int. sign: 1, or -1 to turn back (the backward pass).
         out: [M, (Hq + 2 Hkv) D]; may be the very memory of `parts`. Returned. thin: made of `out`.
     """
-    if sign < 0 and (tile := _along(out, thin, (1, 3))) and thinly.heads_fit(parts):
-        assert thin is not None and bias is None
-        thinly.turn_back(parts, cos, sin, positions, out, thin.matrices, thin.scale, thin.out, tile)
+    if sign < 0 and thin is not None and _taken_along(thin, parts, out):
+        assert bias is None
+        thinly.turn_back(parts, cos, sin, positions, out, thin.matrices, thin.scale, thin.out)
         return out
     out = _turn(parts, bias, cos, sin, positions, out, sign)
     if thin is not None:
         thin.fill(out)
     return out
+
+
+def _taken_along(thin: Thin, parts: tuple[Tensor, Tensor, Tensor], out: Tensor) -> bool:
+    """Whether one kernel turns back and makes `thin` on the way: it reads all of `out` [M, N], in one part or three."""
+    whole = len(thin.parts) in (1, 3) and sum(len(matrix) for matrix in thin.matrices) == out.shape[1]
+    return whole and kernels.generation(out.device) == 9 and thinly.serves(parts, thin.ranks)
 
 
 def _turn(
@@ -190,48 +180,26 @@ def _turn(
     return out.copy_(torch.cat([turned, heads[:, queries + keys :]], dim=1).flatten(1))
 
 
-def swiglu(both: Tensor, out: Tensor | None = None, thin: Thin | None = None) -> Tensor:
-    """silu(gate) · up for both [M, 2 I], gate first -> [M, I]. Rows of `both` may be strided, here and below.
-
-    Args:
-        thin: made of the result.
-    """
+def swiglu(both: Tensor, out: Tensor | None = None) -> Tensor:
+    """silu(gate) · up for both [M, 2 I], gate first -> [M, I]. Rows of `both` may be strided, here and below."""
     if out is None:
         out = torch.empty(len(both), both.shape[1] // 2, dtype=both.dtype, device=both.device)
-    if tile := _along(out, thin, (1,)):
-        assert thin is not None
-        thinly.swiglu(both, out, thin.matrices[0], thin.scale, thin.out, thin.drop, tile)
-        return out
     if _fast(both):
-        fast.swiglu(both, out)
-    else:
-        gate, up = both.chunk(2, dim=1)
-        out.copy_(F.silu(gate) * up)
-    if thin is not None:
-        thin.fill(out)
-    return out
+        return fast.swiglu(both, out)
+    gate, up = both.chunk(2, dim=1)
+    return out.copy_(F.silu(gate) * up)
 
 
-def swiglu_backward(both: Tensor, slope: Tensor, thin: Thin | None = None, how: Drop | None = None) -> None:
-    """In place: both [M, 2 I] becomes its gradient for the gradient `slope` [M, I], and `slope` becomes swiglu(both).
-
-    Args:
-        thin: made of the gradient. how: swiglu(both) is dropped so.
-    """
-    if tile := _along(both, thin, (2,)):
-        assert thin is not None
-        return thinly.swiglu_backward(both, slope, thin.matrices, thin.scale, thin.out, how, tile)
+def swiglu_backward(both: Tensor, slope: Tensor, how: Drop | None = None) -> None:
+    """In place: both [M, 2 I] becomes its gradient for the gradient `slope` [M, I], and `slope` becomes swiglu(both), dropped by `how`."""
     if _fast(both):
-        fast.swiglu_backward(both, slope, how)
-    else:
-        gate, up = _wide(both).chunk(2, dim=1)
-        s, wide = torch.sigmoid(gate), _wide(slope)
-        act = gate * s
-        product = (act * up).to(slope.dtype)
-        both.copy_(torch.cat([wide * up * s * (1 + gate * (1 - s)), wide * act], dim=1))
-        slope.copy_(drop(product, how) if how else product)
-    if thin is not None:
-        thin.fill(both)
+        return fast.swiglu_backward(both, slope, how)
+    gate, up = _wide(both).chunk(2, dim=1)
+    s, wide = torch.sigmoid(gate), _wide(slope)
+    act = gate * s
+    product = (act * up).to(slope.dtype)
+    both.copy_(torch.cat([wide * up * s * (1 + gate * (1 - s)), wide * act], dim=1))
+    slope.copy_(drop(product, how) if how else product)
     return None
 
 

@@ -1,10 +1,10 @@
-"""Which tiles serve the training step's own kernels best on this card: attention, and the passes that take thin products along.
+"""Which tiles serve the training step's own kernels best on this card: attention, cross entropy, and what takes a thin product along.
 
     python -m tests.bench.passes out.json [--shapes 4x2048,8x512] [--compilers 12]
 
 Every candidate is first compiled, in several processes at once (Triton keeps them on the disk), then timed, one table of tiles at a time,
-the best one staying. For the passes that take thin products along the control is the plain pass with cuBLAS beside it, in the same run.
-One layer of the 1.8B shape; medians in microseconds.
+the best one staying. For rotation's way back, which takes a thin product along, the control is the plain pass with cuBLAS beside it, in the
+same run. One layer of the 1.8B shape, a chunk of its logits; medians in microseconds.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,21 @@ import torch
 from torch import Tensor
 
 DEVICE = "cuda"
-HEADS, SIZE, HIDDEN, INNER, RANK = 16, 128, 2048, 5504, 64
+HEADS, SIZE, RANK, VOCABULARY = 16, 128, 64, 151_936
 ATTENTION: dict[str, list[Any]] = {
     "FORWARD": [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)],
     "FOR_KEYS": [(64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)],
     "FOR_QUERIES": [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 32, 4, 3)],
-    "FROM_KEPT": [(128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 4)],
     "ABREAST": [1, 2, 4, 8, 16],
 }
-# What each table is timed by: a function of Layer, and whether the scores' slopes are kept
-TIMED = {
-    "FORWARD": [("forward", False)],
-    "FOR_KEYS": [("backward", True), ("backward", False)],
-    "FOR_QUERIES": [("backward", False)],
-    "FROM_KEPT": [("backward", True)],
-    "ABREAST": [("forward", False), ("backward", True), ("backward", False)],
+TIMED = {  # what each table is timed by: functions of Layer
+    "FORWARD": ["forward"],
+    "FOR_KEYS": ["backward"],
+    "FOR_QUERIES": ["backward"],
+    "ABREAST": ["forward", "backward"],
 }
-THIN = [(64, 64, 8), (64, 32, 8), (64, 64, 4), (32, 64, 4), (32, 128, 4), (16, 128, 4)]
+THIN = [(64, 8, 3), (64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 3)]  # ROWS, WARPS, STAGES
+LOGITS = [(4096, 8), (2048, 4), (8192, 8), (8192, 16), (8192, 32), (16384, 32)]  # a step's, warps
 
 
 class Layer:
@@ -64,46 +61,41 @@ class Layer:
     def parts(self) -> Any:
         return self.mixed.unflatten(1, (-1, SIZE)).split(HEADS, dim=1)
 
-    def forward(self, kept: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self) -> tuple[Tensor, Tensor]:
         from train.kernels import attention
 
         q, k, v = self.parts
         return attention.attend(q, k, v, self.starts, self.width, self.short)
 
-    def backward(self, kept: bool) -> None:
+    def backward(self) -> None:
         from train.kernels import attention
 
         q, k, v = self.parts
         attention.attend_backward(
             self.slope, q, k, v, self.out, self.lse, self.starts, self.ends, self.width, self.short,
-            self.into[:, : -RANK], kept,
+            self.into[:, : -RANK],
         )  # fmt: skip
 
 
-def thin_passes(layer: Layer) -> dict[str, Callable[[], object]]:
-    """The passes as a block calls them, by name."""
+def turned_back(layer: Layer) -> Callable[[], object]:
+    """Rotation's way back as a block calls it."""
     from train import pointwise
     from train.pointwise import Thin
 
-    m = layer.total
-    x, add, h = (Layer._random(m, HIDDEN) for _ in range(3))
-    both, act = Layer._random(m, 2 * INNER + 2 * RANK), Layer._random(m, INNER)
-    weight, thin = Layer._random(HIDDEN), Layer._random(m, RANK)
-    A, B = Layer._random(RANK, HIDDEN) / 50, Layer._random(INNER, RANK) / 50
-    wide, matrix = slice(0, 2 * INNER), Layer._random(3 * HEADS * SIZE, RANK) / 50
-    read = Thin([(slice(0, HIDDEN), A.t())], 0.25, thin)
-    acted = Thin([(slice(0, INNER), B.t().contiguous().t())], 0.25, thin)
-    back = Thin([(slice(0, INNER), B), (slice(INNER, 2 * INNER), B)], 0.25, both[:, 2 * INNER :])
-    turned = Thin([(slice(0, len(matrix)), matrix)], 0.25, layer.into[:, -RANK:])
-    angles = layer.angles.cos(), layer.angles.sin()
-    into = layer.into[:, :-RANK]
+    matrix = Layer._random(3 * HEADS * SIZE, RANK) / 50
+    thin = Thin([(slice(0, len(matrix)), matrix)], 0.25, layer.into[:, -RANK:])
+    angles, into = (layer.angles.cos(), layer.angles.sin()), layer.into[:, :-RANK]
     parts: Any = into.unflatten(1, (-1, SIZE)).split(HEADS, dim=1)
-    return {
-        "norm": lambda: pointwise.rms_norm(x, weight, 1e-6, h, add, read),
-        "swiglu": lambda: pointwise.swiglu(both[:, wide], act, acted),
-        "swiglu back": lambda: pointwise.swiglu_backward(both[:, wide], act, back),
-        "turn back": lambda: pointwise.turn(parts, None, *angles, layer.positions, into, -1, turned),
-    }
+    return lambda: pointwise.turn(parts, None, *angles, layer.positions, into, -1, thin)
+
+
+def cross_entropy() -> Callable[[], object]:
+    """Of 1,024 rows of logits, over and over again in place."""
+    from train.kernels import cross_entropy as kernel
+
+    logits = Layer._random(1024, VOCABULARY)
+    labels = torch.arange(1024, device=DEVICE)
+    return lambda: kernel.cross_entropy(logits, labels)
 
 
 def microseconds(call: Callable[[], object]) -> float:
@@ -126,12 +118,13 @@ def tried(call: Callable[[], object], time: bool) -> float | str:
 def sweep(shape: str, time: bool, mine: Callable[[int], bool]) -> Iterator[dict[str, Any]]:
     """A row for each candidate whose number is `mine`; without `time` they are only compiled."""
     from train.kernels import attention
+    from train.kernels import cross_entropy as logits
     from train.kernels import thin as thinly
 
     batch, length = map(int, shape.split("x"))
     layer, number = Layer(batch, length), 0
     for table, candidates in ATTENTION.items():
-        for what, kept in TIMED[table]:
+        for what in TIMED[table]:
             found = []
             before = getattr(attention, table)
             for candidate in candidates:
@@ -139,18 +132,25 @@ def sweep(shape: str, time: bool, mine: Callable[[int], bool]) -> Iterator[dict[
                 if not mine(number):
                     continue
                 setattr(attention, table, candidate if table == "ABREAST" else (candidate, candidate))
-                took = tried(partial(getattr(layer, what), kept), time)
+                took = tried(getattr(layer, what), time)
                 found.append((took, candidate))
-                yield {"shape": shape, "what": what, "kept": kept, "table": table, "tile": candidate, "us": took}
+                yield {"shape": shape, "what": what, "table": table, "tile": candidate, "us": took}
             timed = [pair for pair in found if isinstance(pair[0], float)]
             best = min(timed)[1] if timed and time else None
             setattr(attention, table, before if best is None else best if table == "ABREAST" else (best, best))
+    turn = turned_back(layer)
     for tile in (None, *THIN):
-        vars(thinly)["TILES"] = () if tile is None else ((0, *tile),)
-        for name, call in thin_passes(layer).items():
-            number += 1
-            if mine(number):
-                yield {"shape": shape, "what": name, "tile": tile, "us": tried(call, time)}
+        number += 1
+        thinly.LEAST_ROWS = 1 << 30 if tile is None else 0
+        thinly.ROWS, thinly.WARPS, thinly.STAGES = tile or THIN[0]
+        if mine(number):
+            yield {"shape": shape, "what": "turn back", "tile": tile, "us": tried(turn, time)}
+    entropy = cross_entropy()
+    for tile in LOGITS:
+        number += 1
+        logits.TILE = tile
+        if mine(number):
+            yield {"shape": shape, "what": "cross entropy", "tile": tile, "us": tried(entropy, time)}
 
 
 def compile_some(shape: str, nth: int, count: int) -> None:

@@ -169,6 +169,8 @@ class Stopwatch:
 
 def left(device: torch.device) -> int:
     """Bytes that are still allocated once nothing should be."""
+    if debug := sys.modules.get("deepspeed.utils.debug"):
+        debug.debug_clear_module_and_param_names()  # or the last model lives as long as the process
     gc.collect()
     if device.type != "cuda":
         return 0

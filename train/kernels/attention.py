@@ -1,9 +1,8 @@
 """Causal attention of conversations side by side, forward and backward: FlashAttention-2's algorithm, written for Hopper's tiles.
 
-Dao 2023, with three choices of its own. A token knows where its conversation starts and ends, so the tokens are one long row: no grid over
+Dao 2023, with two choices of its own. A token knows where its conversation starts and ends, so the tokens are one long row: no grid over
 conversations, no empty programs, and only blocks that a border or the diagonal crosses are masked. The backward pass is one kernel for
-keys and one for queries, each the only writer of its sums: the same bits every time. And where the tokens fill the card, the first
-leaves the slopes of the scores of a few heads behind for the second, which else makes them again by two products.
+keys and one for queries, each the only writer of its sums: the same bits every time.
 """
 
 import math
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.kernels.runtime import tl, triton, units
+from train.kernels.runtime import tl, triton
 
 LOG2E = math.log2(math.e)
 # (queries, keys, warps, stages) of a program, by a sweep on an H100 with heads of 128; for long rows, and for short ones. Queries are a
@@ -20,13 +19,7 @@ LOG2E = math.log2(math.e)
 FORWARD = ((128, 128, 8, 3), (64, 64, 4, 3))
 FOR_KEYS = ((64, 128, 8, 2), (64, 64, 4, 2))
 FOR_QUERIES = ((128, 64, 8, 3), (64, 64, 4, 3))
-FROM_KEPT = ((128, 128, 8, 3), (64, 64, 4, 3))
-KEPT = 16384  # bytes a token of slopes left behind: as much as the block's branches gave back before
-KEPT_FROM = 4096  # tokens; the few heads of fewer do not fill a card
-FULL = 1.5  # programs a multiprocessor that do
-ABREAST = (
-    4  # heads that are worked on at once: as many as their keys and values stay in the cache, the long programs first
-)
+ABREAST = 2  # heads worked on at once: their keys and values stay in the cache, the long programs go first
 
 if triton is not None:
 
@@ -59,12 +52,6 @@ if triton is not None:
         rows = first + tl.arange(0, B)
         at = out + rows[:, None].to(tl.int64) * stride + head * D + tl.arange(0, D)[None]
         tl.store(at, x.to(out.dtype.element_ty), mask=(rows < total)[:, None])
-
-    @triton.jit
-    def _kept_at(kept, head, j, m, width, total, B: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Where the slopes of scores of keys j and queries m … m + B stand, [keys, B]: kept is [heads, M, width] of a row's queries."""
-        columns = m - m // width * width + tl.arange(0, B)
-        return kept + (head * total + j).to(tl.int64)[:, None] * width + columns[None]
 
     @triton.jit
     def _reach(starts, m, total, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -130,43 +117,31 @@ if triton is not None:
 
     @triton.jit
     def _to_keys(  # type: ignore[no-untyped-def]
-        dk, dv, key, value, j, starts, q, slope, lse, delta, kept, first, last, q_stride, head, heads, beside, width, total, scale,
-        D: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr, EXACT: tl.constexpr,
+        dk, dv, key, value, j, starts, q, slope, lse, delta, first, last, q_stride, head, heads, total, scale,
+        D: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
     ):  # fmt: skip
-        """Queries first … last of one head into the gradients of a block of keys and values; the scores' slopes as number `beside`."""
+        """Queries first … last of one head into the gradients of a block of keys and values."""
         for m in range(first, last, BM):
             i = m + tl.arange(0, BM)
             query = _tile(q, m, q_stride, head, total, BM, D, MASKED)
             norm = tl.load(lse + head * total + i, mask=i < total, other=0.0)
             p = tl.exp2(tl.dot(key, tl.trans(query), input_precision=EXACT) * scale - norm[None])  # [BN, BM]
-            start = tl.load(starts + i, mask=i < total, other=total)
-            seen = (j[:, None] <= i[None]) & (start[None] <= j[:, None])
             if MASKED:
-                p = tl.where(seen, p, 0.0)
+                start = tl.load(starts + i, mask=i < total, other=total)
+                p = tl.where((j[:, None] <= i[None]) & (start[None] <= j[:, None]), p, 0.0)
             s = _tile(slope, m, heads * D, head, total, BM, D, MASKED)
             dv = tl.dot(p.to(s.dtype), s, dv, input_precision=EXACT)
             dp = tl.dot(value, tl.trans(s), input_precision=EXACT)
             ds = p * (dp - tl.load(delta + head * total + i, mask=i < total, other=0.0)[None])
-            ds = ds.to(query.dtype)
-            if KEEP:
-                at = _kept_at(kept, beside, j, m, width, total, BM)
-                if MASKED:
-                    tl.store(at, ds, mask=seen)
-                else:
-                    tl.store(at, ds)
-            dk = tl.dot(ds, query, dk, input_precision=EXACT)
+            dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=EXACT)
         return dk, dv
 
     @triton.jit
     def _for_keys(  # type: ignore[no-untyped-def]
-        q, k, v, slope, starts, ends, lse, delta, kept, dk_out, dv_out, total, q_stride, k_stride, v_stride, out_stride,
-        scale, plain_scale, heads, rows, first_of, count, width,
-        GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KEEP: tl.constexpr, EXACT: tl.constexpr,
-        ABREAST: tl.constexpr,
+        q, k, v, slope, starts, ends, lse, delta, dk_out, dv_out, total, q_stride, k_stride, v_stride, out_stride, scale, plain_scale,
+        heads, rows, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, ABREAST: tl.constexpr,
     ):  # fmt: skip
-        """Key heads first_of … first_of + count."""
-        block, beside = _place(tl.cdiv(total, BN), rows, count, False, ABREAST)
-        of = first_of + beside
+        block, of = _place(tl.cdiv(total, BN), rows, heads // GROUP, False, ABREAST)
         n = block * BN
         j = n + tl.arange(0, BN)
         key, value = _tile(k, n, k_stride, of, total, BN, D, True), _tile(v, n, v_stride, of, total, BN, D, True)
@@ -177,10 +152,10 @@ if triton is not None:
         for g in range(0, GROUP):
             for part in tl.static_range(3):  # the diagonal, to the border, beyond it
                 dk, dv = _to_keys(
-                    dk, dv, key, value, j, starts, q, slope, lse, delta, kept,
+                    dk, dv, key, value, j, starts, q, slope, lse, delta,
                     n if part == 0 else n + BN if part == 1 else border,
                     tl.minimum(n + BN, stop) if part == 0 else border if part == 1 else stop,
-                    q_stride, of * GROUP + g, heads, beside * GROUP + g, width, total, scale, D, BM, part != 1, KEEP, EXACT,
+                    q_stride, of * GROUP + g, heads, total, scale, D, BM, part != 1, EXACT,
                 )  # fmt: skip
         _store(dk * plain_scale, dk_out, n, out_stride, of, total, BN, D)
         _store(dv, dv_out, n, out_stride, of, total, BN, D)
@@ -225,44 +200,6 @@ if triton is not None:
             )  # fmt: skip
         _store(dq * plain_scale, dq_out, m, out_stride, head, total, BM, D)
 
-    @triton.jit
-    def _from_kept_part(  # type: ignore[no-untyped-def]
-        dq, i, m, start, k, kept, first, last, k_stride, head, beside, width, total,
-        D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
-    ):  # fmt: skip
-        for n in range(first, last, BN):
-            j = n + tl.arange(0, BN)
-            key = _tile(k, n, k_stride, head, total, BN, D, MASKED)
-            at = _kept_at(kept, beside, j, m, width, total, BM)
-            if MASKED:
-                ds = tl.load(at, mask=(j[:, None] <= i[None]) & (j[:, None] >= start[None]), other=0.0)
-            else:
-                ds = tl.load(at)
-            dq = tl.dot(tl.trans(ds), key, dq, input_precision=EXACT)
-        return dq
-
-    @triton.jit
-    def _from_kept(  # type: ignore[no-untyped-def]
-        k, kept, starts, dq_out, total, k_stride, out_stride, plain_scale, heads, rows, first_of, count, width,
-        GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, ABREAST: tl.constexpr,
-    ):  # fmt: skip
-        """The gradient of queries, heads first_of · GROUP … + count, from the slopes of scores that `_for_keys` left behind."""
-        block, beside = _place(tl.cdiv(total, BM), rows, count, True, ABREAST)
-        head = first_of * GROUP + beside
-        m = block * BM
-        i = m + tl.arange(0, BM)
-        start = tl.load(starts + i, mask=i < total, other=total)
-        dq = tl.zeros((BM, D), tl.float32)
-        low, border = _reach(starts, m, total, BM, BN)
-        for part in tl.static_range(3):  # as in the forward pass
-            dq = _from_kept_part(
-                dq, i, m, start, k, kept,
-                low if part == 0 else border if part == 1 else m,
-                border if part == 0 else m if part == 1 else tl.minimum(m + BM, total),
-                k_stride, head // GROUP, beside, width, total, D, BM, BN, part != 1, EXACT,
-            )  # fmt: skip
-        _store(dq * plain_scale, dq_out, m, out_stride, head, total, BM, D)
-
 
 def _common(q: Tensor, k: Tensor) -> dict[str, Any]:
     exact = "ieee" if q.dtype == torch.float32 else "tf32"  # asked of float32 only
@@ -302,15 +239,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, width: int, short: b
 
 def attend_backward(
     slope: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, ends: Tensor, width: int, short: bool,
-    into: Tensor, roomy: bool,
+    into: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v for the gradient `slope` [M, Hq, D] of `out`, both contiguous; the same bits every time.
 
     They stand side by side in `into` [M, (Hq + 2 Hkv) D], whose rows may be strided, and are given as parts of it.
 
     Args:
-        ends: [M] int32, the token after the last of each token's conversation. roomy: whether KEPT bytes a token are to be had for
-            a moment. The others as `attend` took and gave them.
+        ends: [M] int32, the token after the last of each token's conversation. The others as `attend` took and gave them.
     """
     total, heads, size = q.shape
     dq, dk, dv = into.unflatten(1, (-1, size)).split([heads, k.shape[1], v.shape[1]], dim=1)
@@ -318,35 +254,12 @@ def attend_backward(
     _inner[(triton.cdiv(total, 64), heads)](out, slope, delta, total, heads, D=size, BM=64)
     strides, common = (q.stride(0), k.stride(0), v.stride(0), into.stride(0)), _common(q, k)
     scales = (LOG2E / math.sqrt(size), 1 / math.sqrt(size))
-    at_once = _heads_kept(total, width, k.shape[1], common["GROUP"], short, units(q.device)) if roomy else 0
-    _, keys, tiles = _tiles(FOR_KEYS, short and not at_once)  # in the small tiles what is left behind has no registers
-    count, rows = at_once or k.shape[1], _rows(total, width, keys)
-    kept = torch.empty(count * common["GROUP"], total, width, dtype=q.dtype, device=q.device) if at_once else q
-    for first in range(0, k.shape[1], count):
-        now = min(count, k.shape[1] - first)
-        _for_keys[(triton.cdiv(total, keys) * now,)](
-            q, k, v, slope, starts, ends, lse, delta, kept, dk, dv, total, *strides, *scales, heads, rows, first, now, width,
-            KEEP=at_once > 0, **common, **tiles,
-        )  # fmt: skip
-        if at_once:
-            queries, _, kept_tiles = _tiles(FROM_KEPT, short)
-            _from_kept[(triton.cdiv(total, queries) * now * common["GROUP"],)](
-                k, kept, starts, dq, total, strides[1], strides[3], scales[1], heads, _rows(total, width, queries), first,
-                now * common["GROUP"], width, **common, **kept_tiles,
-            )  # fmt: skip
-    if not at_once:
-        queries, _, tiles = _tiles(FOR_QUERIES, short)
-        _for_queries[(triton.cdiv(total, queries) * heads,)](
-            q, k, v, slope, starts, lse, delta, dq, total, *strides, *scales, heads, _rows(total, width, queries),
-            **common, **tiles,
-        )  # fmt: skip
+    _, keys, tiles = _tiles(FOR_KEYS, short)
+    _for_keys[(triton.cdiv(total, keys) * k.shape[1],)](
+        q, k, v, slope, starts, ends, lse, delta, dk, dv, total, *strides, *scales, heads, _rows(total, width, keys), **common, **tiles,
+    )  # fmt: skip
+    queries, _, tiles = _tiles(FOR_QUERIES, short)
+    _for_queries[(triton.cdiv(total, queries) * heads,)](
+        q, k, v, slope, starts, lse, delta, dq, total, *strides, *scales, heads, _rows(total, width, queries), **common, **tiles,
+    )  # fmt: skip
     return dq, dk, dv
-
-
-def _heads_kept(total: int, width: int, heads: int, group: int, short: bool, multiprocessors: int) -> int:
-    """Key heads whose scores' slopes are left behind at once; 0: none, they are made again, since so few would not fill the card."""
-    blocks = (FOR_KEYS[0][0], FROM_KEPT[short][0])
-    at_once = min(heads, KEPT // (2 * width * group))
-    if total < KEPT_FROM or any(width % block for block in blocks):
-        return 0
-    return at_once if at_once * triton.cdiv(total, FOR_KEYS[0][1]) >= FULL * multiprocessors else 0

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from train.kernels.runtime import tl, triton
 
+TILE = (4096, 8)  # logits of a step, warps
+
 if triton is not None:
 
     @triton.jit
@@ -36,5 +38,6 @@ if triton is not None:
 def cross_entropy(logits: Tensor, labels: Tensor, gain: float = 1.0) -> Tensor:
     """Losses [C] float32 of logits [C, V]; the logits become softmax minus one at the label, times `gain`. labels [C] int64, in range."""
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    _row[(len(logits),)](logits, labels, losses, logits.shape[1], gain, BLOCK=4096, num_warps=8)
+    block, warps = TILE
+    _row[(len(logits),)](logits, labels, losses, logits.shape[1], gain, BLOCK=block, num_warps=warps)
     return losses

@@ -37,28 +37,23 @@ if triton is not None:
 
     @triton.jit
     def _norm_row_backward(  # type: ignore[no-untyped-def]
-        slope,
-        x,
-        weight,
-        residual,
-        out,
-        size,
-        eps,
-        scale,
-        residual_stride,
-        out_stride,
-        RESIDUAL: tl.constexpr,
-        SCALE: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
+        slope, x, weight, residual, out, normed, size, eps, scale, residual_stride, out_stride, seed, salt, first, least, gain,
+        RESIDUAL: tl.constexpr, SCALE: tl.constexpr, NORMED: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         n = tl.arange(0, BLOCK)
         inside = n < size
         at = row * size + n
-        a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        given = tl.load(x + at, mask=inside, other=0.0)
+        a = given.to(tl.float32)
         rate = tl.rsqrt(tl.sum(a * a, 0) / size + eps)
-        s = tl.load(slope + at, mask=inside, other=0.0).to(tl.float32)
-        s = s * tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
+        if NORMED:  # as the forward pass made it
+            y = ((a * rate).to(given.dtype).to(tl.float32) * w).to(normed.dtype.element_ty)
+            tl.store(
+                normed + at, dropped(y, seed, salt, first + tl.program_id(0), n, size, least, gain, DROP), mask=inside
+            )
+        s = tl.load(slope + at, mask=inside, other=0.0).to(tl.float32) * w
         if SCALE:
             s = s * tl.load(scale).to(tl.float32)
         hat = a * rate
@@ -179,14 +174,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | N
 
 
 def rms_norm_backward(
-    slope: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor, scale: Tensor | None
-) -> Tensor:
+    slope: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor, scale: Tensor | None,
+    normed: Tensor | None, drop: Any,
+) -> Tensor:  # fmt: skip
     """pointwise.rms_norm_backward: the gradient of x [M, H], with `residual` [M, H] added to it, into `out`."""
     given = x if residual is None else residual
     block = triton.next_power_of_2(x.shape[1])
     _norm_row_backward[(len(x),)](
-        slope, x, weight, given, out, x.shape[1], eps, x if scale is None else scale, given.stride(0), out.stride(0),
-        RESIDUAL=residual is not None, SCALE=scale is not None, BLOCK=block, num_warps=_warps(block),
+        slope, x, weight, given, out, x if normed is None else normed, x.shape[1], eps, x if scale is None else scale,
+        given.stride(0), out.stride(0), *dropping(drop, x), RESIDUAL=residual is not None, SCALE=scale is not None,
+        NORMED=normed is not None, DROP=drop is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out
 
