@@ -226,11 +226,11 @@ class Engine:
             value = self.engine.optimizer.state[p][key] if key else p.detach()
         else:
             value = safe_get_full_optimizer_state(p, key) if key else safe_get_full_fp32_param(p)
-        return value.cpu().clone()  # type: ignore[no-any-return]
+        return value.cpu() if value.is_cuda else value.clone()  # type: ignore[no-any-return]
 
     def _split(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """What DeepSpeed holds, by the names of the adapters' parameters."""
-        return {n: x.clone() for n, x in self.fused.layout.split(found["vector"]).items()} if self.fused else found
+        return self.fused.layout.split(found["vector"]) if self.fused else found
 
     def _joined(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `_split`."""

@@ -71,7 +71,12 @@ class Tile:
     stages: int = 1
 
 
-MEASURED: dict[tuple[bool, int, int], Tile] = {}  # (one row, K, N) -> the fastest on an H100, by tests/bench/tiles.py
+MEASURED: dict[tuple[bool, int, int], Tile] = {  # (one row, K, N) -> the fastest on an H100, by tests/bench/tiles.py
+    (True, 2048, 11008): Tile(16, 64, 6, 4, 1),
+    (True, 5504, 2048): Tile(16, 32, 8, 4, 3),
+    (True, 2048, 6144): Tile(16, 32, 8, 2, 1),
+    (True, 2048, 2048): Tile(16, 32, 8, 2, 3),
+}
 
 
 if triton is not None:
