@@ -4,7 +4,7 @@
 
 Twice: the adapters of two runs of one recipe in the same number of processes are the same bytes. Under way: 4, then 2, 1 and 4 processes,
 each stopped by SIGTERM, at the same rows a step; the losses may differ from those of one process by the order in which float32 is summed.
-Where there are GPUs, they are the processes, and a process has the command itself.
+Where there are GPUs, they are the processes, and a process has the command itself; what does not wait for another run is then run beside it.
 """
 
 import os
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.faults import kills, results
@@ -39,13 +40,17 @@ def finish(pids: list[int], run: str, status: int = 0) -> None:
     assert set(found) == {status}, (found, Path(f"{run}.log").read_text()[-2000:])
 
 
-def repeated(life: Life, processes: int, more: dict[str, str]) -> bool:
+def repeated(life: Life, processes: int, more: dict[str, str], beside: bool) -> bool:
     """Whether two runs are the same bytes."""
-    for name in ("one", "two"):
-        finish(
-            life(keys(f"{name}-{processes}", processes, {**more, "dropout": "0.05"}), processes), f"{name}-{processes}"
-        )
-    one, two = (kills.outcome(Path("runs") / f"{name}-{processes}") for name in ("one", "two"))
+    names = [f"{name}-{processes}" for name in ("one", "two")]
+    words = {**more, "dropout": "0.05"}
+    if beside:
+        for name, pids in [(name, life(keys(name, processes, words), processes)) for name in names]:
+            finish(pids, name)
+    else:
+        for name in names:
+            finish(life(keys(name, processes, words), processes), name)
+    one, two = (kills.outcome(Path("runs") / name) for name in names)
     return one == two
 
 
@@ -95,12 +100,15 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as made:
         os.chdir(made)
         kills.house(Path(made))
-        same = {size: repeated(life, size, more) for size in sizes}
+        beside = life is kills.commanded
+        with ThreadPoolExecutor(len(sizes) + 1 if beside else 1) as pool:  # lives are forked by one thread only
+            twice = {size: pool.submit(repeated, life, size, more, beside) for size in sizes}
+            changed = pool.submit(changing, life, {**more, "precision": "fp32"}, changes) if changes else None
+            same = {size: found.result() for size, found in twice.items()}
+            loss, weight = changed.result() if changed else (0.0, 0.0)
         said = ", ".join(f"{n} processes {'yes' if ok else 'NO'}" for n, ok in same.items())
         print(f"the same bytes twice: {said}", flush=True)
-        loss = weight = 0.0
         if changes:
-            loss, weight = changing(life, {**more, "precision": "fp32"}, changes)
             named = " -> ".join(map(str, changes))
             print(
                 f"{named} processes: losses within {loss:.1e} (allowed {LOSS:.0e}), weights within {weight:.1e} ({WEIGHT:.0e})"
