@@ -291,16 +291,18 @@ def test_the_same_is_said_either_way_on_the_gpu(
 def test_two_blocks_of_a_published_shape_on_the_gpu(shape: str) -> None:
     """The tiles of real sizes, heads in several parts, adapters of rank 64; bfloat16.
 
-    With adapters on random codes a few rows in a hundred stand where bfloat16 itself is off by percents (the decoder against its own
-    copy in float32: 0.4 % in most rows, up to 3 % in some): what counts is each row's best step, which no wrong tile would give.
+    On random codes a few rows in a hundred stand where bfloat16 itself is off by percents (the decoder against its own copy in
+    float32: 0.4 % in most rows, 3 % in some): what counts is each row's best step, which no wrong tile would give.
     """
     from tests.bench import shapes
 
+    torch.manual_seed(0)
     c = shapes.config(shape)
     c.num_hidden_layers = 2
     model = shapes.random_decoder(c, torch.device("cuda"), torch.bfloat16).eval()
     for batch, width in ((1, 300), (32, 40), (3, 300)):
-        assert difference(model, batch, width, 3, True) < 5e-2
+        rows = differences(model, batch, width, 4, True)[1:].amin(0)
+        assert rows.max() < 2e-2, rows
     wrapped = adapted(model, 64)
     for batch, width in ((1, 300), (32, 40)):
         rows = differences(wrapped, batch, width, 4, True)[1:].amin(0)

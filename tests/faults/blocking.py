@@ -65,6 +65,7 @@ def measured(how: str, run: Path, life: Any, keys: dict[str, str]) -> dict[str, 
 
 
 def main(words: list[str]) -> int:
+    kills.tidy()
     more = results.words(words)
     target, shape = more.pop("json", ""), more.pop("shape", "")
     life = kills.commanded if "command" in words or shape else kills.forked

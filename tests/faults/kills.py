@@ -20,6 +20,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,18 @@ def kill_tree(pid: int) -> None:
             process.kill()
     except psutil.NoSuchProcess:
         return
+
+
+def tidy() -> None:
+    """Asked to end, by a time limit say, a campaign takes along every life that it has begun: they are sessions of their own."""
+
+    def end(*_: Any) -> None:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        os._exit(143)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 # --- a kill ---------------------------------------------------------------------------------------------------------------
@@ -330,6 +343,7 @@ def warm() -> None:
 
 
 def main(arguments: list[str]) -> int:
+    tidy()
     kills = next((int(word) for word in arguments if word.isdigit()), 100)
     more = results.words(arguments)
     gpus, target, only = int(more.get("gpus", 0)), more.pop("json", ""), more.pop("only", "")

@@ -4,8 +4,10 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -27,6 +29,20 @@ def test_a_few_kills(tmp_path: Path) -> None:
     assert sum(kept["kills"].values()) >= 3 and kept["wrong"] == [] and kept["runs"] >= 2
     assert "every run ended in the bytes of the undisturbed one" in said
     assert int(re.findall(r"most steps computed again: (\d+)", said)[0]) <= kills.INTERVAL
+
+
+def test_a_campaign_that_is_ended_takes_its_lives_along() -> None:
+    code = (
+        "import subprocess, time; from tests.faults import kills; kills.tidy()\n"
+        "print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as one:
+        assert one.stdout is not None
+        life = psutil.Process(int(one.stdout.readline()))
+        one.terminate()
+        assert one.wait(60) == 143
+    with suppress(psutil.NoSuchProcess):
+        assert life.status() == psutil.STATUS_ZOMBIE
 
 
 def test_what_another_process_found_is_added() -> None:

@@ -89,6 +89,7 @@ def differences(one: Path, two: Path) -> tuple[float, float]:
 
 
 def main(arguments: list[str]) -> int:
+    kills.tidy()
     more = results.words(arguments)
     gpus, target = int(more.get("gpus", 0)), more.pop("json", "")
     life: Life = kills.commanded if gpus or "command" in arguments else kills.forked

@@ -17,7 +17,7 @@ LOG2E = math.log2(math.e)
 # (queries, keys, warps, stages) of a program, by a sweep on an H100 with heads of 128; for long rows, and for short ones. Queries are a
 # multiple of keys; in FOR_KEYS keys of queries.
 FORWARD = ((128, 128, 8, 3), (64, 64, 4, 3))
-FOR_KEYS = ((64, 128, 8, 2), (64, 64, 4, 2))
+FOR_KEYS = ((64, 128, 8, 3), (64, 64, 4, 2))
 FOR_QUERIES = ((128, 64, 8, 3), (64, 64, 4, 3))
 ABREAST = 2  # heads worked on at once: their keys and values stay in the cache, the long programs go first
 
