@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from train import engine
 from train.config import Recipe
 from train.engine import settings, stage_of
 
@@ -60,6 +62,28 @@ def test_sixteen_bits_are_at_least_stage_two(dtype: torch.dtype) -> None:
     assert [stage_of(Recipe(zero=zero), dtype) for zero in range(4)] == [2, 2, 2, 3]
     assert settings(Recipe(zero=0), dtype)["zero_optimization"]["stage"] == 2
     assert [stage_of(Recipe(zero=zero), torch.float32) for zero in range(4)] == [0, 1, 2, 3]
+
+
+def test_a_gradients_norm_is_added_up_from_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ZeRO does it, -1 for what is no number; which is then no norm."""
+    monkeypatch.setattr(engine, "PIECE", 4)
+    seen: list[int] = []
+
+    def measure(gradients: list[torch.Tensor], params: list[str], norm_type: int) -> torch.Tensor:
+        assert params == ["a", "a", "a", "b"]
+        seen.extend(len(g) for g in gradients)
+        norm = torch.stack([g.double().norm() for g in gradients]).square().sum().float().sqrt()
+        return torch.where(norm.isfinite(), norm, -1.0)
+
+    optimizer = SimpleNamespace(get_grad_norm_direct=measure)
+    engine._measured(optimizer)
+    gradients = [torch.arange(10.0), torch.ones(2, 2)]
+    whole = torch.cat([g.flatten() for g in gradients]).norm()
+    torch.testing.assert_close(optimizer.get_grad_norm_direct(gradients, ["a", "b"]), whole)
+    assert seen == [4, 4, 2, 4]
+    gradients[1][0, 0] = float("inf")
+    assert optimizer.get_grad_norm_direct(gradients, ["a", "b"]).isnan()
+    engine._measured(SimpleNamespace())  # torch's own optimizer has none
 
 
 @pytest.mark.slow
