@@ -153,10 +153,14 @@ def draw(watcher: Watcher, times: list[float], path: Path) -> None:
 
     figure, axes = pyplot.subplots(3, 1, figsize=(8, 7), dpi=120, sharex=True, layout="constrained")
     axes[0].plot(watcher.steps, watcher.megabytes, color="#1f5a96")
-    axes[0].set(ylabel="memory (MB)", ylim=(0, None), title=f"{len(times):,} steps, a save every {KEYS['save_every']}")
+    axes[0].set(
+        ylabel="memory (MB)",
+        ylim=(0, 1.2 * max(watcher.megabytes)),
+        title=f"{len(times):,} steps, a save every {KEYS['save_every']}",
+    )
     axes[1].plot(watcher.steps, watcher.files, color="#1f5a96", label="open files")
     axes[1].plot(watcher.steps, watcher.threads, color="#c9782e", label="threads")
-    axes[1].set(ylabel="number", ylim=(0, None))
+    axes[1].set(ylabel="number", ylim=(0, 1.2 * max(watcher.files + watcher.threads)))
     axes[1].legend(loc="lower right")
     size = max(1, len(times) // 400)
     at = range(0, len(times) - size + 1, size)

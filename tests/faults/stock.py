@@ -1,6 +1,6 @@
 """The same faults on the stock Trainer (transformers 4.34.1), as a script written with it would meet them.
 
-    python -m tests.faults.stock [part of a fault's name …]
+    python -m tests.faults.stock [part of a fault's name …] [json=FILE]
 
 A tiny Llama is trained by transformers.Trainer with a checkpoint every few steps; each fault is one that the tests of our own runs make.
 Then the script is started again as people do: the last checkpoint that `get_last_checkpoint` finds, and `resume_from_checkpoint`. The
@@ -18,6 +18,8 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.faults import results
 
 STEPS, EVERY = 120, 4
 SCRIPT = """
@@ -203,6 +205,13 @@ def outcome(folder: Path, whole: dict, unpickle: bool) -> str:  # type: ignore[t
 
 
 def main(words: list[str]) -> int:
+    target, words = results.words(words).get("json", ""), [word for word in words if "=" not in word]
+    said: dict[str, str] = {}
+
+    def say(name: str, found: str) -> None:
+        said[name] = found
+        print(f"{name}: {found}", flush=True)
+
     warnings.simplefilter("ignore")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
@@ -216,17 +225,15 @@ def main(words: list[str]) -> int:
         whole = final(undisturbed)
         assert whole is not None
         between(begun / "plain", False)
-        print(
-            f"as installed (torch 2.7.1), SIGKILL and the same command: {outcome(begun / 'plain', whole, False)}",
-            flush=True,
-        )
+        say("as installed (torch 2.7.1), SIGKILL and the same command", outcome(begun / "plain", whole, False))
         for name, fault in FAULTS.items():
             if words and not any(word in name for word in words):
                 continue
             folder = begun / name.replace(" ", "-").replace("/", "-")
             folder.mkdir()
             fault(folder, True)
-            print(f"{name}: {outcome(folder, whole, True)}", flush=True)
+            say(name, outcome(folder, whole, True))
+    results.keep(target, "stock", {"trainer": "transformers 4.34.1", "outcomes": said})
     return 0
 
 
