@@ -238,7 +238,7 @@ def test_the_recipe_for_8_gb_fits_beside_a_desktop(capsys: pytest.CaptureFixture
         assert fits[1] == "batch=2 accumulation=8 checkpointing=on embedding=host"
         assert [f"{float(size):.1f}" for size in fits.groups()[1:]] == ["5.6", "6.6"]
     said = (RECIPES / "8gb.yaml").read_text()
-    assert "5.6 GiB at its peak, 6.7 of the card" in said
+    assert "5.6 GiB at its peak, 6.6 of the card" in said
 
 
 def test_what_goes_over_the_bus_is_offered_where_nothing_else_fits(capsys: pytest.CaptureFixture[str]) -> None:
