@@ -18,7 +18,7 @@ from train.kernels.runtime import INTERPRETED, tl, triton
 
 LEAST_ROWS = 8192  # from which on programs of ROWS fill the card
 ROWS, WARPS, STAGES = 64, 4, 4  # of a program, by a sweep on an H100
-RANKS = 128  # at most so many columns of a thin product: its sum stays in registers
+RANKS = 64  # at most so many columns of a thin product: the sum of 128 does not stay in registers
 
 if triton is not None:
 
