@@ -116,7 +116,7 @@ def _measured(optimizer: Any) -> None:
         return
 
     def norm(gradients: Any, params: Any, norm_type: int = 2) -> Tensor:
-        pieces = [(piece, p) for g, p in zip(gradients, params) for piece in g.detach().view(-1).split(PIECE)]
+        pieces = [(piece, p) for g, p in zip(gradients, params) for piece in g.detach().reshape(-1).split(PIECE)]
         found: Tensor = measure([piece for piece, _ in pieces], [p for _, p in pieces], norm_type)
         return found.masked_fill(found < 0, float("nan"))
 
