@@ -1,0 +1,73 @@
+"""How near to a copy's bandwidth the Int4 weight becomes floats: every linear of a shape, beside a copy of as many bytes in the same run.
+
+    python -m tests.bench.bandwidth out.json [--models 1.8b,7b]
+
+Bytes are those that must move: packed words, zeros and scales once, the bfloat16 weight once. Each call of a graph has a weight and a result
+of its own, more of them than any cache holds; medians, and the copy before and after.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.bench.spec import heading
+from tests.bench.tiles import COLD, SHAPES, microseconds, random_weight
+from train.files import write_json
+
+DTYPE = torch.bfloat16
+
+
+def unpacked(rows: int, columns: int) -> dict[str, Any]:
+    """Microseconds and TB/s of dequantize for W [rows, columns], and of a copy_ that reads and writes as much."""
+    from train.kernels import dequantize
+
+    moved = rows * columns * (0.5 + 2) + rows // 128 * columns * (
+        0.5 + 2
+    )  # words and W; zeros and scales of groups of 128
+    count = max(4, round(COLD / (2 * rows * columns)))
+    weights = [random_weight(rows, columns) for _ in range(count)]
+    results = [torch.empty(rows, columns, dtype=DTYPE, device="cuda") for _ in range(count)]
+    pairs = [(_half(moved), _half(moved)) for _ in range(count)]
+    calls = [
+        lambda w=w, out=out: dequantize(w.qweight, w.qzeros, w.scales, None, 4, DTYPE, out)
+        for w, out in zip(weights, results)
+    ]
+    copies = [lambda a=a, b=b: b.copy_(a) for a, b in pairs]
+    before, took, after = microseconds(copies), microseconds(calls), microseconds(copies)
+    copied = min(before, after)
+    row = {
+        "k": rows,
+        "n": columns,
+        "bytes": int(moved),
+        "us": round(took, 2),
+        "copy_us": [round(before, 2), round(after, 2)],
+    }
+    return row | {
+        "tb_s": round(moved / took / 1e6, 3),
+        "copy_tb_s": round(moved / copied / 1e6, 3),
+        "of_copy": round(copied / took, 3),
+    }
+
+
+def _half(moved: float) -> Tensor:
+    return torch.zeros(int(moved / 2), dtype=torch.uint8, device="cuda")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--models", default="1.8b,7b")
+    wanted = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for model, (k, n, _) in itertools.chain(*(((m, s) for s in SHAPES[m]) for m in wanted.models.split(","))):
+        rows.append({"model": model, **unpacked(k, n)})
+        print(rows[-1], flush=True)
+        write_json(wanted.out, {**heading(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
