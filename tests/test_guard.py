@@ -56,8 +56,8 @@ def test_a_run_that_goes_on_judges_as_if_it_had_never_stopped() -> None:
 
 def moments(**means: float) -> dict[str, torch.Tensor]:
     """A's and B's of linears, the mean of B's gradient as given."""
-    b = {f"{NAME.format(name, 'B')}/exp_avg": torch.full((3, 2), value) for name, value in means.items()}
-    return b | {f"{NAME.format(name, 'A')}/exp_avg": torch.zeros(2, 3) for name in means}
+    b = {NAME.format(name, "B"): torch.full((3, 2), value) for name, value in means.items()}
+    return b | {NAME.format(name, "A"): torch.zeros(2, 3) for name in means}
 
 
 def test_a_layer_without_any_gradient_is_named() -> None:
@@ -72,7 +72,7 @@ def test_a_layer_that_stops_learning_is_found_by_adamw_s_own_arithmetic(last: fl
     """Ten updates with gradients, twelve after them: all without, or the last of them with one that is 10,000 times smaller."""
     p = torch.nn.Parameter(torch.zeros(4, 4))
     optimizer, watch = torch.optim.AdamW([p], betas=(0.9, 0.95)), Watch()
-    key, other = f"{NAME.format('v_proj', 'B')}/exp_avg", moments(o_proj=1.0)
+    key, other = NAME.format("v_proj", "B"), moments(o_proj=1.0)
     for update in range(1, 23):
         size = 1e-2 if update <= 10 else (last if update == 22 else 0.0)
         p.grad = torch.full_like(p, size)

@@ -60,10 +60,9 @@ def test_a_run_without_checkpoints_begins_anew(tmp_path: Path) -> None:
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     """Whatever made them so: an engine whose losses and norms were good."""
     checkpoint.write(tmp_path, snapshot(4), keep=2)
-    task: Any = SimpleNamespace(run=tmp_path)
-    engine: Any = SimpleNamespace(
-        gather=lambda: ({"model.layers.3.o_proj.lora_B.w": torch.tensor([1.0, math.nan])}, {})
-    )
+    task: Any = SimpleNamespace(run=tmp_path, first=True)
+    found = {"model.layers.3.o_proj.lora_B.w": torch.tensor([1.0, math.nan])}
+    engine: Any = SimpleNamespace(gather=lambda look, **_: look("", found))
     with pytest.raises(UserError, match=r"no numbers any more: layers.3.o_proj. They .*\n.*step-000004 is as it was"):
         loop.save(task, engine, 8, None)  # type: ignore[arg-type]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]

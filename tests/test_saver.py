@@ -83,7 +83,7 @@ def test_a_run_that_breaks_off_finishes_what_is_being_written(tmp_path: Path, mo
         return row, False, False
 
     monkeypatch.setattr(loop, "_step", step)
-    engine: Any = SimpleNamespace(gather=lambda: ({}, {}), counters=lambda: {"updates": 0})
+    engine: Any = SimpleNamespace(gather=lambda *_, **__: ({}, {}), lend=lambda: None, counters=lambda: {"updates": 0})
     plan: Any = type("Plan", (), {"epoch": lambda self, step: 0, "__len__": lambda self: 4})()
     recipe = Recipe(background="on", save_every=1)
     task = loop.Task(recipe, plan, [], 0, tmp_path, World(), torch.device("cpu"), Watch())

@@ -33,8 +33,11 @@ def main(stage: str, folder: Path) -> None:
         rows.append([float(total) / 150, norm])
     masters, moments = learner.gather()
     learner.restore(masters, moments, learner.counters())
-    again, _ = learner.gather()
-    assert all(torch.equal(again[name], x) for name, x in masters.items())
+    seen: list[str] = []
+    again, also = learner.gather(look=lambda key, found: seen.append(key), lent=True)
+    assert seen == ["", "exp_avg", "exp_avg_sq"] and again.keys() == learner.whole("").keys()
+    assert all(torch.equal((again | also)[name], x) for name, x in (masters | moments).items())
+    assert learner.gather(keep=False) == ({}, {})
     if rank == 0:
         print(json.dumps({"rows": rows, "sum": float(sum(x.abs().sum() for x in masters.values()))}))
     world.leave()

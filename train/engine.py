@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ PRESETS = Path(__file__).parent / "deepspeed"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PIECE = 1 << 22  # numbers of a gradient that are float64 at once, for its norm
 FUSED_ON = ("cuda",)  # types of devices on which the passes are the fused ones
+Look = Callable[[str, dict[str, Tensor]], None]  # "", exp_avg or exp_avg_sq; name -> tensor
 
 
 def import_deepspeed() -> Any:
@@ -123,6 +125,19 @@ def _measured(optimizer: Any) -> None:
     optimizer.get_grad_norm_direct = norm
 
 
+def _copy(value: Tensor) -> Tensor:
+    """On the CPU, of its own."""
+    return value.cpu() if value.is_cuda else value.clone()
+
+
+def _pinned(shape: torch.Size, pin: bool) -> Tensor:
+    """Memory for float32 numbers; pageable, if the machine gives no such memory away."""
+    try:
+        return torch.empty(shape, dtype=torch.float32, pin_memory=pin)
+    except RuntimeError:
+        return torch.empty(shape, dtype=torch.float32)
+
+
 class Engine:
     """A model with adapters, ready to learn. Every process calls every method, in the same order."""
 
@@ -133,6 +148,7 @@ class Engine:
         self.device = next(iter(names)).device
         starts = {name: p.detach().clone() for p, name in names.items()}
         self.fused = self._fused(model, names)
+        self._lent: dict[tuple[str, str], Tensor] = {}
         trainee = Trainee(self.fused or model)
         # lr 0: some stages take a step when they are built, to allocate the moments, and would decay the weights in it
         optimizer = torch.optim.AdamW(
@@ -209,24 +225,56 @@ class Engine:
 
     # --- all state, by name -------------------------------------------------------------------------------------------
 
-    def gather(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Float32 masters by parameter name, and AdamW's moments as name/exp_avg and name/exp_avg_sq; whole, on the CPU."""
-        by_key = {
-            key: self._split({name: self._whole(p, key) for name, p in self.parameters.items()})
-            for key in ("", *MOMENTS)
-        }
-        masters = by_key.pop("")
-        return masters, {f"{name}/{key}": found[name] for name in masters for key, found in by_key.items()}
+    def gather(
+        self, look: Look | None = None, lent: bool = False, keep: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Float32 masters by parameter name, and AdamW's moments as name/exp_avg and name/exp_avg_sq; whole, on the CPU.
 
-    def _whole(self, p: Tensor, key: str) -> Tensor:
-        """A copy on the CPU of a parameter's master (key ""), or of one of its moments."""
+        Args:
+            look: called with "" and the masters, then with each moment's name and its tensors, while they are on the device.
+            lent: copied into memory of `lend`, which the next such call writes over.
+            keep: False in a process that only takes part: nothing is copied.
+        """
+        held: dict[str, dict[str, Tensor]] = {}
+        for key in ("", *MOMENTS):
+            live = self._live(key)
+            if look is not None:
+                look(key, self._split(live))
+            if keep:
+                held[key] = self._split(self._taken(live, key) if lent else {n: _copy(x) for n, x in live.items()})
+        masters = held.pop("", {})
+        return masters, {f"{name}/{key}": found[name] for name in masters for key, found in held.items()}
+
+    def whole(self, key: str) -> dict[str, Tensor]:
+        """Every parameter's master (key ""), or one of its moments, by name; on the device, and only until the next step."""
+        return self._split(self._live(key))
+
+    def lend(self) -> None:
+        """Make the memory for `gather`: pinned where there is a GPU, which fills it ten times as fast as memory that is new.
+
+        Pinning takes as long as a few copies: done before training, where nothing waits for it.
+        """
+        for name, p in self.parameters.items():
+            for key in ("", *MOMENTS):
+                self._lent[name, key] = _pinned(getattr(p, "ds_shape", p.shape), self.device.type == "cuda")
+
+    def _taken(self, live: dict[str, Tensor], key: str) -> dict[str, Tensor]:
+        """What is live, in the memory that is lent."""
+        if not self._lent:
+            self.lend()
+        return {name: self._lent[name, key].copy_(x) for name, x in live.items()}
+
+    def _live(self, key: str) -> dict[str, Tensor]:
+        """What DeepSpeed holds in all processes, by its own parameters' names."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self._plain():
-            value = self.engine.optimizer.state[p][key] if key else p.detach()
-        else:
-            value = safe_get_full_optimizer_state(p, key) if key else safe_get_full_fp32_param(p)
-        return value.cpu() if value.is_cuda else value.clone()  # type: ignore[no-any-return]
+            state = self.engine.optimizer.state
+            return {name: state[p][key] if key else p.detach() for name, p in self.parameters.items()}
+        return {
+            name: safe_get_full_optimizer_state(p, key) if key else safe_get_full_fp32_param(p)
+            for name, p in self.parameters.items()
+        }
 
     def _split(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """What DeepSpeed holds, by the names of the adapters' parameters."""

@@ -47,23 +47,19 @@ class Watch:
         """A step that counted."""
         self.recent.append(loss)
 
-    def idle(self, moments: dict[str, Tensor], updates: int, beta1: float) -> list[str]:
+    def idle(self, means: dict[str, Tensor], updates: int, beta1: float) -> list[str]:
         """Layers whose B got no gradient in any update since it was last asked; none while there were fewer than eight.
 
         Args:
-            moments: name/exp_avg -> AdamW's mean of gradients, which without any shrinks by `beta1` an update, exactly. B alone is
+            means: name -> AdamW's mean of gradients (exp_avg), which without any shrinks by `beta1` an update, exactly. B alone is
                 judged: A's gradient is zero as long as B is. All layers at once: there is nothing left to learn, and no fault.
         """
         passed = updates - self.updates
         if passed < FEWEST:
             return []
-        found, now = [], {}
-        for key, value in moments.items():
-            if ".lora_B." not in key or not key.endswith("/exp_avg"):
-                continue
-            name, wide = key.removesuffix("/exp_avg"), value.double()
-            now[name] = float(wide.sum()), float(wide.abs().sum())
-            if _faded(self.means.get(name, (0.0, 0.0)), now[name], passed, beta1):
+        found, now = [], _sizes({name: x for name, x in means.items() if ".lora_B." in name})
+        for name, size in now.items():
+            if _faded(self.means.get(name, (0.0, 0.0)), size, passed, beta1):
                 found.append(name)
         first, self.means, self.updates = not self.means, now, updates
         if len(found) == len(now) and not first:
@@ -77,6 +73,14 @@ class Watch:
     def restore(self, state: dict[str, Any]) -> None:
         self.recent = deque(state["recent"], maxlen=WINDOW)
         self.means, self.updates = {name: tuple(pair) for name, pair in state["means"].items()}, state["updates"]
+
+
+def _sizes(means: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """The sum of each, and of its absolute values, in float64; one wait for the device in all."""
+    if not means:
+        return {}
+    sums = [torch.stack((x.sum(dtype=torch.float64), x.abs().sum(dtype=torch.float64))) for x in means.values()]
+    return {name: (total, size) for name, (total, size) in zip(means, torch.stack(sums).tolist(), strict=True)}
 
 
 def _faded(old: tuple[float, float], new: tuple[float, float], updates: int, beta1: float) -> bool:
@@ -95,9 +99,13 @@ def excused(masks: Iterable[Any]) -> tuple[str, ...]:
 
 def broken(masters: Mapping[str, Tensor]) -> list[str]:
     """Names of weights that hold something else than numbers; of the largest absolute value alone, which NaN is too."""
-    return [
-        n for n, x in masters.items() if x.numel() and not math.isfinite(float(torch.linalg.vector_norm(x, math.inf)))
-    ]
+    filled = {name: x for name, x in masters.items() if x.numel()}
+    if not filled:
+        return []
+    most = torch.stack(
+        [torch.linalg.vector_norm(x, math.inf) for x in filled.values()]
+    ).tolist()  # one wait for the device
+    return [name for name, value in zip(filled, most, strict=True) if not math.isfinite(value)]
 
 
 def layer(name: str) -> str:

@@ -117,6 +117,8 @@ def _go(task: Task, engine: Engine, first: int, stop: Stop, left_out: dict[int, 
             closing.callback(journal.close)
         saver = Saver(task.run, task.recipe.keep, _behind(task), journal)
         closing.callback(_tally, task, saver)
+        if task.first and _behind(task):
+            engine.lend()
         closing.callback(saver.join)  # whatever ends the run: first of all what is being written is finished
         if first == 0 and task.recipe.guard == "skip":
             save(task, engine, 0, saver)  # to go back to
@@ -136,7 +138,7 @@ def _go(task: Task, engine: Engine, first: int, stop: Stop, left_out: dict[int, 
             if due:
                 save(task, engine, done, saver)
             elif done == guard.FEWEST:
-                _check_layers(task, engine, engine.gather()[1])
+                _check_layers(task, engine, engine.whole("exp_avg"))
             if cut_off or done == total:
                 _settle(task, saver, stop)
             if cut_off and done < total:
@@ -276,9 +278,9 @@ def _refuse(task: Task, bad: BadStep) -> None:
     )
 
 
-def _check_layers(task: Task, engine: Engine, moments: dict[str, Tensor]) -> None:
+def _check_layers(task: Task, engine: Engine, means: dict[str, Tensor]) -> None:
     """Refuse, or with guard=skip only name, layers that get no gradient."""
-    found = task.watch.idle(moments, engine.counters()["updates"], task.recipe.beta1)
+    found = task.watch.idle(means, engine.counters()["updates"], task.recipe.beta1)
     if not found:
         return
     named = _list([guard.layer(name) for name in found])
@@ -300,9 +302,14 @@ def _check_numbers(task: Task, masters: dict[str, Tensor]) -> None:
 def save(task: Task, engine: Engine, done: int, saver: Saver) -> None:
     """A checkpoint after `done` steps; every process calls it, the first one writes."""
     began = time.monotonic()
-    masters, moments = engine.gather()
-    _check_numbers(task, masters)
-    _check_layers(task, engine, moments)
+
+    def look(key: str, found: dict[str, Tensor]) -> None:  # on the device, which reads them in no time
+        if not key:
+            _check_numbers(task, found)
+        elif key == "exp_avg":
+            _check_layers(task, engine, found)
+
+    masters, moments = engine.gather(look, lent=True, keep=task.first)
     states = world.gather(checkpoint.rng_state())
     if task.first:
         rng = {f"rank{n}/{key}": value for n, state in enumerate(states) for key, value in state.items()}
