@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 from tests.bench import __main__ as bench
-from tests.bench import card, crew, curves, decode, merge, packing, picture, real, shapes, table, worker
+from tests.bench import arms, card, crew, curves, decode, merge, packing, picture, real, shapes, table, worker
 from tests.bench.spec import Shape, Spec, beyond, shapes_of
 from tests.oracles import tiny_checkpoint, tiny_config
+from train import engine
 from train.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -180,6 +182,23 @@ def test_a_worker_that_ends_without_a_word_or_is_silent_costs_its_row_alone(
     row = worker_of("time.sleep(60)", tmp_path, monkeypatch, patience=0.5)
     assert row is not None
     assert row["skipped"] == "failed: silent for 0.5 s"
+
+
+@pytest.mark.parametrize("fused", [(), ("cpu",)], ids=["modules", "passes"])
+def test_nothing_of_a_model_is_left_when_its_arm_is_closed(
+    fused: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hooks of DeepSpeed, and its table of modules, kept all of it: a run of several stages would pay for each."""
+    monkeypatch.setattr(engine, "FUSED_ON", fused)
+    cpu, spec = torch.device("cpu"), Spec("ours", "tiny", 2, 32, "off", 0.0, 4, "device", 1, 1, "cpu")
+    one: Any = worker.build(spec, arms.join(cpu), cpu)
+    one.step(torch.randint(0, 100, (2, 32)))
+    inner = one.engine.engine
+    held = [weakref.ref(x) for x in (inner, inner.module, inner.optimizer, *inner.parameters())]
+    one.close()
+    del one, inner
+    worker.left(cpu)
+    assert not [x for x in held if x() is not None]
 
 
 def test_a_worker_answers_or_hands_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

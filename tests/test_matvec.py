@@ -85,7 +85,7 @@ def check_adapted(device: str, dtype: torch.dtype, every: tuple[int, ...] = MANY
         close(low.sum(0), x.double().cpu() @ a.double().t(), TOLERANCE[dtype])
         t = (x.double().cpu() @ a.double().t()).split(16, dim=1)
         extra = torch.cat([t[n] @ b[64 * n : 64 * (n + 1)].double().t() for n in range(3)], dim=1)
-        for tile in (None, Tile(16, 32, 1, 4, 2), Tile(32, 64, 2, 8)):
+        for tile in (None, Tile(16, 32, 1, 4, 2), Tile(32, 64, 2, 8), Tile(16, 128)):  # the last across two edges
             got = product(x, w, Thin(low, b.to(device), (64, 128)), tile=tile).sum(0)
             close(got, x.double().cpu() @ plain + w.bias.double().cpu() + extra, loss)
         (gate, plain1), (up, plain2) = (weights(256, 192, 128, 4, True, device, bias=False) for _ in range(2))

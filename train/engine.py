@@ -181,6 +181,11 @@ class Engine:
         full = (self.recipe.batch, self.recipe.length) if self.recipe.pack else None
         return Step(model.get_base_model(), names, self.recipe.length, self.recipe.graphs, full)
 
+    def close(self) -> None:
+        """Let go of model and optimizer, which DeepSpeed's hooks and its table of names hold as long as the process lives."""
+        with redirect_stdout(io.StringIO()):
+            self.engine.destroy()
+
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def place(self, batch: dict[str, Tensor]) -> Any:

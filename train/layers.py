@@ -18,10 +18,9 @@ from train.decoder import Decoder
 from train.gptq import Int4Linear, grouped, pack_rows, unpack_rows
 from train.kernels import decode as fast
 from train.kernels import matvec
-from train.kernels.matvec import NEVER, Packed, Thin
+from train.kernels.matvec import EDGE, NEVER, Packed, Thin
 
 Product = Callable[[Tensor], Tensor]  # x [M, K] -> [S, M, N], parts to be added in order
-EDGE = 64  # columns at which one linear of a product may end and the next begin
 
 
 class Adapter:

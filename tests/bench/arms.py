@@ -11,7 +11,8 @@ stock-lean   the same model without DeepSpeed: bfloat16 under autocast, float32 
              who writes the loop by hand: less overhead a step.
 """
 
-from contextlib import nullcontext
+import io
+from contextlib import nullcontext, redirect_stdout
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,10 @@ class Arm(Protocol):
 
     def step(self, ids: Tensor) -> Tensor:
         """One whole step over ids [B, T] on the CPU, every token learnt; returns the mean loss of this process's tokens."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything that DeepSpeed would hold."""
         ...
 
 
@@ -64,6 +69,9 @@ class Ours:
         self.engine.step(last=True, rate=RATE)
         return total * self.size / self.learnt
 
+    def close(self) -> None:
+        self.engine.close()
+
 
 class Stock:
     """The published recipe's stack; `lean` leaves DeepSpeed and float16 out."""
@@ -93,6 +101,11 @@ class Stock:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        if self.engine is not None:
+            with redirect_stdout(io.StringIO()):
+                self.engine.destroy()
 
 
 ARMS: dict[str, type[Ours] | type[Stock]] = {"ours": Ours, "stock": Stock, "stock-lean": Stock}

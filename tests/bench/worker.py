@@ -41,6 +41,8 @@ def main(orders: Path, rows: Path) -> int:
             place = join(device)
             eye = card.eye_on(device)
         if not spec.again:
+            if kept is not None:
+                kept.close()
             kept = None
             if left(device) > LEFT_BEHIND:
                 write(rows, place, None)  # not begun: the parent asks another worker
@@ -55,6 +57,8 @@ def main(orders: Path, rows: Path) -> int:
             return AGAIN
         write(rows, place, spec.row(gpus=place.size, **found))
         kept = arm if spec.keep else None
+        if kept is None:
+            arm.close()
         del arm
         left(device)
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -169,8 +173,6 @@ class Stopwatch:
 
 def left(device: torch.device) -> int:
     """Bytes that are still allocated once nothing should be."""
-    if debug := sys.modules.get("deepspeed.utils.debug"):
-        debug.debug_clear_module_and_param_names()  # or the last model lives as long as the process
     gc.collect()
     if device.type != "cuda":
         return 0

@@ -1,8 +1,8 @@
 """How long training waits for its checkpoints: without any, written at once, and in the background.
 
-    python -m tests.faults.blocking [command] [shape=1.8b] [json=FILE] [key=value of the recipe …]
+    python -m tests.faults.blocking [command] [shape=1.8b] [ways=none,off,on] [json=FILE] [key=value of the recipe …]
 
-The same short run three times. timings.saving_seconds of run.json is what the loop itself waited; a thread that writes may also keep Python
+The same short run in each way, `none` first: every run writes its last checkpoint. timings.saving_seconds of run.json is what the loop itself waited; a thread that writes may also keep Python
 from the next step, which only the steps' own times show: `slower` is their sum beside that of the run without saves.
 """
 
@@ -36,6 +36,8 @@ REAL = {
     "length": "2048",
 }
 REAL |= {"spike": "0", "recipe": "qlora", "model": "base", "data": "long.jsonl", "learning_rate": "1e-4"}
+WAYS = {"none": {"save_every": "1000000"}, "off": {"background": "off"}, "on": {"background": "on"}}
+NAMES = {"none": "none but the last", "off": "background=off", "on": "background=on"}
 WARM = 4  # steps that compile and capture
 
 
@@ -67,7 +69,7 @@ def measured(how: str, run: Path, life: Any, keys: dict[str, str]) -> dict[str, 
 def main(words: list[str]) -> int:
     kills.tidy()
     more = results.words(words)
-    target, shape = more.pop("json", ""), more.pop("shape", "")
+    target, shape, ways = more.pop("json", ""), more.pop("shape", ""), more.pop("ways", ",".join(WAYS)).split(",")
     life = kills.commanded if "command" in words or shape else kills.forked
     if life is kills.forked:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -82,15 +84,13 @@ def main(words: list[str]) -> int:
             base.main([shape, "models/base"])
             long_talks(Path("long.jsonl"))
             keys |= REAL
-        without = 0.0
-        for how, changes in {
-            "none but the last": {"save_every": "1000000"},
-            "background=off": {"background": "off"},
-            "background=on": {"background": "on"},
-        }.items():
-            row = measured(how, Path("runs") / how.split()[0].replace("=", "-"), life, {**keys, **more, **changes})
-            without = without or row["steps_seconds"]
-            row["slower"] = round(row["steps_seconds"] / without - 1, 5)
+        without: dict[str, Any] = {}
+        for how in ways:
+            row = measured(NAMES[how], Path("runs") / how, life, {**keys, **more, **WAYS[how]})
+            without = without or row
+            row["slower"] = round(row["steps_seconds"] / without["steps_seconds"] - 1, 5)
+            if saves := row["written"] - without["written"]:
+                row["waited_a_save"] = round((row["waited_seconds"] - without["waited_seconds"]) / saves, 4)
             print(json.dumps(row), flush=True)
             results.keep(target, "blocking", {"shape": shape or "tiny, rank 512", **row})
     return 0

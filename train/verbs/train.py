@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,7 +209,7 @@ def _name(options: Request) -> str:
 
 
 def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype", found: Path | None) -> int:
-    from train import checkpoint, guard, journal, loop
+    from train import checkpoint
     from train.engine import Engine, stage_of
     from train.loader import keeps_float
 
@@ -219,9 +220,18 @@ def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype
         print("\n".join(notes), flush=True)
         checkpoint.sweep(job.run)
 
-    # --- the model, its engine, and where it stands -----------------------------------------------------------------------
     world.join(place, device.type == "cuda")
     engine = Engine(_model(job, device, dtype, keep_float), job.recipe, dtype, place.size)
+    with closing(engine):  # the next stage is trained in this process
+        return _learn(job, engine, place, device, notes, found)
+
+
+def _learn(
+    job: "Job", engine: "Engine", place: World, device: "torch.device", notes: list[str], found: Path | None
+) -> int:  # fmt: skip
+    from train import checkpoint, guard, journal, loop
+
+    # --- where it stands --------------------------------------------------------------------------------------------------
     watch = guard.Watch(job.recipe.spike, guard.excused(sample.mask for sample in job.samples))
     task = loop.Task(job.recipe, job.plan, job.samples, job.tokenizer.pad, job.run, place, device, watch)
     first = 0
