@@ -7,7 +7,6 @@ of its own, more of them than any cache holds; medians, and the copy before and 
 """
 
 import argparse
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def main() -> None:
     parser.add_argument("--models", default="1.8b,7b")
     wanted = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for model, (k, n, _) in itertools.chain(*(((m, s) for s in SHAPES[m]) for m in wanted.models.split(","))):
+    for model, (k, n, _) in [(m, shape) for m in wanted.models.split(",") for shape in SHAPES[m]]:
         rows.append({"model": model, **unpacked(k, n)})
         print(rows[-1], flush=True)
         write_json(wanted.out, {**heading(), "rows": rows})
