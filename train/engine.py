@@ -247,6 +247,7 @@ class Engine:
                 look(key, self._split(live))
             if keep:
                 held[key] = self._split(self._taken(live, key) if lent else {n: _copy(x) for n, x in live.items()})
+            del live  # before the next is made: what is whole stands on the card beside all else
         masters = held.pop("", {})
         return masters, {f"{name}/{key}": found[name] for name in masters for key, found in held.items()}
 
@@ -259,14 +260,13 @@ class Engine:
 
         Pinning takes as long as a few copies: done before training, where nothing waits for it.
         """
-        for name, p in self.parameters.items():
+        for name, p in self.parameters.items() if not self._lent else ():
             for key in ("", *MOMENTS):
                 self._lent[name, key] = _pinned(getattr(p, "ds_shape", p.shape), self.device.type == "cuda")
 
     def _taken(self, live: dict[str, Tensor], key: str) -> dict[str, Tensor]:
         """What is live, in the memory that is lent."""
-        if not self._lent:
-            self.lend()
+        self.lend()
         return {name: self._lent[name, key].copy_(x) for name, x in live.items()}
 
     def _live(self, key: str) -> dict[str, Tensor]:
