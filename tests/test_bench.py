@@ -20,6 +20,7 @@ from tests.bench import arms, card, crew, curves, decode, merge, packing, pictur
 from tests.bench.spec import Shape, Spec, beyond, shapes_of
 from tests.oracles import tiny_checkpoint, tiny_config
 from train import engine
+from train.config import load_recipe
 from train.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -184,16 +185,21 @@ def test_a_worker_that_ends_without_a_word_or_is_silent_costs_its_row_alone(
     assert row["skipped"] == "failed: silent for 0.5 s"
 
 
-@pytest.mark.parametrize("fused", [(), ("cpu",)], ids=["modules", "passes"])
-def test_nothing_of_a_model_is_left_when_its_arm_is_closed(
-    fused: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("fused", "zero"), [((), 0), ((), 3), (("cpu",), 2)])
+def test_nothing_of_a_model_is_left_when_its_engine_is_closed(
+    fused: tuple[str, ...], zero: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hooks of DeepSpeed, and its table of modules, kept all of it: a run of several stages would pay for each."""
     monkeypatch.setattr(engine, "FUSED_ON", fused)
-    cpu, spec = torch.device("cpu"), Spec("ours", "tiny", 2, 32, "off", 0.0, 4, "device", 1, 1, "cpu")
-    one: Any = worker.build(spec, arms.join(cpu), cpu)
-    one.step(torch.randint(0, 100, (2, 32)))
-    inner = one.engine.engine
+    cpu, ids = torch.device("cpu"), torch.randint(0, 100, (2, 32))
+    recipe = load_recipe(
+        "qlora",
+        {"rank": "4", "batch": "2", "accumulation": "1", "length": "32", "zero": str(zero), "checkpointing": "off"},
+    )
+    one: Any = arms.Ours.engine_for(recipe, "tiny", arms.join(cpu), cpu)
+    one.micro({"input_ids": ids, "labels": ids}, 62)
+    one.step(last=True, rate=1e-4)
+    inner = one.engine
     held = [weakref.ref(x) for x in (inner, inner.module, inner.optimizer, *inner.parameters())]
     one.close()
     del one, inner

@@ -12,6 +12,7 @@ import torch
 from tests.test_checkpoint import lose, snapshot
 from train import checkpoint, journal, loop
 from train.errors import UserError
+from train.saver import Saver
 
 
 def lines(run: Path, steps: int, torn: bytes = b"") -> Path:
@@ -64,5 +65,5 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     found = {"model.layers.3.o_proj.lora_B.w": torch.tensor([1.0, math.nan])}
     engine: Any = SimpleNamespace(gather=lambda look, **_: look("", found))
     with pytest.raises(UserError, match=r"no numbers any more: layers.3.o_proj. They .*\n.*step-000004 is as it was"):
-        loop.save(task, engine, 8, None)  # type: ignore[arg-type]
+        loop.save(task, engine, 8, Saver(tmp_path, 2, False, None))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]

@@ -125,11 +125,6 @@ def _measured(optimizer: Any) -> None:
     optimizer.get_grad_norm_direct = norm
 
 
-def _copy(value: Tensor) -> Tensor:
-    """On the CPU, of its own."""
-    return value.cpu() if value.is_cuda else value.clone()
-
-
 def _pinned(shape: torch.Size, pin: bool) -> Tensor:
     """Memory for float32 numbers; pageable, if the machine gives no such memory away."""
     try:
@@ -182,9 +177,12 @@ class Engine:
         return Step(model.get_base_model(), names, self.recipe.length, self.recipe.graphs, full)
 
     def close(self) -> None:
-        """Let go of model and optimizer, which DeepSpeed's hooks and its table of names hold as long as the process lives."""
+        """Let go of model and optimizer, which DeepSpeed's hooks and tables hold as long as the process lives."""
+        from deepspeed.runtime.zero import parameter_offload
+
         with redirect_stdout(io.StringIO()):
             self.engine.destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()  # ZeRO 3's, which `destroy` forgets
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -242,44 +240,51 @@ class Engine:
         """
         held: dict[str, dict[str, Tensor]] = {}
         for key in ("", *MOMENTS):
-            live = self._live(key)
-            if look is not None:
-                look(key, self._split(live))
+            if self.fused:
+                live = {"vector": self._one(self.fused.vector, key)}
+                if look is not None:
+                    look(key, self._split(live))
+                found = {"vector": self._copied(live.pop("vector"), "vector", key, lent)} if keep else {}
+            else:  # one after the other: ZeRO 3 has no room for all of them on a card
+                found = {name: self._copied(self._one(p, key), name, key, lent) for name, p in self.parameters.items()}
+                if look is not None:
+                    look(key, found)
             if keep:
-                held[key] = self._split(self._taken(live, key) if lent else {n: _copy(x) for n, x in live.items()})
-            del live  # before the next is made: what is whole stands on the card beside all else
+                held[key] = self._split(found)
         masters = held.pop("", {})
         return masters, {f"{name}/{key}": found[name] for name in masters for key, found in held.items()}
 
     def whole(self, key: str) -> dict[str, Tensor]:
-        """Every parameter's master (key ""), or one of its moments, by name; on the device, and only until the next step."""
-        return self._split(self._live(key))
+        """Every parameter's master (key ""), or one of its moments, by name; only until the next step, where it stands."""
+        if self.fused:
+            return self._split({"vector": self._one(self.fused.vector, key)})
+        return {name: self._copied(self._one(p, key), name, key, False) for name, p in self.parameters.items()}
 
     def lend(self) -> None:
         """Make the memory for `gather`: pinned where there is a GPU, which fills it ten times as fast as memory that is new.
 
-        Pinning takes as long as a few copies: done before training, where nothing waits for it.
+        Pinning takes as long as a few copies: done before training, where nothing waits for it. torch rounds it up to a power of two.
         """
         for name, p in self.parameters.items() if not self._lent else ():
             for key in ("", *MOMENTS):
                 self._lent[name, key] = _pinned(getattr(p, "ds_shape", p.shape), self.device.type == "cuda")
 
-    def _taken(self, live: dict[str, Tensor], key: str) -> dict[str, Tensor]:
-        """What is live, in the memory that is lent."""
+    def _copied(self, value: Tensor, name: str, key: str, lent: bool) -> Tensor:
+        """A copy on the CPU, in the memory that is lent or in its own."""
+        if not lent:
+            return value.cpu() if value.is_cuda else value.clone()
         self.lend()
-        return {name: self._lent[name, key].copy_(x) for name, x in live.items()}
+        return self._lent[name, key].copy_(value)
 
-    def _live(self, key: str) -> dict[str, Tensor]:
-        """What DeepSpeed holds in all processes, by its own parameters' names."""
+    def _one(self, p: Tensor, key: str) -> Tensor:
+        """What DeepSpeed holds in all processes of a parameter's master (key ""), or of one of its moments; on the device."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self._plain():
-            state = self.engine.optimizer.state
-            return {name: state[p][key] if key else p.detach() for name, p in self.parameters.items()}
-        return {
-            name: safe_get_full_optimizer_state(p, key) if key else safe_get_full_fp32_param(p)
-            for name, p in self.parameters.items()
-        }
+            held: Tensor = self.engine.optimizer.state[p][key] if key else p.detach()
+            return held
+        whole: Tensor = safe_get_full_optimizer_state(p, key) if key else safe_get_full_fp32_param(p)
+        return whole
 
     def _split(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """What DeepSpeed holds, by the names of the adapters' parameters."""

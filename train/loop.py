@@ -117,7 +117,7 @@ def _go(task: Task, engine: Engine, first: int, stop: Stop, left_out: dict[int, 
             closing.callback(journal.close)
         saver = Saver(task.run, task.recipe.keep, _behind(task), journal)
         closing.callback(_tally, task, saver)
-        if task.first and _behind(task):
+        if task.first:
             engine.lend()
         closing.callback(saver.join)  # whatever ends the run: first of all what is being written is finished
         if first == 0 and task.recipe.guard == "skip":
@@ -309,6 +309,8 @@ def save(task: Task, engine: Engine, done: int, saver: Saver) -> None:
         elif key == "exp_avg":
             _check_layers(task, engine, found)
 
+    if task.first:
+        saver.free()  # or what is being written would change under it
     masters, moments = engine.gather(look, lent=True, keep=task.first)
     states = world.gather(checkpoint.rng_state())
     if task.first:

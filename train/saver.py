@@ -40,14 +40,18 @@ class Saver:
 
     def begin(self, snapshot: Snapshot) -> None:
         """Write `snapshot`, once the one before is written. `trouble` says later whether that failed."""
-        self.join()
-        assert self._waiting is None, "the snapshot before is not written"
+        self.free()
         self._waiting = snapshot
         if self.background:
             self._thread = threading.Thread(target=self._attempt, name="checkpoint")
             self._thread.start()
         else:
             self._attempt()
+
+    def free(self) -> None:
+        """Wait until the snapshot before is written: then its memory may hold another."""
+        self.join()
+        assert self._waiting is None, "the snapshot before is not written"
 
     def again(self) -> Exception | None:
         """Wait for the thread; try once more if it failed. What is wrong, None if all is written."""
