@@ -234,9 +234,9 @@ class Engine:
         """Float32 masters by parameter name, and AdamW's moments as name/exp_avg and name/exp_avg_sq; whole, on the CPU.
 
         Args:
-            look: called with "" and the masters, then with each moment's name and its tensors, while they are on the device.
+            look: called with "" and the masters, then with each moment's name and its tensors; on the device where the passes are fused.
             lent: copied into memory of `lend`, which the next such call writes over.
-            keep: False in a process that only takes part: nothing is copied.
+            keep: False in a process that only takes part: returns nothing.
         """
         held: dict[str, dict[str, Tensor]] = {}
         for key in ("", *MOMENTS):
