@@ -49,8 +49,8 @@ test: setup ## the quick tests, on the CPU
 	@$(PY) -m pytest -q $(value ARGS)
 
 test-all: setup ## every test that this machine can run; names and counts those that it cannot
-	@$(PY) -m pytest -q -m "not gpu" -p tests.machine $(value ARGS)
-	@$(PY) -m pytest -q -m gpu -p tests.machine $(value ARGS)
+	@$(PY) -m pytest -q -m "not gpu" -p tests.support.machine $(value ARGS)
+	@$(PY) -m pytest -q -m gpu -p tests.support.machine $(value ARGS)
 
 model: ## fetch and verify a base: MODEL= a name in data/models.lock, a hub id, or a folder
 	@docker/run model $(_pairs)

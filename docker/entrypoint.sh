@@ -60,7 +60,7 @@ choose_ptxas() {
 gpu() {
     case ${ACCELERATOR:-auto} in
         cpu) export CUDA_VISIBLE_DEVICES='' && return ;;
-        gpu) python -c 'from train.diagnosis import must_have_card; must_have_card()' || exit ;;
+        gpu) python -c 'from train.host.checks import must_have_card; must_have_card()' || exit ;;
     esac
     choose_ptxas
 }

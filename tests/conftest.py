@@ -1,4 +1,4 @@
-"""Threads and noise of the test run, and which tests may see a GPU; fixtures live in tests/oracles.py."""
+"""Threads and noise of the test run, and which tests may see a GPU; fixtures live in tests/support/oracles.py."""
 
 import os
 

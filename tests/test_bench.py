@@ -18,10 +18,10 @@ import torch
 from tests.bench import __main__ as bench
 from tests.bench import arms, card, crew, curves, decode, merge, packing, picture, real, shapes, table, worker
 from tests.bench.spec import Shape, Spec, beyond, shapes_of
-from tests.oracles import tiny_checkpoint, tiny_config
-from train import engine
-from train.config import load_recipe
-from train.errors import UserError
+from tests.support.oracles import tiny_checkpoint, tiny_config
+from train.common.errors import UserError
+from train.config.recipe import load_recipe
+from train.training import deepspeed_engine
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
@@ -190,7 +190,7 @@ def test_nothing_of_a_model_is_left_when_its_engine_is_closed(
     fused: tuple[str, ...], zero: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hooks of DeepSpeed, and its table of modules, kept all of it: a run of several stages would pay for each."""
-    monkeypatch.setattr(engine, "FUSED_ON", fused)
+    monkeypatch.setattr(deepspeed_engine, "FUSED_ON", fused)
     cpu, ids = torch.device("cpu"), torch.randint(0, 100, (2, 32))
     recipe = load_recipe(
         "qlora",

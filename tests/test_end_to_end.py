@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.oracles import tiny_checkpoint, tiny_config
-from train.files import read_json, sha256
-from train.modelfolder import damage, read_manifest
+from tests.support.oracles import tiny_checkpoint, tiny_config
+from train.common.files import read_json, sha256
+from train.model.folder import damage, read_manifest
 
 ROOT = Path(__file__).parent.parent
 ROWS = (("What is your name?", "Cai."), ("你叫什么？", "阿才。"), ("One word for cold?", "Ice."), ("2 + 2?", "4."))

@@ -1,5 +1,5 @@
 """The Makefile and docker/run: what they would run, with values that a shell would like to misread. In .venv; the container's side of
-docker/run is tests/test_compose.py's. RUNTIME is always said: an engine may answer on this machine, or none."""
+docker/run is tests/docker/test_compose.py's. RUNTIME is always said: an engine may answer on this machine, or none."""
 
 import os
 import shlex
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from train.config import Recipe, load_recipe
+from train.config.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = ("demo", "model", "data", "train", "export", "quantize", "infer", "compare", "verify", "doctor", "plan")

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from docker import lock
-from tests import pins
+from tests.support import pins
 
 ROOT = lock.ROOT
 SCRIPTS = subprocess.run(

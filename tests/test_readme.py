@@ -10,7 +10,7 @@ import pytest
 
 from tests.bench import __main__ as bench
 from train.__main__ import VERBS
-from train.config import RECIPES, Recipe
+from train.config.recipe import RECIPES, Recipe
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh.md", "data/README.md"]

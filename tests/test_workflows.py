@@ -15,7 +15,7 @@ import yaml
 
 from train import __version__
 from train.__main__ import VERBS
-from train.config import Recipe
+from train.config.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / ".github" / "workflows").glob("*.yml"))

@@ -5,8 +5,8 @@ import logging
 import sys
 import warnings
 
-from train.config import build, describe, pairs
-from train.errors import UserError, explain
+from train.common.errors import UserError, explain
+from train.config.options import build, describe, pairs
 
 VERBS = {
     "model": "fetch and verify a base model",
@@ -32,7 +32,7 @@ def run(verb: str, words: list[str]) -> None:
     """Read `words` as the verb's options and run it; `--help` prints them instead."""
     if verb not in VERBS:
         raise UserError(f"unknown verb {verb!r}.\n{usage()}")
-    module = importlib.import_module(f"train.verbs.{verb}")
+    module = importlib.import_module(f"train.commands.{verb}")
     if {"-h", "--help", "help"} & set(words):
         print(f"{module.__doc__}\n\n{describe(module.Options)}")
         return

@@ -18,9 +18,9 @@ from typing import Any
 from tests.bench.crew import Crew
 from tests.bench.spec import Spec, beyond, heading, shapes_of
 from tests.bench.table import show
-from train.config import build, describe, option, pairs
-from train.errors import UserError
-from train.files import write_json
+from train.common.errors import UserError
+from train.common.files import write_json
+from train.config.options import build, describe, option, pairs
 
 ALL = ("ours", "stock", "stock-lean")
 MODELS = ("", "tiny", "0.5b", "1.8b", "7b", "14b", "72b")

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from tests.bench import shapes
 from tests.bench.spec import Spec
 from tests.bench.stack import adapt, deepspeed_engine, stock_llama
-from train import lora, world
-from train.config import Recipe, load_recipe
-from train.engine import Engine
-from train.loader import pick_dtype
-from train.world import World
+from train.common.device import pick_dtype
+from train.config.recipe import Recipe, load_recipe
+from train.model import lora
+from train.training import distributed
+from train.training.deepspeed_engine import Engine
+from train.training.distributed import World
 
 RATE = 1e-4
 
@@ -113,8 +114,8 @@ ARMS: dict[str, type[Ours] | type[Stock]] = {"ours": Ours, "stock": Stock, "stoc
 
 def join(device: torch.device) -> World:
     """The place of this process among those of its arm; a group of one where it is alone."""
-    place = world.detect() or World()
+    place = distributed.detect() or World()
     if device.type == "cuda":
-        place = world.on_card(place, torch.cuda.device_count())
-    world.join(place, device.type == "cuda")
+        place = distributed.on_card(place, torch.cuda.device_count())
+    distributed.join(place, device.type == "cuda")
     return place

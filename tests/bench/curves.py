@@ -21,8 +21,9 @@ from typing import Any
 from tests.bench.picture import draw
 from tests.bench.real import Conversations, apart
 from tests.bench.spec import heading
-from train.config import Recipe, build, describe, load_recipe, option, pairs
-from train.files import write_json
+from train.common.files import write_json
+from train.config.options import build, describe, option, pairs
+from train.config.recipe import Recipe, load_recipe
 
 ARMS = ("ours", "stock", "ours-again")
 LAST = 50  # steps whose mean is the final loss
@@ -95,8 +96,8 @@ def _train(options: Options) -> None:
     """One arm: its losses, a line a step, as they come."""
     import torch
 
-    from train import checkpoint
-    from train.loop import learning_rate
+    from train.runs import checkpoint
+    from train.training.loop import learning_rate
 
     recipe = _recipe(options)
     order = load_recipe("qlora", {}).seed  # the same for every arm
@@ -119,9 +120,10 @@ Learn = Callable[[dict[str, Any], int, float], float]  # batch, learnt tokens, r
 
 def _ours(options: Options, recipe: Recipe, device: Any) -> Learn:
     from tests.bench.arms import join
-    from train import lora
-    from train.engine import Engine
-    from train.loader import load, pick_dtype
+    from train.common.device import pick_dtype
+    from train.model import lora
+    from train.model.loading import load
+    from train.training.deepspeed_engine import Engine
 
     dtype = pick_dtype(device, recipe.precision)
     join(device)
@@ -141,7 +143,7 @@ def _stock(options: Options, recipe: Recipe, device: Any) -> Learn:
 
     from tests.bench.arms import join
     from tests.bench.stack import adapt, deepspeed_engine, stock_from
-    from train import lora
+    from train.model import lora
 
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     join(device)

@@ -29,10 +29,12 @@ from torch import Tensor, nn
 
 from tests.bench import card, shapes
 from tests.bench.spec import heading
-from train import decoding, lora
-from train.config import load_recipe
-from train.files import write_json
-from train.generate import Sampling, tokens
+from train.common.files import write_json
+from train.config.recipe import load_recipe
+from train.inference import sessions
+from train.inference.generate import tokens
+from train.inference.sampling import Sampling
+from train.model import lora
 
 PROMPT, NEW = 128, 256
 BATCHES = (1, 32)
@@ -123,19 +125,19 @@ def measure(arm: str, answer: Answer, batch: int, vocabulary: int) -> dict[str, 
 
 def use(tiles: str) -> None:
     """Take the fastest tiles of tests/bench/tiles.py's report instead of those that matvec.py knows."""
-    from train.kernels import matvec
+    from train.ops.kernels import gptq_tiles
 
     if tiles and Path(tiles).is_file():
         for shape in json.loads(Path(tiles).read_text())["products"]:
             best = shape["found"][0]
             cut = {name: best[name] for name in ("words", "columns", "splits", "warps", "stages")}
-            matvec.MEASURED[shape["rows"] == 1, shape["k"], shape["n"]] = matvec.Tile(**cut)
+            gptq_tiles.MEASURED[shape["rows"] == 1, shape["k"], shape["n"]] = gptq_tiles.Tile(**cut)
 
 
 def one(arm: str, model: str, profile: str) -> Iterator[dict[str, Any]]:
     """The rows of one arm, in this process: without an adapter, then with one."""
     if arm == "ours-plain":
-        decoding.served = lambda model, batch: False
+        sessions.served = lambda model, batch: False
     vocabulary = shapes.config(model).vocab_size
     for adapter in (False, True):
         torch.manual_seed(0)

@@ -17,8 +17,9 @@ from typing import Any
 
 from tests.bench.real import Conversations, apart
 from tests.bench.spec import heading
-from train.config import build, describe, load_recipe, option, pairs
-from train.files import write_json
+from train.common.files import write_json
+from train.config.options import build, describe, option, pairs
+from train.config.recipe import load_recipe
 
 ARMS = ("packed", "padded", "longest")
 

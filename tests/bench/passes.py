@@ -55,7 +55,7 @@ class Layer:
     """One layer's tensors for a batch × length, with full rows."""
 
     def __init__(self, batch: int, length: int) -> None:
-        from train.attention import SHORT
+        from train.ops.attention import SHORT
 
         self.total, self.width, self.short = batch * length, length, length <= SHORT
         self.mixed = self._random(self.total, 3 * HEADS * SIZE)
@@ -77,13 +77,13 @@ class Layer:
         return self.mixed.unflatten(1, (-1, SIZE)).split(HEADS, dim=1)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        from train.kernels import attention
+        from train.ops.kernels import attention
 
         q, k, v = self.parts
         return attention.attend(q, k, v, self.starts, self.width, self.short)
 
     def backward(self) -> None:
-        from train.kernels import attention
+        from train.ops.kernels import attention
 
         q, k, v = self.parts
         attention.attend_backward(
@@ -94,19 +94,19 @@ class Layer:
 
 def turned_back(layer: Layer) -> Callable[[], object]:
     """Rotation's way back as a block calls it."""
-    from train import pointwise
-    from train.pointwise import Thin
+    from train.ops import rope
+    from train.ops.low_rank import Thin
 
     matrix = Layer._random(3 * HEADS * SIZE, RANK) / 50
     thin = Thin([(slice(0, len(matrix)), matrix)], 0.25, layer.into[:, -RANK:])
     angles, into = (layer.angles.cos(), layer.angles.sin()), layer.into[:, :-RANK]
     parts: Any = into.unflatten(1, (-1, SIZE)).split(HEADS, dim=1)
-    return lambda: pointwise.turn(parts, None, *angles, layer.positions, into, -1, thin)
+    return lambda: rope.turn(parts, None, *angles, layer.positions, into, -1, thin)
 
 
 def cross_entropy() -> Callable[[], object]:
     """Of 1,024 rows of logits, over and over again in place."""
-    from train.kernels import cross_entropy as kernel
+    from train.ops.kernels import cross_entropy as kernel
 
     logits = Layer._random(1024, VOCABULARY)
     labels = torch.arange(1024, device=DEVICE)
@@ -132,9 +132,9 @@ def tried(call: Callable[[], object], time: bool) -> float | str:
 
 def sweep(shape: str, time: bool, mine: Callable[[int], bool]) -> Iterator[dict[str, Any]]:
     """A row for each candidate whose number is `mine`; without `time` they are only compiled."""
-    from train.kernels import attention
-    from train.kernels import cross_entropy as logits
-    from train.kernels import thin as thinly
+    from train.ops.kernels import attention
+    from train.ops.kernels import cross_entropy as logits
+    from train.ops.kernels import low_rank as thinly
 
     batch, length = map(int, shape.split("x"))
     layer, number = Layer(batch, length), 0

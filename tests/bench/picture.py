@@ -14,7 +14,7 @@ def draw(losses: dict[str, list[float]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from train.report import smoothed
+    from train.evaluation.report import smoothed
 
     figure, (above, below) = pyplot.subplots(
         2, 1, figsize=(9, 7), dpi=150, sharex=True, height_ratios=[3, 1], layout="constrained"

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.bench.shapes import SHAPES
-from train import plan
-from train.plan import GIB, Setting
+from train.training import memory_estimate
+from train.training.memory_estimate import GIB, Setting
 
 RESULTS = Path(__file__).parent / "results"
 WITHIN = 0.10
@@ -47,7 +47,7 @@ def check(row: dict[str, Any]) -> Check:
     setting = Setting(row["batch"], row["length"], how, row.get("rank", 64), row.get("dropout", 0.0))
     setting = replace(setting, embedding=row.get("embedding", "device"))
     model = row.get("model", "1.8b")
-    found = plan.estimate(SHAPES[model], setting)
+    found = memory_estimate.estimate(SHAPES[model], setting)
     name = f"{model} {row['batch']}×{row['length']}{CALLED[how]}{' embedding on the host' if setting.embedding == 'host' else ''}"
     rest = (found.at_rest / GIB, row["at_rest_gib"]) if "at_rest_gib" in row else None
     held = (found.held / GIB, row["reserved_gib"]) if "reserved_gib" in row else None

@@ -8,8 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from train.config import Recipe
-from train.dataset import Plan, Sample, Summary
+from train.config.recipe import Recipe
+from train.data.batches import Schedule
+from train.data.samples import Sample, Summary
 
 
 def apart(module: str, arms: Sequence[str], options: Any) -> list[dict[str, Any]]:
@@ -30,18 +31,18 @@ class Conversations:
 
     def __init__(self, data: str, tokenizer: Path, recipe: Recipe, steps: int, seed: int) -> None:
         """seed: of the order."""
-        from train import conversations
-        from train.dataset import encode
-        from train.tokenizer import load_tokenizer
+        from train.data import conversations
+        from train.data.samples import encode
+        from train.model.tokenizer import load_tokenizer
 
         self.tokenizer = load_tokenizer(tokenizer)
         self.samples: list[Sample]
         self.summary: Summary
         self.samples, self.summary = encode(conversations.load(data), self.tokenizer, recipe)
-        self.plan = Plan(self.samples, recipe.length, recipe.batch, 1, steps, seed, recipe.pack)
+        self.plan = Schedule(self.samples, recipe.length, recipe.batch, 1, steps, seed, recipe.pack)
 
     def batch(self, step: int, width: int | None = None) -> dict[str, Any]:
         """What is learnt in a step; rows as long as their longest, or `width`."""
-        from train.dataset import collate
+        from train.data.batches import collate
 
         return collate(self.plan.rows(step), self.samples, self.tokenizer.pad, width)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.decoder import Decoder
-from train.gptq import Int4Linear, Scheme
-from train.layouts import DecoderConfig
-from train.shapes import PUBLISHED, Shape
+from train.model.architecture import PUBLISHED, Shape
+from train.model.decoder import Decoder
+from train.model.int4_linear import Int4Linear
+from train.model.layouts import DecoderConfig
+from train.ops.gptq import Scheme
 
 SHAPES: dict[str, Shape] = {
     "tiny": Shape("qwen", 2, 128, 4, 4, 32, 256, 512),

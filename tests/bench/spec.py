@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from train import manifest
+from train.runs import provenance
 
 Shape = tuple[int, int]  # batch, length
 
@@ -53,7 +53,7 @@ def heading() -> dict[str, Any]:
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     today = datetime.date.today().isoformat()
-    return {"device": name, "date": today, "versions": manifest.versions(), "code": manifest.code()}
+    return {"device": name, "date": today, "versions": provenance.versions(), "code": provenance.code()}
 
 
 def shapes_of(text: str) -> list[Shape]:

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from tests.bench import shapes
-from train.engine import import_deepspeed
-from train.layouts import DecoderConfig
-from train.loader import read_folder_config, read_state, state_names
+from train.model.layouts import DecoderConfig
+from train.model.loading import read_folder_config, read_state, state_names
+from train.training.deepspeed_engine import import_deepspeed
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -41,7 +41,7 @@ def cuts(rows: int) -> list[Cut]:
 
 
 def random_weight(rows: int, columns: int) -> Any:
-    from train.kernels.matvec import Packed
+    from train.ops.kernels.gptq_matmul import Packed
 
     qweight = torch.randint(-(2**31), 2**31 - 1, (rows // 8, columns), dtype=torch.int32, device="cuda")
     zeros = torch.full((rows // 128, columns // 8), 0x77777777, dtype=torch.int32, device="cuda")
@@ -51,7 +51,8 @@ def random_weight(rows: int, columns: int) -> Any:
 
 def compile_some(jobs: list[tuple[int, bool, Cut]]) -> list[str]:
     """Run each once on a small weight; what fails is said."""
-    from train.kernels.matvec import Tile, product
+    from train.ops.kernels.gptq_matmul import product
+    from train.ops.kernels.gptq_tiles import Tile
 
     failed = []
     w = random_weight(2048, 2048)
@@ -88,7 +89,8 @@ def microseconds(calls: list[Callable[[], Tensor]]) -> float:
 
 def sweep(rows: int, columns: int, two: bool, many: int) -> list[dict[str, Any]]:
     """Every tile's time on one shape, the best first; `chosen` marks what tile_for takes."""
-    from train.kernels.matvec import Tile, product, tile_for
+    from train.ops.kernels.gptq_matmul import product
+    from train.ops.kernels.gptq_tiles import Tile, tile_for
 
     size = rows * columns // 2 * (2 if two else 1)
     weights = [random_weight(rows, columns) for _ in range(max(4, -(-COLD // size)) * (2 if two else 1))]
@@ -111,7 +113,7 @@ def sweep(rows: int, columns: int, two: bool, many: int) -> list[dict[str, Any]]
 
 def attention(many: int, heads: int, keys: int) -> list[dict[str, Any]]:
     """One step's attention over `keys` filled slots, by number of parts."""
-    from train.kernels.decode import attend
+    from train.ops.kernels.decode_step import attend
 
     qkv = torch.randn(2, many, 3 * heads * 128, device="cuda")
     caches = [tuple(torch.randn(2, many, heads, keys + 1, 128, device="cuda").bfloat16()) for _ in range(8)]

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tests.bench import card, shapes
 from tests.bench.arms import ARMS, Arm, join
 from tests.bench.spec import Spec
-from train.world import World
+from train.training.distributed import World
 
 LEFT_BEHIND = 256 << 20  # bytes still allocated after a shape, from which on the next one gets a process of its own
 AGAIN = 3  # exit status: start another worker for what is left

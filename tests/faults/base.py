@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from tests.bench import shapes
-from tests.oracles import small_tokenizer
-from train.gptq import Scheme
-from train.layouts import write_config
-from train.modelfolder import Shards
+from tests.support.oracles import small_tokenizer
+from train.model.folder import Shards
+from train.model.layouts import write_config
+from train.ops.gptq import Scheme
 
 
 def write(shape: str, folder: Path, device: str = "cpu") -> Path:

@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from tests.faults import kills, results
-from train.files import read_json
+from train.common.files import read_json
 
 KEYS = {
     "rank": "512",

@@ -32,15 +32,15 @@ def one(way: str, shape: str, batch: int, length: int, steps: int) -> dict[str, 
         )
         torch.use_deterministic_algorithms(True, warn_only=True)
     from tests.bench.arms import Ours
-    from train import world
-    from train.config import load_recipe
-    from train.loader import pick_device
+    from train.common.device import pick_device
+    from train.config.recipe import load_recipe
+    from train.training import distributed
 
     device = pick_device()
-    world.join(world.World(), device.type == "cuda")
+    distributed.join(distributed.World(), device.type == "cuda")
     values = {"batch": str(batch), "accumulation": "1", "length": str(length), "dropout": "0.05"}
     torch.manual_seed(0)
-    engine = Ours.engine_for(load_recipe("qlora", values), shape, world.World(), device)
+    engine = Ours.engine_for(load_recipe("qlora", values), shape, distributed.World(), device)
     draw, times = torch.Generator().manual_seed(1), []
     for _ in range(WARM + steps):
         ids = torch.randint(0, 500, (batch, length), generator=draw)

@@ -142,8 +142,8 @@ def campaign(title: str, scene: Scene, folder: Path, every: int, target: str = "
 
 def saving() -> Scene:
     """A checkpoint after step 4 where the one after step 2 is; one is kept."""
-    from tests.test_checkpoint import snapshot
-    from train import checkpoint
+    from tests.runs.test_checkpoint import snapshot
+    from train.runs import checkpoint
 
     def judge(run: Path) -> str:
         found, notes = checkpoint.newest(run)
@@ -175,8 +175,8 @@ def careless() -> Scene:
     """A save as it must not be, to see that it is found out: the older one goes first."""
     from dataclasses import replace
 
-    from tests.test_checkpoint import snapshot
-    from train import checkpoint
+    from tests.runs.test_checkpoint import snapshot
+    from train.runs import checkpoint
 
     def act(run: Path) -> None:
         shutil.rmtree(run / "checkpoints" / "step-000002")
@@ -194,9 +194,9 @@ def void(_: object) -> None:
 
 def exporting(house: Path) -> Scene:
     """A bfloat16 export where a float16 one is. `house` holds models/ and runs/tiny."""
-    from train.files import staged
-    from train.modelfolder import damage, read_manifest
-    from train.verbs import export
+    from train.commands import export
+    from train.common.files import staged
+    from train.model.folder import damage, read_manifest
 
     def act(folder: Path, dtype: str = "bfloat16") -> None:
         keys = {
@@ -245,7 +245,7 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as made:
         house = Path(made) / "house"
         if "export" in names:
-            from tests.runs import tiny_run
+            from tests.support.runs import tiny_run
 
             tiny_run(house)
         for name in names:

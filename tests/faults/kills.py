@@ -28,8 +28,9 @@ from typing import Any
 import psutil
 
 from tests.faults import results
-from train import checkpoint, world
-from train.journal import whole_lines
+from train.runs import checkpoint
+from train.runs.losses import whole_lines
+from train.training import distributed
 
 ROOT = Path(__file__).parent.parent.parent
 KEYS = {"data": "data.jsonl", "model": "tiny-Int4", "recipe": "smoke", "length": "96", "zero": "2", "dropout": "0.05"}
@@ -69,7 +70,7 @@ def words(run: str, processes: int, more: dict[str, str]) -> dict[str, str]:
 
 def forked(keys: dict[str, str], processes: int) -> list[int]:
     """One life in `processes` children of this process, which has imported everything; their numbers."""
-    port, pids = world.free_port(), []
+    port, pids = distributed.free_port(), []
     for rank in range(processes):
         pid = os.fork()
         if pid == 0:
@@ -79,7 +80,7 @@ def forked(keys: dict[str, str], processes: int) -> list[int]:
 
 
 def _child(keys: dict[str, str], rank: int, processes: int, port: int) -> None:
-    from train.verbs import train as verb
+    from train.commands import train as verb
 
     log = os.open(f"{keys['run']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
@@ -257,8 +258,8 @@ def one_run(
 
 
 def house(folder: Path) -> None:
-    from tests.oracles import tiny_checkpoint, tiny_config
-    from tests.test_train import rows
+    from tests.support.oracles import tiny_checkpoint, tiny_config
+    from tests.training.test_train import rows
 
     tiny_checkpoint(folder / "models" / "tiny-Int4", tiny_config(), int4=True)
     rows(folder / "data.jsonl")
@@ -335,9 +336,9 @@ def warm() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from train import record  # noqa: F401
-    from train.engine import import_deepspeed
-    from train.verbs import train  # noqa: F401
+    from train.commands import train  # noqa: F401
+    from train.training import record  # noqa: F401
+    from train.training.deepspeed_engine import import_deepspeed
 
     import_deepspeed()
 

@@ -74,7 +74,7 @@ class Watcher:
 
 def train(steps: int, more: dict[str, str]) -> Watcher:
     """The run, in the working folder, in this process."""
-    from train.verbs import train as verb
+    from train.commands import train as verb
 
     watcher, over = Watcher(), threading.Event()
     thread = threading.Thread(target=watcher.look, args=(over,))
@@ -175,7 +175,7 @@ def draw(watcher: Watcher, times: list[float], path: Path) -> None:
 
 
 def house(folder: Path) -> None:
-    from tests.oracles import tiny_checkpoint, tiny_config
+    from tests.support.oracles import tiny_checkpoint, tiny_config
 
     small = tiny_config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
     tiny_checkpoint(folder / "models" / "tiny", small)

@@ -54,8 +54,8 @@ def test_what_another_process_found_is_added() -> None:
 
 
 def test_a_base_of_random_weights_is_one_that_the_loader_reads(tmp_path: Path) -> None:
-    from train.gptq import Int4Linear
-    from train.loader import load
+    from train.model.int4_linear import Int4Linear
+    from train.model.loading import load
 
     model = load(base.write("tiny", tmp_path / "base"), torch.float32)
     assert sum(isinstance(m, Int4Linear) for m in model.modules()) == 2 * 5, "qkv in one, out, gate, up, down"

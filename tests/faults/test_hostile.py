@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.oracles import tiny_checkpoint, tiny_config, tiny_decoder
-from tests.test_from_gguf import write_gguf
-from tests.test_train import rows, stop_at, train, words
-from train import checkpoint, download, from_gguf, lora
-from train.errors import UserError
-from train.loader import load
-from train.verbs import export
-from train.verbs import model as model_verb
-from train.verbs import train as verb
+from tests.support.oracles import tiny_checkpoint, tiny_config, tiny_decoder
+from tests.model.test_gguf_reader import write_gguf
+from tests.training.test_train import rows, stop_at, train, words
+from train.commands import export
+from train.commands import train as verb
+from train.common import download
+from train.common.errors import UserError
+from train.model import gguf_reader, lora, sources
+from train.model.loading import load
+from train.runs import checkpoint
 
 TRAP: list[str] = []
 
@@ -196,7 +197,7 @@ def test_a_gguf_whose_tensors_are_called_like_paths_is_refused(name: bytes, tmp_
     Path("out").mkdir()
     before = set(tmp_path.parent.rglob("*"))
     with pytest.raises(UserError, match="a Qwen2 model has no tensor"):
-        from_gguf.convert(Path("m.gguf"), Path("out"))
+        gguf_reader.convert(Path("m.gguf"), Path("out"))
     assert {path.parent for path in set(tmp_path.parent.rglob("*")) - before} <= {tmp_path / "out"}
     assert not Path("/tmp/climbed-out.bias").exists()
 
@@ -219,7 +220,7 @@ def test_a_gguf_with_any_header_is_read_or_refused_in_words() -> None:
         folder.mkdir()
         Path("x.gguf").write_bytes(data)
         try:
-            from_gguf.convert(Path("x.gguf"), folder)
+            gguf_reader.convert(Path("x.gguf"), folder)
             said["read"] += 1
         except UserError:
             said["refused"] += 1
@@ -245,5 +246,5 @@ def test_a_path_that_climbs_out_of_an_archive_is_not_followed(name: str) -> None
 def test_a_hub_that_lists_climbing_names_is_not_followed() -> None:
     names = ["config.json", "model.safetensors", "../evil.json", "/etc/evil.json", "a/evil.py", "vocab.txt"]
     listed = {name: SimpleNamespace(rfilename=name, size=1) for name in names}
-    taken = [file.rfilename for file in model_verb._wanted(listed)]
+    taken = [file.rfilename for file in sources._wanted(listed)]
     assert taken == ["config.json", "vocab.txt", "model.safetensors"]

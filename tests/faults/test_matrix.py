@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.oracles import tiny_checkpoint, tiny_config
-from tests.test_train import adapter, losses, rows, stop_at, train
-from train import checkpoint, loop
+from tests.support.oracles import tiny_checkpoint, tiny_config
+from tests.training.test_train import adapter, losses, rows, stop_at, train
+from train.runs import checkpoint
+from train.runs import folder as folder_module
 
 KEYS: dict[str, Any] = {"steps": 6, "save_every": 2, "dropout": 0.05}
 FILES = (*checkpoint.FILES, checkpoint.SUMS)
@@ -68,7 +69,7 @@ def copy(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_it_is_found_and_the_one_before_is_used(name: str, harm: Callable[[Path, Path], None], copy: Path) -> None:
     newest, before = checkpoint.folder_of(copy, 4), checkpoint.folder_of(copy, 2)
     harm(newest / name, before / name)
-    found, notes = loop.standing(copy)
+    found, notes = folder_module.resume_point(copy)
     assert found == before
     assert len(notes) == 1 and notes[0].startswith("checkpoint step-000004 is not used: ")
 

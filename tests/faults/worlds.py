@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.faults import kills, results
-from train.journal import whole_lines
+from train.runs.losses import whole_lines
 
 LOSS, WEIGHT = (
     1e-5,
@@ -78,7 +78,7 @@ def after(run: Path, steps: int, pids: list[int]) -> None:
 
 
 def differences(one: Path, two: Path) -> tuple[float, float]:
-    from train import lora
+    from train.model import lora
 
     (first, _), (second, _) = kills.outcome(one), kills.outcome(two)
     assert [row["label_tokens"] for row in first] == [row["label_tokens"] for row in second], "other samples"

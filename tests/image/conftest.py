@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.oracles import tiny_checkpoint, tiny_config
+from tests.support.oracles import tiny_checkpoint, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = (("What is your name?", "Cai."), ("你叫什么？", "阿才。"), ("One word for cold?", "Ice."), ("2 + 2?", "4."))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.image.conftest import LEARN, ROOT, furnish
-from train.files import read_json
+from train.common.files import read_json
 
 pytestmark = pytest.mark.image
 SMALL = "qwen-finetune:bundle-test"

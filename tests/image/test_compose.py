@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tests.image.conftest import LEARN, ROOT, ROWS, House, accelerators
-from train.files import read_json
-from train.modelfolder import damage, read_manifest
+from train.common.files import read_json
+from train.model.folder import damage, read_manifest
 
 pytestmark = pytest.mark.image
 COMPOSE = ["docker", "compose", "-p", f"qwen-test-{os.getpid()}"]  # not among the containers of this host's user

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from docker import sbom
-from train.manifest import ROOT
+from train.runs.provenance import ROOT
 
 pytestmark = pytest.mark.image
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.image.conftest import LEARN, House
-from train.files import read_json, sha256
+from train.common.files import read_json, sha256
 
 pytestmark = pytest.mark.image
 STEPS = 60

@@ -1,0 +1,155 @@
+"""The same questions before and after: who answers, what is kept, and how the table looks."""
+
+import gc
+import io
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.cells import cell_len
+from rich.console import Console
+
+from tests.support.runs import DATA, tiny_run
+from train.commands import export
+from train.commands.compare import Options, read_questions, run, shorten, table
+from train.common.errors import UserError
+from train.evaluation.report import Answer
+from train.inference.generate import answers
+from train.model import lora
+from train.model.loading import load
+from train.model.tokenizer import load_tokenizer
+
+QUESTIONS = [question for question, _ in DATA]
+
+
+def compare(folder: Path, **options: Any) -> list[dict[str, Any]]:
+    root = folder.parent.parent
+    run(Options(run=folder.name, models=str(root / "models"), runs=str(root / "runs"), max_tokens=6, **options))
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_before_is_the_base_and_after_is_the_adapter(tmp_path: Path, capsys: Any) -> None:
+    folder, base = tiny_run(tmp_path), tmp_path / "models" / "base-Int4"
+    rows = compare(folder)
+    assert [row["question"] for row in rows] == QUESTIONS and all(row["seen"] for row in rows)
+    plain, tokenizer = load(base, torch.float32), load_tokenizer(base)
+    expected = [text.strip() for text in answers(plain, tokenizer, QUESTIONS, max_new_tokens=6, cut="…")]
+    assert [row["before"] for row in rows] == expected
+    adapted = lora.load_adapter(plain, folder / "adapter").eval()
+    expected = [text.strip() for text in answers(adapted, tokenizer, QUESTIONS, max_new_tokens=6, cut="…")]
+    assert [row["after"] for row in rows] == expected != [row["before"] for row in rows]
+    assert "the adapter on its base" in capsys.readouterr().out
+    assert {"answers.jsonl", "compare.json", "loss.png", "report.md"} <= {p.name for p in folder.iterdir()}
+
+
+def test_one_model_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: Any) -> None:
+    alive = list[weakref.ref[Any]]()
+
+    def loaded(*how: Any, **more: Any) -> Any:
+        assert [ref for ref in alive if ref() is not None] == []
+        model = load(*how, **more)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("train.commands.compare.load", loaded)
+    gc.disable()  # at its own times it would hide what is forgotten
+    try:
+        compare(tiny_run(tmp_path))
+    finally:
+        gc.enable()
+    assert len(alive) == 2
+
+
+def test_after_an_export_the_merged_model_answers_alike(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    folder = tiny_run(tmp_path)
+    with_adapter = compare(folder)
+    models, runs = str(tmp_path / "models"), str(tmp_path / "runs")
+    export.run(export.Options(run="tiny", dtype="float32", models=models, runs=runs))
+    capsys.readouterr()
+    assert compare(folder) == with_adapter
+    assert "then the merged model" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr("train.commands.compare.fits", lambda *where: False)
+        compare(folder)
+    assert "then the adapter on its base (the GPU has no room for the merged model)" in capsys.readouterr().out
+    (folder / "merged" / "model.safetensors").unlink()  # half an export is none
+    compare(folder)
+    assert "then the adapter" in capsys.readouterr().out
+
+
+def test_the_second_run_answers_nothing_and_shows_the_same(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    folder = tiny_run(tmp_path)
+    compare(folder)
+    first = capsys.readouterr().out.partition("╭")[2]
+    monkeypatch.setattr("train.commands.compare.answers", lambda *a, **k: pytest.fail("asked again"))
+    compare(folder)
+    said = capsys.readouterr().out
+    assert "nothing to do" in said and said.partition("╭")[2] == first
+
+
+def test_questions_come_from_a_file_beside_the_data(tmp_path: Path, capsys: Any) -> None:
+    folder = tiny_run(tmp_path)
+    (tmp_path / "talk_questions.txt").write_text("你叫什么？\nNever asked?\n", encoding="utf-8")
+    rows = compare(folder)
+    assert [(row["question"], row["seen"]) for row in rows] == [("你叫什么？", True), ("Never asked?", False)]
+    said = capsys.readouterr().out
+    assert "Never asked? *" in said and "* not asked in the training data" in said
+
+
+def test_questions_by_name_and_without_data(tmp_path: Path) -> None:
+    folder, mine = tiny_run(tmp_path), tmp_path / "mine.jsonl"
+    mine.write_text('"one?"\n{"question": "two?"}\n{"instruction": "three?", "output": "x"}\n')
+    assert [row["question"] for row in compare(folder, questions=str(mine))] == ["one?", "two?", "three?"]
+    (tmp_path / "talk.jsonl").unlink()
+    assert len(compare(folder)) == 8  # the built-in list
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("q.txt", None, "no such file"),
+        ("q.txt", b"\n \n", "no questions"),
+        ("q.txt", b"\xff\xfe?", "UTF-8"),
+        ("q.jsonl", b"{'question': 1}\n", "expected UTF-8, and in .jsonl"),
+        ("q.jsonl", b'{"text": "?"}\n', "expected UTF-8, and in .jsonl"),
+        ("q.jsonl", b"[1]\n", "expected UTF-8, and in .jsonl"),
+    ],
+)
+def test_unreadable_questions_are_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_questions(tmp_path / name)
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path)
+    (folder / "run.json").unlink()
+    with pytest.raises(UserError, match="not finished"):
+        compare(folder)
+    with pytest.raises(UserError, match="which run"):
+        run(Options())
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_every_line_of_the_table_is_as_wide_as_the_terminal(width: int) -> None:
+    found = [
+        Answer("怎样换行？🙂", "我是一个很长的回答。" * 40, "短。", True),
+        Answer("Why?", "word " * 200, "\x1b[31mred\n\n1. x", False),
+        Answer("x" * 500, "y" * 500, "z" * 500, True),
+    ]
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    console.print(table(found, width))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert {cell_len(line) for line in lines} == {width}
+    assert len(lines) < 40 and sum("…" in line for line in lines) >= 4 and "\x1b" not in "".join(lines)
+
+
+def test_shorten_counts_columns_and_does_not_tear_words() -> None:
+    assert shorten("你好 世界", 9) == "你好 世界"
+    assert cell_len(shorten("你" * 50, 21)) <= 21 and shorten("你" * 50, 21).endswith("你…")
+    assert shorten("several short words here", 16) == "several short…"
+    assert shorten("a\n\n b", 80) == "a b"

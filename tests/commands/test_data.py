@@ -1,0 +1,145 @@
+"""`data` as it is typed: what it prints, what it writes, how it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.oracles import small_tokenizer
+from train.__main__ import main
+from train.commands import data
+from train.common.errors import UserError
+from train.data import conversations
+from train.model.tokenizer import load_tokenizer
+
+SHIPPED = Path(__file__).parents[2] / "data"
+ROWS = [{"instruction": "q", "output": "a", "tag": 1}, {"instruction": "问", "input": "二", "output": "好" * 30}]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(ROWS))
+    return path
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder of bases with one whose tokens are bytes."""
+    folder = tmp_path / "models" / "bytes"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    small_tokenizer(folder)
+    return folder.parent
+
+
+def run(*words: object) -> int:
+    return main(["data", *(str(word) for word in words)])
+
+
+def test_summary(file: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"data={file}", "model=org/bytes", f"models={models}", "system=", "length=100", "batch=1") == 0
+    printed = {line.split("  ")[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    # <|im_start|>user⏎q<|im_end|>⏎<|im_start|>assistant⏎a<|im_end|>⏎ is 23 bytes and control tokens
+    short, long = 23, 23 + (3 + 1 + 3 - 1) + (90 - 1)
+    assert "2 (Alpaca)" in printed["conversations"]
+    assert f"{short + long}; a conversation: min {short}, median {long}, p95 {long}, max {long}" in printed["tokens"]
+    assert f"1 over 100 tokens: cut, {long - 100} tokens lost" in printed["too long"]
+    assert "2 rows of at most 100 tokens, packed: 61.5%" in printed["an epoch"]  # 123 of 200
+    assert "50% Chinese, 50% other" in printed["languages"]
+    assert '"tag" (1 rows)' in printed["not used"]
+
+
+def test_the_learnt_part_is_marked(file: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(f"data={file}", "model=bytes", f"models={models}", "system=s")
+    shown = capsys.readouterr().out.partition("⟦learnt⟧:\n")[2]
+    turns = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n⟦a<|im_end|>⟧\n"
+    assert shown == turns
+    tokenizer = load_tokenizer(models / "bytes")
+    assert data.mark([65, 66, 67], [1, 0, 1], tokenizer, "<", ">") == "<A>B<C>"
+    assert data.mark([65] * 9000, [0, 1] * 4500, tokenizer, "<", ">").endswith("…")
+
+
+def test_without_the_base_only_tokens_are_missing(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"data={file}", "model=org/absent", f"models={tmp_path}") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "not counted, that needs the base" in printed and "make model MODEL=org/absent" in printed
+
+
+def test_mistakes_are_the_report_and_status_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("{'instruction': 'q', 'output': 'a'}\n{\"instruction\": \"q\"}\n")
+    out = tmp_path / "out.jsonl"
+    assert run(f"data={path}", f"out={out}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: 2 problems") and f"{path}:1:2: found" in error and f"{path}:2:1: found" in error
+    assert not out.exists()
+
+
+def test_overlong_error_is_a_mistake(file: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"data={file}", "model=bytes", f"models={models}", "length=100", "overlong=error") == 2
+    assert "1 conversations over length=100" in capsys.readouterr().err
+
+
+def test_out_reads_back_as_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    rows = [{"instruction": "q\u2028", "output": "好\n", "system": ""}, *ROWS]
+    (tmp_path / "more.json").write_text(json.dumps(rows))
+    source = f"{SHIPPED / 'samples'},{tmp_path / 'more.json'}"
+    assert run(f"data={source}", f"out={out}", f"models={tmp_path}") == 0
+    before, after = conversations.load(source), conversations.load(out)
+    assert [(c.turns, c.system) for c in before] == [(c.turns, c.system) for c in after]
+    assert "15 conversations written" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+
+
+def test_out_never_overwrites_what_was_read(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = file.read_bytes()
+    assert run(f"data={file}", f"out={file}", f"models={tmp_path}") == 2
+    assert "the original stays" in capsys.readouterr().err and file.read_bytes() == before
+    assert run(f"data={file}", f"out={tmp_path}/none/x.jsonl", f"models={tmp_path}") == 2
+    assert "mkdir -p" in capsys.readouterr().err
+
+
+def test_large_data_shows_progress(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "large.jsonl"
+    row = json.dumps({"instruction": "q" * 900, "output": "a" * 100}) + "\n"
+    path.write_text(row * 2001)
+    assert run(f"data={path}", "model=bytes", f"models={models}", "length=1000") == 0
+    printed = capsys.readouterr().out
+    assert "reading: 100 of 100 %" in printed and "counting tokens: 100 of 100 %" in printed
+    assert "2,000 conversations say exactly what an earlier one says" in printed
+    assert "2,001 over 1000 tokens: cut" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "which file? Example: make data DATA=data/demo.jsonl"),
+        (["data=x.jsonl", "lenght=3"], "unknown key 'lenght'. Did you mean length=?"),
+        (["data=nowhere.jsonl"], "no such file"),
+        (["data=x.jsonl", "length=many"], "length=many: expected a whole number"),
+    ],
+)
+def test_refusals(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_key_of_the_recipe_may_be_given() -> None:
+    request = data.parse({"data": "x", "length": "9", "out": "y"})
+    assert (request.data, request.out, request.overrides) == ("x", "y", {"length": "9"})
+    with pytest.raises(UserError, match="Known keys"):
+        data.parse({"zzzzzz": "1"})
+
+
+def test_languages() -> None:
+    def chinese(answer: str) -> bool:
+        turns = (conversations.Turn("user", "q"), conversations.Turn("assistant", answer))
+        return data._is_chinese(conversations.Conversation(turns, None, "f:1"))
+
+    assert (
+        chinese("用 items[::-1] 反转列表，很简单。") and not chinese("In Chinese: 石子") and not chinese("これは石です")
+    )

@@ -1,0 +1,108 @@
+"""Staged folders: whole or not there, also when the process that wrote one was killed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.common import files
+from train.common.files import staged, write_text
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from train import files
+folder, where = Path(sys.argv[1]), sys.argv[2]
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+files._exchange = lambda *_: False  # as on a file system that cannot
+with files.staged(folder) as aside:
+    (aside / "new").write_text("half")
+    if where == "writing":
+        die()
+    rename = Path.replace
+    Path.replace = lambda self, to: die() if Path(to) == folder else rename(self, to)  # between the two renames
+"""
+
+
+def killed(folder: Path, where: str) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), where], cwd=Path(__file__).parents[2])
+    assert done.returncode == -9
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    with staged(tmp_path / "a") as aside:
+        write_text(aside / "one", "1")
+        assert not (tmp_path / "a").exists()
+    with pytest.raises(RuntimeError), staged(tmp_path / "a") as aside:
+        raise RuntimeError
+    with staged(tmp_path / "a") as aside:
+        write_text(aside / "two", "2")
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["two"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    killed(tmp_path / "a[1]", "writing")
+    assert len(names(tmp_path)) == 1 and not (tmp_path / "a[1]").exists()
+    alive, other = tmp_path / f".a[1].{os.getppid()}.tmp", tmp_path / ".a[1]x.999999999.tmp"
+    alive.mkdir()
+    other.mkdir()
+    with staged(tmp_path / "a[1]"):
+        pass
+    assert names(tmp_path) == sorted([alive.name, other.name, "a[1]"])
+
+
+def test_killed_between_two_renames_the_older_folder_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    write_text(tmp_path / "a" / "old", "whole")
+    killed(tmp_path / "a", "renaming")
+    assert not (tmp_path / "a").exists() and len(names(tmp_path)) == 2
+    with pytest.raises(RuntimeError), staged(tmp_path / "a"):
+        raise RuntimeError((tmp_path / "a" / "old").read_text())
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["old"]
+
+
+def test_a_killed_process_may_have_had_our_number(tmp_path: Path) -> None:
+    """In a container every start has the same one."""
+    old = tmp_path / f".merged.{os.getpid()}.old"
+    old.mkdir()
+    (old / "kept").touch()
+    with pytest.raises(KeyError), staged(tmp_path / "merged"):
+        raise KeyError
+    assert (tmp_path / "merged/kept").exists() and not old.exists()
+
+
+def test_two_folders_change_names_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for an instant is the name without a folder."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert files._exchange(tmp_path / "a", tmp_path / "b")
+    assert names(tmp_path / "a") == ["b"] and names(tmp_path / "b") == ["a"]
+    with pytest.raises(FileNotFoundError):
+        files._exchange(tmp_path / "a", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_an_older_folder_is_replaced_either_way(able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not able:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    for text in ("one", "two"):
+        with staged(tmp_path / "a") as aside:
+            write_text(aside / text, text)
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["two"]
+
+
+def test_the_name_of_every_new_folder_is_forced_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pulled plug may else keep a checkpoint's bytes and lose the folder that they are in."""
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync", synced.append)
+    files.make(tmp_path / "runs" / "mine" / "checkpoints")
+    assert synced == [tmp_path, tmp_path / "runs", tmp_path / "runs" / "mine"]
+    files.make(tmp_path / "runs" / "mine")
+    assert len(synced) == 3 and (tmp_path / "runs/mine/checkpoints").is_dir()

@@ -1,0 +1,111 @@
+"""docker/build with a stand-in engine: what buildx is told, what it must never be told, and what is noted for docker compose."""
+
+import itertools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.standin import ROOT, checkout, environment, log
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    project = checkout(tmp_path / "checkout")
+    shutil.copy(ROOT / "docker/build", project / "docker/build")
+    shutil.copytree(ROOT / "docker/apt", project / "docker/apt")
+    return project
+
+
+def build(project: Path, *words: str, status: int = 0, **variables: str) -> list[str]:
+    """The words of `docker buildx build`."""
+    (project / "bin/log").unlink(missing_ok=True)
+    done = subprocess.run(
+        ["docker/build", *words],
+        cwd=project,
+        env=environment(project, BUILD_ONLY="1", **variables),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stderr
+    told = [entry["words"] for entry in log(project) if entry["words"][:2] == ["buildx", "build"]]
+    return told[0] if told else [done.stderr]
+
+
+def given(words: list[str], flag: str) -> list[str]:
+    return [value for before, value in itertools.pairwise(words) if before == flag]
+
+
+def settings(project: Path) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in (project / ".env").read_text().splitlines()[1:])
+
+
+def test_the_default_is_pinned_and_dated_by_its_packages(project: Path) -> None:
+    words = build(project, "--no-cache")
+    assert given(words, "--tag") == ["qwen-finetune:0.1.0-cu118"] and words[-2:] == ["--no-cache", "."]
+    snapshot = (ROOT / "docker/apt/snapshot").read_text()
+    assert given(words, "--build-arg") == ["VERSION=0.1.0", f"SOURCE_DATE_EPOCH={epoch(snapshot)}"]
+    assert {"--provenance=false", "--sbom=false"} <= set(words)
+
+
+def epoch(snapshot: str) -> str:
+    day = f"{snapshot[:4]}-{snapshot[4:6]}-{snapshot[6:8]}"
+    return subprocess.run(["date", "-u", "-d", day, "+%s"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("asked", "tag"),
+    [
+        ({"CUDA": "12.8"}, "qwen-finetune:0.1.0-cu128"),
+        ({"TORCH": "registry"}, "qwen-finetune:0.1.0-registry"),
+        ({"CUDA": "12.8", "IMAGE": "mine:1"}, "mine:1"),
+    ],
+)
+def test_what_was_asked_for_is_in_the_name(project: Path, asked: dict[str, str], tag: str) -> None:
+    words = build(project, **asked)
+    assert given(words, "--tag") == [tag]
+    assert {f"{key}={value}" for key, value in asked.items() if key != "IMAGE"} <= set(given(words, "--build-arg"))
+
+
+@pytest.mark.parametrize("asked", [{"CUDA": "13.0"}, {"TORCH": "rocm"}, {"CA": "/no/such/file"}])
+def test_what_cannot_be_is_refused(project: Path, asked: dict[str, str]) -> None:
+    said = build(project, status=2, **asked)[0]
+    assert said.startswith("error: ") and next(iter(asked.values())) in said
+    assert not (project / ".env").exists()
+
+
+def test_mirrors_are_secrets_and_kept_nowhere(project: Path, tmp_path: Path) -> None:
+    """A build argument stays in the history of the image, and a mirror's address often holds a password."""
+    (tmp_path / "ca.pem").touch()
+    mirrors = dict.fromkeys(("PIP_INDEX_URL", "TORCH_INDEX_URL", "APT_MIRROR"), "https://user:hidden@mirror.example")
+    words = build(project, CA=f"{tmp_path}/ca.pem", **mirrors)
+    ids = {value.split(",")[0] for value in given(words, "--secret")}
+    assert ids == {"id=ca", "id=pip_index_url", "id=torch_index_url", "id=apt_mirror"}
+    assert not any("hidden" in word for word in words) and "hidden" not in (project / ".env").read_text()
+
+
+def test_what_compose_needs_is_noted_and_building_again_builds_the_same(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").touch()
+    build(project, TORCH="registry", BASE_IMAGE="my/base:1", CA=f"{tmp_path}/ca.pem", ACCELERATOR="cpu")
+    noted = settings(project)
+    assert noted | {"SOURCE": ""} == {
+        "IMAGE": "qwen-finetune:0.1.0-registry",
+        "SOURCE": "",
+        "USER_ID": str(os.getuid()),
+        "GROUP_ID": str(os.getgid()),
+        "ACCELERATOR": "cpu",
+        "BASE_IMAGE": "my/base:1",
+        "TORCH": "registry",
+        "CA": f"{tmp_path}/ca.pem",
+    }
+    again = build(project)
+    assert given(again, "--tag") == ["qwen-finetune:0.1.0-registry"]
+    assert {"BASE_IMAGE=my/base:1", "TORCH=registry"} <= set(given(again, "--build-arg"))
+
+
+def test_a_persons_own_env_is_left_alone(project: Path) -> None:
+    (project / ".env").write_text("HF_ENDPOINT=https://mirror\n")
+    build(project)
+    assert (project / ".env").read_text() == "HF_ENDPOINT=https://mirror\n"

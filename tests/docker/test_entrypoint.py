@@ -1,0 +1,107 @@
+"""docker/entrypoint.sh, run for real in a folder that stands for /workspace, with stand-ins for Python and nvidia-smi."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ENTRY = Path(__file__).resolve().parents[2] / "docker/entrypoint.sh"
+PYTHON = """#!/bin/sh
+if [ "$1" = -c ]; then exit ${FAKE_CARD:-0}; fi
+printf '<%s>' "$@"
+echo " ptxas=${TRITON_PTXAS_PATH-none} cards=${CUDA_VISIBLE_DEVICES-all}"
+"""
+SMI = """#!/bin/sh
+[ -n "$FAKE_DRIVER" ] || { echo "NVIDIA-SMI has failed"; exit 9; }
+echo "$FAKE_DRIVER"
+"""
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    for name in ("data", "models", "runs", "bin", "venv/lib/python3.10/site-packages/nvidia/cuda_nvcc/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    for name, text in (("bin/python", PYTHON), ("bin/nvidia-smi", SMI)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def enter(work: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "TRITON_PTXAS_PATH", "ACCELERATOR")
+    }
+    here = {"PATH": f"{work}/bin:{os.environ['PATH']}", "WORK_DIR": str(work), "VIRTUAL_ENV": f"{work}/venv"}
+    command = [str(ENTRY), *words]
+    return subprocess.run(command, env={**clean, **here, **variables}, capture_output=True, text=True)
+
+
+def test_hands_over_with_keys_in_lower_case_and_values_as_typed(work: Path) -> None:
+    done = enter(work, "infer", "PROMPT=What Is A=B?", "FROM=x", "ENGINE=Stock", "run=R", "plain WORD", "epochs=3")
+    assert done.returncode == 0, done.stderr
+    said = "<-m><train><infer><prompt=What Is A=B?><from_run=x><engine=Stock><run=R><plain WORD><epochs=3>"
+    assert done.stdout.startswith(said)
+    assert done.stderr == ""
+
+
+def test_without_a_word_it_says_what_there_is(work: Path) -> None:
+    assert enter(work).stdout.startswith("<-m><train><help>")
+
+
+@pytest.mark.parametrize(
+    ("verb", "folder", "elsewhere"),
+    [
+        ("train", "runs", "RUNS=/x"),
+        ("export", "runs", "runs=/x"),
+        ("model", "models", "MODELS=/x"),
+        ("quantize", "models", "OUT=/x"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_told_with_its_remedy(
+    work: Path, verb: str, folder: str, elsewhere: str
+) -> None:
+    (work / folder).rmdir()
+    done = enter(work, verb)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert f"{work}/{folder} is not writable for user {os.getuid()}." in done.stderr
+    assert "Remedy: mount a folder of yours" in done.stderr
+    assert enter(work, verb, elsewhere).returncode == 0
+    assert enter(work, verb, "--help").returncode == 0
+    assert enter(work, "doctor").returncode == 0  # tells it in its own words
+
+
+def test_nothing_is_left_behind(work: Path) -> None:
+    enter(work, "train")
+    enter(work, "model")
+    assert [list((work / name).iterdir()) for name in ("data", "models", "runs")] == [[], [], []]
+
+
+def test_a_gpu_that_was_asked_for_must_be_usable(work: Path) -> None:
+    assert enter(work, "train", ACCELERATOR="gpu", FAKE_CARD="2").returncode == 2
+    assert enter(work, "train", ACCELERATOR="gpu").returncode == 0
+    assert enter(work, "train", ACCELERATOR="auto", FAKE_CARD="2").returncode == 0
+    assert enter(work, "data", ACCELERATOR="gpu", FAKE_CARD="2").returncode == 0  # needs none
+    assert "cards=\n" in enter(work, "train", ACCELERATOR="cpu", FAKE_CARD="2").stdout
+    assert "cards=all" in enter(work, "train", ACCELERATOR="auto").stdout
+
+
+@pytest.mark.parametrize(
+    ("driver", "there", "taken"),
+    [
+        ("470.223.02", True, True),
+        ("515.43.04", True, True),
+        ("525.60.13", True, False),
+        ("", True, False),
+        ("470.223.02", False, False),
+    ],
+)
+def test_an_old_driver_gets_the_assembler_of_its_age(work: Path, driver: str, there: bool, taken: bool) -> None:
+    ptxas = work / "venv/lib/python3.10/site-packages/nvidia/cuda_nvcc/bin/ptxas"
+    if there:
+        ptxas.touch()
+    said = enter(work, "train", FAKE_DRIVER=driver).stdout
+    assert f"ptxas={ptxas if taken else 'none'} " in said
+    if taken:
+        assert "ptxas=/mine " in enter(work, "train", FAKE_DRIVER=driver, TRITON_PTXAS_PATH="/mine").stdout

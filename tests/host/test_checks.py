@@ -1,0 +1,278 @@
+"""diagnosis: every way in which a machine is known to fail, as what is seen of it, and what is then said."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from train.host import checks
+from train.host.checks import (
+    check_card,
+    check_driver,
+    check_folder,
+    check_generation,
+    check_libraries,
+    check_lock,
+    check_room,
+    check_shared,
+    check_torch,
+    check_triton,
+    must_have_card,
+)
+from train.host.machine import Card, Host, installed_versions
+
+ROOT = Path(__file__).resolve().parents[2]
+GB = 10**9
+CARD = Card("NVIDIA RTX 4060", (8, 9), 8 * GB, 7 * GB)
+GOOD = Host(
+    (CARD,), "535.183.01", torch="2.7.1+cu118", cuda="11.8", compiler="/usr/bin/gcc", headers=True, shared=8 * GB
+)
+BARE = Host(refusal="absent", torch="2.7.1", cuda="12.6")
+
+
+# --- cards
+
+
+def test_a_machine_that_does_all() -> None:
+    seen = check_card(GOOD)
+    assert (seen.state, seen.text) == ("ok", "NVIDIA RTX 4060, compute capability 8.9, 7.0 of 8.0 GB free")
+    for finding in (check_driver(GOOD), check_generation(GOOD), check_shared(GOOD, 1)):
+        assert finding
+        assert (finding.state, finding.remedy) == ("ok", "")
+
+
+@pytest.mark.parametrize(
+    ("host", "text", "remedy"),
+    [
+        (BARE, "no NVIDIA card", "ACCELERATOR=cpu"),
+        (replace(BARE, refusal="hidden"), "CUDA_VISIBLE_DEVICES", "Unset it"),
+        (replace(BARE, on_bus=True), "no driver answers", "Install the driver"),
+        (replace(BARE, contained=True, kernel_driver="535.1"), "host has driver 535.1", "container toolkit"),
+        (replace(BARE, refusal="Failed to initialize NVML: Driver/library version mismatch"), "mismatch", "restart"),
+        (replace(BARE, refusal="couldn't communicate with\nthe NVIDIA driver."), "communicate with the", "modprobe"),
+    ],
+)
+def test_why_no_card_is_seen(host: Host, text: str, remedy: str) -> None:
+    wanted, unasked = check_card(host, 1), check_card(host, 0)
+    assert wanted.state == "fail"
+    assert text in wanted.text
+    assert remedy in wanted.remedy
+    # It will train on the CPU, which is not what it looks like
+    assert unasked.state == ("ok" if host is BARE else "warn")
+
+
+def test_fewer_cards_than_asked_for() -> None:
+    found = check_card(GOOD, 2)
+    assert (found.state, found.remedy) == ("fail", "GPUS=1")
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "state"),
+    [
+        ("450.80.02", "11.8", "ok"),
+        ("450.51.06", "11.8", "fail"),
+        ("470.223.02", "11.8", "ok"),
+        ("515.43.04", "12.6", "fail"),
+        ("525.60.13", "12.6", "ok"),
+        ("525.60.13", "12.8", "ok"),
+        ("1000.1", "12.8", "ok"),  # numbers, not letters
+    ],
+)
+def test_the_driver_and_the_cuda(driver: str, cuda: str, state: str) -> None:
+    found = check_driver(replace(GOOD, driver=driver, cuda=cuda))
+    assert found
+    assert found.state == state
+    if cuda != "11.8" and state == "fail":
+        assert "CUDA=11.8" in found.remedy  # the build that this driver does run
+
+
+def test_no_driver_or_no_cuda_is_not_judged() -> None:
+    assert check_driver(BARE) is None
+    assert check_generation(BARE) is None
+    assert check_driver(replace(GOOD, cuda="")) is None
+    assert check_driver(replace(GOOD, cuda="13.0")) is None  # what it needs is not known here
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "state", "remedy"),
+    [
+        ((9, 0), "11.8", "ok", ""),
+        ((10, 0), "11.8", "fail", "CUDA=12.8"),
+        ((12, 0), "12.6", "fail", "TORCH=cu128"),
+        ((12, 0), "12.8", "ok", ""),
+        ((7, 0), "12.8", "fail", "CUDA=11.8"),
+        ((6, 1), "11.8", "ok", ""),
+        ((3, 5), "11.8", "fail", "another card"),
+    ],
+)
+def test_the_generation_of_the_card(capability: tuple[int, int], cuda: str, state: str, remedy: str) -> None:
+    found = check_generation(replace(GOOD, cards=(replace(CARD, capability=capability),), cuda=cuda))
+    assert found
+    assert found.state == state
+    assert remedy in found.remedy
+
+
+def test_two_cards_of_two_generations_are_judged_by_the_one_that_fails() -> None:
+    cards = (replace(CARD, capability=(12, 0)), CARD)
+    found = check_generation(replace(GOOD, cards=cards))
+    assert found
+    assert found.state == "fail"
+
+
+def test_must_have_card_ends_with_every_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    must_have_card(GOOD)
+    assert capsys.readouterr() == ("", "")
+    blackwell = replace(GOOD, cards=(replace(CARD, capability=(12, 0)),), driver="390.1")
+    with pytest.raises(SystemExit) as end:
+        must_have_card(blackwell)
+    told = capsys.readouterr().err
+    assert end.value.code == 2
+    assert told.count("error: ") == told.count("Remedy: ") == 2
+    assert "390.1" in told
+    assert "CUDA=12.8" in told
+
+
+# --- what is installed
+
+
+@pytest.mark.parametrize(
+    ("host", "answer", "state", "text"),
+    [
+        (GOOD, {"seen": 1, "errors": []}, "ok", "computes on the card"),
+        (GOOD, {"seen": 2, "errors": []}, "ok", "2 cards"),
+        (BARE, {"seen": 0, "errors": []}, "ok", "the CPU"),
+        (GOOD, {"seen": 0, "errors": []}, "fail", "none of the cards"),
+        (GOOD, {"seen": 1, "errors": ["card 0: no kernel image is available"]}, "fail", "no kernel image"),
+        (GOOD, {"died": "libcudnn.so.9: cannot open"}, "fail", "libcudnn"),
+        (replace(GOOD, cuda=""), {"seen": 0, "errors": []}, "fail", "CPU"),
+        (Host(), {}, "fail", "not installed"),
+    ],
+)
+def test_torch(host: Host, answer: dict[str, object], state: str, text: str) -> None:
+    found = check_torch(host, answer)
+    assert found.state == state
+    assert text in found.text
+    assert bool(found.remedy) == (state == "fail")
+
+
+def test_cuda_libraries() -> None:
+    wanted = ["filelock", 'nvidia-cublas-cu11==11.11.3.6; platform_system == "Linux"', 'triton==3.3.1; x == "y"']
+    assert check_libraries(wanted, {"nvidia-cublas-cu11": "11.11.3.6", "triton": "3.3.1"}).state == "ok"
+    found = check_libraries(wanted, {"nvidia-cublas-cu11": "11.1"})
+    assert found.state == "fail"
+    assert "nvidia-cublas-cu11 11.1; triton is missing" in found.text
+
+
+LOCK = """# === section: common ===
+here==1.0 \\
+    --hash=sha256:00
+numpy==1.26.4
+old==1.0 ; python_version == "3.10" \\
+    --hash=sha256:00
+old==2.0 ; python_version == "3.11" \\
+    --hash=sha256:00
+
+# === section: test ===
+pytest==9.2.0
+"""
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11"])
+def test_packages_against_the_lock(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "PYTHON", python)
+    old = {"3.10": "1.0", "3.11": "2.0"}[python]
+    assert check_lock(LOCK, {"here": "1.0", "numpy": "1.26.4", "old": old}).text == "3 as env.lock has them"
+    found = check_lock(LOCK, {"here": "1.0", "numpy": "2.0", "old": old})
+    assert (found.state, found.text) == ("fail", "not as env.lock has them: numpy is 2.0, not 1.26.4")
+    assert "here 1.0 is missing" in check_lock(LOCK, {}).text
+    assert check_lock("", {}).state == "fail"
+
+
+def test_the_real_lock_is_read_whole() -> None:
+    """Every package that env.lock has for this Python outside torch's builds and the tools is compared, and found here."""
+    found = check_lock((ROOT / "env.lock").read_text(), {})
+    assert int(found.text.split(" and ")[-1].split()[0]) > 70
+    assert "transformers" in installed_versions()
+
+
+# --- Triton
+
+
+@pytest.mark.parametrize(
+    ("host", "text", "remedy"),
+    [
+        (replace(GOOD, compiler=""), "no C compiler", "gcc"),
+        (replace(GOOD, headers=False), "no Python.h", "-dev"),
+        (replace(GOOD, driver="470.223.02"), "470.223.02", "TRITON_PTXAS_PATH"),
+        (replace(GOOD, cards=(replace(CARD, capability=(6, 1)),)), "6.1", ""),
+    ],
+)
+def test_without_triton_it_is_slower(host: Host, text: str, remedy: str, tmp_path: Path) -> None:
+    found = check_triton(host, tmp_path / "cache")
+    assert found
+    assert found.state == "warn"
+    assert text in found.text
+    assert found.text.endswith("the slower plain path is taken")
+    assert remedy in found.remedy
+
+
+def test_with_triton(tmp_path: Path) -> None:
+    old = replace(GOOD, driver="470.223.02", ptxas="/somewhere/ptxas")
+    for host in (GOOD, old):
+        found = check_triton(host, tmp_path / "cache")
+        assert found
+        assert found.state == "ok"
+    assert check_triton(BARE, tmp_path) is None
+
+
+def test_a_cache_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: False)  # root may write anywhere
+    found = check_triton(GOOD, tmp_path / "cache")
+    assert found
+    assert found.state == "warn"
+    assert "TRITON_CACHE_DIR" in found.remedy
+
+
+# --- room
+
+
+def test_shared_memory_matters_to_several_cards() -> None:
+    small = replace(GOOD, shared=64 << 20)
+    assert check_shared(small).state == "ok"
+    assert check_shared(small, 2).state == "warn"
+    assert check_shared(replace(small, cards=(CARD, CARD))).state == "warn"
+    assert check_shared(replace(GOOD, cards=(CARD, CARD))).state == "ok"
+
+
+def test_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_folder("runs", tmp_path / "not" / "there").state == "ok"
+    full = check_folder("runs", tmp_path, needed=1 << 60)
+    assert full.state == "fail"
+    assert "RUNS=path" in full.remedy
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: False)
+    shut = check_folder("runs", tmp_path / "a")
+    assert shut.state == "fail"
+    assert "may not be written" in shut.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    assert check_folder("runs", tmp_path / "runs").state == "fail"
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "total", "state", "remedy"),
+    [
+        (4, 7, 8, "ok", ""),
+        (9, 7, 8, "fail", "Int4"),
+        (7.5, 7, 8, "fail", "nvidia-smi"),
+        (6.5, 7, 8, "warn", "batch=1"),
+        (9, 8, None, "fail", "smaller base"),
+        (4, 8, None, "ok", ""),
+    ],
+)
+def test_room_in_memory(needed: float, free: int, total: int | None, state: str, remedy: str) -> None:
+    found = check_room("memory", int(needed * GB), free * GB, total and total * GB)
+    assert found.state == state
+    assert remedy in found.remedy

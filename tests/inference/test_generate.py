@@ -1,0 +1,154 @@
+"""Generation against a fake that spells a text, and against the tiny decoder without a cache."""
+
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.oracles import small_tokenizer, tiny_config, tiny_decoder
+from train.common.errors import UserError
+from train.data.chat_template import prompt
+from train.data.formats import Turn
+from train.inference.generate import answers, stream
+from train.inference.sampling import Sampling
+from train.model.decoder import Decoder
+from train.model.tokenizer import Tokenizer, load_tokenizer
+
+
+class Speller(nn.Module):
+    """Says `script` byte by byte after any prompt, then <|im_end|>; its cache is the number of ids it has seen."""
+
+    def __init__(self, script: bytes, context: int = 512) -> None:
+        super().__init__()
+        self.script = [*script, 258]
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(max_position_embeddings=context)
+        self.positions: list[list[int]] = []
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past_key_values: int | None,
+        use_cache: bool,
+    ) -> SimpleNamespace:
+        self.positions.append(position_ids[:, -1].tolist())
+        said = 0 if past_key_values is None else past_key_values
+        logits = torch.ones(*input_ids.shape, 320)
+        logits[:, -1, self.script[min(said, len(self.script) - 1)]] = 9.0
+        return SimpleNamespace(logits=logits, past_key_values=said + 1)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    small_tokenizer(tmp_path)
+    return load_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module", params=["qwen", "qwen2"])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    return tiny_decoder(tiny_config(request.param), seed=2)  # one that says different things to different questions
+
+
+QUESTIONS = ["a", "what is it?", "好", "twelve bottles of it", "no"]
+
+
+def greedy(model: Decoder, ids: list[int], steps: int, stop: tuple[int, ...]) -> list[int]:
+    """The naive way: the whole row again for every token, alone and without a cache."""
+    row = list(ids)
+    for _ in range(steps):
+        with torch.no_grad():
+            row.append(int(model(torch.tensor([row])).logits[0, -1].argmax()))
+        if row[-1] in stop:
+            return row[len(ids) : -1]
+    return row[len(ids) :]
+
+
+def test_batches_say_what_each_prompt_alone_is_told(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    expected = [
+        tokenizer.decode(greedy(decoder, prompt([Turn("user", q)], tokenizer), 24, tokenizer.stop_ids))
+        for q in QUESTIONS
+    ]
+    assert len(set(expected)) > 1
+    assert answers(decoder, tokenizer, QUESTIONS, max_new_tokens=24, batch=2) == expected
+    assert answers(decoder, tokenizer, QUESTIONS, max_new_tokens=24, batch=8) == expected
+
+
+def test_a_stream_says_the_same_and_turns_do_too(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    turns = [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")]
+    ids = prompt(turns, tokenizer, system="")
+    pieces = list(stream(decoder, tokenizer, ids, max_new_tokens=24, notify=lambda _: None))
+    assert answers(decoder, tokenizer, [turns], system="", max_new_tokens=24) == ["".join(pieces)]
+    assert len(pieces) > 1
+
+
+def test_progress_counts_to_the_end(tokenizer: Tokenizer) -> None:
+    seen: list[tuple[int, int]] = []
+    assert (
+        answers(Speller(b"ok"), tokenizer, QUESTIONS, batch=2, on_progress=lambda n, of: seen.append((n, of)))
+        == ["ok"] * 5
+    )
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_an_answer_ends_at_im_end_and_each_row_counts_its_own_positions(tokenizer: Tokenizer) -> None:
+    model = Speller("héllo".encode())
+    assert answers(model, tokenizer, ["a", "abcd"], system="", max_new_tokens=50) == ["héllo", "héllo"]
+    assert len(model.positions) == 7
+    assert all([a + 1 for a in now] == then for now, then in pairwise(model.positions))
+    assert model.positions[0][1] - model.positions[0][0] == 3
+
+
+def test_a_stream_never_cuts_a_character(tokenizer: Tokenizer) -> None:
+    pieces = list(stream(Speller("好a🙂".encode()), tokenizer, [1]))
+    assert pieces == ["好", "a", "🙂"]
+    assert list(stream(Speller("好".encode()[:2] + b"!"), tokenizer, [1])) == ["\ufffd!"]
+    assert list(stream(Speller("a好".encode()), tokenizer, [1], max_new_tokens=2, notify=lambda _: None)) == [
+        "a",
+        "\ufffd",
+    ]
+
+
+def test_the_end_of_the_context_is_stated(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Speller(b"a long answer", context=8)
+    assert "".join(stream(model, tokenizer, [1, 2, 3])) == "a lon"
+    assert "the model's context of 8 tokens is full" in capsys.readouterr().err
+    assert "".join(stream(model, tokenizer, [1, 2, 3], max_new_tokens=2)) == "a "
+    assert "2 tokens, the most that were asked for" in capsys.readouterr().err
+    with pytest.raises(UserError, match="the prompt has 9 tokens, the model's context 8"):
+        next(stream(model, tokenizer, [1] * 9))
+    model = Speller(b"a long answer", context=len(prompt([Turn("user", "a")], tokenizer, "")) + 3)
+    assert answers(model, tokenizer, ["a"], system="") == ["a l"]
+    assert "1 answers end where the model's context" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_cut_off_can_be_told(tokenizer: Tokenizer) -> None:
+    for most, said in ((4, "whole"[:4] + "…"), (5, "whole…"), (6, "whole")):
+        assert answers(Speller(b"whole"), tokenizer, ["a"], max_new_tokens=most, cut="…") == [said]
+
+
+def say(model: nn.Module, tokenizer: Tokenizer, sampling: Sampling) -> str:
+    return "".join(stream(model, tokenizer, prompt([Turn("user", "a")], tokenizer), 24, sampling, lambda _: None))
+
+
+def test_a_seed_makes_sampling_repeat_itself(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    warm = [say(decoder, tokenizer, Sampling(temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
+    assert warm[0] == warm[1] != warm[2]
+
+
+def test_each_setting_of_sampling_acts(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    likeliest = say(decoder, tokenizer, Sampling())
+    assert say(decoder, tokenizer, Sampling(temperature=1.5, top_k=1)) == likeliest
+    assert say(decoder, tokenizer, Sampling(temperature=1.5, top_p=1e-6)) == likeliest
+    assert say(decoder, tokenizer, Sampling(temperature=1.5)) != likeliest
+    assert say(Speller(b"aaaa"), tokenizer, Sampling()) == "aaaa"
+    assert say(Speller(b"aaaa"), tokenizer, Sampling(repetition_penalty=1e6)) != "aaaa"
+
+
+def test_settings_without_meaning_are_refused_together() -> None:
+    with pytest.raises(UserError, match=r"temperature=-1(.|\n)*top_p=0(.|\n)*top_k=-2(.|\n)*repetition_penalty=0"):
+        Sampling(temperature=-1, top_p=0, top_k=-2, repetition_penalty=0)

@@ -1,0 +1,99 @@
+"""Shards and their index, the manifest, and what it finds when a folder was touched."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.oracles import tiny_checkpoint, tiny_config
+from train.common.errors import UserError
+from train.common.files import read_json
+from train.model.folder import INDEX, Shards, copy_beside, damage, read_manifest, resolve, write_manifest
+
+
+def test_small_models_are_one_file_and_large_ones_have_an_index(tmp_path: Path) -> None:
+    tensors = {f"t{n}": torch.full((100,), float(n)) for n in range(5)}  # 400 bytes each
+    for limit, files in {4000: 1, 900: 3, 100: 5}.items():
+        folder = tmp_path / str(limit)
+        folder.mkdir()
+        shards = Shards(folder, limit)
+        for name, tensor in tensors.items():
+            shards.add(name, tensor)
+        shards.close()
+        paths = sorted(folder.glob("*.safetensors"))
+        assert len(paths) == files
+        read = {name: t for path in paths for name, t in load_file(path).items()}
+        assert all(torch.equal(read[name], t) for name, t in tensors.items())
+        assert (folder / INDEX).is_file() == (files > 1)
+        if files > 1:
+            index = read_json(folder / INDEX)
+            assert index["metadata"]["total_size"] == 2000
+            assert all(name in load_file(folder / file) for name, file in index["weight_map"].items())
+    assert (tmp_path / "4000" / "model.safetensors").is_file()
+    assert (tmp_path / "900" / "model-00003-of-00003.safetensors").is_file()
+
+
+def test_small_files_go_along_as_bytes_and_nothing_else(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.mkdir()
+    target.mkdir()
+    strange = b"raise SystemExit('never run') \xff\xfe"
+    for name in (
+        "modeling_qwen.py",
+        "qwen.tiktoken",
+        "config.json",
+        "manifest.json",
+        INDEX,
+        "model.safetensors",
+        "x.bin",
+    ):
+        (source / name).write_bytes(strange)
+    assert copy_beside(source, target, without=["config.json"]) == ["modeling_qwen.py", "qwen.tiktoken"]
+    assert sorted(p.name for p in target.iterdir()) == ["modeling_qwen.py", "qwen.tiktoken"]
+    assert (target / "modeling_qwen.py").read_bytes() == strange
+
+
+def test_the_manifest_knows_what_was_written(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    assert read_manifest(tmp_path) is None
+    write_manifest(tmp_path, {"source": "here"})
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None
+    assert manifest["source"] == "here"
+    assert set(manifest["files"]) == {"a.txt", "b.txt"}
+    assert damage(tmp_path, manifest, full=True) == []
+    (tmp_path / "a.txt").write_text("eno")
+    assert damage(tmp_path, manifest, full=False) == []
+    assert damage(tmp_path, manifest, full=True) == ["a.txt has another sha256 than when it was written"]
+    (tmp_path / "a.txt").write_text("longer")
+    (tmp_path / "b.txt").unlink()
+    assert damage(tmp_path, manifest, full=False) == ["a.txt has 6 bytes, expected 3", "b.txt is missing"]
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(UserError, match="not a manifest"):
+        read_manifest(tmp_path)
+
+
+def test_resolve_finds_a_folder_or_a_name_and_says_what_to_type(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "models" / "Tiny-Int4", tiny_config("qwen2"))
+    assert resolve(str(folder), tmp_path) == folder
+    assert resolve("Someone/Tiny-Int4", tmp_path / "models") == folder
+    with pytest.raises(UserError, match=r"make model MODEL=Someone/Else"):
+        resolve("Someone/Else", tmp_path / "models")
+
+
+def test_another_model_of_the_same_last_name_does_not_answer(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    folder = tiny_checkpoint(models / "Tiny-Int4", tiny_config("qwen2"))
+    for source, called in (
+        ({"hub": "Someone/Tiny-Int4"}, "Someone/Tiny-Int4"),
+        ({"folder": "Tiny"}, "made here of Tiny"),
+    ):
+        write_manifest(folder, {"source": source})
+        with pytest.raises(UserError, match=f"'Else/Tiny-Int4': .*Tiny-Int4 is not it, but {called}"):
+            resolve("Else/Tiny-Int4", models)
+        for name in ("Tiny-Int4", "models/Tiny-Int4", str(folder)):
+            assert resolve(name, models) == folder
+    write_manifest(folder, {"source": {"hub": "Someone/Tiny-Int4"}})
+    assert resolve("Someone/Tiny-Int4", models) == folder

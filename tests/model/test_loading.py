@@ -1,0 +1,121 @@
+"""A folder becomes the same model that it was written from, or one clear error."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.oracles import tiny_checkpoint, tiny_config, tiny_decoder
+from train.common import device as device_module
+from train.common.errors import UserError
+from train.model import loading
+from train.model.int4_linear import Int4Linear
+from train.runs import folder as folder_module
+
+IDS = torch.arange(2, 50)[None]
+LAYOUTS = ("qwen", "qwen2")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tie", [False, True])
+@torch.no_grad()
+def test_a_float_folder_gives_the_model_back(tmp_path: Path, layout: str, tie: bool) -> None:
+    config = tiny_config(layout, tie_word_embeddings=tie)
+    model = loading.load(tiny_checkpoint(tmp_path / "m", config), torch.float32)
+    assert torch.equal(model(IDS).logits, tiny_decoder(config)(IDS).logits)
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_an_int4_folder_computes_with_its_dequantised_weights(tmp_path: Path, layout: str) -> None:
+    model = loading.load(tiny_checkpoint(tmp_path / "m", tiny_config(layout), int4=True), torch.float32)
+    plain = tiny_decoder(model.config)
+    quantised = {n: m for n, m in model.named_modules() if isinstance(m, Int4Linear)}
+    assert len(quantised) == 2 * (5 if layout == "qwen" else 7)
+    state = {n: p for n, p in model.state_dict().items() if n in plain.state_dict()}
+    state |= {f"{n}.weight": m.dequantized(torch.float32) for n, m in quantised.items()}
+    plain.load_state_dict(state)
+    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
+    kept = loading.load(tmp_path / "m", torch.float32, keep_float=True)
+    torch.testing.assert_close(kept(IDS).logits, model(IDS).logits)
+
+
+def test_the_file_decides_about_biases(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", tiny_config("qwen"))
+    state = load_file(folder / "model.safetensors")
+    state["transformer.h.0.mlp.w1.bias"] = torch.ones(128)
+    save_file(state, folder / "model.safetensors")
+    model = loading.load(folder, torch.float32)
+    assert model.transformer.h[0].mlp.w1.bias is not None
+    assert model.transformer.h[1].mlp.w1.bias is None
+
+
+def test_old_bin_files_are_read_as_plain_tensors_only(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", tiny_config("qwen2"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(loading.load(folder, torch.float32)(IDS).logits, tiny_decoder(tiny_config("qwen2"))(IDS).logits)
+
+
+def test_missing_and_left_over_tensors_are_named(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", tiny_config("qwen2"))
+    state = load_file(folder / "model.safetensors")
+    state["model.extra.weight"] = state.pop("model.norm.weight")
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"missing model.norm.weight; left over model.extra.weight"):
+        loading.load(folder, torch.float32)
+
+
+def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", tiny_config("qwen2"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    with pytest.raises(UserError, match=r"down_proj.weight: the file has shape \[64, 128\].*\[64, 96\]"):
+        loading.load(folder, torch.float32)
+
+
+def test_a_file_that_is_cut_off_names_the_remedy(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", tiny_config("qwen2"))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"not a whole safetensors file.*make model MODEL=m"):
+        loading.load(folder, torch.float32)
+
+
+def test_dtype_follows_the_device() -> None:
+    assert device_module.pick_dtype(torch.device("cpu")) == torch.float32
+    assert device_module.pick_dtype(torch.device("cpu"), "bf16") == torch.bfloat16
+
+
+def test_an_unfinished_run_is_told_from_one_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    with pytest.raises(UserError, match=r"'half' is not finished"):
+        folder_module.read_run(tmp_path / "half")
+    with pytest.raises(UserError, match=r"'none' does not exist"):
+        folder_module.read_run(tmp_path / "none")
+
+
+def test_a_float_copy_is_kept_where_the_cpu_has_twice_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    int4 = tiny_checkpoint(tmp_path / "int4", tiny_config(), int4=True)
+    plain = tiny_checkpoint(tmp_path / "float", tiny_config())
+    whole = 4 * sum(p.numel() for p in loading.load(plain, torch.float32).parameters())
+    cpu, answers = torch.device("cpu"), {}
+    for free in (2 * whole, 2 * whole + 1):
+        monkeypatch.setattr(loading.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        answers[free] = loading.keeps_float(int4, cpu)
+    assert answers == {2 * whole: False, 2 * whole + 1: True}
+    assert not loading.keeps_float(plain, cpu) and not loading.keeps_float(int4, torch.device("cuda"))
+
+
+def test_a_float_model_fits_a_gpu_in_the_type_it_is_loaded_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, gpu = tiny_checkpoint(tmp_path / "m", tiny_config()), torch.device("cuda")
+    stored = (folder / "model.safetensors").stat().st_size  # float32
+    for free, wide, narrow in ((stored // 2, False, False), (stored, False, True), (2 * stored, True, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * free))
+        assert loading.fits(folder, torch.float32, gpu) == wide and loading.fits(folder, torch.float16, gpu) == narrow
+    assert loading.fits(folder, torch.float32, torch.device("cpu"))

@@ -1,0 +1,139 @@
+"""Tiny checkpoints on disk and the reference models that ours are held against."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from train.model.decoder import Decoder
+from train.model.layouts import DecoderConfig, write_config
+from train.ops.gptq import Scheme, quantize
+
+
+def tiny_config(layout: str = "qwen2", **changes: Any) -> DecoderConfig:
+    """Hidden 64, two blocks, four heads of 16 (two key heads in qwen2), vocabulary 512."""
+    values: dict[str, Any] = {
+        "layout": layout,
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2 if layout == "qwen2" else 4,
+        "head_dim": 16,
+        "intermediate_size": 128,
+        "max_position_embeddings": 512,
+        "seq_length": 512,
+    }
+    return DecoderConfig(**{**values, **changes})
+
+
+def tiny_decoder(config: DecoderConfig, seed: int = 0) -> Decoder:
+    """A float32 decoder with weights large enough that attention and gates matter."""
+    model = Decoder(config).eval()
+    model.tie_weights()  # transformers leaves it out where another library has turned initialisation off
+    torch.manual_seed(seed)  # after it: the weights depend on the seed alone
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(std=0.5 if name.endswith("bias") else p.shape[-1] ** -0.5) if p.dim() > 1 or name.endswith(
+                "bias"
+            ) else p.uniform_(0.5, 1.5)
+    return model
+
+
+def tiny_checkpoint(
+    folder: Path, config: DecoderConfig, int4: bool = False, group_size: int = 32, seed: int = 0
+) -> Path:
+    """Write a model folder as published (config.json, model.safetensors, a small tokenizer); returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    published, state = write_config(config), dict(tiny_decoder(config, seed).state_dict())
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight")
+    published["torch_dtype"] = "float16" if int4 else "float32"
+    if int4:
+        scheme = Scheme(group_size=group_size)
+        published["quantization_config"] = scheme.to_config()
+        state = _int4_state(state, scheme)
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(published))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 256], "pad_token_id": 256}))
+    small_tokenizer(folder)
+    return folder
+
+
+def _int4_state(state: dict[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
+    done: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        stem = name.removesuffix(".weight")
+        if tensor.dim() == 2 and "lm_head" not in name and not any(e in name for e in ("embed_tokens", "wte")):
+            done |= {f"{stem}.{part}": value for part, value in quantize(tensor, scheme).items()}
+        else:
+            done[name] = tensor.half()
+    return done
+
+
+def small_tokenizer(folder: Path) -> None:
+    """256 bytes and the control tokens <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258, as qwen.tiktoken and its
+    config.
+    """
+    ranks = b"\n".join(base64.b64encode(bytes([n])) + b" " + str(n).encode() for n in range(256))
+    (folder / "qwen.tiktoken").write_bytes(ranks + b"\n")
+
+
+def modelscope_qwen(config: DecoderConfig) -> nn.Module:
+    """Qwen-1 as modelscope 1.9.5 has it, float32, evaluation mode; load our state dict into it."""
+    from modelscope.models.nlp.qwen import QWenConfig, QWenForTextGeneration
+
+    published = QWenConfig(
+        vocab_size=config.vocab_size,
+        padded_vocab_size=config.vocab_size,
+        n_embd=config.hidden_size,
+        n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads,
+        n_positions=config.max_position_embeddings,
+        kv_channels=config.head_dim,
+        ffn_hidden_size=2 * config.intermediate_size,
+        layer_norm_epsilon=config.rms_norm_eps,
+        rotary_emb_base=config.rope_theta,
+        seq_length=config.seq_length,
+        use_dynamic_ntk=config.use_dynamic_ntk,
+        use_logn_attn=config.use_logn_attn,
+        use_flash_attn=False,
+        bf16=False,
+        fp16=False,
+        pos_emb="rotary",
+        params_dtype=torch.float32,
+    )
+    return QWenForTextGeneration(published).float().eval()
+
+
+def llama(config: DecoderConfig) -> nn.Module:
+    """The qwen2 layout as LlamaForCausalLM with attention_bias; its o_proj bias is zero."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    published = LlamaConfig(
+        attention_bias=True,
+        pad_token_id=None,
+        **{
+            k: getattr(config, k)
+            for k in (
+                "vocab_size",
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "intermediate_size",
+                "rms_norm_eps",
+                "rope_theta",
+                "max_position_embeddings",
+                "tie_word_embeddings",
+            )
+        },
+    )
+    model = LlamaForCausalLM(published).float().eval()
+    for layer in model.model.layers:
+        nn.init.zeros_(layer.self_attn.o_proj.bias)
+    return model

@@ -1,0 +1,73 @@
+"""A stand-in for `docker` that writes down what it is told, and a checkout with docker/'s scripts around it."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = "docker/run docker/common.sh docker/bundle pyproject.toml env.lock compose.yaml Makefile README.md train/recipes/qlora.yaml"
+DOCKER = """#!@PYTHON@ -IS
+import json, os, sys, time
+words = sys.argv[1:]
+here = os.path.dirname(os.path.abspath(__file__))
+with open(f"{here}/log", "a") as log:
+    seen = {k: os.environ.get(k) for k in ("USER_ID", "ACCELERATOR", "IMAGE", "IMAGE_DIGEST", "GPUS")}
+    print(json.dumps({"words": words, "env": seen}), file=log)
+if words[0] == "version":
+    print("28.0")
+elif words[:2] == ["image", "inspect"]:
+    images = os.environ.get("FAKE_IMAGES", "").split() or os.path.exists("built") and words[-1:]
+    if not images or words[-1] not in images:
+        sys.exit(1)
+    print("1000000" if "{{.Size}}" in words else "sha256:" + words[-1])
+elif "-c" in words:
+    print(os.environ.get("FAKE_BASE", ""))
+elif words[0] == "save":
+    with open(words[words.index("-o") + 1], "w") as file:
+        file.write("layers of " + words[1])
+elif words[0] == "kill":
+    open(f"{here}/killed", "w").close()
+elif words[0] == "inspect":
+    sys.exit(1)
+elif "slow=1" in words:
+    open(f"{here}/started", "w").close()
+    while not os.path.exists(f"{here}/killed"):
+        time.sleep(0.05)
+    sys.exit(75)
+"""
+
+
+def script(path: Path, text: str) -> None:
+    path.write_text(text.replace("@PYTHON@", sys.executable))
+    path.chmod(0o755)
+
+
+def checkout(project: Path) -> Path:
+    """docker/'s scripts, the stand-in first on PATH, no GPU, a host that is fit unless FAKE_HOST says what is wrong with it."""
+    for name in ("docker", "train/recipes", "data/samples", "models", "runs", "bin"):
+        (project / name).mkdir(parents=True)
+    for name in FILES.split():
+        shutil.copy(ROOT / name, project / name)
+    (project / "data/models.lock").touch()
+    script(project / "bin/docker", DOCKER)
+    script(project / "bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
+    script(project / "docker/host", '#!/bin/sh\n[ -z "$FAKE_HOST" ] || { echo "error: $FAKE_HOST" >&2; exit 2; }\n')
+    script(project / "docker/build", "#!/bin/sh\ntouch built\n")
+    return project
+
+
+def environment(project: Path, **variables: str) -> dict[str, str]:
+    """This process's, without the settings that would decide for the scripts, and with an image."""
+    hidden = {"IMAGE", "ACCELERATOR", "CUDA", "TORCH", "GPUS", "DATA_DIR", "MODELS_DIR", "RUNS_DIR"}
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    image = {"FAKE_IMAGES": "qwen-finetune:0.1.0-cu118", "RUNTIME": "docker"}
+    return {**kept, "PATH": f"{project}/bin:{os.environ['PATH']}", **image, **variables}
+
+
+def log(project: Path) -> list[dict[str, Any]]:
+    """What docker was told, call by call: words, and env."""
+    path = project / "bin/log"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,125 @@
+"""Rows to batches: which rows each optimizer step of the whole run takes, and their tensors.
+
+Refuses to know processes, devices and models: the schedule is a pure function of the samples' lengths and its arguments, the same for
+one process or eight, today or after a restart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from train.common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+from train.data.packing import Row, arrange
+from train.data.samples import Sample
+
+IGNORE = -100  # the label of a token that is not learnt
+
+
+class Schedule:
+    """Which rows each optimizer step learns, for the whole run: a pure function of the arguments, whatever the number of processes.
+
+    Epochs follow one another, each in an order of its own; no step takes rows of two, so an epoch's last step may have fewer.
+    Only the number of rows of each epoch is kept; the rows themselves are arranged anew when a step asks for an epoch.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        length: int,
+        rows_per_step: int,
+        epochs: float,
+        steps: int = 0,
+        seed: int = 0,
+        pack: bool = True,
+    ) -> None:
+        """`epochs` may be a fraction (that share of the last epoch's steps, rounded up); `steps` > 0 cuts or repeats epochs instead."""
+        if not samples or rows_per_step < 1 or (steps <= 0 and not epochs > 0):
+            raise UserError(
+                f"a run needs samples ({len(samples)}), rows a step ({rows_per_step}) and epochs ({epochs}) or steps ({steps}), all above 0."
+            )
+        self._lengths = [len(sample.ids) for sample in samples]
+        self._labels = [sample.label_count for sample in samples]
+        self._length, self._seed, self._pack, self._rows_per_step = length, seed, pack, rows_per_step
+        self._cached: tuple[int, list[Row]] = (-1, [])
+        self._starts = self._count(epochs, steps)  # first step of each epoch, and the number of steps at the end
+
+    def _count(self, epochs: float, steps: int) -> list[int]:
+        starts = [0]
+        while (starts[-1] < steps) if steps > 0 else (len(starts) - 1 < epochs):
+            epoch = len(starts) - 1
+            per_epoch = math.ceil(len(self._epoch_rows(epoch)) / self._rows_per_step)
+            share = 1.0 if steps > 0 else min(1.0, epochs - epoch)
+            starts.append(starts[-1] + math.ceil(per_epoch * share - 1e-9))  # 0.1 * 30 is a little over 3
+        return [*starts[:-1], steps if steps > 0 else starts[-1]]
+
+    def _epoch_rows(self, epoch: int) -> list[Row]:
+        if self._cached[0] != epoch:
+            self._cached = epoch, arrange(self._lengths, self._length, self._seed, epoch, self._pack)
+        return self._cached[1]
+
+    def __len__(self) -> int:
+        """Optimizer steps of the run."""
+        return self._starts[-1]
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 0, that `step` (from 0) belongs to; IndexError beyond the run."""
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} of a plan of {len(self)}")
+        return int(np.searchsorted(self._starts, step, side="right")) - 1
+
+    def rows(self, step: int) -> list[Row]:
+        """The rows of a step, for all processes together."""
+        epoch = self.epoch(step)
+        at = (step - self._starts[epoch]) * self._rows_per_step
+        return [list(row) for row in self._epoch_rows(epoch)[at : at + self._rows_per_step]]
+
+    def label_count(self, step: int) -> int:
+        """Learnt tokens of a step, over all processes: what its summed loss is divided by."""
+        return sum(self._labels[index] for row in self.rows(step) for index in row)
+
+    def token_count(self, step: int) -> int:
+        """Real tokens of a step, over all processes."""
+        return sum(self._lengths[index] for row in self.rows(step) for index in row)
+
+
+def collate(rows: Sequence[Row], samples: Sequence[Sample], pad_id: int, width: int | None = None) -> dict[str, Tensor]:
+    """Tensors int64 [B, T] of `rows`; T = `width`, or the longest row.
+
+    input_ids: the conversations of a row one after another, then `pad_id`.
+    labels: the ids that are learnt, -100 elsewhere and at the first token of each conversation (nothing predicts it).
+    position_ids: from 0 in each conversation; 0 in the padding.
+    segment_ids: 1, 2, … for the conversations of a row; 0 = padding.
+
+    Raises:
+        ValueError: no rows, or one longer than `width`.
+    """
+    import torch
+
+    if not rows:
+        raise ValueError("no rows to collate")
+    longest = max(sum(len(samples[i].ids) for i in row) for row in rows)
+    if width is not None and longest > width:
+        raise ValueError(f"a row of {longest} tokens in a batch of width {width}")
+    shape = (len(rows), longest if width is None else width)
+    batch = {name: np.zeros(shape, np.int64) for name in ("input_ids", "labels", "position_ids", "segment_ids")}
+    batch["input_ids"][:] = pad_id
+    batch["labels"][:] = IGNORE
+    for number, row in enumerate(rows):
+        start = 0
+        for segment, index in enumerate(row, 1):
+            sample = samples[index]
+            span = slice(start, start := start + len(sample.ids))
+            batch["input_ids"][number, span] = sample.ids
+            batch["labels"][number, span] = np.where(sample.mask, sample.ids, IGNORE)
+            batch["labels"][number, span.start] = IGNORE
+            batch["position_ids"][number, span] = np.arange(len(sample.ids))
+            batch["segment_ids"][number, span] = segment
+    return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -1,0 +1,159 @@
+"""Conversations to samples: token ids, which of them are trained on, and a summary of what became of every conversation.
+
+Refuses to know processes, devices and models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from train.common.errors import UserError
+from train.config.recipe import Recipe
+from train.data import chat_template
+from train.data.conversations import Conversation
+
+if TYPE_CHECKING:
+    from train.data.chat_template import Encoder
+from train.data.packing import arrange
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation as tokens."""
+
+    ids: np.ndarray  # int32 [T]
+    mask: np.ndarray  # uint8 [T], 1 = learnt
+    where: str  # "file:line"
+
+    @property
+    def label_count(self) -> int:
+        """Tokens that count in the loss. The first has nothing before it to be predicted from."""
+        return int(self.mask[1:].sum())
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of the conversations. Token numbers are of whole conversations, before any cut."""
+
+    conversations: int
+    turns: int  # questions and answers
+    tokens: int
+    tokens_min: int
+    tokens_median: int
+    tokens_p95: int
+    tokens_max: int
+    labels: int  # learnt tokens of the samples
+    length: int
+    overlong: int  # conversations over `length`
+    action: str  # what happened to them: cut, skip
+    tokens_cut: int
+    unlearnable: tuple[str, ...]  # where: left out, for nothing in them is learnt (after the cut)
+    samples: int
+    rows: int  # an epoch
+    efficiency: float  # of the first epoch: real tokens / positions in its rows
+
+    @property
+    def overlong_text(self) -> str:
+        """The sentence on conversations that are too long."""
+        if not self.overlong:
+            return f"none over {self.length} tokens"
+        done = f"cut, {self.tokens_cut:,} tokens lost" if self.action == "cut" else "left out"
+        return f"{self.overlong:,} over {self.length} tokens: {done}"
+
+    def __str__(self) -> str:
+        lost = f"; {len(self.unlearnable):,} left out, nothing to learn in them" if self.unlearnable else ""
+        return (
+            f"{self.conversations:,} conversations, {self.turns:,} turns, {self.tokens:,} tokens "
+            f"({self.tokens_min} to {self.tokens_max}, median {self.tokens_median}), {self.labels:,} of them learnt; "
+            f"{self.overlong_text}{lost}; {self.rows:,} rows an epoch, {self.efficiency:.1%} of their positions real tokens"
+        )
+
+
+def encode(
+    conversations: Sequence[Conversation],
+    tokenizer: Encoder,
+    recipe: Recipe,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[list[Sample], Summary]:
+    """Samples of at most `recipe.length` tokens, in the order of the data, and what became of every conversation.
+
+    Args:
+        on_progress: called with the number of conversations that are done.
+    Raises:
+        UserError: overlong=error and some are too long (all are named), or nothing is left to learn.
+    """
+    whole = []
+    for done, conversation in enumerate(conversations, 1):
+        ids, mask = chat_template.render(conversation, tokenizer, recipe.template, recipe.mask, recipe.system)
+        whole.append(Sample(np.array(ids, np.int32), np.array(mask, np.uint8), conversation.where))
+        if on_progress and done % 256 == 0:
+            on_progress(done)
+    if recipe.overlong == "error":
+        _check_lengths(whole, recipe.length)
+    fit = [_cut(s, recipe.length) for s in whole if recipe.overlong == "cut" or len(s.ids) <= recipe.length]
+    samples = [sample for sample in fit if sample.label_count]
+    if not samples:
+        raise UserError(
+            f"nothing to learn: {len(whole)} conversations, none with an answer within length={recipe.length} "
+            f"(overlong={recipe.overlong}). Raise length=."
+        )
+    unlearnable = tuple(sample.where for sample in fit if not sample.label_count)
+    turns = sum(len(conversation.turns) for conversation in conversations)
+    return samples, _summary(whole, turns, samples, unlearnable, recipe)
+
+
+def _check_lengths(samples: Sequence[Sample], length: int) -> None:
+    long = [f"{s.where}: {len(s.ids)} tokens" for s in samples if len(s.ids) > length]
+    if long:
+        more = [f"… and {len(long) - 20} more"] if len(long) > 20 else []
+        remedy = "Raise length=, or say overlong=cut or overlong=skip."
+        raise UserError("\n".join([f"{len(long)} conversations over length={length}. {remedy}", *long[:20], *more]))
+
+
+def _cut(sample: Sample, length: int) -> Sample:
+    if len(sample.ids) <= length:
+        return sample
+    return dataclasses.replace(sample, ids=sample.ids[:length].copy(), mask=sample.mask[:length].copy())
+
+
+def _summary(
+    whole: list[Sample], turns: int, samples: list[Sample], unlearnable: tuple[str, ...], recipe: Recipe
+) -> Summary:
+    lengths = np.array([len(sample.ids) for sample in whole])
+    over = lengths[lengths > recipe.length]
+    rows, efficiency = _efficiency(samples, recipe)
+    low, median, p95, high = (int(np.quantile(lengths, q, method="higher")) for q in (0, 0.5, 0.95, 1))
+    return Summary(
+        conversations=len(whole),
+        turns=turns,
+        tokens=int(lengths.sum()),
+        tokens_min=low,
+        tokens_median=median,
+        tokens_p95=p95,
+        tokens_max=high,
+        labels=sum(sample.label_count for sample in samples),
+        length=recipe.length,
+        overlong=len(over),
+        action=recipe.overlong,
+        tokens_cut=int((over - recipe.length).sum()) if recipe.overlong == "cut" else 0,
+        unlearnable=unlearnable,
+        samples=len(samples),
+        rows=rows,
+        efficiency=efficiency,
+    )
+
+
+def _efficiency(samples: Sequence[Sample], recipe: Recipe) -> tuple[int, float]:
+    """(rows, real tokens / positions) of the first epoch: a packed row has `length`, another that of the longest in its batch."""
+    lengths = [len(sample.ids) for sample in samples]
+    rows = arrange(lengths, recipe.length, recipe.seed, 0, recipe.pack)
+    widths = [sum(lengths[i] for i in row) for row in rows]
+    if recipe.pack:
+        return len(rows), sum(widths) / (len(rows) * recipe.length)
+    batches = [widths[at : at + recipe.batch] for at in range(0, len(widths), recipe.batch)]
+    return len(rows), sum(widths) / sum(max(batch) * len(batch) for batch in batches)

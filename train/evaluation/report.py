@@ -1,0 +1,189 @@
+"""What a finished run looks like to a person: the loss as a picture, the answers as a table, both in report.md.
+
+Reads a run's files and writes three of them; knows no model. The picture needs no font beyond matplotlib's own, so a run
+whose name it cannot draw has none in its title.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.common.files import write_text
+
+SHARE = 15  # the running mean is over one step in so many, around each step
+
+
+DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # bits of a braille cell: column, then dots from below
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question before and after. `seen`: whether the training data asks it, word for word."""
+
+    question: str
+    before: str
+    after: str
+    seen: bool
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean around each step: an equal number on either side, fewer at the ends, so that it does not lag behind."""
+    reach, done = max(1, len(values) // SHARE), []
+    for n in range(len(values)):
+        side = min(reach, n, len(values) - 1 - n)
+        done.append(math.fsum(values[n - side : n + side + 1]) / (2 * side + 1))
+    return done
+
+
+def draw_losses(losses: Sequence[dict[str, Any]], name: str, path: Path) -> None:
+    """The loss curve as a PNG: each step, its running mean, and the learning rate on an axis of its own."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps, values = [row["step"] for row in losses], [row["loss"] for row in losses]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=160, layout="constrained")
+    axes.plot(steps, values, color="#8fb4d9", linewidth=1, label="loss of each step")
+    axes.plot(steps, smoothed(values), color="#1f5a96", linewidth=2.2, label="running mean")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per learnt token)", ylim=(0, None))
+    axes.set_title(f"{name}: loss" if name.isascii() else "loss", loc="left", fontweight="bold")
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.spines[["top"]].set_visible(False)
+    rate = axes.twinx()
+    rate.plot(
+        steps,
+        [row["learning_rate"] for row in losses],
+        color="#c9782e",
+        linewidth=0.9,
+        alpha=0.8,
+        linestyle=(0, (4, 2)),
+        label="learning rate",
+    )
+    rate.set_ylabel("learning rate", color="#c9782e")
+    rate.set_ylim(0, None)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.spines[["top"]].set_visible(False)
+    lines = [*axes.get_lines(), *rate.get_lines()]
+    axes.legend(lines, [line.get_label() for line in lines], frameon=False, loc="upper right")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    aside = path.with_name(f".{path.name}.tmp")
+    figure.savefig(aside, format="png", metadata={"Software": None})
+    pyplot.close(figure)
+    aside.replace(path)
+
+
+def plot(values: Sequence[float], width: int = 60, height: int = 5) -> list[str]:
+    """A line plot in braille characters: `height` lines of `width` cells, zero at the bottom, the largest at the top."""
+    columns, levels = 2 * width, 4 * height
+    top = max(values) or 1.0
+    cells = [[0] * width for _ in range(height)]
+    last: int | None = None
+    for x in range(columns):
+        value = _at(values, x / (columns - 1))
+        y = min(levels - 1, int(value / top * levels))
+        for dot in range(min(y, last if last is not None else y), max(y, last if last is not None else y) + 1):
+            cells[height - 1 - dot // 4][x // 2] |= DOTS[x % 2][dot % 4]
+        last = y
+    return ["".join(chr(0x2800 + cell) for cell in row) for row in cells]
+
+
+def _at(values: Sequence[float], place: float) -> float:
+    """The value at `place` in 0 … 1 along the list, between two neighbours in proportion."""
+    x = place * (len(values) - 1)
+    low = math.floor(x)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (values[high] - values[low]) * (x - low)
+
+
+def write_report(
+    path: Path,
+    record: dict[str, Any],
+    losses: Sequence[dict[str, Any]],
+    answers: Sequence[Answer],
+    after: str,
+    merged: dict[str, Any] | None,
+) -> None:
+    """report.md: before and after, the loss, the numbers, the recipe, the commands.
+
+    Args:
+        record: run.json. after: who gave the answers after. merged: the manifest of the export, if there is one.
+    """
+    name, recipe = path.parent.name, record["recipe"]
+    values = smoothed([row["loss"] for row in losses])
+    trained = f"`{recipe['model']}` trained on `{Path(record['data']['path']).name}`"
+    sections = {
+        "Before and after": _before_and_after(answers, after),
+        "Loss": ["![The loss of each step, its running mean, and the learning rate](loss.png)"],
+        "Numbers": _table(("", ""), _facts(record, losses, merged)),
+        "Recipe": _fenced("yaml", [f"{key}: {_yaml(value)}" for key, value in recipe.items()]),
+        "Commands": _fenced("sh", [f"make {verb} RUN={name}" for verb in ("infer", "export", "compare")]),
+    }
+    lines = [f"# {name}", "", f"{trained}: {len(losses)} steps, loss {values[0]:.2f} → {values[-1]:.2f}."]
+    for title, body in sections.items():
+        lines += ["", f"## {title}", "", *body]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def _before_and_after(answers: Sequence[Answer], after: str) -> list[str]:
+    rows = [(a.question + ("" if a.seen else " *"), a.before, a.after) for a in answers]
+    said = f"Greedy answers of the base and of {after}. * = not asked in the training data; … = cut off."
+    return [said, "", *_table(("question", "before", "after"), rows)]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [head, ["---"] * len(head), *([_cell(text) for text in row] for row in rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def _fenced(language: str, lines: Sequence[str]) -> list[str]:
+    return [f"```{language}", *lines, "```"]
+
+
+def _facts(
+    record: dict[str, Any], losses: Sequence[dict[str, Any]], merged: dict[str, Any] | None
+) -> list[tuple[str, str]]:
+    """What run.json and the export's manifest say, in words."""
+    facts = [
+        ("data", f"{Path(record['data']['path']).name}, sha256 {record['data']['sha256'][:16]}"),
+        ("steps", str(losses[-1]["step"])),
+        ("loss of the first and the last step", f"{losses[0]['loss']:.4f}, {losses[-1]['loss']:.4f}"),
+    ]
+    seconds, machine = record["timings"]["steps_seconds"], record["machine"]
+    facts += [
+        ("training", f"{seconds:,.0f} s, {record['tokens'] / max(seconds, 1e-9):,.0f} tokens/s"),
+        ("on", ", ".join(machine["gpus"]) or f"CPU, {machine['cores']} cores, {machine['memory_gb']:.0f} GB"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
+        ("program", f"{record['code']['version']}, commit {record['code']['commit'] or 'unknown'}"),
+    ]
+    if merged:
+        kept, without = merged["parity"], merged["parity"]["without_adapter"]
+        facts += [
+            (f"export against {kept['against']}", _parity(kept)),
+            ("for scale: the base without the adapter", _parity(without)),
+        ]
+    return facts
+
+
+def _parity(found: dict[str, Any]) -> str:
+    return f"{found['agreement']:.2%} of {found['tokens']} answer tokens equal, mean KL {found['divergence']:.1e} nats"
+
+
+def _cell(text: str) -> str:
+    """Text inside a Markdown table."""
+    escaped = text.strip().replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+    return escaped.replace("\r\n", "\n").replace("\n", "<br>")
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)

@@ -1,0 +1,183 @@
+"""The stock way to load and ask a checkpoint: transformers, optimum and auto-gptq, and its own code if the user allows that.
+
+The control that our decoder is compared with, and the only file of the program that may execute a checkpoint's code. Refuses to
+know runs and terminals. Nothing here is fast: on a CPU auto-gptq dequantises every weight at every token.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+
+from train.common.errors import UserError
+from train.common.files import read_json
+from train.inference.generate import notice
+from train.inference.sampling import Sampling
+
+
+class StockTokenizer:
+    """A tokenizer of transformers with the few calls that chatml.prompt makes; text is parsed as that tokenizer does it."""
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+        names = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+        self.im_start, self.im_end, self.endoftext = (stock.convert_tokens_to_ids(name) for name in names)
+        if None in (self.im_start, self.im_end, self.endoftext):
+            raise UserError(
+                "this checkpoint's tokenizer lacks <|im_start|>, <|im_end|> or <|endoftext|>: it is no ChatML model."
+            )
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.stock(text, add_special_tokens=False).input_ids)
+
+
+def load_stock(folder: Path, trust: bool, dtype: torch.dtype, device: torch.device) -> tuple[Any, StockTokenizer]:
+    """The model in evaluation mode and its tokenizer; Int4 through auto-gptq on a CPU, through optimum on CUDA.
+
+    Raises:
+        UserError: the checkpoint brings code and `trust` is off (it names the code), or stock transformers cannot load it.
+    """
+    refuse_unseen_code(folder, trust)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    how: dict[str, Any] = {"torch_dtype": dtype, "trust_remote_code": trust}
+    int4 = "quantization_config" in read_json(folder / "config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        if int4 and device.type == "cpu":
+            model = _gptq_on_cpu(folder, trust)
+        else:
+            placed = {"device_map": str(device)} if int4 else {}
+            model = AutoModelForCausalLM.from_pretrained(folder, **how, **placed)
+    except (KeyError, ValueError, OSError, ImportError, TypeError) as error:
+        raise UserError(
+            f"{folder}: the stock way cannot load it: {type(error).__name__}: {error!s:.300}\n"
+            "Use ENGINE=ours; for a merged export, make export LAYOUT=qwen2 suits newer tools, and the base's own code this one."
+        ) from error
+    return (model if int4 else model.to(device)).eval(), StockTokenizer(tokenizer)
+
+
+def _gptq_on_cpu(folder: Path, trust: bool) -> Any:
+    """auto-gptq in float32, without the kernels that need a GPU."""
+    from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
+
+    published = read_json(folder / "config.json")["quantization_config"]
+    known = {f.name for f in fields(BaseQuantizeConfig)}  # quantize_config.json has these too, but need not be there
+    with _initialisers_kept():
+        return AutoGPTQForCausalLM.from_quantized(
+            str(folder),
+            device="cpu",
+            torch_dtype=torch.float32,
+            disable_exllama=True,
+            disable_exllamav2=True,
+            quantize_config=BaseQuantizeConfig(**{key: value for key, value in published.items() if key in known}),
+            trust_remote_code=trust,
+        )
+
+
+@contextmanager
+def _initialisers_kept() -> Iterator[None]:
+    """auto-gptq turns torch's initialisers off for good while it loads: whatever is built afterwards would hold noise."""
+    names = ("kaiming_uniform_", "uniform_", "normal_")
+    kept = {name: getattr(torch.nn.init, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(torch.nn.init, name, function)
+
+
+def refuse_unseen_code(folder: Path, trust: bool) -> None:
+    """Raise a UserError that says what would be executed, unless `trust` is on or the checkpoint brings no code."""
+    classes = {c for name in ("config.json", "tokenizer_config.json") for c in _remote_classes(folder / name)}
+    if not classes or trust:
+        return
+    files = (
+        ", ".join(sorted(path.name for path in folder.glob("*.py")))
+        or "none here: transformers would look for them on the hub"
+    )
+    raise UserError(
+        f"{folder}: to load this checkpoint the stock way, code that came with it would run with your rights:\n"
+        f"  classes: {', '.join(sorted(classes))}\n  files:   {files}\n"
+        "Read them, then allow it with TRUST_REMOTE_CODE=1; ENGINE=ours never needs it."
+    )
+
+
+def _remote_classes(path: Path) -> Iterator[str]:
+    """module.Class of every auto_map entry in a config file; a list stands for the slow and the fast tokenizer."""
+    try:
+        entries = read_json(path).get("auto_map", {}).values()
+    except (FileNotFoundError, json.JSONDecodeError, AttributeError):
+        return
+    for entry in entries:
+        yield from filter(None, entry if isinstance(entry, list) else [entry])
+
+
+def stock_stream(
+    model: Any,
+    tokenizer: StockTokenizer,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    notify: Callable[[str], None] = notice,
+) -> Iterator[str]:
+    """Pieces of the answer from the checkpoint's own generate; it runs in a thread and stops when the iterator is closed."""
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer.stock, skip_prompt=True, skip_special_tokens=True)
+    state = _State()
+    settings = _settings(sampling, tokenizer, max_new_tokens)
+    settings |= {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([lambda *_: state.stop])}
+    torch.manual_seed(sampling.seed)
+    thread = Thread(target=_generate, args=(model, ids, state, settings), daemon=True)
+    thread.start()
+    try:
+        yield from filter(None, streamer)
+    finally:
+        state.stop = True
+        thread.join()
+    if state.error:
+        raise UserError(
+            f"the stock model's generate failed: {type(state.error).__name__}: {state.error}"
+        ) from state.error
+    if state.tokens - len(ids) >= max_new_tokens:
+        notify(f"(stopped: {max_new_tokens} tokens, the most that were asked for or have room)")
+
+
+@dataclass
+class _State:
+    """What the thread that generates and the one that reads tell each other."""
+
+    stop: bool = False
+    tokens: int = 0  # prompt and answer
+    error: Exception | None = None
+
+
+def _generate(model: Any, ids: Sequence[int], state: _State, settings: dict[str, Any]) -> None:
+    """The thread's work: the stock generate, to the end or until state.stop; the streamer is always ended."""
+    row = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    try:
+        with torch.inference_mode():
+            out = model.generate(input_ids=row, attention_mask=torch.ones_like(row), **settings)
+        state.tokens = out.shape[1]
+    except Exception as error:  # shown in the thread that reads
+        state.error = error
+    finally:
+        settings["streamer"].end()
+
+
+def _settings(sampling: Sampling, tokenizer: StockTokenizer, max_new_tokens: int) -> dict[str, Any]:
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    return {
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": [tokenizer.im_end, tokenizer.endoftext],
+        "pad_token_id": tokenizer.endoftext,
+        "repetition_penalty": float(sampling.repetition_penalty),
+        "do_sample": sampling.temperature > 0,
+        **(drawn if sampling.temperature > 0 else {}),
+    }

@@ -1,0 +1,366 @@
+"""One decoder for every Qwen from 1 to 2.5: RMSNorm, rotary positions, grouped attention, SwiGLU.
+
+A transformers `PreTrainedModel`, so `generate`, peft and DeepSpeed work on it; its modules carry the names of the
+layout it was built for. Refuses to know files, Int4 and LoRA: a linear is whatever module stands under the name. No
+code of a checkpoint is ever executed. Attention is torch's scaled_dot_product_attention with an explicit mask where
+padding or packing needs one: that costs a [B, 1, T, S] mask of bools, and buys one path for all of them.
+"""
+
+import math
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from train.model.layouts import LAYOUTS, DecoderConfig
+from train.ops.cross_entropy import chunked_cross_entropy
+from train.ops.offload import HostEmbedding
+
+Cache = tuple[Tensor, ...]  # (key, value) [B, Hkv, S, D] of a layer; with dynamic NTK also alpha [B, 1] of the prompt
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, the mean in float32 (Zhang & Sennrich 2019). x [..., H] -> [..., H]."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+def ntk_alpha(lengths: Tensor, seq_length: int) -> Tensor:
+    """Dynamic NTK's factor for true lengths (any shape, integers): 2^ceil(log2(n / seq_length) + 1) − 1, at least 1.
+
+    Source: get_ntk_alpha of Qwen-1's published modeling_qwen.py. Float64, as Python computes it there.
+    """
+    context = torch.log2(lengths.clamp(min=1).double() / seq_length) + 1
+    return (torch.exp2(torch.ceil(context)) - 1).clamp(min=1)
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float, alpha: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, T, D] in float32 for positions [B, T]; `alpha` [B, T] stretches the base as dynamic NTK does."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # [D/2]
+    if alpha is None:
+        angles = positions[..., None].float() * (1.0 / theta**exponents)  # [B, T, D/2]
+    else:
+        base = (theta * alpha ** (head_dim / (head_dim - 2))).float()  # [B, T]
+        angles = positions[..., None].float() * (1.0 / base[..., None] ** exponents)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the halves of each head by its angle (Su et al. 2021, half-split form). x [B, H, T, D], cos and sin [B, T,
+    D].
+    """
+    y = x.float()
+    first, second = y.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (y * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+
+
+def attention_bias(
+    attention_mask: Tensor | None, segment_ids: Tensor | None, tokens: int, keys: int, device: torch.device
+) -> Tensor | None:
+    """Which keys a query may see: bools [B|1, 1, T, S], or None where plain causal attention over T = S says it all.
+
+    attention_mask [B, S]: 0 = padding, on either side. segment_ids [B, T] (no cache): the conversation a token belongs
+    to. A padding query sees itself, so that its softmax has a term; nothing reads its output.
+    """
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None
+    if attention_mask is None and segment_ids is None and (tokens == keys or tokens == 1):
+        return None
+    query = torch.arange(keys - tokens, keys, device=device)[:, None]  # [T, 1]
+    key = torch.arange(keys, device=device)[None]  # [1, S]
+    allowed = (key <= query)[None]  # [1, T, S]
+    if attention_mask is not None:
+        allowed = allowed & attention_mask.bool()[:, None] | (key == query)
+    if segment_ids is not None:
+        allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None])
+    return allowed[:, None]
+
+
+def positions_of(attention_mask: Tensor | None, segment_ids: Tensor | None, past: int, ids: Tensor) -> Tensor:
+    """Positions [B, T] from zero in each conversation, whatever stands before it in its row."""
+    if segment_ids is not None:
+        index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        starts = torch.ones_like(segment_ids, dtype=torch.bool)
+        starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+        return index - torch.where(starts, index, 0).cummax(dim=1).values
+    if attention_mask is not None:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+    return torch.arange(past, past + ids.shape[1], device=ids.device).expand_as(ids)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; q, k, v from one fused linear or three, as the layout has it."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        names, hidden = config.names, config.hidden_size
+        self.config, self.names = config, names
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        sizes = (q, kv, kv) if len(names.qkv) == 3 else (q + 2 * kv,)
+        for name, size in zip(names.qkv, sizes, strict=True):
+            self.add_module(name, nn.Linear(hidden, size, bias=True))
+        self.add_module(names.out, nn.Linear(q, hidden, bias=False))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, H] -> q [B, Hq, T, D], k and v [B, Hkv, T, D]."""
+        c = self.config
+        parts = [getattr(self, name)(x) for name in self.names.qkv]
+        mixed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        split = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
+        q, k, v = mixed.unflatten(-1, (-1, c.head_dim)).transpose(1, 2).split(split, dim=1)
+        return q, k, v
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, bias: Tensor | None, past: Cache | None
+    ) -> tuple[Tensor, Cache]:
+        q, k, v = self.heads(x)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        cache = (k, v)
+        if logn is not None:
+            q = q * logn[:, None, :, None].to(q.dtype)
+        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and q.shape[2] > 1)
+        return getattr(self, self.names.out)(y.transpose(1, 2).flatten(2)), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(up(x) · silu(gate(x))) (Shazeer 2020)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.names = config.names
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.add_module(self.names.up, nn.Linear(hidden, inner, bias=False))
+        self.add_module(self.names.gate, nn.Linear(hidden, inner, bias=False))
+        self.add_module(self.names.down, nn.Linear(inner, hidden, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, gate, down = (getattr(self, name) for name in (self.names.up, self.names.gate, self.names.down))
+        return down(up(x) * F.silu(gate(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream [B, T, H]."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.names = names = config.names
+        self.add_module(names.norm1, RMSNorm(config.hidden_size, config.rms_norm_eps))
+        self.add_module(names.attention, Attention(config))
+        self.add_module(names.norm2, RMSNorm(config.hidden_size, config.rms_norm_eps))
+        self.add_module(names.mlp, MLP(config))
+
+    def forward(self, x: Tensor, *how: Any) -> tuple[Tensor, Cache]:
+        names = self.names
+        y, cache = getattr(self, names.attention)(getattr(self, names.norm1)(x), *how)
+        x = x + y
+        return x + getattr(self, names.mlp)(getattr(self, names.norm2)(x)), cache
+
+
+def _hidden_only(block: Block, how: Any, x: Tensor) -> Tensor:
+    return block(x, *how)[0]
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and the last norm: everything but the head."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        names = config.names
+        self.config, self.gradient_checkpointing, self.offload = config, False, False
+        self.add_module(names.embed, nn.Embedding(config.vocab_size, config.hidden_size))
+        self.add_module(names.blocks, nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)))
+        self.add_module(names.norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        past: tuple[Cache, ...] | None,
+        keep: bool,
+    ) -> tuple[Tensor, tuple[Cache, ...]]:
+        """ids [B, T] -> hidden [B, T, H], and with `keep` the caches of all layers (in training they would hold memory)."""
+        c, length = self.config, past[0][0].shape[2] if past else 0
+        if positions is None:
+            positions = positions_of(mask, segments, length, ids)
+        alpha = self.alpha(ids, mask, segments, past)
+        cos, sin = rotary(positions, c.head_dim, c.rope_theta, None if alpha is None else alpha.expand_as(positions))
+        logn = self.logn(positions)
+        bias = attention_bias(mask, segments, ids.shape[1], length + ids.shape[1], ids.device)
+        x, caches = getattr(self, c.names.embed)(ids), []
+        for n, block in enumerate(getattr(self, c.names.blocks)):
+            how = (cos, sin, logn, bias, past[n] if past else None)
+            if self.gradient_checkpointing and self.training:
+                x = self._checkpointed(block, x, how)
+                continue
+            x, cache = block(x, *how)
+            if keep:
+                caches.append(cache if alpha is None or segments is not None else (*cache, alpha))
+        return getattr(self, c.names.norm)(x), tuple(caches)
+
+    @property
+    def checkpointing(self) -> str:
+        """off | on | offload, as a recipe says it."""
+        return ("offload" if self.offload else "on") if self.gradient_checkpointing else "off"
+
+    def _checkpointed(self, block: Block, x: Tensor, how: Any) -> Tensor:
+        """A block of which its input alone is kept, on the host with `offload`. Plain, and slow on a GPU: there fused.py trains, with
+        copies beside the computing, wherever its kernels run."""
+        with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
+            return checkpoint(partial(_hidden_only, block, how), x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    def alpha(
+        self, ids: Tensor, mask: Tensor | None, segments: Tensor | None, past: tuple[Cache, ...] | None
+    ) -> Tensor | None:
+        """Dynamic NTK's factor [B, 1] (or [B, T] when packed), or None where it cannot act.
+
+        As published: off in training; from the prompt's true length; while a cache grows it stays what the prompt made
+        it.
+        """
+        c = self.config
+        if self.training or not c.use_dynamic_ntk:
+            return None
+        if past is not None:
+            return past[0][2] if len(past[0]) > 2 else None
+        if ids.shape[1] <= c.seq_length:
+            return None
+        if segments is not None:
+            same = segments[:, :, None] == segments[:, None]
+            return ntk_alpha(same.sum(-1), c.seq_length)
+        lengths = mask.sum(-1, keepdim=True) if mask is not None else torch.full_like(ids[:, :1], ids.shape[1])
+        return ntk_alpha(lengths, c.seq_length)
+
+    def logn(self, positions: Tensor) -> Tensor | None:
+        """log base seq_length of the token's place from one, beyond seq_length; [B, T], or None where all are 1."""
+        c = self.config
+        if self.training or not c.use_logn_attn or int(positions.max()) < c.seq_length:
+            return None
+        return (torch.log((positions + 1).double()) / math.log(c.seq_length)).clamp(min=1.0).float()
+
+
+class Decoder(PreTrainedModel):
+    """The causal language model. Submodules: names.root (the trunk) and lm_head."""
+
+    config_class = DecoderConfig
+    supports_gradient_checkpointing = True
+    _tied_weights_keys = ("lm_head.weight",)
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.base_model_prefix = config.names.root
+        self.add_module(config.names.root, Trunk(config))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def trunk(self) -> Trunk:
+        return getattr(self, self.config.names.root)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: tuple[Cache, ...] | None = None,
+        use_cache: bool | None = None,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        last_only: bool = False,
+        **ignored: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits in float32, or the sum of token losses.
+
+        Args:
+            input_ids: [B, T] int64. attention_mask: [B, S], 1 = token, 0 = padding on either side; S counts the cache
+            too.
+            position_ids: [B, T]; by default from zero in each conversation. segment_ids: [B, T], equal = same
+            conversation.
+            labels: [B, T], −100 = not learnt; position t is predicted from t − 1.
+            last_only: logits of the last position only, [B, 1, V] (a prompt's others are never read).
+        Returns:
+            With labels: loss = SUM of the cross entropies in float32, and no logits; they are never all in memory.
+            Without: logits [B, T, V] float32; past_key_values if use_cache.
+        """
+        keep = bool(use_cache) and labels is None
+        hidden, caches = self.trunk(input_ids, attention_mask, position_ids, segment_ids, past_key_values, keep)
+        if labels is not None:
+            total = chunked_cross_entropy(hidden[:, :-1].flatten(0, 1), self.lm_head.weight, labels[:, 1:].flatten())
+            return CausalLMOutputWithPast(loss=total)
+        logits = self.lm_head(hidden[:, -1:] if last_only else hidden).float()
+        return CausalLMOutputWithPast(logits=logits, past_key_values=caches if keep else None)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        if past_key_values is not None:
+            input_ids = input_ids[:, -1:]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": kwargs.get("use_cache", True),
+            "last_only": True,
+        }
+
+    @staticmethod
+    def _reorder_cache(past: tuple[Cache, ...], order: Tensor) -> tuple[Cache, ...]:
+        return tuple(tuple(x.index_select(0, order.to(x.device)) for x in layer) for layer in past)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return getattr(self.trunk, self.config.names.embed)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        setattr(self.trunk, self.config.names.embed, value)
+
+    def checkpoint(self, how: str) -> None:
+        """What the training passes keep of a block. off: what its gradient needs; on: its input; offload: that, on the host."""
+        self.trunk.gradient_checkpointing, self.trunk.offload = how != "off", how == "offload"
+
+    def leave_embedding(self) -> None:
+        """Keep the embedding's table on the host from now on, wherever the model is or moves to."""
+        embedding: Any = self.get_input_embeddings()
+        self.set_input_embeddings(HostEmbedding(embedding.weight.cpu()))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def _set_gradient_checkpointing(self, module: nn.Module, value: bool = False) -> None:
+        if isinstance(module, Trunk):
+            module.gradient_checkpointing = value
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.device.type != "meta":
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def linear_names(layout: str) -> tuple[str, ...]:
+    """What `targets: all` means: every linear of the blocks, never the head."""
+    return LAYOUTS[layout].linears

@@ -1,0 +1,260 @@
+"""The Int4 format: AutoGPTQ v1 packing, rounding and dequantising, in plain torch (the definition)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.common.errors import UserError
+from train.ops import kernels
+
+WORD = 32  # bits of one packed int32
+
+
+BLOCK = 128  # rows of W that a CPU makes at once: they stay in its cache
+
+
+CHUNK = 1 << 18  # weights that are rounded at once, for the same reason
+
+
+TINY, HUGE = 2.0**-24, 65504.0  # the smallest and the largest float16 above zero
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are packed; the part of `quantization_config` that matters.
+
+    Fields: bits of one code (2, 4 or 8); group_size, rows of W [K, N] that share one scale and zero (-1: all K);
+    desc_act, whether the file has its groups in another order than its rows (in g_idx); sym, whether every zero is the middle.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    desc_act: bool = False
+    sym: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 4, 8):
+            raise UserError(f"{self.bits}-bit GPTQ weights are not supported: expected 4 (2 and 8 are read too).")
+        if self.group_size != -1 and (self.group_size < 1 or self.group_size % WORD):
+            raise UserError(
+                f"group_size={self.group_size}: expected 32, 64, 128, another multiple of 32, or -1 for one group."
+            )
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Scheme":
+        """From the `quantization_config` of a config.json. Raises UserError if it is not AutoGPTQ v1."""
+        method, version = config.get("quant_method", "gptq"), config.get("checkpoint_format", "gptq")
+        if method != "gptq" or version != "gptq":
+            raise UserError(
+                f"the checkpoint is quantised as {method!r}, format {version!r}; expected 'gptq', 'gptq' (AutoGPTQ v1). "
+                "Take the model's GPTQ-Int4 folder, or its float folder and `make quantize`."
+            )
+        return cls(
+            config.get("bits", 4), config.get("group_size", 128), config.get("desc_act", False), config.get("sym", True)
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """The `quantization_config` that Qwen publishes with its Int4 checkpoints."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "damp_percent": 0.01,
+            "desc_act": self.desc_act,
+            "static_groups": False,
+            "sym": self.sym,
+            "true_sequential": True,
+            "model_name_or_path": None,
+            "model_file_base_name": "model",
+            "quant_method": "gptq",
+        }
+
+    def rows(self, in_features: int) -> int:
+        """Rows of W in one group."""
+        return in_features if self.group_size == -1 else self.group_size
+
+    def check(self, in_features: int, name: str = "a linear layer") -> None:
+        """Raise UserError if K = in_features does not fall into whole words and whole groups."""
+        if in_features % (WORD // self.bits) or in_features % self.rows(in_features):
+            raise UserError(
+                f"{name}: {in_features} inputs cannot be packed at {self.bits} bits in groups of {self.group_size}: expected a "
+                f"multiple of both {WORD // self.bits} and the group size. Choose group_size=64, 32 or -1."
+            )
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(0, WORD, bits, dtype=torch.int32, device=device)
+
+
+def pack_rows(codes: Tensor, bits: int = 4) -> Tensor:
+    """Codes [K, N] int32 -> [K * bits / 32, N] int32; code k of a word is at bit k * bits."""
+    per = WORD // bits
+    assert codes.dtype == torch.int32 and codes.ndim == 2 and codes.shape[0] % per == 0, (codes.dtype, codes.shape)
+    packed = codes[0::per].clone()
+    for place in range(1, per):
+        packed |= codes[place::per] << (place * bits)
+    return packed
+
+
+def unpack_rows(packed: Tensor, bits: int = 4) -> Tensor:
+    """The inverse of pack_rows: [R, N] int32 -> codes [R * 32 / bits, N] int32."""
+    assert packed.dtype == torch.int32 and packed.ndim == 2, (packed.dtype, packed.shape)
+    codes = packed[:, None] >> _shifts(bits, packed.device)[:, None]  # [R, 32/bits, N]
+    return codes.bitwise_and_(2**bits - 1).view(-1, packed.shape[1])
+
+
+def pack_columns(codes: Tensor, bits: int = 4) -> Tensor:
+    """Codes [G, N] int32 -> [G, ceil(N * bits / 32)] int32; the last word is filled with zeros."""
+    assert codes.dtype == torch.int32 and codes.ndim == 2, (codes.dtype, codes.shape)
+    padded = nn.functional.pad(codes, (0, -codes.shape[1] % (WORD // bits)))
+    return pack_rows(padded.t(), bits).t().contiguous()
+
+
+def unpack_columns(packed: Tensor, columns: int, bits: int = 4) -> Tensor:
+    """The inverse of pack_columns: [G, W] int32 -> codes [G, columns] int32."""
+    assert packed.dtype == torch.int32 and packed.ndim == 2, (packed.dtype, packed.shape)
+    codes = packed[:, :, None] >> _shifts(bits, packed.device)  # [G, W, 32/bits]
+    return codes.bitwise_and_(2**bits - 1).flatten(1)[:, :columns].contiguous()
+
+
+def zeros_of(qzeros: Tensor, columns: int, bits: int = 4) -> Tensor:
+    """Stored zeros [G, W] int32 -> zeros [G, N] int32. AutoGPTQ v1 stores the zero minus one, modulo 2^bits."""
+    return (unpack_columns(qzeros, columns, bits) + 1) & (2**bits - 1)
+
+
+def grouped(g_idx: Tensor, groups: int) -> bool:
+    """Whether row k belongs to group k // (K / groups): no activation order. One pass over K numbers."""
+    rows = g_idx.shape[0]
+    if rows % groups:
+        return False
+    return torch.equal(g_idx.long(), torch.arange(rows, device=g_idx.device) // (rows // groups))
+
+
+def dequantize(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bits: int = 4,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    margin: kernels.Border | None = None,
+) -> Tensor:
+    """`dequantize_plain`, by the Triton kernel where that runs (a CUDA device); the same bits.
+
+    Into `out` [K, N], if given: the corner of a larger matrix, whose other parts `margin` fills. Faster without a g_idx where groups are in order; it is not asked here, since that would make a GPU wait.
+    """
+    if qweight.is_cuda and kernels.usable(qweight.device):
+        return kernels.dequantize(qweight, qzeros, scales, g_idx, bits, dtype, out, margin)
+    weight = dequantize_plain(qweight, qzeros, scales, g_idx, bits, dtype)
+    if out is None:
+        return weight
+    if margin is not None:
+        margin.fill(border_view(out, margin), *weight.shape)
+    return out.copy_(weight)
+
+
+def border_view(out: Tensor, margin: kernels.Border) -> Tensor:
+    """The larger matrix that `out` [K, N] is a corner of, as far as the margin goes."""
+    beside = 0 if margin.A is None else len(margin.A)
+    return out.as_strided((out.shape[0] + margin.below, out.shape[1] + beside), out.stride())
+
+
+def dequantize_plain(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bits: int = 4,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The definition: the float weight [K, N] in `dtype`, computed in float32, rounded once.
+
+    Args:
+        qweight: [K * bits / 32, N] int32. qzeros: [G, ceil(N * bits / 32)] int32. scales: [G, N] float.
+        g_idx: [K] int32, the group of each row; None: groups of K / G rows in order.
+    """
+    rows, columns = qweight.shape[0] * (WORD // bits), qweight.shape[1]
+    assert scales.shape == (qzeros.shape[0], columns), (scales.shape, qzeros.shape, qweight.shape)
+    zeros, steps = zeros_of(qzeros, columns, bits).float(), scales.float()  # [G, N] both
+    in_order = g_idx is None or grouped(g_idx, len(steps))
+    weight = torch.empty(rows, columns, dtype=dtype, device=qweight.device)
+    group = rows // len(steps)
+    step = _block(group) if qweight.device.type == "cpu" else rows
+    for start in range(0, rows, step):
+        block = unpack_rows(qweight[start * bits // WORD : (start + step) * bits // WORD], bits).float()  # [step, N]
+        if in_order:
+            part = slice(start // group, (start + len(block) - 1) // group + 1)
+            cut = block.view(part.stop - part.start, -1, columns)  # [groups, rows of each, N]
+            cut.sub_(zeros[part, None]).mul_(steps[part, None])
+        else:
+            which = g_idx[start : start + step].long()  # type: ignore[index]
+            block.sub_(zeros[which]).mul_(steps[which])
+        weight[start : start + step] = block
+    return weight
+
+
+def _block(group: int) -> int:
+    """Rows that fit a CPU's cache and are either whole groups or a part of one."""
+    return BLOCK // group * group if group < BLOCK else math.gcd(group, BLOCK)
+
+
+def quantize(weight: Tensor, scheme: Scheme, name: str = "a linear layer") -> dict[str, Tensor]:
+    """Round a float weight [N, K] to the nearest code: {qweight, qzeros, scales, g_idx} as AutoGPTQ stores them.
+
+    Symmetric: every zero is the middle code. The scale of a group is, among those of `_divisors`, the one with the least
+    squared error; codes are chosen against that scale as stored, in float16. Deterministic, float32 on any device. A weight
+    that the format can hold is returned bit for bit by dequantize (bits <= 4).
+
+    Raises:
+        UserError: K does not fall into groups, a weight is not a number, or the scheme wants what rounding to the nearest
+            cannot do.
+    """
+    assert weight.ndim == 2, weight.shape
+    if not weight.isfinite().all():
+        raise UserError(f"{name}: the weight holds infinities or NaN. The file is damaged: fetch the model again.")
+    if scheme.desc_act or not scheme.sym:
+        raise UserError(
+            "only desc_act=off, sym=on can be written: rounding to the nearest has neither order nor zero to choose."
+        )
+    scheme.check(weight.shape[1], name)
+    group, middle = scheme.rows(weight.shape[1]), 2 ** (scheme.bits - 1)
+    groups = weight.shape[1] // group
+    chunk = max(1, CHUNK // weight.shape[1])
+    parts = [_round(rows.float().view(-1, groups, group), middle) for rows in weight.split(chunk)]
+    scales = torch.cat([scale for scale, _ in parts])  # [N, G]
+    codes = torch.cat([code for _, code in parts]).flatten(1)  # [N, K]
+    zeros = torch.full((groups, len(weight)), middle - 1, dtype=torch.int32, device=weight.device)
+    return {
+        "qweight": pack_rows(codes.t(), scheme.bits).contiguous(),
+        "qzeros": pack_columns(zeros, scheme.bits),
+        "scales": scales.t().contiguous(),
+        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device) // group,
+    }
+
+
+def _divisors(middle: int) -> list[float]:
+    """Candidate scales are the largest |w| of a group over these: every whole code that it could have been, and finer steps
+    about the range of the codes, up to clipping it by a third."""
+    whole = range(1, middle + 1) if middle <= 8 else ()
+    return sorted({*map(float, whole), *(middle * (0.86 + 0.04 * i) for i in range(17))})
+
+
+def _round(weight: Tensor, middle: int) -> tuple[Tensor, Tensor]:
+    """Groups [n, G, g] float32 -> scales [n, G] float16, codes [n, G, g] int32."""
+    largest = weight.abs().amax(-1)
+    best = torch.full_like(largest, math.inf)
+    scales = torch.ones_like(largest)
+    for divisor in _divisors(middle):
+        scale = (largest / divisor).clamp_(TINY, HUGE).half().float()
+        error = _nearest(weight, scale, middle).mul_(scale[..., None]).sub_(weight).square_().sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales = torch.where(better, scale, scales)
+    return scales.half(), _nearest(weight, scales, middle).add_(middle).int()
+
+
+def _nearest(weight: Tensor, scale: Tensor, middle: int) -> Tensor:
+    return (weight / scale[..., None]).round_().clamp_(-middle, middle - 1)
