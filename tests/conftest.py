@@ -6,6 +6,7 @@ import pytest
 
 os.environ.pop("MAKEFLAGS", None)  # a make that a test starts is nobody's sub-make, whoever runs the tests
 os.environ.pop("MAKELEVEL", None)
+os.environ.pop("ARGS", None)  # `make test ARGS=-x` hands it down to every make that a test starts
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

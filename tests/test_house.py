@@ -75,7 +75,9 @@ def test_imports_run_downwards(path: Path) -> None:
 
 def test_the_rule_would_catch_an_upward_import(tmp_path: Path) -> None:
     upward = tmp_path / "gptq.py"
-    upward.write_text("from train.model import loading\nfrom train.export.merge import write\nimport train.runs.folder\n")
+    upward.write_text(
+        "from train.model import loading\nfrom train.export.merge import write\nimport train.runs.folder\n"
+    )
     assert imports(upward) == {"model.loading", "export.merge", "runs.folder"}
     assert "model" not in MAY_IMPORT["ops"].split()
 

@@ -22,7 +22,7 @@ DTYPE = torch.bfloat16
 
 def unpacked(rows: int, columns: int) -> dict[str, Any]:
     """Microseconds and TB/s of dequantize for W [rows, columns], and of a copy_ that reads and writes as much."""
-    from train.ops.kernels import gptq_dequantize
+    from train.ops.kernels import dequantize
 
     moved = rows * columns * (0.5 + 2) + rows // 128 * columns * (
         0.5 + 2
@@ -32,7 +32,7 @@ def unpacked(rows: int, columns: int) -> dict[str, Any]:
     results = [torch.empty(rows, columns, dtype=DTYPE, device="cuda") for _ in range(count)]
     pairs = [(_half(moved), _half(moved)) for _ in range(count)]
     calls = [
-        lambda w=w, out=out: gptq_dequantize(w.qweight, w.qzeros, w.scales, None, 4, DTYPE, out)
+        lambda w=w, out=out: dequantize(w.qweight, w.qzeros, w.scales, None, 4, DTYPE, out)
         for w, out in zip(weights, results)
     ]
     copies = [lambda a=a, b=b: b.copy_(a) for a, b in pairs]

@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from tests.support.oracles import tiny_checkpoint, tiny_config, tiny_decoder
 from tests.common.test_download import index, serving, wheels
 from tests.model.test_gguf_reader import write_gguf
+from tests.support.oracles import tiny_checkpoint, tiny_config, tiny_decoder
 from train.commands import model as model_module
 from train.common.errors import UserError
 from train.common.files import read_json

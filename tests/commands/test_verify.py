@@ -123,7 +123,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None] 
 def test_a_replay_is_the_same_and_leaves_nothing(
     copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(verify.manifest, "code", lambda: {})
+    monkeypatch.setattr(verify.provenance, "code", lambda: {})
     in_this_process(monkeypatch)
     verify.run(Options(run="second", replay=True))
     assert "the replay is the same: 3 losses, and the adapter's bytes." in capsys.readouterr().out
@@ -145,7 +145,7 @@ def test_a_run_that_was_cut_off_twice_is_replayed_to_the_same_bytes(
                 begin("cut")
     begin("cut")
     assert [start["after"] for start in read_json(copy / "runs/cut/run.json")["starts"]] == [0, 3, 5]
-    monkeypatch.setattr(verify.manifest, "code", lambda: {})
+    monkeypatch.setattr(verify.provenance, "code", lambda: {})
     in_this_process(monkeypatch)
     verify.run(Options(run="cut", replay=True))
     assert "the replay is the same: 6 losses, and the adapter's bytes." in capsys.readouterr().out
@@ -162,7 +162,7 @@ def test_the_stages_of_a_run_are_verified_and_replayed(
     text = "".join(f"{key}: {value}\n" for key, value in keep.items())
     (copy / "two.yaml").write_text(text + STAGED)
     verb.run(verb.parse({"recipe": "two.yaml", "run": "staged"}))
-    monkeypatch.setattr(verify.manifest, "code", lambda: {})
+    monkeypatch.setattr(verify.provenance, "code", lambda: {})
     in_this_process(monkeypatch)
     verify.run(Options(run="staged", replay=True))
     said = capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_another_number_of_processes_under_way_is_allowed_for_or_refused(
         path = copy / "runs" / run / "run.json"
         record = read_json(path)
         write_json(path, {**record, "starts": [{"after": 0, "processes": 2}, {"after": 3, "processes": 1}]})
-    monkeypatch.setattr(verify.manifest, "code", lambda: {})
+    monkeypatch.setattr(verify.provenance, "code", lambda: {})
     in_this_process(monkeypatch)
     verify.run(Options(run="mixed", replay=True))
     assert "the replay is the same: 6 losses within 1e-05, in 1 processes" in capsys.readouterr().out
@@ -213,7 +213,7 @@ def test_a_replay_that_computes_something_else_is_named(copy: Path, monkeypatch:
         calls.append(labels)
         return real(self, batch, labels) * (1.001 if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(verify.manifest, "code", lambda: {})
+    monkeypatch.setattr(verify.provenance, "code", lambda: {})
     in_this_process(monkeypatch, lambda: monkeypatch.setattr(Engine, "micro", wrong))
     with pytest.raises(UserError, match=r"replay is not the same: step 2: loss was \d(.|\n)*is kept in runs/first"):
         verify.run(Options(run="first", replay=True))

@@ -13,7 +13,7 @@ from train.common.files import staged, write_text
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from train import files
+from train.common import files
 folder, where = Path(sys.argv[1]), sys.argv[2]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 files._exchange = lambda *_: False  # as on a file system that cannot

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from train.common.errors import UserError
-from train.data.chat_template import DEFAULT_SYSTEM, prompt, render
+from train.data.chat_template import DEFAULT_SYSTEM, chat_template, prompt, render
 from train.data.conversations import Conversation
 from train.data.formats import Turn
 from train.model.tokenizer import Tokenizer, load_tokenizer
@@ -106,7 +106,7 @@ def test_the_saved_template_writes_the_same(tokenizer: Tokenizer, tmp_path: Path
     """What stock tools make of tokenizer_config.json, where no text looks like a control token."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer.save(tmp_path, system='Say "yes".\nOr no: 好。')
+    tokenizer.save(tmp_path, chat_template('Say "yes".\nOr no: 好。'))
     stock = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     turns = (Turn("user", "hi"), Turn("assistant", "yes"), Turn("user", "so?"))
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]

@@ -129,9 +129,9 @@ def test_a_quick_build_changes_only_what_the_program_is_made_of(tmp_path: Path) 
     repro.keep_below(folder)
     modes = {
         name: (folder / name).stat().st_mode & 0o777
-        for name in ("env.lock", "docker/setup", "docker/apt", "train/errors.py")
+        for name in ("env.lock", "docker/setup", "docker/apt", "train/common/errors.py")
     }
-    assert modes == {name: (ROOT / name).stat().st_mode & 0o777 for name in modes} | {"train/errors.py": 0o600}
+    assert modes == {name: (ROOT / name).stat().st_mode & 0o777 for name in modes} | {"train/common/errors.py": 0o600}
 
 
 def test_the_places_differ_in_everything() -> None:

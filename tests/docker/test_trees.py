@@ -37,7 +37,7 @@ def manifest(tree: Path) -> dict[str, tuple[str, int, str]]:
 def source(folder: Path, umask: int, time: int) -> Path:
     """A checkout of what the program's stage gets, made under `umask` at `time`."""
     names = [
-        "train/errors.py",
+        "train/common/errors.py",
         "train/__init__.py",
         "env.lock",
         "pyproject.toml",
@@ -64,16 +64,16 @@ def test_the_program_is_the_same_from_any_checkout(tmp_path: Path, monkeypatch: 
     one, two = manifest(tmp_path / "one"), manifest(tmp_path / "two")
     assert one == two
     assert one["usr/local/bin/entrypoint.sh"][0] == "-rwxr-xr-x"
-    assert one["app/train/errors.py"][0] == "-rw-r--r--"
+    assert one["app/train/common/errors.py"][0] == "-rw-r--r--"
     assert {one[f"workspace/{name}"][0] for name in ("data", "models", "runs")} == {"drwxrwxrwx"}
     assert {time for _, time, _ in one.values()} == {trees.epoch()}
-    assert f"app/train/__pycache__/errors.cpython-3{sys.version_info[1]}.pyc" in one
+    assert f"app/train/common/__pycache__/errors.cpython-3{sys.version_info[1]}.pyc" in one
     assert "app/docker" not in one
 
 
 def test_one_byte_shows(tmp_path: Path) -> None:
     first, other = source(tmp_path / "a", 0o022, 0), source(tmp_path / "b", 0o022, 0)
-    (other / "train/errors.py").write_text((other / "train/errors.py").read_text() + "\nX = 1\n")
+    (other / "train/common/errors.py").write_text((other / "train/common/errors.py").read_text() + "\nX = 1\n")
     trees.program(first, tmp_path / "one")
     trees.program(other, tmp_path / "two")
     one, two = manifest(tmp_path / "one"), manifest(tmp_path / "two")

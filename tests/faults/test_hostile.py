@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.oracles import tiny_checkpoint, tiny_config, tiny_decoder
 from tests.model.test_gguf_reader import write_gguf
+from tests.support.oracles import tiny_checkpoint, tiny_config, tiny_decoder
 from tests.training.test_train import rows, stop_at, train, words
 from train.commands import export
 from train.commands import train as verb

@@ -28,7 +28,7 @@ CARD = {  # what the image is promised to hold: distribution -> module
     "transformers-stream-generator": "transformers_stream_generator",
 }
 # The lines that those may print, with DS_ACCELERATOR set; every one of them must still be printed, or it is to be deleted here.
-# The program's own commands print none of them (train/__main__.py: quiet, train/engine.py: import_deepspeed).
+# The program's own commands print none of them (train/__main__.py: quiet, train/training/deepspeed_engine.py: import_deepspeed).
 PYTREE = (
     "transformers/utils/generic.py: FutureWarning: `torch.utils._pytree._register_pytree_node` is deprecated. Please use "
     "`torch.utils._pytree.register_pytree_node` instead.",
@@ -52,7 +52,7 @@ ALLOWED = {
 }
 TAMPER = """FROM {}
 USER 0
-RUN rm -r /opt/venv/lib/python3*/site-packages/einops* && echo >>/app/train/loop.py \\
+RUN rm -r /opt/venv/lib/python3*/site-packages/einops* && echo >>/app/train/training/loop.py \\
     && for site in /opt/venv/lib/python3*/site-packages; do echo >>$site/peft/__init__.py; done \\
     && printf '\\nPackage: evil\\nStatus: install ok installed\\nArchitecture: all\\nMaintainer: x\\nVersion: 1.0\\nDescription: x\\n' >>/var/lib/dpkg/status
 """
@@ -143,7 +143,7 @@ def test_an_image_that_was_tampered_with_is_told(
     assert "package einops 0.8.2: in env.lock, not in the image" in told
     assert "peft/__init__.py: not as its package brought it" in told
     assert "apt package evil 1.0: in the image, not in the SBOM" in told
-    assert "file /app/train/loop.py: " in told
+    assert "file /app/train/training/loop.py: " in told
     assert f"digest layer {len(inspected['RootFS']['Layers'])} " in told
     assert "digest settings: " in told
 
@@ -189,5 +189,5 @@ def test_the_lines_that_are_allowed_are_read_as_they_are_printed() -> None:
 
 def test_the_programs_own_commands_print_none_of_it(image: str) -> None:
     """`--help` of every verb, and DeepSpeed as training imports it: not one warning line."""
-    script = "from train.__main__ import VERBS, main, quiet\nquiet()\nfrom train import engine\nengine.import_deepspeed()\nfrom train import loader, stock\nprint('end')\n"
+    script = "from train.__main__ import VERBS, main, quiet\nquiet()\nfrom train.training import deepspeed_engine as engine\nengine.import_deepspeed()\nfrom train.model import loading\nfrom train.inference import stock\nprint('end')\n"
     assert inside(image, "-", script=script, options=("-e", "PYTHONPATH=/app")) == "end\n"

@@ -88,7 +88,7 @@ def test_mpi_starts_processes_in_the_cage(image: str) -> None:
 def test_python_need_not_compile_what_it_imports(image: str) -> None:
     script = """
 import importlib.util, os, sys
-import train.verbs.train, train.verbs.export, train.verbs.infer
+import train.commands.train, train.commands.export, train.commands.infer
 named = [m.__file__ for m in list(sys.modules.values()) if (getattr(m, "__file__", None) or "").endswith(".py")]
 missing = [f for f in named if f.startswith("/") and "/tmp/" not in f and not os.path.exists(importlib.util.cache_from_source(f))]
 print(len(named) > 500, len(missing) < 20, missing)
@@ -140,7 +140,7 @@ def test_a_change_of_the_source_is_built_in_seconds(image: str, tmp_path: Path) 
     build = ["docker", "buildx", "build", "-q", "-f", "docker/Dockerfile", *arguments(image), "."]
     try:
         subprocess.run(build, cwd=tmp_path / "clone", check=True, capture_output=True)
-        with (tmp_path / "clone/train/report.py").open("a") as source:
+        with (tmp_path / "clone/train/evaluation/report.py").open("a") as source:
             source.write("# edited\n")
         start = time.monotonic()
         subprocess.run(build, cwd=tmp_path / "clone", check=True, capture_output=True)

@@ -237,7 +237,7 @@ def test_a_failure_to_make_one_is_one_line_and_the_slower_way(
         raise torch.OutOfMemoryError("CUDA out of memory.\nand much more")
 
     capsys.readouterr()
-    monkeypatch.setattr(decode_graph, "Static", full)
+    monkeypatch.setattr(sessions, "Static", full)
     assert answers(model, tokenizer, QUESTIONS, max_new_tokens=24, batch=8) == plain[0]
     assert capsys.readouterr().err == "Decoding goes the slower way, without a CUDA graph: CUDA out of memory.\n"
 

@@ -210,7 +210,7 @@ def test_kernels_equal_their_definitions_through_the_interpreter(tmp_path: Path)
     code = (
         "import os, sys, torch; os.environ['TRITON_INTERPRET'] = '1'\n"
         "from tests.ops.test_pointwise import check, check_drop, check_taken_along, thinly\n"
-        "from train.kernels import usable; assert usable(torch.device('cpu'))\n"
+        "from train.ops.kernels import usable; assert usable(torch.device('cpu'))\n"
         "plain, less, along = torch.load(sys.argv[1]); thinly.LEAST_ROWS, thinly.ROWS = 1, 16\n"
         "check('cpu', torch.float32, plain, less); check_drop('cpu')\n"
         "check_taken_along('cpu', torch.float32, along, 37)"

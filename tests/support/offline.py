@@ -96,6 +96,7 @@ def card(capability: int) -> Iterator[Card]:
     """Within it every launch of a kernel compiles it for that card, once for each way of calling, and does nothing else."""
     from triton.runtime import driver
 
+    from train.model import int4_linear
     from train.ops import attention, gptq, kernels
     from train.ops.kernels import gptq_tiles
 
@@ -114,7 +115,9 @@ def card(capability: int) -> Iterator[Card]:
                 (gptq_tiles, "tensor_cores", lambda x: capability >= 80),
             ]
             fakes += [(attention, "hopper", hopper), (attention, "flash", lambda q: capability >= 80)]
-            fakes += [(gptq, "dequantize", kernels.dequantize)]  # which asks for a GPU's tensor
+            fakes += [
+                (place, "dequantize", kernels.dequantize) for place in (gptq, int4_linear)
+            ]  # which asks for a GPU's tensor
             for place, name, fake in fakes:
                 stack.enter_context(patch.object(place, name, fake))
             yield there
@@ -136,8 +139,8 @@ def training(
     """A training step's passes. biased: q, k, v have a bias. layers: fewer than the model's, or 0."""
     from tests.bench import shapes
     from train.config.recipe import Recipe
-    from train.model import lora
-    from train.ops import attention, gptq
+    from train.model import int4_linear, lora
+    from train.ops import attention
     from train.ops.cross_entropy import CHUNK_FAST
     from train.training import fused_decoder, graph_step
 
@@ -149,7 +152,7 @@ def training(
 
     fakes: list[tuple[Any, str, Any]] = [
         (fused_decoder.Projection, "_bias", bias),
-        (gptq, "grouped", lambda *given: in_order),
+        (int4_linear, "grouped", lambda *given: in_order),
     ]
     fakes += [(attention, "_plain", lambda q, k, v, t: q + 0 * (k.sum() + v.sum()))]
     fakes += [(graph_step, "chunk_of", lambda hidden: CHUNK_FAST if len(hidden) > 4096 else CHUNK_FAST // 2)]
@@ -189,7 +192,7 @@ def decoding(
 
 def formats(capability: int) -> None:
     """Every kind of packed weight as floats, and as a product."""
-    from train.ops.kernels import gptq_dequantize
+    from train.ops.kernels import dequantize
     from train.ops.kernels.gptq_matmul import Packed, product
     from train.ops.kernels.gptq_tiles import Tile
 
@@ -202,7 +205,7 @@ def formats(capability: int) -> None:
             order = torch.empty(2048, dtype=torch.int32, device=META)
             for g_idx in (None, order):
                 for dtype in (sixteen(capability), torch.float32):
-                    gptq_dequantize(qweight, qzeros, scales, g_idx, bits, dtype)
+                    dequantize(qweight, qzeros, scales, g_idx, bits, dtype)
             if bits == 2:
                 continue
             for many, perm in ((1, None), (1, order), (32, None), (32, order)):

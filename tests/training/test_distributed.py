@@ -30,7 +30,7 @@ def test_a_process_takes_the_card_of_its_number_or_the_only_one_it_sees() -> Non
 
 MEET = """
 import sys
-from train import world
+from train.training import distributed as world
 place = world.detect()
 world.join(place, cuda=False)
 try:
@@ -59,7 +59,7 @@ def test_two_processes_on_one_card_are_told_so(cards: tuple[str, str], said: str
 
 LEAVE = """
 import sys
-from train import world
+from train.training import distributed as world
 world.join(world.detect(), cuda=False)
 assert world.gather(world.detect().rank) == [0, 1]
 world.leave()
@@ -132,9 +132,9 @@ def test_a_signal_to_the_launcher_waits_for_the_workers(everybody: bool, tmp_pat
 
 EARLY = """
 import signal, threading
-from train import world
-with world.leaving_early(speaks=True):
-    with world.Stop(speaks=False) as stop:
+from train.training import signals
+with signals.leaving_early(speaks=True):
+    with signals.Stop(speaks=False) as stop:
         signal.raise_signal(signal.SIGTERM)
         assert stop.wanted
     print("up", flush=True)

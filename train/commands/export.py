@@ -215,7 +215,7 @@ def _rows(options: Options, record: dict[str, Any], base: Path) -> tuple[str, li
     context = read_folder_config(base)[0].seq_length
     conversations, name = training_data(record)
     for some, called in ((conversations, name), (parity.examples(), "the built-in list")):
-        if rows := parity.rows(some[: options.verify], tokenizer, recipe, context):
+        if rows := parity.rows(some[: options.verify], tokenizer, recipe.template, recipe.system, context):
             return called, rows
     raise UserError(f"{base}: no question fits its context of {context} tokens.")
 

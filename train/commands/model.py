@@ -10,16 +10,8 @@ from pathlib import Path
 from train.common.errors import UserError
 from train.config.options import option
 from train.config.recipe import Recipe
+from train.model import sources
 from train.model.folder import find, is_hub_id
-from train.model.sources import (
-    LOCK,
-    check_folder,
-    check_revision,
-    fetch_from_hub,
-    fetch_locked,
-    read_lock,
-    unknown_model,
-)
 
 
 @dataclass(frozen=True)
@@ -37,19 +29,19 @@ def run(options: Options) -> None:
     models, name = Path(options.models), Path(options.model.rstrip("/")).name
     given = find(options.model.rstrip("/"), models)
     if given:
-        check_revision(given, options.revision)
-        check_folder(given, options.verify)
+        sources.check_revision(given, options.revision)
+        sources.check_folder(given, options.verify)
         print("Nothing to do.")
         return
     if (models / name).exists():
         raise UserError(
             f"{models / name} is there, but has no config.json: no model. Move it away, then the same command again."
         )
-    lock = read_lock(LOCK)
+    lock = sources.read_lock(sources.LOCK)
     if options.model in lock:
-        fetch_locked(options.model, lock[options.model], options.source, models)
+        sources.fetch_locked(options.model, lock[options.model], options.source, models)
     elif is_hub_id(options.model):
-        fetch_from_hub(options.model, options.revision or "main", models)
+        sources.fetch_from_hub(options.model, options.revision or "main", models)
     else:
-        raise UserError(unknown_model(options.model, list(lock)))
-    check_folder(models / name, verify=False)
+        raise UserError(sources.unknown_model(options.model, list(lock)))
+    sources.check_folder(models / name, verify=False)

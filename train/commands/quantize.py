@@ -21,6 +21,7 @@ from train.common.errors import UserError
 from train.common.files import free_bytes, sha256, staged, write_json
 from train.common.progress import bar
 from train.config.options import option
+from train.data.chat_template import DEFAULT_SYSTEM, chat_template
 from train.model.folder import MANIFEST, Shards, copy_beside, damage, read_manifest, resolve, write_manifest
 from train.model.layouts import LAYOUTS, DecoderConfig, convert, converted_config, write_config
 from train.model.loading import open_tensors, read_folder_config, state_names
@@ -207,7 +208,7 @@ def _tokenizer(job: Job, folder: Path) -> None:
         settings = {"model_max_length": job.config.seq_length, "tokenizer_class": "QWenTokenizer", "auto_map": loads}
         write_json(folder / "tokenizer_config.json", settings)
     elif job.moved:
-        load_tokenizer(job.source).save(folder)
+        load_tokenizer(job.source).save(folder, chat_template(DEFAULT_SYSTEM))
 
 
 def _report(job: Job, errors: dict[str, list[float]]) -> None:

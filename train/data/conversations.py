@@ -15,7 +15,7 @@ from typing import Any
 
 from train.common.errors import UserError
 from train.common.files import sha256
-from train.data import conversations, json_rows
+from train.data import json_rows
 from train.data.formats import FORMATS, Meaning, Turn
 from train.data.json_rows import Lines, Row
 from train.data.lenient_json import Fault
@@ -199,7 +199,7 @@ def _once(faults: list[Fault]) -> list[Fault]:
 
 def hash_data(data: str) -> dict[str, Any]:
     """sha256 of the one file, or of the list of several files' hashes."""
-    files = {str(path): sha256(path) for path in conversations.sources(data)}
+    files = {str(path): sha256(path) for path in sources(data)}
     if len(files) == 1:
         return {"sha256": next(iter(files.values()))}
     return {"sha256": hashlib.sha256("\n".join(files.values()).encode()).hexdigest(), "files": files}
@@ -211,6 +211,6 @@ def training_data(record: dict[str, Any]) -> tuple[list[Conversation], str]:
     if not path.is_file() or sha256(path) != record["data"]["sha256"]:
         return [], path.name
     try:
-        return conversations.load(path), path.name
+        return load(path), path.name
     except UserError:  # it was read when the run began: this program has become stricter since
         return [], path.name

@@ -8,18 +8,45 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from train.common.errors import UserError
-from train.config.recipe import Recipe
 from train.data import chat_template
 from train.data.conversations import Conversation
 
 if TYPE_CHECKING:
     from train.data.chat_template import Encoder
 from train.data.packing import arrange
+
+
+class SampleSettings(Protocol):
+    """How conversations become samples; a recipe has these fields and explains each."""
+
+    @property
+    def template(self) -> str: ...
+
+    @property
+    def mask(self) -> str: ...
+
+    @property
+    def system(self) -> str: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def overlong(self) -> str: ...
+
+    @property
+    def pack(self) -> bool: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -77,10 +104,10 @@ class Summary:
 def encode(
     conversations: Sequence[Conversation],
     tokenizer: Encoder,
-    recipe: Recipe,
+    settings: SampleSettings,
     on_progress: Callable[[int], None] | None = None,
 ) -> tuple[list[Sample], Summary]:
-    """Samples of at most `recipe.length` tokens, in the order of the data, and what became of every conversation.
+    """Samples of at most `settings.length` tokens, in the order of the data, and what became of every conversation.
 
     Args:
         on_progress: called with the number of conversations that are done.
@@ -89,22 +116,22 @@ def encode(
     """
     whole = []
     for done, conversation in enumerate(conversations, 1):
-        ids, mask = chat_template.render(conversation, tokenizer, recipe.template, recipe.mask, recipe.system)
+        ids, mask = chat_template.render(conversation, tokenizer, settings.template, settings.mask, settings.system)
         whole.append(Sample(np.array(ids, np.int32), np.array(mask, np.uint8), conversation.where))
         if on_progress and done % 256 == 0:
             on_progress(done)
-    if recipe.overlong == "error":
-        _check_lengths(whole, recipe.length)
-    fit = [_cut(s, recipe.length) for s in whole if recipe.overlong == "cut" or len(s.ids) <= recipe.length]
+    if settings.overlong == "error":
+        _check_lengths(whole, settings.length)
+    fit = [_cut(s, settings.length) for s in whole if settings.overlong == "cut" or len(s.ids) <= settings.length]
     samples = [sample for sample in fit if sample.label_count]
     if not samples:
         raise UserError(
-            f"nothing to learn: {len(whole)} conversations, none with an answer within length={recipe.length} "
-            f"(overlong={recipe.overlong}). Raise length=."
+            f"nothing to learn: {len(whole)} conversations, none with an answer within length={settings.length} "
+            f"(overlong={settings.overlong}). Raise length=."
         )
     unlearnable = tuple(sample.where for sample in fit if not sample.label_count)
     turns = sum(len(conversation.turns) for conversation in conversations)
-    return samples, _summary(whole, turns, samples, unlearnable, recipe)
+    return samples, _summary(whole, turns, samples, unlearnable, settings)
 
 
 def _check_lengths(samples: Sequence[Sample], length: int) -> None:
@@ -122,11 +149,11 @@ def _cut(sample: Sample, length: int) -> Sample:
 
 
 def _summary(
-    whole: list[Sample], turns: int, samples: list[Sample], unlearnable: tuple[str, ...], recipe: Recipe
+    whole: list[Sample], turns: int, samples: list[Sample], unlearnable: tuple[str, ...], settings: SampleSettings
 ) -> Summary:
     lengths = np.array([len(sample.ids) for sample in whole])
-    over = lengths[lengths > recipe.length]
-    rows, efficiency = _efficiency(samples, recipe)
+    over = lengths[lengths > settings.length]
+    rows, efficiency = _efficiency(samples, settings)
     low, median, p95, high = (int(np.quantile(lengths, q, method="higher")) for q in (0, 0.5, 0.95, 1))
     return Summary(
         conversations=len(whole),
@@ -137,10 +164,10 @@ def _summary(
         tokens_p95=p95,
         tokens_max=high,
         labels=sum(sample.label_count for sample in samples),
-        length=recipe.length,
+        length=settings.length,
         overlong=len(over),
-        action=recipe.overlong,
-        tokens_cut=int((over - recipe.length).sum()) if recipe.overlong == "cut" else 0,
+        action=settings.overlong,
+        tokens_cut=int((over - settings.length).sum()) if settings.overlong == "cut" else 0,
         unlearnable=unlearnable,
         samples=len(samples),
         rows=rows,
@@ -148,12 +175,12 @@ def _summary(
     )
 
 
-def _efficiency(samples: Sequence[Sample], recipe: Recipe) -> tuple[int, float]:
+def _efficiency(samples: Sequence[Sample], settings: SampleSettings) -> tuple[int, float]:
     """(rows, real tokens / positions) of the first epoch: a packed row has `length`, another that of the longest in its batch."""
     lengths = [len(sample.ids) for sample in samples]
-    rows = arrange(lengths, recipe.length, recipe.seed, 0, recipe.pack)
+    rows = arrange(lengths, settings.length, settings.seed, 0, settings.pack)
     widths = [sum(lengths[i] for i in row) for row in rows]
-    if recipe.pack:
-        return len(rows), sum(widths) / (len(rows) * recipe.length)
-    batches = [widths[at : at + recipe.batch] for at in range(0, len(widths), recipe.batch)]
+    if settings.pack:
+        return len(rows), sum(widths) / (len(rows) * settings.length)
+    batches = [widths[at : at + settings.batch] for at in range(0, len(widths), settings.batch)]
     return len(rows), sum(widths) / sum(max(batch) * len(batch) for batch in batches)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.config.recipe import Recipe
 from train.data.chat_template import render
 from train.data.conversations import Conversation
 from train.data.formats import Turn
@@ -85,12 +84,14 @@ def examples() -> list[Conversation]:
     ]
 
 
-def rows(conversations: Sequence[Conversation], tokenizer: Tokenizer, recipe: Recipe, context: int) -> list[Row]:
+def rows(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, template: str, system: str, context: int
+) -> list[Row]:
     """The conversations as the run wrote them, cut to LONGEST and to the model's context; those with an answer left."""
     longest = min(LONGEST, context)
     found = []
     for conversation in conversations:
-        ids, learnt = render(conversation, tokenizer, recipe.template, "assistant", recipe.system)
+        ids, learnt = render(conversation, tokenizer, template, "assistant", system)
         if any(learnt[1:longest]):
             found.append((ids[:longest], learnt[:longest]))
     return found

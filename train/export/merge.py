@@ -192,7 +192,7 @@ def _convert_companions(job: Job, folder: Path) -> None:
     source = job.weights / "generation_config.json"
     generation = read_json(source) if source.is_file() else {}
     if job.layout == "qwen2":
-        tokenizer.save(folder)
+        tokenizer.save(folder, chat_template(job.system, job.template))
         own = ("chat_format", "max_window_size")  # words of Qwen-1's code alone
         generation = {k: v for k, v in generation.items() if k not in own}
         generation |= {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad}

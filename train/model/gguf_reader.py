@@ -226,9 +226,8 @@ def convert(path: Path, folder: Path, advance: Callable[[float], None] = lambda 
     except Exception as error:  # the tokenizers package raises nothing narrower
         raise UserError(f"{path}: its metadata contradicts itself ({error}). Fetch it again.") from error
     write_json(folder / "config.json", config)
-    tokenizer.save(folder)
+    tokenizer.save(folder, reader.field("tokenizer.chat_template", ""))
     settings = read_json(folder / "tokenizer_config.json")
-    settings["chat_template"] = reader.field("tokenizer.chat_template", settings["chat_template"])
     settings["model_max_length"] = reader.field("qwen2.context_length")
     write_json(folder / "tokenizer_config.json", settings)
     ends = {"bos_token_id": tokenizer.endoftext, "pad_token_id": tokenizer.pad, "eos_token_id": [*tokenizer.stop_ids]}

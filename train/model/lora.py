@@ -8,7 +8,7 @@ import json
 import math
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from train.common.errors import UserError
 from train.common.files import read_json, write_json
-from train.config.recipe import Recipe
 from train.model.decoder import Decoder, linear_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -33,6 +32,28 @@ UNREAD = (
     "megatron_config",
 )
 PREFIX = "base_model.model."  # what peft puts before every module's name
+
+
+class AdapterSettings(Protocol):
+    """What a fresh adapter is made by; a recipe has these fields."""
+
+    @property
+    def model(self) -> str: ...  # the base's name, for adapter_config.json
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def alpha(self) -> float: ...
+
+    @property
+    def dropout(self) -> float: ...
+
+    @property
+    def targets(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
 
 
 def targets(layout: str, wanted: str) -> list[str]:
@@ -52,25 +73,25 @@ def targets(layout: str, wanted: str) -> list[str]:
     return names
 
 
-def attach(model: Decoder, recipe: Recipe) -> PeftModel:
-    """The decoder with fresh adapters: A random by the recipe's seed and its own name, B zero, both float32 and trainable.
+def attach(model: Decoder, settings: AdapterSettings) -> PeftModel:
+    """The decoder with fresh adapters: A random by the seed and its own name, B zero, both float32 and trainable.
 
     The numbers in A depend on neither the device nor the state of any generator.
     """
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,  # type: ignore[arg-type]
-        lora_dropout=recipe.dropout,
-        target_modules=targets(model.config.layout, recipe.targets),
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
+        target_modules=targets(model.config.layout, settings.targets),
         bias="none",
     )
     peft_model = get_peft_model(model, config)
-    config.base_model_name_or_path = Path(recipe.model).name if Path(recipe.model).is_absolute() else recipe.model
+    config.base_model_name_or_path = Path(settings.model).name if Path(settings.model).is_absolute() else settings.model
     for name, p in trainable(peft_model).items():
         p.data = p.data.float()
         if ".lora_A." in name:
-            p.data.copy_(initial(name, p.shape, recipe.seed))
+            p.data.copy_(initial(name, p.shape, settings.seed))
     return peft_model
 
 

@@ -18,7 +18,6 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from train.common.errors import UserError
 from train.common.files import write_json, write_text
-from train.data.chat_template import DEFAULT_SYSTEM, chat_template
 
 # Published with Qwen-1 (tokenization_qwen.py, PAT_STR) and Qwen2: cl100k's pattern, but digits one by one.
 PATTERN = (
@@ -82,24 +81,27 @@ class Tokenizer:
     def is_control(self, number: int) -> bool:
         return number in self._names
 
-    def save(self, folder: Path, system: str = DEFAULT_SYSTEM) -> None:
-        """Write tokenizer.json and tokenizer_config.json as stock tools read them, with a ChatML template using `system`.
+    def save(self, folder: Path, chat_template: str = "") -> None:
+        """Write tokenizer.json and tokenizer_config.json as stock tools read them.
 
+        Args:
+            chat_template: Jinja, for tokenizer_config.json; empty: the file has none.
         Stock tools will parse text for control tokens, and normalise with the library's older Unicode tables.
         """
         content = json.loads(self.backend.to_str())
         content["added_tokens"] = self._entries
         content["normalizer"] = {"type": "NFC"}
         write_text(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False, indent=2))
-        write_json(folder / "tokenizer_config.json", self._config(system))
+        write_json(folder / "tokenizer_config.json", self._config(chat_template))
 
-    def _config(self, system: str) -> dict[str, Any]:
+    def _config(self, chat_template: str) -> dict[str, Any]:
         described = {str(e["id"]): {key: value for key, value in e.items() if key != "id"} for e in self._entries}
+        template = {"chat_template": chat_template} if chat_template else {}
         return {
             "added_tokens_decoder": described,
             "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
             "bos_token": None,
-            "chat_template": chat_template(system),
+            **template,
             "clean_up_tokenization_spaces": False,
             "eos_token": "<|im_end|>",
             "errors": "replace",

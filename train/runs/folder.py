@@ -1,59 +1,16 @@
 """The folder of a run: its paths, its lock, the inputs it belongs to, its record, and the checkpoint to go on from."""
 
+import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-import psutil
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import GenerationConfig
-from train.model import lora
-from train.model.decoder import Decoder
+
 from train.common.errors import UserError
-from train.common.files import read_json
-from train.model.int4_linear import Int4Linear
-from train.ops.gptq import Scheme
-from train.model.layouts import DecoderConfig, read_config
-from train.model.folder import resolve
-from train.model.tokenizer import Tokenizer, load_tokenizer
-import fcntl
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-import yaml
-from torch import nn
-from train.data import conversations
-from train.model import lora
-from train.runs import provenance
-from train.config.recipe import Recipe
-from train.data.batches import Schedule
-from train.data.samples import Sample, encode
-from train.common.files import free_bytes, make, read_json, sha256, write_json, write_text
-from train.model.layouts import DecoderConfig
-from train.model.loading import read_folder_config
-from train.training.distributed import AgreedError
-import math
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from torch import Tensor
+from train.common.files import make, read_json
 from train.runs import checkpoint
-from train.training import guard
-from train.runs.checkpoint import Snapshot
-from train.data.batches import Schedule, collate
-from train.data.packing import Row
-from train.data.samples import Sample
-from train.training.deepspeed_engine import Engine
-from train.training.guard import Watch
-from train.runs.losses import Journal, rewind, whole_lines
-from train.common.progress import Meter
-from train.training.async_save import Saver, together
-from train.training.distributed import AgreedError, World
-from train.training.signals import Stop
+from train.runs.losses import whole_lines
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -74,7 +31,12 @@ MAY_CHANGE_ON_RESUME = {"model", "batch", "accumulation", "processes", "zero", "
 MAY_CHANGE_ON_RESUME |= {"save_every", "keep", "background"}
 
 
-MAY_CHANGE_ON_RESUME |= {"guard", "spike", "unlearnable", "patience"}  # what to do when something is wrong; nothing was, so far
+MAY_CHANGE_ON_RESUME |= {
+    "guard",
+    "spike",
+    "unlearnable",
+    "patience",
+}  # what to do when something is wrong; nothing was, so far
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -153,4 +115,3 @@ def resume_point(run: Path) -> tuple[Path | None, list[str]]:
             f"Put the file back; or begin anew: another RUN=, or this one once {run / 'checkpoints'} is removed."
         )
     return covered, [*notes, f"checkpoint {found.name} is not used: losses.jsonl ends after step {lines}."]
-

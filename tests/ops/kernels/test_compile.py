@@ -1,4 +1,4 @@
-"""Every kernel of train/kernels compiles for cards that are not here, in the shapes of Qwen-1.8B, and what each takes of a card is known.
+"""Every kernel of train/ops/kernels compiles for cards that are not here, in the shapes of Qwen-1.8B, and what each takes of a card is known.
 
 In processes of their own, because the compiler's failures end them. Triton keeps what it compiled: a second run is quick.
 """
@@ -46,9 +46,9 @@ def compiled(card: int, group: str) -> list[dict[str, Any]]:
 
 
 def launched() -> set[str]:
-    """Names of kernels that some function of train/kernels launches: kernel[grid](…)."""
+    """Names of kernels that some function of train/ops/kernels launches: kernel[grid](…)."""
     found = set()
-    for path in (ROOT / "train" / "kernels").glob("*.py"):
+    for path in (ROOT / "train" / "ops" / "kernels").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 found.add(getattr(node.func.value, "id", ""))
@@ -102,7 +102,7 @@ def check(rows: list[dict[str, Any]]) -> None:
 def test_what_does_not_compile_is_said() -> None:
     """A check that cannot fail shows nothing: tensor cores on a card whose compiler has none."""
     code = (
-        "from unittest.mock import patch\nfrom tests.support import offline\nfrom train.ops.kernels import gptq_matmul as matvec\n"
+        "from unittest.mock import patch\nfrom tests.support import offline\nfrom train.ops.kernels import gptq_tiles as matvec\n"
         "with offline.card(75), patch.object(matvec, 'tensor_cores', lambda x: True):\n"
         "    offline.decoding(75, 32, adapter=False)"
     )

@@ -48,7 +48,7 @@ def check(device: str) -> int:
 
 def check_margin(device: str) -> None:
     """What stands below and beside W, and nothing else, is written."""
-    from train.ops.kernels import gptq_dequantize
+    from train.ops.kernels import dequantize
     from train.ops.kernels.gptq_dequantize import Border
 
     for rows, columns, group, bits in CASES:
@@ -59,7 +59,7 @@ def check_margin(device: str) -> None:
             plain, fast = (torch.full((rows + 80, columns + 80), -7.0, device=device) for _ in range(2))
             margin.fill(plain[: rows + margin.below], rows, columns)
             plain[:rows, :columns] = gptq.dequantize_plain(*parts, bits, torch.float32)
-            gptq_dequantize(*parts[:3], None, bits, torch.float32, fast[:rows, :columns], margin)
+            dequantize(*parts[:3], None, bits, torch.float32, fast[:rows, :columns], margin)
             assert torch.equal(fast, plain), (rows, columns, margin)
 
 
