@@ -2,11 +2,12 @@
 
 python -m tests.old_runs        from a clean checkout; writes the folder anew
 
-It runs the real command line on a CPU, in float32, with relative paths only, so that the folder works wherever it is copied to.
+It runs the real command line on a CPU, in float32, with relative paths only: the folder works wherever it is copied to.
 """
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -31,9 +32,11 @@ COMMANDS = {  # run -> what was typed after `python -m train train`
 }
 README = """# Runs of an earlier program
 
-A working directory (`data/`, `recipes/`, `models/`, `runs/`) written at commit {commit} by `python -m tests.old_runs`.
-`tests/test_old_runs.py` copies it and goes on with it: what users have on their disks keeps working. Every path in it is relative.
-Keep it as it is: a folder that today's program wrote says nothing about yesterday's. A new format gets a folder of its own beside it.
+A working directory (`data/`, `recipes/`, `models/`, `runs/`), written by `python -m tests.old_runs` at commit
+{commit}. `tests/test_old_runs.py` copies it and continues its runs:
+what users have on their disks must keep working. Every path in it is relative. `run.json` names the system without its
+kernel's version. Keep these files as they are: only files of the earlier program can test this. For a new format, write
+a second folder beside this one.
 
 | run | what it is |
 | --- | --- |
@@ -86,12 +89,15 @@ def cut_off(folder: Path, run: str, sent: signal.Signals, steps: int, status: in
 
 
 def leave_out(folder: Path) -> None:
-    """What names this machine (tensorboard's files), belongs to a process that is gone (locks, half-written folders), or
-    is large and not read again: the checkpoints of finished runs but one, and a picture."""
+    """Remove what names this machine (tensorboard's files, the kernel), what a process that has ended left (locks,
+    half-written folders), and what is large and not needed: a picture, the checkpoints of all finished runs but one.
+    """
     for path in sorted(folder.rglob("*")):
         if path.exists() and (path.name in ("tensorboard", "loss.png") or path.name.startswith(".")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for finished in folder.rglob("run.json"):
+        text = finished.read_text(encoding="utf-8")
+        finished.write_text(text.replace(platform.platform(), platform.system()), encoding="utf-8")
         if finished.parent.name != "whole":
             shutil.rmtree(finished.parent / "checkpoints")
 
