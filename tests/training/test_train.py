@@ -307,6 +307,18 @@ def test_the_schedule_is_a_true_cosine() -> None:
     assert loop.learning_rate(Recipe(warmup=0, schedule="linear"), 50, 100) == pytest.approx(1.5e-4)
 
 
+def adamw_rounding(grad: torch.Tensor, second_moment: torch.Tensor, updates: int) -> torch.Tensor:
+    """How far one AdamW update may move from another, [same shape as `grad`], when float32 sums run in another order.
+
+    A sum in another order moves every entry of a gradient by up to d, a share of the largest entry. The update is
+    lr · m / (sqrt(v) + eps). A d on all gradients moves m by at most d and sqrt(v) by at most d (it is a norm), and
+    |m| <= about sqrt(v): together at most 2 · lr · d / (sqrt(v) + eps), which is large only where gradients are tiny.
+    """
+    share = 1e-6  # 8 roundings of float32: over four times what the CPU's three sets of kernels were seen to need
+    corrected = second_moment / (1 - 0.95**updates)
+    return 2 * 1e-2 * share * grad.abs().max() / (corrected.sqrt() + 1e-8)
+
+
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_the_engine_equals_plain_torch_and_goes_on_after_a_restore(zero: int) -> None:
     """Three steps of two unequal micro batches; the third one after a restore into a new engine."""
@@ -317,9 +329,11 @@ def test_the_engine_equals_plain_torch_and_goes_on_after_a_restore(zero: int) ->
     def fresh() -> Any:
         return lora.attach(load(Path("models/tiny-qwen"), torch.float32), recipe).train()
 
-    def plain() -> tuple[list[float], dict[str, torch.Tensor]]:
+    def plain() -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Norms of the gradient, the weights after three steps, and how far each weight may be from that."""
         model, norms = fresh(), []
         learnt = lora.trainable(model)
+        allowed = {name: torch.full_like(p, 1e-6) for name, p in learnt.items()}
         optimizer = torch.optim.AdamW(learnt.values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         for step in range(3):
             optimizer.zero_grad()
@@ -329,7 +343,9 @@ def test_the_engine_equals_plain_torch_and_goes_on_after_a_restore(zero: int) ->
                 (model(input_ids=ids, labels=ids).loss / labels).backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(learnt.values(), 0.5)))
             optimizer.step()
-        return norms, {name: p.detach() for name, p in learnt.items()}
+            for name, p in learnt.items():
+                allowed[name] += adamw_rounding(p.grad, optimizer.state[p]["exp_avg_sq"], step + 1)
+        return norms, {name: p.detach() for name, p in learnt.items()}, allowed
 
     distributed.join(distributed.World(), cuda=False)
     engine, norms = Engine(fresh(), recipe, torch.float32, 1), []
@@ -345,12 +361,10 @@ def test_the_engine_equals_plain_torch_and_goes_on_after_a_restore(zero: int) ->
             engine.micro({"input_ids": ids, "labels": ids}, labels)
             norm = engine.step(last=n == 1, rate=1e-2)
         norms.append(norm)
-    expected, weights = plain()
+    expected, weights, allowed = plain()
     assert norms == pytest.approx(expected, rel=1e-5)
     for name, value in engine.gather()[0].items():
-        torch.testing.assert_close(
-            value, weights[name], rtol=0, atol=2e-5, msg=name
-        )  # AdamW steps by 1e-2 where g is tiny
+        assert ((value - weights[name]).abs() <= allowed[name]).all(), name
 
 
 def test_micro_batches_of_any_shape_are_the_same_step() -> None:
