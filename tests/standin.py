@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = "docker/run docker/common.sh docker/bundle pyproject.toml env.lock compose.yaml Makefile README.md train/verbs.txt train/recipes/qlora.yaml"
+FILES = (
+    "docker/run docker/common.sh docker/bundle pyproject.toml env.lock compose.yaml Makefile README.md train/verbs.txt "
+    "train/recipes/qlora.yaml"
+)
 DOCKER = """#!@PYTHON@ -IS
 import json, os, sys, time
 words = sys.argv[1:]

@@ -56,7 +56,7 @@ def run(project: Path, *words: str, status: int = 0, **variables: str) -> str:
 
 
 def containers(project: Path) -> list[dict[str, list[str]]]:
-    """Each `docker compose run` but those that only ask: its service and words as `words`, its mounts as `mounts`, its environment."""
+    """Each `docker compose run` that does not only ask: service and words as `words`, `mounts`, its environment."""
     found = []
     for entry in (e for e in log(project) if e["words"][:2] == ["compose", "run"] and "needs" not in e["words"]):
         words, mounts = entry["words"][2:], []

@@ -1,6 +1,6 @@
 """python -m train VERB [key=value …]: the verb table, and the only reader of argv.
 
-python -m train needs VERB [key=value …] is for docker/run: the paths that the command will need, see train/verbs/needs.py.
+python -m train needs VERB [key=value …], for docker/run: the paths that the command will need (train/verbs/needs.py).
 """
 
 import importlib
@@ -53,7 +53,7 @@ def run(verb: str, words: list[str]) -> None:
 
 
 def needs(words: list[str]) -> None:
-    """What VERB with these words needs, as train/verbs/needs.py writes it; of `train` also the base that is to be fetched first."""
+    """Write what VERB with these words needs (train/verbs/needs.py); for `train` also the base to fetch first."""
     if not words or words[0] not in VERBS:
         raise UserError(f"needs of which verb? {usage()}")
     name, verb = words[0], VERBS[words[0]]

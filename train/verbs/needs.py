@@ -1,15 +1,17 @@
-"""The paths that a command will need, for the script that starts a container and mounts what lies outside data/, models/ and runs/.
+"""The paths that a command will need, for the script that starts a container and mounts those outside its folders.
 
     python -m train needs VERB [key=value …]
 
-writes records `WHAT PATH`, each ended by a zero byte, paths as they were typed: relative to the folder that the command works in.
+writes records `WHAT PATH`, each ended by a zero byte. Paths are as they were typed: relative to the working folder.
 
-    make PATH    is written to, and is made where it is missing      read PATH    is read
-    write PATH   is written to                                       fetch NAME   no path: the base that `model` is to fetch first
+    make PATH     the command writes to this folder, which is made where it is missing
+    write PATH    the command writes to this folder
+    read PATH     the command reads this file or folder, if it is there
+    fetch NAME    no path: the base that `model` is to fetch first
 
-A record is a place where the command looks, and need not be there. What names further paths (a recipe its stages' data, a run
-its data and its base) may not be visible yet: the script mounts what it is told and asks again, until it hears nothing new.
-What is wrong with the words or the files is not said here: the command itself says it.
+A recipe names the data of its stages, and a run its data and its base. Where the recipe or the run is not visible yet,
+the script mounts it and asks again, until it hears nothing new. What is wrong with the words or the files is not said
+here: the command itself says it.
 """
 
 import os
@@ -27,12 +29,12 @@ if TYPE_CHECKING:
     from train.__main__ import Verb
 
 Record = tuple[str, str]
-WRITTEN = {"write": "make", "may-write": "write", "read": "read"}  # a word of the verb table: what is to be done
+RECORD = {"write": "make", "may-write": "write", "read": "read"}  # for each word of the verb table
 READ = ("model", "recipe", "onto", "questions")  # keys that name a path, in every verb alike
 
 
 def paths(name: str, verb: "Verb", words: list[str]) -> list[Record]:
-    """Records of what verb `name` with these words needs, each once; what is written to comes first. None for --help."""
+    """Records of what verb `name` with these words needs, each once, what is written to first. None for --help."""
     values = dict(word.split("=", 1) for word in words if "=" in word)
     if {"-h", "--help", "help"} & set(words):
         return []
@@ -49,8 +51,8 @@ def write(records: Iterable[Record]) -> None:
 
 def _folders(verb: "Verb", values: dict[str, str]) -> Iterator[Record]:
     for key, use in (("runs", verb.runs), ("models", verb.models)):
-        if key in values and use in WRITTEN:
-            yield WRITTEN[use], values[key]
+        if key in values and use in RECORD:
+            yield RECORD[use], values[key]
     out = values.get("out", "")
     if "/" in out or (out and verb.models != "write"):  # else it is a name below models/
         yield "write", str(Path(out).parent)
@@ -68,7 +70,7 @@ def _read(name: str, values: dict[str, str]) -> Iterator[str]:
 
 
 def _data(data: str) -> list[str]:
-    """A file or folder, or several with commas between. A path that is not visible may be either: then both are meant."""
+    """A file or folder, or several with commas between; both, where it is not visible yet which of them is meant."""
     with suppress(OSError):  # a list of files may be longer than a name can be
         if Path(data).exists():
             return [data]
