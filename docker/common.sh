@@ -7,6 +7,16 @@ fail() {
     exit 2
 }
 
+# verb_row VERB: its line of the verb table, as data, models, runs, gpu, network; fails where there is no such verb
+verb_row() {
+    local name
+    # shellcheck disable=SC2034  # for who calls it
+    while read -r name data models runs gpu network _; do [ "$name" != "$1" ] || return 0; done <train/verbs.txt
+    return 1
+}
+
+verbs() { sed -n 's/^\([a-z]*\) .*/\1/p' train/verbs.txt | tr '\n' ' '; }
+
 # setting NAME: what was typed or exported, else what the last `make image` noted in .env
 setting() {
     local typed=${!1:-}

@@ -2,6 +2,7 @@
 docker/run is tests/docker/test_compose.py's. RUNTIME is always said: an engine may answer on this machine, or none."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from train.__main__ import VERBS
 from train.config.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ("demo", "model", "data", "train", "export", "quantize", "infer", "compare", "verify", "doctor", "plan")
 
 
 def make(*words: str, cwd: Path = ROOT, **variables: str) -> str:
@@ -35,7 +36,9 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "docker").mkdir()
     for name in ("Makefile", "docker/run", "docker/common.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "spy").write_text(f'#!/bin/sh\n[ "$1" != -c ] || exec {sys.executable} "$@"\nprintf "[%s]\\n" "$@"\n')
+    (tmp_path / "spy").write_text(
+        f'#!/bin/sh\n[ "$3" != needs ] || exec {sys.executable} "$@"\nprintf "[%s]\\n" "$@"\n'
+    )
     (tmp_path / "docker/setup").write_text("#!/bin/sh\n")
     for name in ("spy", "docker/setup"):
         (tmp_path / name).chmod(0o755)
@@ -104,6 +107,11 @@ def test_a_variable_of_the_environment_is_not_passed_on(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("verb", sorted(set(VERBS) - {"demo"}))
 def test_every_verb_is_a_target_that_docker_run_gets(verb: str) -> None:
     assert words(make("-n", verb, "RUN=r"), verb) == ["run=r"]
+
+
+def test_docker_run_is_called_for_verbs_alone() -> None:
+    called = re.findall(r"docker/run ([a-z]+)", re.sub("(?m)^#.*", "", (ROOT / "Makefile").read_text()))
+    assert sorted(called) == sorted(set(VERBS) - {"demo"} | {"shell"})
 
 
 def test_demo_and_tests_are_local_and_set_up_first() -> None:
@@ -180,7 +188,7 @@ def test_no_recipe_is_longer_than_five_lines() -> None:
 def test_clean_leaves_runs_and_models(tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
     gone = [".venv/bin", "train/__pycache__", ".ruff_cache"]
-    stays = ["runs/demo/__pycache__", "models/qwen", "train/verbs"]
+    stays = ["runs/demo/__pycache__", "models/qwen", "train/commands"]
     for name in gone + stays:
         (tmp_path / name).mkdir(parents=True)
     make("clean", cwd=tmp_path)

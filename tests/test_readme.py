@@ -35,7 +35,7 @@ def test_every_make_command_exists_and_takes_its_keys(name: str) -> None:
         assert target in targets, command
         known = {f.name.upper() for f in fields(Recipe)} | SETTINGS | KEYS.get(target, set())
         if target in VERBS:
-            known |= {f.name.upper() for f in fields(import_module(f"train.verbs.{target}").Options)}
+            known |= {f.name.upper() for f in fields(import_module(f"train.commands.{target}").Options)}
         assert set(re.findall(r"\b([A-Z_]+)=", command.split('ARGS="')[0])) <= known, command
 
 

@@ -125,7 +125,7 @@ def test_they_type_what_a_person_types(workflow: str, command: str) -> None:
         set(re.findall(r"^([A-Z_]+) \?=", makefile, flags=re.M)) | {"GPU"} | {f.name.upper() for f in fields(Recipe)}
     )
     if target in VERBS:
-        known |= {f.name.upper() for f in fields(import_module(f"train.verbs.{target}").Options)}
+        known |= {f.name.upper() for f in fields(import_module(f"train.commands.{target}").Options)}
     assert {word.split("=")[0] for word in words} <= known
 
 

@@ -1,7 +1,7 @@
 """Fine-tune Qwen on an Int4 checkpoint: LoRA training, a faithful merge, chat.
 
-Four floors; imports run downwards only, and tests/test_house.py holds them to it:
-verbs (train/verbs), assembled, parts, leaves. The README's tree has a phrase for each file.
+Twelve folders named after tasks; imports run downwards only, and tests/test_house.py holds them to it. README.md in this folder
+has a phrase for each file.
 """
 
 import os

@@ -1,31 +1,43 @@
-"""python -m train VERB [key=value …]: the verb table, and the only reader of argv."""
+"""python -m train VERB [key=value …]: the verb table, and the only reader of argv.
+
+python -m train needs VERB [key=value …], for docker/run: the paths that the command will need (train/commands/needs.py).
+"""
 
 import importlib
 import logging
 import sys
 import warnings
+from dataclasses import dataclass
+from pathlib import Path
 
 from train.common.errors import UserError, explain
 from train.config.options import build, describe, pairs
 
-VERBS = {
-    "model": "fetch and verify a base model",
-    "quantize": "make an Int4 (GPTQ format) folder of a float model",
-    "doctor": "what here would fail, and the remedy, before anything is loaded",
-    "plan": "the memory that training takes on a card, and what fits it",
-    "data": "read, check and summarise a data set",
-    "train": "fine-tune; the same command again goes on where it was cut off",
-    "export": "merge the adapter into float weights, verified",
-    "infer": "chat, or answer one prompt",
-    "compare": "the same questions before and after",
-    "verify": "is a finished run still what its record says; train it again and compare",
-    "demo": "all of these on this machine, from nothing",
-}
+
+@dataclass(frozen=True)
+class Verb:
+    """A line of train/verbs.txt, which says what the words mean."""
+
+    data: str
+    models: str
+    runs: str
+    gpu: str
+    network: str
+    text: str
+
+
+def _read_verbs() -> dict[str, Verb]:
+    lines = Path(__file__).with_name("verbs.txt").read_text(encoding="utf-8").splitlines()
+    rows = [line.split(maxsplit=6) for line in lines if not line.startswith("#")]
+    return {verb: Verb(*columns) for verb, *columns in rows}
+
+
+VERBS = _read_verbs()
 USAGE = "usage: python -m train VERB [key=value ...]      python -m train VERB --help\n\n"
 
 
 def usage() -> str:
-    return USAGE + "\n".join(f"  {verb:10} {text}" for verb, text in VERBS.items())
+    return USAGE + "\n".join(f"  {name:10} {verb.text}" for name, verb in VERBS.items())
 
 
 def run(verb: str, words: list[str]) -> None:
@@ -40,6 +52,18 @@ def run(verb: str, words: list[str]) -> None:
     module.run(parse(pairs(words)))
 
 
+def needs(words: list[str]) -> None:
+    """Write what VERB with these words needs (train/commands/needs.py); for `train` also the base to fetch first."""
+    if not words or words[0] not in VERBS:
+        raise UserError(f"needs of which verb? {usage()}")
+    name, verb = words[0], VERBS[words[0]]
+    module = importlib.import_module("train.commands.needs")
+    found = module.paths(name, verb, words[1:])
+    if verb.network == "base" and (base := importlib.import_module(f"train.commands.{name}").wanted_base(words[1:])):
+        found.append(("fetch", base))
+    module.write(found)
+
+
 def quiet() -> None:
     """Leave out what the pinned packages say of themselves at import; a warning about the user's own work still shows."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # torch's pytree has a new name
@@ -52,7 +76,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     quiet()
     try:
-        run(argv[0], argv[1:])
+        needs(argv[1:]) if argv[0] == "needs" else run(argv[0], argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -68,7 +68,7 @@ def test_every_word_is_a_key_of_its_verb() -> None:
     for options in (Options(), Options(layout="qwen")):
         for stage in stages(options, "demo"):
             assert stage.verb in VERBS
-            module = pytest.importorskip(f"train.verbs.{stage.verb}")
+            module = pytest.importorskip(f"train.commands.{stage.verb}")
             parse = getattr(module, "parse", lambda values, cls=module.Options: build(cls, values))
             parse(pairs(stage.words[1:]))
     assert Recipe.__dataclass_fields__.keys().isdisjoint({"data", "run"})

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -55,9 +56,9 @@ def run(project: Path, *words: str, status: int = 0, **variables: str) -> str:
 
 
 def containers(project: Path) -> list[dict[str, list[str]]]:
-    """Each `docker compose run`: its service and words as `words`, its mounts as `mounts`, its environment."""
+    """Each `docker compose run` that does not only ask: service and words as `words`, `mounts`, its environment."""
     found = []
-    for entry in (e for e in log(project) if e["words"][:2] == ["compose", "run"]):
+    for entry in (e for e in log(project) if e["words"][:2] == ["compose", "run"] and "needs" not in e["words"]):
         words, mounts = entry["words"][2:], []
         while words[0].startswith("-"):
             flag = words.pop(0)
@@ -69,9 +70,13 @@ def containers(project: Path) -> list[dict[str, list[str]]]:
 
 def mounts(project: Path, *words: str) -> list[str]:
     run(project, *words)
-    found = containers(project)
-    assert all(one["mounts"] == found[-1]["mounts"] for one in found)  # the first ones see what the last sees
-    return found[-1]["mounts"]
+    return containers(project)[-1]["mounts"]
+
+
+def asked(project: Path) -> list[list[str]]:
+    """The words of each container that was asked what the command needs."""
+    words = [entry["words"] for entry in log(project)]
+    return [one[one.index("needs") + 1 :] for one in words if "needs" in one]
 
 
 # --- the first line, the image, the GPU
@@ -171,13 +176,25 @@ def test_the_image_of_env_is_used_and_built_again_when_the_program_changed(proje
 
 
 def test_train_lets_model_fetch_what_is_missing(project: Path) -> None:
-    run(project, "train", "data=data/x", "models=m", FAKE_BASE="Qwen/X")
-    asked, fetched, trained = [one["words"] for one in containers(project)]
-    assert asked[0] == "train" and "wanted_base" in asked[2] and asked[3:] == ["data=data/x", "models=m"]
-    assert fetched == ["model", "models=m", "model=Qwen/X"]
-    assert trained == ["train", "data=data/x", "models=m"]
-    run(project, "train", "data=data/x")
-    assert [one["words"][0] for one in containers(project)] == ["train", "train"]
+    """With its own mounts: the folder of models is writable for it alone. Not for data that is not there."""
+    (project / "data/x").write_text("{}")
+    run(project, "train", "data=data/x", "models=m", "model=Qwen/X")
+    fetched, trained = containers(project)
+    assert fetched["words"] == ["model", "models=m", "model=Qwen/X"]
+    assert fetched["mounts"] == [f"{project}/m:{WORK}/m:rw"]
+    assert trained["words"] == ["train", "data=data/x", "models=m", "model=Qwen/X"]
+    assert trained["mounts"] == [f"{project}/m:{WORK}/m:ro"]
+    (project / "m/X").mkdir()
+    (project / "m/X/config.json").write_text("{}")
+    for words in (["data=data/x", "models=m", "model=Qwen/X"], ["data=data/none"]):
+        run(project, "train", *words)
+        assert [one["words"][0] for one in containers(project)] == ["train"]
+
+
+def test_what_cannot_be_fetched_is_not_trained_on(project: Path) -> None:
+    (project / "data/x").write_text("{}")
+    run(project, "train", "data=data/x", "model=Qwen/X", FAKE_MODEL="3", status=3)
+    assert [one["words"][0] for one in containers(project)] == ["model"]
 
 
 # --- what is mounted
@@ -199,6 +216,7 @@ def test_files_elsewhere_are_mounted_where_they_were_typed(project: Path, tmp_pa
     assert mounts(project, "data", "data=mine.jsonl") == [f"{project}/mine.jsonl:{WORK}/mine.jsonl:ro"]
     typed = f"../{elsewhere.name}/a.jsonl"  # from the container's folder, .. is /
     assert mounts(project, "data", f"data={typed}") == [f"{there}/a.jsonl:/{elsewhere.name}/a.jsonl:ro"]
+    (elsewhere / "base/config.json").write_text("{}")
     found = mounts(project, "train", f"data={there}/a.jsonl", f"model={there}/base", f"recipe={there}/my.yaml")
     assert found == [f"{there}/{name}:{there}/{name}:ro" for name in ("base", "my.yaml", "a.jsonl")]
 
@@ -214,6 +232,8 @@ def test_the_data_of_a_recipes_stages(project: Path, tmp_path: Path) -> None:
         *(f"{tmp_path}/{n}:{tmp_path}/{n}:ro" for n in ("a.jsonl", "b.jsonl")),
     ]
     assert mounts(project, "train", "recipe=my.yaml") == expected
+    assert mounts(project, "plan", "recipe=my.yaml") == expected
+    assert len(asked(project)) == 3  # what the words name, what the recipe names, nothing new
 
 
 def test_several_files_with_commas(project: Path, tmp_path: Path) -> None:
@@ -226,10 +246,10 @@ def test_several_files_with_commas(project: Path, tmp_path: Path) -> None:
 
 def test_folders_to_write_to_are_made_and_mounted_writable(project: Path, tmp_path: Path) -> None:
     big = tmp_path / "big"
-    assert mounts(project, "train", "data=x", f"runs={big}/runs", f"models={big}/models") == [
-        f"{big}/{name}:{big}/{name}:rw" for name in ("runs", "models")
-    ]
-    assert (big / "runs").is_dir()
+    assert mounts(project, "train", "data=x", f"runs={big}/runs") == [f"{big}/runs:{big}/runs:rw"]
+    assert mounts(project, "model", "model=Qwen/X", f"models={big}/models") == [f"{big}/models:{big}/models:rw"]
+    assert mounts(project, "infer", f"runs={big}/runs", f"models={big}/none") == [f"{big}/runs:{big}/runs:ro"]
+    assert not (big / "none").exists()
     assert mounts(project, "export", "run=r", f"out={big}/merged") == [f"{big}:{big}:rw"]
     assert mounts(project, "data", "data=x", "out=data/new.jsonl") == [f"{project}/data:{WORK}/data:rw"]
     assert mounts(project, "quantize", "model=m", "out=other-name") == []
@@ -246,6 +266,12 @@ def test_a_run_is_shown_what_it_was_made_of(project: Path, tmp_path: Path) -> No
     assert mounts(project, "export", "run=r") == expected
     (project / "runs/r/run.json").write_text("{}")
     assert mounts(project, "infer") == expected
+    assert mounts(project, "data", "data=x") == []  # names no run
+    shutil.move(project / "runs", tmp_path / "elsewhere")
+    (project / "runs").mkdir()
+    there = [f"{tmp_path}/elsewhere:{tmp_path}/elsewhere:ro", *expected]
+    assert mounts(project, "infer", f"runs={tmp_path}/elsewhere") == there
+    assert len(asked(project)) == 3
 
 
 def test_nothing_is_mounted_twice(project: Path, tmp_path: Path) -> None:
@@ -266,6 +292,34 @@ def test_links_out_of_data_and_models_lead_somewhere(project: Path, tmp_path: Pa
     (tmp_path / "base").mkdir()
     (project / "models/base").symlink_to("../../base")
     assert mounts(project, "train", "data=x", "model=base") == [f"{tmp_path}/base:{WORK}/models/base:ro"]
+
+
+@pytest.mark.parametrize(
+    "name", ["two\nlines.jsonl", 'it\'s "$HOME" `id` \\.jsonl', "-v.jsonl", "二 —.jsonl", "end\n", "#1.jsonl"]
+)
+def test_any_name_of_a_file(project: Path, tmp_path: Path, name: str) -> None:
+    """Among the words, and in a recipe."""
+    (tmp_path / name).touch()
+    expected = f"{tmp_path}/{name}:{tmp_path}/{name}:ro"
+    assert mounts(project, "data", f"data={tmp_path}/{name}") == [expected]
+    (project / "data/my.yaml").write_text(yaml.safe_dump({"stages": [{"data": f"{tmp_path}/{name}"}]}))
+    assert mounts(project, "train", "recipe=data/my.yaml") == [expected]
+
+
+def test_one_container_is_asked_where_everything_lies_in_its_folders(project: Path) -> None:
+    run(project, "infer", "run=r", "prompt=read /etc", "--x")
+    assert asked(project) == [["infer", "run=r", "prompt=read /etc", "--x"]]
+
+
+def test_an_unknown_verb_is_refused_before_an_image_is_built(project: Path) -> None:
+    said = run(project, "trian", FAKE_IMAGES="", status=2)
+    assert "unknown verb trian" in said and "train" in said and not (project / "built").exists()
+
+
+def test_the_shell_has_the_mounts_of_train_and_its_own_words(project: Path) -> None:
+    run(project, "shell", "-c", "model=/x")
+    assert asked(project) == [["train"]]
+    assert containers(project)[-1]["words"] == ["train", "-c", "model=/x"]
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname", "/usr/lib", "/tmp", "/"])
@@ -308,16 +362,37 @@ class Loader(yaml.SafeLoader):
 Loader.add_constructor("!reset", lambda loader, node: [])
 
 
-def services() -> dict[str, dict[str, object]]:
+def services() -> dict[str, dict[str, Any]]:
     return yaml.load((ROOT / "compose.yaml").read_text(), Loader)["services"]
 
 
 def test_every_verb_is_a_service_and_every_service_a_verb() -> None:
-    assert set(VERBS) - {"demo"} <= set(services())
-    assert set(services()) - {"on-cpu", "on-gpu"} <= set(VERBS) | {"doctor"}
+    assert set(services()) - {"on-cpu", "on-gpu"} == set(VERBS) - {"demo"}
     for name, service in services().items():
         if not name.startswith("on-"):
             assert service["entrypoint"] == ["/usr/bin/tini", "--", "/usr/local/bin/entrypoint.sh", name]
+
+
+@pytest.mark.parametrize("name", sorted(set(VERBS) - {"demo"}))
+def test_a_service_gets_what_its_verb_needs_and_no_more(name: str) -> None:
+    """The verb table against compose.yaml: folders it writes to, a GPU, a network."""
+    service, verb = services()[name], VERBS[name]
+    template = "on-cpu" if verb.gpu == "-" else "on-${ACCELERATOR:-gpu}"
+    assert service["extends"] == {"service": template}
+    assert service.get("network_mode") == ("bridge" if verb.network == "yes" else None)  # the template has none
+    mounts: Any = [*services()["on-cpu"]["volumes"], *service.get("volumes", [])]
+    writable = {
+        mount["target"]: not mount.get("read_only") for mount in mounts
+    }  # a later one takes an earlier one's place
+    for folder in ("data", "models", "runs"):
+        assert writable[f"{WORK}/{folder}"] is (getattr(verb, folder) in ("write", "may-write")), folder
+
+
+def test_the_templates_have_no_network_and_only_one_a_gpu() -> None:
+    cpu, gpu = services()["on-cpu"], services()["on-gpu"]
+    assert cpu["network_mode"] == "none" and "deploy" not in cpu
+    assert gpu["extends"] == {"service": "on-cpu"} and "network_mode" not in gpu and "volumes" not in gpu
+    assert "driver" in str(gpu["deploy"])
 
 
 def test_the_default_image_is_of_this_version() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from train.__main__ import VERBS
+
 ENTRY = Path(__file__).resolve().parents[2] / "docker/entrypoint.sh"
 PYTHON = """#!/bin/sh
 if [ "$1" = -c ]; then exit ${FAKE_CARD:-0}; fi
@@ -32,7 +34,12 @@ def enter(work: Path, *words: str, **variables: str) -> subprocess.CompletedProc
     clean = {
         k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "TRITON_PTXAS_PATH", "ACCELERATOR")
     }
-    here = {"PATH": f"{work}/bin:{os.environ['PATH']}", "WORK_DIR": str(work), "VIRTUAL_ENV": f"{work}/venv"}
+    here = {
+        "PATH": f"{work}/bin:{os.environ['PATH']}",
+        "WORK_DIR": str(work),
+        "APP_DIR": str(ENTRY.parent.parent),
+        "VIRTUAL_ENV": f"{work}/venv",
+    }
     command = [str(ENTRY), *words]
     return subprocess.run(command, env={**clean, **here, **variables}, capture_output=True, text=True)
 
@@ -105,3 +112,16 @@ def test_an_old_driver_gets_the_assembler_of_its_age(work: Path, driver: str, th
     assert f"ptxas={ptxas if taken else 'none'} " in said
     if taken:
         assert "ptxas=/mine " in enter(work, "train", FAKE_DRIVER=driver, TRITON_PTXAS_PATH="/mine").stdout
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_each_verb_is_checked_for_what_the_table_says(work: Path, verb: str) -> None:
+    """Folders that it writes to must be there; a GPU that was asked for must be usable for whoever uses one."""
+    uses_gpu = VERBS[verb].gpu != "-"
+    assert enter(work, verb, ACCELERATOR="gpu", FAKE_CARD="2").returncode == (2 if uses_gpu else 0)
+    for folder in ("data", "models", "runs"):
+        (work / folder).rmdir()
+        done = enter(work, verb)
+        must = getattr(VERBS[verb], folder) == "write"
+        assert (done.returncode, "is not writable" in done.stderr) == ((2, True) if must else (0, False))
+        (work / folder).mkdir()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.image.conftest import LEARN, ROOT, ROWS, House, accelerators
+from train.__main__ import VERBS
 from train.common.files import read_json
 from train.model.folder import damage, read_manifest
 
@@ -137,7 +138,7 @@ def inspect(empty: House, service: str) -> dict[str, Any]:
         subprocess.run(["docker", "rm", "-f", name], capture_output=True, check=True)
 
 
-@pytest.mark.parametrize("service", ["model", "data", "train", "export", "infer", "doctor"])
+@pytest.mark.parametrize("service", sorted(set(VERBS) - {"demo"}))
 def test_the_cage_is_the_engines_too(empty: House, service: str) -> None:
     """Not what compose.yaml says, but what the engine would start."""
     found = inspect(empty, service)
@@ -145,12 +146,11 @@ def test_the_cage_is_the_engines_too(empty: House, service: str) -> None:
     assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"] and not host["Privileged"]
     assert host["SecurityOpt"] == ["no-new-privileges:true"]
     assert host["PidsLimit"] == 8192 and host["ShmSize"] == 8 << 30
-    assert host["NetworkMode"] == ("bridge" if service == "model" else "none")
+    assert host["NetworkMode"] == ("bridge" if VERBS[service].network == "yes" else "none")
     assert found["Config"]["User"] == "4242:4242" and found["Config"]["StopTimeout"] == 300
     mounts = {mount["Destination"]: mount["RW"] for mount in found["Mounts"]}
-    assert mounts["/workspace/data"] is False
-    assert mounts["/workspace/models"] is (service in ("model", "export", "doctor"))
-    assert mounts["/workspace/runs"] is (service in ("data", "train", "export", "doctor"))
+    for folder in ("data", "models", "runs"):
+        assert mounts[f"/workspace/{folder}"] is (getattr(VERBS[service], folder) in ("write", "may-write")), folder
 
 
 def test_no_way_out(house: House) -> None:
@@ -195,12 +195,12 @@ def config(empty: House, **variables: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout)["services"])
 
 
-GPU_VERBS = {"train", "export", "compare", "infer", "doctor", "plan", "verify"}
+GPU_VERBS = {name for name, verb in VERBS.items() if verb.gpu != "-"} - {"demo"}
 
 
 def test_config_on_a_cpu_reserves_nothing(empty: House) -> None:
     services = config(empty, ACCELERATOR="cpu")
-    assert {"model", "data", "quantize"} | GPU_VERBS <= set(services) and "on-cpu" not in services
+    assert set(services) == set(VERBS) - {"demo"}
     assert not any("deploy" in service for service in services.values())
     assert all(service["environment"]["ACCELERATOR"] == "cpu" for service in services.values())
 
