@@ -129,6 +129,10 @@ def test_the_programs_own_page_names_every_file_and_no_other() -> None:
         there.setdefault(path.parent.relative_to(ROOT / "train").as_posix(), []).append(path.name)
     assert there.pop(".") == ["__main__.py"]
     assert {folder: sorted(files) for folder, files in there.items()} == named
+    for path in re.findall(
+        r"\(((?:[a-z_]+/)+[a-z_]+\.py)\b", text_of("train/README.md")
+    ):  # where a step of a flow happens
+        assert (ROOT / "train" / path).is_file(), path
 
 
 def test_the_images_page_names_every_file_of_its_folder() -> None:
