@@ -96,7 +96,7 @@ image-test: setup ## what the image must do, each thing really done in it; GPU=1
 	@GPU=$(GPU) $(PY) -m pytest -q -m "image and not slow" tests/image $(value ARGS)
 
 image-repro: ## build it again from other places and at other times: is it the same, to the bit?
-	@python3 docker/repro.py $(value ARGS)
+	@python3 tests/image/repro.py $(value ARGS)
 
 verify-image: ## is an image what its SBOM, its provenance and env.lock say? [IMAGE=]
 	@. docker/common.sh; python3 docker/sbom.py verify "$$(image_name)"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from docker import trees
-from docker.repro import ROOT
+from tests.image.repro import ROOT
 
 pytestmark = pytest.mark.image
 

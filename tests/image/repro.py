@@ -25,7 +25,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("BASE_IMAGE", "CUDA", "TORCH", "CA")  # docker/build finds them in .env, which a clone has not
 PROGRAM = ("/app", "/usr/local/bin", "/workspace")
 SMALL = 8_000_000  # bytes; what is larger is a layer for sure, and read as it comes
