@@ -45,8 +45,8 @@ setup: ## .venv from env.lock, every file by its hash; other commands do it when
 demo: setup ## the whole way on this machine, from nothing: a small Qwen fetched, made Int4, trained, merged, compared
 	@$(PY) -m train demo $(_pairs)
 
-test: setup ## the quick tests, on the CPU
-	@$(PY) -m pytest -q $(value ARGS)
+test: setup ## the quick tests, on the CPU, in two processes
+	@$(PY) -m pytest -q -n 2 --dist loadfile $(value ARGS)
 
 test-all: setup ## every test that this machine can run; names and counts those that it cannot
 	@$(PY) -m pytest -q -m "not gpu" -p tests.machine $(value ARGS)
