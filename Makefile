@@ -1,6 +1,6 @@
-# The commands. `make train DATA=my.jsonl` runs `docker/run train data=my.jsonl`, which runs `python -m train train data=my.jsonl` in
-# the container where a Docker engine answers, else in .venv. Every KEY=value typed after `make` goes to the command as it is, its
-# key in lower case; the command refuses, by name, a key that it does not know.
+# The commands. `make train DATA=my.jsonl` runs `docker/run train data=my.jsonl`, which runs `python -m train train
+# data=my.jsonl` in the container where a Docker engine answers, else in .venv. Every KEY=value typed after `make` goes
+# to the command as it is, its key in lower case; the command refuses, by name, a key that it does not know.
 ARGS ?=#             more words for the command: ARGS="epochs=3 system='You are Ada.'"
 RUNTIME ?=#          docker | local (default: docker where an engine answers; demo, bench and test are always local)
 ACCELERATOR ?=#      gpu | cpu (default: gpu where nvidia-smi answers)
@@ -79,7 +79,7 @@ quantize: ## an Int4 folder, as Qwen publishes them, of a float model: MODEL= [O
 plan: ## what training a base takes on a card, and the batch, length and checkpointing that fit: MODEL= GPU=8G [RECIPE=]
 	@docker/run plan $(_pairs)
 
-bench: setup ## our training step beside the published recipe's stack, on this machine's card: [ARMS=] [MODEL=] [SHAPES=] [OUT=]
+bench: setup ## our training step beside the published recipe's stack, on this card: [ARMS=] [MODEL=] [SHAPES=] [OUT=]
 	@$(PY) -m tests.bench $(_pairs)
 
 doctor: ## what here would fail, and the remedy: [DATA=] [MODEL=] [RECIPE=] [GPUS=]
@@ -91,7 +91,7 @@ shell: ## bash in the container, with its mounts and without a network
 image: ## the image, from env.lock and pinned packages: [CUDA=] [TORCH=] [BASE_IMAGE=] [CA=]
 	@docker/build
 
-image-test: setup ## what the image must do, each thing really done in it; GPU=1: on the GPU too, and is it Ubuntu with PyTorch's own build?
+image-test: setup ## what the image must do, each thing done in it; GPU=1: on the GPU too, and is it the published one?
 	@. docker/common.sh; docker image inspect "$$(image_name)" >/dev/null 2>&1 || docker/build
 	@GPU=$(GPU) $(PY) -m pytest -q -m "image and not slow" tests/image $(value ARGS)
 

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = "docker/run docker/common.sh docker/bundle pyproject.toml env.lock compose.yaml Makefile README.md train/recipes/qlora.yaml"
+FILES = (
+    "docker/run docker/common.sh docker/bundle pyproject.toml env.lock compose.yaml Makefile README.md "
+    "train/recipes/qlora.yaml"
+)
 DOCKER = """#!@PYTHON@ -IS
 import json, os, sys, time
 words = sys.argv[1:]
@@ -46,7 +49,8 @@ def script(path: Path, text: str) -> None:
 
 
 def checkout(project: Path) -> Path:
-    """docker/'s scripts, the stand-in first on PATH, no GPU, a host that is fit unless FAKE_HOST says what is wrong with it."""
+    """docker/'s scripts, the stand-in first on PATH, no GPU, a host that is fit unless FAKE_HOST says what is wrong
+    with it."""
     for name in ("docker", "train/recipes", "data/samples", "models", "runs", "bin"):
         (project / name).mkdir(parents=True)
     for name in FILES.split():

@@ -1,9 +1,10 @@
-"""Does the plan say what was measured? Every row of ours in a report, beside the peak that train/plan.py predicts for it.
+"""Does the plan say what was measured? Every row of ours in a report, beside the peak that train/plan.py predicts for
+it.
 
     python -m tests.bench.plan_check [REPORT.json …]
 
-Without names: every report in tests/bench/results that `make bench` wrote. Status 1 if one row is more than 10 % off. The plan is for
-the fused passes on a card; rows of a CPU, of other arms and of what did not fit are passed over.
+Without names: every report in tests/bench/results that `make bench` wrote. Status 1 if one row is more than 10 % off.
+The plan is for the fused passes on a card; rows of a CPU, of other arms and of what did not fit are passed over.
 """
 
 import json
@@ -48,7 +49,8 @@ def check(row: dict[str, Any]) -> Check:
     setting = replace(setting, embedding=row.get("embedding", "device"))
     model = row.get("model", "1.8b")
     found = plan.estimate(SHAPES[model], setting)
-    name = f"{model} {row['batch']}×{row['length']}{CALLED[how]}{' embedding on the host' if setting.embedding == 'host' else ''}"
+    table = " embedding on the host" if setting.embedding == "host" else ""
+    name = f"{model} {row['batch']}×{row['length']}{CALLED[how]}{table}"
     rest = (found.at_rest / GIB, row["at_rest_gib"]) if "at_rest_gib" in row else None
     held = (found.held / GIB, row["reserved_gib"]) if "reserved_gib" in row else None
     return Check(f"{name} dropout {setting.dropout:g}", found.peak / GIB, row["peak_gib"], found.moment, rest, held)
