@@ -1,6 +1,6 @@
-# The commands. `make train DATA=my.jsonl` runs `docker/run train data=my.jsonl`, which runs `python -m train train data=my.jsonl` in
-# the container where a Docker engine answers, else in .venv. Every KEY=value typed after `make` goes to the command as it is, its
-# key in lower case; the command refuses, by name, a key that it does not know.
+# The commands. `make train DATA=my.jsonl` runs `docker/run train data=my.jsonl`, which runs `python -m train train
+# data=my.jsonl` in the container where a Docker engine answers, else in .venv. Every KEY=value typed after `make` goes
+# to the command as it is, its key in lower case; the command refuses, by name, a key that it does not know.
 ARGS ?=#             more words for the command: ARGS="epochs=3 system='You are Ada.'"
 RUNTIME ?=#          docker | local (default: docker where an engine answers; demo, bench and test are always local)
 ACCELERATOR ?=#      gpu | cpu (default: gpu where nvidia-smi answers)
@@ -45,8 +45,8 @@ setup: ## .venv from env.lock, every file by its hash; other commands do it when
 demo: setup ## the whole way on this machine, from nothing: a small Qwen fetched, made Int4, trained, merged, compared
 	@$(PY) -m train demo $(_pairs)
 
-test: setup ## the quick tests, on the CPU
-	@$(PY) -m pytest -q $(value ARGS)
+test: setup ## the quick tests, on the CPU, in two processes
+	@$(PY) -m pytest -q -n 2 --dist loadfile $(value ARGS)
 
 test-all: setup ## every test that this machine can run; names and counts those that it cannot
 	@$(PY) -m pytest -q -m "not gpu" -p tests.support.machine $(value ARGS)
@@ -79,7 +79,7 @@ quantize: ## an Int4 folder, as Qwen publishes them, of a float model: MODEL= [O
 plan: ## what training a base takes on a card, and the batch, length and checkpointing that fit: MODEL= GPU=8G [RECIPE=]
 	@docker/run plan $(_pairs)
 
-bench: setup ## our training step beside the published recipe's stack, on this machine's card: [ARMS=] [MODEL=] [SHAPES=] [OUT=]
+bench: setup ## our training step beside the published recipe's stack, on this card: [ARMS=] [MODEL=] [SHAPES=] [OUT=]
 	@$(PY) -m tests.bench $(_pairs)
 
 doctor: ## what here would fail, and the remedy: [DATA=] [MODEL=] [RECIPE=] [GPUS=]
@@ -91,12 +91,12 @@ shell: ## bash in the container, with its mounts and without a network
 image: ## the image, from env.lock and pinned packages: [CUDA=] [TORCH=] [BASE_IMAGE=] [CA=]
 	@docker/build
 
-image-test: setup ## what the image must do, each thing really done in it; GPU=1: on the GPU too, and is it Ubuntu with PyTorch's own build?
+image-test: setup ## what the image must do, each thing done in it; GPU=1: on the GPU too, and is it the published one?
 	@. docker/common.sh; docker image inspect "$$(image_name)" >/dev/null 2>&1 || docker/build
 	@GPU=$(GPU) $(PY) -m pytest -q -m "image and not slow" tests/image $(value ARGS)
 
 image-repro: ## build it again from other places and at other times: is it the same, to the bit?
-	@python3 docker/repro.py $(value ARGS)
+	@python3 tests/image/repro.py $(value ARGS)
 
 verify-image: ## is an image what its SBOM, its provenance and env.lock say? [IMAGE=]
 	@. docker/common.sh; python3 docker/sbom.py verify "$$(image_name)"

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What run, build and bundle share: settings, the name of the image, and .env, which tells a bare `docker compose` the same.
+# What run, build and bundle share: settings, the name of the image, and .env, which tells a bare `docker compose` the
+# same.
 
 say() { echo "$*" >&2; }
 fail() {
@@ -64,7 +65,8 @@ accelerator() {
     case ${ACCELERATOR:-auto} in
     gpu | cpu) echo "$ACCELERATOR" ;;
     auto)
-        timeout 8 nvidia-smi -L >/dev/null 2>&1 || [ $? -eq 124 ] || { echo cpu && return; } # 124: many cards take long to wake up
+        # 124: many cards take long to wake up
+        timeout 8 nvidia-smi -L >/dev/null 2>&1 || [ $? -eq 124 ] || { echo cpu && return; }
         echo gpu
         ;;
     *) fail "ACCELERATOR=$ACCELERATOR: expected gpu, cpu or auto." ;;

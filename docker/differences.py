@@ -1,7 +1,8 @@
 """Every way in which an image is not what its SBOM, its provenance and env.lock say, in words.
 
-Knows the shape of the two documents (sbom.py writes them) and of what inventory.py and `docker image inspect` tell; asks nothing. The
-trade-off: an engine's own digest of an image depends on how it stores it, so layers and settings are compared, which do not.
+Knows the shape of the two documents (sbom.py writes them) and of what inventory.py and `docker image inspect` tell;
+asks nothing. The trade-off: an engine's own digest of an image depends on how it stores it, so layers and settings are
+compared, which do not.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The image's entry: checks what the verb will need (data readable, models and runs writable for this user, a GPU that this image can use),
-# each with its remedy, then hands over to `python -m train VERB key=value ...`. Keys may be in capitals, as for make: DATA=x is data=x.
+# The image's entry: checks what the verb will need (data readable, models and runs writable for this user, a GPU that
+# this image can use), each with its remedy, then hands over to `python -m train VERB key=value ...`. Keys may be in
+# capitals, as for make: DATA=x is data=x.
 #   ACCELERATOR=gpu   refuse to start without a GPU        cpu   hide it        auto (default)   take what is there
 set -Eeuo pipefail
 
@@ -48,9 +49,9 @@ writable() {
     problem "$path is not writable for user $(id -u)." "mount a folder of yours and run as yourself: -v \"\$PWD/$1:$path\" --user \"\$(id -u):\$(id -g)\"; is the disk full?"
 }
 
-# Triton's own ptxas is of CUDA 12.8, and a driver before 525 does not load what it makes. The image for CUDA 11.8 has 11.8's beside it, and
-# it must be taken there and nowhere else: it does not know sm_90a, which Triton asks for on Hopper. So the driver decides, here, at the
-# start; set in the image, it would break every Hopper card.
+# Triton's own ptxas is of CUDA 12.8, and a driver before 525 does not load what it makes. The image for CUDA 11.8 has
+# 11.8's beside it, and it must be taken there and nowhere else: it does not know sm_90a, which Triton asks for on
+# Hopper. So the driver decides, here, at the start; set in the image, it would break every Hopper card.
 choose_ptxas() {
     local driver ptxas
     driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$' | sort -V | head -n 1) || return 0

@@ -1,7 +1,8 @@
 """What an image holds, as one JSON object on stdout: docker/sbom.py runs this inside it, `python -I - < inventory.py`.
 
-Looks at the files themselves: installed distributions and each of their files against the hash that its package brought along, Debian
-packages as dpkg knows them, the program's files. Standard library alone, since it runs in whatever is to be checked; judges nothing.
+Looks at the files themselves: installed distributions and each of their files against the hash that its package brought
+along, Debian packages as dpkg knows them, the program's files. Standard library alone, since it runs in whatever is to
+be checked; judges nothing.
 """
 
 import base64

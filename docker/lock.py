@@ -1,12 +1,15 @@
 """env.lock: every package that the project installs, by version and hash, in marked sections.
 
-    lock.py write            resolve pyproject.toml into env.lock; what env.lock already pins stays (UPGRADE=1: newest of everything)
-    lock.py check            resolve again with env.lock as constraints and compare; exit status 1 and a diff where they differ
+    lock.py write            resolve pyproject.toml into env.lock; what env.lock already pins stays (UPGRADE=1: newest
+                             of everything)
+    lock.py check            resolve again with env.lock as constraints and compare; exit status 1 and a diff where they
+                             differ
     lock.py select NAME ...  print sections, as a requirements file for pip or uv
 
-Refuses to know how packages get installed (docker/setup) and where the registry is (a setting of the host). The trade-off: only the
-files that CPython 3.10 and 3.11 on Linux x86_64 can use are listed, so the lock is short enough to be read, and of no use elsewhere.
-`select` runs on a bare Python; `write` and `check` need what the lock itself installs (uv, packaging, and tomli on Python 3.10).
+Refuses to know how packages get installed (docker/setup) and where the registry is (a setting of the host). The
+trade-off: only the files that CPython 3.10 and 3.11 on Linux x86_64 can use are listed, so the lock is short enough to
+be read, and of no use elsewhere. `select` runs on a bare Python; `write` and `check` need what the lock itself installs
+(uv, packaging, and tomli on Python 3.10).
 """
 
 import difflib
@@ -95,7 +98,8 @@ def wanted() -> dict[str, list[str]]:
 
 
 def resolve(requirements: list[str], constraints: list[str], *flags: str) -> list[Package]:
-    """What uv resolves `requirements` to, as pylock.toml packages. Exits, below uv's own message, where there is no solution."""
+    """What uv resolves `requirements` to, as pylock.toml packages. Exits, below uv's own message, where there is no
+    solution."""
     with tempfile.TemporaryDirectory() as folder:
         source, limits, build, result = (Path(folder, name) for name in ("in", "limits", "build", "pylock.toml"))
         source.write_text("\n".join(requirements))
@@ -106,7 +110,8 @@ def resolve(requirements: list[str], constraints: list[str], *flags: str) -> lis
         command += ["-c", str(limits), "-b", str(build), "--format", "pylock.toml", "-o", str(result), str(source)]
         if subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL).returncode:
             sys.exit(
-                "lock.py: pyproject.toml and env.lock have no common solution (above). `make lock`, or `make lock UPGRADE=1`."
+                "lock.py: pyproject.toml and env.lock have no common solution (above). "
+                "`make lock`, or `make lock UPGRADE=1`."
             )
         packages: list[Package] = load_toml(result)["packages"]
         return packages

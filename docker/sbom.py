@@ -1,12 +1,15 @@
 """What an image was made of, and whether one still is that: SBOM, provenance, and the check against both.
 
-    sbom.py write IMAGE [FOLDER]    look at the image, hold it against this checkout, and write sbom.cdx.json and provenance.json
-    sbom.py verify IMAGE [FOLDER]   look at the image again; exit status 1 and a line for every difference from the two and from env.lock
+    sbom.py write IMAGE [FOLDER]    look at the image, hold it against this checkout, and write sbom.cdx.json and
+                                    provenance.json
+    sbom.py verify IMAGE [FOLDER]   look at the image again; exit status 1 and a line for every difference from the two
+                                    and from env.lock
 
-FOLDER is .image/NAME-TAG by default. The SBOM is CycloneDX 1.6: a component a package of env.lock, with every hash that the lock allows
-it, and one a Debian package. The provenance is an in-toto statement with SLSA's predicate: sources by sha256, base, commit, settings,
-layers. Neither knows a clock, a builder's name or a random number: the same image gives the same bytes. Knows Docker by `image inspect`
-and one `run` without network (inventory.py); runs on a bare Python. The trade-off: verifying reads every file of the image, so it takes a minute.
+FOLDER is .image/NAME-TAG by default. The SBOM is CycloneDX 1.6: a component a package of env.lock, with every hash that
+the lock allows it, and one a Debian package. The provenance is an in-toto statement with SLSA's predicate: sources by
+sha256, base, commit, settings, layers. Neither knows a clock, a builder's name or a random number: the same image gives
+the same bytes. Knows Docker by `image inspect` and one `run` without network (inventory.py); runs on a bare Python. The
+trade-off: verifying reads every file of the image, so it takes a minute.
 """
 
 import json
@@ -35,7 +38,8 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, order=True)
 class Package:
-    """A package of env.lock: `hashes` are those of the files that may be installed, `url` where one stands in the lock."""
+    """A package of env.lock: `hashes` are those of the files that may be installed, `url` where one stands in the
+    lock."""
 
     name: str
     version: str
@@ -135,7 +139,8 @@ def _python(package: Package) -> Json:
 def _debian(entry: str, system: Json) -> Json:
     name, _, version = entry.partition("=")
     distro = system.get("ID", "debian")
-    purl = f"pkg:deb/{distro}/{quote(name, safe='')}@{quote(version, safe='')}?distro={distro}-{system.get('VERSION_ID', '')}"
+    release = f"{distro}-{system.get('VERSION_ID', '')}"
+    purl = f"pkg:deb/{distro}/{quote(name, safe='')}@{quote(version, safe='')}?distro={release}"
     return {"type": "library", "name": name, "version": version, "purl": purl, "bom-ref": purl}
 
 
@@ -238,14 +243,16 @@ def verify(image: str, folder: Path) -> int:
     missing = [name for name in (SBOM, PROVENANCE) if not (folder / name).is_file()]
     if missing:
         sys.exit(
-            f"sbom.py: {folder}: no {' and no '.join(missing)}. make image writes them; they are published beside an image."
+            f"sbom.py: {folder}: no {' and no '.join(missing)}. make image writes them; "
+            "they are published beside an image."
         )
     bill, origin = (json.loads((folder / name).read_bytes()) for name in (SBOM, PROVENANCE))
     found, inspected = look(image)
     locked = (ROOT / "env.lock").read_text(encoding="utf-8")
     if report(image, check(found, inspected, bill, origin, locked), f"{folder} and env.lock"):
         return 1
-    counts = f"{len(found['packages'])} packages, {len(found['apt'])} Debian packages, {len(found['files'])} files of the program"
+    counts = f"{len(found['packages'])} packages, {len(found['apt'])} Debian packages"
+    counts += f", {len(found['files'])} files of the program"
     print(f"{image}: {counts}: as in {folder}")
     return 0
 

@@ -1,11 +1,14 @@
-"""Makes the trees of which the image's layers are copies: the same bytes, modes and times from the same inputs, whenever and wherever.
+"""Makes the trees of which the image's layers are copies: the same bytes, modes and times from the same inputs,
+whenever and wherever.
 
     trees.py system BASE OUT          what apt changed: the files of / that differ from those of BASE, which is / before
     trees.py packages VENV OUT ...    VENV moved into trees: torch and its CUDA libraries first, the rest second
-    trees.py program SOURCE OUT       the program, with image.json (from the environment: VERSION, COMMIT, CUDA, TORCH, BASE)
+    trees.py program SOURCE OUT       the program, with image.json (from the environment: VERSION, COMMIT, CUDA, TORCH,
+                                      BASE)
 
-Runs as root in the build stages of the Dockerfile, on the standard library alone. Refuses to know what the packages are for. The
-trade-off: a file's time is not kept, it is the snapshot's (docker/apt/snapshot); in return no option of a builder is needed to get one digest.
+Runs as root in the build stages of the Dockerfile, on the standard library alone. Refuses to know what the packages are
+for. The trade-off: a file's time is not kept, it is the snapshot's (docker/apt/snapshot); in return no option of a
+builder is needed to get one digest.
 """
 
 import csv
@@ -25,13 +28,15 @@ from pathlib import Path
 from typing import Any
 
 TORCH = ("torch", "functorch", "triton", "nvidia", "cusparselt")  # what these names begin is the first, large layer
-UNUSED = (  # 120 MB that no command here reaches: a server and its client, a solver's programs, headers, a viewer's reader
+# 120 MB that no command here reaches: a server and its client, a solver's programs, headers, a viewer's reader
+UNUSED = (
     "pyarrow/*flight*",
     "pyarrow/include",
     "gekko/bin",
     "tensorboard_data_server/bin",
 )
-RARE = r"/transformers/models/(?!auto/)[^/]+/(?!__init__)|/fontTools/|/pygments/lexers/"  # hardly any of these 1,700 modules is imported
+# Hardly any of these 1,700 modules is imported
+RARE = r"/transformers/models/(?!auto/)[^/]+/(?!__init__)|/fontTools/|/pygments/lexers/"
 # Their tests are 100 MB, and no module imports them
 TESTED = ("matplotlib", "networkx", "numpy", "pandas", "pyarrow", "sympy")
 PASSING = ("proc", "sys", "dev", "run", "tmp", "build", "base", "tree", "var/log", "var/cache", "var/lib/apt/lists")
@@ -55,7 +60,8 @@ def below(root: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
 
 
 def settle(tree: Path, plain: bool = False) -> None:
-    """Give everything in `tree` the epoch and root; with `plain` also the mode that a checkout under any umask gives: 755 or 644."""
+    """Give everything in `tree` the epoch and root; with `plain` also the mode that a checkout under any umask gives:
+    755 or 644."""
     for path in [tree, *(tree / p for p in below(tree))]:
         status = path.lstat()
         os.chown(path, 0, 0, follow_symlinks=False)
@@ -67,8 +73,9 @@ def settle(tree: Path, plain: bool = False) -> None:
 
 
 def compile_python(folders: list[Path], python: str, root: Path = Path("/")) -> None:
-    """A .pyc beside every .py, so that a read-only container needs not compile at each start. By content, not by time; and each folder by
-    a process of its own under one hash seed: which strings a process has met before shows in the bytes that it writes."""
+    """A .pyc beside every .py, so that a read-only container needs not compile at each start. By content, not by time;
+    and each folder by a process of its own under one hash seed: which strings a process has met before shows in the
+    bytes that it writes."""
     command = [
         python,
         "-m",
@@ -149,7 +156,8 @@ def forget_origin(site: Path) -> None:
 
 
 def thin(site: Path) -> None:
-    """Leave out what nothing here loads: bitsandbytes for other CUDAs than torch's, 200 MB; the UNUSED; the largest packages' own tests."""
+    """Leave out what nothing here loads: bitsandbytes for other CUDAs than torch's, 200 MB; the UNUSED; the largest
+    packages' own tests."""
     cuda = re.search(r"^cuda.*'(\d+)\.(\d+)'$", (site / "torch/version.py").read_text(), flags=re.MULTILINE)
     assert cuda, "torch/version.py names no CUDA"
     keep = {f"libbitsandbytes_cuda{cuda[1]}{cuda[2]}.so", "libbitsandbytes_cpu.so"}

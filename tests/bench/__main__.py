@@ -1,11 +1,12 @@
-"""Our training step against the published recipe's stack, on this machine's card: tokens/s and peak memory, side by side.
+"""Our training step against the published recipe's stack, on this machine's card: tokens/s and peak memory, side by
+side.
 
 make bench [ARMS=ours,stock] [MODEL=1.8b] [SHAPES=1x512,8x512] …
 
-A step is forward, backward, clipping and the optimizer's update, every token learnt; random Int4 weights in the model's shape,
-LoRA on every linear of the blocks. Each arm has a process of its own. In every setting they are measured one after another, and the first arm
-once more at the end: what a card is worth changes within minutes, and a row says what it was. What the card has no room for is named and
-left out. Rows are on the disk as soon as they are measured.
+A step is forward, backward, clipping and the optimizer's update, every token learnt; random Int4 weights in the model's
+shape, LoRA on every linear of the blocks. Each arm has a process of its own. In every setting they are measured one
+after another, and the first arm once more at the end: what a card is worth changes within minutes, and a row says what
+it was. What the card has no room for is named and left out. Rows are on the disk as soon as they are measured.
 """
 
 import sys
@@ -29,7 +30,8 @@ HOW = ("off", "on", "offload")
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured. The settings come in the order in which they are named here, dropout by dropout, shape by shape."""
+    """What is measured. The settings come in the order in which they are named here, dropout by dropout, shape by
+    shape."""
 
     arms: str = option("ours,stock", f"which, by comma: {', '.join(ALL)}; tests/bench/arms.py says what each is")
     model: str = option("", "shape; empty: 1.8b on a GPU, tiny on a CPU", MODELS)
@@ -165,7 +167,8 @@ def _seen(card: dict[str, Any]) -> str:
     if "sm_mhz" not in card:
         return str(card["seen"])
     held = ", ".join(f"{word} {share:.0%}" for word, share in card["held_back"].items())
-    return f"{card['sm_mhz'][1]} MHz  {card['watts'][1]} W  {card['celsius'][1]} °C  product {card['product_tflops']} TFLOP/s  {held}"
+    did = f"{card['sm_mhz'][1]} MHz  {card['watts'][1]} W  {card['celsius'][1]} °C"
+    return f"{did}  product {card['product_tflops']} TFLOP/s  {held}"
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """The two stacks that `make bench` compares: this program's own step, and the one that the published recipe runs.
 
-An arm is built for one shape and then asked for steps: forward, backward, clipping and the optimizer's update over every token.
-Both take the same shape of model with random Int4 weights, the same ranks, the same tokens. Knows nothing of clocks and reports.
+An arm is built for one shape and then asked for steps: forward, backward, clipping and the optimizer's update over
+every token. Both take the same shape of model with random Int4 weights, the same ranks, the same tokens. Knows nothing
+of clocks and reports.
 
 ours         this program: train.engine as `make train` uses it.
-stock        as Qwen's finetune_qlora_single_gpu.sh runs: transformers' LlamaForCausalLM in the same shape (its class computes what the
-             checkpoint's own code does), auto_gptq's QuantLinear as optimum picks it without exllama, peft, float16, DeepSpeed
-             ZeRO-2 with the published bucket sizes. One difference: torch's fused AdamW under it, for DeepSpeed's needs a compiler.
-stock-lean   the same model without DeepSpeed: bfloat16 under autocast, float32 adapters, torch's fused AdamW. What somebody gets
-             who writes the loop by hand: less overhead a step.
+stock        as Qwen's finetune_qlora_single_gpu.sh runs: transformers' LlamaForCausalLM in the same shape (its class
+             computes what the checkpoint's own code does), auto_gptq's QuantLinear as optimum picks it without exllama,
+             peft, float16, DeepSpeed ZeRO-2 with the published bucket sizes. One difference: torch's fused AdamW under
+             it, for DeepSpeed's needs a compiler.
+stock-lean   the same model without DeepSpeed: bfloat16 under autocast, float32 adapters, torch's fused AdamW. What
+             somebody gets who writes the loop by hand: less overhead a step.
 """
 
 import io
@@ -35,7 +37,8 @@ class Arm(Protocol):
     """A model, ready to learn, at one shape."""
 
     def step(self, ids: Tensor) -> Tensor:
-        """One whole step over ids [B, T] on the CPU, every token learnt; returns the mean loss of this process's tokens."""
+        """One whole step over ids [B, T] on the CPU, every token learnt; returns the mean loss of this process's
+        tokens."""
         ...
 
     def close(self) -> None:

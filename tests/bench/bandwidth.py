@@ -1,9 +1,10 @@
-"""How near to a copy's bandwidth the Int4 weight becomes floats: every linear of a shape, beside a copy of as many bytes in the same run.
+"""How near to a copy's bandwidth the Int4 weight becomes floats: every linear of a shape, beside a copy of as many
+bytes in the same run.
 
     python -m tests.bench.bandwidth out.json [--models 1.8b,7b]
 
-Bytes are those that must move: packed words, zeros and scales once, the bfloat16 weight once. Each call of a graph has a weight and a result
-of its own, more of them than any cache holds; medians, and the copy before and after.
+Bytes are those that must move: packed words, zeros and scales once, the bfloat16 weight once. Each call of a graph has
+a weight and a result of its own, more of them than any cache holds; medians, and the copy before and after.
 """
 
 import argparse

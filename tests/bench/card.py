@@ -1,8 +1,9 @@
 """What a card does while something is measured on it: clocks, power, temperature, and what holds it back.
 
-By NVIDIA's management library, which comes with every driver, called directly: no package, no process beside the measured one. A thread asks
-it twenty times a second, each time for some tens of microseconds. And a product of fixed size, timed, says what the card is worth at that
-moment, whatever the library answers: rows of one program at one speed of the product can be compared, others cannot.
+By NVIDIA's management library, which comes with every driver, called directly: no package, no process beside the
+measured one. A thread asks it twenty times a second, each time for some tens of microseconds. And a product of fixed
+size, timed, says what the card is worth at that moment, whatever the library answers: rows of one program at one speed
+of the product can be compared, others cannot.
 """
 
 import ctypes
@@ -15,7 +16,15 @@ import torch
 
 EVERY = 0.05  # seconds between two looks
 # bits of nvmlDeviceGetCurrentClocksThrottleReasons; idle, the first, holds nothing back
-REASONS = {1: "clocks set", 2: "power cap", 3: "hardware slowdown", 4: "sync boost", 5: "heat", 6: "heat (hardware)", 7: "power brake"}  # fmt: skip
+REASONS = {
+    1: "clocks set",
+    2: "power cap",
+    3: "hardware slowdown",
+    4: "sync boost",
+    5: "heat",
+    6: "heat (hardware)",
+    7: "power brake",
+}
 SIDE = 8192  # of the product's matrices
 
 

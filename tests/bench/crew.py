@@ -1,7 +1,7 @@
 """The workers of a benchmark: one process an arm, all of them there at once, one of them at work.
 
-So that arms can be measured in turn, minute by minute, without paying for a process each time. Knows files, processes and time;
-nothing of what is measured.
+So that arms can be measured in turn, minute by minute, without paying for a process each time. Knows files, processes
+and time; nothing of what is measured.
 """
 
 import json

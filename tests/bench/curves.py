@@ -1,13 +1,15 @@
-"""The same 300 steps twice: this program and the published recipe's stack, on the same base, data, order and first weights.
+"""The same 300 steps twice: this program and the published recipe's stack, on the same base, data, order and first
+weights.
 
     python -m tests.bench.curves data=FILE base=FOLDER [steps=300] [out=runs/curves] …
 
 ours         as `make train` does it: our decoder, kernels and engine
 stock        transformers' LlamaForCausalLM on auto_gptq's QuantLinear, peft, DeepSpeed ZeRO-2, float16 (bench/arms.py)
-ours-again   ours with other first weights and other dropout, the data in the same order: how far two runs of one program differ
+ours-again   ours with other first weights and other dropout, the data in the same order: how far two runs of one
+             program differ
 
-Rows of one conversation, filled up to the longest of their batch: the stock stack cannot pack. Each arm in a process of its own
-writes OUT/ARM.jsonl, a line a step; then OUT/curves.json sums up and OUT/curves.png lays them over each other.
+Rows of one conversation, filled up to the longest of their batch: the stock stack cannot pack. Each arm in a process of
+its own writes OUT/ARM.jsonl, a line a step; then OUT/curves.json sums up and OUT/curves.png lays them over each other.
 """
 
 import json

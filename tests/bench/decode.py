@@ -1,15 +1,18 @@
 """Tokens a second of answers on this GPU: ours against the stock stack, Qwen-1.8B's shape, random Int4 weights.
 
-    python -m tests.bench.decode out.json [--model 1.8b] [--arms ours,stock,ours-again] [--profile table.txt] [--tiles tiles.json]
+    python -m tests.bench.decode out.json [--model 1.8b] [--arms ours,stock,ours-again] [--profile table.txt] [--tiles
+    tiles.json]
 
 ours         what `make infer` and `make compare` run: packed products, a static cache, one CUDA graph a step; bfloat16
 ours-drawn   the same with a temperature and top_p, batch 1
 ours-plain   our decoder by its growing cache, as where Triton does not run
 ours-again   the first once more, after the others: what the card was worth then
-stock        transformers' generate on LlamaForCausalLM in the same shape with auto_gptq's QuantLinear, peft; float16, its own cache
+stock        transformers' generate on LlamaForCausalLM in the same shape with auto_gptq's QuantLinear, peft; float16,
+             its own cache
 
-128 prompt tokens, 256 new ones, without and with an adapter of rank 64 on every linear. A row's rate counts the new tokens, over the whole
-answer, prompt included; step_ms is one step alone. Every arm runs in a process of its own; the file is written after each.
+128 prompt tokens, 256 new ones, without and with an adapter of rank 64 on every linear. A row's rate counts the new
+tokens, over the whole answer, prompt included; step_ms is one step alone. Every arm runs in a process of its own; the
+file is written after each.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python -m tests.bench.merge OUT FIRST [MORE …]
 
 FIRST and MORE are reports of `make bench` (.json), or the lines of another program's own benchmark (anything else), as
-`NAME-ckHOW bs=1 seq=512 0.2810 s/it 1822 tok/s peak 2.88 GiB loss 12.1`: HOW is 0 or 1, or the program's word for its own kind of
-checkpointing. A file `NAME.versions.json` beside such lines says which packages they ran with; where a line ends in `at HH:MM:SS` and `card.csv`
-is beside it (nvidia-smi's timestamp, index, clocks.sm, clocks.mem, power.draw, temperature.gpu), the row says what card 0 did in the line's last
-steps. Device and date are FIRST's.
+`NAME-ckHOW bs=1 seq=512 0.2810 s/it 1822 tok/s peak 2.88 GiB loss 12.1`: HOW is 0 or 1, or the program's word for its
+own kind of checkpointing. A file `NAME.versions.json` beside such lines says which packages they ran with; where a line
+ends in `at HH:MM:SS` and `card.csv` is beside it (nvidia-smi's timestamp, index, clocks.sm, clocks.mem, power.draw,
+temperature.gpu), the row says what card 0 did in the line's last steps. Device and date are FIRST's.
 """
 
 import json
@@ -19,7 +19,8 @@ from typing import Any
 from tests.bench.table import key, show
 
 LINE = re.compile(
-    r"^(?P<arm>\S+)-ck(?P<how>\S+)\s+bs=(?P<batch>\d+) seq=(?P<length>\d+) .*?(?P<took>[\d.]+) s/it +(?P<rate>\d+) tok/s peak (?P<peak>[\d.]+) GiB"
+    r"^(?P<arm>\S+)-ck(?P<how>\S+)\s+bs=(?P<batch>\d+) seq=(?P<length>\d+) "
+    r".*?(?P<took>[\d.]+) s/it +(?P<rate>\d+) tok/s peak (?P<peak>[\d.]+) GiB"
     r"(?:.* at (?P<at>\d\d:\d\d:\d\d))?"
 )
 STEPS = 8  # of which such a line is the median

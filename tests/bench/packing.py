@@ -1,4 +1,5 @@
-"""What packing is worth on real data: real tokens a second, padding not counted, with the same kernels and the same batch.
+"""What packing is worth on real data: real tokens a second, padding not counted, with the same kernels and the same
+batch.
 
     python -m tests.bench.packing data=FILE tokenizer=FOLDER [model=1.8b] [length=512] [batch=8] …
 
@@ -6,7 +7,8 @@ packed      conversations share rows of `length`, as `make train` has it
 padded      one conversation a row, every row filled up to `length`, as Qwen's finetune.py has it
 longest     one conversation a row, filled up to the longest of its batch (pack=off)
 
-Random weights in the model's shape: the lengths of the data are what counts. Each arm in a process of its own; a line of JSON each.
+Random weights in the model's shape: the lengths of the data are what counts. Each arm in a process of its own; a line
+of JSON each.
 """
 
 import json

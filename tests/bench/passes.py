@@ -1,10 +1,12 @@
-"""Which tiles serve the training step's own kernels best on this card: attention, cross entropy, and what takes a thin product along.
+"""Which tiles serve the training step's own kernels best on this card: attention, cross entropy, and what takes a thin
+product along.
 
     python -m tests.bench.passes out.json [--shapes 4x2048,8x512] [--compilers 12]
 
-Every candidate is first compiled, in several processes at once (Triton keeps them on the disk), then timed, one table of tiles at a time,
-the best one staying. For rotation's way back, which takes a thin product along, the control is the plain pass with cuBLAS beside it, in the
-same run. One layer of the 1.8B shape, a chunk of its logits; medians in microseconds.
+Every candidate is first compiled, in several processes at once (Triton keeps them on the disk), then timed, one table
+of tiles at a time, the best one staying. For rotation's way back, which takes a thin product along, the control is the
+plain pass with cuBLAS beside it, in the same run. One layer of the 1.8B shape, a chunk of its logits; medians in
+microseconds.
 """
 
 import argparse

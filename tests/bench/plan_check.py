@@ -1,9 +1,10 @@
-"""Does the plan say what was measured? Every row of ours in a report, beside the peak that train/plan.py predicts for it.
+"""Does the plan say what was measured? Every row of ours in a report, beside the peak that train/plan.py predicts for
+it.
 
     python -m tests.bench.plan_check [REPORT.json …]
 
-Without names: every report in tests/bench/results that `make bench` wrote. Status 1 if one row is more than 10 % off. The plan is for
-the fused passes on a card; rows of a CPU, of other arms and of what did not fit are passed over.
+Without names: every report in tests/bench/results that `make bench` wrote. Status 1 if one row is more than 10 % off.
+The plan is for the fused passes on a card; rows of a CPU, of other arms and of what did not fit are passed over.
 """
 
 import json

@@ -1,6 +1,8 @@
-"""Qwen's published shapes with random Int4 weights, made on the device layer by layer: speed and memory need no real ones.
+"""Qwen's published shapes with random Int4 weights, made on the device layer by layer: speed and memory need no real
+ones.
 
-No float copy of a linear is ever made, so a 72B shape takes the room that its Int4 file takes. Knows nothing of training.
+No float copy of a linear is ever made, so a 72B shape takes the room that its Int4 file takes. Knows nothing of
+training.
 """
 
 from typing import Any
@@ -80,7 +82,8 @@ def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def random_part(name: str, buffer: Tensor, module: Any) -> Tensor:
-    """One buffer of an Int4 linear, ours or auto_gptq's: random codes, zeros in the middle, a scale that keeps activations sane."""
+    """One buffer of an Int4 linear, ours or auto_gptq's: random codes, zeros in the middle, a scale that keeps
+    activations sane."""
     if name == "qweight":
         return buffer.random_(-(2**31), 2**31 - 1)
     if name == "g_idx":

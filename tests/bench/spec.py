@@ -1,4 +1,5 @@
-"""What one worker is asked to measure, and the row that comes of it: the words that the parent process and its workers share."""
+"""What one worker is asked to measure, and the row that comes of it: the words that the parent process and its workers
+share."""
 
 import datetime
 import json

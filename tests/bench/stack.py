@@ -1,7 +1,9 @@
-"""The published recipe's stack in a model's shape: transformers' Llama, auto_gptq's linears, peft's adapters, DeepSpeed.
+"""The published recipe's stack in a model's shape: transformers' Llama, auto_gptq's linears, peft's adapters,
+DeepSpeed.
 
-As Qwen's finetune_qlora_single_gpu.sh runs it. transformers' LlamaForCausalLM computes what the checkpoint's own code does, and auto_gptq's
-QuantLinear is the one that optimum picks without exllama, as for training. Knows nothing of clocks, shapes of batches or reports.
+As Qwen's finetune_qlora_single_gpu.sh runs it. transformers' LlamaForCausalLM computes what the checkpoint's own code
+does, and auto_gptq's QuantLinear is the one that optimum picks without exllama, as for training. Knows nothing of
+clocks, shapes of batches or reports.
 """
 
 import io
@@ -49,7 +51,8 @@ def stock_from(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mod
     """The same with the weights of an Int4 folder in layout qwen2, whose names are Llama's.
 
     Raises:
-        ValueError: a tensor that Llama has no place for, or a place that no tensor fills (but o_proj's bias, which is zero).
+        ValueError: a tensor that Llama has no place for, or a place that no tensor fills (but o_proj's bias, which is
+        zero).
     """
     c, _ = read_folder_config(folder)
     model = stock_llama(c, device, dtype)
@@ -64,7 +67,8 @@ def stock_from(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mod
 
 
 def quant_linear(linear: nn.Linear, group: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """auto_gptq's layer in the place of `linear`: the class that peft looks for where exllama is disabled, as for training."""
+    """auto_gptq's layer in the place of `linear`: the class that peft looks for where exllama is disabled, as for
+    training."""
     from auto_gptq.utils.import_utils import dynamically_import_QuantLinear
 
     kind = dynamically_import_QuantLinear(

@@ -23,7 +23,8 @@ def key(row: Row) -> Key:
 
 
 def by_setting(rows: list[Row]) -> dict[Key, dict[str, Row]]:
-    """Setting -> arm -> row, in the order in which they were measured; of two measurements the later one, of none the reason."""
+    """Setting -> arm -> row, in the order in which they were measured; of two measurements the later one, of none the
+    reason."""
     found: dict[Key, dict[str, Row]] = {}
     for row in rows:
         arms = found.setdefault(key(row), {})

@@ -2,9 +2,10 @@
 
     python -m tests.bench.tiles out.json [--rows 1,32] [--model 1.8b] [--seconds 60]
 
-First every tile is compiled, in several processes at once (Triton keeps them on the disk), then each is timed in a CUDA graph over copies of
-the weight that no cache holds. Prints the best of each shape beside what matvec.tile_for takes. The same for attention: how many parts.
-Once the seconds are over no shape is begun; the shapes in which a step spends most come first.
+First every tile is compiled, in several processes at once (Triton keeps them on the disk), then each is timed in a CUDA
+graph over copies of the weight that no cache holds. Prints the best of each shape beside what matvec.tile_for takes.
+The same for attention: how many parts. Once the seconds are over no shape is begun; the shapes in which a step spends
+most come first.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
     python -m tests.bench.worker ORDERS ROWS      (tests/bench/crew.py starts it, one for each arm)
 
-ORDERS is a file to which the parent adds a line at a time, so that several processes of one arm read the same ones; an empty line ends the
-worker. What does not fit is a row that says so, and ends the process: after running out of memory, what another shape would find
-is no clean card. So does memory that a shape leaves behind. The parent starts another worker for the rest.
+ORDERS is a file to which the parent adds a line at a time, so that several processes of one arm read the same ones; an
+empty line ends the worker. What does not fit is a row that says so, and ends the process: after running out of memory,
+what another shape would find is no clean card. So does memory that a shape leaves behind. The parent starts another
+worker for the rest.
 """
 
 import gc
@@ -95,7 +96,8 @@ def build(spec: Spec, place: World, device: torch.device) -> Arm:
 def measure(
     arm: Arm, spec: Spec, warm: int, place: World, device: torch.device, eye: card.Eye | str
 ) -> dict[str, Any]:  # fmt: skip
-    """Medians over `counted` steps or more after `warm`; the peak from the first step on, for graphs are captured in it."""
+    """Medians over `counted` steps or more after `warm`; the peak from the first step on, for graphs are captured in
+    it."""
     c = shapes.config(spec.model)
     watch, seconds = Stopwatch(device), []
 

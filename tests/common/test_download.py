@@ -141,11 +141,10 @@ def test_an_error_page_is_not_the_file(tmp_path: Path) -> None:
 
 
 def test_nobody_there(tmp_path: Path) -> None:
-    with socket.socket() as free:  # a port that nobody listens on
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(UnreachableError, match="no connection"):
-        fetch(f"http://127.0.0.1:{port}/f", tmp_path / "f", None, None)
+    with socket.socket() as held:  # bound and not listening: refused, and nobody else gets the port meanwhile
+        held.bind(("127.0.0.1", 0))
+        with pytest.raises(UnreachableError, match="no connection"):
+            fetch(f"http://127.0.0.1:{held.getsockname()[1]}/f", tmp_path / "f", None, None)
     with pytest.raises(UnreachableError, match="cannot be resolved"):
         fetch("http://no-such-host.invalid/f", tmp_path / "f", None, None)
 

@@ -1,4 +1,4 @@
-"""docker/repro.py: what it compares and how it says so; with a stand-in for `docker`. The real builds are tests/image/test_repro.py's."""
+"""tests/image/repro.py: what it compares and how it says so; with a stand-in for `docker`. The real builds are tests/image/test_repro.py's."""
 
 import hashlib
 import io
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from docker import repro
+from tests.image import repro
 
 ROOT = repro.ROOT
 DOCKER = """#!/bin/sh

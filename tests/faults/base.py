@@ -1,5 +1,5 @@
-"""A base of a published shape with random Int4 weights, as a folder that the commands read: what a save costs at a real size needs
-no real weights, and no download.
+"""A base of a published shape with random Int4 weights, as a folder that the commands read: what a save costs at a real
+size needs no real weights, and no download.
 
     python -m tests.faults.base [1.8b] FOLDER
 """

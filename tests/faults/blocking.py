@@ -2,8 +2,9 @@
 
     python -m tests.faults.blocking [command] [shape=1.8b] [ways=none,off,on] [json=FILE] [key=value of the recipe …]
 
-The same short run in each way, `none` first: every run writes its last checkpoint. timings.saving_seconds of run.json is what the loop itself waited; a thread that writes may also keep Python
-from the next step, which only the steps' own times show: `slower` is their sum beside that of the run without saves.
+The same short run in each way, `none` first: every run writes its last checkpoint. timings.saving_seconds of run.json
+is what the loop itself waited; a thread that writes may also keep Python from the next step, which only the steps' own
+times show: `slower` is their sum beside that of the run without saves.
 """
 
 import json

@@ -2,8 +2,9 @@
 
     python -m tests.faults.deterministic [shape=1.8b] [batch=4] [length=2048] [steps=40] [starts=2] [json=FILE]
 
-Each way in a process of its own, as many times as there are starts: as training runs, and under torch.use_deterministic_algorithms with cuBLAS's own workspace. Of each:
-the median of a step, and a hash of all masters and moments at the end, which is to be the same in both starts.
+Each way in a process of its own, as many times as there are starts: as training runs, and under
+torch.use_deterministic_algorithms with cuBLAS's own workspace. Of each: the median of a step, and a hash of all masters
+and moments at the end, which is to be the same in both starts.
 """
 
 import hashlib

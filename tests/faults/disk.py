@@ -1,9 +1,11 @@
-"""A disk that fails at a given call: ENOSPC, EIO and SIGKILL at every write, fsync, rename, unlink and mkdir of a save and of an export.
+"""A disk that fails at a given call: ENOSPC, EIO and SIGKILL at every write, fsync, rename, unlink and mkdir of a save
+and of an export.
 
     python -m tests.faults.disk [save] [export] [every=1] [json=FILE.jsonl]
 
-One process imports everything under the preloaded shim (shim.c) and forks a child for each case: a case takes milliseconds. After each,
-the last good state must be there, whole, with no half of a new one in sight, and the same thing done again must succeed.
+One process imports everything under the preloaded shim (shim.c) and forks a child for each case: a case takes
+milliseconds. After each, the last good state must be there, whole, with no half of a new one in sight, and the same
+thing done again must succeed.
 """
 
 import ctypes
@@ -27,7 +29,8 @@ KINDS = {"ENOSPC": 1, "EIO": 2, "SIGKILL": 3}
 
 @dataclass(frozen=True)
 class Scene:
-    """What is tried. prepare(folder): a good state. act(folder): what is cut off. judge(folder): what is wrong now, empty if nothing.
+    """What is tried. prepare(folder): a good state. act(folder): what is cut off. judge(folder): what is wrong now,
+    empty if nothing.
 
     again(folder): what is wrong after the same has been done once more, on a disk that works.
     """
@@ -61,11 +64,12 @@ def start(names: list[str], every: int = 1, target: str = "") -> "subprocess.Com
         return subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True)
 
 
-# --- one case -------------------------------------------------------------------------------------------------------------
+# --- one case ---------------------------------------------------------------------------------------------------------
 
 
 def forked(work: Callable[[], None]) -> int:
-    """The status of a child that does `work`: 0, 1 for an exception, -9 if it was killed. What it prints is not shown."""
+    """The status of a child that does `work`: 0, 1 for an exception, -9 if it was killed. What it prints is not
+    shown."""
     pid = os.fork()
     if pid == 0:
         null = os.open(os.devnull, os.O_WRONLY)
@@ -137,7 +141,7 @@ def campaign(title: str, scene: Scene, folder: Path, every: int, target: str = "
     return wrong
 
 
-# --- a save ---------------------------------------------------------------------------------------------------------------
+# --- a save -----------------------------------------------------------------------------------------------------------
 
 
 def saving() -> Scene:
@@ -189,7 +193,7 @@ def void(_: object) -> None:
     return None
 
 
-# --- an export ------------------------------------------------------------------------------------------------------------
+# --- an export --------------------------------------------------------------------------------------------------------
 
 
 def exporting(house: Path) -> Scene:

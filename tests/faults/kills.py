@@ -1,12 +1,14 @@
 """SIGKILL at random moments, until every run has ended: each must end in the bytes of a run that nobody disturbed.
 
-    python -m tests.faults.kills [N=100] [command] [gpus=G] [parallel=1] [slack=STEPS] [sizes=1,2] [only=KIND] [json=FILE] [key=value of the recipe …]
+    python -m tests.faults.kills [N=100] [command] [gpus=G] [parallel=1] [slack=STEPS] [sizes=1,2] [only=KIND]
+    [json=FILE] [key=value of the recipe …]
 
-Without `command`, a process that has imported everything forks each life of a run, so that a kill costs seconds; with it every life is
-`python -m train train …` itself, as on GPUs. Half of the runs have one process, half two, of which a kill ends both, or one: the
-other must then end by itself. About half of the kills wait until a save has begun. Prints a table; status 1 if anything was lost. With
-background=on a kill also costs the steps of the save that it cuts off: slack= says how many are allowed above the interval. With
-parallel=P the kills are shared out to P processes, whose runs go on side by side: on a card, a start takes longer than its steps.
+Without `command`, a process that has imported everything forks each life of a run, so that a kill costs seconds; with
+it every life is `python -m train train …` itself, as on GPUs. Half of the runs have one process, half two, of which a
+kill ends both, or one: the other must then end by itself. About half of the kills wait until a save has begun. Prints a
+table; status 1 if anything was lost. With background=on a kill also costs the steps of the save that it cuts off:
+slack= says how many are allowed above the interval. With parallel=P the kills are shared out to P processes, whose runs
+go on side by side: on a card, a start takes longer than its steps.
 """
 
 import json
@@ -65,7 +67,7 @@ def words(run: str, processes: int, more: dict[str, str]) -> dict[str, str]:
     return {**KEYS, "run": run, "accumulation": str(4 // processes), **more}
 
 
-# --- lives ----------------------------------------------------------------------------------------------------------------
+# --- lives ------------------------------------------------------------------------------------------------------------
 
 
 def forked(keys: dict[str, str], processes: int) -> list[int]:
@@ -145,7 +147,8 @@ def kill_tree(pid: int) -> None:
 
 
 def tidy() -> None:
-    """Asked to end, by a time limit say, a campaign takes along every life that it has begun: they are sessions of their own."""
+    """Asked to end, by a time limit say, a campaign takes along every life that it has begun: they are sessions of
+    their own."""
 
     def end(*_: Any) -> None:
         for process in psutil.Process().children(recursive=True):
@@ -156,7 +159,7 @@ def tidy() -> None:
     signal.signal(signal.SIGTERM, end)
 
 
-# --- a kill ---------------------------------------------------------------------------------------------------------------
+# --- a kill -----------------------------------------------------------------------------------------------------------
 
 
 def disturb(run: Path, pids: list[int], how: str, draw: random.Random, tally: Tally, base: int) -> bool:
@@ -183,7 +186,8 @@ def disturb(run: Path, pids: list[int], how: str, draw: random.Random, tally: Ta
 
 
 def _moment(run: Path, pids: list[int], how: str, draw: random.Random, base: int) -> bool:
-    """Wait for it: a random time after the life has begun to learn, or the middle of a save. False if it ended meanwhile."""
+    """Wait for it: a random time after the life has begun to learn, or the middle of a save. False if it ended
+    meanwhile."""
     path = run / "losses.jsonl"
     size = path.stat().st_size if path.is_file() else 0
     began, delay = None, draw.uniform(0.0, 1.5)
@@ -205,7 +209,7 @@ def ended_not(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
-# --- runs -----------------------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 def undisturbed(life: Callable[..., list[int]], processes: int, more: dict[str, str]) -> tuple[list[Any], bytes]:
@@ -363,7 +367,8 @@ def main(arguments: list[str]) -> int:
         tally = campaign(kills, life, more, sizes, slack, parallel=parallel, only=only)
     seconds = round(time.monotonic() - began)
     print(
-        f"kills: {dict(tally.kills)}, {tally.inside} of them found a half-written checkpoint; {tally.runs} runs, processes {sizes}"
+        f"kills: {dict(tally.kills)}, {tally.inside} of them found a half-written checkpoint; "
+        f"{tally.runs} runs, processes {sizes}"
     )
     print(f"most steps computed again: {tally.lost} (save_every={tally.interval}); {seconds} s")
     print("\n".join(tally.wrong) or "every run ended in the bytes of the undisturbed one")

@@ -1,4 +1,5 @@
-"""What a campaign found, as JSON: beside the others in results/, or a line at the end of a file while a visit to a machine goes on.
+"""What a campaign found, as JSON: beside the others in results/, or a line at the end of a file while a visit to a
+machine goes on.
 
 Knows dates and machines; nothing of faults. The machine is named in words, so that nothing of it but its size is kept.
 """

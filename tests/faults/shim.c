@@ -1,7 +1,8 @@
-/* Preloaded: counts what a process does to files below one folder, and at the n-th such call fails it or kills the process.
+/* Preloaded: counts what a process does to files below one folder, and at the n-th such call fails it or kills the
+ * process.
  *
- * Every function that changes a file or its name is here, so that "at every write" means every one. Library code that makes system
- * calls by itself, past libc, is out of reach. fault_arm starts the count, fault_count reads it.
+ * Every function that changes a file or its name is here, so that "at every write" means every one. Library code that
+ * makes system calls by itself, past libc, is out of reach. fault_arm starts the count, fault_count reads it.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -1,9 +1,11 @@
-"""A long run in miniature: memory, open files and time of a step over 20,000 steps with a save every hundred, and a picture of them.
+"""A long run in miniature: memory, open files and time of a step over 20,000 steps with a save every hundred, and a
+picture of them.
 
     python -m tests.faults.soak [STEPS=20000] [PICTURE.png] [time=off] [json=FILE] [key=value of the recipe …]
 
-Status 1 if the last quarter is not as flat as the second one: memory within 2 %, open files the same, time of a step within a quarter. Where the
-machine is not alone, time=off judges the processor's time a step instead of the clock's: other work takes from that much less.
+Status 1 if the last quarter is not as flat as the second one: memory within 2 %, open files the same, time of a step
+within a quarter. Where the machine is not alone, time=off judges the processor's time a step instead of the clock's:
+other work takes from that much less.
 """
 
 import json
@@ -93,7 +95,8 @@ def seconds() -> list[float]:
 
 
 def cpu_a_step(watcher: Watcher) -> list[float]:
-    """Seconds of processors a step, between looks that lie about a hundredth of the run apart: of a save as much as of steps."""
+    """Seconds of processors a step, between looks that lie about a hundredth of the run apart: of a save as much as of
+    steps."""
     found, last, least = [], 0, max(1, watcher.steps[-1] // 100) if watcher.steps else 1
     for n in range(1, len(watcher.steps)):
         if (steps := watcher.steps[n] - watcher.steps[last]) >= least:

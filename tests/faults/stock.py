@@ -2,10 +2,11 @@
 
     python -m tests.faults.stock [part of a fault's name …] [json=FILE]
 
-A tiny Llama is trained by transformers.Trainer with a checkpoint every few steps; each fault is one that the tests of our own runs make.
-Then the script is started again as people do: the last checkpoint that `get_last_checkpoint` finds, and `resume_from_checkpoint`. The
-outcome is compared with an undisturbed run, bit for bit. Pickles are loaded as torch < 2.6 did where `unpickle=1`: on the pinned
-torch 2.7.1 no resume gets past them at all, which is the first line of the table.
+A tiny Llama is trained by transformers.Trainer with a checkpoint every few steps; each fault is one that the tests of
+our own runs make. Then the script is started again as people do: the last checkpoint that `get_last_checkpoint` finds,
+and `resume_from_checkpoint`. The outcome is compared with an undisturbed run, bit for bit. Pickles are loaded as torch
+< 2.6 did where `unpickle=1`: on the pinned torch 2.7.1 no resume gets past them at all, which is the first line of the
+table.
 """
 
 import os
@@ -32,11 +33,13 @@ if os.environ.get("UNPICKLE"):
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 set_seed(1)
-model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=300))
+model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                     intermediate_size=128, vocab_size=300))
 draw = torch.Generator().manual_seed(2)
 rows = [torch.randint(0, 300, (24,), generator=draw) for _ in range(52)]
 data = [{"input_ids": row, "labels": row} for row in rows]
-arguments = TrainingArguments("out", max_steps=STEPS, save_steps=EVERY, save_total_limit=2, per_device_train_batch_size=4,
+arguments = TrainingArguments("out", max_steps=STEPS, save_steps=EVERY, save_total_limit=2,
+                              per_device_train_batch_size=4,
     logging_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, learning_rate=1e-3)
 last = get_last_checkpoint("out") if os.path.isdir("out") else None
 print("resumes from", last, flush=True)
@@ -104,7 +107,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "out").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
 
 
-# --- faults: each is given the folder of a script that was started, and leaves it stopped ----------------------------------
+# --- faults: each is given the folder of a script that was started, and leaves it stopped -----------------------------
 
 
 def killed(folder: Path, unpickle: bool, ready: Callable[[], bool], number: int = signal.SIGKILL) -> int:

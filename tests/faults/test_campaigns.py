@@ -1,4 +1,5 @@
-"""The long campaigns, short: they run, they count what they should, and they would see a loss. Whole, they are `slow`."""
+"""The long campaigns, short: they run, they count what they should, and they would see a loss. Whole, they are
+`slow`."""
 
 import json
 import re

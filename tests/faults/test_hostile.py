@@ -203,7 +203,8 @@ def test_a_gguf_whose_tensors_are_called_like_paths_is_refused(name: bytes, tmp_
 
 
 def test_a_gguf_with_any_header_is_read_or_refused_in_words() -> None:
-    """Bytes changed at random where names, kinds and counts stand; and arrays within arrays, deeper than Python counts."""
+    """Bytes changed at random where names, kinds and counts stand; and arrays within arrays, deeper than Python
+    counts."""
     whole, draw, said = small_gguf(Path("m.gguf")), random.Random(1), Counter[str]()
     assert b"{{ messages }}" in whole, "a template is text, which nothing here fills in"
     nested = (

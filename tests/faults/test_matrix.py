@@ -1,4 +1,5 @@
-"""Every file of a checkpoint × every way to spoil it: found before step 1, the one before is used, the run ends in the same bytes."""
+"""Every file of a checkpoint × every way to spoil it: found before step 1, the one before is used, the run ends in the
+same bytes."""
 
 import os
 import shutil

@@ -2,9 +2,10 @@
 
     python -m tests.faults.worlds [command] [gpus=4] [json=FILE]
 
-Twice: the adapters of two runs of one recipe in the same number of processes are the same bytes. Under way: 4, then 2, 1 and 4 processes,
-each stopped by SIGTERM, at the same rows a step; the losses may differ from those of one process by the order in which float32 is summed.
-Where there are GPUs, they are the processes, and a process has the command itself; what does not wait for another run is then run beside it.
+Twice: the adapters of two runs of one recipe in the same number of processes are the same bytes. Under way: 4, then 2,
+1 and 4 processes, each stopped by SIGTERM, at the same rows a step; the losses may differ from those of one process by
+the order in which float32 is summed. Where there are GPUs, they are the processes, and a process has the command
+itself; what does not wait for another run is then run beside it.
 """
 
 import os
@@ -112,7 +113,8 @@ def main(arguments: list[str]) -> int:
         if changes:
             named = " -> ".join(map(str, changes))
             print(
-                f"{named} processes: losses within {loss:.1e} (allowed {LOSS:.0e}), weights within {weight:.1e} ({WEIGHT:.0e})"
+                f"{named} processes: losses within {loss:.1e} (allowed {LOSS:.0e}), "
+                f"weights within {weight:.1e} ({WEIGHT:.0e})"
             )
     found = {"same_bytes_twice": same, "changes": changes, "loss_within": loss, "weight_within": weight}
     results.keep(target, "worlds", {**found, "allowed": [LOSS, WEIGHT], "lives": life.__name__})

@@ -1,7 +1,8 @@
-"""The image that is tested, and a house for one user of it: folders of data, models and runs that are a stranger's as much as ours.
+"""The image that is tested, and a house for one user of it: folders of data, models and runs that are a stranger's as
+much as ours.
 
-IMAGE= names the image (default: the one that `make image` built). GPU=1: what can run on a GPU runs there too. A missing engine or
-image fails, it does not skip: who asks for these tests means them.
+IMAGE= names the image (default: the one that `make image` built). GPU=1: what can run on a GPU runs there too. A
+missing engine or image fails, it does not skip: who asks for these tests means them.
 """
 
 import json
@@ -53,7 +54,8 @@ class House:
         return {**os.environ, **folders, **identity, "IMAGE": self.image, "ACCELERATOR": self.accelerator}
 
     def compose(self, *words: str, status: int = 0, stdin: str = "") -> str:
-        """`docker compose run --rm WORDS`; see check. Fails on another exit status and on a line that no user should see."""
+        """`docker compose run --rm WORDS`; see check. Fails on another exit status and on a line that no user should
+        see."""
         command = ["docker", "compose", "run", "--rm", "-T", *words]
         return self.check(subprocess.run(command, **self.how(stdin)), status)  # type: ignore[call-overload]
 
@@ -69,7 +71,8 @@ class House:
         }
 
     def check(self, done: "subprocess.CompletedProcess[str]", status: int = 0) -> str:
-        """What it said: the standard error, then the standard output; the two reach us by ways of their own, in no order."""
+        """What it said: the standard error, then the standard output; the two reach us by ways of their own, in no
+        order."""
         said = done.stderr + done.stdout
         assert done.returncode == status, said
         assert [line for line in said.splitlines() if BAD.search(line)] == [], said

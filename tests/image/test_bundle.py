@@ -1,4 +1,5 @@
-"""make bundle and make unbundle with a real engine: what was saved here and removed is there again, and works without a network."""
+"""make bundle and make unbundle with a real engine: what was saved here and removed is there again, and works without a
+network."""
 
 import os
 import subprocess
@@ -51,7 +52,8 @@ def test_an_image_comes_back_from_its_archive(small: str, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_from_the_archive_to_a_trained_model(image: str, tmp_path: Path) -> None:
-    """The real image, removed and loaded again: gigabytes, minutes. Then the source in the archive, and no other, trains with it."""
+    """The real image, removed and loaded again: gigabytes, minutes. Then the source in the archive, and no other,
+    trains with it."""
     here, there = tmp_path / "here", tmp_path / "there"
     furnish(here / "stock")
     clone(here / "clone")

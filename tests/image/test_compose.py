@@ -1,6 +1,8 @@
-"""The whole way through compose on a tiny model, caged, as strangers to the image; make's container side; what a cage holds in.
+"""The whole way through compose on a tiny model, caged, as strangers to the image; make's container side; what a cage
+holds in.
 
-Real containers of the real image: data, train, export, infer, and every file checked for its owner. A warning or a traceback fails.
+Real containers of the real image: data, train, export, infer, and every file checked for its owner. A warning or a
+traceback fails.
 """
 
 import json
@@ -88,7 +90,8 @@ def make(house: House, *words: str) -> str:
 
 
 def test_make_train_with_files_elsewhere(house: House, tmp_path: Path) -> None:
-    """Data, base and recipe outside every mount; runs in a folder that is made; then export and infer find them all again."""
+    """Data, base and recipe outside every mount; runs in a folder that is made; then export and infer find them all
+    again."""
     house.own(os.getuid())
     there = tmp_path / "else where"
     there.mkdir()
@@ -114,9 +117,11 @@ def test_make_train_with_files_elsewhere(house: House, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not os.environ.get("GPU"), reason="GPU=1 asks for it: the image as it is published, not a stand-in")
 def test_the_image_is_the_published_one_and_sees_the_gpu(house: House) -> None:
-    """Ubuntu's base and packages, PyTorch's own build: what a machine that reaches only a registry of packages cannot build."""
+    """Ubuntu's base and packages, PyTorch's own build: what a machine that reaches only a registry of packages cannot
+    build."""
     house.accelerator = "gpu"
-    ask = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available(), (torch.ones(4).cuda() * 2).sum().item())"
+    what = "torch.__version__, torch.version.cuda, torch.cuda.is_available(), (torch.ones(4).cuda() * 2).sum().item()"
+    ask = f"import torch; print({what})"
     said = house.compose("--entrypoint", "bash", "train", "-c", f"grep -h ^PRETTY /etc/os-release; python -c '{ask}'")
     assert "Ubuntu 22.04" in said
     assert re.search(r"2\.7\.1\+cu118 11\.8 True 8|2\.7\.1\+cu128 12\.8 True 8", said), said
@@ -154,7 +159,8 @@ def test_the_cage_is_the_engines_too(empty: House, service: str) -> None:
 
 
 def test_no_way_out(house: House) -> None:
-    """What the cage is for, tried from inside: the image, the data and the base cannot be changed, nobody can be reached."""
+    """What the cage is for, tried from inside: the image, the data and the base cannot be changed, nobody can be
+    reached."""
     tries = {
         "touch /app/x": "Read-only file system",
         "touch data/x": "Read-only file system",

@@ -30,16 +30,20 @@ CARD = {  # what the image is promised to hold: distribution -> module
 # The lines that those may print, with DS_ACCELERATOR set; every one of them must still be printed, or it is to be deleted here.
 # The program's own commands print none of them (train/__main__.py: quiet, train/training/deepspeed_engine.py: import_deepspeed).
 PYTREE = (
-    "transformers/utils/generic.py: FutureWarning: `torch.utils._pytree._register_pytree_node` is deprecated. Please use "
-    "`torch.utils._pytree.register_pytree_node` instead.",
+    "transformers/utils/generic.py: FutureWarning: `torch.utils._pytree._register_pytree_node` is deprecated. "
+    "Please use `torch.utils._pytree.register_pytree_node` instead.",
     "torch.utils._pytree._register_pytree_node(",
 )
-AMP = "auto_gptq/nn_modules/triton_utils/kernels.py: FutureWarning: `torch.cuda.amp.custom_{0}(args...)` is deprecated. Please use `torch.amp.custom_{0}(args..., device_type='cuda')` instead."
+AMP = (
+    "auto_gptq/nn_modules/triton_utils/kernels.py: FutureWarning: `torch.cuda.amp.custom_{0}(args...)` is deprecated. "
+    "Please use `torch.amp.custom_{0}(args..., device_type='cuda')` instead."
+)
 ALLOWED = {
     # transformers 4.34.1 calls a function of torch by the name that it had in 2023
     "transformers": (),
     "peft": PYTREE,
-    # so does auto-gptq 0.7.1; and it is built without its kernels, which torch 2.7.1 cannot load: the stock engine uses its pure Python
+    # so does auto-gptq 0.7.1; and it is built without its kernels, which torch 2.7.1 cannot load: the stock engine uses
+    # its pure Python
     "auto_gptq": (
         *(line for name in ("fwd", "bwd") for line in (AMP.format(name), f"@custom_{name}")),
         AMP.format("fwd"),
@@ -54,7 +58,8 @@ TAMPER = """FROM {}
 USER 0
 RUN rm -r /opt/venv/lib/python3*/site-packages/einops* && echo >>/app/train/training/loop.py \\
     && for site in /opt/venv/lib/python3*/site-packages; do echo >>$site/peft/__init__.py; done \\
-    && printf '\\nPackage: evil\\nStatus: install ok installed\\nArchitecture: all\\nMaintainer: x\\nVersion: 1.0\\nDescription: x\\n' >>/var/lib/dpkg/status
+    && printf '\\nPackage: evil\\nStatus: install ok installed\\nArchitecture: all\\n' >>/var/lib/dpkg/status \\
+    && printf 'Maintainer: x\\nVersion: 1.0\\nDescription: x\\n' >>/var/lib/dpkg/status
 """
 IMPORTS = """
 import importlib, json, os, sys, tempfile
@@ -128,7 +133,8 @@ def test_sbom_and_provenance_are_written_and_hold(
 def test_an_image_that_was_tampered_with_is_told(
     image: str, seen: tuple[dict[str, Any], dict[str, Any]], locked: str, tmp_path: Path
 ) -> None:
-    """A layer on top that takes a package away, changes one and the program, and adds a Debian package to dpkg's list."""
+    """A layer on top that takes a package away, changes one and the program, and adds a Debian package to dpkg's
+    list."""
     found, inspected = seen
     bill = sbom.sbom(sbom.wanted(locked, found), found)
     origin = sbom.provenance(ROOT, found, inspected, sbom.render(bill))

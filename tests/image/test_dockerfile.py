@@ -1,4 +1,5 @@
-"""The image as the Dockerfile made it: who it runs as, what it can do in the cage, what it weighs, what it does not keep."""
+"""The image as the Dockerfile made it: who it runs as, what it can do in the cage, what it weighs, what it does not
+keep."""
 
 import json
 import os
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 
 from docker import trees
-from docker.repro import ROOT
+from tests.image.repro import ROOT
 
 pytestmark = pytest.mark.image
 
-CAGE = "--rm --network none --read-only --tmpfs /tmp:exec,mode=1777 --cap-drop ALL --security-opt no-new-privileges".split()  # noqa: SIM905
+CAGE = ["--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp:exec,mode=1777", "--cap-drop", "ALL"]
+CAGE += ["--security-opt", "no-new-privileges"]
 EXTENSION = """
 #include <Python.h>
 static PyObject *answer(PyObject *self, PyObject *none) { return PyLong_FromLong(42); }
@@ -27,7 +29,8 @@ PyMODINIT_FUNC PyInit_made(void) { return PyModule_Create(&module); }
 
 
 def caged(image: str, command: str, *options: str, user: str = "4242:4242") -> str:
-    """What bash says in the image, as a user that it does not know, with everything taken away that compose takes away."""
+    """What bash says in the image, as a user that it does not know, with everything taken away that compose takes
+    away."""
     words = ["docker", "run", *CAGE, "--user", user, *options, "--entrypoint", "bash", image, "-ceu", command]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -90,7 +93,8 @@ def test_python_need_not_compile_what_it_imports(image: str) -> None:
 import importlib.util, os, sys
 import train.commands.train, train.commands.export, train.commands.infer
 named = [m.__file__ for m in list(sys.modules.values()) if (getattr(m, "__file__", None) or "").endswith(".py")]
-missing = [f for f in named if f.startswith("/") and "/tmp/" not in f and not os.path.exists(importlib.util.cache_from_source(f))]
+named = [f for f in named if f.startswith("/") and "/tmp/" not in f]
+missing = [f for f in named if not os.path.exists(importlib.util.cache_from_source(f))]
 print(len(named) > 500, len(missing) < 20, missing)
 """
     assert caged(image, f"python -W ignore -c '{script}'").splitlines()[-1].startswith("True True ")
@@ -206,7 +210,8 @@ def test_the_base_is_asked_for_by_digest(words: dict[str, str], base: str) -> No
 
 
 def test_what_the_build_was_told_leaves_no_trace(image: str) -> None:
-    """A mirror with a password in it and a proxy: not in the history, not in the settings, not in a file that an installer writes."""
+    """A mirror with a password in it and a proxy: not in the history, not in the settings, not in a file that an
+    installer writes."""
     told = subprocess.run(["docker", "history", "--no-trunc", image], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"https?://|secret|PIP_|_MIRROR|PROXY|_INDEX", told, flags=re.IGNORECASE)
     assert caged(image, "find / -xdev -name direct_url.json 2>/dev/null || true") == ""

@@ -1,4 +1,5 @@
-"""`docker stop` in the middle of training: a good checkpoint, and the next `run train` goes on from it to the same end."""
+"""`docker stop` in the middle of training: a good checkpoint, and the next `run train` goes on from it to the same
+end."""
 
 import re
 import subprocess

@@ -1,12 +1,15 @@
 """A pytest plugin (`-p tests.support.machine`): skips what this machine cannot run, and says at the end what that was, counted and named.
 
-Refuses to decide which tests are wanted: that is `-m`. A skip here is for a missing GPU, Docker engine or image only, never for a failure.
+Refuses to decide which tests are wanted: that is `-m`. A skip here is for a missing GPU, Docker engine or image only,
+never for a failure. Under pytest-xdist the workers collect the tests, each of them all, and the process that prints the
+summary collects none: they send it.
 """
 
 import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +39,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker(marker) and (reason := lacks(marker)):
                 item.add_marker(pytest.mark.skip(reason=reason))
                 MISSING.setdefault(reason, []).append(item.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a worker of xdist
+        session.config.workeroutput["missing"] = MISSING
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """xdist: a worker has ended. Each has collected every test, so the last one's list is the list."""
+    MISSING.update(getattr(node, "workeroutput", {}).get("missing", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,8 +1,9 @@
-"""What a training step would allocate on a GPU, counted on tensors without contents: the real passes at any size, on any machine.
+"""What a training step would allocate on a GPU, counted on tensors without contents: the real passes at any size, on
+any machine.
 
-Tensors live on torch's meta device, where every operation of the passes gives a tensor of the right shape at no cost; a dispatch mode
-adds up what is alive. Kernels, which need a GPU, are replaced by what they allocate. Not counted: what stays (weights, the vector of
-the adapters), CUDA graphs' own places, workspaces of cuBLAS.
+Tensors live on torch's meta device, where every operation of the passes gives a tensor of the right shape at no cost; a
+dispatch mode adds up what is alive. Kernels, which need a GPU, are replaced by what they allocate. Not counted: what
+stays (weights, the vector of the adapters), CUDA graphs' own places, workspaces of cuBLAS.
 """
 
 import weakref
@@ -28,7 +29,8 @@ META = torch.device("meta")
 
 
 class Living(TorchDispatchMode):
-    """Bytes of all tensors made while it is on and not yet gone; the most there were at once, and after which operation."""
+    """Bytes of all tensors made while it is on and not yet gone; the most there were at once, and after which
+    operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +71,8 @@ def decoder(shape: Shape, device: torch.device) -> Any:
 
 
 def passes(shape: Shape, setting: Setting) -> tuple[int, int]:
-    """The most that is alive up to the end of the loss, and from there to the end of the backward pass; without graphs."""
+    """The most that is alive up to the end of the loss, and from there to the end of the backward pass; without
+    graphs."""
     recipe = Recipe(rank=setting.rank, dropout=setting.dropout, targets=setting.targets)
     with _no_kernels():
         model = lora.attach(decoder(shape, META), recipe)

@@ -1,11 +1,13 @@
-"""Triton kernels compiled for a card that is not here, through the very calls that the program makes: what is launched is only compiled.
+"""Triton kernels compiled for a card that is not here, through the very calls that the program makes: what is launched
+is only compiled.
 
     python -m tests.support.offline 90 training decoding …      (one line of JSON a kernel: registers, stack, shared memory, seconds)
 
-The interpreter runs what the compiler refuses, so this is what a machine without a GPU can know of a kernel before a GPU sees it. Triton is
-given a driver that reports the wanted card, loads nothing, and asks Triton's own cuobjdump what the machine code takes. The calls come from
-the passes on tensors without contents, and from a decoding step on small ones: shapes, strides and alignment, which Triton compiles
-for, are those of the real thing. It leaves Triton's cache filled as a run on such a card would find it, bar launchers.
+The interpreter runs what the compiler refuses, so this is what a machine without a GPU can know of a kernel before a
+GPU sees it. Triton is given a driver that reports the wanted card, loads nothing, and asks Triton's own cuobjdump what
+the machine code takes. The calls come from the passes on tensors without contents, and from a decoding step on small
+ones: shapes, strides and alignment, which Triton compiles for, are those of the real thing. It leaves Triton's cache
+filled as a run on such a card would find it, bar launchers.
 """
 
 import json
@@ -33,7 +35,8 @@ UNITS = 132  # multiprocessors of an H100
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel as it came out: registers and bytes of stack a thread (spills go there; None: nobody to ask), bytes of shared memory a program."""
+    """A kernel as it came out: registers and bytes of stack a thread (spills go there; None: nobody to ask), bytes of
+    shared memory a program."""
 
     kernel: str
     registers: int | None
@@ -93,7 +96,8 @@ def usage(binary: bytes) -> tuple[int | None, int | None]:
 
 @contextmanager
 def card(capability: int) -> Iterator[Card]:
-    """Within it every launch of a kernel compiles it for that card, once for each way of calling, and does nothing else."""
+    """Within it every launch of a kernel compiles it for that card, once for each way of calling, and does nothing
+    else."""
     from triton.runtime import driver
 
     from train.model import int4_linear
@@ -172,7 +176,8 @@ def training(
 def decoding(
     capability: int, batch: int, adapter: bool, model: str = "1.8b", splits: int = 0, prompt: int = 128, layers: int = 1
 ) -> None:
-    """A decoding step, and where the prompts are short what comes before it; a small vocabulary. splits: attention's parts, or 0."""
+    """A decoding step, and where the prompts are short what comes before it; a small vocabulary. splits: attention's
+    parts, or 0."""
     from tests.bench import shapes
     from train.config.recipe import Recipe
     from train.inference.decode_graph import SHORT, Static
@@ -234,7 +239,8 @@ def attention(capability: int) -> None:
 
 
 def rest(capability: int) -> None:
-    """Other ways through the same kernels: small ranks, act-order, few tokens, short prompts, attention's parts, heads that share keys."""
+    """Other ways through the same kernels: small ranks, act-order, few tokens, short prompts, attention's parts, heads
+    that share keys."""
     training(capability, 1, 512, rank=16, in_order=False, layers=2)
     training(capability, 2, 2048, "on", rank=128, model="7b", layers=1)
     decoding(capability, 1, adapter=True)  # a short prompt

@@ -1,7 +1,8 @@
 """A linter for inputs that are not pinned: what a build takes from elsewhere without a hash or an exact version.
 
-One function a kind of file, each from its text to the lines that are wrong. The trade-off: it reads lines, not languages, so it also
-refuses what it cannot follow, as a download by curl whose hash is checked later; there are none here, and a new one should be seen.
+One function a kind of file, each from its text to the lines that are wrong. The trade-off: it reads lines, not
+languages, so it also refuses what it cannot follow, as a download by curl whose hash is checked later; there are none
+here, and a new one should be seen.
 """
 
 import re
@@ -15,7 +16,8 @@ INSTALLERS = {
     "docker/apt/install": "Dir::Etc::SourceList",
 }  # and how theirs is pinned
 FETCHES = re.compile(
-    r"\b(curl|wget|npx|git clone|(?:uv )?pip3? (?:install|download)|pipx? run|npm (?:install|i|ci|exec)|apt(?:-get)?\s+(?:-\S+\s+)*install|go install"
+    r"\b(curl|wget|npx|git clone|(?:uv )?pip3? (?:install|download)|pipx? run|npm (?:install|i|ci|exec)|"
+    r"apt(?:-get)?\s+(?:-\S+\s+)*install|go install"
     r"|cargo install|gem install|docker pull)\b"
 )
 
@@ -40,7 +42,8 @@ def commands(name: str, text: str) -> list[str]:
 
 
 def dockerfile(text: str) -> list[str]:
-    """FROM by digest, by the name of a stage, or by an argument; COPY --from a stage; no ADD from the network, no fetched frontend."""
+    """FROM by digest, by the name of a stage, or by an argument; COPY --from a stage; no ADD from the network, no
+    fetched frontend."""
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     stages = {match[1] for line in lines if (match := re.search(r"^FROM \S+ AS (\S+)", line))}
     found = [line for line in lines if line.lower().startswith("# syntax=") and not re.search(DIGEST, line)]

@@ -75,7 +75,8 @@ def script(path: Path, text: str) -> None:
 
 
 def checkout(project: Path) -> Path:
-    """docker/'s scripts, the stand-in first on PATH, no GPU, a host that is fit unless FAKE_HOST says what is wrong with it."""
+    """docker/'s scripts, the stand-in first on PATH, no GPU, a host that is fit unless FAKE_HOST says what is wrong
+    with it."""
     for name in ("docker", "train/recipes", "data/samples", "models", "runs", "bin"):
         (project / name).mkdir(parents=True)
     for name in FILES.split():

@@ -1,4 +1,5 @@
-"""Run under torchrun: four global steps of a tiny model by the fused passes on the CPU; the first process prints what it found as JSON.
+"""Run under torchrun: four global steps of a tiny model by the fused passes on the CPU; the first process prints what
+it found as JSON.
 
 python -m torch.distributed.run --standalone --nproc_per_node=2 -m tests.support.vector_worlds STAGE FOLDER
 """

@@ -1,13 +1,15 @@
 """Is the image the same, to the bit, wherever and whenever it is built?
 
-    repro.py          three whole builds of HEAD: other path, umask, locale, file times and, minutes apart, clock; nothing cached, and all
-                      that the builder had cached removed before each. One digest, or the files that differ. Then a fourth with one
-                      byte of the source changed, which must get another. Half an hour; 30 GB of disk while it lasts.
-    repro.py quick    IMAGE, built from HEAD, and a second build in which only the program's own stage runs again, from another place:
-                      one manifest of path, mode and content, and one digest. Seconds.
+    repro.py          three whole builds of HEAD: other path, umask, locale, file times and, minutes apart, clock;
+                      nothing cached, and all that the builder had cached removed before each. One digest, or the files
+                      that differ. Then a fourth with one byte of the source changed, which must get another. Half an
+                      hour; 30 GB of disk while it lasts.
+    repro.py quick    IMAGE, built from HEAD, and a second build in which only the program's own stage runs again, from
+                      another place: one manifest of path, mode and content, and one digest. Seconds.
 
-Builds through docker/build, as `make image` does, and takes its settings. Exit status 1 where something differs. The trade-off: what a
-layer holds is read back from the engine (minutes), so that a difference is named at once, not hunted for.
+Builds through docker/build, as `make image` does, and takes its settings. Exit status 1 where something differs. The
+trade-off: what a layer holds is read back from the engine (minutes), so that a difference is named at once, not hunted
+for.
 """
 
 import hashlib
@@ -25,7 +27,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("BASE_IMAGE", "CUDA", "TORCH", "CA")  # docker/build finds them in .env, which a clone has not
 PROGRAM = ("/app", "/usr/local/bin", "/workspace")
 SMALL = 8_000_000  # bytes; what is larger is a layer for sure, and read as it comes
@@ -94,7 +96,8 @@ def checkout(root: Path, place: Place, commit: str) -> Path:
 
 
 def settings(image: str, place: Place) -> dict[str, str]:
-    """The environment of docker/build: what the person set, here or by the last `make image`, and the place's locale and zone."""
+    """The environment of docker/build: what the person set, here or by the last `make image`, and the place's locale
+    and zone."""
     noted = ROOT / ".env"
     lines = [line.partition("=") for line in noted.read_text().splitlines()] if noted.is_file() else []
     found = {key: value for key, _, value in lines if key in SETTINGS} | dict(os.environ)
@@ -211,7 +214,8 @@ def compare(first: Built, files: Listing, config: Any) -> list[str]:
 
 
 def change_one_byte(folder: Path) -> None:
-    """In a comment's place: the module's own text. Git is told to look away, so that nothing but the byte is another."""
+    """In a comment's place: the module's own text. Git is told to look away, so that nothing but the byte is
+    another."""
     path = folder / CHANGED
     text = bytearray(path.read_bytes())
     text[3] ^= 0x20  # the case of the first letter after the quotes
@@ -245,14 +249,16 @@ def in_full(root: Path) -> int:
 
 
 def other_digest(folder: Path, place: Place, first: Built) -> bool:
-    """One byte of the source changed, in what was built last: another digest, by that file alone and what is compiled from it."""
+    """One byte of the source changed, in what was built last: another digest, by that file alone and what is compiled
+    from it."""
     change_one_byte(folder)
     image = "qwen-finetune:repro-4"
     digest = build(folder, place, image, "--progress=plain")
     changed, same = differences(first.program, program(image)), sum(a == b for a, b in zip(first.layers, layers(image)))
     run("docker", "image", "rm", image)
     say(
-        f"build 4: {digest}  one byte of {CHANGED} changed; {same} of {len(first.layers)} layers are build 1's; the others differ in:"
+        f"build 4: {digest}  one byte of {CHANGED} changed; "
+        f"{same} of {len(first.layers)} layers are build 1's; the others differ in:"
     )
     show(changed)
     files = {line.splitlines()[0] for line in changed}
@@ -263,7 +269,8 @@ def other_digest(folder: Path, place: Place, first: Built) -> bool:
 
 
 def keep_below(folder: Path) -> None:
-    """The modes of what the layers below the program are built from, as they are here: of another mode, the builder would not know them."""
+    """The modes of what the layers below the program are built from, as they are here: of another mode, the builder
+    would not know them."""
     docker = ROOT / "docker"
     for path in [
         ROOT / "env.lock",
