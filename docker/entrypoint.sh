@@ -67,7 +67,7 @@ gpu() {
     choose_ptxas
 }
 
-# check VERB: as the verb table has it. What the program only may write it finds out by itself; a word that is no verb too.
+# check VERB: as the verb table has it. What the program only may write, and an unknown verb, it reports itself.
 check() {
     local name data models runs gpu
     while read -r name data models runs gpu _; do [ "$name" != "$1" ] || break; done <"$table"
