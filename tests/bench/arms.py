@@ -61,9 +61,9 @@ class Ours:
         """The engine of a run with this recipe, on random weights in the shape `model`."""
         dtype = pick_dtype(device, recipe.precision)
         base = shapes.random_decoder(shapes.config(model), device, dtype)
-        base.checkpoint(recipe.checkpointing)
+        base.set_checkpointing(recipe.checkpointing)
         if recipe.embedding == "host" and not base.config.tie_word_embeddings:
-            base.leave_embedding()
+            base.keep_embedding_on_host()
         return Engine(lora.attach(base, recipe).train(), recipe, dtype, place.size)
 
     def step(self, ids: Tensor) -> Tensor:

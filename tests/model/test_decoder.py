@@ -1,4 +1,4 @@
-"""The decoder against the reference models, and against itself: padding, packing, cache."""
+"""The decoder against the reference models, and its padding, packing and cache against each conversation alone."""
 
 import math
 from typing import Any
@@ -52,11 +52,11 @@ def test_ntk_alpha_is_the_published_formula() -> None:
     assert ntk_alpha(torch.tensor(lengths), 32).tolist() == expected
 
 
-def conversations() -> list[Tensor]:
+def sample_conversations() -> list[Tensor]:
     return [ids_of(n, seed=n) for n in (5, 50, 1, 23)]
 
 
-LONG = {"seq_length": 16, "use_dynamic_ntk": True, "use_logn_attn": True}  # the extensions act inside the longer ones
+LONG = {"seq_length": 16, "use_dynamic_ntk": True, "use_logn_attn": True}  # both act in the longer conversations
 CONFIGS = [("qwen", {}), ("qwen2", {}), ("qwen", LONG)]
 
 
@@ -64,12 +64,12 @@ CONFIGS = [("qwen", {}), ("qwen2", {}), ("qwen", LONG)]
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_a_padded_batch_equals_each_alone(layout: str, extra: dict[str, Any], side: str) -> None:
-    model, rows = tiny_decoder(tiny_config(layout, **extra)), conversations()
+    model, rows = tiny_decoder(tiny_config(layout, **extra)), sample_conversations()
     width = max(map(len, rows))
     batch, mask = torch.full((len(rows), width), 3), torch.zeros(len(rows), width, dtype=torch.long)
     for n, row in enumerate(rows):
-        place = slice(width - len(row), None) if side == "left" else slice(0, len(row))
-        batch[n, place], mask[n, place] = row, 1
+        columns = slice(width - len(row), None) if side == "left" else slice(0, len(row))
+        batch[n, columns], mask[n, columns] = row, 1
     logits = model(batch, attention_mask=mask).logits
     for n, row in enumerate(rows):
         torch.testing.assert_close(logits[n][mask[n].bool()], model(row[None]).logits[0], atol=1e-4, rtol=0)
@@ -78,7 +78,7 @@ def test_a_padded_batch_equals_each_alone(layout: str, extra: dict[str, Any], si
 @pytest.mark.parametrize(("layout", "extra"), CONFIGS)
 @torch.no_grad()
 def test_a_packed_row_equals_each_alone(layout: str, extra: dict[str, Any]) -> None:
-    model, rows = tiny_decoder(tiny_config(layout, **extra)), conversations()
+    model, rows = tiny_decoder(tiny_config(layout, **extra)), sample_conversations()
     packed = torch.cat([*rows, torch.zeros(4, dtype=torch.long)])[None]
     segments = torch.cat(
         [torch.full((len(r),), n + 1) for n, r in enumerate(rows)] + [torch.zeros(4, dtype=torch.long)]
@@ -91,9 +91,7 @@ def test_a_packed_row_equals_each_alone(layout: str, extra: dict[str, Any]) -> N
 @pytest.mark.parametrize(("layout", "extra"), CONFIGS)
 @torch.no_grad()
 def test_a_growing_cache_equals_the_whole(layout: str, extra: dict[str, Any]) -> None:
-    """With left padding too. Under dynamic NTK the factor stays what the prompt made it, so the prompt is past
-    seq_length.
-    """
+    """With left padding too. Dynamic NTK keeps the factor of the prompt, so the prompt is longer than seq_length."""
     model, ids = tiny_decoder(tiny_config(layout, **extra)), ids_of(2, 30)
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[1, :4] = 0
@@ -127,9 +125,9 @@ def test_the_loss_is_the_sum_over_labelled_tokens() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_checkpointing_changes_no_gradient(layout: str) -> None:
     model, ids, grads = tiny_decoder(tiny_config(layout)).train(), ids_of(2, 20), []
-    model.lm_head.requires_grad_(False)  # as whenever this program trains
-    for on in (False, True):
-        model.gradient_checkpointing_enable() if on else model.gradient_checkpointing_disable()
+    model.lm_head.requires_grad_(False)  # as in every training of this program
+    for enabled in (False, True):
+        model.gradient_checkpointing_enable() if enabled else model.gradient_checkpointing_disable()
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
         grads.append([p.grad.clone() for n, p in model.named_parameters() if p.grad is not None])
@@ -138,23 +136,25 @@ def test_checkpointing_changes_no_gradient(layout: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-3), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
 @pytest.mark.parametrize(("layout", "extra"), CONFIGS)
 @torch.no_grad()
-def test_a_gpu_computes_what_the_cpu_does(layout: str, extra: dict[str, Any], dtype: torch.dtype, near: float) -> None:
-    """Alone, packed, left-padded and with a cache; the error relative to the size of the logits."""
+def test_a_gpu_computes_what_the_cpu_does(
+    layout: str, extra: dict[str, Any], dtype: torch.dtype, tolerance: float
+) -> None:
+    """Alone, packed, left-padded and with a cache; the error is relative to the norm of the logits."""
     model, ids = tiny_decoder(tiny_config(layout, **extra)), ids_of(2, 30)
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[1, :4] = 0
     segments = torch.tensor([[1] * 12 + [2] * 17 + [0]] * 2)
-    ways: list[dict[str, Tensor]] = [{}, {"attention_mask": mask}, {"segment_ids": segments}]
-    expected = [model(ids, **way).logits for way in ways]
+    cases: list[dict[str, Tensor]] = [{}, {"attention_mask": mask}, {"segment_ids": segments}]
+    expected = [model(ids, **case).logits for case in cases]
     model = model.to("cuda", dtype)
-    for way, want in zip(ways, expected):
-        got = model(ids.cuda(), **{name: value.cuda() for name, value in way.items()}).logits.cpu()
-        seen = way.get("attention_mask", torch.ones_like(ids)).bool()
-        error = (got - want)[seen].norm() / want[seen].norm()
-        assert error < near, (way.keys(), error)
+    for case, want in zip(cases, expected, strict=True):
+        got = model(ids.cuda(), **{name: value.cuda() for name, value in case.items()}).logits.cpu()
+        tokens = case.get("attention_mask", torch.ones_like(ids)).bool()
+        error = (got - want)[tokens].norm() / want[tokens].norm()
+        assert error < tolerance, (case.keys(), error)
     out = model(ids[:, :20].cuda(), use_cache=True)
     last = model(ids[:, 20:].cuda(), past_key_values=out.past_key_values, use_cache=True).logits.cpu()
-    assert (last - expected[0][:, 20:]).norm() / expected[0][:, 20:].norm() < near
+    assert (last - expected[0][:, 20:]).norm() / expected[0][:, 20:].norm() < tolerance

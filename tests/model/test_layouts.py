@@ -1,6 +1,4 @@
-"""Published configs survive a round trip; a model re-laid out computes the same."""
-
-from typing import Any
+"""A config that is written and read again is the same; a model converted to the other layout computes the same."""
 
 import pytest
 import torch
@@ -8,7 +6,7 @@ import torch
 from tests.support.oracles import tiny_config, tiny_decoder
 from train.common.errors import UserError
 from train.model.decoder import Decoder
-from train.model.layouts import LAYOUTS, convert, converted_config, read_config, write_config
+from train.model.layouts import LAYOUTS, convert_config, convert_tensors, read_config, write_config
 
 QWEN_1_8B = {
     "model_type": "qwen", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "kv_channels": 128,
@@ -18,7 +16,7 @@ QWEN_1_8B = {
 }  # fmt: skip
 
 
-def test_the_published_qwen_config_is_understood() -> None:
+def test_the_published_qwen_config_is_read() -> None:
     config = read_config(QWEN_1_8B)
     assert (config.intermediate_size, config.head_dim, config.num_key_value_heads) == (5504, 128, 16)
     assert (config.rope_theta, config.rms_norm_eps, config.seq_length) == (10000.0, 1e-6, 8192)
@@ -33,39 +31,28 @@ def test_a_config_written_and_read_is_the_same(layout: str) -> None:
     assert read_config(write_config(config)).to_dict() == config.to_dict()
 
 
-@pytest.mark.parametrize("change", [{"rope_scaling": {"type": "yarn"}}, {"use_sliding_window": True}])
-def test_variants_that_are_not_computed_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=next(iter(change))):
-        read_config({**write_config(tiny_config("qwen2")), **change})
-
-
-def test_another_architecture_is_refused_with_the_remedy() -> None:
-    with pytest.raises(UserError, match=r"'llama'.*\n.*Qwen/Qwen"):
-        read_config({"model_type": "llama"})
-
-
 @pytest.mark.parametrize(("source", "target"), [("qwen", "qwen2"), ("qwen2", "qwen")])
 @torch.no_grad()
 def test_a_model_in_the_other_layout_gives_the_same_logits(source: str, target: str) -> None:
     model = tiny_decoder(tiny_config(source))
-    other = Decoder(converted_config(model.config, target)).eval()
-    other.load_state_dict(convert(model.state_dict(), model.config, target), strict=True)
+    other = Decoder(convert_config(model.config, target)).eval()
+    other.load_state_dict(convert_tensors(model.state_dict(), model.config, target), strict=True)
     ids = torch.arange(40)[None]
     torch.testing.assert_close(other(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
 
 
 def test_conversion_works_on_one_block_alone() -> None:
     model = tiny_decoder(tiny_config("qwen2"))
-    whole = convert(model.state_dict(), model.config, "qwen")
+    whole = convert_tensors(model.state_dict(), model.config, "qwen")
     block = {n: t for n, t in model.state_dict().items() if n.startswith("model.layers.1.")}
-    part = convert(block, model.config, "qwen")
+    part = convert_tensors(block, model.config, "qwen")
     assert part.keys() == {n for n in whole if n.startswith("transformer.h.1.")}
     assert all(torch.equal(part[n], whole[n]) for n in part)
 
 
-def test_a_bias_that_the_target_has_no_place_for_must_be_zero() -> None:
+def test_a_bias_without_a_place_in_the_target_must_be_zero() -> None:
     config = tiny_config("qwen")
     name = "transformer.h.0.mlp.c_proj.bias"
-    assert convert({name: torch.zeros(64)}, config, "qwen2") == {}
+    assert convert_tensors({name: torch.zeros(64)}, config, "qwen2") == {}
     with pytest.raises(UserError, match=name):
-        convert({name: torch.ones(64)}, config, "qwen2")
+        convert_tensors({name: torch.ones(64)}, config, "qwen2")

@@ -35,7 +35,7 @@ BATCHES = (PACKED, RAGGED, [[64], [64], [64], [12]])  # of two shapes; the last 
 def learnt(model: Any, how: str, graphs: bool, times: int = 3) -> list[tuple[float, Tensor]]:
     """Loss and gradient of batches whose shapes take turns."""
     base = model.get_base_model()
-    base.checkpoint(how)
+    base.set_checkpointing(how)
     names = {p: name for name, p in lora.trainable(model).items()}
     step = Step(base, names, 64, graphs)
     step.vector.data = step.vector.data.to(next(iter(names)).dtype)
@@ -77,7 +77,7 @@ def test_offload_on_a_gpu_is_checkpointing_to_the_bit(tmp_path: Path, dropout: s
     wanted = learnt(model, "on", graphs)
     assert_same(learnt(model, "offload", graphs), wanted)
     base = model.get_base_model()
-    base.leave_embedding()
+    base.keep_embedding_on_host()
     assert_same(learnt(model, "offload", graphs), wanted)
 
 
@@ -106,7 +106,7 @@ def test_offload_leaves_two_inputs_on_the_card(graphs: bool) -> None:
     for how in ("on", "offload"):
         model = lora.attach(memory.decoder(shape, torch.device("cuda")), Recipe(rank=8, dropout=0.0)).train()
         base: Any = model.get_base_model()
-        base.checkpoint(how)
+        base.set_checkpointing(how)
         step = Step(base, {p: name for name, p in lora.trainable(model).items()}, 2048, graphs)
         step.vector.data = step.vector.data.bfloat16()
         step.bind()
@@ -198,7 +198,7 @@ def test_the_decoders_own_passes_send_each_blocks_input_to_the_host(monkeypatch:
     model.lm_head.requires_grad_(False)
     ids, slopes = torch.randint(0, 512, (2, 20)), []
     for how in ("on", "offload"):
-        model.checkpoint(how)
+        model.set_checkpointing(how)
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
         slopes.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
@@ -214,7 +214,7 @@ def test_the_decoders_own_passes_send_each_blocks_input_to_the_host(monkeypatch:
 def test_an_embedding_on_the_host_changes_nothing(tmp_path: Path, how: str) -> None:
     model = adapted(tmp_path, "qwen", True, torch.float32, "cpu")
     wanted = learnt(model, how, False, 1)
-    model.get_base_model().leave_embedding()
+    model.get_base_model().keep_embedding_on_host()
     assert_same(learnt(model, how, False, 1), wanted)
 
 

@@ -80,7 +80,7 @@ def passes(shape: Shape, setting: Setting) -> tuple[int, int]:
         taken = graph_step.Step(base, names, setting.length, graphs=False)
         taken.vector.data = taken.vector.data.bfloat16()
         taken.bind()
-        base.checkpoint(setting.checkpointing)
+        base.set_checkpointing(setting.checkpointing)
         if setting.embedding == "host":
             base.set_input_embeddings(offload.HostEmbedding(torch.zeros(1, shape.hidden, dtype=torch.bfloat16)))
         ids = torch.zeros(setting.batch, setting.length, dtype=torch.long)

@@ -168,7 +168,7 @@ def training(
         taken = graph_step.Step(base, {p: n for n, p in lora.trainable(wrapped).items()}, length, graphs=False)
         taken.vector.data = taken.vector.data.to(dtype)
         taken.bind()
-        base.checkpoint("on" if checkpointing == "on" else "off")
+        base.set_checkpointing("on" if checkpointing == "on" else "off")
         ids = torch.ones(batch, length, dtype=torch.long)
         taken({"input_ids": ids, "labels": ids}).backward()
 

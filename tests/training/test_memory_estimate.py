@@ -192,7 +192,7 @@ def test_a_published_shape_by_its_name(name: str, key: str, bits: int) -> None:
 
 @pytest.mark.parametrize("name", ["Qwen-70B", "Qwen2.5-7Bx", "mine"])
 def test_an_unknown_name_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="no shape that is known"):
+    with pytest.raises(UserError, match="its shape is not known"):
         architecture.published(name)
 
 
@@ -321,6 +321,7 @@ def test_a_card_that_is_too_small_is_told_what_would_fit(capsys: pytest.CaptureF
 def test_the_verb_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}
     config |= {"vocab_size": 151_936, "num_hidden_layers": 24, "intermediate_size": 4864}
+    config |= {"rms_norm_eps": 1e-6, "max_position_embeddings": 32_768}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
     assert str(tmp_path / "mine") in planned(capsys, model="mine", models=str(tmp_path), gpu="24G")

@@ -23,7 +23,7 @@ from train.common.progress import bar
 from train.config.options import option
 from train.data.chat_template import DEFAULT_SYSTEM, chat_template
 from train.model.folder import MANIFEST, Shards, copy_beside, damage, read_manifest, resolve, write_manifest
-from train.model.layouts import LAYOUTS, DecoderConfig, convert, converted_config, write_config
+from train.model.layouts import LAYOUTS, DecoderConfig, convert_config, convert_tensors, write_config
 from train.model.loading import open_tensors, read_folder_config, state_names
 from train.model.tokenizer import load_tokenizer, write_tiktoken
 from train.ops.gptq import Scheme, dequantize, quantize
@@ -112,7 +112,7 @@ def _write(job: Job) -> dict[str, list[float]]:
     errors: dict[str, list[float]] = {}
     with staged(job.target) as folder:
         _write_weights(job, names, size, folder, errors)
-        base = write_config(converted_config(job.config, job.layout)) if job.moved else job.published
+        base = write_config(convert_config(job.config, job.layout)) if job.moved else job.published
         quantisation = {"quantization_config": job.scheme.to_config(), "torch_dtype": "float16"}
         write_json(folder / "config.json", {**base, **quantisation})
         _tokenizer(job, folder)
@@ -125,7 +125,7 @@ def _write_weights(job: Job, names: dict[str, Path], size: int, folder: Path, er
     with bar(f"rounding {job.source.name} to Int4", size, "MB", 1e6) as advance, _pool() as pool:
         for part in _parts(names, job):
             done = sum(t.numel() * t.element_size() for t in part.values())
-            for name, tensor in _int4(convert(part, job.config, job.layout), job, pool, errors):
+            for name, tensor in _int4(convert_tensors(part, job.config, job.layout), job, pool, errors):
                 shards.add(name, tensor)
             advance(min(done, size))
             size -= min(done, size)

@@ -343,7 +343,7 @@ def _model(job: "Job", device: "torch.device", dtype: "torch.dtype", keep_float:
         for name, p in parameters.items():
             p.data.copy_(learnt[lora.stock_name(name)])
     model.get_base_model().config.use_cache = False
-    model.get_base_model().checkpoint(job.recipe.checkpointing)
+    model.get_base_model().set_checkpointing(job.recipe.checkpointing)
     return model.to(device)
 
 

@@ -123,7 +123,7 @@ def states(model: nn.Module, rows: Sequence[Row], on_rows: Callable[[int], None]
         ids = torch.tensor([[i for row, _ in pack for i in row]], device=head.device)  # [1, T]
         learnt = torch.tensor([n for _, row in pack for n in (0, *row[1:])], device=head.device).bool()  # [T]
         segments = torch.tensor([[n for n, (row, _) in enumerate(pack, 1) for _ in row]], device=head.device)
-        hidden, _ = decoder.trunk(ids, None, None, segments, None, keep=False)
+        hidden, _ = decoder.backbone(ids, None, None, segments, None, keep=False)
         found.append(hidden[0, :-1][learnt[1:]])
         on_rows(len(pack))
     return States(torch.cat(found), head.detach())

@@ -21,7 +21,7 @@ from train.data.chat_template import DEFAULT_SYSTEM, chat_template
 from train.model import lora
 from train.model.decoder import Decoder
 from train.model.folder import Shards, copy_beside
-from train.model.layouts import DecoderConfig, Layout, convert, converted_config, write_config
+from train.model.layouts import DecoderConfig, Layout, convert_config, convert_tensors, write_config
 from train.model.loading import read_folder_config, read_state, state_names
 from train.model.tokenizer import load_tokenizer, write_tiktoken
 from train.ops.gptq import Scheme, dequantize
@@ -119,14 +119,14 @@ def merged(job: Job) -> Iterator[State]:
     delta, names = lora.delta(job.adapter), state_names(job.weights)
     _check(delta, names, job)
     embed = f"{config.names.root}.{config.names.embed}.weight"
-    untied = config.tie_word_embeddings and not converted_config(config, job.layout).tie_word_embeddings
+    untied = config.tie_word_embeddings and not convert_config(config, job.layout).tie_word_embeddings
     if config.tie_word_embeddings:
         names.pop("lm_head.weight", None)
     for block in blocks(names, config):
         state = merge_block(dict(read_state(block)), delta, bits, job.dtype)
         if untied and embed in state:
             state["lm_head.weight"] = state[embed].clone()
-        yield convert(without_empty_biases(state, config.names), config, job.layout)
+        yield convert_tensors(without_empty_biases(state, config.names), config, job.layout)
 
 
 def _check(delta: Delta, names: dict[str, Path], job: Job) -> None:
@@ -139,7 +139,7 @@ def _check(delta: Delta, names: dict[str, Path], job: Job) -> None:
 
 def size(job: Job) -> int:
     """Bytes of the tensors that will be written."""
-    config = converted_config(read_folder_config(job.weights)[0], job.layout)
+    config = convert_config(read_folder_config(job.weights)[0], job.layout)
     with torch.device("meta"):
         return sum(p.numel() for p in Decoder(config).parameters()) * job.dtype.itemsize  # a tied head counts once
 
@@ -157,7 +157,7 @@ def write(job: Job, folder: Path, on_block: Callable[[int], None]) -> None:
         copy_beside(job.weights, folder, without=NOT_CARRIED)
         write_json(folder / "config.json", kept_config(published, job.dtype))
     else:
-        target = converted_config(config, job.layout)
+        target = convert_config(config, job.layout)
         write_json(folder / "config.json", {**write_config(target), **types_of(job.layout, job.dtype)})
         _convert_companions(job, folder)
     _write_prompt(job, folder / "tokenizer_config.json")

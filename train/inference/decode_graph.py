@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.inference.decode_layers import Layers
-from train.model.decoder import attention_bias, ntk_alpha, rotary, rotate
+from train.model.decoder import ntk_alpha, rope_tables, rotate_heads, sdpa_mask
 from train.ops import kernels
 from train.ops.kernels import decode_step as fast
 from train.ops.kernels.runtime import units
@@ -57,7 +57,7 @@ class Static:
         """cos and sin [1, capacity, D/2] by position; [B, …] where dynamic NTK may stretch them, each row by its prompt's alpha [B, 1]."""
         c, rows = self.layers.config, self.batch if self.stretched else 1
         places = torch.arange(self.capacity, device=self.layers.device).expand(rows, -1)
-        cos, sin = rotary(places, c.head_dim, c.rope_theta, None if alpha is None else alpha.expand_as(places))
+        cos, sin = rope_tables(places, c.head_dim, c.rope_theta, None if alpha is None else alpha.expand_as(places))
         return cos[..., : c.head_dim // 2].contiguous(), sin[..., : c.head_dim // 2].contiguous()
 
     def _logn(self) -> Tensor | None:
@@ -119,12 +119,12 @@ class Static:
         row = torch.arange(batch, device=ids.device)[:, None] if self.stretched else torch.zeros_like(positions)
         cos, sin = (torch.cat([table[row, positions]] * 2, dim=-1) for table in self.turns)  # [B, T, D]
         logn = None if self.logn is None else self.logn[positions]
-        bias = attention_bias(mask, None, width, width, ids.device)
+        bias = sdpa_mask(mask, None, width, width, ids.device)
 
         def attend(qkv: Tensor, n: int) -> Tensor:
             mixed = qkv.sum(0).to(self.keys.dtype).view(batch, width, -1, c.head_dim).transpose(1, 2)
             q, k, v = mixed.split([self.heads, c.num_key_value_heads, c.num_key_value_heads], dim=1)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = rotate_heads(q, cos, sin), rotate_heads(k, cos, sin)
             self.keys[n, :, :, :width], self.values[n, :, :, :width] = k, v
             if logn is not None:
                 q = q * logn[:, None, :, None].to(q.dtype)

@@ -148,11 +148,11 @@ class Layers:
         embedding: Any = model.get_input_embeddings()
         self.embed: Tensor = embedding.weight
         self.head = model.lm_head
-        self.norm: Tensor = getattr(model.trunk, c.names.norm).weight
+        self.norm: Tensor = getattr(model.backbone, c.names.norm).weight
         self.dtype, self.device = self.embed.dtype, self.embed.device
         self.adapters: list[Adapter] = []
         with torch.inference_mode():
-            self.steps = [self._step(block) for block in getattr(model.trunk, c.names.blocks)]
+            self.steps = [self._step(block) for block in getattr(model.backbone, c.names.blocks)]
 
     def refresh(self) -> None:
         """Copy the adapters' numbers again: an optimizer may have moved them."""

@@ -1,7 +1,8 @@
-"""The shapes of published models, by name or from a config.json: what can be known of a model without having it.
+"""The architecture of a model: read from its config.json, or known by its published name.
 
-Numbers only: imports neither torch nor a model, and knows nothing of weights and memory. A name says what Qwen published under it; a folder's
-own config.json says more, and goes first wherever there is one.
+`read_architecture` is the one reader of config.json. It maps the keys of both published layouts to one set of names and
+refuses every setting that the decoder does not compute. It imports no torch, so `plan` works without loading a model.
+Weights and memory are not its subject.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from train.common.errors import UserError
 
 @dataclass(frozen=True)
 class Shape:
-    """A model as far as memory and arithmetic are concerned."""
+    """The sizes of a model that memory and arithmetic depend on."""
 
     layout: str  # qwen (fused c_attn) | qwen2
     layers: int
@@ -23,24 +24,26 @@ class Shape:
     inner: int  # width of one branch of the MLP
     vocabulary: int
     tied: bool = False
-    bits: int = 4  # of a weight in the blocks; 16: floats
-    group: int = 128  # weights of one scale
+    bits: int = 4  # of a weight in the blocks; 16: float weights
+    group: int = 128  # weights that share one scale
 
     @property
     def queries(self) -> int:
+        """Width of all query heads together."""
         return self.heads * self.head_size
 
     @property
     def qkv(self) -> int:
+        """Width of queries, keys and values together."""
         return (self.heads + 2 * self.key_heads) * self.head_size
 
     def groups(self) -> list[list[str]]:
-        """The linears that read the same input, by name."""
+        """Names of the linears of a block, those that read the same input together."""
         names = [name for name, _, _ in self.linears()]
         return [names[:-4], names[-4:-3], names[-3:-1], names[-1:]]
 
     def linears(self) -> list[tuple[str, int, int]]:
-        """(name, K, N) of the linears of a block, named as the layout does."""
+        """(name, in_features K, out_features N) of each linear of a block, with the layout's own names."""
         h, q, kv, i = self.hidden, self.queries, self.key_heads * self.head_size, self.inner
         if self.layout == "qwen":
             return [("c_attn", h, self.qkv), ("c_proj", q, h), ("w2", h, i), ("w1", h, i), ("c_proj", i, h)]
@@ -48,7 +51,7 @@ class Shape:
         return [*attention, ("gate_proj", h, i), ("up_proj", h, i), ("down_proj", i, h)]
 
 
-# by the last part of a name, before -Chat, -Instruct, -Int4 …
+# By the last part of the name, without -Chat, -Instruct, -Int4 and so on.
 PUBLISHED: dict[str, Shape] = {
     "Qwen-1_8B": Shape("qwen", 24, 2048, 16, 16, 128, 5504, 151_936),
     "Qwen-7B": Shape("qwen", 32, 4096, 32, 32, 128, 11_008, 151_936),
@@ -65,44 +68,177 @@ PUBLISHED: dict[str, Shape] = {
 
 
 def published(name: str) -> Shape:
-    """The shape of a model that is not here, by its name: Qwen/Qwen-7B-Chat-Int4, Qwen2.5-7B-Instruct-GPTQ-Int4.
+    """The shape of a published model by its name: Qwen/Qwen-7B-Chat-Int4, Qwen2.5-7B-Instruct-GPTQ-Int4.
 
     Raises:
-        UserError: a name that is none of those known.
+        UserError: the name of no model in PUBLISHED.
     """
     last = name.rstrip("/").rpartition("/")[2].replace("-Coder", "")
-    found = max((key for key in PUBLISHED if last == key or last.startswith(f"{key}-")), key=len, default=None)
-    if found is None:
+    key = max((key for key in PUBLISHED if last == key or last.startswith(f"{key}-")), key=len, default=None)
+    if key is None:
         raise UserError(
-            f"model {name!r}: no folder of that name, and no shape that is known by it. Known: {', '.join(PUBLISHED)}; "
+            f"model {name!r}: there is no folder of that name, and its shape is not known. Known: {', '.join(PUBLISHED)}; "
             f"or fetch it first: make model MODEL={name}"
         )
     bits = 4 if "Int4" in last else 8 if "Int8" in last else 16
-    return replace(PUBLISHED[found], bits=bits)
+    return replace(PUBLISHED[key], bits=bits)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a config.json says of a model, with the same names for both layouts."""
+
+    layout: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int  # width of one SwiGLU branch
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    seq_length: int  # the training context: logn attention and dynamic NTK act beyond it
+    use_dynamic_ntk: bool
+    use_logn_attn: bool
+    tie_word_embeddings: bool
+
+    def shape(self, bits: int, group: int) -> Shape:
+        """The sizes alone, with weights of `bits` bits and one scale for `group` of them."""
+        return Shape(
+            layout=self.layout,
+            layers=self.num_hidden_layers,
+            hidden=self.hidden_size,
+            heads=self.num_attention_heads,
+            key_heads=self.num_key_value_heads,
+            head_size=self.head_dim,
+            inner=self.intermediate_size,
+            vocabulary=self.vocab_size,
+            tied=self.tie_word_embeddings,
+            bits=bits,
+            group=group,
+        )
+
+
+REQUIRED: Any = object()  # a key that every published config.json has
+DERIVED: Any = object()  # without the key the value follows from others: see _derived
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of config.json, and the value where the file does not have it or has null."""
+
+    name: str
+    default: Any = REQUIRED
+
+
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_SHARED = {name: Key(name) for name in _SIZES} | {"tie_word_embeddings": Key("tie_word_embeddings", False)}
+# model_type -> field of Architecture -> the key that holds it. Fields that are not here are always derived.
+KEYS: dict[str, dict[str, Key]] = {
+    "qwen": _SHARED
+    | {
+        "head_dim": Key("kv_channels", 128),
+        "rms_norm_eps": Key("layer_norm_epsilon"),
+        "rope_theta": Key("rotary_emb_base", 10000.0),
+        "max_position_embeddings": Key("max_position_embeddings", DERIVED),
+        "seq_length": Key("seq_length"),
+        "use_dynamic_ntk": Key("use_dynamic_ntk", False),
+        "use_logn_attn": Key("use_logn_attn", False),
+    },
+    "qwen2": _SHARED
+    | {
+        "num_key_value_heads": Key("num_key_value_heads", DERIVED),
+        "head_dim": Key("head_dim", DERIVED),
+        "rms_norm_eps": Key("rms_norm_eps"),
+        "rope_theta": Key("rope_theta", 10000.0),
+        "max_position_embeddings": Key("max_position_embeddings"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Supported:
+    """The values of a key that the decoder computes, and what to do about any other."""
+
+    values: tuple[Any, ...]
+    remedy: str
+
+
+# model_type -> key -> what of it is supported. Files without the key, or with null, are.
+SUPPORTED: dict[str, dict[str, Supported]] = {
+    "qwen": {"rotary_pct": Supported((1.0,), "every published Qwen-1 has 1.0")},
+    "qwen2": {
+        "rope_scaling": Supported(({},), "remove it to use the plain context"),
+        "use_sliding_window": Supported((False,), "set it to false, as every published Instruct model has it"),
+    },
+}
+
+
+def read_architecture(config: dict[str, Any]) -> Architecture:
+    """The architecture from the content of a published config.json.
+
+    Raises:
+        UserError: neither Qwen-1 nor Qwen2, a variant of them that the decoder does not compute, or a missing key.
+    """
+    layout = config.get("model_type")
+    if layout not in KEYS:
+        raise UserError(
+            f"config.json: model_type is {layout!r}; this program reads 'qwen' (Qwen-1) and 'qwen2' (Qwen1.5, 2, 2.5).\n"
+            "Take a base such as Qwen/Qwen-1_8B-Chat-Int4 or Qwen/Qwen2.5-0.5B-Instruct-GPTQ-Int4."
+        )
+    _check_supported(config, SUPPORTED[layout])
+    values = {field: _value(config, key) for field, key in KEYS[layout].items()}
+    known = {field: value for field, value in values.items() if value is not DERIVED}
+    return Architecture(layout=layout, **{**_derived(layout, known), **known, **_converted(layout, known)})
 
 
 def read_shape(config: dict[str, Any]) -> Shape:
-    """From the content of a published config.json.
+    """The sizes of a model, and the bits of its weights, from the content of a published config.json.
 
     Raises:
-        UserError: neither Qwen-1 nor Qwen2.
+        UserError: as `read_architecture`.
     """
-    kind = config.get("model_type")
-    if kind not in ("qwen", "qwen2"):
-        raise UserError(f"config.json: model_type is {kind!r}; this program reads 'qwen' and 'qwen2'.")
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    packing = config.get("quantization_config") or {}
-    group = packing.get("group_size", 128)
-    return Shape(
-        layout=kind,
-        layers=config["num_hidden_layers"],
-        hidden=hidden,
-        heads=heads,
-        key_heads=heads if kind == "qwen" else config.get("num_key_value_heads", heads),
-        head_size=config.get("kv_channels", 128) if kind == "qwen" else config.get("head_dim") or hidden // heads,
-        inner=config["intermediate_size"] // (2 if kind == "qwen" else 1),
-        vocabulary=config["vocab_size"],
-        tied=config.get("tie_word_embeddings", False),
-        bits=packing.get("bits", 4) if packing else 16,
-        group=group if group > 0 else hidden,
-    )
+    architecture = read_architecture(config)
+    quantization = config.get("quantization_config") or {}
+    group = quantization.get("group_size", 128)
+    bits = quantization.get("bits", 4) if quantization else 16
+    return architecture.shape(bits, group if group > 0 else architecture.hidden_size)  # -1: a whole row
+
+
+def _check_supported(config: dict[str, Any], supported: dict[str, Supported]) -> None:
+    for key, allowed in supported.items():
+        value = config.get(key)
+        if value is not None and value not in allowed.values:
+            raise UserError(f"config.json: {key} {value} is not supported; {allowed.remedy}.")
+
+
+def _value(config: dict[str, Any], key: Key) -> Any:
+    value = config.get(key.name)
+    if value is None and key.default is REQUIRED:
+        raise UserError(f"config.json: damaged, {key.name} is missing. Fetch the model again: make model MODEL=…")
+    return key.default if value is None else value
+
+
+def _derived(layout: str, known: dict[str, Any]) -> dict[str, Any]:
+    """The values of fields that config.json has no key for, or that it may leave out."""
+    heads = known["num_attention_heads"]
+    if layout == "qwen":
+        return {"num_key_value_heads": heads, "max_position_embeddings": known["seq_length"]}
+    return {
+        "num_key_value_heads": heads,
+        "head_dim": known["hidden_size"] // heads,
+        "seq_length": known["max_position_embeddings"],
+        "use_dynamic_ntk": False,
+        "use_logn_attn": False,
+    }
+
+
+def _converted(layout: str, known: dict[str, Any]) -> dict[str, Any]:
+    """Values in the units of Architecture: Qwen-1's intermediate_size counts both branches of SwiGLU."""
+    branches = 2 if layout == "qwen" else 1
+    return {
+        "rope_theta": float(known["rope_theta"]),
+        "intermediate_size": known["intermediate_size"] // branches,
+    }

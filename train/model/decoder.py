@@ -1,9 +1,9 @@
 """One decoder for every Qwen from 1 to 2.5: RMSNorm, rotary positions, grouped attention, SwiGLU.
 
-A transformers `PreTrainedModel`, so `generate`, peft and DeepSpeed work on it; its modules carry the names of the
-layout it was built for. Refuses to know files, Int4 and LoRA: a linear is whatever module stands under the name. No
-code of a checkpoint is ever executed. Attention is torch's scaled_dot_product_attention with an explicit mask where
-padding or packing needs one: that costs a [B, 1, T, S] mask of bools, and buys one path for all of them.
+It is a transformers `PreTrainedModel`, so `generate`, peft and DeepSpeed work on it. Its modules carry the names of the
+layout that it was built for. It does not deal with files, Int4 or LoRA: any module may stand under a linear's name. No
+code of a checkpoint is ever executed. Attention is torch's scaled_dot_product_attention, with an explicit mask where
+padding or packing needs one: a [B, 1, T, S] mask of bools is the price of one code path for all cases.
 """
 
 import math
@@ -49,8 +49,8 @@ def ntk_alpha(lengths: Tensor, seq_length: int) -> Tensor:
     return (torch.exp2(torch.ceil(context)) - 1).clamp(min=1)
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float, alpha: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, D] in float32 for positions [B, T]; `alpha` [B, T] stretches the base as dynamic NTK does."""
+def rope_tables(positions: Tensor, head_dim: int, theta: float, alpha: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, T, D] in float32 for positions [B, T]; `alpha` [B, T] scales the base as dynamic NTK does."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # [D/2]
     if alpha is None:
         angles = positions[..., None].float() * (1.0 / theta**exponents)  # [B, T, D/2]
@@ -61,23 +61,22 @@ def rotary(positions: Tensor, head_dim: int, theta: float, alpha: Tensor | None 
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the halves of each head by its angle (Su et al. 2021, half-split form). x [B, H, T, D], cos and sin [B, T,
-    D].
-    """
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of heads x [B, H, T, D] by tables cos and sin [B, T, D] (Su et al. 2021, half-split form)."""
     y = x.float()
     first, second = y.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (y * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+    half_rotated = torch.cat([-second, first], dim=-1)
+    return (y * cos[:, None] + half_rotated * sin[:, None]).to(x.dtype)
 
 
-def attention_bias(
+def sdpa_mask(
     attention_mask: Tensor | None, segment_ids: Tensor | None, tokens: int, keys: int, device: torch.device
 ) -> Tensor | None:
-    """Which keys a query may see: bools [B|1, 1, T, S], or None where plain causal attention over T = S says it all.
+    """Which keys each query may attend to: bools [B|1, 1, T, S], or None where causal attention over T = S is enough.
 
-    attention_mask [B, S]: 0 = padding, on either side. segment_ids [B, T] (no cache): the conversation a token belongs
-    to. A padding query sees itself, so that its softmax has a term; nothing reads its output.
+    Args:
+        attention_mask: [B, S], 0 = padding on either side. segment_ids: [B, T], the conversation of each token (no cache).
+    A padding query attends to itself, so that its softmax has a term. Its output is not used.
     """
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None
@@ -93,8 +92,8 @@ def attention_bias(
     return allowed[:, None]
 
 
-def positions_of(attention_mask: Tensor | None, segment_ids: Tensor | None, past: int, ids: Tensor) -> Tensor:
-    """Positions [B, T] from zero in each conversation, whatever stands before it in its row."""
+def token_positions(attention_mask: Tensor | None, segment_ids: Tensor | None, past: int, ids: Tensor) -> Tensor:
+    """Positions [B, T], from zero in each conversation, wherever in its row it starts. `past`: tokens in the cache."""
     if segment_ids is not None:
         index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         starts = torch.ones_like(segment_ids, dtype=torch.bool)
@@ -106,7 +105,7 @@ def positions_of(attention_mask: Tensor | None, segment_ids: Tensor | None, past
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; q, k, v from one fused linear or three, as the layout has it."""
+    """Grouped-query attention with rotary positions; q, k and v come from one fused linear or three, as in the layout."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -122,16 +121,21 @@ class Attention(nn.Module):
         """x [B, T, H] -> q [B, Hq, T, D], k and v [B, Hkv, T, D]."""
         c = self.config
         parts = [getattr(self, name)(x) for name in self.names.qkv]
-        mixed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        split = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
-        q, k, v = mixed.unflatten(-1, (-1, c.head_dim)).transpose(1, 2).split(split, dim=1)
+        qkv = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        counts = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
+        q, k, v = qkv.unflatten(-1, (-1, c.head_dim)).transpose(1, 2).split(counts, dim=1)
         return q, k, v
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, bias: Tensor | None, past: Cache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, logn: Tensor | None, mask: Tensor | None, past: Cache | None
     ) -> tuple[Tensor, Cache]:
+        """x [B, T, H] -> [B, T, H], and keys and values with those of `past` before them.
+
+        Args:
+            cos, sin: [B, T, D]. logn: [B, T] factors of the queries. mask: as `sdpa_mask` gives it.
+        """
         q, k, v = self.heads(x)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate_heads(q, cos, sin), rotate_heads(k, cos, sin)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         cache = (k, v)
@@ -140,7 +144,7 @@ class Attention(nn.Module):
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and q.shape[2] > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
         return getattr(self, self.names.out)(y.transpose(1, 2).flatten(2)), cache
 
 
@@ -160,7 +164,11 @@ class MLP(nn.Module):
         return down(up(x) * F.silu(gate(x)))
 
 
-class Block(nn.Module):
+# cos, sin, logn, mask and past: what Attention.forward takes beside x
+AttentionInputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Cache | None]
+
+
+class DecoderBlock(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream [B, T, H]."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -171,18 +179,19 @@ class Block(nn.Module):
         self.add_module(names.norm2, RMSNorm(config.hidden_size, config.rms_norm_eps))
         self.add_module(names.mlp, MLP(config))
 
-    def forward(self, x: Tensor, *how: Any) -> tuple[Tensor, Cache]:
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Cache]:
         names = self.names
-        y, cache = getattr(self, names.attention)(getattr(self, names.norm1)(x), *how)
+        y, cache = getattr(self, names.attention)(getattr(self, names.norm1)(x), *inputs)
         x = x + y
         return x + getattr(self, names.mlp)(getattr(self, names.norm2)(x)), cache
 
 
-def _hidden_only(block: Block, how: Any, x: Tensor) -> Tensor:
-    return block(x, *how)[0]
+def _hidden_states(block: DecoderBlock, inputs: AttentionInputs, x: Tensor) -> Tensor:
+    """The block's output without its cache, which a checkpointed block would keep in memory."""
+    return block(x, inputs)[0]
 
 
-class Trunk(nn.Module):
+class Backbone(nn.Module):
     """Embedding, blocks and the last norm: everything but the head."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -190,7 +199,7 @@ class Trunk(nn.Module):
         names = config.names
         self.config, self.gradient_checkpointing, self.offload = config, False, False
         self.add_module(names.embed, nn.Embedding(config.vocab_size, config.hidden_size))
-        self.add_module(names.blocks, nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)))
+        self.add_module(names.blocks, nn.ModuleList(DecoderBlock(config) for _ in range(config.num_hidden_layers)))
         self.add_module(names.norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
 
     def forward(
@@ -202,43 +211,46 @@ class Trunk(nn.Module):
         past: tuple[Cache, ...] | None,
         keep: bool,
     ) -> tuple[Tensor, tuple[Cache, ...]]:
-        """ids [B, T] -> hidden [B, T, H], and with `keep` the caches of all layers (in training they would hold memory)."""
+        """ids [B, T] -> hidden states [B, T, H]; with `keep` also the caches of all layers, which take memory."""
         c, length = self.config, past[0][0].shape[2] if past else 0
         if positions is None:
-            positions = positions_of(mask, segments, length, ids)
-        alpha = self.alpha(ids, mask, segments, past)
-        cos, sin = rotary(positions, c.head_dim, c.rope_theta, None if alpha is None else alpha.expand_as(positions))
-        logn = self.logn(positions)
-        bias = attention_bias(mask, segments, ids.shape[1], length + ids.shape[1], ids.device)
+            positions = token_positions(mask, segments, length, ids)
+        alpha = self.ntk_alpha(ids, mask, segments, past)
+        expanded = None if alpha is None else alpha.expand_as(positions)
+        cos, sin = rope_tables(positions, c.head_dim, c.rope_theta, expanded)
+        logn = self.logn_factors(positions)
+        allowed = sdpa_mask(mask, segments, ids.shape[1], length + ids.shape[1], ids.device)
         x, caches = getattr(self, c.names.embed)(ids), []
         for n, block in enumerate(getattr(self, c.names.blocks)):
-            how = (cos, sin, logn, bias, past[n] if past else None)
+            inputs = (cos, sin, logn, allowed, past[n] if past else None)
             if self.gradient_checkpointing and self.training:
-                x = self._checkpointed(block, x, how)
+                x = self._checkpointed(block, x, inputs)
                 continue
-            x, cache = block(x, *how)
+            x, cache = block(x, inputs)
             if keep:
                 caches.append(cache if alpha is None or segments is not None else (*cache, alpha))
         return getattr(self, c.names.norm)(x), tuple(caches)
 
     @property
     def checkpointing(self) -> str:
-        """off | on | offload, as a recipe says it."""
+        """off | on | offload, as in a recipe."""
         return ("offload" if self.offload else "on") if self.gradient_checkpointing else "off"
 
-    def _checkpointed(self, block: Block, x: Tensor, how: Any) -> Tensor:
-        """A block of which its input alone is kept, on the host with `offload`. Plain, and slow on a GPU: there fused.py trains, with
-        copies beside the computing, wherever its kernels run."""
-        with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
-            return checkpoint(partial(_hidden_only, block, how), x, use_reentrant=False)  # type: ignore[no-any-return]
+    def _checkpointed(self, block: DecoderBlock, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        """A block of which only the input is saved, on the host with `offload`.
 
-    def alpha(
+        The plain way, slow on a GPU. Where its kernels run, training/fused_decoder.py does this with copies that
+        overlap the computation.
+        """
+        with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
+            return checkpoint(partial(_hidden_states, block, inputs), x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    def ntk_alpha(
         self, ids: Tensor, mask: Tensor | None, segments: Tensor | None, past: tuple[Cache, ...] | None
     ) -> Tensor | None:
-        """Dynamic NTK's factor [B, 1] (or [B, T] when packed), or None where it cannot act.
+        """Dynamic NTK's factor [B, 1] (or [B, T] when packed), or None where it does not act.
 
-        As published: off in training; from the prompt's true length; while a cache grows it stays what the prompt made
-        it.
+        As published: off in training; computed from the true length of the prompt, and unchanged while the cache grows.
         """
         c = self.config
         if self.training or not c.use_dynamic_ntk:
@@ -253,8 +265,8 @@ class Trunk(nn.Module):
         lengths = mask.sum(-1, keepdim=True) if mask is not None else torch.full_like(ids[:, :1], ids.shape[1])
         return ntk_alpha(lengths, c.seq_length)
 
-    def logn(self, positions: Tensor) -> Tensor | None:
-        """log base seq_length of the token's place from one, beyond seq_length; [B, T], or None where all are 1."""
+    def logn_factors(self, positions: Tensor) -> Tensor | None:
+        """log(position + 1) / log(seq_length), at least 1: factors [B, T] of the queries, or None where all are 1."""
         c = self.config
         if self.training or not c.use_logn_attn or int(positions.max()) < c.seq_length:
             return None
@@ -262,7 +274,7 @@ class Trunk(nn.Module):
 
 
 class Decoder(PreTrainedModel):
-    """The causal language model. Submodules: names.root (the trunk) and lm_head."""
+    """The causal language model. Submodules: names.root (the backbone) and lm_head."""
 
     config_class = DecoderConfig
     supports_gradient_checkpointing = True
@@ -271,12 +283,12 @@ class Decoder(PreTrainedModel):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.base_model_prefix = config.names.root
-        self.add_module(config.names.root, Trunk(config))
+        self.add_module(config.names.root, Backbone(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @property
-    def trunk(self) -> Trunk:
+    def backbone(self) -> Backbone:
         return getattr(self, self.config.names.root)
 
     def forward(
@@ -291,21 +303,21 @@ class Decoder(PreTrainedModel):
         last_only: bool = False,
         **ignored: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits in float32, or the sum of token losses.
+        """Logits in float32, or with labels the sum of the token losses.
 
         Args:
-            input_ids: [B, T] int64. attention_mask: [B, S], 1 = token, 0 = padding on either side; S counts the cache
-            too.
-            position_ids: [B, T]; by default from zero in each conversation. segment_ids: [B, T], equal = same
-            conversation.
-            labels: [B, T], −100 = not learnt; position t is predicted from t − 1.
-            last_only: logits of the last position only, [B, 1, V] (a prompt's others are never read).
+            input_ids: [B, T] int64.
+            attention_mask: [B, S], 1 = token, 0 = padding on either side; S includes the cache.
+            position_ids: [B, T]; by default from zero in each conversation.
+            segment_ids: [B, T]; tokens of the same conversation have the same number.
+            labels: [B, T], −100 = no label; position t is predicted from t − 1.
+            last_only: logits of the last position only, [B, 1, V]: generation needs no others of a prompt.
         Returns:
             With labels: loss = SUM of the cross entropies in float32, and no logits; they are never all in memory.
-            Without: logits [B, T, V] float32; past_key_values if use_cache.
+            Without: logits [B, T, V] float32, and past_key_values if use_cache.
         """
         keep = bool(use_cache) and labels is None
-        hidden, caches = self.trunk(input_ids, attention_mask, position_ids, segment_ids, past_key_values, keep)
+        hidden, caches = self.backbone(input_ids, attention_mask, position_ids, segment_ids, past_key_values, keep)
         if labels is not None:
             total = chunked_cross_entropy(hidden[:, :-1].flatten(0, 1), self.lm_head.weight, labels[:, 1:].flatten())
             return CausalLMOutputWithPast(loss=total)
@@ -330,17 +342,17 @@ class Decoder(PreTrainedModel):
         return tuple(tuple(x.index_select(0, order.to(x.device)) for x in layer) for layer in past)
 
     def get_input_embeddings(self) -> nn.Module:
-        return getattr(self.trunk, self.config.names.embed)
+        return getattr(self.backbone, self.config.names.embed)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        setattr(self.trunk, self.config.names.embed, value)
+        setattr(self.backbone, self.config.names.embed, value)
 
-    def checkpoint(self, how: str) -> None:
-        """What the training passes keep of a block. off: what its gradient needs; on: its input; offload: that, on the host."""
-        self.trunk.gradient_checkpointing, self.trunk.offload = how != "off", how == "offload"
+    def set_checkpointing(self, mode: str) -> None:
+        """Set what training saves of a block. off: all that its gradient needs; on: its input; offload: that, on the host."""
+        self.backbone.gradient_checkpointing, self.backbone.offload = mode != "off", mode == "offload"
 
-    def leave_embedding(self) -> None:
-        """Keep the embedding's table on the host from now on, wherever the model is or moves to."""
+    def keep_embedding_on_host(self) -> None:
+        """Keep the embedding's table on the host from now on, whichever device the model is on or moves to."""
         embedding: Any = self.get_input_embeddings()
         self.set_input_embeddings(HostEmbedding(embedding.weight.cpu()))
 
@@ -351,7 +363,7 @@ class Decoder(PreTrainedModel):
         self.lm_head = value
 
     def _set_gradient_checkpointing(self, module: nn.Module, value: bool = False) -> None:
-        if isinstance(module, Trunk):
+        if isinstance(module, Backbone):
             module.gradient_checkpointing = value
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -362,5 +374,5 @@ class Decoder(PreTrainedModel):
 
 
 def linear_names(layout: str) -> tuple[str, ...]:
-    """What `targets: all` means: every linear of the blocks, never the head."""
+    """The linears that `targets: all` means: every linear of the blocks, never the head."""
     return LAYOUTS[layout].linears

@@ -1,13 +1,12 @@
-"""The two published layouts of one architecture: names of modules, config.json, and the way from one to the other.
+"""The two published layouts of one architecture: module names, the content of config.json, and conversion between them.
 
 `qwen` is Qwen-1 (1.8B, 7B, 14B, 72B): one fused c_attn, w1 = up, w2 = gate, layer_norm_epsilon, kv_channels, an
 intermediate_size that counts both branches. `qwen2` is Qwen1.5, 2 and 2.5: separate projections, grouped key and value
-heads. Modules of the decoder carry the published names, so a state dict needs no renaming and an adapter has the names
-that stock tools expect. Knows nothing of files but config.json's content; nothing of Int4: conversion works on float
-tensors.
+heads. The decoder's modules carry the published names, so a state dict needs no renaming, and an adapter has the names
+that stock tools expect. This module opens no files, and it converts float tensors only, not Int4.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,11 +14,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from train.common.errors import UserError
+from train.model.architecture import read_architecture
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of one published layout. `qkv` has one name if the projections are fused, else three."""
+    """The module names of one published layout. `qkv` has one name where the projections are fused, else three."""
 
     name: str
     architecture: str
@@ -39,10 +39,11 @@ class Layout:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Names of the linears of a block, as LoRA targets; each name once."""
+        """The names of a block's linears, as LoRA targets; each name once."""
         return tuple(dict.fromkeys((*self.qkv, self.out, self.gate, self.up, self.down)))
 
     def block(self, n: int) -> str:
+        """Module name of block `n`, from zero."""
         return f"{self.root}.{self.blocks}.{n}"
 
 
@@ -84,10 +85,10 @@ LAYOUTS = {layout.name: layout for layout in (QWEN, QWEN2)}
 
 
 class DecoderConfig(PretrainedConfig):
-    """The architecture in one vocabulary, whichever layout it was read from.
+    """The config of the decoder, with the same names whichever layout it was read from.
 
-    `intermediate_size` is the width of one SwiGLU branch. `seq_length` is the training context that logn attention and
-    dynamic NTK count from; both act beyond it only, in evaluation only.
+    `intermediate_size` is the width of one SwiGLU branch. `seq_length` is the training context: logn attention and
+    dynamic NTK act on longer inputs only, and in evaluation only.
     """
 
     model_type = "qwen-decoder"
@@ -140,65 +141,13 @@ def read_config(published: dict[str, Any]) -> DecoderConfig:
     """The decoder's config from the content of a published config.json.
 
     Raises:
-        UserError: an architecture that is neither Qwen-1 nor Qwen2, or a variant of them that the decoder does not
-        compute.
+        UserError: as `architecture.read_architecture`, which reads it.
     """
-    kind = published.get("model_type")
-    if kind == "qwen":
-        return _read_qwen(published)
-    if kind == "qwen2":
-        return _read_qwen2(published)
-    raise UserError(
-        f"config.json: model_type is {kind!r}; this program reads 'qwen' (Qwen-1) and 'qwen2' (Qwen1.5, 2, 2.5).\n"
-        "Take a base such as Qwen/Qwen-1_8B-Chat-Int4 or Qwen/Qwen2.5-0.5B-Instruct-GPTQ-Int4."
-    )
-
-
-def _read_qwen(c: dict[str, Any]) -> DecoderConfig:
-    if c.get("rotary_pct", 1.0) != 1.0:
-        raise UserError(f"config.json: rotary_pct {c['rotary_pct']} is not supported: every published Qwen-1 has 1.0.")
-    return DecoderConfig(
-        layout="qwen",
-        num_key_value_heads=c["num_attention_heads"],
-        head_dim=c.get("kv_channels", 128),
-        intermediate_size=c["intermediate_size"] // 2,
-        rms_norm_eps=c["layer_norm_epsilon"],
-        rope_theta=float(c.get("rotary_emb_base", 10000)),
-        seq_length=c["seq_length"],
-        max_position_embeddings=c.get("max_position_embeddings", c["seq_length"]),
-        use_dynamic_ntk=c.get("use_dynamic_ntk", False),
-        use_logn_attn=c.get("use_logn_attn", False),
-        tie_word_embeddings=c.get("tie_word_embeddings", False),
-        **{key: c[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
-    )
-
-
-def _read_qwen2(c: dict[str, Any]) -> DecoderConfig:
-    if c.get("rope_scaling"):
-        raise UserError(
-            f"config.json: rope_scaling {c['rope_scaling']} is not supported; remove it to use the plain context."
-        )
-    if c.get("use_sliding_window"):
-        raise UserError(
-            "config.json: use_sliding_window is not supported; set it to false, as every published Instruct has it."
-        )
-    heads = c["num_attention_heads"]
-    return DecoderConfig(
-        layout="qwen2",
-        num_key_value_heads=c.get("num_key_value_heads", heads),
-        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-        intermediate_size=c["intermediate_size"],
-        rms_norm_eps=c["rms_norm_eps"],
-        rope_theta=float(c.get("rope_theta", 10000.0)),
-        seq_length=c["max_position_embeddings"],
-        max_position_embeddings=c["max_position_embeddings"],
-        tie_word_embeddings=c.get("tie_word_embeddings", False),
-        **{key: c[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
-    )
+    return DecoderConfig(**asdict(read_architecture(published)))
 
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:
-    """The content of config.json as the config's layout publishes it (without quantization_config and torch_dtype)."""
+    """The content of config.json in the config's own layout, without quantization_config and torch_dtype."""
     shared = {
         key: getattr(config, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     }
@@ -252,11 +201,11 @@ def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def converted_config(config: DecoderConfig, to: str) -> DecoderConfig:
+def convert_config(config: DecoderConfig, to: str) -> DecoderConfig:
     """The config of the same model in layout `to`.
 
-    qwen → qwen2 ends the context at `seq_length`: Qwen2 knows neither logn nor dynamic NTK, which act beyond it.
-    qwen2 → qwen gives every query head a key and value head of its own, unties the head, and turns both extensions off.
+    qwen to qwen2: the context ends at `seq_length`, because Qwen2 has neither logn nor dynamic NTK, which act beyond it.
+    qwen2 to qwen: every query head gets a key and value head of its own, the head is untied, and both are turned off.
     """
     if to == config.layout:
         return config
@@ -268,24 +217,23 @@ def converted_config(config: DecoderConfig, to: str) -> DecoderConfig:
     return DecoderConfig(**{**values, "layout": to})
 
 
-def convert(state: dict[str, Tensor], config: DecoderConfig, to: str) -> dict[str, Tensor]:
-    """Rename and re-lay the float tensors of `state` ([out, in] weights, [out] biases) from config.layout to layout
-    `to`.
+def convert_tensors(state: dict[str, Tensor], config: DecoderConfig, to: str) -> dict[str, Tensor]:
+    """The float tensors of `state` ([out, in] weights, [out] biases) from config.layout in layout `to`.
 
-    `state` may be a part of the model (a block, say) as long as a block's q, k and v come together. Values are copied,
-    never
-    recomputed: logits stay what they were. A tied model converted to `qwen` needs its lm_head.weight in `state`.
+    `state` may be a part of the model, such as a block, as long as the q, k and v of a block come together. Values are
+    copied, never computed again, so the logits stay the same. A tied model needs lm_head.weight in `state` on the way
+    to `qwen`.
 
     Raises:
-        UserError: a bias that the target layout has no place for and that is not zero.
+        UserError: a non-zero bias that the target layout has no place for.
     """
     if to == config.layout:
         return dict(state)
-    return _to_qwen2(state, config) if to == "qwen2" else _to_qwen(state, config)
+    return _to_qwen2(state) if to == "qwen2" else _to_qwen(state, config)
 
 
 def _renames(source: Layout, target: Layout) -> dict[str, str]:
-    """Map of the names inside a block, without the projections of attention."""
+    """Module names inside a block, source -> target, without the projections of attention."""
     pairs = {f"{getattr(source, n)}.": f"{getattr(target, n)}." for n in ("norm1", "norm2")}
     pairs[f"{source.attention}.{source.out}."] = f"{target.attention}.{target.out}."
     for role in ("gate", "up", "down"):
@@ -294,9 +242,9 @@ def _renames(source: Layout, target: Layout) -> dict[str, str]:
 
 
 def _rename(name: str, source: Layout, target: Layout) -> str:
-    head = f"{source.root}.{source.blocks}."
-    if name.startswith(head):
-        number, rest = name[len(head) :].split(".", 1)
+    prefix = f"{source.root}.{source.blocks}."
+    if name.startswith(prefix):
+        number, rest = name[len(prefix) :].split(".", 1)
         for old, new in _renames(source, target).items():
             if rest.startswith(old):
                 return f"{target.block(int(number))}.{new}{rest[len(old) :]}"
@@ -306,37 +254,37 @@ def _rename(name: str, source: Layout, target: Layout) -> str:
     return name
 
 
-def _to_qwen2(state: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    done: dict[str, Tensor] = {}
+def _to_qwen2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if f".{QWEN.qkv[0]}." in name:
             block, kind = name.split(f".{QWEN.attention}.{QWEN.qkv[0]}.")
             number = int(block.rsplit(".", 1)[1])
-            for target, part in zip(QWEN2.qkv, tensor.chunk(3), strict=True):
-                done[f"{QWEN2.block(number)}.{QWEN2.attention}.{target}.{kind}"] = part.contiguous()
+            for projection, part in zip(QWEN2.qkv, tensor.chunk(3), strict=True):
+                converted[f"{QWEN2.block(number)}.{QWEN2.attention}.{projection}.{kind}"] = part.contiguous()
         elif name.endswith(".bias"):
             if tensor.any():
                 raise UserError(f"{name} is not zero, and layout qwen2 has no such bias: export with LAYOUT=qwen.")
         else:
-            done[_rename(name, QWEN, QWEN2)] = tensor
-    return done
+            converted[_rename(name, QWEN, QWEN2)] = tensor
+    return converted
 
 
 def _to_qwen(state: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    done: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     projections: dict[tuple[int, str], dict[str, Tensor]] = {}
     for name, tensor in state.items():
         *path, module, kind = name.split(".")
         if module in QWEN2.qkv:
             projections.setdefault((int(path[2]), kind), {})[module] = tensor
         else:
-            done[_rename(name, QWEN2, QWEN)] = tensor
+            converted[_rename(name, QWEN2, QWEN)] = tensor
     repeats = config.num_attention_heads // config.num_key_value_heads
     for (number, kind), parts in projections.items():
         q, k, v = (parts[name] for name in QWEN2.qkv)
         k, v = (_repeat_heads(x, config.head_dim, repeats) for x in (k, v))
-        done[f"{QWEN.block(number)}.{QWEN.attention}.{QWEN.qkv[0]}.{kind}"] = torch.cat([q, k, v])
-    return done
+        converted[f"{QWEN.block(number)}.{QWEN.attention}.{QWEN.qkv[0]}.{kind}"] = torch.cat([q, k, v])
+    return converted
 
 
 def _repeat_heads(x: Tensor, head_dim: int, repeats: int) -> Tensor:

@@ -133,7 +133,7 @@ def load(
     _fill(model, names, dtype, torch.device(device), apart)
     model.tie_weights()
     if apart:
-        model.leave_embedding()
+        model.keep_embedding_on_host()
     model.requires_grad_(False).eval()
     for module in model.modules():
         if keep_float and isinstance(module, Int4Linear):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.model.decoder import Decoder, rotary
+from train.model.decoder import Decoder, rope_tables
 from train.model.int4_linear import Int4Linear
 from train.ops.attention import Kept, Tokens, attend, attend_backward
 from train.ops.dropout import Drop, drop
@@ -366,7 +366,7 @@ class Trunk:
     def __init__(self, decoder: Decoder, length: int) -> None:
         """length: positions below it can be trained; `reach` makes room for more."""
         self.config = c = decoder.config
-        trunk = decoder.trunk
+        trunk = decoder.backbone
         self.blocks = [Block(block, c, n) for n, block in enumerate(getattr(trunk, c.names.blocks))]
         self.norm = getattr(trunk, c.names.norm)
         self.turns = self._turns(length, self.norm.weight.device)
@@ -414,6 +414,6 @@ class Trunk:
     def _turns(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin [P, D/2] float32 of every position."""
         positions = torch.arange(length, device=device)[None]
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
         half = self.config.head_dim // 2
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()

@@ -175,7 +175,7 @@ class Step(nn.Module):
         self.pool = None  # a pool ends with its last graph
 
     def shape_of(self, batch: Batch) -> "_Shape":
-        checkpointing = self.decoder.trunk.checkpointing
+        checkpointing = self.decoder.backbone.checkpointing
         key = (batch.tokens.segments.shape, self.bounded and len(batch.tokens.bounds), checkpointing)
         if key not in self.shapes:
             self.shapes[key] = _Shape(self.trunk, checkpointing)

@@ -1,0 +1,98 @@
+"""The one reader of config.json: both layouts, their defaults, and what it refuses for every caller."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.support.oracles import tiny_config
+from train.common.errors import UserError
+from train.model.architecture import KEYS, REQUIRED, published, read_architecture, read_shape
+from train.model.layouts import LAYOUTS, read_config, write_config
+
+SIZES = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LEAST: dict[str, dict[str, Any]] = {  # what a published file always has
+    "qwen": {**SIZES, "model_type": "qwen", "intermediate_size": 256, "layer_norm_epsilon": 1e-6, "seq_length": 512},
+    "qwen2": {
+        **SIZES,
+        "model_type": "qwen2",
+        "intermediate_size": 128,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 512,
+    },
+}
+READERS = [read_architecture, read_shape, read_config]  # plan and doctor read the shape, all others the config
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_decoder_and_the_plan_read_the_same_sizes(layout: str) -> None:
+    written = write_config(tiny_config(layout))
+    config, shape = read_config(written), read_shape(written)
+    assert config.to_dict() == tiny_config(layout).to_dict()
+    assert (shape.layers, shape.hidden, shape.heads, shape.key_heads) == (2, 64, 4, 2 if layout == "qwen2" else 4)
+    assert (shape.head_size, shape.inner, shape.vocabulary, shape.tied) == (16, 128, 512, False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keys_that_may_be_missing_or_null_have_a_value(layout: str) -> None:
+    defaults = read_architecture(LEAST[layout])
+    assert (defaults.num_key_value_heads, defaults.rope_theta, defaults.tie_word_embeddings) == (4, 10000.0, False)
+    assert defaults.head_dim == (128 if layout == "qwen" else 16)
+    assert (defaults.max_position_embeddings, defaults.seq_length) == (512, 512)
+    assert not defaults.use_dynamic_ntk and not defaults.use_logn_attn
+    optional = {key.name: None for key in KEYS[layout].values() if key.default is not REQUIRED}
+    assert read_architecture({**LEAST[layout], **optional}) == defaults
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_missing_key_is_named(layout: str, read: Any) -> None:
+    for key in LEAST[layout].keys() - {"model_type"}:
+        cut = {name: value for name, value in LEAST[layout].items() if name != key}
+        with pytest.raises(UserError, match=f"damaged, {key} is missing"):
+            read(cut)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize(
+    ("layout", "change"),
+    [
+        ("qwen2", {"rope_scaling": {"type": "yarn"}}),
+        ("qwen2", {"use_sliding_window": True}),
+        ("qwen", {"rotary_pct": 0.5}),
+    ],
+)
+def test_variants_that_are_not_computed_are_refused_for_everybody(
+    layout: str, change: dict[str, Any], read: Any
+) -> None:
+    (key,) = change
+    with pytest.raises(UserError, match=f"{key} .* is not supported; "):
+        read({**LEAST[layout], **change})
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_another_architecture_is_refused_with_the_remedy(read: Any) -> None:
+    with pytest.raises(UserError, match=r"'llama'.*\n.*Qwen/Qwen"):
+        read({"model_type": "llama"})
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [(None, (16, 128)), ({"bits": 4, "group_size": 32}, (4, 32)), ({"bits": 8, "group_size": -1}, (8, 64))],
+)
+def test_the_shape_has_bits_and_group_of_the_weights(quantization: Any, expected: tuple[int, int]) -> None:
+    shape = read_shape({**LEAST["qwen2"], "quantization_config": quantization})
+    assert (shape.bits, shape.group) == expected
+
+
+def test_a_published_name_gives_its_shape() -> None:
+    assert published("Qwen/Qwen-7B-Chat-Int4").bits == 4
+    assert published("Qwen/Qwen2.5-Coder-0.5B-Instruct").hidden == 896
+    with pytest.raises(UserError, match="its shape is not known"):
+        published("Someone/Else-7B")
+
+
+def test_no_torch_is_imported() -> None:
+    script = "import sys, train.model.architecture; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
