@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.support.oracles import tiny_checkpoint, tiny_config
 from train.common.files import read_json, sha256
-from train.model.folder import damage, read_manifest
+from train.model.folder import find_damage, read_manifest
 
 ROOT = Path(__file__).parent.parent
 ROWS = (("What is your name?", "Cai."), ("你叫什么？", "阿才。"), ("One word for cold?", "Ice."), ("2 + 2?", "4."))
@@ -74,7 +74,7 @@ def check(root: Path, before: str, compared: str, inferred: str) -> None:
     assert sha256(root / "models" / "base" / "model.safetensors") == before
     for folder in (root / "models" / "base-Int4", merged):
         manifest = read_manifest(folder)
-        assert manifest is not None and damage(folder, manifest, full=True) == []
+        assert manifest is not None and find_damage(folder, manifest, full=True) == []
     record = read_json(run / "run.json")
     assert record["steps"] == STEPS and record["loss"]["last"] < record["loss"]["first"] - 0.5
     assert "quantization_config" not in read_json(merged / "config.json")

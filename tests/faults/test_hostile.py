@@ -247,5 +247,5 @@ def test_a_path_that_climbs_out_of_an_archive_is_not_followed(name: str) -> None
 def test_a_hub_that_lists_climbing_names_is_not_followed() -> None:
     names = ["config.json", "model.safetensors", "../evil.json", "/etc/evil.json", "a/evil.py", "vocab.txt"]
     listed = {name: SimpleNamespace(rfilename=name, size=1) for name in names}
-    taken = [file.rfilename for file in sources._wanted(listed)]
+    taken = [file.rfilename for file in sources._files_to_fetch(listed)]
     assert taken == ["config.json", "vocab.txt", "model.safetensors"]

@@ -18,7 +18,7 @@ import pytest
 from tests.image.conftest import LEARN, ROOT, ROWS, House, accelerators
 from train.__main__ import VERBS
 from train.common.files import read_json
-from train.model.folder import damage, read_manifest
+from train.model.folder import find_damage, read_manifest
 
 pytestmark = pytest.mark.image
 COMPOSE = ["docker", "compose", "-p", f"qwen-test-{os.getpid()}"]  # not among the containers of this host's user
@@ -51,7 +51,7 @@ def check(house: House) -> None:
     run = house.root / "runs" / "walk"
     assert owners(run) | owners(house.root / "models") == {house.user}
     manifest = read_manifest(run / "merged")
-    assert manifest is not None and damage(run / "merged", manifest, full=True) == []
+    assert manifest is not None and find_damage(run / "merged", manifest, full=True) == []
     record = read_json(run / "run.json")
     assert record["loss"]["last"] < record["loss"]["first"] - 0.5
     assert record["runtime"]["name"] == "container"

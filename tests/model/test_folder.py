@@ -1,4 +1,4 @@
-"""Shards and their index, the manifest, and what it finds when a folder was touched."""
+"""Shards and their index, the manifest and the damage that it shows, and which folder a name means."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.support.oracles import tiny_checkpoint, tiny_config
 from train.common.errors import UserError
 from train.common.files import read_json
-from train.model.folder import INDEX, Shards, copy_beside, damage, read_manifest, resolve, write_manifest
+from train.model.folder import INDEX, ShardWriter, copy_companions, find_damage, read_manifest, resolve, write_manifest
 
 
 def test_small_models_are_one_file_and_large_ones_have_an_index(tmp_path: Path) -> None:
@@ -17,10 +17,10 @@ def test_small_models_are_one_file_and_large_ones_have_an_index(tmp_path: Path) 
     for limit, files in {4000: 1, 900: 3, 100: 5}.items():
         folder = tmp_path / str(limit)
         folder.mkdir()
-        shards = Shards(folder, limit)
+        writer = ShardWriter(folder, limit)
         for name, tensor in tensors.items():
-            shards.add(name, tensor)
-        shards.close()
+            writer.add(name, tensor)
+        writer.close()
         paths = sorted(folder.glob("*.safetensors"))
         assert len(paths) == files
         read = {name: t for path in paths for name, t in load_file(path).items()}
@@ -34,11 +34,11 @@ def test_small_models_are_one_file_and_large_ones_have_an_index(tmp_path: Path) 
     assert (tmp_path / "900" / "model-00003-of-00003.safetensors").is_file()
 
 
-def test_small_files_go_along_as_bytes_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_small_files_are_copied_and_as_bytes(tmp_path: Path) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
     source.mkdir()
     target.mkdir()
-    strange = b"raise SystemExit('never run') \xff\xfe"
+    content = b"raise SystemExit('never run') \xff\xfe"
     for name in (
         "modeling_qwen.py",
         "qwen.tiktoken",
@@ -48,13 +48,13 @@ def test_small_files_go_along_as_bytes_and_nothing_else(tmp_path: Path) -> None:
         "model.safetensors",
         "x.bin",
     ):
-        (source / name).write_bytes(strange)
-    assert copy_beside(source, target, without=["config.json"]) == ["modeling_qwen.py", "qwen.tiktoken"]
+        (source / name).write_bytes(content)
+    assert copy_companions(source, target, without=["config.json"]) == ["modeling_qwen.py", "qwen.tiktoken"]
     assert sorted(p.name for p in target.iterdir()) == ["modeling_qwen.py", "qwen.tiktoken"]
-    assert (target / "modeling_qwen.py").read_bytes() == strange
+    assert (target / "modeling_qwen.py").read_bytes() == content
 
 
-def test_the_manifest_knows_what_was_written(tmp_path: Path) -> None:
+def test_the_manifest_shows_damage(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text("two")
     assert read_manifest(tmp_path) is None
@@ -63,19 +63,19 @@ def test_the_manifest_knows_what_was_written(tmp_path: Path) -> None:
     assert manifest is not None
     assert manifest["source"] == "here"
     assert set(manifest["files"]) == {"a.txt", "b.txt"}
-    assert damage(tmp_path, manifest, full=True) == []
+    assert find_damage(tmp_path, manifest, full=True) == []
     (tmp_path / "a.txt").write_text("eno")
-    assert damage(tmp_path, manifest, full=False) == []
-    assert damage(tmp_path, manifest, full=True) == ["a.txt has another sha256 than when it was written"]
+    assert find_damage(tmp_path, manifest, full=False) == []
+    assert find_damage(tmp_path, manifest, full=True) == ["a.txt has another sha256 than when it was written"]
     (tmp_path / "a.txt").write_text("longer")
     (tmp_path / "b.txt").unlink()
-    assert damage(tmp_path, manifest, full=False) == ["a.txt has 6 bytes, expected 3", "b.txt is missing"]
+    assert find_damage(tmp_path, manifest, full=False) == ["a.txt has 6 bytes, expected 3", "b.txt is missing"]
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match="not a manifest"):
         read_manifest(tmp_path)
 
 
-def test_resolve_finds_a_folder_or_a_name_and_says_what_to_type(tmp_path: Path) -> None:
+def test_resolve_takes_a_folder_or_a_name_and_prints_the_remedy(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "models" / "Tiny-Int4", tiny_config("qwen2"))
     assert resolve(str(folder), tmp_path) == folder
     assert resolve("Someone/Tiny-Int4", tmp_path / "models") == folder
@@ -83,15 +83,15 @@ def test_resolve_finds_a_folder_or_a_name_and_says_what_to_type(tmp_path: Path) 
         resolve("Someone/Else", tmp_path / "models")
 
 
-def test_another_model_of_the_same_last_name_does_not_answer(tmp_path: Path) -> None:
+def test_another_model_of_the_same_last_name_is_refused(tmp_path: Path) -> None:
     models = tmp_path / "models"
     folder = tiny_checkpoint(models / "Tiny-Int4", tiny_config("qwen2"))
-    for source, called in (
+    for source, origin in (
         ({"hub": "Someone/Tiny-Int4"}, "Someone/Tiny-Int4"),
-        ({"folder": "Tiny"}, "made here of Tiny"),
+        ({"folder": "Tiny"}, "made here from Tiny"),
     ):
         write_manifest(folder, {"source": source})
-        with pytest.raises(UserError, match=f"'Else/Tiny-Int4': .*Tiny-Int4 is not it, but {called}"):
+        with pytest.raises(UserError, match=f"'Else/Tiny-Int4': .*Tiny-Int4 holds another model, {origin}"):
             resolve("Else/Tiny-Int4", models)
         for name in ("Tiny-Int4", "models/Tiny-Int4", str(folder)):
             assert resolve(name, models) == folder

@@ -84,7 +84,7 @@ def test_the_folder_computes_what_the_file_holds(tmp_path: Path, tie: bool) -> N
     steps: list[float] = []
     folder.mkdir()
     gguf_reader.convert(tmp_path / "m.gguf", folder, steps.append)
-    written = dict(loading.read_state(loading.state_names(folder)))
+    written = dict(loading.read_tensors(loading.tensor_files(folder)))
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], expected[name]) for name in expected)
     assert sum(steps) == (tmp_path / "m.gguf").stat().st_size

@@ -1,4 +1,4 @@
-"""A folder becomes the same model that it was written from, or one clear error."""
+"""A folder gives back the model that it was written from, or one clear error."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_an_int4_folder_computes_with_its_dequantised_weights(tmp_path: Path, la
     torch.testing.assert_close(kept(IDS).logits, model(IDS).logits)
 
 
-def test_the_file_decides_about_biases(tmp_path: Path) -> None:
+def test_the_files_decide_about_biases(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "m", tiny_config("qwen"))
     state = load_file(folder / "model.safetensors")
     state["transformer.h.0.mlp.w1.bias"] = torch.ones(128)
@@ -60,6 +60,19 @@ def test_old_bin_files_are_read_as_plain_tensors_only(tmp_path: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     assert torch.equal(loading.load(folder, torch.float32)(IDS).logits, tiny_decoder(tiny_config("qwen2"))(IDS).logits)
+
+
+@pytest.mark.parametrize("int4", [False, True])
+def test_a_folder_is_described_in_one_line(tmp_path: Path, int4: bool) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", tiny_config("qwen2"), int4=int4)
+    weights = "Int4 in groups of 32" if int4 else "float32"
+    text = loading.describe(folder)
+    assert text.startswith(f"layout qwen2, 2 layers of 64, {weights}, 0.00 GB; tokenizer of ")
+    config = json.loads((folder / "config.json").read_text())
+    changed = {"quantization_config": None} if int4 else {"quantization_config": {"bits": 4, "group_size": 32}}
+    (folder / "config.json").write_text(json.dumps({**config, **changed}))
+    with pytest.raises(UserError, match=r"has (no|a) quantization_config, but (14|0) linears are Int4"):
+        loading.describe(folder)
 
 
 def test_missing_and_left_over_tensors_are_named(tmp_path: Path) -> None:
@@ -100,22 +113,25 @@ def test_an_unfinished_run_is_told_from_one_that_is_not_there(tmp_path: Path) ->
         folder_module.read_run(tmp_path / "none")
 
 
-def test_a_float_copy_is_kept_where_the_cpu_has_twice_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_float_copy_is_kept_where_the_cpu_has_twice_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     int4 = tiny_checkpoint(tmp_path / "int4", tiny_config(), int4=True)
     plain = tiny_checkpoint(tmp_path / "float", tiny_config())
-    whole = 4 * sum(p.numel() for p in loading.load(plain, torch.float32).parameters())
-    cpu, answers = torch.device("cpu"), {}
-    for free in (2 * whole, 2 * whole + 1):
+    size = 4 * sum(p.numel() for p in loading.load(plain, torch.float32).parameters())
+    cpu, kept = torch.device("cpu"), {}
+    for free in (2 * size, 2 * size + 1):
         monkeypatch.setattr(loading.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
-        answers[free] = loading.keeps_float(int4, cpu)
-    assert answers == {2 * whole: False, 2 * whole + 1: True}
+        kept[free] = loading.keeps_float(int4, cpu)
+    assert kept == {2 * size: False, 2 * size + 1: True}
     assert not loading.keeps_float(plain, cpu) and not loading.keeps_float(int4, torch.device("cuda"))
 
 
 def test_a_float_model_fits_a_gpu_in_the_type_it_is_loaded_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, gpu = tiny_checkpoint(tmp_path / "m", tiny_config()), torch.device("cuda")
     stored = (folder / "model.safetensors").stat().st_size  # float32
-    for free, wide, narrow in ((stored // 2, False, False), (stored, False, True), (2 * stored, True, True)):
+    for free, in_float32, in_float16 in ((stored // 2, False, False), (stored, False, True), (2 * stored, True, True)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * free))
-        assert loading.fits(folder, torch.float32, gpu) == wide and loading.fits(folder, torch.float16, gpu) == narrow
+        assert loading.fits(folder, torch.float32, gpu) == in_float32
+        assert loading.fits(folder, torch.float16, gpu) == in_float16
     assert loading.fits(folder, torch.float32, torch.device("cpu"))

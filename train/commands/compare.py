@@ -22,7 +22,7 @@ from train.data.conversations import training_data
 from train.evaluation.parity import EXAMPLES
 from train.evaluation.report import Answer, draw_losses, plot, smoothed, write_report
 from train.inference.generate import answers
-from train.model.folder import damage, read_manifest, resolve
+from train.model.folder import find_damage, read_manifest, resolve
 from train.model.loading import fits, keeps_float, load
 from train.model.lora import load_adapter
 from train.model.tokenizer import Tokenizer, load_tokenizer
@@ -131,7 +131,7 @@ def _who(folder: Path, base: Path) -> Who:
     merged, adapter = folder / "merged", folder / "adapter"
     manifest = read_manifest(merged) or {"inputs": {}, "files": {}}
     current = manifest["inputs"].get("adapter") == sha256(adapter / "adapter_model.safetensors")
-    if not current or damage(merged, manifest, full=False):
+    if not current or find_damage(merged, manifest, full=False):
         return Who(base, adapter, None)
     device = pick_device()
     if not fits(merged, pick_dtype(device), device):

@@ -24,7 +24,7 @@ from train.host import checks as diagnosis
 from train.host import machine
 from train.host.checks import Finding
 from train.host.machine import Host
-from train.model.folder import damage, find, is_hub_id, read_manifest
+from train.model.folder import find, find_damage, is_hub_id, read_manifest
 
 if TYPE_CHECKING:
     from train.model.decoder import Decoder
@@ -252,7 +252,7 @@ def _download(model: str) -> int:
 
 def _whole(folder: Path) -> str:
     manifest = read_manifest(folder)
-    if wrong := damage(folder, manifest, full=False) if manifest else []:
+    if wrong := find_damage(folder, manifest, full=False) if manifest else []:
         raise UserError(f"{folder} is damaged: {'; '.join(wrong)}. Remove the folder and fetch it again.")
     return "names and sizes as its manifest says" if manifest else "a folder of yours, with no manifest"
 
@@ -261,12 +261,14 @@ def _base(report: Report, recipe: Recipe, folder: Path, here: Host, runs: Path) 
     """Config, tensors, tokenizer; then the room that this base and this recipe take at least."""
     from train.model import lora
     from train.model.architecture import read_shape
-    from train.model.loading import check
+    from train.model.loading import load_structure
     from train.model.tokenizer import load_tokenizer
     from train.training import memory_estimate, prepare
 
     report.attempt("tokenizer", lambda: load_tokenizer(folder), lambda tokenizer: f"{tokenizer.vocab_size:,} tokens")
-    found = report.attempt("tensors", lambda: check(folder), lambda found: f"all {len(found[1])}: {_shape(found[0])}")
+    found = report.attempt(
+        "tensors", lambda: load_structure(folder), lambda found: f"all {len(found[1])}: {_shape(found[0])}"
+    )
     if found is None:
         return
     config = found[0].config

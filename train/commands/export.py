@@ -20,7 +20,7 @@ from train.config.recipe import Recipe
 from train.data.conversations import training_data
 from train.evaluation import parity
 from train.export.merge import Job, size, write
-from train.model.folder import damage, read_manifest, resolve, write_manifest
+from train.model.folder import find_damage, read_manifest, resolve, write_manifest
 from train.model.layouts import DecoderConfig
 from train.model.loading import load, read_folder_config
 from train.model.lora import load_adapter
@@ -152,7 +152,7 @@ def _finished(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
         if out.exists() and (out.is_file() or any(out.iterdir())):
             raise UserError(f"{out} exists and is no export of this program. Choose another with out=, or remove it.")
         return None
-    if manifest["inputs"] != inputs or damage(out, manifest, full=False):
+    if manifest["inputs"] != inputs or find_damage(out, manifest, full=False):
         print(f"{out}: an export from other inputs is there; it is replaced.")
         return None
     found: dict[str, Any] = manifest["parity"]

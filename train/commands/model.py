@@ -1,7 +1,7 @@
 """Fetch and verify a base model: a name in data/models.lock, a hub id (owner/name), or a folder.
 
-What arrives is checked against the publisher's sha256 before it is used; nothing of it is ever run. models/NAME/manifest.json is
-written last: if it is there, the folder is whole, and the same command has nothing to do.
+What arrives is checked against the publisher's sha256 before it is used, and no file of it is ever run. The manifest,
+models/NAME/manifest.json, is written last: a folder that has it is complete, and the same command has nothing to do.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from train.common.errors import UserError
 from train.config.options import option
 from train.config.recipe import Recipe
 from train.model import sources
-from train.model.folder import find, is_hub_id
+from train.model.folder import check_revision, find, find_damage, is_hub_id, read_manifest
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Options:
 
 def run(options: Options) -> None:
     models, name = Path(options.models), Path(options.model.rstrip("/")).name
-    given = find(options.model.rstrip("/"), models)
-    if given:
-        sources.check_revision(given, options.revision)
-        sources.check_folder(given, options.verify)
+    folder = find(options.model.rstrip("/"), models)
+    if folder:
+        check_revision(folder, options.revision)
+        _report(folder, options.verify)
         print("Nothing to do.")
         return
     if (models / name).exists():
         raise UserError(
-            f"{models / name} is there, but has no config.json: no model. Move it away, then the same command again."
+            f"{models / name} is there, but has no config.json: no model. Move it away, then run the same command again."
         )
     lock = sources.read_lock(sources.LOCK)
     if options.model in lock:
@@ -44,4 +44,21 @@ def run(options: Options) -> None:
         sources.fetch_from_hub(options.model, options.revision or "main", models)
     else:
         raise UserError(sources.unknown_model(options.model, list(lock)))
-    sources.check_folder(models / name, verify=False)
+    _report(models / name, verify=False)
+
+
+def _report(folder: Path, verify: bool) -> None:
+    """Check the folder and print what it holds. Raises UserError if it is damaged."""
+    from train.model.loading import describe  # imports torch
+
+    manifest = read_manifest(folder)
+    problems = find_damage(folder, manifest, full=verify) if manifest else []
+    if problems:
+        raise UserError(
+            f"{folder} is damaged: {'; '.join(problems)}.\nRemove the folder and run the same command again."
+        )
+    print(f"{folder}: {describe(folder)}")
+    if manifest is None:
+        print("It has no manifest.json: a folder of your own, used as it is.")
+    else:
+        print(f"Complete: {'every sha256' if verify else 'names and sizes'} checked.")

@@ -22,9 +22,17 @@ from train.common.files import free_bytes, sha256, staged, write_json
 from train.common.progress import bar
 from train.config.options import option
 from train.data.chat_template import DEFAULT_SYSTEM, chat_template
-from train.model.folder import MANIFEST, Shards, copy_beside, damage, read_manifest, resolve, write_manifest
+from train.model.folder import (
+    MANIFEST,
+    ShardWriter,
+    copy_companions,
+    find_damage,
+    read_manifest,
+    resolve,
+    write_manifest,
+)
 from train.model.layouts import LAYOUTS, DecoderConfig, convert_config, convert_tensors, write_config
-from train.model.loading import open_tensors, read_folder_config, state_names
+from train.model.loading import open_tensors, read_folder_config, tensor_files
 from train.model.tokenizer import load_tokenizer, write_tiktoken
 from train.ops.gptq import Scheme, dequantize, quantize
 
@@ -85,7 +93,7 @@ def _origin(source: Path) -> dict[str, str]:
     """What identifies the float folder: its manifest, or without one its config and the names and sizes of its weights."""
     if (source / MANIFEST).is_file():
         return {"folder": source.name, "manifest": sha256(source / MANIFEST)}
-    sizes = ", ".join(f"{path.name} {path.stat().st_size}" for path in sorted({*state_names(source).values()}))
+    sizes = ", ".join(f"{path.name} {path.stat().st_size}" for path in sorted({*tensor_files(source).values()}))
     return {"folder": source.name, "config": sha256(source / "config.json"), "weights": sizes}
 
 
@@ -94,7 +102,7 @@ def _done(job: Job) -> bool:
     if not job.target.exists():
         return False
     manifest, about = read_manifest(job.target), job.about()
-    wrong = damage(job.target, manifest, full=False) if manifest else ["it has no manifest.json"]
+    wrong = find_damage(job.target, manifest, full=False) if manifest else ["it has no manifest.json"]
     if manifest and {key: manifest.get(key) for key in about} != about:
         wrong.append("it was made of another model or with other settings")
     if wrong:
@@ -104,7 +112,7 @@ def _done(job: Job) -> bool:
 
 def _write(job: Job) -> dict[str, list[float]]:
     """Make the folder; returns each linear's relative error by kind."""
-    names = state_names(job.source)
+    names = tensor_files(job.source)
     size = sum(path.stat().st_size for path in {*names.values()})
     if free_bytes(job.target.parent) < size:
         where = job.target.parent
@@ -121,7 +129,7 @@ def _write(job: Job) -> dict[str, list[float]]:
 
 
 def _write_weights(job: Job, names: dict[str, Path], size: int, folder: Path, errors: dict[str, list[float]]) -> None:
-    shards = Shards(folder)
+    shards = ShardWriter(folder)
     with bar(f"rounding {job.source.name} to Int4", size, "MB", 1e6) as advance, _pool() as pool:
         for part in _parts(names, job):
             done = sum(t.numel() * t.element_size() for t in part.values())
@@ -201,7 +209,7 @@ def _half(name: str, tensor: Tensor) -> Tensor:
 
 def _tokenizer(job: Job, folder: Path) -> None:
     """The small files as bytes; the tokenizer in the files of the new layout if it changed."""
-    copy_beside(job.source, folder, without=("config.json", *(TOKENIZER if job.moved else ())))
+    copy_companions(job.source, folder, without=("config.json", *(TOKENIZER if job.moved else ())))
     if job.moved and job.layout == "qwen":
         write_tiktoken(load_tokenizer(job.source), folder / "qwen.tiktoken")
         loads = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}

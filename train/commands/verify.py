@@ -21,7 +21,7 @@ from typing import Any
 from train.common.errors import UserError
 from train.common.files import read_json, sha256
 from train.config.options import option
-from train.model.folder import damage, find, read_manifest
+from train.model.folder import find, find_damage, read_manifest
 from train.runs import provenance
 
 TOLERANCE, ROUNDED = 1e-5, ("loss", "grad_norm")  # where float32 is summed in another order
@@ -127,7 +127,7 @@ def _beside(folder: Path) -> Findings:
     found: Findings = [(f"checkpoint {path.name}", [h] if (h := checkpoint.harm(path)) else []) for path in names]
     for path in sorted(folder.glob("*/manifest.json")):
         if listed := read_manifest(path.parent):
-            found.append((f"export {path.parent.name}", damage(path.parent, listed, full=True)))
+            found.append((f"export {path.parent.name}", find_damage(path.parent, listed, full=True)))
     return found
 
 

@@ -20,9 +20,9 @@ from train.common.files import read_json, write_json
 from train.data.chat_template import DEFAULT_SYSTEM, chat_template
 from train.model import lora
 from train.model.decoder import Decoder
-from train.model.folder import Shards, copy_beside
+from train.model.folder import ShardWriter, copy_companions
 from train.model.layouts import DecoderConfig, Layout, convert_config, convert_tensors, write_config
-from train.model.loading import read_folder_config, read_state, state_names
+from train.model.loading import read_folder_config, read_tensors, tensor_files
 from train.model.tokenizer import load_tokenizer, write_tiktoken
 from train.ops.gptq import Scheme, dequantize
 
@@ -116,14 +116,14 @@ def merged(job: Job) -> Iterator[State]:
     config, published = read_folder_config(job.weights)
     quantization = published.get("quantization_config")
     bits = Scheme.from_config(quantization).bits if quantization else 0
-    delta, names = lora.delta(job.adapter), state_names(job.weights)
+    delta, names = lora.delta(job.adapter), tensor_files(job.weights)
     _check(delta, names, job)
     embed = f"{config.names.root}.{config.names.embed}.weight"
     untied = config.tie_word_embeddings and not convert_config(config, job.layout).tie_word_embeddings
     if config.tie_word_embeddings:
         names.pop("lm_head.weight", None)
     for block in blocks(names, config):
-        state = merge_block(dict(read_state(block)), delta, bits, job.dtype)
+        state = merge_block(dict(read_tensors(block)), delta, bits, job.dtype)
         if untied and embed in state:
             state["lm_head.weight"] = state[embed].clone()
         yield convert_tensors(without_empty_biases(state, config.names), config, job.layout)
@@ -147,14 +147,14 @@ def size(job: Job) -> int:
 def write(job: Job, folder: Path, on_block: Callable[[int], None]) -> None:
     """Write the whole checkpoint into the empty `folder`; on_block(bytes) after each block."""
     config, published = read_folder_config(job.weights)
-    shards = Shards(folder, job.shard_bytes)
+    shards = ShardWriter(folder, job.shard_bytes)
     for state in merged(job):
         for name, tensor in state.items():
             shards.add(name, tensor)
         on_block(sum(tensor.nbytes for tensor in state.values()))
     shards.close()
     if job.layout == config.layout:
-        copy_beside(job.weights, folder, without=NOT_CARRIED)
+        copy_companions(job.weights, folder, without=NOT_CARRIED)
         write_json(folder / "config.json", kept_config(published, job.dtype))
     else:
         target = convert_config(config, job.layout)

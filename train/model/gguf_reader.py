@@ -23,7 +23,7 @@ from torch import Tensor
 
 from train.common.errors import UserError
 from train.common.files import read_json, write_json
-from train.model.folder import Shards
+from train.model.folder import ShardWriter
 from train.model.layouts import DecoderConfig, write_config
 from train.model.tokenizer import PATTERN, Tokenizer
 
@@ -233,7 +233,7 @@ def convert(path: Path, folder: Path, advance: Callable[[float], None] = lambda 
     ends = {"bos_token_id": tokenizer.endoftext, "pad_token_id": tokenizer.pad, "eos_token_id": [*tokenizer.stop_ids]}
     write_json(folder / "generation_config.json", {**SAMPLING, **ends})
     advance(path.stat().st_size - sum(tensor.data.nbytes for tensor in reader.tensors))  # what is not weights
-    shards = Shards(folder)
+    shards = ShardWriter(folder)
     for name, tensor, size in tensors_of(reader):
         shards.add(name, tensor)
         advance(size)
