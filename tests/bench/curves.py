@@ -155,7 +155,7 @@ def _stock(options: Options, recipe: Recipe, device: Any) -> Learn:
     learnt = lora.trainable(model)
     for name, p in learnt.items():
         if ".lora_A." in name:
-            p.data.copy_(lora.initial(name, p.shape, recipe.seed))
+            p.data.copy_(lora.initial_lora_a(name, p.shape, recipe.seed))
     betas = (recipe.beta1, recipe.beta2)
     optimizer = torch.optim.AdamW(
         learnt.values(), lr=1.0, betas=betas, eps=recipe.epsilon, weight_decay=recipe.weight_decay

@@ -1,4 +1,4 @@
-"""A small GGUF written by the gguf package becomes a folder that the loader reads and that computes the same."""
+"""A small GGUF file that the gguf package writes is converted to a folder that the loader reads, with the same weights."""
 
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,17 @@ from train.common.errors import UserError
 from train.common.files import read_json
 from train.model import gguf_reader, loading
 from train.model.layouts import DecoderConfig
-from train.model.tokenizer import LETTER
+from train.model.tokenizer import BYTE_TO_CHAR
 
-BYTES = [LETTER[n] for n in range(256)]
-WORDS = [*BYTES, "ab", "abc"]
+BYTES = [BYTE_TO_CHAR[n] for n in range(256)]
+TOKENS = [*BYTES, "ab", "abc"]
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>"]
 KINDS = {"norm": gguf.GGMLQuantizationType.F32, "bias": gguf.GGMLQuantizationType.F32}
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
 
 def gguf_names(config: DecoderConfig) -> dict[str, str]:
-    """Published name -> the name llama.cpp gives it, written out by hand."""
+    """Published name -> llama.cpp's name, written by hand."""
     names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
     pairs = "q_proj attn_q k_proj attn_k v_proj attn_v o_proj attn_output gate_proj ffn_gate up_proj ffn_up down_proj ffn_down"
     words = pairs.split()
@@ -40,7 +40,10 @@ def gguf_names(config: DecoderConfig) -> dict[str, str]:
 
 
 def write_gguf(path: Path, config: DecoderConfig, architecture: str = "qwen2", **changes: Any) -> dict[str, Tensor]:
-    """A file as llama.cpp converts such a model: Q8_0 matrices, float32 norms and biases. Returns what its tensors decode to."""
+    """Write a file as llama.cpp converts such a model: Q8_0 matrices, float32 norms and biases.
+
+    Returns the tensors that it decodes to.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -52,9 +55,9 @@ def write_gguf(path: Path, config: DecoderConfig, architecture: str = "qwen2", *
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_tokenizer_model(changes.get("model", "gpt2"))
     writer.add_tokenizer_pre("qwen2")
-    filler = [f"[PAD{n}]" for n in range(len(WORDS) + len(CONTROL), config.vocab_size)]
-    writer.add_token_list([*WORDS, *CONTROL, *filler])
-    writer.add_token_types([1] * len(WORDS) + [3, 3, 3, 4] + [5] * len(filler))
+    filler = [f"[PAD{n}]" for n in range(len(TOKENS) + len(CONTROL), config.vocab_size)]
+    writer.add_token_list([*TOKENS, *CONTROL, *filler])
+    writer.add_token_types([1] * len(TOKENS) + [3, 3, 3, 4] + [5] * len(filler))
     writer.add_token_merges(["a b", "ab c"])
     writer.add_chat_template("{{ messages }}")
     expected = {}
@@ -73,7 +76,7 @@ def write_gguf(path: Path, config: DecoderConfig, architecture: str = "qwen2", *
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_the_folder_computes_what_the_file_holds(tmp_path: Path, tie: bool) -> None:
+def test_the_folder_has_the_weights_of_the_file(tmp_path: Path, tie: bool) -> None:
     config = tiny_config("qwen2", tie_word_embeddings=tie, rope_theta=1e6)
     state = dict(tiny_decoder(config).state_dict())
     if tie:
@@ -91,11 +94,11 @@ def test_the_folder_computes_what_the_file_holds(tmp_path: Path, tie: bool) -> N
 
     model, ids = loading.load(folder, torch.float32), torch.arange(2, 40)[None]
     with torch.no_grad():
-        close = model(ids).logits - tiny_decoder(config)(ids).logits
+        difference = model(ids).logits - tiny_decoder(config)(ids).logits
     assert (
         model.config.to_dict().items() >= {"tie_word_embeddings": tie, "rope_theta": 1e6, "rms_norm_eps": 1e-6}.items()
     )
-    assert close.abs().max() < 0.2 < tiny_decoder(config)(ids).logits.abs().max()  # Q8_0 is near, not equal
+    assert difference.abs().max() < 0.2 < tiny_decoder(config)(ids).logits.abs().max()  # Q8_0 is near, not equal
 
 
 def test_tokenizer_and_generation_config(tmp_path: Path) -> None:
@@ -105,17 +108,17 @@ def test_tokenizer_and_generation_config(tmp_path: Path) -> None:
     from train.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode("abc ab") == [WORDS.index("abc"), WORDS.index("Ġ"), WORDS.index("ab")]
-    assert tokenizer.control == {name: len(WORDS) + n for n, name in enumerate(CONTROL)}
+    assert tokenizer.encode("abc ab") == [TOKENS.index("abc"), TOKENS.index("Ġ"), TOKENS.index("ab")]
+    assert tokenizer.control == {name: len(TOKENS) + n for n, name in enumerate(CONTROL)}
     assert tokenizer.decode(tokenizer.encode("你好, naïve 🤖")) == "你好, naïve 🤖"
     settings = read_json(tmp_path / "tokenizer_config.json")
     assert settings["chat_template"] == "{{ messages }}"
-    assert settings["added_tokens_decoder"][str(len(WORDS) + 3)]["special"] is False  # user-defined, not control
+    assert settings["added_tokens_decoder"][str(len(TOKENS) + 3)]["special"] is False  # user-defined, not control
     generation = read_json(tmp_path / "generation_config.json")
     assert generation["eos_token_id"] == [tokenizer.im_end, tokenizer.endoftext]
 
 
-def test_what_is_not_a_qwen2_file_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_no_qwen2_are_refused(tmp_path: Path) -> None:
     config = tiny_config("qwen2")
     state = dict(tiny_decoder(config).state_dict())
     write_gguf(tmp_path / "llama.gguf", config, architecture="llama", state=state)
@@ -125,7 +128,7 @@ def test_what_is_not_a_qwen2_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.gguf").write_bytes(b"<!DOCTYPE html>" * 10)
     (tmp_path / "none.gguf").write_bytes(b"")
-    for name, words in {
+    for name, message in {
         "llama": "architecture 'llama'",
         "sp": "the tokenizer is",
         "big": "model.norm.weight holds values",
@@ -133,10 +136,10 @@ def test_what_is_not_a_qwen2_file_is_refused(tmp_path: Path) -> None:
         "text": "not a whole GGUF",
         "none": "not a whole GGUF",
     }.items():
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             gguf_reader.convert(tmp_path / f"{name}.gguf", tmp_path)
 
 
-def test_a_strange_tensor_is_named() -> None:
+def test_an_unknown_tensor_is_named() -> None:
     with pytest.raises(UserError, match=r"blk\.0\.ssm_in\.weight"):
         gguf_reader.published_name("blk.0.ssm_in.weight")

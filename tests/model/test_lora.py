@@ -1,4 +1,4 @@
-"""Adapters: ours in stock peft, stock peft's here, the same logits; float32 A and B on any base; deterministic files."""
+"""Adapters written here load in stock peft and the other way round, with equal logits; A and B are float32; equal files."""
 
 import copy
 from collections.abc import Callable
@@ -24,8 +24,8 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe(**{"model": "Qwen/tiny", "rank": 4, "alpha": 8.0, "dropout": 0.0, **changes})
 
 
-def stir(model: nn.Module) -> None:
-    """Give every B something to do; as if trained."""
+def randomize(model: nn.Module) -> None:
+    """Give every A and B random values, as if the adapter were trained."""
     generator = torch.Generator().manual_seed(7)
     for name, p in model.named_parameters():
         if ".lora_" in name:
@@ -54,7 +54,7 @@ def test_ours_loads_in_stock_peft(layout: str, tmp_path: Path) -> None:
     stock = reference(layout, decoder)
     plain = logits(decoder)
     ours = lora.attach(decoder, recipe())
-    stir(ours)
+    randomize(ours)
     lora.save_adapter(ours, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(stock, str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-4, atol=1e-4)
@@ -66,7 +66,7 @@ def test_stock_pefts_loads_here(layout: str, tmp_path: Path) -> None:
     decoder = tiny_decoder(tiny_config(layout))
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=list(linear_names(layout)))
     theirs = get_peft_model(reference(layout, decoder), config)
-    stir(theirs)
+    randomize(theirs)
     theirs.save_pretrained(str(tmp_path / "adapter"))
     ours = lora.load_adapter(decoder, tmp_path / "adapter")
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
@@ -86,7 +86,7 @@ def test_on_int4_the_logits_are_those_of_stock_peft_on_the_dequantised_base(layo
     dense.load_state_dict(state)
     stock = reference(layout, dense)
     ours = lora.attach(decoder, recipe())
-    stir(ours)
+    randomize(ours)
     lora.save_adapter(ours, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(stock, str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-4, atol=1e-4)
@@ -97,37 +97,37 @@ def test_gradients_reach_every_parameter_on_int4(tokens: int, tmp_path: Path) ->
     from train.model.loading import load
 
     model = lora.attach(load(tiny_checkpoint(tmp_path / "base", tiny_config(), int4=True), torch.float32), recipe())
-    stir(model)
+    randomize(model)
     ids = torch.randint(0, 300, (1, tokens + 1), generator=torch.Generator().manual_seed(tokens))
     model(input_ids=ids, labels=ids).loss.backward()
     for name, p in lora.trainable(model).items():
         assert p.grad is not None and p.grad.isfinite().all(), name
-        # One query sees one key, whatever both are: no slope
-        alone = tokens == 1 and ("q_proj" in name or "k_proj" in name)
-        assert alone or p.grad.any(), name
+        # With one token the softmax has one term: no gradient
+        no_gradient = tokens == 1 and ("q_proj" in name or "k_proj" in name)
+        assert no_gradient or p.grad.any(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_and_b_are_float32_on_any_base(dtype: torch.dtype) -> None:
-    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    in_lora: list[tuple[torch.dtype, torch.dtype]] = []
     model = lora.attach(tiny_decoder(tiny_config()).to(dtype), recipe())
-    stir(model)
+    randomize(model)
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
-    layer.lora_A["default"].register_forward_hook(lambda m, x, y: seen.append((x[0].dtype, y.dtype)))
+    layer.lora_A["default"].register_forward_hook(lambda m, x, y: in_lora.append((x[0].dtype, y.dtype)))
     out: list[torch.dtype] = []
     layer.register_forward_hook(lambda m, x, y: out.append(y.dtype))
     model(input_ids=IDS, labels=IDS).loss.backward()
-    assert seen == [(torch.float32, torch.float32)] and out == [dtype]
+    assert in_lora == [(torch.float32, torch.float32)] and out == [dtype]
     assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.any() for p in lora.trainable(model).values())
 
 
 def test_a_depends_on_the_seed_and_its_name_alone() -> None:
-    def start(seed: int, noise: int) -> dict[str, Tensor]:
+    def initial(seed: int, noise: int) -> dict[str, Tensor]:
         model = tiny_decoder(tiny_config())
         torch.manual_seed(noise)
         return {name: p.detach() for name, p in lora.trainable(lora.attach(model, recipe(seed=seed))).items()}
 
-    first, again, other = start(1, 10), start(1, 11), start(2, 10)
+    first, again, other = initial(1, 10), initial(1, 11), initial(2, 10)
     a = [name for name in first if ".lora_A." in name]
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert all(not torch.equal(first[name], other[name]) for name in a)
@@ -138,7 +138,7 @@ def test_a_depends_on_the_seed_and_its_name_alone() -> None:
 def test_equal_adapters_are_equal_bytes_with_no_path_in_them(tmp_path: Path) -> None:
     for name in ("one", "two"):
         model = lora.attach(tiny_decoder(tiny_config()), recipe())
-        stir(model)
+        randomize(model)
         lora.save_adapter(model, tmp_path / name)
     for file in (lora.CONFIG, lora.WEIGHTS):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
@@ -150,7 +150,7 @@ def test_delta_is_what_the_adapter_adds(tmp_path: Path) -> None:
     decoder = tiny_decoder(tiny_config("qwen"))
     merged = copy.deepcopy(decoder)
     model = lora.attach(decoder, recipe(targets="c_attn,c_proj"))
-    stir(model)
+    randomize(model)
     lora.save_adapter(model, tmp_path)
     changes = lora.delta(tmp_path)
     assert sorted(changes) == sorted(
@@ -161,33 +161,33 @@ def test_delta_is_what_the_adapter_adds(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
 
 
-def test_an_unknown_target_names_those_there_are() -> None:
+def test_an_unknown_target_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no linear is called q_proj in layout qwen.*c_attn, c_proj, w2, w1"):
         lora.targets("qwen", "q_proj,w1")
     assert lora.targets("qwen2", "v_proj, q_proj") == ["q_proj", "v_proj"]
 
 
-def break_nothing_there(folder: Path) -> None:
+def remove_weights(folder: Path) -> None:
     (folder / lora.WEIGHTS).unlink()
 
 
-def break_cut_off(folder: Path) -> None:
+def cut_off(folder: Path) -> None:
     (folder / lora.WEIGHTS).write_bytes((folder / lora.WEIGHTS).read_bytes()[:-5])
 
 
-def break_dora(folder: Path) -> None:
+def set_dora(folder: Path) -> None:
     (folder / lora.CONFIG).write_text(
         (folder / lora.CONFIG).read_text().replace('"use_dora": false', '"use_dora": true')
     )
 
 
 @pytest.mark.parametrize(
-    ("harm", "message"),
-    [(break_nothing_there, "no adapter there"), (break_cut_off, "damaged"), (break_dora, "use_dora")],
+    ("damage", "message"),
+    [(remove_weights, "no adapter there"), (cut_off, "damaged"), (set_dora, "use_dora")],
 )
-def test_a_bad_adapter_is_refused(harm: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+def test_a_bad_adapter_is_refused(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     lora.save_adapter(lora.attach(tiny_decoder(tiny_config()), recipe()), tmp_path)
-    harm(tmp_path)
+    damage(tmp_path)
     with pytest.raises(UserError, match=message):
         lora.load_adapter(tiny_decoder(tiny_config()), tmp_path)
 

@@ -1,4 +1,4 @@
-"""The tokenizer against tiktoken, both published files, and the ways they can be broken."""
+"""The tokenizer against tiktoken, both published files, and damaged ones."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ from train.model.tokenizer import (
     load_tokenizer,
     read_tiktoken,
     recover_merges,
-    write_tiktoken,
+    write_qwen1_tokenizer,
 )
 
 PUBLISHED = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
@@ -42,13 +42,13 @@ café naïve Ångström ﬀ ǆ ẛ̣ 가각 \u1100\u1161\u11a8 a\u0315\u0300\u05
 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa          ======================== --------- ......... !!!???
 """
 BYTES = {bytes([n]): n for n in range(256)}
-# Letters and digits that this Python's Unicode knows: regex tables of libraries differ in newer ones (see tokenizer.py).
+# Characters that this Python's Unicode has: in newer ones the regex tables of the libraries differ (see tokenizer.py).
 ASSIGNED = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
 MARKS = [c for c in ASSIGNED if unicodedata.combining(c)]
 
 
 def lines(count: int, seed: int = 7) -> list[str]:
-    """`count` lines: pieces of MATERIAL cut anywhere, random code points, combining marks, digits and spaces."""
+    """`count` lines of pieces of MATERIAL, random code points, combining marks, digits and spaces."""
     rng = random.Random(seed)
 
     def piece() -> str:
@@ -75,7 +75,7 @@ def tiktoken_file(ranks: dict[bytes, int]) -> bytes:
 
 @pytest.fixture(scope="module")
 def published() -> Path:
-    """The folder of qwen.tiktoken, in a registry package that is never imported."""
+    """The folder of qwen.tiktoken, in an installed package that is never imported."""
     spec = importlib.util.find_spec("dashscope")
     assert spec is not None, "the test section of env.lock installs dashscope"
     folder = Path(str(spec.origin)).parent / "resources"
@@ -94,7 +94,9 @@ def oracle(published: Path) -> tiktoken.Encoding:
     return tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
-def test_ten_thousand_lines_have_tiktokens_ids_and_come_back(tokenizer: Tokenizer, oracle: tiktoken.Encoding) -> None:
+def test_ten_thousand_lines_have_the_ids_of_tiktoken_and_decode_again(
+    tokenizer: Tokenizer, oracle: tiktoken.Encoding
+) -> None:
     for line in lines(10_000):
         normal = unicodedata.normalize("NFC", line)
         ids = tokenizer.encode(line)
@@ -102,7 +104,7 @@ def test_ten_thousand_lines_have_tiktokens_ids_and_come_back(tokenizer: Tokenize
         assert tokenizer.decode(ids) == normal
 
 
-def test_control_tokens_are_beside_the_vocabulary(tokenizer: Tokenizer) -> None:
+def test_control_tokens_are_outside_the_vocabulary(tokenizer: Tokenizer) -> None:
     assert (tokenizer.endoftext, tokenizer.im_start, tokenizer.im_end) == (151643, 151644, 151645)
     assert tokenizer.pad == tokenizer.endoftext
     assert tokenizer.control["<|extra_204|>"] == 151850
@@ -117,7 +119,7 @@ def test_a_typed_control_token_stays_text(tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(ids) == f"a{name}b"
 
 
-def test_decode_shows_control_tokens_only_when_asked(tokenizer: Tokenizer) -> None:
+def test_decode_shows_control_tokens_only_on_request(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.im_start, *tokenizer.encode("hi"), tokenizer.im_end]
     assert tokenizer.decode(ids) == "hi"
     assert tokenizer.decode(ids, skip_control=False) == "<|im_start|>hi<|im_end|>"
@@ -139,8 +141,9 @@ def test_saved_and_read_again_the_ids_are_the_same(tokenizer: Tokenizer, tmp_pat
     assert again.vocab_size == tokenizer.vocab_size
     for line in lines(1_000, seed=8):
         assert again.encode(line) == tokenizer.encode(line)
-    write_tiktoken(again, tmp_path / "qwen.tiktoken")
+    write_qwen1_tokenizer(again, tmp_path)
     assert hashlib.sha256((tmp_path / "qwen.tiktoken").read_bytes()).hexdigest() == PUBLISHED
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "QWenTokenizer"
     first = (tmp_path / "tokenizer.json").read_bytes()
     again.save(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == first
@@ -162,7 +165,7 @@ def test_stock_transformers_reads_what_is_saved(tokenizer: Tokenizer, tmp_path: 
 
 
 def _old_marks_only(line: str) -> bool:
-    """The library's own NFC knows fewer combining marks than Python's, which is the published one and ours."""
+    """Whether the library's NFC, which has fewer combining marks, agrees with Python's, which is the published one."""
     return normalizers.NFC().normalize_str(line) == unicodedata.normalize("NFC", line)
 
 
@@ -192,12 +195,12 @@ def test_only_the_merge_that_can_happen_is_recovered() -> None:
         (b"IQ== 0\n!!! 1\n", ":2: not a tiktoken vocabulary: found b'!!! 1'"),
         (b"IQ==\n", ":1: not a tiktoken vocabulary"),
         (b"IQ== 0\nIQ== 1\n", ":2: .*repeated"),
-        (b"IQ== 0\nIg== 5\n", ":2: .*rank 5 where 1 is due"),
+        (b"IQ== 0\nIg== 5\n", ":2: .*rank 5 where 1 is expected"),
         (b"IQ== 0\n", ":2: .*without a token for the byte 0x00"),
         (tiktoken_file(BYTES | {b"xyz": 256}), ":257: .*cannot be merged"),
     ],
 )
-def test_a_broken_tiktoken_file_is_named_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_damaged_tiktoken_file_is_reported_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "qwen.tiktoken").write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
@@ -211,7 +214,7 @@ def test_a_broken_tiktoken_file_is_named_with_its_line(tmp_path: Path, content: 
         ('{"model": {"type": "Unigram"}, "pre_tokenizer": null}', "not a byte-level BPE"),
     ],
 )
-def test_a_broken_tokenizer_json_is_named(tmp_path: Path, content: str, message: str) -> None:
+def test_a_damaged_tokenizer_json_is_reported(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)

@@ -33,7 +33,7 @@ from train.model.folder import (
 )
 from train.model.layouts import LAYOUTS, DecoderConfig, convert_config, convert_tensors, write_config
 from train.model.loading import open_tensors, read_folder_config, tensor_files
-from train.model.tokenizer import load_tokenizer, write_tiktoken
+from train.model.tokenizer import load_tokenizer, write_qwen1_tokenizer
 from train.ops.gptq import Scheme, dequantize, quantize
 
 BLOCK = re.compile(r"\.(?:h|layers)\.(\d+)\.")
@@ -211,10 +211,7 @@ def _tokenizer(job: Job, folder: Path) -> None:
     """The small files as bytes; the tokenizer in the files of the new layout if it changed."""
     copy_companions(job.source, folder, without=("config.json", *(TOKENIZER if job.moved else ())))
     if job.moved and job.layout == "qwen":
-        write_tiktoken(load_tokenizer(job.source), folder / "qwen.tiktoken")
-        loads = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
-        settings = {"model_max_length": job.config.seq_length, "tokenizer_class": "QWenTokenizer", "auto_map": loads}
-        write_json(folder / "tokenizer_config.json", settings)
+        write_qwen1_tokenizer(load_tokenizer(job.source), folder, model_max_length=job.config.seq_length)
     elif job.moved:
         load_tokenizer(job.source).save(folder, chat_template(DEFAULT_SYSTEM))
 

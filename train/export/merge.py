@@ -23,7 +23,7 @@ from train.model.decoder import Decoder
 from train.model.folder import ShardWriter, copy_companions
 from train.model.layouts import DecoderConfig, Layout, convert_config, convert_tensors, write_config
 from train.model.loading import read_folder_config, read_tensors, tensor_files
-from train.model.tokenizer import load_tokenizer, write_tiktoken
+from train.model.tokenizer import load_tokenizer, write_qwen1_tokenizer
 from train.ops.gptq import Scheme, dequantize
 
 State = dict[str, Tensor]
@@ -197,9 +197,7 @@ def _convert_companions(job: Job, folder: Path) -> None:
         generation = {k: v for k, v in generation.items() if k not in own}
         generation |= {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad}
     else:
-        write_tiktoken(tokenizer, folder / "qwen.tiktoken")
-        auto = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "QWenTokenizer", "auto_map": auto})
+        write_qwen1_tokenizer(tokenizer, folder)
         generation |= {"chat_format": "chatml", "max_window_size": 6144}
         generation |= {"eos_token_id": tokenizer.endoftext, "pad_token_id": tokenizer.endoftext}
     write_json(folder / "generation_config.json", generation)

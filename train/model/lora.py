@@ -1,7 +1,8 @@
-"""Low-rank adapters: peft's own, on a frozen decoder, in files that stock peft reads.
+"""Low-rank adapters (Hu et al. 2021) with peft's own layers on a frozen decoder, in files that stock peft reads.
 
-Knows the decoder's linears by name; nothing of training, devices or Int4. A and B are float32 whatever the base is: peft casts the
-input to them and the sum back, which costs a cast a layer and buys weights that small steps do not vanish in.
+It knows the decoder's linears by name, and nothing of training, devices or Int4. A and B are float32 whatever the base
+is: peft casts the input to float32 and the result back. That costs two casts a layer, and small updates are not lost in
+rounding.
 """
 
 import json
@@ -21,8 +22,8 @@ from train.common.files import read_json, write_json
 from train.model.decoder import Decoder, linear_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# with megatron_config peft imports whatever module the file names
-UNREAD = (
+# Settings that an adapter may not have here: with megatron_config, peft imports whatever module the file names.
+UNSUPPORTED = (
     "use_dora",
     "modules_to_save",
     "rank_pattern",
@@ -31,11 +32,12 @@ UNREAD = (
     "layer_replication",
     "megatron_config",
 )
-PREFIX = "base_model.model."  # what peft puts before every module's name
+CHANGES_BASE = ("pissa", "olora", "loftq")  # ways to initialise A and B that also change the base's weights
+PREFIX = "base_model.model."  # of every module's name in peft's files
 
 
 class AdapterSettings(Protocol):
-    """What a fresh adapter is made by; a recipe has these fields."""
+    """The settings of a new adapter; a recipe has these fields."""
 
     @property
     def model(self) -> str: ...  # the base's name, for adapter_config.json
@@ -57,26 +59,26 @@ class AdapterSettings(Protocol):
 
 
 def targets(layout: str, wanted: str) -> list[str]:
-    """Names of the linears that `wanted` means: "all", or some of them by comma.
+    """The names of the linears that `wanted` means: "all", or names separated by commas.
 
     Raises:
-        UserError: a name that no block has; the message lists those there are.
+        UserError: a name that no linear of a block has; the message lists the names.
     """
     known = linear_names(layout)
     names = sorted(known) if wanted == "all" else sorted({name.strip() for name in wanted.split(",") if name.strip()})
-    strange = [name for name in names if name not in known]
-    if strange or not names:
-        found = ", ".join(strange) or "nothing"
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
         raise UserError(
-            f"targets={wanted}: no linear is called {found} in layout {layout}. There are: {', '.join(known)}; or targets=all."
+            f"targets={wanted}: no linear is called {', '.join(unknown) or 'nothing'} in layout {layout}. "
+            f"There are: {', '.join(known)}; or targets=all."
         )
     return names
 
 
 def attach(model: Decoder, settings: AdapterSettings) -> PeftModel:
-    """The decoder with fresh adapters: A random by the seed and its own name, B zero, both float32 and trainable.
+    """The decoder with new adapters: A random, B zero, both float32 and trainable.
 
-    The numbers in A depend on neither the device nor the state of any generator.
+    The values of A depend on the seed and the parameter's name alone, not on the device or the state of any generator.
     """
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -91,42 +93,42 @@ def attach(model: Decoder, settings: AdapterSettings) -> PeftModel:
     for name, p in trainable(peft_model).items():
         p.data = p.data.float()
         if ".lora_A." in name:
-            p.data.copy_(initial(name, p.shape, settings.seed))
+            p.data.copy_(initial_lora_a(name, p.shape, settings.seed))
     return peft_model
 
 
-def initial(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """A [r, K] uniform in ±1/sqrt(K), as peft draws it (Kaiming, a = sqrt 5), float32 on the CPU."""
+def initial_lora_a(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """A [r, K], uniform in ±1/sqrt(K) as in peft (Kaiming with a = sqrt 5), float32 on the CPU."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
     bound = 1 / math.sqrt(shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter of all that is learnt, in the model's own order."""
+    """Name -> parameter of all that require a gradient, in the order of the model."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save_adapter(model: PeftModel, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as stock peft does; equal adapters are equal bytes.
+    """Write adapter_config.json and adapter_model.safetensors as stock peft does; equal adapters give equal bytes.
 
     Args:
-        tensors: name of a parameter -> its full value [.., ..], where the model holds parts or roundings of them only.
+        tensors: name of a parameter -> its full float32 value, where the model has only a part or a rounded copy of it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = tensors if tensors is not None else dict(trainable(model))
     stock = {stock_name(name): state[name].detach().float().cpu().contiguous() for name in sorted(state)}
     (folder / WEIGHTS).write_bytes(save(stock, metadata={"format": "pt"}))
-    write_json(folder / CONFIG, _plain(model.peft_config["default"]))
+    write_json(folder / CONFIG, _as_json(model.peft_config["default"]))
 
 
 def stock_name(parameter: str) -> str:
-    """The name in the file: without the name of the adapter. …q_proj.lora_A.default.weight -> …q_proj.lora_A.weight"""
+    """The name in the file, without the adapter's name: …q_proj.lora_A.default.weight -> …q_proj.lora_A.weight."""
     return parameter.replace(".default.", ".")
 
 
-def _plain(config: LoraConfig) -> dict[str, Any]:
-    """peft's own fields as JSON: sets sorted, enums by value, ready for inference."""
+def _as_json(config: LoraConfig) -> dict[str, Any]:
+    """peft's own fields as JSON values: sets sorted, and set to inference mode."""
     values: dict[str, Any] = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     values |= {"inference_mode": True, "auto_mapping": None, "revision": None}
     if float(values["lora_alpha"]).is_integer():
@@ -135,12 +137,12 @@ def _plain(config: LoraConfig) -> dict[str, Any]:
 
 
 def load_adapter(model: Decoder, folder: Path, trainable: bool = False) -> PeftModel:
-    """The decoder with the adapter of `folder`, ours or stock peft's; float32, frozen unless `trainable`.
+    """The decoder with the adapter of `folder`, written here or by stock peft; float32, frozen unless `trainable`.
 
     Raises:
-        UserError: no adapter there, or one made for other modules or shapes.
+        UserError: no adapter in the folder, a damaged one, or one made for other modules or shapes.
     """
-    _check(folder, model)
+    _check_modules(folder, model)
     loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     for name, p in loaded.named_parameters():
         if ".lora_" in name:
@@ -149,8 +151,8 @@ def load_adapter(model: Decoder, folder: Path, trainable: bool = False) -> PeftM
     return loaded
 
 
-def _check(folder: Path, model: Decoder) -> None:
-    """Refuse an adapter whose every A and B does not have its place: peft itself would load the rest and say nothing."""
+def _check_modules(folder: Path, model: Decoder) -> None:
+    """Refuse an adapter that has an A and B for no linear of the model: peft would load the others and say nothing."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name, (a, b, _) in delta(folder).items():
         linear = linears.get(name)
@@ -159,50 +161,48 @@ def _check(folder: Path, model: Decoder) -> None:
                 f"{folder}: the adapter changes {name}, which this base does not have. Was it trained on another model?"
             )
         if (a.shape[1], b.shape[0]) != (linear.in_features, linear.out_features):
-            have, want = [b.shape[0], a.shape[1]], [linear.out_features, linear.in_features]
+            in_adapter, in_base = [b.shape[0], a.shape[1]], [linear.out_features, linear.in_features]
             raise UserError(
-                f"{folder}: {name} is {have} in the adapter and {want} in the base. Was it trained on another model?"
+                f"{folder}: {name} is {in_adapter} in the adapter and {in_base} in the base. Was it trained on another model?"
             )
 
 
 def delta(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Module name in the base -> (A [r, K], B [N, r], scale): the update of its weight [N, K] is scale · B @ A. Float32, CPU.
+    """Module name in the base -> (A [r, K], B [N, r], scale): its weight [N, K] gets scale · B @ A. Float32, on the CPU.
 
     Raises:
-        UserError: no adapter, a damaged one, or one of a kind that is more than A and B (DoRA, saved modules, patterns).
+        UserError: no adapter, a damaged one, or more than plain LoRA (DoRA, saved modules, patterns).
     """
     config, state = _read(folder)
-    unread = [key for key in UNREAD if config.get(key)]
-    if str(config.get("init_lora_weights", True)).partition("_")[0] in (
-        "pissa",
-        "olora",
-        "loftq",
-    ):  # change the base too
-        unread.append("init_lora_weights")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unread:
-        raise UserError(
-            f"{folder / CONFIG}: only plain LoRA is read here; found {', '.join(unread) or config.get('peft_type')}."
-        )
+    _check_plain_lora(folder, config)
     rank = config["r"]
     scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    done = {}
+    updates = {}
     for key in sorted(k for k in state if k.endswith(".lora_A.weight")):
-        other = key.replace(".lora_A.", ".lora_B.")
-        if other not in state or state[key].shape[0] != state[other].shape[1]:
-            raise UserError(f"{folder / WEIGHTS}: {key} has no fitting B. The file is damaged.")
-        done[key.removeprefix(PREFIX).removesuffix(".lora_A.weight")] = (
-            state[key].float(),
-            state[other].float(),
-            scale,
-        )
-    if len(done) * 2 != len(state):
+        b_key = key.replace(".lora_A.", ".lora_B.")
+        if b_key not in state or state[key].shape[0] != state[b_key].shape[1]:
+            raise UserError(f"{folder / WEIGHTS}: {key} has no matching B. The file is damaged.")
+        module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        updates[module] = (state[key].float(), state[b_key].float(), scale)
+    if len(updates) * 2 != len(state):
         raise UserError(
-            f"{folder / WEIGHTS}: holds tensors that are no A and B of LoRA: {', '.join(sorted(state)[:3])} …"
+            f"{folder / WEIGHTS}: has tensors that are no A or B of LoRA, among {', '.join(sorted(state)[:3])} …"
         )
-    return done
+    return updates
+
+
+def _check_plain_lora(folder: Path, config: dict[str, Any]) -> None:
+    unsupported = [key for key in UNSUPPORTED if config.get(key)]
+    if str(config.get("init_lora_weights", True)).partition("_")[0] in CHANGES_BASE:
+        unsupported.append("init_lora_weights")
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
+        raise UserError(
+            f"{folder / CONFIG}: only plain LoRA is read here; found {', '.join(unsupported) or config.get('peft_type')}."
+        )
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The adapter's config, and its tensors by name."""
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder}: no adapter there ({' and '.join(missing)} missing).")
