@@ -1,134 +1,27 @@
-"""A float folder becomes an Int4 folder that computes the same as its rounded weights, in either layout."""
+"""`make quantize`: the name of the folder, and what is printed."""
 
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.support.oracles import tiny_checkpoint, tiny_config
-from train.commands import quantize as verb
-from train.common.errors import UserError
-from train.common.files import read_json
-from train.config.options import build
-from train.model import loading
-from train.model.int4_linear import Int4Linear
-from train.model.layouts import LAYOUTS
-from train.model.tokenizer import load_tokenizer
-from train.ops.gptq import Scheme, dequantize, quantize
-
-IDS = torch.arange(2, 50)[None]
+from train.commands.quantize import Options, run
 
 
-def made(models: Path, model: Path, **options: str) -> Path:
-    """Run the verb as the command line does; returns the one folder that is new."""
-    before = {*models.glob("*")}
-    values = {"model": str(model), "models": str(models), "group_size": "32", **options}
-    verb.run(build(verb.Options, values))
-    (new,) = {*models.glob("*")} - before
-    return new
-
-
-def logits(folder: Path) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = loading.load(folder, torch.float32)(IDS).logits
-    return result
-
-
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
-def test_every_linear_of_a_block_is_its_rounded_weight_and_nothing_else_changes(tmp_path: Path, layout: str) -> None:
-    source = tiny_checkpoint(tmp_path / "Tiny", tiny_config(layout))
-    (source / "modeling_qwen.py").write_bytes(b"raise SystemExit  # \xff")
-    folder = made(tmp_path, source)
-    assert folder.name == "Tiny-Int4"
-    state, old = load_file(folder / "model.safetensors"), load_file(source / "model.safetensors")
-    linears = LAYOUTS[layout].linears
-    for name, tensor in old.items():
-        stem = name.removesuffix(".weight")
-        if stem.split(".")[-1] in linears and name.endswith("weight"):
-            expected = quantize(tensor, Scheme(group_size=32))
-            assert all(torch.equal(state.pop(f"{stem}.{key}"), value) for key, value in expected.items())
-        else:
-            assert torch.equal(state.pop(name), tensor.half())
-    if layout == "qwen":  # published: a bias for every linear, zero where the float model has none
-        assert len(state) == 2 * 4
-    assert all(name.endswith(".bias") and not tensor.any() for name, tensor in state.items())
-    assert (folder / "modeling_qwen.py").read_bytes() == b"raise SystemExit  # \xff"
-    assert (folder / "qwen.tiktoken").read_bytes() == (source / "qwen.tiktoken").read_bytes()
-    config = read_json(folder / "config.json")
-    assert config["quantization_config"]["group_size"] == 32
-    assert {**config, "quantization_config": 0, "torch_dtype": 0} == {
-        **read_json(source / "config.json"),
-        "quantization_config": 0,
-        "torch_dtype": 0,
-    }
-
-
-@pytest.mark.parametrize("tie", [False, True])
-def test_laid_out_as_qwen_1_it_is_the_same_model(tmp_path: Path, tie: bool) -> None:
-    source = tiny_checkpoint(tmp_path / "Tiny", tiny_config("qwen2", tie_word_embeddings=tie))
-    plain, moved = made(tmp_path, source), made(tmp_path, source, layout="qwen")
-    assert moved.name == "Tiny-Qwen1-Int4"
-    model = loading.load(moved, torch.float32)
-    assert model.config.layout == "qwen"
-    assert sum(isinstance(m, Int4Linear) for m in model.modules()) == 2 * 5
-    torch.testing.assert_close(logits(moved), logits(plain), rtol=1e-4, atol=1e-4)
-    assert load_tokenizer(moved).encode("naïve 你好") == load_tokenizer(source).encode("naïve 你好")
-
-
-def test_laid_out_as_qwen2_it_is_the_same_model(tmp_path: Path) -> None:
-    source = tiny_checkpoint(tmp_path / "Tiny", tiny_config("qwen"))
-    (source / "modeling_qwen.py").write_text("of the old layout")
-    plain, moved = made(tmp_path, source), made(tmp_path, source, layout="qwen2")
-    assert moved.name == "Tiny-Qwen2-Int4"
-    torch.testing.assert_close(logits(moved), logits(plain), rtol=1e-4, atol=1e-4)
-    assert not {"qwen.tiktoken", "modeling_qwen.py"} & {p.name for p in moved.iterdir()}
-    assert load_tokenizer(moved).encode("naïve 你好") == load_tokenizer(source).encode("naïve 你好")
-
-
-def test_a_second_run_has_nothing_to_do_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("layout", "out", "name"),
+    [("keep", "", "Tiny-Int4"), ("qwen", "", "Tiny-Qwen1-Int4"), ("qwen2", "", "Tiny-Int4"), ("keep", "mine", "mine")],
+)
+def test_the_folder_is_named_after_what_was_done(
+    tmp_path: Path, layout: str, out: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tiny_checkpoint(tmp_path / "Tiny", tiny_config("qwen2"))
-    folder = made(tmp_path, source)
-    assert "down_proj" in capsys.readouterr().out  # the error of each kind of linear
-    manifest = read_json(folder / "manifest.json")
-    assert set(manifest["files"]) == {p.name for p in folder.iterdir()} - {"manifest.json"}
-    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    verb.run(verb.Options(model=str(source), models=str(tmp_path), group_size=32))
+    options = Options(model=str(source), models=str(tmp_path), group_size=32, layout=layout, out=out)
+    run(options)
+    assert (tmp_path / name / "manifest.json").is_file()
+    output = capsys.readouterr().out
+    written = "qwen" if layout == "qwen" else "qwen2"
+    assert f"{tmp_path / name}: layout {written}, Int4 in groups of 32, rounded to nearest." in output
+    assert ("c_attn " if layout == "qwen" else "q_proj ") in output
+    run(options)
     assert "nothing to do" in capsys.readouterr().out
-    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
-
-
-def test_other_settings_damage_and_quantised_bases_are_refused(tmp_path: Path) -> None:
-    source = tiny_checkpoint(tmp_path / "Tiny", tiny_config("qwen2"))
-    folder = made(tmp_path, source)
-    with pytest.raises(UserError, match=r"other settings[^$]*OUT="):
-        verb.run(verb.Options(model=str(source), models=str(tmp_path), group_size=64))
-    with pytest.raises(UserError, match="quantised already"):
-        verb.run(verb.Options(model=str(folder), models=str(tmp_path)))
-    (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json is missing"):
-        verb.run(verb.Options(model=str(source), models=str(tmp_path), group_size=32))
-
-
-def test_a_layer_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
-    source = tiny_checkpoint(tmp_path / "Tiny", tiny_config("qwen2", intermediate_size=96))
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"layers\.0\.mlp\.down_proj: 96 inputs"):
-        verb.run(verb.Options(model=str(source), models=str(tmp_path), group_size=64))
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_the_error_that_is_reported_is_the_weights(tmp_path: Path) -> None:
-    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-    packed, error = verb._pack(weight, Scheme(group_size=32), "x")
-    rounded = dequantize(packed["qweight"], packed["qzeros"], packed["scales"], packed["g_idx"]).t()
-    assert error == pytest.approx(float((rounded - weight).norm() / weight.norm()))
-    assert 0.02 < error < 0.15
-
-
-def test_it_says_that_it_only_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = made(tmp_path, tiny_checkpoint(tmp_path / "Tiny", tiny_config("qwen2")))
-    assert "no calibration data" in read_json(folder / "manifest.json")["method"]
-    said = capsys.readouterr().out
-    assert "rounded to nearest. Mean relative error of the weights:" in said and "q_proj" in said
-    assert verb.__doc__ is not None and "published GPTQ checkpoint" in verb.__doc__

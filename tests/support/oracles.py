@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk and the reference models that ours are held against."""
+"""Tiny checkpoints on disk, and the reference models that the decoder is compared with."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ from train.ops.gptq import Scheme, quantize
 
 
 def tiny_config(layout: str = "qwen2", **changes: Any) -> DecoderConfig:
-    """Hidden 64, two blocks, four heads of 16 (two key heads in qwen2), vocabulary 512."""
+    """Hidden size 64, two blocks, four heads of 16 (two key heads in qwen2), a vocabulary of 512."""
     values: dict[str, Any] = {
         "layout": layout,
         "vocab_size": 512,
@@ -34,13 +34,16 @@ def tiny_config(layout: str = "qwen2", **changes: Any) -> DecoderConfig:
 def tiny_decoder(config: DecoderConfig, seed: int = 0) -> Decoder:
     """A float32 decoder with weights large enough that attention and gates matter."""
     model = Decoder(config).eval()
-    model.tie_weights()  # transformers leaves it out where another library has turned initialisation off
-    torch.manual_seed(seed)  # after it: the weights depend on the seed alone
+    model.tie_weights()  # transformers skips it where another library has turned initialisation off
+    torch.manual_seed(seed)  # after the constructor, so that the weights depend on the seed alone
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.normal_(std=0.5 if name.endswith("bias") else p.shape[-1] ** -0.5) if p.dim() > 1 or name.endswith(
-                "bias"
-            ) else p.uniform_(0.5, 1.5)
+            if name.endswith("bias"):
+                p.normal_(std=0.5)
+            elif p.dim() > 1:
+                p.normal_(std=p.shape[-1] ** -0.5)
+            else:
+                p.uniform_(0.5, 1.5)
     return model
 
 
@@ -65,26 +68,24 @@ def tiny_checkpoint(
 
 
 def _int4_state(state: dict[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
-    done: dict[str, Tensor] = {}
+    packed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         stem = name.removesuffix(".weight")
         if tensor.dim() == 2 and "lm_head" not in name and not any(e in name for e in ("embed_tokens", "wte")):
-            done |= {f"{stem}.{part}": value for part, value in quantize(tensor, scheme).items()}
+            packed |= {f"{stem}.{part}": value for part, value in quantize(tensor, scheme).items()}
         else:
-            done[name] = tensor.half()
-    return done
+            packed[name] = tensor.half()
+    return packed
 
 
 def small_tokenizer(folder: Path) -> None:
-    """256 bytes and the control tokens <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258, as qwen.tiktoken and its
-    config.
-    """
+    """Write a qwen.tiktoken of the 256 bytes; its control tokens are <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258."""
     ranks = b"\n".join(base64.b64encode(bytes([n])) + b" " + str(n).encode() for n in range(256))
     (folder / "qwen.tiktoken").write_bytes(ranks + b"\n")
 
 
 def modelscope_qwen(config: DecoderConfig) -> nn.Module:
-    """Qwen-1 as modelscope 1.9.5 has it, float32, evaluation mode; load our state dict into it."""
+    """Qwen-1 of modelscope 1.9.5, float32, in evaluation mode; the decoder's state dict loads into it."""
     from modelscope.models.nlp.qwen import QWenConfig, QWenForTextGeneration
 
     published = QWenConfig(

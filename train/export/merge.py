@@ -1,9 +1,9 @@
-"""A base and an adapter become one float checkpoint, block by block, as stock tools read it.
+"""Merges an adapter into its base: one float checkpoint for stock tools, written block by block.
 
-Refuses to know runs, devices and prompts: folders in, a folder out; whether the result answers alike is for `parity` to
-say. Every weight that the adapter changes is W + (α/r)·B·A in float64, rounded once to the type that is written: that
-costs about twice the time of float32, and no weight is further than the last digit from the exact sum. No more than a
-block and one file's tensors is ever in memory.
+Input are folders, output is a folder; runs and devices are not known here. Whether the result answers as the adapter did
+is measured in export/verify.py. Every weight that the adapter changes is W + (α/r)·B·A in float64, rounded once to the
+type that is written. That takes twice the time of float32, and no weight is off by more than one unit in the last place.
+At most a block and the tensors of one file are in memory.
 """
 
 import shutil
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from train.common.errors import UserError
-from train.common.files import read_json, write_json
+from train.common.files import free_bytes, read_json, write_json
 from train.data.chat_template import DEFAULT_SYSTEM, chat_template
 from train.model import lora
 from train.model.decoder import Decoder
@@ -29,162 +29,209 @@ from train.ops.gptq import Scheme, dequantize
 State = dict[str, Tensor]
 Delta = dict[str, tuple[Tensor, Tensor, float]]  # module -> (A [r, K], B [N, r], scale)
 
-# rewritten, about Int4, about another model, and the base's own prompt
-NOT_CARRIED = ("config.json", "quantize_config.json", "README.md", "chat_template.*")
+GB = 10**9
+# Files of the base that do not fit the export: written anew, about Int4, about another model, the base's own prompt.
+NOT_COPIED = ("config.json", "quantize_config.json", "README.md", "chat_template.*")
 LEGAL = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
+# Fields of the config in which a float checkpoint must equal the base that the run was trained on
+SAME_MODEL = (
+    "layout",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "rope_theta",
+)
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to merge, and how to write it. `weights`: the Int4 base, or the float folder to merge onto instead."""
+class MergeJob:
+    """What to merge, and how to write it. `weights`: the base that was trained on, or a float folder to merge onto."""
 
     weights: Path
     adapter: Path
     dtype: torch.dtype
     layout: str  # of the folder that is written
     shard_bytes: int
-    system: str = DEFAULT_SYSTEM  # what the adapter was trained with
+    system: str = DEFAULT_SYSTEM  # of the prompt that the adapter was trained with
     template: str = "chatml"
 
 
-def add(weight: Tensor, change: tuple[Tensor, Tensor, float] | None) -> Tensor:
-    """weight [N, K] + scale · B @ A in float64; without a change the weight itself."""
-    if change is None:
+def dtype_name(dtype: torch.dtype) -> str:
+    """float16, bfloat16 or float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_onto(base: Path, weights: Path) -> None:
+    """Check that `weights` is a float checkpoint of the model in `base`, in the same layout.
+
+    Raises:
+        UserError: it is quantised, or another model.
+    """
+    config, published = read_folder_config(weights)
+    if "quantization_config" in published:
+        raise UserError(f"onto={weights}: these weights are quantised. Name a float checkpoint, or leave out ONTO=.")
+    trained, _ = read_folder_config(base)
+    different = [key for key in SAME_MODEL if getattr(config, key) != getattr(trained, key)]
+    if different:
+        values = ", ".join(f"{key} {getattr(config, key)} (trained: {getattr(trained, key)})" for key in different)
+        raise UserError(f"onto={weights}: not the model that the run was trained on: {values}.")
+
+
+def check_space(job: MergeJob, out: Path) -> None:
+    """Raises UserError if the disk of `out` has too little room. An older export there is removed last, so it counts."""
+    needed, free = int(written_bytes(job) * 1.02) + 50 * 10**6, free_bytes(out)
+    if free < needed:
+        raise UserError(
+            f"{out}: needs {needed / GB:.1f} GB of disk, {free / GB:.1f} GB are free. "
+            "Free some, choose another disk with out=, or a smaller type with DTYPE=float16."
+        )
+
+
+def add_delta(weight: Tensor, delta: tuple[Tensor, Tensor, float] | None) -> Tensor:
+    """weight [N, K] + scale · B @ A in float64; without a delta the weight itself."""
+    if delta is None:
         return weight
-    A, B, scale = change
+    A, B, scale = delta
     return weight.double().addmm_(B.double(), A.double(), alpha=scale)
 
 
 def merge_block(state: State, delta: Delta, bits: int, dtype: torch.dtype) -> State:
-    """Stored tensors, Int4 or float -> float tensors in `dtype`, the adapter's changes in them.
+    """The stored tensors, Int4 or float, as float tensors in `dtype` with the adapter's updates.
 
     Raises:
-        UserError: a number too large for `dtype`.
+        UserError: a value outside the range of `dtype`.
     """
-    done: State = {}
+    merged: State = {}
     for name, tensor in state.items():
         module, _, part = name.rpartition(".")
         if part == "qweight":
             qweight, qzeros, scales, g_idx = (state[f"{module}.{key}"] for key in PACKED)
             # exact: the product of a 5-bit difference and a float16 scale fits a float32
             weight = dequantize(qweight, qzeros, scales, g_idx, bits, torch.float32).t()
-            done[f"{module}.weight"] = add(weight, delta.get(module)).to(dtype).contiguous()
+            merged[f"{module}.weight"] = add_delta(weight, delta.get(module)).to(dtype).contiguous()
         elif part == "weight":
-            done[name] = add(tensor, delta.get(module)).to(dtype)
+            merged[name] = add_delta(tensor, delta.get(module)).to(dtype)
         elif f"{module}.qweight" not in state or part == "bias":
-            done[name] = tensor.to(dtype)
-    for name, tensor in done.items():
+            merged[name] = tensor.to(dtype)
+    _check_finite(merged, dtype)
+    return merged
+
+
+def _check_finite(state: State, dtype: torch.dtype) -> None:
+    for name, tensor in state.items():
         if not tensor.isfinite().all():
             remedy = (
                 "Export with DTYPE=bfloat16 or DTYPE=float32." if dtype is torch.float16 else "The base is damaged."
             )
-            raise UserError(f"{name} holds numbers that {str(dtype).removeprefix('torch.')} cannot. {remedy}")
-    return done
+            raise UserError(f"{name} has values outside the range of {dtype_name(dtype)}. {remedy}")
 
 
-def without_empty_biases(state: State, layout: Layout) -> State:
-    """`state` without the zero biases that GPTQ files carry for linears that have none.
+def drop_zero_biases(state: State, layout: Layout) -> State:
+    """`state` without the zero biases that GPTQ files have for linears without a bias.
 
     Raises:
         UserError: such a bias that is not zero: no reader of this layout would add it.
     """
-    strange = [n for n in state if n.endswith(".bias") and n.split(".")[-2] not in layout.qkv]
-    for name in strange:
+    surplus = [n for n in state if n.endswith(".bias") and n.split(".")[-2] not in layout.qkv]
+    for name in surplus:
         if state[name].any():
             raise UserError(f"{name} is not zero, and layout {layout.name} has no such bias. The base is damaged.")
-    return {name: tensor for name, tensor in state.items() if name not in strange}
+    return {name: tensor for name, tensor in state.items() if name not in surplus}
 
 
-def blocks(names: dict[str, Path], config: DecoderConfig) -> list[dict[str, Path]]:
-    """Names (and their files) in the order they are merged: embedding, each block, then norm and head."""
+def block_files(files: dict[str, Path], config: DecoderConfig) -> list[dict[str, Path]]:
+    """`files` (name -> file) in the parts that are merged one after the other: embedding, each block, norm and head."""
     layout = config.names
-    heads = [f"{layout.block(n)}." for n in range(config.num_hidden_layers)]
-    inside = [{n: f for n, f in names.items() if n.startswith(head)} for head in heads]
-    taken = {name for block in inside for name in block}
-    rest = {n: f for n, f in names.items() if n not in taken}
-    first = {n: f for n, f in rest.items() if n == f"{layout.root}.{layout.embed}.weight"}
-    return [first, *inside, {n: f for n, f in rest.items() if n not in first}]
+    prefixes = [f"{layout.block(n)}." for n in range(config.num_hidden_layers)]
+    blocks = [{n: f for n, f in files.items() if n.startswith(prefix)} for prefix in prefixes]
+    in_blocks = {name for block in blocks for name in block}
+    outside = {n: f for n, f in files.items() if n not in in_blocks}
+    first = {n: f for n, f in outside.items() if n == f"{layout.root}.{layout.embed}.weight"}
+    return [first, *blocks, {n: f for n, f in outside.items() if n not in first}]
 
 
-def merged(job: Job) -> Iterator[State]:
+def merged_blocks(job: MergeJob) -> Iterator[State]:
     """The tensors of the merged model in the target layout, a block at a time.
 
     Raises:
-        UserError: an adapter that does not fit, or what merge_block, convert and without_empty_biases refuse.
+        UserError: an adapter of another model, or what merge_block, convert_tensors and drop_zero_biases refuse.
     """
     config, published = read_folder_config(job.weights)
     quantization = published.get("quantization_config")
     bits = Scheme.from_config(quantization).bits if quantization else 0
-    delta, names = lora.delta(job.adapter), tensor_files(job.weights)
-    _check(delta, names, job)
-    embed = f"{config.names.root}.{config.names.embed}.weight"
-    untied = config.tie_word_embeddings and not convert_config(config, job.layout).tie_word_embeddings
+    delta, files = lora.delta(job.adapter), tensor_files(job.weights)
+    _check_modules(delta, files, job)
+    embedding = f"{config.names.root}.{config.names.embed}.weight"
+    untie = config.tie_word_embeddings and not convert_config(config, job.layout).tie_word_embeddings
     if config.tie_word_embeddings:
-        names.pop("lm_head.weight", None)
-    for block in blocks(names, config):
+        files.pop("lm_head.weight", None)
+    for block in block_files(files, config):
         state = merge_block(dict(read_tensors(block)), delta, bits, job.dtype)
-        if untied and embed in state:
-            state["lm_head.weight"] = state[embed].clone()
-        yield convert_tensors(without_empty_biases(state, config.names), config, job.layout)
+        if untie and embedding in state:
+            state["lm_head.weight"] = state[embedding].clone()
+        yield convert_tensors(drop_zero_biases(state, config.names), config, job.layout)
 
 
-def _check(delta: Delta, names: dict[str, Path], job: Job) -> None:
-    lost = [m for m in delta if f"{m}.qweight" not in names and f"{m}.weight" not in names]
-    if lost:
+def _check_modules(delta: Delta, files: dict[str, Path], job: MergeJob) -> None:
+    missing = [m for m in delta if f"{m}.qweight" not in files and f"{m}.weight" not in files]
+    if missing:
         raise UserError(
-            f"{job.weights}: has no {lost[0]}, which the adapter {job.adapter} changes. Was it trained on another model?"
+            f"{job.weights}: has no {missing[0]}, which the adapter {job.adapter} changes. Was it trained on another model?"
         )
 
 
-def size(job: Job) -> int:
-    """Bytes of the tensors that will be written."""
+def written_bytes(job: MergeJob) -> int:
+    """Bytes of the tensors that `write` writes; a tied head counts once."""
     config = convert_config(read_folder_config(job.weights)[0], job.layout)
     with torch.device("meta"):
-        return sum(p.numel() for p in Decoder(config).parameters()) * job.dtype.itemsize  # a tied head counts once
+        return sum(p.numel() for p in Decoder(config).parameters()) * job.dtype.itemsize
 
 
-def write(job: Job, folder: Path, on_block: Callable[[int], None]) -> None:
-    """Write the whole checkpoint into the empty `folder`; on_block(bytes) after each block."""
+def write(job: MergeJob, folder: Path, on_bytes: Callable[[int], None]) -> None:
+    """Write the complete checkpoint into the empty `folder`; on_bytes(bytes) is called after each block."""
     config, published = read_folder_config(job.weights)
-    shards = ShardWriter(folder, job.shard_bytes)
-    for state in merged(job):
+    writer = ShardWriter(folder, job.shard_bytes)
+    for state in merged_blocks(job):
         for name, tensor in state.items():
-            shards.add(name, tensor)
-        on_block(sum(tensor.nbytes for tensor in state.values()))
-    shards.close()
+            writer.add(name, tensor)
+        on_bytes(sum(tensor.nbytes for tensor in state.values()))
+    writer.close()
     if job.layout == config.layout:
-        copy_companions(job.weights, folder, without=NOT_CARRIED)
-        write_json(folder / "config.json", kept_config(published, job.dtype))
+        copy_companions(job.weights, folder, without=NOT_COPIED)
+        write_json(folder / "config.json", float_config(published, job.dtype))
     else:
         target = convert_config(config, job.layout)
-        write_json(folder / "config.json", {**write_config(target), **types_of(job.layout, job.dtype)})
+        write_json(folder / "config.json", {**write_config(target), **dtype_keys(job.layout, job.dtype)})
         _convert_companions(job, folder)
     _write_prompt(job, folder / "tokenizer_config.json")
 
 
-def _write_prompt(job: Job, path: Path) -> None:
-    """The prompt of the training as the tokenizer's template: the base's own has a system message of its own."""
+def _write_prompt(job: MergeJob, path: Path) -> None:
+    """Make the prompt of the training the tokenizer's template; the base's own has another system message."""
     settings = read_json(path) if path.is_file() else {}
     write_json(path, {**settings, "chat_template": chat_template(job.system, job.template)})
 
 
-def types_of(layout: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The keys of config.json that say which type the weights have; Qwen-1's own code reads three switches."""
-    named: dict[str, Any] = {"torch_dtype": str(dtype).removeprefix("torch.")}
+def dtype_keys(layout: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The keys of config.json for the type of the weights; Qwen-1's own code reads three switches."""
+    keys: dict[str, Any] = {"torch_dtype": dtype_name(dtype)}
     if layout == "qwen":
-        named |= {"bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16, "fp32": dtype is torch.float32}
-    return named
+        keys |= {"bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16, "fp32": dtype is torch.float32}
+    return keys
 
 
-def kept_config(published: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """config.json as the base has it, but float."""
+def float_config(published: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The base's config.json for float weights."""
     kept = {key: value for key, value in published.items() if key != "quantization_config"}
-    return {**kept, **types_of(published["model_type"], dtype)}
+    return {**kept, **dtype_keys(published["model_type"], dtype)}
 
 
-def _convert_companions(job: Job, folder: Path) -> None:
-    """The tokenizer and the generation config in the target's form; the licence as it is."""
+def _convert_companions(job: MergeJob, folder: Path) -> None:
+    """The tokenizer and the generation config in the form of the target layout; the licence as it is."""
     for path in (job.weights / name for name in LEGAL):
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
@@ -193,8 +240,8 @@ def _convert_companions(job: Job, folder: Path) -> None:
     generation = read_json(source) if source.is_file() else {}
     if job.layout == "qwen2":
         tokenizer.save(folder, chat_template(job.system, job.template))
-        own = ("chat_format", "max_window_size")  # words of Qwen-1's code alone
-        generation = {k: v for k, v in generation.items() if k not in own}
+        qwen1_only = ("chat_format", "max_window_size")
+        generation = {k: v for k, v in generation.items() if k not in qwen1_only}
         generation |= {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad}
     else:
         write_qwen1_tokenizer(tokenizer, folder)

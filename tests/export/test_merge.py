@@ -1,0 +1,173 @@
+"""The merge: every weight, every file, the unchanged base, and the stock models that load it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.exports import adapted, equal_logits, exact_merge, export, hashes, merged_state
+from tests.support.oracles import llama, modelscope_qwen, tiny_config
+from tests.support.runs import tiny_run
+from train.common.errors import UserError
+from train.common.files import read_json, sha256
+from train.export import merge
+from train.model import lora
+from train.model.layouts import DecoderConfig, read_config
+from train.model.loading import load
+
+TOKENIZER = {"qwen.tiktoken", "tokenizer_config.json"}
+FILES = {"config.json", "generation_config.json", "manifest.json", "model.safetensors", *TOKENIZER}
+
+
+def ulp(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The distance from |x| to the next value of `dtype`, as float64."""
+    rounded = x.abs().to(dtype)
+    return (
+        torch.nextafter(rounded.float(), torch.tensor(torch.inf)).double() - rounded.double()
+        if dtype is torch.float32
+        else ((rounded.view(torch.int16) + 1).view(dtype).double() - rounded.double())
+    )
+
+
+@pytest.mark.parametrize("layout", ["qwen2", "qwen"])
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_every_tensor_is_within_one_ulp_of_float64(tmp_path: Path, layout: str, name: str) -> None:
+    folder, dtype = tiny_run(tmp_path, layout), getattr(torch, name)
+    state, expected = merged_state(export(folder, dtype=name)), exact_merge(folder)
+    assert state.keys() == expected.keys()
+    for key, tensor in state.items():
+        assert tensor.dtype is dtype
+        assert ((tensor.double() - expected[key]).abs() <= ulp(expected[key], dtype)).all(), key
+    changed = [key for key in state if key.removesuffix(".weight") in lora.delta(folder / "adapter")]
+    assert len(changed) == {"qwen2": 14, "qwen": 10}[layout]
+
+
+def test_the_base_is_untouched_and_the_files_are_exact(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path, "qwen")
+    base = tmp_path / "models" / "base-Int4"
+    (base / "modeling_qwen.py").write_bytes(b"raise SystemExit('never run')\r\n")
+    (base / "LICENSE").write_text("the licence")
+    (base / "quantize_config.json").write_text("{}")
+    (base / "README.md").write_text("about another model")
+    before, adapter = hashes(base), hashes(folder / "adapter")
+    out = export(folder)
+    assert hashes(base) == before and hashes(folder / "adapter") == adapter
+    assert {p.name for p in out.iterdir()} == FILES | {"modeling_qwen.py", "LICENSE"}
+    for name in ("modeling_qwen.py", "qwen.tiktoken", "LICENSE", "generation_config.json"):
+        assert sha256(out / name) == before[name]
+    assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []  # nothing half-written is left
+
+
+def test_the_config_is_the_base_s_without_the_quantisation(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path, "qwen")
+    published = read_json(tmp_path / "models" / "base-Int4" / "config.json")
+    written = read_json(export(folder, dtype="bf16") / "config.json")
+    published.pop("quantization_config")
+    assert written == published | {"torch_dtype": "bfloat16", "bf16": True, "fp16": False, "fp32": False}
+
+
+def test_qwen2_loads_strictly_into_the_plain_llama(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path, "qwen2")
+    out = export(folder, dtype="float32")
+    plain, state = llama(read_config(read_json(out / "config.json"))), merged_state(out)
+    missing, extra = plain.load_state_dict(state, strict=False)
+    # Tied head, no such bias
+    assert not extra and all(n.endswith("o_proj.bias") or n == "lm_head.weight" for n in missing)
+    assert equal_logits(adapted(folder), plain) and equal_logits(adapted(folder), load(out, torch.float32))
+
+
+def test_qwen_loads_strictly_into_modelscope_s(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path, "qwen")
+    out = export(folder, dtype="float32")
+    plain, state = modelscope_qwen(read_config(read_json(out / "config.json"))), merged_state(out)
+    missing, extra = plain.load_state_dict(state, strict=False)
+    assert not extra and all("rotary" in n or "masked_bias" in n or n.endswith("attn.bias") for n in missing)
+    assert equal_logits(adapted(folder), plain)
+
+
+@pytest.mark.parametrize(("layout", "other"), [("qwen", "qwen2"), ("qwen2", "qwen")])
+def test_the_other_layout_has_the_same_logits(tmp_path: Path, layout: str, other: str) -> None:
+    folder = tiny_run(tmp_path, layout)
+    out = export(folder, dtype="float32", layout=other)
+    written = load(out, torch.float32)
+    assert written.config.layout == other and equal_logits(adapted(folder), written)
+    tokenizer = {"qwen2": {"tokenizer.json"}, "qwen": {"qwen.tiktoken"}}[other]
+    assert {p.name for p in out.iterdir()} == (FILES - {"qwen.tiktoken"}) | tokenizer
+    stops = read_json(out / "generation_config.json")["eos_token_id"]
+    assert stops == ([258, 256] if other == "qwen2" else 256)
+
+
+def test_float_linears_merge_too(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path, "qwen2", int4=False)
+    state, expected = merged_state(export(folder, dtype="float32")), exact_merge(folder)
+    assert all(torch.equal(state[n], expected[n].float()) for n in expected) and state.keys() == expected.keys()
+
+
+def with_biases(folder: Path, value: float) -> None:
+    """Give every Int4 linear that has no bias one of `value`, as published GPTQ files do with zeros."""
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    for name in [n for n in state if n.endswith(".qweight")]:
+        state.setdefault(name.replace("qweight", "bias"), torch.full((state[name].shape[1],), value).half())
+    save_file(state, file, metadata={"format": "pt"})
+    record = folder.parent.parent / "runs" / "tiny" / "run.json"
+    known = read_json(record)
+    known["base"]["files"]["model.safetensors"] = sha256(file)  # it was trained on this file
+    record.write_text(json.dumps(known))
+
+
+@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+def test_zero_biases_of_an_int4_file_are_dropped_and_others_refused(tmp_path: Path, layout: str) -> None:
+    folder, base = tiny_run(tmp_path, layout), tmp_path / "models" / "base-Int4"
+    plain = merged_state(export(folder))
+    with_biases(base, 0.0)
+    assert merged_state(export(folder)).keys() == plain.keys()
+    tiny_run(tmp_path, layout)
+    with_biases(base, 0.5)
+    with pytest.raises(UserError, match="bias is not zero"):
+        export(folder, out=str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_shards_and_their_index(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path)
+    out = export(folder, dtype="float32", shard_size=0.0001)
+    index = read_json(out / "model.safetensors.index.json")
+    files = sorted(p.name for p in out.glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 2
+    assert set(index["weight_map"].values()) == set(files)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in merged_state(out).values())
+    assert equal_logits(adapted(folder), load(out, torch.float32))
+
+
+def test_values_outside_float16_are_refused(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path, scale=1e6)
+    with pytest.raises(UserError, match="DTYPE=bfloat16"):
+        export(folder)
+
+
+def test_too_little_disk_is_refused_before_the_merge(tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tiny_run(tmp_path)
+    monkeypatch.setattr(merge, "free_bytes", lambda path: 10**6)
+    with pytest.raises(UserError, match="GB of disk"):
+        export(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_size_is_computed_before_the_merge(tmp_path: Path, tied: bool) -> None:
+    folder = tiny_run(tmp_path, "qwen2", tie_word_embeddings=tied)
+    out = export(folder, dtype="float32")
+    job = merge.MergeJob(tmp_path / "models" / "base-Int4", folder / "adapter", torch.float32, "qwen2", 10**9)
+    assert merge.written_bytes(job) == sum(t.nbytes for t in merged_state(out).values())
+
+
+def test_the_written_config_is_read_as_the_same_architecture(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path, "qwen2")
+    config = read_config(json.loads((export(folder) / "config.json").read_text()))
+    assert (
+        isinstance(config, DecoderConfig)
+        and config.to_dict() == tiny_config("qwen2", tie_word_embeddings=True).to_dict()
+    )
