@@ -8,27 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from train.common.device import DTYPES, dtype_name
 from train.common.errors import UserError
 from train.common.files import recover, staged
 from train.common.progress import bar
 from train.config.options import option
 from train.evaluation.parity import Parity
 from train.export import manifest, merge, verify
-from train.export.merge import GB, MergeJob, dtype_name
+from train.export.merge import GB, MergeJob
 from train.model.folder import read_manifest, resolve, write_manifest
 from train.model.loading import read_folder_config
 from train.runs.folder import read_run
-
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,16 @@
-"""Devices and dtypes: the one table of their names, and what this machine computes in."""
+"""Devices and dtypes: the one table of their names, and which of them this machine computes with."""
 
 import torch
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {
+    **{"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16},
+    **{"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16},
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> "bfloat16", as run.json and a model's config.json have it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def pick_device() -> torch.device:
@@ -11,7 +19,11 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
-    """auto: bfloat16 from compute capability 8.0, float16 below it, float32 on a CPU."""
+    """The dtype to compute in.
+
+    Args:
+        precision: a key of DTYPES, or "auto": bfloat16 from compute capability 8.0, float16 below, float32 on a CPU.
+    """
     if precision != "auto":
         return DTYPES[precision]
     if device.type == "cpu":

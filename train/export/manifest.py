@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from train.common.device import dtype_name
 from train.common.errors import UserError
 from train.common.files import sha256
-from train.export.merge import MergeJob, dtype_name
+from train.export.merge import MergeJob
 from train.model.folder import find_damage, read_manifest
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.common.device import dtype_name
 from train.common.errors import UserError
 from train.common.files import free_bytes, read_json, write_json
 from train.data.chat_template import DEFAULT_SYSTEM, chat_template
@@ -58,11 +59,6 @@ class MergeJob:
     shard_bytes: int
     system: str = DEFAULT_SYSTEM  # of the prompt that the adapter was trained with
     template: str = "chatml"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """float16, bfloat16 or float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def check_onto(base: Path, weights: Path) -> None:

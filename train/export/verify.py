@@ -13,10 +13,11 @@ import psutil
 import torch
 from torch import nn
 
+from train.common.device import dtype_name
 from train.common.errors import UserError
 from train.data.conversations import training_data
 from train.evaluation import parity
-from train.export.merge import GB, MergeJob, dtype_name, written_bytes
+from train.export.merge import GB, MergeJob, written_bytes
 from train.model.loading import load, read_folder_config
 from train.model.lora import load_adapter
 from train.model.tokenizer import load_tokenizer

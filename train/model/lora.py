@@ -58,18 +58,20 @@ class AdapterSettings(Protocol):
     def seed(self) -> int: ...
 
 
-def targets(layout: str, wanted: str) -> list[str]:
-    """The names of the linears that `wanted` means: "all", or names separated by commas.
+def targets(layout: str, requested: str) -> list[str]:
+    """The names of the linears that `requested` means: "all", or names separated by commas.
 
     Raises:
         UserError: a name that no linear of a block has; the message lists the names.
     """
     known = linear_names(layout)
-    names = sorted(known) if wanted == "all" else sorted({name.strip() for name in wanted.split(",") if name.strip()})
+    names = (
+        sorted(known) if requested == "all" else sorted({name.strip() for name in requested.split(",") if name.strip()})
+    )
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise UserError(
-            f"targets={wanted}: no linear is called {', '.join(unknown) or 'nothing'} in layout {layout}. "
+            f"targets={requested}: no linear is called {', '.join(unknown) or 'nothing'} in layout {layout}. "
             f"There are: {', '.join(known)}; or targets=all."
         )
     return names

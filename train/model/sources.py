@@ -70,12 +70,12 @@ def fetch_locked(name: str, entry: dict[str, Any], source: str, models: Path) ->
     cache.unlink()
 
 
-def _fetch_from_any(entry: dict[str, Any], wanted: str, target: Path) -> str:
+def _fetch_from_any(entry: dict[str, Any], requested: str, target: Path) -> str:
     """Fetch the entry's file from the first source that has it; returns which. Prints a line for each that does not."""
     tried = []
     for source in entry["sources"]:
         ((kind, address),) = source.items()
-        if wanted not in ("auto", kind):
+        if requested not in ("auto", kind):
             continue
         try:
             return _fetch_from(kind, address, entry, target)
@@ -83,7 +83,7 @@ def _fetch_from_any(entry: dict[str, Any], wanted: str, target: Path) -> str:
             print(f"{kind}: {error}")
             tried.append(kind)
     raise UserError(
-        f"{entry['file']}: no source answered ({', '.join(tried) or wanted + ' is not among its sources'}).\n{REMEDIES}"
+        f"{entry['file']}: no source answered ({', '.join(tried) or requested + ' is not among its sources'}).\n{REMEDIES}"
     )
 
 
