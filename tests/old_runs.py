@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.oracles import tiny_checkpoint, tiny_config
+from tests.support.oracles import tiny_checkpoint, tiny_config
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "tests" / "assets" / "old_runs"
@@ -63,8 +63,8 @@ def inputs(folder: Path) -> None:
         rows = [{"instruction": f"Question {n}?", "output": f"Answer {n}. " * (1 + n % 4)} for n in range(count)]
         (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipes").mkdir()
-    for name in ("smoke", "voice"):
-        shutil.copy(ROOT / "train" / "recipes" / f"{name}.yaml", folder / "recipes")
+    for name, copy in (("smoke", "smoke"), ("two_stage", "voice")):
+        shutil.copy(ROOT / "train" / "recipes" / f"{name}.yaml", folder / "recipes" / f"{copy}.yaml")
 
 
 def start(folder: Path, *words: str) -> "subprocess.Popen[bytes]":

@@ -119,3 +119,19 @@ def test_a_new_run_starts_from_an_old_adapter() -> None:
     record = json.loads(Path("runs/next/run.json").read_text())
     assert [entry["run"] for entry in record["lineage"]] == ["runs/voice/stages/1", "runs/voice"]
     assert main(["verify", "run=next"]) == 0
+
+
+@pytest.mark.parametrize("recipe", ["voice", "two_stage"])
+def test_a_run_with_the_earlier_name_of_a_recipe_in_its_own_goes_on(
+    recipe: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make train RECIPE=voice` without RUN= named the run after the recipe, which is called two_stage today."""
+    Path("runs/voice").rename(named := Path("runs/knowledge-voice-tiny-Int4"))
+    words = [word for word in COMMANDS["voice"] if not word.startswith(("run=", "recipe="))]
+    assert main(["train", *words, f"recipe={recipe}"]) == 0
+    out, error = capsys.readouterr()
+    assert out.count(f"run {named.name!r} is finished: nothing to do") == 1
+    assert error.count("recipe=voice is now called recipe=two_stage") == (recipe == "voice")
+    assert sorted(path.name for path in Path("runs").iterdir()) == sorted(
+        [named.name, *(path.name for path in (OLD / "runs").iterdir() if path.name != "voice")]
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from train.common.errors import UserError, explain
 from train.config.options import build, describe, pairs
+from train.config.recipe import current_names
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ def run(verb: str, words: list[str]) -> None:
         print(f"{module.__doc__}\n\n{describe(module.Options)}")
         return
     parse = getattr(module, "parse", lambda values: build(module.Options, values))
-    module.run(parse(pairs(words)))
+    values, notes = current_names(pairs(words))
+    for note in notes:
+        print(note, file=sys.stderr)
+    module.run(parse(values))
 
 
 def needs(words: list[str]) -> None:

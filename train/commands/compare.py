@@ -18,6 +18,7 @@ from train.common.errors import UserError
 from train.common.files import read_json, sha256, write_json, write_text
 from train.common.progress import bar
 from train.config.options import option
+from train.config.recipe import Recipe
 from train.data.conversations import training_data
 from train.evaluation.parity import EXAMPLES
 from train.evaluation.report import Answer, draw_losses, plot, smoothed, write_report
@@ -69,7 +70,7 @@ def run(options: Options) -> None:
     folder = Path(options.runs) / options.run
     record = read_run(folder)
     questions, source = _questions(options, record)
-    who = _who(folder, resolve(record["recipe"]["model"], Path(options.models)))
+    who = _who(folder, resolve(Recipe.from_record(record["recipe"]).model, Path(options.models)))
     inputs = _inputs(options, questions, who)
 
     # before and after, unless these very answers are there
@@ -175,7 +176,7 @@ def _answers(
     title: str, options: Options, record: dict[str, Any], who: Who, tokenizer: Tokenizer, questions: list[str]
 ) -> list[str]:
     """Answers "before" or "after"; an answer that max_tokens cut off ends in …"""
-    recipe, shown = record["recipe"], 0
+    recipe, shown = Recipe.from_record(record["recipe"]), 0
     model = _model(who, trained=title == "after")
     with bar(title, len(questions), "answers") as advance:
 
@@ -184,7 +185,7 @@ def _answers(
             advance(done - shown)
             shown = done
 
-        how = {"system": recipe["system"], "template": recipe["template"], "batch": options.batch, "cut": CUT}
+        how: dict[str, Any] = {"system": recipe.system, "template": recipe.template, "batch": options.batch, "cut": CUT}
         return answers(model, tokenizer, questions, max_new_tokens=options.max_tokens, on_progress=progress, **how)
 
 

@@ -11,15 +11,15 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.common.errors import UserError
 from train.common.files import write_text
 from train.common.progress import bar
-from train.config.options import describe, option
-from train.config.recipe import Recipe, build_with_overrides, load_recipe
+from train.config.options import RecipeOptions, build_with_overrides, describe, option
+from train.config.recipe import Recipe, load_recipe
 from train.data import chat_template, conversations
 from train.data.conversations import Conversation, Reading
 from train.model.folder import resolve
@@ -36,7 +36,7 @@ HAN, KANA, LETTER = re.compile("[\u3400-\u9fff\uf900-\ufaff]"), re.compile("[\u3
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(RecipeOptions):
     """What to read, and for which run."""
 
     data: str = option("", "file, folder of .json and .jsonl files, or several with commas between")
@@ -48,19 +48,12 @@ class Options:
     models: str = option("models", "folder of bases")
 
 
-@dataclass(frozen=True)
-class Request(Options):
-    """Options, and what was said about the recipe."""
-
-    overrides: dict[str, str] = field(default_factory=dict)
-
-
-def parse(pairs: dict[str, str]) -> Request:
+def parse(values: dict[str, str]) -> Options:
     """Options from key=value; every key that is not an option is the recipe's."""
-    return build_with_overrides(Request, pairs)
+    return build_with_overrides(Options, values, Recipe)
 
 
-def run(options: Request) -> None:
+def run(options: Options) -> None:
     # --- read and check -----------------------------------------------------------------------------------------------------
     if not options.data:
         raise UserError("data: which file? Example: make data DATA=data/demo.jsonl")
@@ -220,7 +213,7 @@ def mark(ids: list[int], mask: list[int], tokenizer: "Tokenizer", before: str, a
 # Converting
 
 
-def _convert(talks: list[Conversation], options: Request) -> None:
+def _convert(talks: list[Conversation], options: Options) -> None:
     out = Path(options.out)
     if out.resolve() in {path.resolve() for path in conversations.sources(options.data)}:
         raise UserError(f"out={out} is a file that was read: give another name, so that the original stays.")

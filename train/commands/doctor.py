@@ -10,13 +10,13 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from train.common.errors import UserError
 from train.common.files import read_json
-from train.config.options import build, describe, option
+from train.config.options import RecipeOptions, build_with_overrides, describe, option
 from train.config.recipe import Recipe, read_stages
 from train.config.stages import Stage, stage
 from train.data import conversations
@@ -44,7 +44,7 @@ COLOUR = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(RecipeOptions):
     """What to look at."""
 
     data: str = option("", "file, folder or several with commas between; empty: no data is looked at")
@@ -55,22 +55,12 @@ class Options:
     runs: str = option("runs", "folder of runs")
 
 
-@dataclass(frozen=True)
-class Request(Options):
-    """Options, and what was said about the recipe; a wrong key of it is a finding."""
-
-    overrides: dict[str, str] = field(default_factory=dict)
+def parse(values: dict[str, str]) -> Options:
+    """Options from key=value; any other key is left for the check of the recipe, which reports unknown ones."""
+    return build_with_overrides(Options, values)
 
 
-def parse(values: dict[str, str]) -> Request:
-    """Options from key=value; every other key is the recipe's, known or not."""
-    own = {f.name for f in fields(Options)}
-    asked = build(Options, {key: value for key, value in values.items() if key in own})
-    overrides = {key: value for key, value in values.items() if key not in own}
-    return Request(**vars(asked), overrides=overrides)
-
-
-def run(options: Request) -> None:
+def run(options: Options) -> None:
     # --- this machine, without torch ----------------------------------------------------------------------------------------
     report = Report()
     here = machine.look()
@@ -180,7 +170,7 @@ class Part:
         return cls(found.recipe, "" if found.data == UNNAMED else found.data, found.text and f", {found.text}")
 
 
-def _work(report: Report, options: Request) -> list[Part]:
+def _work(report: Report, options: Options) -> list[Part]:
     """One part, or one a stage; a stage that names no data is looked at only with DATA=."""
     overrides = options.overrides | ({"model": options.model} if options.model else {})
 

@@ -13,6 +13,7 @@ from train.common.errors import UserError
 from train.common.files import recover, staged
 from train.common.progress import bar
 from train.config.options import option
+from train.config.recipe import Recipe
 from train.evaluation.parity import Parity
 from train.export import manifest, merge, verify
 from train.export.merge import GB, MergeJob
@@ -42,9 +43,10 @@ def run(options: Options) -> None:
         raise UserError("which run? RUN= names a folder below runs/. Example: make export RUN=demo")
     folder = Path(options.runs) / options.run
     record = read_run(folder)
-    base = resolve(record["recipe"]["model"], Path(options.models))
+    recipe = Recipe.from_record(record["recipe"])
+    base = resolve(recipe.model, Path(options.models))
     manifest.check_base(record, base)
-    job = _job(options, folder, base, record["recipe"])
+    job = _job(options, folder, base, recipe)
     out = Path(options.out) if options.out else folder / "merged"
 
     # is it there already?
@@ -72,7 +74,7 @@ def run(options: Options) -> None:
     _report(options, out, job, measured)
 
 
-def _job(options: Options, folder: Path, base: Path, recipe: dict[str, Any]) -> MergeJob:
+def _job(options: Options, folder: Path, base: Path, recipe: Recipe) -> MergeJob:
     weights = resolve(options.onto, Path(options.models)) if options.onto else base
     if options.onto:
         merge.check_onto(base, weights)
@@ -82,7 +84,7 @@ def _job(options: Options, folder: Path, base: Path, recipe: dict[str, Any]) -> 
         raise UserError(f"verify={options.verify}: expected 1 or more; an export that was not compared is not written.")
     layout = options.layout or read_folder_config(weights)[0].layout
     shard_bytes = int(options.shard_size * GB)
-    prompt = (recipe["system"], recipe["template"])
+    prompt = (recipe.system, recipe.template)
     return MergeJob(weights, folder / "adapter", DTYPES[options.dtype], layout, shard_bytes, *prompt)
 
 

@@ -7,7 +7,7 @@ finished run, else the default base: the first line says which. Answers go to th
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def choose(options: Options) -> Source:
 
 
 def _of_run(folder: Path, options: Options, why: str) -> Source:
-    recipe, merged = read_run(folder)["recipe"], folder / "merged"
+    recipe, merged = asdict(Recipe.from_record(read_run(folder)["recipe"])), folder / "merged"
     exported = (merged / "manifest.json").is_file()
     if exported and (options.engine == "stock" or _fits(merged, options)):
         return Source(merged, f"{why}: its merged export {merged}", recipe=recipe)

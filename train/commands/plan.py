@@ -9,13 +9,13 @@ own context is counted apart. A desktop on the card takes some of it too: say GP
 
 import json
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from train.common.errors import UserError
 from train.common.files import read_json
-from train.config.options import describe, option
-from train.config.recipe import Recipe, build_with_overrides, load_recipe
+from train.config.options import RecipeOptions, build_with_overrides, describe, option
+from train.config.recipe import Recipe, load_recipe
 from train.model import architecture
 from train.model.architecture import Shape
 from train.model.folder import find
@@ -26,7 +26,7 @@ __doc__ = f"{__doc__}\nEvery key of the recipe may be given too:\n{describe(Reci
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(RecipeOptions):
     """Which model on which card."""
 
     model: str = option("", "base: a folder, a name, or a hub id that need not be here; empty: the recipe's")
@@ -35,19 +35,12 @@ class Options:
     models: str = option("models", "folder of bases")
 
 
-@dataclass(frozen=True)
-class Request(Options):
-    """Options, and what was said about the recipe."""
-
-    overrides: dict[str, str] = field(default_factory=dict)
-
-
-def parse(values: dict[str, str]) -> Request:
+def parse(values: dict[str, str]) -> Options:
     """Options from key=value; every key that is not an option is the recipe's."""
-    return build_with_overrides(Request, values)
+    return build_with_overrides(Options, values, Recipe)
 
 
-def run(options: Request) -> None:
+def run(options: Options) -> None:
     from rich.console import Console
 
     # --- which model, which recipe, which card ----------------------------------------------------------------------------
@@ -152,14 +145,14 @@ def _as_it_is(shape: Shape, recipe: Recipe, card: int) -> str:
     return f"The recipe as it is ({own.words()}) {verdict}: {sizes}."
 
 
-def _command(options: Request, recipe: Recipe, chosen: Setting) -> str:
+def _command(options: Options, recipe: Recipe, chosen: Setting) -> str:
     """What to type: the recipe, what was typed beside it, and what is chosen where the recipe says otherwise."""
     own = chosen == Setting.of(recipe)
     lead = "It is also the quickest that fits:" if own else "Quickest that fits:"
     return f"{lead} {_train(options, recipe, chosen.choices(but=recipe))}"
 
 
-def _train(options: Request, recipe: Recipe, words: dict[str, object]) -> str:
+def _train(options: Options, recipe: Recipe, words: dict[str, object]) -> str:
     """The whole command, so that what was planned is what is trained."""
     named = "" if options.recipe == Options.recipe else f" RECIPE={options.recipe}"
     typed = {key: value for key, value in options.overrides.items() if key != "model"}
@@ -173,7 +166,7 @@ def _longest(shape: Shape, chosen: Setting, card: int) -> str:
     return f"The longest rows that fit, one at a time: {on:,} tokens with checkpointing=on, {away:,} with offload."
 
 
-def _too_small(options: Request, shape: Shape, recipe: Recipe, card: int) -> str:
+def _too_small(options: Options, shape: Shape, recipe: Recipe, card: int) -> str:
     """What would fit: the same with fewer numbers to learn (alpha / rank as it was), then with shorter rows."""
     ranks = [rank for rank in (recipe.rank, 32, 16, 8) if rank <= recipe.rank]
     lengths = [n for n in (recipe.length, 2048, 1024, 512, 256) if n <= recipe.length]

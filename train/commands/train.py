@@ -12,13 +12,13 @@ import socket
 import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.common.errors import UserError
-from train.config.options import describe, option, pairs
-from train.config.recipe import Recipe, build_with_overrides, load_recipe
+from train.config.options import RecipeOptions, build_with_overrides, describe, option, pairs
+from train.config.recipe import Recipe, load_recipe, names_of
 from train.config.stages import Stage, count
 from train.config.stages import stage as stage_of_recipe
 from train.data.conversations import sources
@@ -38,7 +38,7 @@ __doc__ = f"{__doc__}\nEvery key of the recipe may be given too:\n{describe(Reci
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(RecipeOptions):
     """What to train on what."""
 
     data: str = option("", "file, folder of .json and .jsonl files, or several with commas between")
@@ -52,23 +52,10 @@ class Options:
     runs: str = option("runs", "folder of runs")
 
 
-@dataclass(frozen=True)
-class Request(Options):
-    """Options, and what was said about the recipe."""
-
-    overrides: dict[str, str] = field(default_factory=dict)
-
-    def words(self) -> list[str]:
-        """The command line that parses to this."""
-        own = {f.name: str(getattr(self, f.name)) for f in fields(Options)}
-        return [f"{key}={value}" for key, value in {**self.overrides, **own}.items()]
-
-
-def parse(values: dict[str, str]) -> Request:
+def parse(values: dict[str, str]) -> Options:
     """Options from key=value; every key that is not an option is the recipe's."""
-    return build_with_overrides(
-        Request, {("from_run" if key == "from" else key): value for key, value in values.items()}
-    )
+    renamed = {("from_run" if key == "from" else key): value for key, value in values.items()}
+    return build_with_overrides(Options, renamed, Recipe)
 
 
 def wanted_base(words: list[str]) -> str:
@@ -84,7 +71,7 @@ def wanted_base(words: list[str]) -> str:
     return "" if here or (wanted.run / "recipe.yaml").is_file() else wanted.recipe.model
 
 
-def run(options: Request) -> None:
+def run(options: Options) -> None:
     from train.training.async_save import FullError
 
     place = distributed.detect()
@@ -106,7 +93,7 @@ def run(options: Request) -> None:
         sys.exit(status)
 
 
-def _stages(options: Request, place: World | None) -> int:
+def _stages(options: Options, place: World | None) -> int:
     """All stages of a recipe, each when the one before is done; a recipe without any is one run."""
     stages = count(options.recipe)
     if not stages or options.stage:
@@ -125,7 +112,7 @@ def _stages(options: Request, place: World | None) -> int:
     return status
 
 
-def _stage(options: Request) -> Stage:
+def _stage(options: Options) -> Stage:
     """What is to be done, in which folder."""
     overrides = options.overrides | ({"model": options.model} if options.model else {})
     folder = Path(options.runs) / (options.run or _name(options))
@@ -133,7 +120,7 @@ def _stage(options: Request) -> Stage:
     return stage_of_recipe(options.recipe, options.stage, overrides, options.data, folder, parent)
 
 
-def _run(options: Request, place: World | None, later: int = 0) -> int:
+def _run(options: Options, place: World | None, later: int = 0) -> int:
     # --- what is to be done, checked --------------------------------------------------------------------------------------
     if not options.data and not options.stage:
         raise UserError("train: which data? Example: make train DATA=data/demo.jsonl")
@@ -142,13 +129,14 @@ def _run(options: Request, place: World | None, later: int = 0) -> int:
     device, dtype, processes = _machine(options, recipe, place)
     if place is not None and device.type == "cuda":
         place = replace(place, local=device.index)
+    from train.common.device import dtype_name
     from train.runs import folder as folder_module
     from train.runs.folder import lock_run
     from train.training.prepare import begin, check_same, fitted, prepare, start_of
 
     if "accumulation" not in options.overrides:
         recipe = fitted(recipe, folder, processes)
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     job = prepare(recipe, wanted.data, folder, wanted.parent, Path(options.models), processes, name, later)
     if recipe.accumulation != wanted.recipe.accumulation:
         job.notes.append(
@@ -204,11 +192,12 @@ def _machine(options: Options, recipe: Recipe, place: World | None) -> "tuple[to
     return device, pick_dtype(device, recipe.precision), processes
 
 
-def _name(options: Request) -> str:
-    """data-recipe-model, each without its folder."""
+def _name(options: Options) -> str:
+    """data-recipe-model, each without its folder; a run that was named after an earlier name of the recipe keeps it."""
     model = options.model or load_recipe(options.recipe, options.overrides).model
-    parts = (Path(options.data.split(",")[0]).stem, Path(options.recipe).stem, Path(model).name)
-    return "-".join(part for part in parts if part)
+    data = Path(options.data.split(",")[0]).stem
+    names = ["-".join(filter(None, (data, recipe, Path(model).name))) for recipe in names_of(options.recipe)]
+    return next((name for name in names if (Path(options.runs) / name).is_dir()), names[0])
 
 
 def _train(job: "Job", place: World, device: "torch.device", dtype: "torch.dtype", found: Path | None) -> int:
@@ -282,13 +271,15 @@ def _decisions(
     """What was decided for the user, a line each."""
     import torch
 
+    from train.common.device import dtype_name
+
     recipe, rows = job.recipe, job.inputs["rows_per_step"]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     asked = "as this device does best" if recipe.precision == "auto" else f"as precision={recipe.precision} says"
     number = f"{place.size} processes" if place.size > 1 else "1 process"
     lines = [
         f"base: {recipe.model} in {job.base}; run: {job.run}",
-        f"device: {where}, {str(dtype).removeprefix('torch.')} ({asked}), ZeRO {stage}",
+        f"device: {where}, {dtype_name(dtype)} ({asked}), ZeRO {stage}",
         f"a step: {recipe.batch} rows × {recipe.accumulation} × {number} = {rows} rows of at most {recipe.length} tokens",
         f"{len(job.plan)} steps, {job.plan.epoch(len(job.plan) - 1) + 1} epochs",
     ]

@@ -21,6 +21,7 @@ from typing import Any
 from train.common.errors import UserError
 from train.common.files import read_json, sha256
 from train.config.options import option
+from train.config.recipe import Recipe
 from train.model.folder import find, find_damage, read_manifest
 from train.runs import provenance
 
@@ -102,11 +103,10 @@ def _inputs(options: Options, record: dict[str, Any]) -> Findings:
     """What it was made of: data, base, and the runs that it stands on."""
     from train.data.conversations import hash_data
 
-    base = find(record["recipe"]["model"], Path(options.models))
+    model = Recipe.from_record(record["recipe"]).model
+    base = find(model, Path(options.models))
     files = provenance.hash_folder(base) if base else {}
-    found: Findings = [
-        (f"base {record['recipe']['model']}", _compare(files, record["base"]["files"]) if base else ["it is gone"])
-    ]
+    found: Findings = [(f"base {model}", _compare(files, record["base"]["files"]) if base else ["it is gone"])]
     path = record["data"]["path"]
     try:
         same = hash_data(path)["sha256"] == record["data"]["sha256"]
@@ -150,7 +150,7 @@ def _replay(options: Options, folder: Path, record: dict[str, Any]) -> None:
     """Train again below the run's own folder; gone afterwards, if it is the same."""
     numbers = [start["processes"] for start in record.get("starts", [])]
     mixed = len(set(numbers)) > 1
-    if mixed and record["recipe"]["dropout"]:
+    if mixed and Recipe.from_record(record["recipe"]).dropout:
         raise UserError(
             f"run {folder.name!r} was computed in {', then '.join(map(str, numbers))} processes: dropout drew other numbers in each, "
             "which no single start draws again. The hashes above hold."
