@@ -1,4 +1,4 @@
-"""`data` as it is typed: what it prints, what it writes, how it refuses."""
+"""The command `data`: what it prints, what it writes, what it refuses."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
-    """A folder of bases with one whose tokens are bytes."""
+    """A folder of bases with one base, whose tokens are bytes."""
     folder = tmp_path / "models" / "bytes"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
@@ -43,16 +43,18 @@ def test_summary(file: Path, models: Path, capsys: pytest.CaptureFixture[str]) -
     # <|im_start|>user⏎q<|im_end|>⏎<|im_start|>assistant⏎a<|im_end|>⏎ is 23 bytes and control tokens
     short, long = 23, 23 + (3 + 1 + 3 - 1) + (90 - 1)
     assert "2 (Alpaca)" in printed["conversations"]
-    assert f"{short + long}; a conversation: min {short}, median {long}, p95 {long}, max {long}" in printed["tokens"]
+    assert f"{short + long}; per conversation: min {short}, median {long}, p95 {long}, max {long}" in printed["tokens"]
     assert f"1 over 100 tokens: cut, {long - 100} tokens lost" in printed["too long"]
     assert "2 rows of at most 100 tokens, packed: 61.5%" in printed["an epoch"]  # 123 of 200
     assert "50% Chinese, 50% other" in printed["languages"]
     assert '"tag" (1 rows)' in printed["not used"]
 
 
-def test_the_learnt_part_is_marked(file: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tokens_that_are_trained_on_are_marked(
+    file: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(f"data={file}", "model=bytes", f"models={models}", "system=s")
-    shown = capsys.readouterr().out.partition("⟦learnt⟧:\n")[2]
+    shown = capsys.readouterr().out.partition("⟦trained on⟧:\n")[2]
     turns = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n⟦a<|im_end|>⟧\n"
     assert shown == turns
     tokenizer = load_tokenizer(models / "bytes")
@@ -68,7 +70,7 @@ def test_without_the_base_only_tokens_are_missing(
     assert "not counted, that needs the base" in printed and "make model MODEL=org/absent" in printed
 
 
-def test_mistakes_are_the_report_and_status_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_give_the_report_and_status_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text("{'instruction': 'q', 'output': 'a'}\n{\"instruction\": \"q\"}\n")
     out = tmp_path / "out.jsonl"
@@ -83,7 +85,7 @@ def test_overlong_error_is_a_mistake(file: Path, models: Path, capsys: pytest.Ca
     assert "1 conversations over length=100" in capsys.readouterr().err
 
 
-def test_out_reads_back_as_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_is_read_back_as_the_same_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.jsonl"
     rows = [{"instruction": "q\u2028", "output": "好\n", "system": ""}, *ROWS]
     (tmp_path / "more.json").write_text(json.dumps(rows))
@@ -110,7 +112,7 @@ def test_large_data_shows_progress(tmp_path: Path, models: Path, capsys: pytest.
     assert run(f"data={path}", "model=bytes", f"models={models}", "length=1000") == 0
     printed = capsys.readouterr().out
     assert "reading: 100 of 100 %" in printed and "counting tokens: 100 of 100 %" in printed
-    assert "2,000 conversations say exactly what an earlier one says" in printed
+    assert "2,000 conversations are exact copies of an earlier one" in printed
     assert "2,001 over 1000 tokens: cut" in printed
 
 
@@ -129,8 +131,8 @@ def test_refusals(words: list[str], message: str, capsys: pytest.CaptureFixture[
 
 
 def test_every_key_of_the_recipe_may_be_given() -> None:
-    request = data.parse({"data": "x", "length": "9", "out": "y"})
-    assert (request.data, request.out, request.overrides) == ("x", "y", {"length": "9"})
+    options = data.parse({"data": "x", "length": "9", "out": "y"})
+    assert (options.data, options.out, options.overrides) == ("x", "y", {"length": "9"})
     with pytest.raises(UserError, match="Known keys"):
         data.parse({"zzzzzz": "1"})
 

@@ -144,7 +144,7 @@ def test_a_wrong_key_and_wrong_data_are_told_together(house: Path, capsys: pytes
         (("zero=3", "checkpointing=on"), "way", "checkpointing=off"),
         (("targets=c_attn,k_proj",), "targets", "k_proj"),
         (("recipe=none-such",), "keys", "none-such"),
-        (("length=4", "data=talk.json", "overlong=skip"), "tokens", "nothing to learn"),
+        (("length=4", "data=talk.json", "overlong=skip"), "tokens", "no token to train on"),
         (("model=nowhere",), "folder", "no hub id"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Resuming, refusing and joining, against a small server on this machine and pip's own --find-links."""
+"""Downloads that resume, are refused or are joined; with a small server on this machine and pip's --find-links."""
 
 import hashlib
 import itertools
@@ -20,11 +20,11 @@ DIGEST = hashlib.sha256(BODY).hexdigest()
 
 
 class Server:
-    """Serves `pages` with ranges; `cut` bytes after which it drops the line, once for each request that is longer."""
+    """Serves `pages` with ranges. It drops the connection after `cut` bytes of a request that is longer."""
 
     def __init__(self, pages: dict[str, bytes], cut: int | None = None) -> None:
         self.pages, self.cut = pages, cut
-        self.asked: list[tuple[str, str | None]] = []
+        self.requests: list[tuple[str, str | None]] = []
         self.ranges = True
         self.lengths = True
 
@@ -36,7 +36,7 @@ def serving(pages: dict[str, bytes], cut: int | None = None) -> Iterator[tuple[s
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             wanted = self.headers.get("Range") if state.ranges else None
-            state.asked.append((self.path, wanted))
+            state.requests.append((self.path, wanted))
             page = state.pages.get(self.path.split("?")[0])
             if page is None:
                 self.send_error(404)
@@ -64,27 +64,27 @@ def serving(pages: dict[str, bytes], cut: int | None = None) -> Iterator[tuple[s
         server.server_close()
 
 
-def test_a_cut_line_costs_only_the_rest(tmp_path: Path) -> None:
+def test_an_interrupted_download_fetches_only_the_rest(tmp_path: Path) -> None:
     with serving({"/f": BODY}, cut=500_000) as (address, server):
         fetch(f"{address}/f", tmp_path / "f", len(BODY), DIGEST)
     assert (tmp_path / "f").read_bytes() == BODY
-    starts = [int(wanted[6:-1]) if wanted else 0 for _, wanted in server.asked]
+    starts = [int(wanted[6:-1]) if wanted else 0 for _, wanted in server.requests]
     assert starts[0] == 0
     assert all(450_000 < later - sooner <= 500_000 for sooner, later in itertools.pairwise(starts))
     assert len(starts) == 3
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
-def test_the_next_command_goes_on_where_this_one_stopped(tmp_path: Path) -> None:
+def test_the_next_command_continues_where_this_one_stopped(tmp_path: Path) -> None:
     (tmp_path / "f.part").write_bytes(BODY[:700_000])
     with serving({"/f": BODY}) as (address, server):
         fetch(f"{address}/f", tmp_path / "f", len(BODY), DIGEST)
-        fetch(f"{address}/f", tmp_path / "f", len(BODY), DIGEST)  # whole: not asked for again
-    assert [r for _, r in server.asked] == ["bytes=700000-"]
+        fetch(f"{address}/f", tmp_path / "f", len(BODY), DIGEST)  # complete: not fetched again
+    assert [r for _, r in server.requests] == ["bytes=700000-"]
     assert (tmp_path / "f").read_bytes() == BODY
 
 
-def test_a_server_without_ranges_begins_again(tmp_path: Path) -> None:
+def test_a_server_without_ranges_starts_again(tmp_path: Path) -> None:
     (tmp_path / "f.part").write_bytes(b"old" * 10)
     with serving({"/f": BODY}) as (address, server):
         server.ranges = False
@@ -92,7 +92,7 @@ def test_a_server_without_ranges_begins_again(tmp_path: Path) -> None:
     assert (tmp_path / "f").read_bytes() == BODY
 
 
-def test_an_answer_of_unknown_length_is_judged_when_it_is_here(tmp_path: Path) -> None:
+def test_a_response_of_unknown_length_is_checked_when_it_is_complete(tmp_path: Path) -> None:
     with serving({"/f": BODY}) as (address, server):
         server.lengths = False
         fetch(f"{address}/f", tmp_path / "f", len(BODY), DIGEST)
@@ -104,25 +104,25 @@ def test_an_answer_of_unknown_length_is_judged_when_it_is_here(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("size", [len(BODY), None])
-def test_too_much_from_an_earlier_attempt_begins_again(tmp_path: Path, size: int | None) -> None:
+def test_too_many_bytes_from_an_earlier_attempt_start_again(tmp_path: Path, size: int | None) -> None:
     (tmp_path / "f.part").write_bytes(BODY + b"of another file")
     with serving({"/f": BODY}) as (address, server):
         fetch(f"{address}/f", tmp_path / "f", size, DIGEST)
     assert (tmp_path / "f").read_bytes() == BODY
-    assert [r for _, r in server.asked] == [f"bytes={len(BODY) + 15}-", None]
+    assert [r for _, r in server.requests] == [f"bytes={len(BODY) + 15}-", None]
 
 
-def test_a_line_that_brings_nothing_more_is_given_up(tmp_path: Path) -> None:
+def test_a_connection_that_brings_nothing_new_is_given_up(tmp_path: Path) -> None:
     with (
         serving({"/f": BODY}, cut=0) as (address, server),
         pytest.raises(UnreachableError, match=r"cut off after 0 bytes|no connection"),
     ):
         fetch(f"{address}/f", tmp_path / "f", len(BODY), DIGEST)
-    assert len(server.asked) <= 4
+    assert len(server.requests) <= 4
     assert not (tmp_path / "f").exists()
 
 
-def test_another_file_under_the_name_is_removed(tmp_path: Path) -> None:
+def test_another_file_under_this_name_is_removed(tmp_path: Path) -> None:
     with (
         serving({"/f": BODY[::-1]}) as (address, _),
         pytest.raises(UserError, match=r"sha256 is .* expected [^$]*removed") as e,
@@ -140,8 +140,8 @@ def test_an_error_page_is_not_the_file(tmp_path: Path) -> None:
             fetch(f"{address}/nothing", tmp_path / "f", len(BODY), DIGEST)
 
 
-def test_nobody_there(tmp_path: Path) -> None:
-    with socket.socket() as held:  # bound and not listening: refused, and nobody else gets the port meanwhile
+def test_an_address_without_a_server(tmp_path: Path) -> None:
+    with socket.socket() as held:  # bound but not listening: refused, and no other process gets the port meanwhile
         held.bind(("127.0.0.1", 0))
         with pytest.raises(UnreachableError, match="no connection"):
             fetch(f"http://127.0.0.1:{held.getsockname()[1]}/f", tmp_path / "f", None, None)
@@ -150,7 +150,7 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 
 def wheels(folder: Path, parts: list[bytes]) -> dict[str, str]:
-    """Real wheels piece-1, piece-2 … whose import would fail, and the requirements that name their members."""
+    """Real wheels piece-1, piece-2 … whose import fails; returns requirement -> member."""
     folder.mkdir(exist_ok=True)
     for n, part in enumerate(parts, 1):
         with zipfile.ZipFile(folder / f"piece_{n}-1.0-py3-none-any.whl", "w") as wheel:
@@ -191,7 +191,7 @@ def test_wheels_that_arrived_are_kept_when_one_does_not(tmp_path: Path, index: P
     assert (tmp_path / "f").read_bytes() == BODY
 
 
-def test_wheels_that_make_up_something_else_are_removed(tmp_path: Path, index: Path) -> None:
+def test_wheels_that_give_another_file_are_removed(tmp_path: Path, index: Path) -> None:
     pieces = wheels(index, [BODY[300_000:], BODY[:300_000]])
     store = tmp_path / "store"
     with pytest.raises(UserError, match="sha256"):

@@ -1,4 +1,4 @@
-"""Staged folders: whole or not there, also when the process that wrote one was killed."""
+"""Staged folders are complete or not there, also when the process that wrote one was killed."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_is_complete_or_not_there(tmp_path: Path) -> None:
     with staged(tmp_path / "a") as aside:
         write_text(aside / "one", "1")
         assert not (tmp_path / "a").exists()
@@ -67,7 +67,7 @@ def test_killed_between_two_renames_the_older_folder_comes_back(tmp_path: Path) 
     assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["old"]
 
 
-def test_a_killed_process_may_have_had_our_number(tmp_path: Path) -> None:
+def test_a_killed_process_may_have_had_our_process_id(tmp_path: Path) -> None:
     """In a container every start has the same one."""
     old = tmp_path / f".merged.{os.getpid()}.old"
     old.mkdir()
@@ -77,8 +77,8 @@ def test_a_killed_process_may_have_had_our_number(tmp_path: Path) -> None:
     assert (tmp_path / "merged/kept").exists() and not old.exists()
 
 
-def test_two_folders_change_names_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even for an instant is the name without a folder."""
+def test_two_folders_exchange_names_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name always has a folder, also for a moment in between."""
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
@@ -98,11 +98,11 @@ def test_an_older_folder_is_replaced_either_way(able: bool, tmp_path: Path, monk
     assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["two"]
 
 
-def test_the_name_of_every_new_folder_is_forced_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pulled plug may else keep a checkpoint's bytes and lose the folder that they are in."""
+def test_the_entry_of_every_new_folder_is_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without this, a power failure can keep the bytes of a checkpoint and lose the folder that they are in."""
     synced: list[Path] = []
     monkeypatch.setattr(files, "sync", synced.append)
-    files.make(tmp_path / "runs" / "mine" / "checkpoints")
+    files.make_folder(tmp_path / "runs" / "mine" / "checkpoints")
     assert synced == [tmp_path, tmp_path / "runs", tmp_path / "runs" / "mine"]
-    files.make(tmp_path / "runs" / "mine")
+    files.make_folder(tmp_path / "runs" / "mine")
     assert len(synced) == 3 and (tmp_path / "runs/mine/checkpoints").is_dir()

@@ -1,6 +1,9 @@
-"""The line about a run's progress: its speed, and a time left that does not jump."""
+"""Progress in a log: lines now and then; speed and a steady time left for training."""
 
-from train.common.progress import Meter, clock
+import pytest
+
+from train.common import progress
+from train.common.progress import Meter, bar, clock
 
 
 def row(step: int, seconds: float) -> dict[str, float]:
@@ -11,7 +14,7 @@ def left(seconds: list[float], total: int = 100) -> str:
     meter = Meter(total, 0)
     for step, taken in enumerate(seconds, 1):
         meter.show(row(step, taken))
-    return meter.words(row(len(seconds), seconds[-1])).rpartition(" · ")[2]
+    return meter.text(row(len(seconds), seconds[-1])).rpartition(" · ")[2]
 
 
 def test_one_slow_step_does_not_move_the_time_left() -> None:
@@ -32,8 +35,43 @@ def test_the_speed_is_that_of_the_last_steps() -> None:
     meter = Meter(100, 0)
     for step in range(1, 31):
         meter.show(row(step, 2.0 if step > 20 else 1.0))
-    assert "50 tokens/s" in meter.words(row(30, 2.0))
+    assert "50 tokens/s" in meter.text(row(30, 2.0))
 
 
-def test_a_clock_reads_as_people_say_it() -> None:
+def test_a_duration_is_written_in_two_units_at_most() -> None:
     assert [clock(s) for s in (7, 200, 7500)] == ["7 s", "3 min 20 s", "2 h 05 min"]
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+
+def test_a_long_task_prints_a_line_now_and_then_and_one_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    time = Clock(monkeypatch)
+    with bar("fetching", 5e6, "MB", 1e6) as advance:
+        for _ in range(4):
+            time.now += progress.TASK_SECONDS * 0.6
+            advance(1e6)
+        assert capsys.readouterr().out.splitlines() == ["fetching: 2 of 5 MB", "fetching: 4 of 5 MB"]
+        advance(1e6)
+        advance(0)
+    assert capsys.readouterr().out == "fetching: 5 of 5 MB\n"
+
+
+def test_training_prints_the_first_step_the_last_and_some_between(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    time = Clock(monkeypatch)
+    with Meter(12, 2) as meter:
+        for step in range(3, 13):
+            meter.show(row(step, 1.0))
+            time.now += progress.STEP_SECONDS * 0.3
+    assert [line.split(" · ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        *(f"step {step}/12" for step in (3, 7, 11, 12))
+    ]

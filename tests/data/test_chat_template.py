@@ -1,4 +1,4 @@
-"""Templates and masks, shown to the eye."""
+"""Templates and masks: the expected text marks which tokens are trained on."""
 
 import base64
 from pathlib import Path
@@ -16,20 +16,20 @@ TURNS = (Turn("user", "hi"), Turn("assistant", "yes <|im_end|>"), Turn("user", "
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Tokenizer:
-    """Every byte a token, and the control tokens."""
+    """Every byte is a token; and the control tokens."""
     lines = (base64.b64encode(bytes([n])) + f" {n}\n".encode() for n in range(256))
     (tmp_path / "qwen.tiktoken").write_bytes(b"".join(lines))
     return load_tokenizer(tmp_path)
 
 
 def shown(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> str:
-    """Learnt stretches in ⟦…⟧; a control token in «…», so that it cannot be taken for typed text."""
+    """Tokens that are trained on in ⟦…⟧; a control token in «…», which distinguishes it from typed text."""
     text, inside = "", 0
-    for number, learn in zip(ids, mask):
-        text += "⟦" if learn and not inside else "⟧" if inside and not learn else ""
-        name = tokenizer.decode([number], skip_control=False)
-        text += f"«{name[2:-2]}»" if tokenizer.is_control(number) else name.replace("\n", "⏎\n")
-        inside = learn
+    for token, trained_on in zip(ids, mask):
+        text += "⟦" if trained_on and not inside else "⟧" if inside and not trained_on else ""
+        name = tokenizer.decode([token], skip_control=False)
+        text += f"«{name[2:-2]}»" if tokenizer.is_control(token) else name.replace("\n", "⏎\n")
+        inside = trained_on
     return text + ("⟧" if inside else "")
 
 
@@ -37,7 +37,7 @@ def conversation(system: str | None = None) -> Conversation:
     return Conversation(TURNS, system, "here:1")
 
 
-def test_the_answers_and_their_ends_are_learnt(tokenizer: Tokenizer) -> None:
+def test_the_answers_and_their_ends_are_trained_on(tokenizer: Tokenizer) -> None:
     assert shown(*render(conversation(), tokenizer), tokenizer) == (
         "«im_start»system⏎\nYou are a helpful assistant.«im_end»⏎\n"
         "«im_start»user⏎\nhi«im_end»⏎\n"
@@ -47,7 +47,7 @@ def test_the_answers_and_their_ends_are_learnt(tokenizer: Tokenizer) -> None:
     )
 
 
-def test_published_learns_the_frame_of_every_turn_too(tokenizer: Tokenizer) -> None:
+def test_published_trains_on_the_frame_of_every_turn_too(tokenizer: Tokenizer) -> None:
     assert shown(*render(conversation("Be brief."), tokenizer, mask="published"), tokenizer) == (
         "⟦«im_start»⟧system⏎\nBe brief.⟦«im_end»⏎\n"
         "«im_start»⟧user⏎\nhi⟦«im_end»⏎\n"
@@ -67,7 +67,7 @@ def test_plain_splits_the_question_at_its_first_line(tokenizer: Tokenizer) -> No
 
 
 def published_labels(turns: tuple[Turn, ...], system: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids and labels by the rules of QwenLM/Qwen finetune.py (preprocess), by position: −100 = not learnt."""
+    """Ids and labels by the rules of QwenLM/Qwen finetune.py (preprocess); −100 = not trained on."""
     ids: list[int] = []
     labels: list[int] = []
     for role, text in [("system", system), *((turn.role, turn.text) for turn in turns)]:
@@ -81,14 +81,14 @@ def published_labels(turns: tuple[Turn, ...], system: str, tokenizer: Tokenizer)
 
 def test_published_equals_the_published_script(tokenizer: Tokenizer) -> None:
     ids, mask = render(conversation("Sys."), tokenizer, mask="published")
-    labels = [number if learn else -100 for number, learn in zip(ids, mask)]
+    labels = [token if trained_on else -100 for token, trained_on in zip(ids, mask)]
     assert (ids, labels) == published_labels(TURNS, "Sys.", tokenizer)
 
 
 @pytest.mark.parametrize("template", ["chatml", "plain"])
 @pytest.mark.parametrize("system", [None, "", "Be brief."])
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_prompt_is_the_beginning_of_what_is_learnt(
+def test_a_prompt_is_the_beginning_of_the_training_text(
     tokenizer: Tokenizer, template: str, system: str | None, count: int
 ) -> None:
     whole, mask = render(Conversation(TURNS[: count + 1], system, ""), tokenizer, template=template)
@@ -102,8 +102,8 @@ def test_a_prompt_is_the_beginning_of_what_is_learnt(
     assert tokenizer.decode(answer[:end]) == TURNS[count].text
 
 
-def test_the_saved_template_writes_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """What stock tools make of tokenizer_config.json, where no text looks like a control token."""
+def test_the_saved_jinja_template_gives_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """As stock tools read tokenizer_config.json, for texts that do not look like control tokens."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer.save(tmp_path, chat_template('Say "yes".\nOr no: 好。'))
@@ -117,7 +117,7 @@ def test_the_saved_template_writes_the_same(tokenizer: Tokenizer, tmp_path: Path
     assert stock.apply_chat_template(messages) == render(Conversation(turns, "Be brief.", ""), tokenizer)[0]
 
 
-def test_a_choice_that_has_no_meaning_is_refused(tokenizer: Tokenizer) -> None:
+def test_an_unsupported_combination_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="template=plain with mask=published"):
         render(conversation(), tokenizer, template="plain", mask="published")
     with pytest.raises(UserError, match="template=alpaca"):

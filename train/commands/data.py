@@ -1,15 +1,16 @@
-"""Read, check and sum up a data set; with OUT=, write it anew as OpenAI messages.
+"""Check a data set and print its summary; with OUT=, also write it as OpenAI messages.
 
 make data DATA=file-or-folder [RECIPE=name] [MODEL=base] [OUT=new.jsonl] [ARGS="length=1024 overlong=skip …"]
 
-A set with a mistake in it is refused with one list of all mistakes by file, line and column, status 2. Tokens are counted with the
-base's own tokenizer and in the recipe's template; a base that is not there yet costs only those numbers.
+Data with a mistake is refused with a list of all mistakes by file, line and column, and status 2. Tokens are counted
+with the tokenizer of the base and the template of the recipe. Without the base on this machine only these numbers are
+missing.
 """
 
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +22,17 @@ from train.common.progress import bar
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
 from train.config.recipe import Recipe, load_recipe
 from train.data import chat_template, conversations
-from train.data.conversations import Conversation, Reading
+from train.data.conversations import CheckedData, Conversation
 from train.model.folder import resolve
 
 if TYPE_CHECKING:
     from train.data.samples import Summary
     from train.model.tokenizer import Tokenizer
 
-__doc__ = f"{__doc__}\nEvery key of the recipe may be given too:\n{describe(Recipe)}\n\nKeys of this command:"
+__doc__ = f"{__doc__}\nEvery key of the recipe can be given too:\n{describe(Recipe)}\n\nKeys of this command:"
 
-LARGE = 2_000_000  # bytes from which on progress is shown
-SHOWN = 1500  # characters of the example
+LARGE = 2_000_000  # bytes of files, or characters of text, from which progress is shown
+MAX_SHOWN = 1500  # characters of the example
 HAN, KANA, LETTER = re.compile("[\u3400-\u9fff\uf900-\ufaff]"), re.compile("[\u3040-\u30ff]"), re.compile(r"[^\W\d_]")
 
 
@@ -39,66 +40,65 @@ HAN, KANA, LETTER = re.compile("[\u3400-\u9fff\uf900-\ufaff]"), re.compile("[\u3
 class Options(RecipeOptions):
     """What to read, and for which run."""
 
-    data: str = option("", "file, folder of .json and .jsonl files, or several with commas between")
+    data: str = option("", "file, folder of .json and .jsonl files, or several separated by commas")
     recipe: str = option(
-        "qlora", "a name in train/recipes/, or the path of a .yaml file: template, length, what is learnt"
+        "qlora", "a name in train/recipes/, or the path of a .yaml file: template, length, tokens to train on"
     )
     model: str = option("", "base whose tokenizer counts; empty: the recipe's")
-    out: str = option("", "write the conversations to this file, as OpenAI messages, one a line")
+    out: str = option("", "write the conversations to this file, as OpenAI messages, one per line")
     models: str = option("models", "folder of bases")
 
 
 def parse(values: dict[str, str]) -> Options:
-    """Options from key=value; every key that is not an option is the recipe's."""
+    """Options from key=value; every key that is not an option belongs to the recipe."""
     return build_with_overrides(Options, values, Recipe)
 
 
 def run(options: Options) -> None:
-    # --- read and check -----------------------------------------------------------------------------------------------------
+    # --- read and check ---------------------------------------------------------------------------------------------
     if not options.data:
         raise UserError("data: which file? Example: make data DATA=data/demo.jsonl")
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
-    reading = _survey(options.data)
-    if reading.problems:
-        raise UserError(conversations.report(reading.problems))
+    checked = _check(options.data)
+    if checked.problems:
+        raise UserError(conversations.report(checked.problems))
 
-    # --- count ---------------------------------------------------------------------------------------------------------------
-    lines = {"conversations": f"{len(reading.conversations):,} ({_formats(reading)})", **_words(reading.conversations)}
-    tokenizer, missing = _tokenizer(recipe, Path(options.models))
+    # --- count tokens -----------------------------------------------------------------------------------------------
+    rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_words(checked.conversations)}
+    tokenizer, reason = _tokenizer(recipe, Path(options.models))
     if tokenizer:
-        lines |= _tokens(_encode(reading.conversations, tokenizer, recipe), recipe)
+        rows |= _tokens(_summary(checked.conversations, tokenizer, recipe), recipe)
     else:
-        lines["tokens"] = f"not counted, that needs the base. {missing}"
-    lines |= _notices(reading)
+        rows["tokens"] = f"not counted, that needs the base. {reason}"
+    rows |= _notices(checked)
 
-    # --- tell, convert -------------------------------------------------------------------------------------------------------
-    print(f"{options.data}: sound.")
-    _table(lines)
+    # --- print, convert ---------------------------------------------------------------------------------------------
+    print(f"{options.data}: no mistakes.")
+    _print_table(rows)
     if tokenizer:
-        _example(reading.conversations[0], tokenizer, recipe)
+        _print_example(checked.conversations[0], tokenizer, recipe)
     if options.out:
-        _convert(reading.conversations, options)
+        _convert(checked.conversations, options)
 
 
 # Reading
 
 
-def _survey(data: str) -> Reading:
-    size = sum(path.stat().st_size for path in conversations.sources(data))
-    files = len(conversations.sources(data))
-    with _progress("reading", files, size) as advance:
-        done: dict[str, float] = {}
+def _check(data: str) -> CheckedData:
+    files = conversations.sources(data)
+    with _progress("reading", len(files), sum(path.stat().st_size for path in files)) as advance:
+        shares: dict[str, float] = {}
 
         def progress(file: str, share: float) -> None:
-            advance(share - done.get(file, 0.0))
-            done[file] = share
+            advance(share - shares.get(file, 0.0))
+            shares[file] = share
 
-        return conversations.survey(data, progress)
+        return conversations.check(data, progress)
 
 
 @contextmanager
-def _progress(title: str, total: float, size: float) -> Iterator:  # type: ignore[type-arg]
-    """A bar if there is much to do, else nothing."""
+def _progress(title: str, total: float, size: float) -> Iterator[Callable[[float], None]]:
+    """A bar if there is much to do; else nothing is shown."""
     if size < LARGE:
         yield lambda amount: None
         return
@@ -107,7 +107,7 @@ def _progress(title: str, total: float, size: float) -> Iterator:  # type: ignor
 
 
 def _tokenizer(recipe: Recipe, models: Path) -> "tuple[Tokenizer | None, str]":
-    """The base's tokenizer, or None and why not."""
+    """The tokenizer of the base, or None and the reason."""
     from train.model.tokenizer import load_tokenizer
 
     try:
@@ -116,93 +116,99 @@ def _tokenizer(recipe: Recipe, models: Path) -> "tuple[Tokenizer | None, str]":
         return None, str(error).replace("\n", " ")
 
 
-def _encode(talks: list[Conversation], tokenizer: "Tokenizer", recipe: Recipe) -> "Summary":
+def _summary(checked: list[Conversation], tokenizer: "Tokenizer", recipe: Recipe) -> "Summary":
     from train.data.samples import encode
 
-    size = sum(len(turn.text) for talk in talks for turn in talk.turns)
-    last = 0
+    size = sum(len(turn.text) for conversation in checked for turn in conversation.turns)
+    done_before = 0
     with _progress("counting tokens", 1, size) as advance:
 
         def progress(done: int) -> None:
-            nonlocal last
-            advance((done - last) / len(talks))
-            last = done
+            nonlocal done_before
+            advance((done - done_before) / len(checked))
+            done_before = done
 
-        summary = encode(talks, tokenizer, recipe, progress)[1]
-        progress(len(talks))
+        summary = encode(checked, tokenizer, recipe, progress)[1]
+        progress(len(checked))
     return summary
 
 
-# Telling
+# Rows of the table: title -> text
 
 
-def _formats(reading: Reading) -> str:
-    names = reading.formats.most_common()
-    return names[0][0] if len(names) == 1 else ", ".join(f"{count:,} {name}" for name, count in names)
+def _formats(checked: CheckedData) -> str:
+    counts = checked.formats.most_common()
+    return counts[0][0] if len(counts) == 1 else ", ".join(f"{count:,} {name}" for name, count in counts)
 
 
-def _words(talks: list[Conversation]) -> dict[str, str]:
-    turns = [len(talk.turns) // 2 for talk in talks]
-    chinese = sum(map(_is_chinese, talks)) / len(talks)
+def _words(checked: list[Conversation]) -> dict[str, str]:
+    turns = [len(conversation.turns) // 2 for conversation in checked]
+    several = sum(count > 1 for count in turns)
+    chinese = sum(map(_is_chinese, checked)) / len(checked)
     return {
-        "turns": f"{sum(turns):,} questions and answers; {sum(n > 1 for n in turns):,} conversations have several, at most {max(turns)}",
+        "turns": f"{sum(turns):,} questions and answers; {several:,} conversations have several, at most {max(turns)}",
         "languages": f"answers roughly {chinese:.0%} Chinese, {1 - chinese:.0%} other",
     }
 
 
-def _is_chinese(talk: Conversation) -> bool:
-    """A rough guess: three letters in ten of the answers are Han, and there is no kana."""
-    text = "".join(turn.text for turn in talk.turns if turn.role == "assistant")[:2000]
+def _is_chinese(conversation: Conversation) -> bool:
+    """A rough guess: three in ten letters of the answers are Han characters, and there is no kana."""
+    text = "".join(turn.text for turn in conversation.turns if turn.role == "assistant")[:2000]
     return not KANA.search(text) and len(HAN.findall(text)) > 0.3 * len(LETTER.findall(text))
 
 
-def _tokens(summary: "Summary", recipe: Recipe) -> dict[str, str]:
-    s, mode = summary, "packed" if recipe.pack else "one conversation a row"
-    lines = {
-        "tokens": f"{s.tokens:,}; a conversation: min {s.tokens_min:,}, median {s.tokens_median:,}, p95 {s.tokens_p95:,}, max {s.tokens_max:,}",
-        "learnt": f"{s.labels:,} tokens",
+def _tokens(s: "Summary", recipe: Recipe) -> dict[str, str]:
+    mode = "packed" if recipe.pack else "one conversation per row"
+    spread = f"min {s.tokens_min:,}, median {s.tokens_median:,}, p95 {s.tokens_p95:,}, max {s.tokens_max:,}"
+    real = f"{s.efficiency:.1%} of their positions are real tokens"
+    rows = {
+        "tokens": f"{s.tokens:,}; per conversation: {spread}",
+        "trained on": f"{s.label_tokens:,} tokens",
         "too long": s.overlong_text,
-        "an epoch": f"{s.rows:,} rows of at most {s.length} tokens, {mode}: {s.efficiency:.1%} of their positions are real tokens",
+        "an epoch": f"{s.rows:,} rows of at most {s.length} tokens, {mode}: {real}",
     }
     if s.unlearnable:
-        named = ", ".join(s.unlearnable[:5]) + (", …" if len(s.unlearnable) > 5 else "")
-        lines["left out"] = f"{len(s.unlearnable):,}, no answer within the length: {named}"
-    return lines
+        listed = ", ".join(s.unlearnable[:5]) + (", …" if len(s.unlearnable) > 5 else "")
+        rows["left out"] = f"{len(s.unlearnable):,}, no answer within the length: {listed}"
+    return rows
 
 
-def _notices(reading: Reading) -> dict[str, str]:
-    lines = {}
-    if same := conversations.duplicates(reading.conversations):
-        lines["notice"] = f"{same:,} conversations say exactly what an earlier one says; they are kept"
-    if reading.unused:
-        keys = ", ".join(f'"{key}" ({count:,} rows)' for key, count in reading.unused.most_common(8))
-        lines["not used"] = f"keys that no format has: {keys}"
-    return lines
+def _notices(checked: CheckedData) -> dict[str, str]:
+    rows = {}
+    if count := conversations.duplicates(checked.conversations):
+        rows["notice"] = f"{count:,} conversations are exact copies of an earlier one; they are kept"
+    if checked.unused_keys:
+        keys = ", ".join(f'"{key}" ({count:,} rows)' for key, count in checked.unused_keys.most_common(8))
+        rows["not used"] = f"keys that no format has: {keys}"
+    return rows
 
 
-def _table(lines: dict[str, str]) -> None:
+# Printing
+
+
+def _print_table(rows: dict[str, str]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
-    for name, text in lines.items():
-        table.add_row(Text(name, style="bold"), Text(text))
+    for title, text in rows.items():
+        table.add_row(Text(title, style="bold"), Text(text))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def _example(talk: Conversation, tokenizer: "Tokenizer", recipe: Recipe) -> None:
-    """The first conversation as the model sees it, what it learns from it marked."""
+def _print_example(conversation: Conversation, tokenizer: "Tokenizer", recipe: Recipe) -> None:
+    """A conversation as the model reads it, with marks around the tokens that are trained on."""
     before, after = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-    ids, mask = chat_template.render(talk, tokenizer, recipe.template, recipe.mask, recipe.system)
-    print(f"\n{talk.where} as the model reads it, {before}learnt{after}:")
+    ids, mask = chat_template.render(conversation, tokenizer, recipe.template, recipe.mask, recipe.system)
+    print(f"\n{conversation.location} as the model reads it, {before}trained on{after}:")
     print(mark(ids[: recipe.length], mask[: recipe.length], tokenizer, before, after))
 
 
 def mark(ids: list[int], mask: list[int], tokenizer: "Tokenizer", before: str, after: str) -> str:
-    """The text of `ids`, control tokens included, with `before` and `after` around each run of learnt ones."""
+    """The text of `ids`, with control tokens, and `before` and `after` around each stretch that is trained on."""
     text, start = "", 0
-    while start < len(ids) and len(text) < SHOWN:
+    while start < len(ids) and len(text) < MAX_SHOWN:
         stop = next((at for at in range(start, len(ids)) if mask[at] != mask[start]), len(ids))
         part = tokenizer.decode(ids[start:stop], skip_control=False)
         text += f"{before}{part}{after}" if mask[start] else part
@@ -213,18 +219,19 @@ def mark(ids: list[int], mask: list[int], tokenizer: "Tokenizer", before: str, a
 # Converting
 
 
-def _convert(talks: list[Conversation], options: Options) -> None:
+def _convert(checked: list[Conversation], options: Options) -> None:
     out = Path(options.out)
     if out.resolve() in {path.resolve() for path in conversations.sources(options.data)}:
         raise UserError(f"out={out} is a file that was read: give another name, so that the original stays.")
     if not out.parent.is_dir():
         raise UserError(f"out={out}: there is no folder {out.parent}. Make it first: mkdir -p {out.parent}")
-    write_text(out, "".join(f"{as_messages(talk)}\n" for talk in talks))
-    print(f"\n{out}: {len(talks):,} conversations written, as OpenAI messages.")
+    write_text(out, "".join(f"{as_messages(conversation)}\n" for conversation in checked))
+    print(f"\n{out}: {len(checked):,} conversations written, as OpenAI messages.")
 
 
-def as_messages(talk: Conversation) -> str:
-    """One line of OpenAI messages; reads back as the same conversation."""
-    messages = [] if talk.system is None else [{"role": "system", "content": talk.system}]
-    messages += [{"role": turn.role, "content": turn.text} for turn in talk.turns]
+def as_messages(conversation: Conversation) -> str:
+    """One line of OpenAI messages; it is read back as the same conversation."""
+    system = conversation.system
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages += [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
     return json.dumps({"messages": messages}, ensure_ascii=False)

@@ -341,8 +341,8 @@ def _data(report: Report, recipe: Recipe | None, folder: Path | None, data: str)
     report.attempt("tokens", lambda: encode(reading.conversations, tokenizer, recipe)[1], str)
 
 
-def _read(data: str) -> conversations.Reading:
-    reading = conversations.survey(data)
+def _read(data: str) -> conversations.CheckedData:
+    reading = conversations.check(data)
     if reading.problems:
         more = f"\nAll of them: make data DATA={data}" if len(reading.problems) > 3 else ""
         raise UserError(conversations.report(reading.problems, limit=3) + more)

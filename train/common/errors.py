@@ -1,40 +1,50 @@
-"""What a person is meant to read when something goes wrong: our own refusals, and the machine's in our words.
+"""Error messages for the user: mistakes that the user can correct, and failures of the machine with their remedy.
 
-Knows the machine's errors by name only: importing torch to recognise its exception would cost every `--help` seconds.
+The machine's errors are recognised by name: importing torch for its exception class would make every `--help` seconds
+slower.
 """
 
 import errno
 
 
 class UserError(Exception):
-    """Something the user can mend: says what is wrong, where, and the remedy. Shown without a traceback; exit status
-    2.
+    """A mistake that the user can correct. The message says what is wrong, where, and the remedy.
+
+    It is printed without a traceback; the exit status is 2.
     """
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-LESS_MEMORY = {
-    "train": "With batch=1 and a larger accumulation=, checkpointing=on or offload, or embedding=host the run goes on from its last "
-    "checkpoint. A smaller length= or another base wants another RUN=. What fits a card: make plan.",
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+LESS_MEMORY = {  # verb -> what to do when memory runs out
+    "train": "The run resumes from its last checkpoint with batch=1 and a larger accumulation=, with checkpointing=on "
+    "or offload, or with embedding=host. A smaller length= or another base needs another RUN=. What fits a card: make "
+    "plan.",
 }
 
 
 def explain(error: BaseException, verb: str) -> str | None:
-    """What a machine out of memory, out of disk or not permitting a write means, and the remedy; None for any other error."""
+    """The message for a machine without memory or disk space, or a place that is not writable; None for other errors.
+
+    Args:
+        verb: the command that failed, as in train/verbs.txt.
+    """
     number = error.errno if isinstance(error, OSError) else None
     where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-    if _is_memory(error):
-        remedy = LESS_MEMORY.get(verb, "Close other programs on it, or take a smaller base.")
+    if _is_out_of_memory(error):
+        remedy = LESS_MEMORY.get(verb, "Close other programs that use this memory, or take a smaller base.")
         return f"out of memory: {_first_line(error)}\n{remedy}"
-    if number in FULL or "No space left on device" in str(error):
-        return f"{where}the disk is full. Free some space, or give another folder; the same command goes on. What was whole stays whole."
-    if number in FORBIDDEN and isinstance(error, OSError):
+    if number in DISK_FULL or "No space left on device" in str(error):
+        return (
+            f"{where}the disk is full. Free some space, or give another folder; then run the same command again. "
+            "Finished files are intact."
+        )
+    if number in NOT_WRITABLE and isinstance(error, OSError):
         return f"{where}{error.strerror}. Make it writable for this user, or give another folder (runs=, models=)."
     return None
 
 
-def _is_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """torch.OutOfMemoryError (by name), Python's MemoryError, or the RuntimeError of torch's CPU allocator."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"OutOfMemoryError", "MemoryError"}) or "DefaultCPUAllocator: can't allocate" in str(error)

@@ -1,7 +1,7 @@
-"""Files that are either whole or not there: hashing, atomic writes, staged folders.
+"""Files that are either complete or not there: hashing, atomic writes, folders that are written aside.
 
-Knows nothing of models or runs. Every write goes to a temporary name in the same folder, is flushed to the disk, and is
-then renamed, which costs one fsync a file and buys that a reader never meets half of one.
+This module knows nothing of models or runs. Everything is written under a temporary name in the same folder, flushed to
+the disk and then renamed. That costs one fsync per file, and no reader ever sees half a file.
 """
 
 import ctypes
@@ -17,21 +17,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-AT_FDCWD, EXCHANGE = -100, 2  # of Linux
-BLOCK = 1 << 23  # bytes hashed at once: each read lets another thread in, which may keep Python to itself for a while
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+HASH_BLOCK = 1 << 23  # bytes. Each read releases Python's lock, so larger blocks give other threads longer turns
 
 
 def sha256(path: Path) -> str:
     """Hex digest of the file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while block := file.read(BLOCK):
+        while block := file.read(HASH_BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's entries, to the disk."""
+    """Flush a file's bytes, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,8 +60,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def make(folder: Path) -> None:
-    """The folder and those above it; the entry of each new one is forced to the disk, without which what is in it has no name there."""
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, and flush the entry of each new one to the disk.
+
+    Without that, a power failure could lose the folder and with it files that were flushed themselves.
+    """
     new = []
     while not folder.is_dir():
         new.append(folder)
@@ -73,12 +76,12 @@ def make(folder: Path) -> None:
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `folder`; rename it onto `folder` if the block succeeds, remove it if not.
+    """Yield a temporary folder beside `folder`; give it that name if the block succeeds, remove it if not.
 
-    An older `folder` is replaced: the two exchange names in one step, or, on file systems that cannot, it is renamed aside first;
-    it is removed last. What a killed process left of this is put right first.
+    An older `folder` is replaced: the two exchange names in one step. On file systems that cannot do this, the older
+    one is renamed first. It is removed last. Leftovers of a killed process are cleaned up before.
     """
-    make(folder.parent)
+    make_folder(folder.parent)
     recover(folder)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -88,16 +91,16 @@ def staged(folder: Path) -> Iterator[Path]:
         for path in sorted(aside.rglob("*")):
             sync(path)
         sync(aside)
-        _swap(aside, folder)
+        _replace_folder(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _swap(new: Path, old: Path) -> None:
-    """Give `new` the name of `old`; both change names in one step where the file system can, so that nobody ever misses it."""
+def _replace_folder(new: Path, old: Path) -> None:
+    """Give `new` the name of `old`, in one step where the file system can, so that the name always has a folder."""
     if old.exists() and _exchange(new, old):
         sync(old.parent)
-        return  # `new` is the older one now, and removed by the caller
+        return  # `new` is the older folder now; the caller removes it
     retired = old.with_name(f".{old.name}.{os.getpid()}.old")
     if old.exists():
         old.replace(retired)
@@ -107,11 +110,17 @@ def _swap(new: Path, old: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Linux's renameat2(RENAME_EXCHANGE); False where the C library or the file system has none (NFS)."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if call is None:
+    """Exchange two names with Linux's renameat2(RENAME_EXCHANGE).
+
+    Returns:
+        False where the C library or the file system (NFS) cannot do this.
+    Raises:
+        OSError: any other failure.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
         return False
-    if call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), EXCHANGE) == 0:
+    if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
         return True
     if (number := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
         return False
@@ -119,22 +128,28 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def recover(folder: Path) -> None:
-    """Undo what processes that no longer live left beside `folder`: half-written ones go, a retired one takes its name back."""
-    for left in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*")):
-        found = re.fullmatch(r"\.(\d+)\.(tmp|old)", left.name.removeprefix(f".{folder.name}"))
-        if not found or _lives(int(found[1])):
+    """Clean up what processes that have ended left beside `folder`.
+
+    Half-written folders and files are removed. A retired folder gets its name back if no newer one has taken it.
+    """
+    for path in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*")):
+        match = re.fullmatch(r"\.(\d+)\.(tmp|old)", path.name.removeprefix(f".{folder.name}"))
+        if not match or _is_running(int(match[1])):
             continue
-        if found[2] == "old" and not folder.exists():
-            left.replace(folder)  # killed between the two renames: this is the last whole one
-        elif left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+        if match[2] == "old" and not folder.exists():
+            path.replace(folder)  # killed between the two renames: this is the last complete one
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
-def _lives(pid: int) -> bool:
-    """Whether another process of this number runs on this machine, somebody else's too. Our own number is one that died before us
-    where each start has the same few numbers, as in a container: what it left, we have not made."""
+def _is_running(pid: int) -> bool:
+    """Whether another process with this number runs on this machine, under any user.
+
+    Our own number counts as ended: in a container each start gets the same few numbers, and this process has not
+    written anything yet.
+    """
     if pid == os.getpid():
         return False
     try:
@@ -147,7 +162,7 @@ def _lives(pid: int) -> bool:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write below the nearest existing ancestor of `path`."""
+    """Bytes that this user may still write in `path`, or in the nearest folder above it that exists."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free

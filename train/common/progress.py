@@ -1,4 +1,4 @@
-"""Progress that a person sees: one bar for everything that takes long, the training meter, and lines of text where there is no terminal."""
+"""Progress: a bar in a terminal, a line now and then in a log. `bar` is for any long task, `Meter` for training."""
 
 import sys
 import time
@@ -6,86 +6,87 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-QUIET = 10.0  # seconds between two lines in a log
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
+TASK_SECONDS = 10.0  # between two lines of a task in a log
+STEP_SECONDS = 5.0  # between two lines of training in a log
+RECENT = 10  # steps from which the speed and the time left are computed
 
 
 @contextmanager
 def bar(title: str, total: float, unit: str = "", scale: float = 1.0) -> Iterator[Callable[[float], None]]:
-    """Yield advance(amount). Amounts are shown divided by `scale` with `unit`: bar("fetching", size, "MB", 1e6)."""
-    if sys.stdout.isatty():
-        with _rich(title, total, unit, scale) as advance:
-            yield advance
-    else:
-        yield _lines(title, total, unit, scale)
+    """Yield advance(amount). Amounts are shown divided by `scale`, with `unit`: bar("fetching", size, "MB", 1e6)."""
+    if not sys.stdout.isatty():
+        yield _log_task(title, total, unit, scale)
+        return
+    from rich.progress import TextColumn, TimeRemainingColumn
 
-
-@contextmanager
-def _rich(title: str, total: float, unit: str, scale: float) -> Iterator[Callable[[float], None]]:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    numbers = TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit)
-    with Progress(TextColumn(title), BarColumn(), numbers, TimeRemainingColumn()) as progress:
+    count = TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit)
+    with _terminal_bar(title, count, TimeRemainingColumn()) as progress:
         task = progress.add_task(title, total=total / scale)
         yield lambda amount: progress.advance(task, amount / scale)
 
 
-def _lines(title: str, total: float, unit: str, scale: float) -> Callable[[float], None]:
-    """A line now and then, and one at the end."""
-    done, last = 0.0, time.monotonic()
+def _log_task(title: str, total: float, unit: str, scale: float) -> Callable[[float], None]:
+    """The `advance` of a log: a line now and then, and one at the end."""
+    done, log = 0.0, _Log(TASK_SECONDS)
 
     def advance(amount: float) -> None:
-        nonlocal done, last
+        nonlocal done
         done += amount
-        if done >= total > done - amount or time.monotonic() - last > QUIET:
-            last = time.monotonic()
-            print(f"{title}: {done / scale:,.0f} of {total / scale:,.0f} {unit}".rstrip(), flush=True)
+        finished = done >= total > done - amount
+        log.line(f"{title}: {done / scale:,.0f} of {total / scale:,.0f} {unit}".rstrip(), at_once=finished)
 
     return advance
 
 
-EVERY = 5.0  # seconds between two lines in a log
-
-
 class Meter:
-    """Shows rows as they come; a context manager, so that the bar is taken down whatever happens."""
+    """Shows loss, speed and time left of training. A context manager, so that the bar is removed whatever happens."""
 
     def __init__(self, total: int, done: int) -> None:
-        self.total, self.last = total, time.monotonic() - EVERY
-        self.recent: deque[tuple[int, float]] = deque(maxlen=10)  # (tokens, seconds) of the last steps
-        self.shown = 0
-        self.bar: Any = None
-        self.task: Any = None
+        """`total`: steps of the run. `done`: steps before this start."""
+        self.total = total
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)  # (tokens, seconds) of the last steps
+        self._shown = 0
+        self._log = _Log(STEP_SECONDS)
+        self._bar: Progress | None = None
         if sys.stdout.isatty():
-            self.bar, self.task = _bar(total, done)
+            from rich.progress import MofNCompleteColumn, TextColumn
+
+            self._bar = _terminal_bar("training", MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            self._task = self._bar.add_task("training", total=total, completed=done, text="")
 
     def __enter__(self) -> "Meter":
-        if self.bar is not None:
-            self.bar.start()
+        if self._bar is not None:
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
 
     def show(self, row: dict[str, Any]) -> None:
-        if self.shown == 1:
-            self.recent.clear()
-        self.shown += 1
-        self.recent.append((row["tokens"], row["seconds"]))
-        text = self.words(row)
-        if self.bar is not None:
-            self.bar.update(self.task, completed=row["step"], words=text)
-        elif time.monotonic() - self.last >= EVERY or row["step"] == self.total:
-            self.last = time.monotonic()
-            print(f"step {row['step']}/{self.total} · {text}", flush=True)
+        """Show a step: `row` is its line in losses.jsonl."""
+        if self._shown == 1:  # the first step is slower: it does not count once there is another
+            self._recent.clear()
+        self._shown += 1
+        self._recent.append((row["tokens"], row["seconds"]))
+        text = self.text(row)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"], text=text)
+        else:
+            at_once = self._shown == 1 or row["step"] == self.total
+            self._log.line(f"step {row['step']}/{self.total} · {text}", at_once)
 
-    def words(self, row: dict[str, Any]) -> str:
-        tokens, seconds = zip(*self.recent, strict=True)
+    def text(self, row: dict[str, Any]) -> str:
+        """`loss 2.3456 · epoch 1 · 1,234 tokens/s · 3 min 20 s left`."""
+        tokens, seconds = zip(*self._recent, strict=True)
         left = median(seconds) * (self.total - row["step"])
-        rate = f"{sum(tokens) / max(sum(seconds), 1e-9):,.0f} tokens/s"
-        return f"loss {row['loss']:.4f} · epoch {row['epoch'] + 1} · {rate} · {clock(left)} left"
+        speed = f"{sum(tokens) / max(sum(seconds), 1e-9):,.0f} tokens/s"
+        return f"loss {row['loss']:.4f} · epoch {row['epoch'] + 1} · {speed} · {clock(left)} left"
 
 
 def clock(seconds: float) -> str:
@@ -97,8 +98,20 @@ def clock(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _bar(total: int, done: int) -> tuple[Any, Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+class _Log:
+    """Prints lines with at least `interval` seconds between two of them."""
 
-    bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"))
-    return bar, bar.add_task("training", total=total, completed=done, words="")
+    def __init__(self, interval: float) -> None:
+        self.interval, self.last = interval, time.monotonic()
+
+    def line(self, text: str, at_once: bool) -> None:
+        """Print `text` if it is time, or `at_once`."""
+        if at_once or time.monotonic() - self.last >= self.interval:
+            self.last = time.monotonic()
+            print(text, flush=True)
+
+
+def _terminal_bar(title: str, *columns: "ProgressColumn") -> "Progress":
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    return Progress(TextColumn(title), BarColumn(), *columns)

@@ -16,7 +16,12 @@ from train.config.options import build, option
 RECIPES = Path(__file__).parents[1] / "recipes"
 RENAMED = {"voice": "two_stage"}  # an earlier name of a recipe -> its name today
 SAME_IN_ALL_STAGES = ("model", "template", "rank", "alpha", "targets", "precision", "processes")
-STAGES_EXAMPLE = "stages:\n  - data: voice.jsonl\n    epochs: 20\n  - data: knowledge.jsonl\n    epochs: 2\n    learning_rate: 1.0e-4"
+STAGES_EXAMPLE = """stages:
+  - data: style.jsonl
+    epochs: 20
+  - data: knowledge.jsonl
+    epochs: 2
+    learning_rate: 1.0e-4"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Recipe:
     )
     checkpointing: str = option(
         "on",
-        "recompute each block in the backward pass: less memory, a third more work; offload: block inputs in host memory",
+        "recompute each block in the backward pass: less memory, more work; offload: block inputs in host memory",
         ("off", "on", "offload"),
     )
     embedding: str = option(
@@ -109,7 +114,7 @@ def read_stages(name: str) -> list[dict[str, str]]:
     """What each stage of a recipe sets for itself: `data` and keys of the recipe. Empty if the recipe is a single run.
 
     Raises:
-        UserError: `stages` is not a list of `key: value` lines, or a stage changes the base or the shape of the adapter.
+        UserError: `stages` is not a list of `key: value` lines, or a stage sets a key of SAME_IN_ALL_STAGES.
     """
     stages = _read_yaml(name).get("stages") or []
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):

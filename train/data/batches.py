@@ -1,7 +1,7 @@
-"""Rows to batches: which rows each optimizer step of the whole run takes, and their tensors.
+"""Packed rows to batches: which rows each optimizer step of the whole run takes, and their tensors.
 
-Refuses to know processes, devices and models: the schedule is a pure function of the samples' lengths and its arguments, the same for
-one process or eight, today or after a restart.
+This module does not know processes, devices and models. The schedule is a pure function of the lengths of the samples
+and its arguments: the same for one process or eight, today or after a restart.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from train.common.errors import UserError
+from train.data.packing import PackedRow, rows_of_epoch
+from train.data.samples import Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-from train.data.packing import Row, arrange
-from train.data.samples import Sample
-
-IGNORE = -100  # the label of a token that is not learnt
+IGNORE = -100  # the label of a token that is not trained on, as in torch.nn.functional.cross_entropy
 
 
 class Schedule:
-    """Which rows each optimizer step learns, for the whole run: a pure function of the arguments, whatever the number of processes.
+    """Which rows each optimizer step of the run takes, for all processes together.
 
-    Epochs follow one another, each in an order of its own; no step takes rows of two, so an epoch's last step may have fewer.
-    Only the number of rows of each epoch is kept; the rows themselves are arranged anew when a step asks for an epoch.
+    Each epoch has its own order. No step takes rows of two epochs, so the last step of an epoch may have fewer rows.
+    Only the number of steps of each epoch is stored; the rows are packed again when a step asks for another epoch.
     """
 
     def __init__(
@@ -40,18 +39,27 @@ class Schedule:
         seed: int = 0,
         pack: bool = True,
     ) -> None:
-        """`epochs` may be a fraction (that share of the last epoch's steps, rounded up); `steps` > 0 cuts or repeats epochs instead."""
+        """
+        Args:
+            length: tokens in a row.
+            epochs: may be a fraction: that share of the steps of the last epoch, rounded up.
+            steps: if above 0, the run has this many steps, whatever `epochs` is.
+        Raises:
+            UserError: no samples, no rows, or neither epochs nor steps.
+        """
         if not samples or rows_per_step < 1 or (steps <= 0 and not epochs > 0):
             raise UserError(
-                f"a run needs samples ({len(samples)}), rows a step ({rows_per_step}) and epochs ({epochs}) or steps ({steps}), all above 0."
+                f"a run needs samples ({len(samples)}), rows per step ({rows_per_step}), and epochs ({epochs}) or "
+                f"steps ({steps}), all above 0."
             )
         self._lengths = [len(sample.ids) for sample in samples]
-        self._labels = [sample.label_count for sample in samples]
+        self._label_counts = [sample.label_count for sample in samples]
         self._length, self._seed, self._pack, self._rows_per_step = length, seed, pack, rows_per_step
-        self._cached: tuple[int, list[Row]] = (-1, [])
-        self._starts = self._count(epochs, steps)  # first step of each epoch, and the number of steps at the end
+        self._cached: tuple[int, list[PackedRow]] = (-1, [])
+        self._starts = self._epoch_starts(epochs, steps)
 
-    def _count(self, epochs: float, steps: int) -> list[int]:
+    def _epoch_starts(self, epochs: float, steps: int) -> list[int]:
+        """The first step of each epoch, and at the end the number of steps."""
         starts = [0]
         while (starts[-1] < steps) if steps > 0 else (len(starts) - 1 < epochs):
             epoch = len(starts) - 1
@@ -60,9 +68,9 @@ class Schedule:
             starts.append(starts[-1] + math.ceil(per_epoch * share - 1e-9))  # 0.1 * 30 is a little over 3
         return [*starts[:-1], steps if steps > 0 else starts[-1]]
 
-    def _epoch_rows(self, epoch: int) -> list[Row]:
+    def _epoch_rows(self, epoch: int) -> list[PackedRow]:
         if self._cached[0] != epoch:
-            self._cached = epoch, arrange(self._lengths, self._length, self._seed, epoch, self._pack)
+            self._cached = epoch, rows_of_epoch(self._lengths, self._length, self._seed, epoch, self._pack)
         return self._cached[1]
 
     def __len__(self) -> int:
@@ -70,33 +78,39 @@ class Schedule:
         return self._starts[-1]
 
     def epoch(self, step: int) -> int:
-        """The epoch, from 0, that `step` (from 0) belongs to; IndexError beyond the run."""
+        """The epoch, from 0, that `step` (from 0) belongs to.
+
+        Raises:
+            IndexError: no such step.
+        """
         if not 0 <= step < len(self):
-            raise IndexError(f"step {step} of a plan of {len(self)}")
+            raise IndexError(f"step {step} of a schedule of {len(self)}")
         return int(np.searchsorted(self._starts, step, side="right")) - 1
 
-    def rows(self, step: int) -> list[Row]:
+    def rows(self, step: int) -> list[PackedRow]:
         """The rows of a step, for all processes together."""
         epoch = self.epoch(step)
         at = (step - self._starts[epoch]) * self._rows_per_step
         return [list(row) for row in self._epoch_rows(epoch)[at : at + self._rows_per_step]]
 
     def label_count(self, step: int) -> int:
-        """Learnt tokens of a step, over all processes: what its summed loss is divided by."""
-        return sum(self._labels[index] for row in self.rows(step) for index in row)
+        """Labelled tokens of a step, over all processes: what its summed loss is divided by."""
+        return sum(self._label_counts[index] for row in self.rows(step) for index in row)
 
     def token_count(self, step: int) -> int:
-        """Real tokens of a step, over all processes."""
+        """Real tokens (no padding) of a step, over all processes."""
         return sum(self._lengths[index] for row in self.rows(step) for index in row)
 
 
-def collate(rows: Sequence[Row], samples: Sequence[Sample], pad_id: int, width: int | None = None) -> dict[str, Tensor]:
+def collate(
+    rows: Sequence[PackedRow], samples: Sequence[Sample], pad_id: int, width: int | None = None
+) -> dict[str, Tensor]:
     """Tensors int64 [B, T] of `rows`; T = `width`, or the longest row.
 
-    input_ids: the conversations of a row one after another, then `pad_id`.
-    labels: the ids that are learnt, -100 elsewhere and at the first token of each conversation (nothing predicts it).
-    position_ids: from 0 in each conversation; 0 in the padding.
-    segment_ids: 1, 2, … for the conversations of a row; 0 = padding.
+    input_ids: the samples of a row one after another, then `pad_id`.
+    labels: the ids that are trained on; IGNORE elsewhere and at the first token of each sample, which nothing predicts.
+    position_ids: from 0 in each sample; 0 in the padding.
+    segment_ids: 1, 2, … for the samples of a row; 0 in the padding.
 
     Raises:
         ValueError: no rows, or one longer than `width`.

@@ -1,12 +1,13 @@
-"""One conversation as ids, and which of them are learnt: ChatML as Qwen publishes it, or plain Instruction/Input/Answer.
+"""A conversation as token ids, and which of them are trained on: ChatML as published by Qwen, or a plain template.
 
-Refuses to know files, batches and lengths. Each part is encoded alone (role, text, line ends), as in Qwen-1's published training
-and chat code: what stands in one turn never changes the ids of another, and a prompt is always the beginning of the whole.
-Trade-off: a text that begins with line ends has other ids than a template rendered to one string first would give it.
+This module does not know files, batches and lengths. Each part (role, text, line end) is encoded separately, as in the
+published training and chat code of Qwen-1. So the text of one turn never changes the ids of another, and the ids of a
+prompt are always the beginning of the ids of the whole conversation. The trade-off: a text that begins with line ends
+gets other ids than if the whole conversation were rendered to one string first.
 
 chatml:  <|im_start|>system⏎{system}<|im_end|>⏎<|im_start|>user⏎{text}<|im_end|>⏎<|im_start|>assistant⏎{text}<|im_end|>⏎
 plain:   {system}⏎Instruction: {first line}⏎Input: {other lines}⏎Answer: {text}<|endoftext|>Instruction: …
-         (no system line without a system message, no Input line if the question is a single line)
+         (without a system message no system line; for a question of one line no Input line)
 """
 
 import json
@@ -19,14 +20,12 @@ from train.data.formats import Turn
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
-
-CHAT_TEMPLATE = (  # what chatml.render writes, for tools that read tokenizer_config.json
+CHAT_TEMPLATE = (  # Jinja for the chat_template of tokenizer_config.json: the text whose ids `render` returns
     "{% if messages[0]['role'] != 'system' and SYSTEM %}<|im_start|>system\n{{ SYSTEM }}<|im_end|>\n{% endif %}"
     "{% for message in messages %}{% if message['role'] != 'system' or message['content'] %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
 
 PLAIN_TEMPLATE = (  # the same for template=plain
     "{% if messages[0]['role'] != 'system' and SYSTEM %}{{ SYSTEM }}\n{% endif %}"
@@ -38,16 +37,20 @@ PLAIN_TEMPLATE = (  # the same for template=plain
 
 
 def chat_template(system: str, template: str = "chatml") -> str:
-    """What chatml.render writes as a template of transformers, with `system` where no system message is given."""
-    written = {"chatml": CHAT_TEMPLATE, "plain": PLAIN_TEMPLATE}[template]
-    return "{% set SYSTEM = " + json.dumps(system) + " %}" + written
+    """The Jinja template for transformers that writes what `render` encodes.
+
+    Args:
+        system: the system message of conversations that have none.
+    """
+    body = {"chatml": CHAT_TEMPLATE, "plain": PLAIN_TEMPLATE}[template]
+    return "{% set SYSTEM = " + json.dumps(system) + " %}" + body
 
 
-Part = tuple[list[int], bool]  # ids, and whether they are learnt
+Part = tuple[list[int], bool]  # ids, and whether they are trained on
 
 
 class Encoder(Protocol):
-    """What is asked of a tokenizer here: ours, or a stock one in stock.py."""
+    """What this module needs of a tokenizer: ours (model/tokenizer.py), or a stock one (inference/stock.py)."""
 
     im_start: int
     im_end: int
@@ -63,56 +66,57 @@ def render(
     mask: str = "assistant",
     system: str = DEFAULT_SYSTEM,
 ) -> tuple[list[int], list[int]]:
-    """Ids of the whole conversation, and for each 1 if it is learnt, else 0.
+    """(ids, mask) of the whole conversation, both of T entries; the mask is 1 for ids that are trained on, else 0.
 
     Args:
-        mask: "assistant": the text of each answer and the token that ends it. "published": what Qwen's own script learns: the same,
-            and <|im_start|>, <|im_end|> and the last newline of every turn, the system's and the user's too.
-        system: for conversations whose own is None; "" = none.
+        mask: "assistant": the text of each answer and the token that ends it. "published", as in Qwen's finetune.py:
+            these, and <|im_start|>, <|im_end|> and the last newline of every turn, also of system and user.
+        system: the system message of a conversation whose own is None; "" = none.
     Raises:
         UserError: an unknown template or mask, or mask=published with template=plain.
     """
     if (template, mask) not in (("chatml", "assistant"), ("chatml", "published"), ("plain", "assistant")):
         raise UserError(
-            f"template={template} with mask={mask}: expected template=chatml with mask=assistant or published, or template=plain with mask=assistant."
+            f"template={template} with mask={mask}: expected template=chatml with mask=assistant or published, or "
+            "template=plain with mask=assistant."
         )
-    own = system if conversation.system is None else conversation.system
+    system = system if conversation.system is None else conversation.system
     ids: list[int] = []
-    learnt: list[int] = []
-    for part, learn in _parts(conversation.turns, tokenizer, template, mask == "published", own):
+    labelled: list[int] = []
+    for part, is_labelled in _parts(conversation.turns, tokenizer, template, mask == "published", system):
         ids += part
-        learnt += [int(learn)] * len(part)
-    return ids, learnt
+        labelled += [int(is_labelled)] * len(part)
+    return ids, labelled
 
 
 def prompt(
     turns: Sequence[Turn], tokenizer: Encoder, system: str = DEFAULT_SYSTEM, template: str = "chatml"
 ) -> list[int]:
-    """Ids of `turns` (the last is the user's) up to where the answer starts; what `render` gives begins with them."""
-    ids = [number for part, _ in _parts(turns, tokenizer, template, False, system) for number in part]
+    """Ids of `turns` (the last is a question) up to where the answer starts: the beginning of what `render` returns."""
+    ids = [token for part, _ in _parts(turns, tokenizer, template, False, system) for token in part]
     if template == "plain":
         return ids
     return [*ids, tokenizer.im_start, *tokenizer.encode("assistant"), *tokenizer.encode("\n")]
 
 
-def _parts(turns: Sequence[Turn], tokenizer: Encoder, template: str, frame: bool, system: str) -> Iterator[Part]:
+def _parts(turns: Sequence[Turn], tokenizer: Encoder, template: str, label_frame: bool, system: str) -> Iterator[Part]:
     if template == "plain":
         yield from _plain(turns, tokenizer, system)
         return
     if system:
-        yield from _turn("system", system, tokenizer, frame)
+        yield from _turn("system", system, tokenizer, label_frame)
     for turn in turns:
-        yield from _turn(turn.role, turn.text, tokenizer, frame)
+        yield from _turn(turn.role, turn.text, tokenizer, label_frame)
 
 
-def _turn(role: str, text: str, tokenizer: Encoder, frame: bool) -> Iterator[Part]:
-    """One ChatML turn; `frame`: learn <|im_start|>, <|im_end|> and the last newline of whichever role."""
-    answer, newline = role == "assistant", tokenizer.encode("\n")
-    yield [tokenizer.im_start], frame
+def _turn(role: str, text: str, tokenizer: Encoder, label_frame: bool) -> Iterator[Part]:
+    """One ChatML turn; `label_frame`: train on <|im_start|>, <|im_end|> and the last newline, whatever the role."""
+    is_answer, newline = role == "assistant", tokenizer.encode("\n")
+    yield [tokenizer.im_start], label_frame
     yield tokenizer.encode(role) + newline, False
-    yield tokenizer.encode(text), answer
-    yield [tokenizer.im_end], answer or frame
-    yield newline, frame
+    yield tokenizer.encode(text), is_answer
+    yield [tokenizer.im_end], is_answer or label_frame
+    yield newline, label_frame
 
 
 def _plain(turns: Sequence[Turn], tokenizer: Encoder, system: str) -> Iterator[Part]:

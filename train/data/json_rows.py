@@ -1,7 +1,7 @@
-"""Bytes to rows: UTF-8, line ends, arrays and lines of JSON; sound rows at the speed of C, broken ones with every fault.
+"""Bytes to rows: UTF-8, JSON arrays and JSON lines; sound rows at the speed of C, broken ones with every mistake.
 
-Refuses to know what a row means. Python's own decoder reads each row strictly; only a row that it refuses is read again by the
-scanner, so a broken row costs time and a sound one none.
+This module does not know what a row means. Python's own decoder reads each row strictly. Only a row that it refuses is
+read again by the lenient parser, so sound rows cost nothing extra.
 """
 
 import json
@@ -12,28 +12,32 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.data.lenient_json import LINE_END, ROW, SPACE, Fault, LostError, Place, Scanner
+from train.data import json_mistakes as mistakes
+from train.data.json_lexer import LINE_END, SPACE, Lexer, LostError
+from train.data.lenient_json import ROW, LenientParser
+from train.data.problems import KeyPath, TextProblem
 
 BOM = b"\xef\xbb\xbf"
-PATIENCE = 100  # broken rows of an array until strict reading is given up: an error of json costs the text before it
+# Broken rows of an array after which strict reading is given up: json's error message costs the whole text before it
+MAX_REFUSED = 100
 ROW_START = re.compile(r"(?:\A|[\r\n])[^\S\r\n]*[{\[]")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One element of the array or one line. `sound` = `value` was read strictly; else it is a repaired guess, if there is one."""
+class JsonRow:
+    """text[start:stop]: an element of the array, or a line."""
 
     start: int
     stop: int
     value: Any = None
-    sound: bool = False
-    guessed: bool = False
-    places: dict[Place, int] = field(default_factory=dict)
-    faults: list[Fault] = field(default_factory=list)
+    sound: bool = False  # the strict decoder read `value`
+    repaired: bool = False  # the lenient parser made a guess at `value`
+    offsets: dict[KeyPath, int] = field(default_factory=dict)  # of the values of a repaired row
+    problems: list[TextProblem] = field(default_factory=list)
 
 
 class Lines:
-    """Where the lines of a text start; \\n, \\r\\n and \\r all end one."""
+    """Where the lines of a text start; \\n, \\r\\n and \\r each end a line."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -53,36 +57,40 @@ class Lines:
             yield start, stop
 
 
-def decode(raw: bytes) -> tuple[str, list[Fault]]:
-    """UTF-8 with or without BOM -> text. Bytes that are not UTF-8 become U+FFFD, one character each, with a fault a line."""
+# Bytes to text
+
+
+def decode(raw: bytes) -> tuple[str, list[TextProblem]]:
+    """UTF-8 with or without BOM -> text. Other bytes become U+FFFD; the first of each line is a problem."""
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        remedy = "save it as UTF-8: iconv -f UTF-16 -t UTF-8 OLD > NEW"
-        return "", [Fault(0, "a file in UTF-16", "UTF-8", remedy)]
-    mark = len(BOM) if raw.startswith(BOM) else 0
-    raw = raw[mark:]
+        return "", [mistakes.utf16()]
+    skipped = len(BOM) if raw.startswith(BOM) else 0
+    raw = raw[skipped:]
     try:
         return raw.decode("utf-8"), []
     except UnicodeDecodeError:
         text = raw.decode("utf-8", errors="surrogateescape")
-        return re.sub("[\udc80-\udcff]", "\ufffd", text), _bad_bytes(raw, text, mark)
+        return re.sub("[\udc80-\udcff]", "\ufffd", text), _bad_bytes(raw, text, skipped)
 
 
-def _bad_bytes(raw: bytes, text: str, offset: int) -> list[Fault]:
-    """The first byte of each line that is not UTF-8; `text` holds such a byte b as U+DC00 + b; `offset` of its start."""
-    remedy = "save the file as UTF-8" + (": iconv -f GB18030 -t UTF-8 OLD > NEW" if _is_gb18030(raw) else "")
-    faults, done, told = [], 0, -1
+def _bad_bytes(raw: bytes, text: str, skipped: int) -> list[TextProblem]:
+    """The first byte of each line that is not UTF-8.
+
+    Args:
+        text: `raw` decoded with surrogateescape: such a byte b is the character U+DC00 + b.
+        skipped: bytes of the file before `raw`.
+    """
+    gb18030 = _is_gb18030(raw)
+    problems, done, line_stop, byte_offset = [], 0, -1, skipped
     for match in re.finditer("[\udc80-\udcff]", text):
-        if match.start() < told:
+        if match.start() < line_stop:
             continue
         line_end = LINE_END.search(text, match.start())
-        told = line_end.start() if line_end else len(text)
-        offset += len(text[done : match.start()].encode("utf-8", "surrogateescape"))
+        line_stop = line_end.start() if line_end else len(text)
+        byte_offset += len(text[done : match.start()].encode("utf-8", "surrogateescape"))
         done = match.start()
-        byte = ord(match.group()) - 0xDC00
-        faults.append(
-            Fault(done, f"byte 0x{byte:02X} (byte {offset} of the file), which is not UTF-8", "UTF-8", remedy)
-        )
-    return faults
+        problems.append(mistakes.not_utf8(done, ord(match.group()) - 0xDC00, byte_offset, gb18030))
+    return problems
 
 
 def _is_gb18030(raw: bytes) -> bool:
@@ -92,8 +100,15 @@ def _is_gb18030(raw: bytes) -> bool:
         return False
 
 
+# Strict JSON
+
+
 def strict(text: str, at: int) -> tuple[Any, int]:
-    """(value, offset after it) of the JSON value that starts at `at`; ValueError for whatever JSON does not allow."""
+    """(value, offset after it) of the JSON value that starts at `at`.
+
+    Raises:
+        ValueError: anything that JSON does not allow, a repeated key, or brackets too deep for Python.
+    """
     try:
         return _DECODER.raw_decode(text, at)
     except RecursionError as error:
@@ -101,10 +116,10 @@ def strict(text: str, at: int) -> tuple[Any, int]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key twice")
-    return found
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a repeated key")
+    return values
 
 
 def _refuse(constant: str) -> None:
@@ -114,52 +129,60 @@ def _refuse(constant: str) -> None:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
 
-def locate(text: str, row: Row) -> dict[Place, int]:
-    """Offset of every value in a sound row, but for those behind brackets deeper than the scanner goes."""
-    scanner = Scanner(text, row.stop, "the end")
+# Places of values
+
+
+def offsets_of(text: str, row: JsonRow) -> dict[KeyPath, int]:
+    """The offset of every value of a row, except those inside brackets deeper than the lenient parser follows."""
+    if row.offsets:
+        return row.offsets
+    parser = LenientParser(text, row.stop, "the end")
     with suppress(LostError):
-        scanner.value(row.start, (), 0)
-    return scanner.places
+        parser.value(row.start)
+    return parser.offsets
 
 
-def nearest(places: dict[Place, int], place: Place) -> int:
-    """Offset of a value, or of what it would be in if it is not there."""
-    while place not in places:
-        place = place[:-1]
-    return places[place]
+def nearest_offset(offsets: dict[KeyPath, int], path: KeyPath) -> int:
+    """The offset of a value, or of the object or list that it would be in if it is not there."""
+    while path not in offsets:
+        path = path[:-1]
+    return offsets[path]
 
 
-def rows(text: str, lines: Lines) -> Iterator[Row]:
-    """The rows of an array (text that starts with `[`) or of lines, sound or not. Blank lines are none."""
-    first = Scanner(text, len(text), "").skip(0)
+# Text to rows
+
+
+def rows(text: str, lines: Lines) -> Iterator[JsonRow]:
+    """The rows of an array (the text starts with `[`) or of lines, sound or not. Blank lines are skipped."""
+    first = Lexer(text, len(text), "").skip(0)
     yield from _array(text) if text[first : first + 1] == "[" else _lines(text, lines)
 
 
-def _lines(text: str, lines: Lines) -> Iterator[Row]:
-    if (first := _not_lines(text, lines)) is not None:
-        yield first
+def _lines(text: str, lines: Lines) -> Iterator[JsonRow]:
+    if (only := _not_lines(text, lines)) is not None:
+        yield only
         return
     for start, stop in lines.spans():
         at = SPACE.match(text, start, stop).end()  # type: ignore[union-attr]
         if at == stop:
             continue
         try:
-            line = text[at:stop]  # of a slice, for an error of json costs the text before it
+            line = text[at:stop]  # a slice, because json's error message costs the whole text before it
             value, end = strict(line, 0)
             if SPACE.match(line, end).end() == len(line):  # type: ignore[union-attr]
-                yield Row(at, stop, value, sound=True)
+                yield JsonRow(at, stop, value, sound=True)
                 continue
         except ValueError:
             pass
-        yield from _line(Scanner(text, stop, "the end of the line"), at)
+        yield from _RowReader(text, stop, "the end of the line").line(at)
 
 
-def _not_lines(text: str, lines: Lines) -> Row | None:
-    """Text that is neither an array nor rows of a line each: a single object over several lines, or no JSON at all."""
+def _not_lines(text: str, lines: Lines) -> JsonRow | None:
+    """The row of a text that is not one row per line: a single object over several lines, or no JSON at all."""
     start = SPACE.match(text).end()  # type: ignore[union-attr]
     if text[start:] and not ROW_START.search(text):
-        found, remedy = Scanner(text, len(text), "").seen(start), "write rows like these, in UTF-8, to a .jsonl file"
-        return Row(start, start, faults=[Fault(start, found, "{ or [, and one of the four formats", remedy)])
+        found = Lexer(text, len(text), "").seen(start)
+        return JsonRow(start, start, problems=[mistakes.not_json(start, found)])
     try:
         value, stop = strict(text, start)
     except ValueError:
@@ -167,74 +190,78 @@ def _not_lines(text: str, lines: Lines) -> Row | None:
     if lines.position(start)[0] == lines.position(stop)[0]:
         return None
     rest = SPACE.match(text, stop).end()  # type: ignore[union-attr]
-    remedy = "put [ before the first row, ] after the last and a comma between each two"
-    fault = Fault(rest, "more after a row of several lines", "one row a line (JSONL), or an array of rows", remedy)
-    return Row(start, stop, value, sound=True, faults=[fault] if rest < len(text) else [])
+    problems = [mistakes.rows_of_several_lines(rest)] if rest < len(text) else []
+    return JsonRow(start, stop, value, sound=True, problems=problems)
 
 
-def _array(text: str) -> Iterator[Row]:
-    scanner = Scanner(text, len(text), "the end of the file")
-    at, comma = scanner.skip(scanner.skip(0) + 1), None
-    while (character := scanner.peek(at)) not in ("]", ""):
+def _array(text: str) -> Iterator[JsonRow]:
+    reader = _RowReader(text, len(text), "the end of the file")
+    parser = reader.parser
+    at, comma = parser.skip(parser.skip(0) + 1), None
+    while (character := parser.peek(at)) not in ("]", ""):
         if character in ",，}":
-            scanner.fault(at, f"{character!r}", "a row", "delete it")
-            after, comma = scanner.skip(at + 1), at
-            at = scanner.skip(after + 1) if character == "}" and scanner.peek(after) == "," else after
+            parser.add(mistakes.not_a_row(at, character))
+            after, comma = parser.skip(at + 1), at
+            at = parser.skip(after + 1) if character == "}" and parser.peek(after) == "," else after
             continue
-        row, at = _row(scanner, at)
+        row, at = reader.row(at)
         yield row
-        if not row.sound and not row.guessed:
-            at, comma = _next_row(scanner, at, row.start), None
+        if not row.sound and not row.repaired:
+            at, comma = reader.next_row(at, row.start), None
             continue
         try:
-            at, comma = scanner.separator(at, "]")
+            at, comma = parser.separator(at, "]")
         except LostError as lost:
-            at, comma = _next_row(scanner, lost.at, row.start), None
-    scanner.close(at, comma, "]", "the array")
-    if character == "]" and (rest := scanner.skip(at + 1)) < len(text):
-        scanner.fault(
-            rest, scanner.seen(rest), "nothing after the ] of the array", "delete it, or move it before the ]"
-        )
-    yield Row(at, at, faults=scanner.take())
+            at, comma = reader.next_row(lost.at, row.start), None
+    parser.close(at, comma, "]", "the array")
+    if character == "]" and (rest := parser.skip(at + 1)) < len(text):
+        parser.add(mistakes.after_the_array(rest, parser.seen(rest)))
+    yield JsonRow(at, at, problems=parser.take_problems())
 
 
-def _row(scanner: Scanner, at: int) -> tuple[Row, int]:
-    """The row that starts at `at`, and the offset after it (or where the scanner was lost)."""
-    try:
-        value, end = strict(scanner.text, at) if scanner.refused < PATIENCE else (None, scanner.stop + 1)
-        if end <= scanner.stop:
-            return Row(at, end, value, sound=True, faults=scanner.take()), end
-    except ValueError:
-        scanner.refused += 1
-    scanner.places = {}
-    try:
-        value, end = scanner.value(at, (), 0)
-        return Row(at, end, value, guessed=True, places=scanner.places, faults=scanner.take()), end
-    except LostError as lost:
-        return Row(at, lost.at, faults=scanner.take()), lost.at
+class _RowReader:
+    """Reads the rows of text[:stop], each strictly first, then leniently."""
 
+    def __init__(self, text: str, stop: int, end: str) -> None:
+        self.parser = LenientParser(text, stop, end)
+        self.refused = 0  # rows that the strict decoder refused
 
-def _line(scanner: Scanner, at: int) -> Iterator[Row]:
-    """The row of a line that strict reading refused, or its rows: two on a line is a fault like any other."""
-    while (at := scanner.skip(at)) < scanner.stop:
-        row, at = _row(scanner, at)
-        yield row
-        if (not row.sound and not row.guessed) or (at := scanner.skip(at)) >= scanner.stop:
-            break
-        if scanner.peek(at) in ",，":
-            scanner.fault(
-                at, "',' after the row", scanner.end, "delete the comma: in JSONL each line is a row of its own"
-            )
-            at += 1
-        elif scanner.peek(at) == "{":
-            scanner.fault(at, "a second row", scanner.end, "start a new line here: in JSONL each line is one row")
-        else:
-            scanner.fault(at, scanner.seen(at), scanner.end, "delete it")
-            break
-    yield Row(at, at, faults=scanner.take())
+    def row(self, at: int) -> tuple[JsonRow, int]:
+        """The row that starts at `at`, and the offset after it, or where the parser got lost."""
+        parser = self.parser
+        try:
+            value, end = strict(parser.text, at) if self.refused < MAX_REFUSED else (None, parser.stop + 1)
+            if end <= parser.stop:
+                return JsonRow(at, end, value, sound=True, problems=parser.take_problems()), end
+        except ValueError:
+            self.refused += 1
+        parser.offsets = {}
+        try:
+            value, end = parser.value(at)
+        except LostError as lost:
+            return JsonRow(at, lost.at, problems=parser.take_problems()), lost.at
+        row = JsonRow(at, end, value, repaired=True, offsets=parser.offsets, problems=parser.take_problems())
+        return row, end
 
+    def line(self, at: int) -> Iterator[JsonRow]:
+        """The row of a line that the strict decoder refused, or its rows: two on a line is a problem too."""
+        parser = self.parser
+        while (at := parser.skip(at)) < parser.stop:
+            row, at = self.row(at)
+            yield row
+            if (not row.sound and not row.repaired) or (at := parser.skip(at)) >= parser.stop:
+                break
+            if parser.peek(at) in ",，":
+                parser.add(mistakes.comma_after_line(at, parser.end))
+                at += 1
+            elif parser.peek(at) == "{":
+                parser.add(mistakes.second_row_on_line(at, parser.end))
+            else:
+                parser.add(mistakes.after_the_row(at, parser.seen(at), parser.end))
+                break
+        yield JsonRow(at, at, problems=parser.take_problems())
 
-def _next_row(scanner: Scanner, at: int, start: int) -> int:
-    """Where the row after a broken one seems to start."""
-    match = ROW.search(scanner.text, max(at, start + 1), scanner.stop)
-    return match.start() if match else scanner.stop
+    def next_row(self, at: int, start: int) -> int:
+        """Where the row after the broken one at `start` seems to begin."""
+        match = ROW.search(self.parser.text, max(at, start + 1), self.parser.stop)
+        return match.start() if match else self.parser.stop

@@ -1,6 +1,6 @@
-"""Conversations to samples: token ids, which of them are trained on, and a summary of what became of every conversation.
+"""Conversations to samples: token ids, which of them are trained on, and a summary for the user.
 
-Refuses to know processes, devices and models.
+This module does not know processes, devices and models.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import numpy as np
 from train.common.errors import UserError
 from train.data import chat_template
 from train.data.conversations import Conversation
+from train.data.packing import rows_of_epoch
 
 if TYPE_CHECKING:
     from train.data.chat_template import Encoder
-from train.data.packing import arrange
+
+CONVERSATIONS_PER_CALL = 256  # of on_progress
+MAX_LISTED = 20  # overlong conversations that an error lists
 
 
 class SampleSettings(Protocol):
-    """How conversations become samples; a recipe has these fields and explains each."""
+    """How conversations become samples: the keys of a recipe that are needed here, so that data/ needs no config/."""
 
     @property
     def template(self) -> str: ...
@@ -54,18 +57,18 @@ class Sample:
     """One conversation as tokens."""
 
     ids: np.ndarray  # int32 [T]
-    mask: np.ndarray  # uint8 [T], 1 = learnt
-    where: str  # "file:line"
+    mask: np.ndarray  # uint8 [T], 1 = trained on
+    location: str  # "file:line"
 
     @property
     def label_count(self) -> int:
-        """Tokens that count in the loss. The first has nothing before it to be predicted from."""
+        """Tokens that count in the loss. The first token of a sample does not: nothing predicts it."""
         return int(self.mask[1:].sum())
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of the conversations. Token numbers are of whole conversations, before any cut."""
+    """What happened to the conversations. `tokens` and `tokens_*` count whole conversations, before any is cut."""
 
     conversations: int
     turns: int  # questions and answers
@@ -74,30 +77,31 @@ class Summary:
     tokens_median: int
     tokens_p95: int
     tokens_max: int
-    labels: int  # learnt tokens of the samples
-    length: int
-    overlong: int  # conversations over `length`
+    label_tokens: int  # labelled tokens of the samples
+    length: int  # tokens in a row
+    overlong: int  # conversations longer than a row
     action: str  # what happened to them: cut, skip
     tokens_cut: int
-    unlearnable: tuple[str, ...]  # where: left out, for nothing in them is learnt (after the cut)
+    unlearnable: tuple[str, ...]  # locations of those that were left out: no token to train on (after the cut)
     samples: int
-    rows: int  # an epoch
+    rows: int  # of an epoch
     efficiency: float  # of the first epoch: real tokens / positions in its rows
 
     @property
     def overlong_text(self) -> str:
-        """The sentence on conversations that are too long."""
+        """What happened to the conversations that are too long."""
         if not self.overlong:
             return f"none over {self.length} tokens"
-        done = f"cut, {self.tokens_cut:,} tokens lost" if self.action == "cut" else "left out"
-        return f"{self.overlong:,} over {self.length} tokens: {done}"
+        action = f"cut, {self.tokens_cut:,} tokens lost" if self.action == "cut" else "left out"
+        return f"{self.overlong:,} over {self.length} tokens: {action}"
 
     def __str__(self) -> str:
-        lost = f"; {len(self.unlearnable):,} left out, nothing to learn in them" if self.unlearnable else ""
+        left_out = f"; {len(self.unlearnable):,} left out, no token to train on" if self.unlearnable else ""
         return (
             f"{self.conversations:,} conversations, {self.turns:,} turns, {self.tokens:,} tokens "
-            f"({self.tokens_min} to {self.tokens_max}, median {self.tokens_median}), {self.labels:,} of them learnt; "
-            f"{self.overlong_text}{lost}; {self.rows:,} rows an epoch, {self.efficiency:.1%} of their positions real tokens"
+            f"({self.tokens_min} to {self.tokens_max}, median {self.tokens_median}), {self.label_tokens:,} trained on; "
+            f"{self.overlong_text}{left_out}; {self.rows:,} rows per epoch, "
+            f"{self.efficiency:.1%} of their positions are real tokens"
         )
 
 
@@ -107,39 +111,39 @@ def encode(
     settings: SampleSettings,
     on_progress: Callable[[int], None] | None = None,
 ) -> tuple[list[Sample], Summary]:
-    """Samples of at most `settings.length` tokens, in the order of the data, and what became of every conversation.
+    """Samples of at most `settings.length` tokens, in the order of the data, and what happened to each conversation.
 
     Args:
-        on_progress: called with the number of conversations that are done.
+        on_progress: called now and then with the number of conversations that are done.
     Raises:
-        UserError: overlong=error and some are too long (all are named), or nothing is left to learn.
+        UserError: overlong=error and some are too long, or no token is left to train on.
     """
     whole = []
     for done, conversation in enumerate(conversations, 1):
         ids, mask = chat_template.render(conversation, tokenizer, settings.template, settings.mask, settings.system)
-        whole.append(Sample(np.array(ids, np.int32), np.array(mask, np.uint8), conversation.where))
-        if on_progress and done % 256 == 0:
+        whole.append(Sample(np.array(ids, np.int32), np.array(mask, np.uint8), conversation.location))
+        if on_progress and done % CONVERSATIONS_PER_CALL == 0:
             on_progress(done)
     if settings.overlong == "error":
         _check_lengths(whole, settings.length)
-    fit = [_cut(s, settings.length) for s in whole if settings.overlong == "cut" or len(s.ids) <= settings.length]
-    samples = [sample for sample in fit if sample.label_count]
+    kept = [_cut(s, settings.length) for s in whole if settings.overlong == "cut" or len(s.ids) <= settings.length]
+    samples = [sample for sample in kept if sample.label_count]
     if not samples:
         raise UserError(
-            f"nothing to learn: {len(whole)} conversations, none with an answer within length={settings.length} "
+            f"no token to train on: {len(whole)} conversations, none with an answer within length={settings.length} "
             f"(overlong={settings.overlong}). Raise length=."
         )
-    unlearnable = tuple(sample.where for sample in fit if not sample.label_count)
+    unlearnable = tuple(sample.location for sample in kept if not sample.label_count)
     turns = sum(len(conversation.turns) for conversation in conversations)
     return samples, _summary(whole, turns, samples, unlearnable, settings)
 
 
 def _check_lengths(samples: Sequence[Sample], length: int) -> None:
-    long = [f"{s.where}: {len(s.ids)} tokens" for s in samples if len(s.ids) > length]
+    long = [f"{s.location}: {len(s.ids)} tokens" for s in samples if len(s.ids) > length]
     if long:
-        more = [f"… and {len(long) - 20} more"] if len(long) > 20 else []
-        remedy = "Raise length=, or say overlong=cut or overlong=skip."
-        raise UserError("\n".join([f"{len(long)} conversations over length={length}. {remedy}", *long[:20], *more]))
+        more = [f"… and {len(long) - MAX_LISTED} more"] if len(long) > MAX_LISTED else []
+        first = f"{len(long)} conversations over length={length}. Raise length=, or give overlong=cut or overlong=skip."
+        raise UserError("\n".join([first, *long[:MAX_LISTED], *more]))
 
 
 def _cut(sample: Sample, length: int) -> Sample:
@@ -152,7 +156,7 @@ def _summary(
     whole: list[Sample], turns: int, samples: list[Sample], unlearnable: tuple[str, ...], settings: SampleSettings
 ) -> Summary:
     lengths = np.array([len(sample.ids) for sample in whole])
-    over = lengths[lengths > settings.length]
+    overlong = lengths[lengths > settings.length]
     rows, efficiency = _efficiency(samples, settings)
     low, median, p95, high = (int(np.quantile(lengths, q, method="higher")) for q in (0, 0.5, 0.95, 1))
     return Summary(
@@ -163,11 +167,11 @@ def _summary(
         tokens_median=median,
         tokens_p95=p95,
         tokens_max=high,
-        labels=sum(sample.label_count for sample in samples),
+        label_tokens=sum(sample.label_count for sample in samples),
         length=settings.length,
-        overlong=len(over),
+        overlong=len(overlong),
         action=settings.overlong,
-        tokens_cut=int((over - settings.length).sum()) if settings.overlong == "cut" else 0,
+        tokens_cut=int((overlong - settings.length).sum()) if settings.overlong == "cut" else 0,
         unlearnable=unlearnable,
         samples=len(samples),
         rows=rows,
@@ -176,9 +180,9 @@ def _summary(
 
 
 def _efficiency(samples: Sequence[Sample], settings: SampleSettings) -> tuple[int, float]:
-    """(rows, real tokens / positions) of the first epoch: a packed row has `length`, another that of the longest in its batch."""
+    """(rows, real tokens / positions) of the first epoch. Without packing, rows are as long as the longest of a batch."""
     lengths = [len(sample.ids) for sample in samples]
-    rows = arrange(lengths, settings.length, settings.seed, 0, settings.pack)
+    rows = rows_of_epoch(lengths, settings.length, settings.seed, 0, settings.pack)
     widths = [sum(lengths[i] for i in row) for row in rows]
     if settings.pack:
         return len(rows), sum(widths) / (len(rows) * settings.length)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from train.common.errors import UserError
-from train.common.files import make, read_json
+from train.common.files import make_folder, read_json
 from train.runs import checkpoint
 from train.runs.losses import whole_lines
 
@@ -88,7 +88,7 @@ def lock_run(run: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    make(run)
+    make_folder(run)
     with (run / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from train.common.errors import FULL
+from train.common.errors import DISK_FULL
 from train.common.files import free_bytes
 from train.runs import checkpoint
 from train.runs.checkpoint import Snapshot
@@ -132,4 +132,4 @@ def _words(error: Exception | None) -> tuple[bool, str] | None:
     if not isinstance(error, OSError):
         raise error
     where = f"{error.filename}: " if error.filename else ""
-    return error.errno in FULL, f"{where}{error.strerror}"
+    return error.errno in DISK_FULL, f"{where}{error.strerror}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from train.common.progress import Meter
 from train.config.recipe import Recipe
 from train.data.batches import Schedule, collate
-from train.data.packing import Row
+from train.data.packing import PackedRow
 from train.data.samples import Sample
 from train.runs import checkpoint
 from train.runs.checkpoint import Snapshot
@@ -232,7 +232,7 @@ def _step(task: Task, engine: Engine, step: int, stop: Stop, trouble: bool) -> t
     return row, wishes > 0, troubles > 0
 
 
-def _mine(rows: Sequence[Row], micro: int, task: Task) -> list[Row]:
+def _mine(rows: Sequence[PackedRow], micro: int, task: Task) -> list[PackedRow]:
     """This process's rows of a micro batch. Micro batches go round the processes, so 2 × 4 are the same sums as 1 × 8."""
     start = (micro * task.world.size + task.world.rank) * task.recipe.batch
     return list(rows[start : start + task.recipe.batch])
@@ -259,12 +259,12 @@ def _batch(task: Task, engine: Engine, step: int, micro: int) -> Any:
     )
 
 
-def _suspects(task: Task, rows: Sequence[Row], sums: list[float]) -> list[str]:
+def _suspects(task: Task, rows: Sequence[PackedRow], sums: list[float]) -> list[str]:
     """The samples of the worst micro batch of all processes: whose loss is no number, else whose tokens lose most."""
     mine = [_mine(rows, micro, task) for micro in range(len(sums))]
     counts = [sum(task.samples[i].label_count for row in batch for i in row) for batch in mine]
     means = [s / max(n, 1) if math.isfinite(s) else math.inf for s, n in zip(sums, counts, strict=True)]
-    names = [[task.samples[i].where for row in batch for i in row] for batch in mine]
+    names = [[task.samples[i].location for row in batch for i in row] for batch in mine]
     every = [pair for part in distributed.gather(list(zip(means, names, strict=True))) for pair in part]
     worst = max(mean for mean, _ in every)
     return [where for mean, found in every if mean == worst for where in found]

@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 
 from train.common.errors import UserError
-from train.common.files import free_bytes, make, read_json, sha256, write_json, write_text
+from train.common.files import free_bytes, make_folder, read_json, sha256, write_json, write_text
 from train.config.recipe import Recipe
 from train.data import conversations
 from train.data.batches import Schedule
@@ -261,7 +261,7 @@ def adapter_size(config: DecoderConfig, names: list[str], rank: int) -> int:
 
 def begin(job: Job) -> None:
     """Make the run folder: the recipe after overrides, and the inputs that it belongs to, as this command gives them."""
-    make(job.run)
+    make_folder(job.run)
     write_text(job.run / "recipe.yaml", yaml.safe_dump(asdict(job.recipe), sort_keys=False, allow_unicode=True))
     write_json(job.run / "inputs.json", job.inputs)
     if job.lineage:
