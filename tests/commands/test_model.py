@@ -62,7 +62,7 @@ def test_the_first_source_that_answers_is_used_and_each_other_gets_a_line(
     output = capsys.readouterr().out
     assert "hub: 127.0.0.1:9: no connection\n" in output
     assert "layout qwen2, 2 layers of 64, float16" in output
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
     with torch.no_grad():
         assert loading.load(folder, torch.float32)(torch.arange(9)[None]).logits.shape == (1, 9, 512)
     manifest = read_json(folder / "manifest.json")
@@ -173,7 +173,7 @@ def test_a_hub_id_is_fetched_at_its_commit(tmp_path: Path, published: Path, monk
     assert all((folder / name).read_bytes() == (published / name).read_bytes() for name in names)
     manifest = read_json(folder / "manifest.json")
     assert (manifest["revision"], manifest["source"]["hub"]) == (COMMIT, "Some/Tiny")
-    requested = [path for path, _ in server.asked]
+    requested = [path for path, _ in server.requests]
     assert requested[1].endswith("/config.json")  # before anything large
     assert not any("onnx" in path or ".bin" in path for path in requested)
 
@@ -190,9 +190,9 @@ def test_a_download_that_was_cut_off_continues(
             run(tmp_path, "Some/Tiny")
         assert not (tmp_path / "models" / "Tiny").exists()
         server.pages[weights] = content
-        server.asked.clear()
+        server.requests.clear()
         run(tmp_path, "Some/Tiny")
-        assert [path.rsplit("/", 1)[1] for path, _ in server.asked if "/resolve/" in path] == ["model.safetensors"]
+        assert [path.rsplit("/", 1)[1] for path, _ in server.requests if "/resolve/" in path] == ["model.safetensors"]
 
 
 def test_a_file_that_is_not_the_hubs_is_refused(
@@ -216,7 +216,7 @@ def test_another_architecture_is_refused_after_one_small_file(
         monkeypatch.setenv("HF_ENDPOINT", address)
         with pytest.raises(UserError, match="model_type is 'gpt2'"):
             run(tmp_path, "Some/Gpt2")
-    assert len(server.asked) == 2
+    assert len(server.requests) == 2
 
 
 def test_an_unknown_id_and_an_unreachable_hub_have_different_errors(

@@ -94,9 +94,7 @@ def _receive(url: str, part: Path, size: int | None, headers: Mapping[str, str])
     request = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={received}-"} if received else {})}
     try:
         with requests.get(url, headers=request, stream=True, timeout=TIMEOUT) as response:
-            if (
-                response.status_code == 416 and received
-            ):  # nothing beyond these bytes, which are not the file: start again
+            if response.status_code == 416 and received:  # the server's file is shorter: these bytes are of another
                 part.unlink()
                 return _receive(url, part, size, headers)
             response.raise_for_status()
