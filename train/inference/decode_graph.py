@@ -55,7 +55,9 @@ class DecodeSession:
         """cos and sin [1 or B, capacity, D/2] by position, with the alpha [B, 1] of dynamic NTK where it may act."""
         c, rows = self.layers.config, self.batch if self.rope_by_row else 1
         positions = torch.arange(self.capacity, device=self.layers.device).expand(rows, -1)
-        cos, sin = rope_tables(positions, c.head_dim, c.rope_theta, None if alpha is None else alpha.expand_as(positions))
+        cos, sin = rope_tables(
+            positions, c.head_dim, c.rope_theta, None if alpha is None else alpha.expand_as(positions)
+        )
         return cos[..., : c.head_dim // 2].contiguous(), sin[..., : c.head_dim // 2].contiguous()
 
     def _logn_table(self) -> Tensor | None:
