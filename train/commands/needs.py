@@ -70,7 +70,7 @@ def _paths_to_read(name: str, values: dict[str, str]) -> Iterator[str]:
 
 
 def _data_paths(data: str) -> list[str]:
-    """A file or folder, or several with commas between; both readings, where it is not visible which is meant."""
+    """A file or folder, or several with commas between; both readings, where the file is not visible."""
     with suppress(OSError):  # a list of files may be longer than a name may be
         if Path(data).exists():
             return [data]
@@ -92,7 +92,7 @@ def _newest_run(runs: Path) -> Path | None:
 
 
 def _run_paths(run: Path) -> Iterator[str]:
-    """The base and the data of a run, and the questions beside the data."""
+    """The base and the data of a run, and the files of questions that may be next to the data."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         inputs: dict[str, Any] = read_json(run / "inputs.json")
         base, data = str(inputs["base"]["name"]), str(inputs["data"]["path"])

@@ -1,8 +1,7 @@
-"""The same questions to the base and to the trained model: which questions, which two models, and where answers are
-kept.
+"""The same questions to the base and to the trained model: the questions, the two models, and the files of answers.
 
 Answers are greedy, so equal inputs give equal answers. answers.jsonl, loss.png and report.md go into the run's folder;
-compare.json, written last, says from which inputs they came. Options and tables are not its concern.
+compare.json, written last, holds the inputs that they came from. Options and tables are not its concern.
 """
 
 import json
@@ -118,7 +117,8 @@ def answer_questions(
     """Answers of the base, or of the trained model, which is in memory only meanwhile; one that is cut off ends in …
 
     Args:
-        recipe: of the run: its system message and template. on_answers: called with how many more were answered.
+        recipe: the run's, for its system message and template.
+        on_answers: called with the number of new answers, after each batch.
     """
     model, tokenizer = _load_model(pair, trained), load_tokenizer(pair.base)
     reported = 0

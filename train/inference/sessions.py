@@ -65,21 +65,21 @@ def borrow(model: nn.Module, batch: int, length: int) -> Iterator[DecodeSession 
     try:
         yield session
     finally:
-        kept = _SESSIONS.get(model)
-        if session is not None and kept is not None and kept.layers is session.layers:
-            kept.free = [session]
+        entry = _SESSIONS.get(model)
+        if session is not None and entry is not None and entry.layers is session.layers:
+            entry.free = [session]
 
 
 def _take(model: nn.Module, batch: int, length: int) -> DecodeSession | None:
     base: Any = decoder_of(model)
     try:
-        signature, kept = _signature(base), _SESSIONS.get(model)
-        if kept is None or kept.signature != signature:
+        signature, entry = _signature(base), _SESSIONS.get(model)
+        if entry is None or entry.signature != signature:
             _SESSIONS.pop(model, None)
-            kept = _SESSIONS[model] = _ModelSessions(signature, DecodeLayers(base))
-        free = next((s for s in kept.free if s.batch == batch and s.capacity >= length), None)
-        kept.free.clear()  # frees its memory before more is taken
-        return free or DecodeSession(kept.layers, batch, -(-length // CAPACITY_STEP) * CAPACITY_STEP)
+            entry = _SESSIONS[model] = _ModelSessions(signature, DecodeLayers(base))
+        free = next((s for s in entry.free if s.batch == batch and s.capacity >= length), None)
+        entry.free.clear()  # frees its memory before more is taken
+        return free or DecodeSession(entry.layers, batch, -(-length // CAPACITY_STEP) * CAPACITY_STEP)
     # no memory, or a layer that a graph cannot record; Triton raises a different class for each of its reasons
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

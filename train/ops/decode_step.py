@@ -1,4 +1,4 @@
-"""What a decoding step computes beside its products: the definitions. The kernels are in ops/kernels/decode_step.py.
+"""What a decoding step computes besides its products: the definitions. The kernels are in ops/kernels/decode_step.py.
 
 A product may come in parts along K, [S, M, N], which are added in order. M rows are decoded at once, a new token each.
 """

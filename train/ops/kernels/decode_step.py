@@ -1,4 +1,4 @@
-"""The kernels of a decoding step beside its products: residual sum with RMSNorm, SwiGLU, attention of one new token.
+"""The kernels of a decoding step besides its products: residual sum with RMSNorm, SwiGLU, attention of one new token.
 
 All of them read products that are still in parts along K, [S, M, N], and add the parts in order, so that a divided
 product needs no kernel of its own. Values are rounded where the decoder's separate layers round them. The definitions
