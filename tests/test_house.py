@@ -1,4 +1,4 @@
-"""The folders of train/ and what each may import: only folders below it. No fixed paths, no Docker, one reader of argv."""
+"""The folders of train/ and what each may import: only those below it. No fixed paths, no Docker, one reader of argv."""
 
 import ast
 import re
@@ -59,7 +59,7 @@ def imports(path: Path) -> set[str]:
 
 
 def may_import(path: Path) -> set[str]:
-    """Folders that a file may import: those of the table, and its own, but for commands, which never import each other."""
+    """Folders that a file may import: those of the table and its own; but commands never import each other."""
     folder = folder_of(path)
     return set(MAY_IMPORT[folder].split()) | ({folder} if folder != "commands" else set())
 
