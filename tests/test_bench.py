@@ -463,9 +463,15 @@ def test_an_arm_of_decoding_that_is_none_is_refused(
 
 @pytest.mark.parametrize("arm", ["ours", "stock"])
 def test_both_arms_decode_a_tiny_model_with_and_without_an_adapter(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("PROMPT", 6), ("NEW", 4), ("BATCHES", (1, 2)), ("TURNS", 1), ("DEVICE", torch.device("cpu"))):
+    for name, value in (
+        ("PROMPT", 6),
+        ("NEW", 4),
+        ("BATCHES", (1, 2)),
+        ("REPEATS", 1),
+        ("DEVICE", torch.device("cpu")),
+    ):
         monkeypatch.setattr(decode, name, value)
-    rows = list(decode.one(arm, "tiny", ""))
+    rows = list(decode.run_arm(arm, "tiny", ""))
     assert [(row["adapter"], row["batch"]) for row in rows] == [(False, 1), (False, 2), (True, 1), (True, 2)]
     assert all(row["tokens_per_s"] > 0 for row in rows), rows
 

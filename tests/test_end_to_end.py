@@ -1,4 +1,4 @@
-"""The whole way on a CPU, as a user walks it: quantize, data, train, export, compare, infer; real files, no fakes, nothing skipped."""
+"""All commands on a CPU, as a user types them: quantize, data, train, export, compare, infer; real files, no fakes."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from train.model.folder import find_damage, read_manifest
 ROOT = Path(__file__).parent.parent
 ROWS = (("What is your name?", "Cai."), ("你叫什么？", "阿才。"), ("One word for cold?", "Ice."), ("2 + 2?", "4."))
 STEPS = 20
-# One child process for all: importing torch and deepspeed would be most of the time of each.
-WALK = """
+# One child process for all commands: each would spend most of its time on importing torch and deepspeed
+SCRIPT = """
 import json, sys
 from train.__main__ import main
 for words in json.loads(sys.argv[1]):
@@ -26,36 +26,54 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def walk(commands: list[list[str]]) -> list[str]:
-    """Run each command's words; what each printed. Fails if one exits with anything but 0, or says what no user should see."""
-    command = [sys.executable, "-c", WALK, json.dumps(commands)]
+def run_all(commands: list[list[str]]) -> list[str]:
+    """Run each command; what each printed. Fails at an exit status but 0, a warning or a traceback."""
+    command = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
     environment = {**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
     )
-    assert done.returncode == 0, done.stdout
-    assert [line for line in done.stdout.splitlines() if "Traceback" in line or "Warning" in line] == [], done.stdout
-    said = []
-    for part in done.stdout.split("=== ")[1:]:
+    assert process.returncode == 0, process.stdout
+    assert [line for line in process.stdout.splitlines() if "Traceback" in line or "Warning" in line] == [], (
+        process.stdout
+    )
+    outputs = []
+    for part in process.stdout.split("=== ")[1:]:
         head, _, rest = part.partition("\n")
         if head.startswith("exit "):
-            assert head == "exit 0", done.stdout
+            assert head == "exit 0", process.stdout
         else:
-            said.append(rest)
-    assert len(said) == len(commands), done.stdout
-    return said
+            outputs.append(rest)
+    assert len(outputs) == len(commands), process.stdout
+    return outputs
 
 
 def commands(root: Path) -> list[list[str]]:
-    places = [f"models={root / 'models'}", f"runs={root / 'runs'}"]
-    learn = ["processes=1", "length=96", f"steps={STEPS}", "warmup=2", "learning_rate=0.02", "rank=4", "save_every=0"]
+    folders = [f"models={root / 'models'}", f"runs={root / 'runs'}"]
+    training = [
+        "processes=1",
+        "length=96",
+        f"steps={STEPS}",
+        "warmup=2",
+        "learning_rate=0.02",
+        "rank=4",
+        "save_every=0",
+    ]
     return [
-        ["quantize", "model=base", "group_size=32", places[0]],
-        ["data", f"data={root / 'talk.jsonl'}", "model=base-Int4", "length=96", places[0]],
-        ["train", f"data={root / 'talk.jsonl'}", "model=base-Int4", "recipe=demo", "run=walk", *learn, *places],
-        ["export", "run=walk", *places],
-        ["compare", "run=walk", "max_tokens=12", *places],
-        ["infer", "run=walk", f"prompt={ROWS[0][0]}", "max_tokens=12", *places],
+        ["quantize", "model=base", "group_size=32", folders[0]],
+        ["data", f"data={root / 'conversations.jsonl'}", "model=base-Int4", "length=96", folders[0]],
+        [
+            "train",
+            f"data={root / 'conversations.jsonl'}",
+            "model=base-Int4",
+            "recipe=demo",
+            "run=all",
+            *training,
+            *folders,
+        ],
+        ["export", "run=all", *folders],
+        ["compare", "run=all", "max_tokens=12", *folders],
+        ["infer", "run=all", f"prompt={ROWS[0][0]}", "max_tokens=12", *folders],
     ]
 
 
@@ -64,13 +82,13 @@ def start(root: Path, layout: str) -> str:
     base = tiny_checkpoint(root / "models" / "base", tiny_config(layout, tie_word_embeddings=layout == "qwen2"))
     rows: list[dict[str, Any]] = [{"instruction": q, "input": "", "output": a} for q, a in ROWS]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (root / "talk.jsonl").write_text(text, encoding="utf-8")
+    (root / "conversations.jsonl").write_text(text, encoding="utf-8")
     return sha256(base / "model.safetensors")
 
 
 def check(root: Path, before: str, compared: str, inferred: str) -> None:
-    """All that the walk should leave below `root`, and what its last two verbs said."""
-    run, merged = root / "runs" / "walk", root / "runs" / "walk" / "merged"
+    """Everything that the commands should leave below `root`, and the outputs of the last two."""
+    run, merged = root / "runs" / "all", root / "runs" / "all" / "merged"
     assert sha256(root / "models" / "base" / "model.safetensors") == before
     for folder in (root / "models" / "base-Int4", merged):
         manifest = read_manifest(folder)
@@ -90,6 +108,6 @@ def check(root: Path, before: str, compared: str, inferred: str) -> None:
 
 def test_from_a_float_base_to_an_answer_in_both_layouts(tmp_path: Path) -> None:
     before = {layout: start(tmp_path / layout, layout) for layout in ("qwen2", "qwen")}
-    said = walk([words for layout in before for words in commands(tmp_path / layout)])
-    check(tmp_path / "qwen2", before["qwen2"], *said[4:6])
-    check(tmp_path / "qwen", before["qwen"], *said[10:12])
+    outputs = run_all([words for layout in before for words in commands(tmp_path / layout)])
+    check(tmp_path / "qwen2", before["qwen2"], *outputs[4:6])
+    check(tmp_path / "qwen", before["qwen"], *outputs[10:12])

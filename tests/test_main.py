@@ -1,4 +1,4 @@
-"""python -m train: what it says, and with which status, when a verb cannot go on."""
+"""python -m train: the message and the exit status when a verb cannot continue."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from train.__main__ import main
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch's own, which is known by its name."""
+    """As torch's own, which the program knows by its name."""
 
 
 GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB of which\nmore advice"
@@ -42,18 +42,18 @@ def fails(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("error", "words"), CASES, ids=lambda case: type(case).__name__)
-def test_what_the_machine_refuses_is_one_message_with_a_remedy(
+def test_a_limit_of_the_machine_is_one_message_with_a_remedy(
     error: Exception, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fails(error, monkeypatch)
     assert main(["train"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert "more advice" not in said
-    assert all(word in said for word in words), said
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "more advice" not in message
+    assert all(word in message for word in words), message
 
 
-def test_torchs_own_error_has_the_name_that_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_own_error_has_the_expected_name(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     fails(torch.OutOfMemoryError("CUDA out of memory."), monkeypatch)
@@ -61,7 +61,7 @@ def test_torchs_own_error_has_the_name_that_is_looked_for(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), FileNotFoundError(2, "No such file", "x"), ValueError("x")])
-def test_a_mistake_of_ours_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_program_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     fails(error, monkeypatch)
     with pytest.raises(type(error)):
         main(["train"])
@@ -69,7 +69,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(error: Exception, monkeypatch: py
 
 def test_help_loads_nothing_heavy() -> None:
     code = "import sys, train.__main__ as m; m.main(['--help']); print('torch' in sys.modules)"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
     )
-    assert done.stdout.splitlines()[-1] == "False"
+    assert process.stdout.splitlines()[-1] == "False"

@@ -1,6 +1,6 @@
 """python -m train VERB [key=value …]: the verb table, and the only reader of argv.
 
-python -m train needs VERB [key=value …], for docker/run: the paths that the command will need (train/commands/needs.py).
+python -m train needs VERB [key=value …], for docker/run: the paths that the command needs (train/commands/needs.py).
 """
 
 import importlib
@@ -17,7 +17,7 @@ from train.config.recipe import current_names
 
 @dataclass(frozen=True)
 class Verb:
-    """A line of train/verbs.txt, which says what the words mean."""
+    """A row of train/verbs.txt, whose header explains the words."""
 
     data: str
     models: str
@@ -57,20 +57,20 @@ def run(verb: str, words: list[str]) -> None:
 
 
 def needs(words: list[str]) -> None:
-    """Write what VERB with these words needs (train/commands/needs.py); for `train` also the base to fetch first."""
+    """Write what VERB with these words needs (see commands/needs.py); for `train` also the base to fetch first."""
     if not words or words[0] not in VERBS:
         raise UserError(f"needs of which verb? {usage()}")
     name, verb = words[0], VERBS[words[0]]
     module = importlib.import_module("train.commands.needs")
-    found = module.paths(name, verb, words[1:])
+    records = module.paths(name, verb, words[1:])
     if verb.network == "base" and (base := importlib.import_module(f"train.commands.{name}").wanted_base(words[1:])):
-        found.append(("fetch", base))
-    module.write(found)
+        records.append(("fetch", base))
+    module.write(records)
 
 
 def quiet() -> None:
-    """Leave out what the pinned packages say of themselves at import; a warning about the user's own work still shows."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # torch's pytree has a new name
+    """Hide what pinned packages print about themselves at import; warnings about the user's own work still show."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about torch's pytree, renamed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "compiled without GPU support", on every CPU machine
 
 
@@ -88,9 +88,9 @@ def main(argv: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if (told := explain(error, argv[0])) is None:
+        if (message := explain(error, argv[0])) is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 1
     return 0
 

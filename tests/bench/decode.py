@@ -1,18 +1,17 @@
 """Tokens a second of answers on this GPU: ours against the stock stack, Qwen-1.8B's shape, random Int4 weights.
 
-    python -m tests.bench.decode out.json [--model 1.8b] [--arms ours,stock,ours-again] [--profile table.txt] [--tiles
-    tiles.json]
+    python -m tests.bench.decode out.json [--model 1.8b] [--arms ours,stock,ours-again] [--profile table.txt]
+                                 [--tiles tiles.json]
 
 ours         what `make infer` and `make compare` run: packed products, a static cache, one CUDA graph a step; bfloat16
 ours-drawn   the same with a temperature and top_p, batch 1
-ours-plain   our decoder by its growing cache, as where Triton does not run
-ours-again   the first once more, after the others: what the card was worth then
-stock        transformers' generate on LlamaForCausalLM in the same shape with auto_gptq's QuantLinear, peft; float16,
-             its own cache
+ours-plain   our decoder with its growing cache, as where Triton does not run
+ours-again   `ours` once more, after the others: shows whether the card became slower meanwhile
+stock        transformers' generate on LlamaForCausalLM in the same shape with auto_gptq's QuantLinear and peft; float16
 
 128 prompt tokens, 256 new ones, without and with an adapter of rank 64 on every linear. A row's rate counts the new
-tokens, over the whole answer, prompt included; step_ms is one step alone. Every arm runs in a process of its own; the
-file is written after each.
+tokens over the time of the whole answer, prompt included; step_ms is one step alone. Every arm runs in a process of its
+own; the file is written after each.
 """
 
 import argparse
@@ -41,18 +40,17 @@ from train.model import lora
 
 PROMPT, NEW = 128, 256
 BATCHES = (1, 32)
-TURNS = 3  # answers timed, after one to warm up
+REPEATS = 3  # timed answers, after one to warm up
 ARMS = ("ours", "stock", "ours-again")
 OTHERS = ("ours-drawn", "ours-plain")
-DEVICE = torch.device(
-    "cuda" if torch.cuda.is_available() else "cpu"
-)  # a CPU is for trying this program itself, in the shape tiny
-Answer = Callable[
+# a CPU is for trying this program itself, in the shape tiny
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Generate = Callable[
     [Tensor, int], Iterator[Any]
-]  # ids [B, T], how many -> one item a token, as they are ready to be read
+]  # ids [B, T], new tokens -> one item a token, as soon as it can be read
 
 
-def settle() -> None:
+def synchronize() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
@@ -75,7 +73,7 @@ def stock(model: str, adapter: bool) -> nn.Module:
     return adapt(base, 64, 0.0, checkpointing=False).eval() if adapter else base
 
 
-def answer_of(arm: str, model: nn.Module) -> Answer:
+def generate_with(arm: str, model: nn.Module) -> Generate:
     if arm == "stock":
         return lambda ids, new: _generated(model, ids, new)
     sampling = Sampling(temperature=0.7, top_p=0.8) if arm == "ours-drawn" else Sampling()
@@ -83,91 +81,91 @@ def answer_of(arm: str, model: nn.Module) -> Answer:
 
 
 def _generated(model: Any, ids: Tensor, new: int) -> Iterator[Tensor]:
-    """transformers' own loop has no tokens to be read on the way: all at its end."""
+    """transformers' own loop, which gives all tokens at its end."""
     with torch.inference_mode():
         ids = ids.to(DEVICE)
-        mask, ends = torch.ones_like(ids), {"eos_token_id": None, "pad_token_id": 0}
-        done = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False, use_cache=True, **ends
+        mask, no_end = torch.ones_like(ids), {"eos_token_id": None, "pad_token_id": 0}
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False, use_cache=True, **no_end
         )
-    assert done.shape[1] == ids.shape[1] + new, done.shape
-    yield from done[:, ids.shape[1] :].T
+    assert out.shape[1] == ids.shape[1] + new, out.shape
+    yield from out[:, ids.shape[1] :].T
 
 
-def measure(arm: str, answer: Answer, batch: int, vocabulary: int) -> dict[str, Any]:
+def measure(arm: str, generate: Generate, batch: int, vocabulary: int) -> dict[str, Any]:
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(0, vocabulary - 256, (batch, PROMPT))
-    began = time.perf_counter()
-    for _ in answer(ids, NEW if arm != "stock" else 8):
+    start = time.perf_counter()
+    for _ in generate(ids, NEW if arm != "stock" else 8):
         pass
-    settle()
-    warm = time.perf_counter() - began
+    synchronize()
+    warm = time.perf_counter() - start
     rates, firsts, steps = [], [], []
-    with card.Watch(card.eye_on(DEVICE)) as seen:
-        for _ in range(TURNS if arm != "stock" else 1):
-            settle()
-            began = time.perf_counter()
-            times = [time.perf_counter() for _ in answer(ids, NEW)]
-            settle()
-            rates.append(batch * NEW / (time.perf_counter() - began))
-            firsts.append(times[0] - began)
+    with card.Watch(card.eye_on(DEVICE)) as watch:
+        for _ in range(REPEATS if arm != "stock" else 1):
+            synchronize()
+            start = time.perf_counter()
+            times = [time.perf_counter() for _ in generate(ids, NEW)]
+            synchronize()
+            rates.append(batch * NEW / (time.perf_counter() - start))
+            firsts.append(times[0] - start)
             steps.append((times[-1] - times[0]) / (NEW - 1))
-    found: dict[str, Any] = {"tokens_per_s": round(statistics.median(rates), 1), "warm_s": round(warm, 2)}
+    row: dict[str, Any] = {"tokens_per_s": round(statistics.median(rates), 1), "warm_s": round(warm, 2)}
     if arm != "stock":
-        found |= {
+        row |= {
             "first_ms": round(1000 * statistics.median(firsts), 2),
             "step_ms": round(1000 * statistics.median(steps), 4),
         }
     peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
-    found["peak_gib"] = round(peak / 2**30, 2)
-    return found | {"card": {**seen.found(), "product_tflops": card.worth(DEVICE)}, "at": time.strftime("%H:%M:%S")}
+    row["peak_gib"] = round(peak / 2**30, 2)
+    return row | {"card": {**watch.found(), "product_tflops": card.worth(DEVICE)}, "at": time.strftime("%H:%M:%S")}
 
 
-def use(tiles: str) -> None:
-    """Take the fastest tiles of tests/bench/tiles.py's report instead of those that matvec.py knows."""
+def use_tiles(report: str) -> None:
+    """Use the fastest tiles of a report of tests/bench/tiles.py instead of those in gptq_tiles.py."""
     from train.ops.kernels import gptq_tiles
 
-    if tiles and Path(tiles).is_file():
-        for shape in json.loads(Path(tiles).read_text())["products"]:
+    if report and Path(report).is_file():
+        for shape in json.loads(Path(report).read_text())["products"]:
             best = shape["found"][0]
-            cut = {name: best[name] for name in ("words", "columns", "splits", "warps", "stages")}
-            gptq_tiles.MEASURED[shape["rows"] == 1, shape["k"], shape["n"]] = gptq_tiles.Tile(**cut)
+            tile = gptq_tiles.Tile(**{name: best[name] for name in ("words", "columns", "splits", "warps", "stages")})
+            gptq_tiles.MEASURED[shape["rows"] == 1, shape["k"], shape["n"]] = tile
 
 
-def one(arm: str, model: str, profile: str) -> Iterator[dict[str, Any]]:
+def run_arm(arm: str, model: str, profile: str) -> Iterator[dict[str, Any]]:
     """The rows of one arm, in this process: without an adapter, then with one."""
     if arm == "ours-plain":
-        sessions.served = lambda model, batch: False
+        sessions.supports = lambda model, batch: False
     vocabulary = shapes.config(model).vocab_size
     for adapter in (False, True):
         torch.manual_seed(0)
-        network = answer = None  # what the one before held
+        network = generate = None  # frees what the one before held
         for batch in (1,) if arm == "ours-drawn" else BATCHES:
             row = {"arm": arm, "model": model, "adapter": adapter, "batch": batch, "prompt": PROMPT, "new": NEW}
             try:
                 network = network or (stock if arm == "stock" else ours)(model, adapter)
-                answer = answer or answer_of(arm, network)
-                yield {**row, **measure(arm, answer, batch, vocabulary)}
+                generate = generate or generate_with(arm, network)
+                yield {**row, **measure(arm, generate, batch, vocabulary)}
                 if profile and arm != "stock":
-                    trace(answer, batch, vocabulary, Path(profile), f"{arm}, adapter {adapter}, batch {batch}")
+                    trace(generate, batch, vocabulary, Path(profile), f"{arm}, adapter {adapter}, batch {batch}")
             except Exception as error:
                 traceback.print_exc()
                 yield {**row, "skipped": f"{type(error).__name__}: {error!s:.200}"}
 
 
-def trace(answer: Answer, batch: int, vocabulary: int, out: Path, title: str) -> None:
-    """Append torch.profiler's table of kernels of one answer of 64 tokens."""
+def trace(generate: Generate, batch: int, vocabulary: int, out: Path, title: str) -> None:
+    """Append torch.profiler's table of kernels in one answer of 64 tokens."""
     from torch.profiler import ProfilerActivity, profile
 
     ids = torch.randint(0, vocabulary - 256, (batch, PROMPT))
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
-        for _ in answer(ids, 64):
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        for _ in generate(ids, 64):
             pass
-        settle()
-    table = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60)
+        synchronize()
+    table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60)
     with out.open("a") as file:
         file.write(f"\n== {title}\n{table}\n")
 
@@ -180,29 +178,28 @@ def main() -> None:
     parser.add_argument("--profile", default="")
     parser.add_argument("--tiles", default="", help="a report of tests/bench/tiles.py")
     parser.add_argument("--one", default="", help="used by this program itself: an arm")
-    wanted = parser.parse_args()
-    if strange := set((wanted.one or wanted.arms).split(",")) - {*ARMS, *OTHERS}:
-        parser.error(f"no arm is called {', '.join(sorted(strange))}. There are: {', '.join((*ARMS, *OTHERS))}")
-    if wanted.one:
-        use(wanted.tiles)
-        with wanted.out.open("a") as file:
-            for row in one(wanted.one, wanted.model, wanted.profile):
+    args = parser.parse_args()
+    if unknown := set((args.one or args.arms).split(",")) - {*ARMS, *OTHERS}:
+        parser.error(f"no arm is called {', '.join(sorted(unknown))}. There are: {', '.join((*ARMS, *OTHERS))}")
+    if args.one:
+        use_tiles(args.tiles)
+        with args.out.open("a") as file:
+            for row in run_arm(args.one, args.model, args.profile):
                 print(row, flush=True)
                 file.write(json.dumps(row) + "\n")
                 file.flush()
         return
-    lines = wanted.out.with_suffix(".jsonl")
+    lines = args.out.with_suffix(".jsonl")
     lines.write_text("")
-    for arm in wanted.arms.split(","):
-        again = ["--model", wanted.model, "--profile", wanted.profile, "--tiles", wanted.tiles, "--one", arm]
-        done = subprocess.run([sys.executable, "-m", "tests.bench.decode", str(lines), *again])
-        if done.returncode:  # not an exception, which would have been a row
-            print(f"{arm}: exit status {done.returncode}", file=sys.stderr)
+    for arm in args.arms.split(","):
+        options = ["--model", args.model, "--profile", args.profile, "--tiles", args.tiles, "--one", arm]
+        status = subprocess.run([sys.executable, "-m", "tests.bench.decode", str(lines), *options]).returncode
+        if status:  # not an exception, which would have been a row
+            print(f"{arm}: exit status {status}", file=sys.stderr)
+            skipped = {"arm": arm, "model": args.model, "skipped": f"exit status {status}"}
             with lines.open("a") as file:
-                file.write(
-                    json.dumps({"arm": arm, "model": wanted.model, "skipped": f"exit status {done.returncode}"}) + "\n"
-                )
-        write_json(wanted.out, {**heading(), "rows": [json.loads(line) for line in lines.read_text().splitlines()]})
+                file.write(json.dumps(skipped) + "\n")
+        write_json(args.out, {**heading(), "rows": [json.loads(line) for line in lines.read_text().splitlines()]})
 
 
 if __name__ == "__main__":

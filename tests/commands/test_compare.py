@@ -1,4 +1,4 @@
-"""The same questions before and after: who answers, what is kept, and how the table looks."""
+"""The same questions before and after: which models answer, what is kept, and the table."""
 
 import gc
 import io
@@ -14,9 +14,9 @@ from rich.console import Console
 
 from tests.support.runs import DATA, tiny_run
 from train.commands import export
-from train.commands.compare import Options, read_questions, run, shorten, table
+from train.commands.compare import Options, run, shorten, table
 from train.common.errors import UserError
-from train.evaluation.report import Answer
+from train.evaluation.report import AnsweredQuestion
 from train.inference.generate import answers
 from train.model import lora
 from train.model.loading import load
@@ -48,14 +48,14 @@ def test_before_is_the_base_and_after_is_the_adapter(tmp_path: Path, capsys: Any
 def test_one_model_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: Any) -> None:
     alive = list[weakref.ref[Any]]()
 
-    def loaded(*how: Any, **more: Any) -> Any:
+    def load_alone(*args: Any, **options: Any) -> Any:
         assert [ref for ref in alive if ref() is not None] == []
-        model = load(*how, **more)
+        model = load(*args, **options)
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr("train.commands.compare.load", loaded)
-    gc.disable()  # at its own times it would hide what is forgotten
+    monkeypatch.setattr("train.evaluation.answers.load", load_alone)
+    gc.disable()  # it could free what the program keeps by mistake
     try:
         compare(tiny_run(tmp_path))
     finally:
@@ -72,10 +72,10 @@ def test_after_an_export_the_merged_model_answers_alike(tmp_path: Path, capsys: 
     assert compare(folder) == with_adapter
     assert "then the merged model" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr("train.commands.compare.fits", lambda *where: False)
+        patch.setattr("train.evaluation.answers.fits", lambda *arguments: False)
         compare(folder)
     assert "then the adapter on its base (the GPU has no room for the merged model)" in capsys.readouterr().out
-    (folder / "merged" / "model.safetensors").unlink()  # half an export is none
+    (folder / "merged" / "model.safetensors").unlink()  # an export without its weights does not count
     compare(folder)
     assert "then the adapter" in capsys.readouterr().out
 
@@ -84,45 +84,27 @@ def test_the_second_run_answers_nothing_and_shows_the_same(tmp_path: Path, capsy
     folder = tiny_run(tmp_path)
     compare(folder)
     first = capsys.readouterr().out.partition("╭")[2]
-    monkeypatch.setattr("train.commands.compare.answers", lambda *a, **k: pytest.fail("asked again"))
+    monkeypatch.setattr("train.evaluation.answers.answers", lambda *a, **k: pytest.fail("asked again"))
     compare(folder)
-    said = capsys.readouterr().out
-    assert "nothing to do" in said and said.partition("╭")[2] == first
+    output = capsys.readouterr().out
+    assert "nothing to do" in output and output.partition("╭")[2] == first
 
 
 def test_questions_come_from_a_file_beside_the_data(tmp_path: Path, capsys: Any) -> None:
     folder = tiny_run(tmp_path)
-    (tmp_path / "talk_questions.txt").write_text("你叫什么？\nNever asked?\n", encoding="utf-8")
+    (tmp_path / "conversations_questions.txt").write_text("你叫什么？\nNever asked?\n", encoding="utf-8")
     rows = compare(folder)
     assert [(row["question"], row["seen"]) for row in rows] == [("你叫什么？", True), ("Never asked?", False)]
-    said = capsys.readouterr().out
-    assert "Never asked? *" in said and "* not asked in the training data" in said
+    output = capsys.readouterr().out
+    assert "Never asked? *" in output and "* not asked in the training data" in output
 
 
 def test_questions_by_name_and_without_data(tmp_path: Path) -> None:
     folder, mine = tiny_run(tmp_path), tmp_path / "mine.jsonl"
     mine.write_text('"one?"\n{"question": "two?"}\n{"instruction": "three?", "output": "x"}\n')
     assert [row["question"] for row in compare(folder, questions=str(mine))] == ["one?", "two?", "three?"]
-    (tmp_path / "talk.jsonl").unlink()
+    (tmp_path / "conversations.jsonl").unlink()
     assert len(compare(folder)) == 8  # the built-in list
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("q.txt", None, "no such file"),
-        ("q.txt", b"\n \n", "no questions"),
-        ("q.txt", b"\xff\xfe?", "UTF-8"),
-        ("q.jsonl", b"{'question': 1}\n", "expected UTF-8, and in .jsonl"),
-        ("q.jsonl", b'{"text": "?"}\n', "expected UTF-8, and in .jsonl"),
-        ("q.jsonl", b"[1]\n", "expected UTF-8, and in .jsonl"),
-    ],
-)
-def test_unreadable_questions_are_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read_questions(tmp_path / name)
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
@@ -136,13 +118,13 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [80, 100, 160])
 def test_every_line_of_the_table_is_as_wide_as_the_terminal(width: int) -> None:
-    found = [
-        Answer("怎样换行？🙂", "我是一个很长的回答。" * 40, "短。", True),
-        Answer("Why?", "word " * 200, "\x1b[31mred\n\n1. x", False),
-        Answer("x" * 500, "y" * 500, "z" * 500, True),
+    answered = [
+        AnsweredQuestion("怎样换行？🙂", "我是一个很长的回答。" * 40, "短。", True),
+        AnsweredQuestion("Why?", "word " * 200, "\x1b[31mred\n\n1. x", False),
+        AnsweredQuestion("x" * 500, "y" * 500, "z" * 500, True),
     ]
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    console.print(table(found, width))
+    console.print(table(answered, width))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert {cell_len(line) for line in lines} == {width}
     assert len(lines) < 40 and sum("…" in line for line in lines) >= 4 and "\x1b" not in "".join(lines)

@@ -1,4 +1,4 @@
-"""The demo as a list of commands: their order, their words, and what is said when one fails."""
+"""The demo as a list of commands: their order, their words, and the message when one fails."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from train.commands import demo
-from train.commands.demo import BASE, Options, run, stages
+from train.commands.demo import BASE, Options, demo_steps, run
 from train.common.errors import UserError
 
 ORDER = ["model", "quantize", "data", "train", "export", "compare"]
@@ -18,11 +18,11 @@ ORDER = ["model", "quantize", "data", "train", "export", "compare"]
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: Any) -> list[list[str]]:
-    """Stages that only note that they were called."""
-    made: list[list[str]] = []
+    """The commands of the steps, which are recorded and not run."""
+    commands: list[list[str]] = []
 
     def call(command: list[str]) -> int:
-        made.append(command)
+        commands.append(command)
         return 0
 
     (tmp_path / "data").mkdir()
@@ -30,20 +30,20 @@ def calls(tmp_path: Path, monkeypatch: Any) -> list[list[str]]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "call", call)
     monkeypatch.setattr(demo, "MEMORY", 0)
-    return made
+    return commands
 
 
-def test_the_stages_in_order_each_as_one_may_type_it(calls: list[list[str]], capsys: Any) -> None:
+def test_the_steps_in_order_each_as_one_may_type_it(calls: list[list[str]], capsys: Any) -> None:
     run(Options())
     assert [command[:3] for command in calls] == [[sys.executable, "-m", "train"]] * 6
     assert [command[3] for command in calls] == ORDER
-    said = capsys.readouterr().out
-    places = [said.index(line) for line in (f"make model MODEL={BASE}\n", f"make quantize MODEL={BASE}\n")]
+    output = capsys.readouterr().out
+    positions = [output.index(line) for line in (f"make model MODEL={BASE}\n", f"make quantize MODEL={BASE}\n")]
     train = f"make train DATA=data/demo.jsonl MODEL={BASE}-Int4 RECIPE=demo RUN=demo\n"
-    assert places == sorted(places) and train in said and "make compare RUN=demo\n" in said
+    assert positions == sorted(positions) and train in output and "make compare RUN=demo\n" in output
     for line in ("Done in", "make data DATA=mine.jsonl", "make train DATA=mine.jsonl RUN=mine", "make infer RUN=mine"):
-        assert line in said
-    assert "runs/demo/report.md" in said and "6/6" in said
+        assert line in output
+    assert "runs/demo/report.md" in output and "6/6" in output
 
 
 def test_the_qwen_layout_has_names_of_its_own(calls: list[list[str]]) -> None:
@@ -52,29 +52,31 @@ def test_the_qwen_layout_has_names_of_its_own(calls: list[list[str]]) -> None:
     assert "run=demo-qwen" in calls[4] and "run=demo-qwen" in calls[5]
 
 
-def test_other_folders_reach_every_stage_and_the_printed_command() -> None:
-    planned = stages(Options(models="/m", runs="/r"), "demo")
-    assert all("models=/m" in stage.words for stage in planned)
-    assert all(("runs=/r" in stage.words) == (stage.verb in ("train", "export", "compare")) for stage in planned)
-    assert "MODELS=/m" in planned[0].make and "RUNS=/r" in planned[3].make
+def test_other_folders_reach_every_step_and_the_printed_command() -> None:
+    steps = demo_steps(Options(models="/m", runs="/r"), "demo")
+    assert all("models=/m" in step.words for step in steps)
+    assert all(("runs=/r" in step.words) == (step.verb in ("train", "export", "compare")) for step in steps)
+    assert "MODELS=/m" in steps[0].make and "RUNS=/r" in steps[3].make
 
 
 def test_every_word_is_a_key_of_its_verb() -> None:
-    """What the demo types, its verbs accept."""
+    """The verbs accept the words of the demo."""
     from train.__main__ import VERBS
     from train.config.options import build, pairs
     from train.config.recipe import Recipe
 
     for options in (Options(), Options(layout="qwen")):
-        for stage in stages(options, "demo"):
-            assert stage.verb in VERBS
-            module = pytest.importorskip(f"train.commands.{stage.verb}")
+        for step in demo_steps(options, "demo"):
+            assert step.verb in VERBS
+            module = pytest.importorskip(f"train.commands.{step.verb}")
             parse = getattr(module, "parse", lambda values, cls=module.Options: build(cls, values))
-            parse(pairs(stage.words[1:]))
+            parse(pairs(step.words[1:]))
     assert Recipe.__dataclass_fields__.keys().isdisjoint({"data", "run"})
 
 
-def test_a_failing_stage_stops_it_and_says_how_to_go_on(calls: list[list[str]], monkeypatch: Any, capsys: Any) -> None:
+def test_a_failing_step_stops_the_demo_and_says_how_to_continue(
+    calls: list[list[str]], monkeypatch: Any, capsys: Any
+) -> None:
     def call(command: list[str]) -> int:
         calls.append(command)
         return 2 if command[3] == "data" else 0
@@ -86,18 +88,18 @@ def test_a_failing_stage_stops_it_and_says_how_to_go_on(calls: list[list[str]], 
     assert [command[3] for command in calls] == ORDER[:3] and "Done in" not in capsys.readouterr().out
 
 
-def test_a_stage_is_a_process_whose_status_counts() -> None:
+def test_a_step_is_a_process_whose_status_counts() -> None:
     assert demo.call([sys.executable, "-c", "raise SystemExit(7)"]) == 7
 
 
-def test_ctrl_c_leaves_the_stage_the_time_to_end_by_itself() -> None:
+def test_ctrl_c_waits_until_the_step_ends_by_itself() -> None:
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     assert demo.call([sys.executable, "-c", "import time; time.sleep(1.5); raise SystemExit(75)"]) == 75
     timer.join()
 
 
-def test_too_little_room_is_said_before_anything_starts(calls: list[list[str]], monkeypatch: Any) -> None:
+def test_too_little_disk_is_reported_before_anything_starts(calls: list[list[str]], monkeypatch: Any) -> None:
     monkeypatch.setattr(demo, "free_bytes", lambda path: 10**9)
     with pytest.raises(UserError, match=r"needs 4\.0 GB more disk, 1\.0 GB are free"):
         run(Options())
@@ -105,7 +107,7 @@ def test_too_little_room_is_said_before_anything_starts(calls: list[list[str]], 
     assert calls == []
 
 
-def test_what_is_there_already_needs_no_room(calls: list[list[str]], monkeypatch: Any) -> None:
+def test_files_that_exist_already_need_no_disk(calls: list[list[str]], monkeypatch: Any) -> None:
     Path("models", f"{BASE}-Int4").mkdir(parents=True)
     Path("models", f"{BASE}-Int4", "model.safetensors").write_bytes(bytes(1000))
     monkeypatch.setattr(demo, "DISK", 10**9 // 2 + 1000)
@@ -116,14 +118,14 @@ def test_what_is_there_already_needs_no_room(calls: list[list[str]], monkeypatch
         run(Options(layout="qwen"))
 
 
-def test_too_little_memory_is_said(calls: list[list[str]], monkeypatch: Any) -> None:
+def test_too_little_memory_is_reported(calls: list[list[str]], monkeypatch: Any) -> None:
     monkeypatch.setattr(demo, "MEMORY", 10**15)
     with pytest.raises(UserError, match="GB of memory"):
         run(Options())
     assert calls == []
 
 
-def test_another_folder_than_the_project_s_is_said(tmp_path: Path, monkeypatch: Any) -> None:
+def test_another_folder_than_the_projects_is_reported(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="folder of the project"):
         run(Options())

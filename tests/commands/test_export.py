@@ -10,12 +10,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tests.support.exports import adapted, equal_logits, export, hashes, merged_state
 from tests.support.oracles import tiny_checkpoint, tiny_config
 from tests.support.runs import tiny_run
-from train.commands import infer
 from train.commands.export import Options, run
 from train.common.errors import UserError
 from train.common.files import read_json, write_json
 from train.data.chat_template import prompt
 from train.data.formats import Turn
+from train.inference.trained import find_source
 from train.model import lora
 from train.model.loading import load
 from train.model.tokenizer import load_tokenizer
@@ -46,7 +46,7 @@ def test_the_prompt_of_the_training_is_the_export_s(
         expected = tokenizer.decode(prompt(turns, tokenizer, used, template), skip_control=False)
         assert template_in_file.render(messages=[*first, *messages], add_generation_prompt=True) == expected
     assert (f"{template}, system message {system!r}" if system else "no system message") in capsys.readouterr().out
-    chosen = infer.choose(infer.Options(model=str(out)))
+    chosen = find_source(Path("models"), Path("runs"), model=str(out))
     assert (chosen.recipe["system"], chosen.recipe["template"]) == (system, template)
 
 

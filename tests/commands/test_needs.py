@@ -1,4 +1,4 @@
-"""The verb table, as the program and the shell read it; and the paths that a command needs, as `needs` says them."""
+"""The verb table, as the program and the shell read it; and the paths that a command needs."""
 
 import json
 import os
@@ -21,22 +21,22 @@ USES = {
 }
 
 
-def said(*words: str) -> list[str]:
-    """Records of `python -m train needs WORDS`, in this folder."""
+def needs(*words: str) -> list[str]:
+    """The records of `python -m train needs WORDS`, in this folder."""
     command = [sys.executable, "-m", "train", "needs", *words]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True)
-    return [os.fsdecode(record) for record in done.stdout.split(b"\0")[:-1]]
+    process = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True)
+    return [os.fsdecode(record) for record in process.stdout.split(b"\0")[:-1]]
 
 
-# --- the table
+# the table
 
 
 @pytest.mark.parametrize("name", VERBS)
 def test_the_shell_reads_the_table_as_the_program_does(name: str) -> None:
-    ask = '. docker/common.sh; verb_row "$1"; echo "$data $models $runs $gpu $network"'
-    done = subprocess.run(["bash", "-euc", ask, "-", name], cwd=ROOT, capture_output=True, text=True, check=True)
+    script = '. docker/common.sh; verb_row "$1"; echo "$data $models $runs $gpu $network"'
+    process = subprocess.run(["bash", "-euc", script, "-", name], cwd=ROOT, capture_output=True, text=True, check=True)
     verb = VERBS[name]
-    assert done.stdout.split() == [verb.data, verb.models, verb.runs, verb.gpu, verb.network]
+    assert process.stdout.split() == [verb.data, verb.models, verb.runs, verb.gpu, verb.network]
     assert all(getattr(verb, column) in words for column, words in USES.items()) and verb.text
 
 
@@ -45,10 +45,10 @@ def test_every_verb_has_a_file_and_every_file_a_verb() -> None:
     assert files - {"__init__", "needs"} == set(VERBS)
 
 
-# --- what a command needs
+# what a command needs
 
 
-def test_of_the_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_of_the_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("c,d.jsonl").touch()
     train, export, data = VERBS["train"], VERBS["export"], VERBS["data"]
@@ -62,26 +62,26 @@ def test_of_the_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert paths("train", train, ["data=a", "runs=r", "--help"]) == []
 
 
-def test_of_a_recipe(tmp_path: Path) -> None:
+def test_paths_of_a_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "my.yaml"
     recipe.write_text("model: >-\n  ./my base\nstages:\n- {data: 'it''s, #1.jsonl'}\n- data: |-\n    二.jsonl\n")
-    found = [path for _, path in paths("train", VERBS["train"], [f"recipe={recipe}"])]
-    assert found == [str(recipe), "./my base", "it's, #1.jsonl", "it's", "#1.jsonl", "二.jsonl"]
+    read = [path for _, path in paths("train", VERBS["train"], [f"recipe={recipe}"])]
+    assert read == [str(recipe), "./my base", "it's, #1.jsonl", "it's", "#1.jsonl", "二.jsonl"]
     for text in ("{", "stages: 3", "- a", "\0"):
         recipe.write_text(text)
         assert ("read", str(recipe)) in paths("train", VERBS["train"], [f"recipe={recipe}"])
 
 
-def test_of_a_run_and_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_of_a_run_and_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for folder, data in (("runs/r", "/x/b.jsonl"), ("runs/r/stages/1", '/x/a "\n.jsonl')):
         Path(folder).mkdir(parents=True)
         inputs = {"data": {"path": data}, "base": {"name": "/x/base"}}
         Path(folder, "inputs.json").write_text(json.dumps(inputs))
-    found = [path for _, path in paths("verify", VERBS["verify"], ["run=r"])]
+    read = [path for _, path in paths("verify", VERBS["verify"], ["run=r"])]
     beside = [f"/x/{name}_questions{end}" for name in ("b", 'a "\n') for end in (".txt", ".jsonl")]
-    assert set(found) == {"/x/base", "/x/b.jsonl", '/x/a "\n.jsonl', *beside}
-    assert paths("infer", VERBS["infer"], []) == []  # none is finished
+    assert set(read) == {"/x/base", "/x/b.jsonl", '/x/a "\n.jsonl', *beside}
+    assert paths("infer", VERBS["infer"], []) == []  # no run is finished
     Path("runs/r/run.json").touch()
     assert ("read", "/x/b.jsonl") in paths("infer", VERBS["infer"], [])
     assert paths("export", VERBS["export"], []) == []
@@ -89,31 +89,31 @@ def test_of_a_run_and_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ("read", "/x/b.jsonl") not in paths("verify", VERBS["verify"], ["run=r"])
 
 
-def test_any_path_comes_out_in_its_own_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_path_is_printed_in_its_own_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = os.fsdecode(b"two\nlines '\"$x` \xff\xe4\xba\x8c")
-    assert said("data", f"data={name}") == [f"read {name}"]
+    assert needs("data", f"data={name}") == [f"read {name}"]
 
 
-def test_of_train_the_base_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_names_the_base_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x.jsonl").touch()
-    assert said("train", "data=x.jsonl", "model=Qwen/X")[-1] == "fetch Qwen/X"
-    assert said("doctor", "data=x.jsonl", "model=Qwen/X") == ["read Qwen/X", "read x.jsonl"]
+    assert needs("train", "data=x.jsonl", "model=Qwen/X")[-1] == "fetch Qwen/X"
+    assert needs("doctor", "data=x.jsonl", "model=Qwen/X") == ["read Qwen/X", "read x.jsonl"]
 
 
-def test_a_verb_that_there_is_not() -> None:
-    done = subprocess.run([sys.executable, "-m", "train", "needs", "x"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "error: needs of which verb?" in done.stderr and not done.stdout
+def test_an_unknown_verb_is_refused() -> None:
+    process = subprocess.run([sys.executable, "-m", "train", "needs", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2 and "error: needs of which verb?" in process.stderr and not process.stdout
 
 
 @pytest.mark.parametrize("name", VERBS)
 def test_nothing_heavy_is_loaded(name: str) -> None:
     code = f"import sys, train.__main__ as m; m.main(['needs', {name!r}, 'data=x']); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.endswith("False\n"), done.stderr
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout.endswith("False\n"), process.stderr
 
 
-def test_a_row_is_what_the_table_says() -> None:
+def test_a_row_equals_the_table() -> None:
     text = "fetch and verify a base model"
     assert VERBS["model"] == Verb(data="-", models="write", runs="-", gpu="-", network="yes", text=text)

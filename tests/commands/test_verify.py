@@ -1,4 +1,4 @@
-"""Verify: a run as it was passes; each file of it that changes is named; a replay is the same bytes, or says where not."""
+"""An unchanged run passes; each file that changes is named; a replay gives the same bytes, or names the difference."""
 
 import json
 import shutil
@@ -12,16 +12,15 @@ import torch
 
 from tests.support.oracles import tiny_checkpoint, tiny_config
 from tests.training.test_train import QUIET, rows, stop_at
-from train.commands import train as verb
-from train.commands import verify
+from train.commands import train, verify
 from train.commands.verify import Options
 from train.common.errors import UserError
 from train.common.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, and one that stands on it."""
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, and one that was trained on from it."""
     folder = tmp_path_factory.mktemp("verified")
     tiny_checkpoint(folder / "models" / "tiny-Int4", tiny_config(), int4=True)
     rows(folder / "data.jsonl")
@@ -29,22 +28,22 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         for more in ({"run": "first"}, {"run": "second", "from": "first", "save_every": "2"}):
             keys = {"data": "data.jsonl", "model": "tiny-Int4", "recipe": "smoke", **QUIET, "steps": "3", **more}
-            verb.run(verb.parse(keys))
+            train.run(train.parse(keys))
     return folder
 
 
 @pytest.fixture
-def copy(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same folder, to be spoilt."""
-    shutil.copytree(house, tmp_path / "house")
-    monkeypatch.chdir(tmp_path / "house")
-    return tmp_path / "house"
+def copy(two_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the same folder, which a test may change."""
+    shutil.copytree(two_runs, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
 
 
-def test_a_run_as_it_was_is_the_same(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unchanged_run_passes(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     verify.run(Options(run="second"))
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in (
         "losses.jsonl",
         "recipe.yaml",
@@ -53,9 +52,9 @@ def test_a_run_as_it_was_is_the_same(copy: Path, capsys: pytest.CaptureFixture[s
         "data data.jsonl",
         "adapter of runs/first",
     ):
-        assert f"same     {name}\n" in said
-    assert "same     checkpoint step-000003" in said
-    assert "DIFFERS" not in said
+        assert f"same     {name}\n" in output
+    assert "same     checkpoint step-000003" in output
+    assert "DIFFERS" not in output
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
 
 
@@ -80,25 +79,25 @@ def flip(path: Path) -> None:
         ("data.jsonl", "data data.jsonl"),
     ],
 )
-@pytest.mark.parametrize("harm", [flip, Path.unlink])
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
 def test_every_file_that_changes_is_named(
-    name: str, title: str, harm: Callable[[Path], None], copy: Path, capsys: pytest.CaptureFixture[str]
+    name: str, title: str, damage: Callable[[Path], None], copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    harm(copy / name)
+    damage(copy / name)
     with pytest.raises(UserError, match="'second' is not what its record says"):
         verify.run(Options(run="second"))
-    said = capsys.readouterr().out
-    assert f"DIFFERS  {title}\n" in said
-    assert said.count("DIFFERS") == 1
+    output = capsys.readouterr().out
+    assert f"DIFFERS  {title}\n" in output
+    assert output.count("DIFFERS") == 1
 
 
-def test_what_is_another_now_is_told_but_no_fault(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_lock_or_program_is_a_note_not_an_error(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = read_json(copy / "runs/first/run.json")
     write_json(copy / "runs/first/run.json", {**record, "lock": "0" * 64, "code": {"commit": "another"}})
     verify.run(Options(run="first"))
-    said = capsys.readouterr().out
-    assert "note     env.lock: was 0000" in said
-    assert "note     program: was {'commit': 'another'}" in said
+    output = capsys.readouterr().out
+    assert "note     env.lock: was 0000" in output
+    assert "note     program: was {'commit': 'another'}" in output
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]"])
@@ -110,11 +109,11 @@ def test_a_run_without_a_record_is_refused(text: str, copy: Path) -> None:
 
 
 def in_this_process(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None] = lambda: None) -> None:
-    """The replay's command, without another start of Python."""
+    """The replay's command runs in this process, without another start of Python."""
 
     def run(command: list[str]) -> Any:
         change()
-        verb.run(verb.parse(dict(word.split("=", 1) for word in command[4:])))
+        train.run(train.parse(dict(word.split("=", 1) for word in command[4:])))
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(verify.subprocess, "run", run)
@@ -132,10 +131,10 @@ def test_a_replay_is_the_same_and_leaves_nothing(
 
 def begin(run: str, **keys: str) -> None:
     base = {"data": "data.jsonl", "model": "tiny-Int4", "recipe": "smoke", **QUIET, "steps": "6", "save_every": "2"}
-    verb.run(verb.parse({**base, "dropout": "0.05", "run": run, **keys}))
+    train.run(train.parse({**base, "dropout": "0.05", "run": run, **keys}))
 
 
-def test_a_run_that_was_cut_off_twice_is_replayed_to_the_same_bytes(
+def test_a_run_that_was_interrupted_twice_is_replayed_to_the_same_bytes(
     copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (2, 4):
@@ -161,19 +160,19 @@ def test_the_stages_of_a_run_are_verified_and_replayed(
     keep = {"model": "tiny-Int4", "length": 96, "rank": 4, "batch": 2, "accumulation": 2, "dropout": 0.05, "zero": 0}
     text = "".join(f"{key}: {value}\n" for key, value in keep.items())
     (copy / "two.yaml").write_text(text + STAGED)
-    verb.run(verb.parse({"recipe": "two.yaml", "run": "staged"}))
+    train.run(train.parse({"recipe": "two.yaml", "run": "staged"}))
     monkeypatch.setattr(verify.provenance, "code", lambda: {})
     in_this_process(monkeypatch)
     verify.run(Options(run="staged", replay=True))
-    said = capsys.readouterr().out
-    assert "the replay is the same: 2 losses" in said and "the replay is the same: 3 losses" in said
+    output = capsys.readouterr().out
+    assert "the replay is the same: 2 losses" in output and "the replay is the same: 3 losses" in output
     flip(copy / "runs/staged/stages/1/losses.jsonl")
     with pytest.raises(UserError, match="is not what its record says"):
         verify.run(Options(run="staged"))
     assert "DIFFERS  stage 1: losses.jsonl" in capsys.readouterr().out
 
 
-def test_another_number_of_processes_under_way_is_allowed_for_or_refused(
+def test_a_changed_number_of_processes_is_tolerated_or_refused(
     copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for run, dropout in (("mixed", "0"), ("drawn", "0.05")):
@@ -185,7 +184,7 @@ def test_another_number_of_processes_under_way_is_allowed_for_or_refused(
     in_this_process(monkeypatch)
     verify.run(Options(run="mixed", replay=True))
     assert "the replay is the same: 6 losses within 1e-05, in 1 processes" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"in 2, then 1 processes: dropout drew other numbers"):
+    with pytest.raises(UserError, match=r"in 2, then 1 processes: dropout drew other masks"):
         verify.run(Options(run="drawn", replay=True))
     assert (
         verify._same(1.0, 1.000005, 1e-5)
@@ -204,14 +203,14 @@ def test_a_run_of_two_processes_is_replayed_by_the_command(
     assert "the replay is the same: 6 losses, and the adapter's bytes." in capfd.readouterr().out
 
 
-def test_a_replay_that_computes_something_else_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_that_differs_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from train.training.deepspeed_engine import Engine
 
-    real, calls = Engine.micro, []
+    real_micro, calls = Engine.micro, []
 
     def wrong(self: Engine, batch: Any, labels: int) -> torch.Tensor:
         calls.append(labels)
-        return real(self, batch, labels) * (1.001 if len(calls) == 3 else 1.0)
+        return real_micro(self, batch, labels) * (1.001 if len(calls) == 3 else 1.0)
 
     monkeypatch.setattr(verify.provenance, "code", lambda: {})
     in_this_process(monkeypatch, lambda: monkeypatch.setattr(Engine, "micro", wrong))

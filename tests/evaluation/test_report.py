@@ -1,4 +1,4 @@
-"""The loss curve, its drawing in the terminal, and report.md."""
+"""The loss as a picture and as characters, and report.md."""
 
 import struct
 from pathlib import Path
@@ -8,12 +8,12 @@ import pytest
 from tests.support.runs import tiny_run
 from train.common.files import read_json
 from train.data.conversations import training_data
-from train.evaluation.report import Answer, draw_losses, plot, smoothed, write_report
+from train.evaluation.report import AnsweredQuestion, draw_losses, plot, smoothed, write_report
 
 LOSSES = [{"step": n, "loss": 4.0 / n, "learning_rate": 1e-4 / n} for n in range(1, 61)]
 
 
-def test_the_picture_is_a_png_that_does_not_change(tmp_path: Path) -> None:
+def test_equal_losses_are_equal_bytes_of_a_png(tmp_path: Path) -> None:
     a, b = tmp_path / "a.png", tmp_path / "b.png"
     draw_losses(LOSSES, "demo", a)
     draw_losses(LOSSES, "demo", b)
@@ -23,7 +23,7 @@ def test_the_picture_is_a_png_that_does_not_change(tmp_path: Path) -> None:
     assert content == b.read_bytes() and [p.name for p in tmp_path.glob(".*")] == []
 
 
-def test_a_run_with_a_chinese_name_and_one_step_are_drawn_without_a_warning(tmp_path: Path, recwarn: object) -> None:
+def test_a_chinese_name_and_a_single_step_are_drawn_without_a_warning(tmp_path: Path, recwarn: object) -> None:
     draw_losses(LOSSES[:1], "演示", tmp_path / "one.png")
     assert (tmp_path / "one.png").stat().st_size > 0
     assert not [w for w in recwarn if "Glyph" in str(w.message)]  # type: ignore[attr-defined]
@@ -44,28 +44,28 @@ def test_a_plot_falls_from_the_top_left_to_the_bottom_right() -> None:
     assert plot([5.0], width=4, height=1) == ["⠉⠉⠉⠉"] and len(plot([0.0, 0.0], 4, 2)) == 2
 
 
-def test_the_report_has_every_answer_whole_and_survives_markdown(tmp_path: Path) -> None:
+def test_the_report_has_every_answer_in_full_as_valid_markdown(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     record = read_json(run / "run.json")
-    found = [
-        Answer("a | b?", "line\nnext <b> `x`", "x" * 900, seen=True),
-        Answer("新问题？", "前", "后", seen=False),
+    answered = [
+        AnsweredQuestion("a | b?", "line\nnext <b> `x`", "x" * 900, seen=True),
+        AnsweredQuestion("新问题？", "前", "后", seen=False),
     ]
     parity = {"agreement": 1.0, "tokens": 9, "divergence": 1e-7}
     manifest = {"parity": {"against": "the adapter on base", **parity, "without_adapter": parity}}
-    write_report(run / "report.md", record, LOSSES, found, "the merged model", manifest)
+    write_report(run / "report.md", record, LOSSES, answered, "the merged model", manifest)
     text = (run / "report.md").read_text(encoding="utf-8")
     assert "| a \\| b? | line<br>next &lt;b> \\`x\\` | " + "x" * 900 + " |" in text
     assert "| 新问题？ * | 前 | 后 |" in text and "](loss.png)" in text
     assert "rank: 4\n" in text and "make infer RUN=tiny" in text and "100.00% of 9 answer tokens" in text
 
 
-def test_training_data_counts_only_if_it_is_what_was_trained_on(tmp_path: Path) -> None:
+def test_training_data_is_used_only_if_it_is_unchanged(tmp_path: Path) -> None:
     record = read_json(tiny_run(tmp_path) / "run.json")
     conversations, name = training_data(record)
-    assert len(conversations) == 4 and name == "talk.jsonl"
+    assert len(conversations) == 4 and name == "conversations.jsonl"
     data = Path(record["data"]["path"])
     data.write_text(data.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    assert training_data(record) == ([], "talk.jsonl")
+    assert training_data(record) == ([], "conversations.jsonl")
     data.unlink()
-    assert training_data(record) == ([], "talk.jsonl")
+    assert training_data(record) == ([], "conversations.jsonl")

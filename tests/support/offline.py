@@ -180,25 +180,25 @@ def decoding(
     parts, or 0."""
     from tests.bench import shapes
     from train.config.recipe import Recipe
-    from train.inference.decode_graph import SHORT, Static
-    from train.inference.decode_layers import Layers
+    from train.inference.decode_graph import SHORT_PROMPT, DecodeSession
+    from train.inference.decode_layers import DecodeLayers
     from train.model import lora
 
     shape = replace(shapes.SHAPES[model], layers=layers, vocabulary=512)
     base = shapes.random_decoder(shapes.decoder_config(shape), torch.device("cpu"), sixteen(capability)).eval()
     wrapped: Any = lora.attach(base, Recipe(rank=64, dropout=0.0)).eval() if adapter else base
-    static = Static(Layers(base), batch, 512)
-    static.splits = splits or static.splits
+    session = DecodeSession(DecodeLayers(base), batch, 512)
+    session.splits = splits or session.splits
     ids = torch.ones(batch, prompt, dtype=torch.long)
-    if ids.numel() <= SHORT:
-        static.start(wrapped, ids, torch.ones_like(ids))
-    static.step()
+    if ids.numel() <= SHORT_PROMPT:
+        session.start(wrapped, ids, torch.ones_like(ids))
+    session.step()
 
 
 def formats(capability: int) -> None:
     """Every kind of packed weight as floats, and as a product."""
     from train.ops.kernels import dequantize
-    from train.ops.kernels.gptq_matmul import Packed, product
+    from train.ops.kernels.gptq_matmul import PackedWeight, product
     from train.ops.kernels.gptq_tiles import Tile
 
     for bits in (2, 4, 8):
@@ -216,7 +216,7 @@ def formats(capability: int) -> None:
             for many, perm in ((1, None), (1, order), (32, None), (32, order)):
                 x = torch.empty(many, 2048, dtype=sixteen(capability), device=META)
                 bias = torch.empty(2048, dtype=torch.float16, device=META)
-                product(x, Packed(qweight, qzeros, scales, bits, bias, perm), tile=Tile(128 * bits // 32))
+                product(x, PackedWeight(qweight, qzeros, scales, bits, bias, perm), tile=Tile(128 * bits // 32))
 
 
 def attention(capability: int) -> None:

@@ -1,4 +1,4 @@
-"""A finished run of a tiny model on the disk, as training leaves it, in fifteen lines instead of a training."""
+"""A finished run of a tiny model on the disk, as training leaves it, without training."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ DATA = (("What is your name?", "Cai."), ("你叫什么？", "阿才。"), ("One 
 
 
 def tiny_run(root: Path, layout: str = "qwen2", scale: float = 0.3, int4: bool = True, **config: Any) -> Path:
-    """runs/tiny on models/base-Int4 below `root`; B is random, so that the adapter changes what is said."""
+    """runs/tiny on models/base-Int4 below `root`; B is random, so the adapter changes the answers."""
     values = {"tie_word_embeddings": layout == "qwen2", **config}
     base = tiny_checkpoint(root / "models" / "base-Int4", tiny_config(layout, **values), int4=int4)
     recipe = Recipe(model="base-Int4", rank=4, alpha=8.0, length=64)
@@ -29,7 +29,7 @@ def tiny_run(root: Path, layout: str = "qwen2", scale: float = 0.3, int4: bool =
             torch.nn.init.normal_(p, std=scale)
     run = root / "runs" / "tiny"
     save_adapter(model, run / "adapter")
-    data = root / "talk.jsonl"
+    data = root / "conversations.jsonl"
     rows = [json.dumps({"instruction": q, "input": "", "output": a}, ensure_ascii=False) for q, a in DATA]
     data.write_text("\n".join(rows) + "\n", encoding="utf-8")
     losses = [{"step": n, "loss": 3.0 / n, "learning_rate": 1e-3 / n} for n in range(1, 21)]

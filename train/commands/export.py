@@ -107,10 +107,10 @@ def _report(options: Options, out: Path, job: MergeJob, measured: dict[str, Any]
     count = "one file" if len(files) == 1 else f"{len(files)} files"
     without, int4 = measured["without_adapter"], measured["adapter_on_int4"]
     print(f"\n{out}: {size:.2f} GB, {dtype_name(job.dtype)}, layout {job.layout}, {count} of weights")
-    print(f"  against {measured['against']}, computed in {measured['computed_in']}: {Parity.of(measured)}")
+    print(f"  against {measured['against']}, computed in {measured['computed_in']}: {Parity.from_json(measured)}")
     if options.onto:
-        print(f"  against the adapter on the Int4 base: {Parity.of(int4)}")
-    print(f"  for scale, the base without the adapter: {Parity.of(without)}")
+        print(f"  against the adapter on the Int4 base: {Parity.from_json(int4)}")
+    print(f"  for scale, the base without the adapter: {Parity.from_json(without)}")
     if without["divergence"] < 1e-6:
         print("  The adapter changes nothing. See the run's losses, and train longer or with a higher learning_rate.")
     system = f"system message {job.system!r}" if job.system else "no system message"

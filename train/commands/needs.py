@@ -1,17 +1,17 @@
-"""The paths that a command will need, for the script that starts a container and mounts those outside its folders.
+"""The paths that a command needs, for the script that starts a container and mounts those outside its folders.
 
     python -m train needs VERB [key=value …]
 
 writes records `WHAT PATH`, each ended by a zero byte. Paths are as they were typed: relative to the working folder.
 
-    make PATH     the command writes to this folder, which is made where it is missing
+    make PATH     the command writes to this folder, which is made if it is missing
     write PATH    the command writes to this folder
     read PATH     the command reads this file or folder, if it is there
-    fetch NAME    no path: the base that `model` is to fetch first
+    fetch NAME    not a path: the base that `model` has to fetch first
 
 A recipe names the data of its stages, and a run its data and its base. Where the recipe or the run is not visible yet,
-the script mounts it and asks again, until it hears nothing new. What is wrong with the words or the files is not said
-here: the command itself says it.
+the script mounts it and asks again, until there is nothing new. Errors in the words or the files are not reported here:
+the command itself reports them.
 """
 
 import os
@@ -29,72 +29,73 @@ if TYPE_CHECKING:
     from train.__main__ import Verb
 
 Record = tuple[str, str]
-RECORD = {"write": "make", "may-write": "write", "read": "read"}  # for each word of the verb table
-READ = ("model", "recipe", "onto", "questions")  # keys that name a path, in every verb alike
+RECORD_KINDS = {"write": "make", "may-write": "write", "read": "read"}  # by the word in the verb table
+PATH_KEYS = ("model", "recipe", "onto", "questions")  # keys that name a path to read, in every verb
 
 
 def paths(name: str, verb: "Verb", words: list[str]) -> list[Record]:
-    """Records of what verb `name` with these words needs, each once, what is written to first. None for --help."""
+    """The records for verb `name` with these words, each once, folders to write first; none for --help."""
     values = dict(word.split("=", 1) for word in words if "=" in word)
     if {"-h", "--help", "help"} & set(words):
         return []
-    found = [*_folders(verb, values), *(("read", path) for path in _read(name, values))]
+    records = [*_folders(verb, values), *(("read", path) for path in _paths_to_read(name, values))]
     order = ("make", "write", "read")
-    return sorted({record: None for record in found if record[1]}, key=lambda record: order.index(record[0]))
+    return sorted({record: None for record in records if record[1]}, key=lambda record: order.index(record[0]))
 
 
 def write(records: Iterable[Record]) -> None:
-    """Print them; a path that is no UTF-8 comes out as the bytes that it was typed in."""
+    """Print the records; a path that is not UTF-8 is printed as the bytes that were typed."""
     sys.stdout.buffer.write(b"".join(os.fsencode(f"{what} {path}") + b"\0" for what, path in records))
     sys.stdout.buffer.flush()
 
 
 def _folders(verb: "Verb", values: dict[str, str]) -> Iterator[Record]:
     for key, use in (("runs", verb.runs), ("models", verb.models)):
-        if key in values and use in RECORD:
-            yield RECORD[use], values[key]
+        if key in values and use in RECORD_KINDS:
+            yield RECORD_KINDS[use], values[key]
     out = values.get("out", "")
-    if "/" in out or (out and verb.models != "write"):  # else it is a name below models/
+    if "/" in out or (out and verb.models != "write"):  # otherwise it is a name below models/
         yield "write", str(Path(out).parent)
 
 
-def _read(name: str, values: dict[str, str]) -> Iterator[str]:
-    yield from (values[key] for key in READ if key in values)
-    yield from _data(values.get("data", ""))
+def _paths_to_read(name: str, values: dict[str, str]) -> Iterator[str]:
+    yield from (values[key] for key in PATH_KEYS if key in values)
+    yield from _data_paths(values.get("data", ""))
     if recipe := values.get("recipe", ""):
-        yield from _of_recipe(recipe)
+        yield from _recipe_paths(recipe)
     runs = Path(values.get("runs", "runs"))
-    if run := runs / values["run"] if values.get("run") else _newest(runs) if name == "infer" else None:
+    if run := runs / values["run"] if values.get("run") else _newest_run(runs) if name == "infer" else None:
         for path in (run, *sorted(run.glob("stages/*"))):
-            yield from _of_run(path)
+            yield from _run_paths(path)
 
 
-def _data(data: str) -> list[str]:
-    """A file or folder, or several with commas between; both, where it is not visible yet which of them is meant."""
-    with suppress(OSError):  # a list of files may be longer than a name can be
+def _data_paths(data: str) -> list[str]:
+    """A file or folder, or several with commas between; both readings, where the file is not visible."""
+    with suppress(OSError):  # a list of files may be longer than a name may be
         if Path(data).exists():
             return [data]
     return [data, *(part.strip() for part in data.split(","))]
 
 
-def _of_recipe(recipe: str) -> Iterator[str]:
+def _recipe_paths(recipe: str) -> Iterator[str]:
+    """The base of a recipe, and the data of its stages."""
     with suppress(UserError, OSError):
         yield load_recipe(recipe, {}).model
         for stage in read_stages(recipe):
-            yield from _data(stage.get("data", ""))
+            yield from _data_paths(stage.get("data", ""))
 
 
-def _newest(runs: Path) -> Path | None:
-    """The finished run that `infer` takes when it is told none."""
+def _newest_run(runs: Path) -> Path | None:
+    """The finished run that `infer` takes without RUN= and MODEL=; as inference/trained.py does, but without torch."""
     finished = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
     return finished[-1].parent if finished else None
 
 
-def _of_run(run: Path) -> Iterator[str]:
-    """Data and base that a run was made of, and the questions beside the data."""
+def _run_paths(run: Path) -> Iterator[str]:
+    """The base and the data of a run, and the files of questions that may be next to the data."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         inputs: dict[str, Any] = read_json(run / "inputs.json")
         base, data = str(inputs["base"]["name"]), str(inputs["data"]["path"])
         yield base
-        yield from _data(data)
-        yield from (str(Path(data).with_name(f"{Path(data).stem}_questions{end}")) for end in (".txt", ".jsonl"))
+        yield from _data_paths(data)
+        yield from (str(Path(data).with_name(f"{Path(data).stem}_questions{suffix}")) for suffix in (".txt", ".jsonl"))

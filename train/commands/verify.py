@@ -1,11 +1,12 @@
-"""Say whether a finished run is still what run.json says: every file that it speaks of, by its hash.
+"""Check that a finished run is still what run.json says: every file that it names, by its hash.
 
 make verify RUN=name [REPLAY=1]
 
-REPLAY=1 trains it again, aside, from the same inputs, and compares every loss and the adapter's bytes: the same on the same machine,
-packages and number of processes, however often the run was cut off; its stages too. Where that number changed under way, losses
-may differ by the order of sums, and with dropout a replay is refused. Nothing of the run is changed. What has become of the program,
-the lock and the machine since is told too, but is no fault of the run.
+REPLAY=1 also trains the run and its stages again, in a folder below it, from the same inputs, and compares every loss
+and the adapter's bytes. They are the same on the same machine with the same packages and number of processes, however
+often the run was interrupted. Where the number of processes changed during the run, losses may differ by the order of
+sums, and with dropout a replay is refused. Nothing of the run is changed. If the program, the lock or the machine has
+changed since, that is printed as a note, not as an error.
 """
 
 import json
@@ -21,55 +22,57 @@ from typing import Any
 from train.common.errors import UserError
 from train.common.files import read_json, sha256
 from train.config.options import option
-from train.config.recipe import Recipe
+from train.data.conversations import hash_data
 from train.model.folder import find, find_damage, read_manifest
-from train.runs import provenance
+from train.runs import checkpoint, provenance
 
-TOLERANCE, ROUNDED = 1e-5, ("loss", "grad_norm")  # where float32 is summed in another order
-Findings = list[tuple[str, list[str]]]  # what was looked at, and what is wrong with it
+TOLERANCE = 1e-5  # relative, where float32 is summed in another order
+SUMS = ("loss", "grad_norm")  # the keys of losses.jsonl that depend on the order of sums
+Checks = list[tuple[str, list[str]]]  # what was checked, and its differences from the record
 
 
 @dataclass(frozen=True)
 class Options:
-    """Is a run still what its record says?"""
+    """Check a finished run against its record."""
 
     run: str = option("", "name of a finished run below runs/")
-    replay: bool = option(False, "train it again, aside, and compare losses and adapter")
+    replay: bool = option(False, "train it again in another folder, and compare losses and adapter")
     models: str = option("models", "folder of the models")
     runs: str = option("runs", "folder of the runs")
 
 
 def run(options: Options) -> None:
-    # --- the record -------------------------------------------------------------------------------------------------------
+    # the record
     if not options.run:
         raise UserError("verify: which run? Example: make verify RUN=demo")
     folder = Path(options.runs) / options.run
-    record = _record(folder)
+    record = _read_record(folder)
+    stages = [(path.parent, _read_record(path.parent)) for path in sorted(folder.glob("stages/*/run.json"))]
 
-    stages = [(path.parent, _record(path.parent)) for path in sorted(folder.glob("stages/*/run.json"))]
-
-    # --- every hash in it -------------------------------------------------------------------------------------------------
-    found = [*_own(folder, record), *_inputs(options, record), *_beside(folder)]
-    for path, one in stages:
-        found += [(f"stage {path.name}: {title}", wrong) for title, wrong in [*_own(path, one), *_beside(path)]]
-    for title, wrong in found:
-        print(f"{'same   ' if not wrong else 'DIFFERS'}  {title}" + "".join(f"\n           {line}" for line in wrong))
-    for line in _since(record):
+    # every hash in it
+    checks = [*_check_run(folder, record), *_check_inputs(options, record), *_check_outputs(folder)]
+    for path, stage in stages:
+        of_stage = [*_check_run(path, stage), *_check_outputs(path)]
+        checks += [(f"stage {path.name}: {title}", differences) for title, differences in of_stage]
+    for title, differences in checks:
+        details = "".join(f"\n           {line}" for line in differences)
+        print(f"{'DIFFERS' if differences else 'same   '}  {title}{details}")
+    for line in _changes_since(record):
         print(f"note     {line}")
     print(f"run.json itself: sha256 {sha256(folder / 'run.json')}", flush=True)
-    if any(wrong for _, wrong in found):
+    if any(differences for _, differences in checks):
         raise UserError(f"run {options.run!r} is not what its record says; see above.")
 
-    # --- the training itself ----------------------------------------------------------------------------------------------
+    # the training itself
     if options.replay:
-        for path, one in [*stages, (folder, record)]:
-            _replay(options, path, one)
+        for path, stage in [*stages, (folder, record)]:
+            _replay(options, path, stage)
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.is_file():
-        raise UserError(f"{path}: no such file. The run is not finished; the command that began it goes on.")
+        raise UserError(f"{path}: no such file. The run is not finished; the command that began it continues it.")
     try:
         record: dict[str, Any] = read_json(path)
         record["adapter"], record["base"]["files"], record["data"]["sha256"], record["losses_sha256"]
@@ -78,61 +81,58 @@ def _record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _own(folder: Path, record: dict[str, Any]) -> Findings:
+def _check_run(folder: Path, record: dict[str, Any]) -> Checks:
     """The run's own files."""
-    names = {"inputs.json": "inputs_sha256", "recipe.yaml": "recipe_sha256", "losses.jsonl": "losses_sha256"}
-    singles: Findings = [(name, _file(folder / name, record[key])) for name, key in names.items()]
-    return [*singles, ("adapter", _compare(provenance.hash_folder(folder / "adapter"), record["adapter"]))]
+    keys = {"inputs.json": "inputs_sha256", "recipe.yaml": "recipe_sha256", "losses.jsonl": "losses_sha256"}
+    files: Checks = [(name, _check_file(folder / name, record[key])) for name, key in keys.items()]
+    return [*files, ("adapter", _compare_hashes(provenance.hash_folder(folder / "adapter"), record["adapter"]))]
 
 
-def _file(path: Path, known: str) -> list[str]:
+def _check_file(path: Path, recorded: str) -> list[str]:
     if not path.is_file():
-        return [f"{path} is gone"]
-    return [] if sha256(path) == known else [f"{path} has another sha256 than when the run ended"]
+        return [f"{path} is missing"]
+    return [] if sha256(path) == recorded else [f"{path} has another sha256 than when the run ended"]
 
 
-def _compare(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
-    """What differs between two sets of hashes, a line a file."""
-    gone = [f"{name} is gone" for name in sorted(then.keys() - now.keys())]
-    new = [f"{name} was not there" for name in sorted(now.keys() - then.keys())]
-    other = [f"{name} has another sha256" for name in sorted(now.keys() & then.keys()) if now[name] != then[name]]
-    return gone + new + other
+def _compare_hashes(now: Mapping[str, str], recorded: Mapping[str, str]) -> list[str]:
+    """The differences between two sets of hashes, a line a file."""
+    missing = [f"{name} is missing" for name in sorted(recorded.keys() - now.keys())]
+    new = [f"{name} is new" for name in sorted(now.keys() - recorded.keys())]
+    both = sorted(now.keys() & recorded.keys())
+    return missing + new + [f"{name} has another sha256" for name in both if now[name] != recorded[name]]
 
 
-def _inputs(options: Options, record: dict[str, Any]) -> Findings:
-    """What it was made of: data, base, and the runs that it stands on."""
-    from train.data.conversations import hash_data
-
-    model = Recipe.from_record(record["recipe"]).model
-    base = find(model, Path(options.models))
-    files = provenance.hash_folder(base) if base else {}
-    found: Findings = [(f"base {model}", _compare(files, record["base"]["files"]) if base else ["it is gone"])]
+def _check_inputs(options: Options, record: dict[str, Any]) -> Checks:
+    """What the run was made of: data, base, and the runs that it was trained on from."""
+    base, recorded = find(record["recipe"]["model"], Path(options.models)), record["base"]["files"]
+    differences = _compare_hashes(provenance.hash_folder(base), recorded) if base else ["it is missing"]
+    checks: Checks = [(f"base {record['recipe']['model']}", differences)]
     path = record["data"]["path"]
     try:
         same = hash_data(path)["sha256"] == record["data"]["sha256"]
-        found.append((f"data {path}", [] if same else [f"{path} has another sha256"]))
+        checks.append((f"data {path}", [] if same else [f"{path} has another sha256"]))
     except UserError as error:
-        found.append((f"data {path}", [str(error)]))
+        checks.append((f"data {path}", [str(error)]))
     for entry in record["lineage"]:
-        adapter = Path(entry["run"]) / "adapter"
-        found.append((f"adapter of {entry['run']}", _compare(provenance.hash_folder(adapter), entry["adapter"])))
-    return found
+        hashes = provenance.hash_folder(Path(entry["run"]) / "adapter")
+        checks.append((f"adapter of {entry['run']}", _compare_hashes(hashes, entry["adapter"])))
+    return checks
 
 
-def _beside(folder: Path) -> Findings:
-    """What is in the folder and hashed there: checkpoints, and exports."""
-    from train.runs import checkpoint
-
-    names = sorted((folder / "checkpoints").glob("step-*"))
-    found: Findings = [(f"checkpoint {path.name}", [h] if (h := checkpoint.harm(path)) else []) for path in names]
+def _check_outputs(folder: Path) -> Checks:
+    """Checkpoints and exports in the folder, which hold their own hashes."""
+    checks: Checks = []
+    for path in sorted((folder / "checkpoints").glob("step-*")):
+        problem = checkpoint.harm(path)
+        checks.append((f"checkpoint {path.name}", [problem] if problem else []))
     for path in sorted(folder.glob("*/manifest.json")):
-        if listed := read_manifest(path.parent):
-            found.append((f"export {path.parent.name}", find_damage(path.parent, listed, full=True)))
-    return found
+        if manifest := read_manifest(path.parent):
+            checks.append((f"export {path.parent.name}", find_damage(path.parent, manifest, full=True)))
+    return checks
 
 
-def _since(record: dict[str, Any]) -> list[str]:
-    """What is another here and now; a replay may then compute other bytes."""
+def _changes_since(record: dict[str, Any]) -> list[str]:
+    """What has changed around the run since; a replay may then compute other bytes."""
     now = {
         "env.lock": (record["lock"], provenance.lock()),
         "program": (record["code"], provenance.code()),
@@ -140,44 +140,43 @@ def _since(record: dict[str, Any]) -> list[str]:
         "runtime": (record["runtime"], provenance.runtime()),
         "machine": (record["machine"], provenance.machine()),
     }
-    return [f"{name}: was {then}, is {here}" for name, (then, here) in now.items() if then != here]
+    return [f"{name}: was {before}, is {after}" for name, (before, after) in now.items() if before != after]
 
 
-# --- training it again ----------------------------------------------------------------------------------------------------
+# the replay
 
 
 def _replay(options: Options, folder: Path, record: dict[str, Any]) -> None:
-    """Train again below the run's own folder; gone afterwards, if it is the same."""
-    numbers = [start["processes"] for start in record.get("starts", [])]
-    mixed = len(set(numbers)) > 1
-    if mixed and Recipe.from_record(record["recipe"]).dropout:
+    """Train again in replay/ below the run's own folder, which is removed if the result is the same."""
+    processes = [start["processes"] for start in record.get("starts", [])]
+    mixed = len(set(processes)) > 1
+    if mixed and record["recipe"]["dropout"]:
         raise UserError(
-            f"run {folder.name!r} was computed in {', then '.join(map(str, numbers))} processes: dropout drew other numbers in each, "
-            "which no single start draws again. The hashes above hold."
+            f"run {folder.name!r} was computed in {', then '.join(map(str, processes))} processes: dropout drew other "
+            "masks in each, which a single start does not draw again. The hashes above hold."
         )
-    aside = folder / "replay"
-    shutil.rmtree(aside, ignore_errors=True)
-    print(f"training it again in {aside}", flush=True)
+    replay = folder / "replay"
+    shutil.rmtree(replay, ignore_errors=True)
+    print(f"training it again in {replay}", flush=True)
     status = subprocess.run(
-        [sys.executable, "-m", "train", "train", *_words(options, folder, record, aside)]
+        [sys.executable, "-m", "train", "train", *_replay_words(options, folder, record, replay)]
     ).returncode
     if status:
-        raise UserError(f"the replay ended with status {status}; what it wrote is in {aside}.")
-    wrong = _difference(folder, aside / "again", TOLERANCE if mixed else 0.0)
-    if wrong:
-        raise UserError(f"the replay is not the same: {wrong}.\nIt is kept in {aside}.")
-    shutil.rmtree(aside)
-    what = f"losses within {TOLERANCE:g}, in {numbers[-1]} processes" if mixed else "losses, and the adapter's bytes"
+        raise UserError(f"the replay ended with status {status}; what it wrote is in {replay}.")
+    if difference := _difference(folder, replay / "again", TOLERANCE if mixed else 0.0):
+        raise UserError(f"the replay is not the same: {difference}.\nIt is kept in {replay}.")
+    shutil.rmtree(replay)
+    what = f"losses within {TOLERANCE:g}, in {processes[-1]} processes" if mixed else "losses, and the adapter's bytes"
     print(f"the replay is the same: {record['steps']} {what}.")
 
 
-def _words(options: Options, folder: Path, record: dict[str, Any], aside: Path) -> list[str]:
-    """The command line that computes the run again."""
+def _replay_words(options: Options, folder: Path, record: dict[str, Any], replay: Path) -> list[str]:
+    """Options of `train` that compute the run again."""
     words = {
         "recipe": str(folder / "recipe.yaml"),
         "data": record["data"]["path"],
         "run": "again",
-        "runs": str(aside),
+        "runs": str(replay),
         "models": options.models,
         "processes": str(record["processes"]) if record["device"] == "cpu" else "1",
         "gpus": "1" if record["device"] == "cpu" else str(record["processes"]),
@@ -188,25 +187,28 @@ def _words(options: Options, folder: Path, record: dict[str, Any], aside: Path) 
 
 
 def _difference(first: Path, second: Path, tolerance: float) -> str:
-    """How two runs differ, in words; empty if their losses and adapters are the same to the bit, or with a `tolerance` their losses
-    within it, relative."""
-    one, two = (_losses(folder) for folder in (first, second))
-    for ours, theirs in zip(one, two):
-        keys = [key for key in ours if not _same(ours[key], theirs.get(key), tolerance * (key in ROUNDED))]
+    """The first difference between two runs, in words; empty if their losses and adapters are the same to the bit.
+
+    With a relative `tolerance` only losses are compared, to within it.
+    """
+    before, after = (_read_losses(folder) for folder in (first, second))
+    for old, new in zip(before, after):
+        keys = [key for key in old if not _same(old[key], new.get(key), tolerance * (key in SUMS))]
         if keys:
-            return f"step {ours['step']}: " + ", ".join(f"{key} was {ours[key]}, is {theirs.get(key)}" for key in keys)
-    if len(one) != len(two):
-        return f"{len(one)} steps before, {len(two)} now"
-    files = _compare(provenance.hash_folder(second / "adapter"), provenance.hash_folder(first / "adapter"))
-    return "" if tolerance else ", ".join(files)
+            return f"step {old['step']}: " + ", ".join(f"{key} was {old[key]}, is {new.get(key)}" for key in keys)
+    if len(before) != len(after):
+        return f"{len(before)} steps before, {len(after)} now"
+    hashes = [provenance.hash_folder(folder / "adapter") for folder in (second, first)]
+    return "" if tolerance else ", ".join(_compare_hashes(*hashes))
 
 
-def _same(one: Any, two: Any, tolerance: float) -> bool:
-    if tolerance and isinstance(one, float) and isinstance(two, float):
-        return math.isclose(one, two, rel_tol=tolerance)
-    return bool(one == two)
+def _same(first: Any, second: Any, tolerance: float) -> bool:
+    if tolerance and isinstance(first, float) and isinstance(second, float):
+        return math.isclose(first, second, rel_tol=tolerance)
+    return bool(first == second)
 
 
-def _losses(folder: Path) -> list[dict[str, Any]]:
+def _read_losses(folder: Path) -> list[dict[str, Any]]:
+    """Rows of losses.jsonl without their seconds, which no replay repeats."""
     lines = (folder / "losses.jsonl").read_text(encoding="utf-8").splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]

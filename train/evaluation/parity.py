@@ -1,8 +1,9 @@
-"""Do two models say the same? Teacher-forced on real answers: the share of equal first choices, and the mean KL divergence.
+"""Do two models agree? With teacher forcing on real answers: the share of equal first choices, and the mean KL
+divergence.
 
-Refuses to know folders and adapters: it is given models and rows of ids. Logits are never kept for all tokens: the hidden
-states of each model are, and both heads are applied to a few rows of them at a time, which lets the first model go before
-the second is loaded.
+It is given models and rows of ids; folders and adapters are not its concern. What is kept of a model are its hidden
+states, and the heads of both are applied to a few of them at a time. So logits never exist for all tokens, and the
+first model can be freed before the second is loaded.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +19,16 @@ from train.data.formats import Turn
 from train.model.decoder import Decoder
 from train.model.tokenizer import Tokenizer
 
-LONGEST = 1024  # tokens of one row: more of a long conversation says nothing new
-PACKED = 512  # tokens in one pass: several rows side by side
-AT_ONCE = 64  # rows of logits compared at once, float64 [64, V]
-# Measured on Qwen2.5-Coder-0.5B with 338 tokens, none of them learnt: float16 100 %, 6e-7 nats; bfloat16 99.4 %, 1e-4 nats.
-# bfloat16 keeps 8 bits of each weight: where the first two choices are a tie to within that, either may win.
-AGREEMENT = {torch.float32: 0.999, torch.float16: 0.99, torch.bfloat16: 0.98}
-DIVERGENCE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # nats a token
+MAX_ROW_TOKENS = 1024  # the rest of a longer conversation adds little to the comparison
+PACK_TOKENS = 512  # tokens in one pass: several rows side by side
+CHUNK_TOKENS = 64  # tokens whose logits are compared at once, float64 [64, V]
+# Measured on Qwen2.5-Coder-0.5B with 338 tokens, none of them trained on: float16 100 %, 6e-7 nats; bfloat16 99.4 %,
+# 1e-4 nats. bfloat16 keeps 8 bits of each weight: where the first two choices differ by less than that, either may win.
+MIN_AGREEMENT = {torch.float32: 0.999, torch.float16: 0.99, torch.bfloat16: 0.98}
+MAX_DIVERGENCE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # nats a token
 
-# For a run whose data is gone: plain questions that every Qwen answers.
-EXAMPLES = (
+# For a run whose data is missing: plain questions that every Qwen answers
+BUILTIN_QUESTIONS = (
     ("What is the capital of France?", "The capital of France is Paris."),
     ("法国的首都是哪里？", "法国的首都是巴黎。"),
     ("How many days are there in a week?", "There are seven days in a week."),
@@ -38,11 +39,11 @@ EXAMPLES = (
     ("为什么天空是蓝色的？", "因为空气分子对蓝光的散射比对红光强得多。"),
 )
 
-Row = tuple[list[int], list[int]]  # ids, and 1 for each that is learnt
+MaskedRow = tuple[list[int], list[int]]  # ids, and for each 1 if it is labelled (part of an answer), else 0
 
 
 @dataclass(frozen=True)
-class States:
+class AnswerStates:
     """Hidden states [N, H] from which N answer tokens are predicted, and the head [V, H] that reads them."""
 
     hidden: Tensor
@@ -51,97 +52,105 @@ class States:
 
 @dataclass(frozen=True)
 class Parity:
-    """What compare() found: tokens compared, share of equal first choices, and KL(reference ‖ other) in nats a token."""
+    """The result of compare(): tokens compared, share of equal first choices, KL(reference ‖ other) in nats a token."""
 
     tokens: int
     agreement: float
     divergence: float
 
     @classmethod
-    def of(cls, found: dict[str, Any]) -> "Parity":
-        """From what to_json gave, among other keys."""
-        return cls(found["tokens"], found["agreement"], found["divergence"])
+    def from_json(cls, values: dict[str, Any]) -> "Parity":
+        """The inverse of to_json; further keys are ignored."""
+        return cls(values["tokens"], values["agreement"], values["divergence"])
 
     def to_json(self) -> dict[str, float]:
         return asdict(self)
 
     def holds(self, dtype: torch.dtype) -> bool:
-        """Whether weights rounded to `dtype` may differ by so much. One token may always: a tie falls either way."""
+        """Whether weights rounded to `dtype` may differ by so much; NaN does not hold.
+
+        One token may always differ: a tie between two choices can fall either way.
+        """
         different = round((1 - self.agreement) * self.tokens)
-        return (
-            different <= max(1, (1 - AGREEMENT[dtype]) * self.tokens) and self.divergence <= DIVERGENCE[dtype]
-        )  # NaN fails both
+        allowed = max(1, (1 - MIN_AGREEMENT[dtype]) * self.tokens)
+        return different <= allowed and self.divergence <= MAX_DIVERGENCE[dtype]
 
     def __str__(self) -> str:
         return f"{self.agreement:.2%} of {self.tokens} answer tokens equal, mean KL {self.divergence:.1e} nats"
 
 
-def examples() -> list[Conversation]:
-    """The built-in questions and answers."""
+def builtin_conversations() -> list[Conversation]:
+    """BUILTIN_QUESTIONS as conversations."""
     return [
         Conversation((Turn("user", question), Turn("assistant", answer)), None, f"built-in:{n}")
-        for n, (question, answer) in enumerate(EXAMPLES, start=1)
+        for n, (question, answer) in enumerate(BUILTIN_QUESTIONS, start=1)
     ]
 
 
-def rows(
+def masked_rows(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, template: str, system: str, context: int
-) -> list[Row]:
-    """The conversations as the run wrote them, cut to LONGEST and to the model's context; those with an answer left."""
-    longest = min(LONGEST, context)
-    found = []
+) -> list[MaskedRow]:
+    """The conversations in the run's template, cut to MAX_ROW_TOKENS and to the model's context.
+
+    One without an answer in what is left is skipped.
+    """
+    length = min(MAX_ROW_TOKENS, context)
+    rows = []
     for conversation in conversations:
-        ids, learnt = render(conversation, tokenizer, template, "assistant", system)
-        if any(learnt[1:longest]):
-            found.append((ids[:longest], learnt[:longest]))
-    return found
+        ids, mask = render(conversation, tokenizer, template, "assistant", system)
+        if any(mask[1:length]):
+            rows.append((ids[:length], mask[:length]))
+    return rows
 
 
-def packs(rows: Sequence[Row]) -> list[list[Row]]:
-    """`rows` in their order, as many together as PACKED tokens hold: the weights are read once for all of them."""
-    done: list[list[Row]] = []
-    used = PACKED
+def pack(rows: Sequence[MaskedRow]) -> list[list[MaskedRow]]:
+    """`rows` in their order, in groups of at most PACK_TOKENS tokens: a pass reads the weights once for a group."""
+    groups: list[list[MaskedRow]] = []
+    used = PACK_TOKENS
     for row in rows:
-        if used + len(row[0]) > PACKED:
-            done.append([])
+        if used + len(row[0]) > PACK_TOKENS:
+            groups.append([])
             used = 0
-        done[-1].append(row)
+        groups[-1].append(row)
         used += len(row[0])
-    return done
+    return groups
 
 
 @torch.inference_mode()
-def states(model: nn.Module, rows: Sequence[Row], on_rows: Callable[[int], None] = lambda count: None) -> States:
-    """Run every row through `model`, a Decoder or a PeftModel of one; what predicts its answer tokens is kept.
+def answer_states(
+    model: nn.Module, rows: Sequence[MaskedRow], on_rows: Callable[[int], None] = lambda count: None
+) -> AnswerStates:
+    """Run every row through `model`, a Decoder or a PeftModel of one, and keep the states that predict its answer
+    tokens.
 
-    Rows that share a pass do not see each other: the decoder is told which token is whose.
+    Rows that share a pass do not see each other: segment ids keep them apart.
     """
     decoder: Any = model if isinstance(model, Decoder) else model.get_base_model()  # type: ignore[operator]
     head = decoder.lm_head.weight
-    found = []
-    for pack in packs(rows):
-        ids = torch.tensor([[i for row, _ in pack for i in row]], device=head.device)  # [1, T]
-        learnt = torch.tensor([n for _, row in pack for n in (0, *row[1:])], device=head.device).bool()  # [T]
-        segments = torch.tensor([[n for n, (row, _) in enumerate(pack, 1) for _ in row]], device=head.device)
+    states = []
+    for group in pack(rows):
+        ids = torch.tensor([[i for row, _ in group for i in row]], device=head.device)  # [1, T]
+        labelled = torch.tensor([n for _, mask in group for n in (0, *mask[1:])], device=head.device).bool()  # [T]
+        segments = torch.tensor([[n for n, (row, _) in enumerate(group, 1) for _ in row]], device=head.device)
         hidden, _ = decoder.backbone(ids, None, None, segments, None, keep=False)
-        found.append(hidden[0, :-1][learnt[1:]])
-        on_rows(len(pack))
-    return States(torch.cat(found), head.detach())
+        states.append(hidden[0, :-1][labelled[1:]])
+        on_rows(len(group))
+    return AnswerStates(torch.cat(states), head.detach())
 
 
 @torch.inference_mode()
-def compare(reference: States, other: States) -> Parity:
+def compare(reference: AnswerStates, other: AnswerStates) -> Parity:
     """First choices and KL(reference ‖ other) over the same tokens."""
     assert reference.hidden.shape[0] == other.hidden.shape[0], (reference.hidden.shape, other.hidden.shape)
     count, equal, total = reference.hidden.shape[0], 0, 0.0
-    for start in range(0, count, AT_ONCE):
+    for start in range(0, count, CHUNK_TOKENS):
         p, q = (_log_probabilities(s, start) for s in (reference, other))
         equal += int((p.argmax(-1) == q.argmax(-1)).sum())
         total += float((p.exp() * (p - q)).sum())
     return Parity(count, equal / count, total / count)
 
 
-def _log_probabilities(states: States, start: int) -> Tensor:
+def _log_probabilities(states: AnswerStates, start: int) -> Tensor:
     """[n, V] float64 on the device of the states."""
-    hidden = states.hidden[start : start + AT_ONCE]
+    hidden = states.hidden[start : start + CHUNK_TOKENS]
     return nn.functional.linear(hidden, states.head).double().log_softmax(-1)

@@ -1,7 +1,7 @@
-"""What a finished run looks like to a person: the loss as a picture, the answers as a table, both in report.md.
+"""The report of a finished run: the loss as a picture and as a plot of characters, and report.md with the answers.
 
-Reads a run's files and writes three of them; knows no model. The picture needs no font beyond matplotlib's own, so a run
-whose name it cannot draw has none in its title.
+Models are not its concern. The picture uses matplotlib's own font alone; a name with other letters is left out of its
+title.
 """
 
 import json
@@ -13,15 +13,13 @@ from typing import Any
 
 from train.common.files import write_text
 
-SHARE = 15  # the running mean is over one step in so many, around each step
-
-
-DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # bits of a braille cell: column, then dots from below
+WINDOW_SHARE = 15  # the running mean reaches this share of all steps, 1 / 15, to either side
+BRAILLE_DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # bits of a cell: by column, dots from below
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One question before and after. `seen`: whether the training data asks it, word for word."""
+class AnsweredQuestion:
+    """A question with the answers before and after training. `seen`: the training data asks it, word for word."""
 
     question: str
     before: str
@@ -30,16 +28,16 @@ class Answer:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean around each step: an equal number on either side, fewer at the ends, so that it does not lag behind."""
-    reach, done = max(1, len(values) // SHARE), []
+    """The running mean, centred: as many steps before as after each step, fewer towards the ends."""
+    reach, means = max(1, len(values) // WINDOW_SHARE), []
     for n in range(len(values)):
         side = min(reach, n, len(values) - 1 - n)
-        done.append(math.fsum(values[n - side : n + side + 1]) / (2 * side + 1))
-    return done
+        means.append(math.fsum(values[n - side : n + side + 1]) / (2 * side + 1))
+    return means
 
 
 def draw_losses(losses: Sequence[dict[str, Any]], name: str, path: Path) -> None:
-    """The loss curve as a PNG: each step, its running mean, and the learning rate on an axis of its own."""
+    """Write a PNG: the loss of each step, its running mean, and the learning rate on an axis of its own."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,7 +47,7 @@ def draw_losses(losses: Sequence[dict[str, Any]], name: str, path: Path) -> None
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=160, layout="constrained")
     axes.plot(steps, values, color="#8fb4d9", linewidth=1, label="loss of each step")
     axes.plot(steps, smoothed(values), color="#1f5a96", linewidth=2.2, label="running mean")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per learnt token)", ylim=(0, None))
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per labelled token)", ylim=(0, None))
     axes.set_title(f"{name}: loss" if name.isascii() else "loss", loc="left", fontweight="bold")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.spines[["top"]].set_visible(False)
@@ -75,30 +73,31 @@ def draw_losses(losses: Sequence[dict[str, Any]], name: str, path: Path) -> None
 def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
-    aside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(aside, format="png", metadata={"Software": None})
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", metadata={"Software": None})  # no version: equal losses are equal bytes
     pyplot.close(figure)
-    aside.replace(path)
+    temporary.replace(path)
 
 
 def plot(values: Sequence[float], width: int = 60, height: int = 5) -> list[str]:
-    """A line plot in braille characters: `height` lines of `width` cells, zero at the bottom, the largest at the top."""
+    """A line plot in braille characters: `height` lines of `width` cells, from zero to the largest value."""
     columns, levels = 2 * width, 4 * height
     top = max(values) or 1.0
     cells = [[0] * width for _ in range(height)]
-    last: int | None = None
+    previous: int | None = None
     for x in range(columns):
-        value = _at(values, x / (columns - 1))
+        value = _interpolate(values, x / (columns - 1))
         y = min(levels - 1, int(value / top * levels))
-        for dot in range(min(y, last if last is not None else y), max(y, last if last is not None else y) + 1):
-            cells[height - 1 - dot // 4][x // 2] |= DOTS[x % 2][dot % 4]
-        last = y
+        start = y if previous is None else previous
+        for dot in range(min(y, start), max(y, start) + 1):
+            cells[height - 1 - dot // 4][x // 2] |= BRAILLE_DOTS[x % 2][dot % 4]
+        previous = y
     return ["".join(chr(0x2800 + cell) for cell in row) for row in cells]
 
 
-def _at(values: Sequence[float], place: float) -> float:
-    """The value at `place` in 0 … 1 along the list, between two neighbours in proportion."""
-    x = place * (len(values) - 1)
+def _interpolate(values: Sequence[float], position: float) -> float:
+    """The value at `position`, from 0 to 1 along the list; linear between two neighbours."""
+    x = position * (len(values) - 1)
     low = math.floor(x)
     high = min(low + 1, len(values) - 1)
     return values[low] + (values[high] - values[low]) * (x - low)
@@ -108,20 +107,22 @@ def write_report(
     path: Path,
     record: dict[str, Any],
     losses: Sequence[dict[str, Any]],
-    answers: Sequence[Answer],
-    after: str,
+    answered: Sequence[AnsweredQuestion],
+    trained_name: str,
     merged: dict[str, Any] | None,
 ) -> None:
-    """report.md: before and after, the loss, the numbers, the recipe, the commands.
+    """Write report.md: the answers, the loss, the numbers, the recipe, the commands.
 
     Args:
-        record: run.json. after: who gave the answers after. merged: the manifest of the export, if there is one.
+        record: run.json.
+        trained_name: the model that gave the answers after training.
+        merged: the manifest of the export, if there is one.
     """
     name, recipe = path.parent.name, record["recipe"]
     values = smoothed([row["loss"] for row in losses])
     trained = f"`{recipe['model']}` trained on `{Path(record['data']['path']).name}`"
     sections = {
-        "Before and after": _before_and_after(answers, after),
+        "Before and after": _before_and_after(answered, trained_name),
         "Loss": ["![The loss of each step, its running mean, and the learning rate](loss.png)"],
         "Numbers": _table(("", ""), _facts(record, losses, merged)),
         "Recipe": _fenced("yaml", [f"{key}: {_yaml(value)}" for key, value in recipe.items()]),
@@ -133,10 +134,10 @@ def write_report(
     write_text(path, "\n".join(lines) + "\n")
 
 
-def _before_and_after(answers: Sequence[Answer], after: str) -> list[str]:
-    rows = [(a.question + ("" if a.seen else " *"), a.before, a.after) for a in answers]
-    said = f"Greedy answers of the base and of {after}. * = not asked in the training data; … = cut off."
-    return [said, "", *_table(("question", "before", "after"), rows)]
+def _before_and_after(answered: Sequence[AnsweredQuestion], trained_name: str) -> list[str]:
+    rows = [(one.question + ("" if one.seen else " *"), one.before, one.after) for one in answered]
+    legend = f"Greedy answers of the base and of {trained_name}. * = not asked in the training data; … = cut off."
+    return [legend, "", *_table(("question", "before", "after"), rows)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -151,7 +152,7 @@ def _fenced(language: str, lines: Sequence[str]) -> list[str]:
 def _facts(
     record: dict[str, Any], losses: Sequence[dict[str, Any]], merged: dict[str, Any] | None
 ) -> list[tuple[str, str]]:
-    """What run.json and the export's manifest say, in words."""
+    """Rows of the table of numbers, from run.json, the losses and the export's manifest."""
     facts = [
         ("data", f"{Path(record['data']['path']).name}, sha256 {record['data']['sha256'][:16]}"),
         ("steps", str(losses[-1]["step"])),
@@ -165,20 +166,21 @@ def _facts(
         ("program", f"{record['code']['version']}, commit {record['code']['commit'] or 'unknown'}"),
     ]
     if merged:
-        kept, without = merged["parity"], merged["parity"]["without_adapter"]
+        parity, without = merged["parity"], merged["parity"]["without_adapter"]
         facts += [
-            (f"export against {kept['against']}", _parity(kept)),
+            (f"export against {parity['against']}", _parity(parity)),
             ("for scale: the base without the adapter", _parity(without)),
         ]
     return facts
 
 
-def _parity(found: dict[str, Any]) -> str:
-    return f"{found['agreement']:.2%} of {found['tokens']} answer tokens equal, mean KL {found['divergence']:.1e} nats"
+def _parity(parity: dict[str, Any]) -> str:
+    equal = f"{parity['agreement']:.2%} of {parity['tokens']} answer tokens equal"
+    return f"{equal}, mean KL {parity['divergence']:.1e} nats"
 
 
 def _cell(text: str) -> str:
-    """Text inside a Markdown table."""
+    """Text in a cell of a Markdown table."""
     escaped = text.strip().replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
     return escaped.replace("\r\n", "\n").replace("\n", "<br>")
 

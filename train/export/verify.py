@@ -32,7 +32,7 @@ class Comparison:
     job: MergeJob
     base: Path  # that was trained on
     data: str  # name of the source of the rows
-    rows: list[parity.Row]
+    rows: list[parity.MaskedRow]
     device: torch.device
     dtype: torch.dtype
 
@@ -51,10 +51,10 @@ class Comparison:
 class ModelStates:
     """The states from which each model predicts the answer tokens of the rows."""
 
-    on_int4: parity.States  # the adapter on the base that was trained on
-    without: parity.States  # this base alone
-    reference: parity.States  # the adapter on what was merged onto
-    merged: parity.States
+    on_int4: parity.AnswerStates  # the adapter on the base that was trained on
+    without: parity.AnswerStates  # this base alone
+    reference: parity.AnswerStates  # the adapter on what was merged onto
+    merged: parity.AnswerStates
 
 
 def placement(job: MergeJob) -> tuple[torch.device, torch.dtype]:
@@ -88,8 +88,8 @@ def prepare(record: dict[str, Any], base: Path, job: MergeJob, conversations: in
     tokenizer, context = load_tokenizer(base), read_folder_config(base)[0].seq_length
     device, dtype = placement(job)
     trained, name = training_data(record)
-    for source, data in ((trained, name), (parity.examples(), "the built-in list")):
-        if rows := parity.rows(source[:conversations], tokenizer, job.template, job.system, context):
+    for source, data in ((trained, name), (parity.builtin_conversations(), "the built-in list")):
+        if rows := parity.masked_rows(source[:conversations], tokenizer, job.template, job.system, context):
             return Comparison(job, base, data, rows, device, dtype)
     raise UserError(f"{base}: no question fits its context of {context} tokens.")
 
@@ -101,8 +101,8 @@ def answer_states(comparison: Comparison, written: Path, advance: Callable[[int]
         c.dtype is torch.float32
     )  # memory for the merged model in float32 is enough for the base's weights in it
 
-    def states(model: nn.Module) -> parity.States:
-        return parity.states(model, c.rows, advance)
+    def states(model: nn.Module) -> parity.AnswerStates:
+        return parity.answer_states(model, c.rows, advance)
 
     def adapted(folder: Path) -> Any:
         return load_adapter(load(folder, c.dtype, c.device, keep_float=keep_float), c.job.adapter).eval()
@@ -113,7 +113,9 @@ def answer_states(comparison: Comparison, written: Path, advance: Callable[[int]
     return ModelStates(on_int4, without, reference, states(load(written, c.dtype, c.device)))
 
 
-def _with_and_without(model: Any, states: Callable[[nn.Module], parity.States]) -> tuple[parity.States, parity.States]:
+def _with_and_without(
+    model: Any, states: Callable[[nn.Module], parity.AnswerStates]
+) -> tuple[parity.AnswerStates, parity.AnswerStates]:
     adapted = states(model)
     with model.disable_adapter():
         return adapted, states(model)
@@ -138,10 +140,10 @@ def measure(comparison: Comparison, states: ModelStates) -> dict[str, Any]:
 
 def require_parity(measured: dict[str, Any], dtype: torch.dtype) -> None:
     """Raises UserError if the merged model agrees less than weights rounded to `dtype` must."""
-    result = parity.Parity.of(measured)
+    result = parity.Parity.from_json(measured)
     if not result.holds(dtype):
         raise UserError(
             f"the merged model does not answer as the adapter on its base did: {result}; expected at least "
-            f"{parity.AGREEMENT[dtype]:.1%} and at most {parity.DIVERGENCE[dtype]:.0e}.\n"
+            f"{parity.MIN_AGREEMENT[dtype]:.1%} and at most {parity.MAX_DIVERGENCE[dtype]:.0e}.\n"
             "Nothing was written. Try DTYPE=float32; if that fails too, the base or the adapter is damaged: train again."
         )

@@ -1,9 +1,10 @@
 """Answers: batches of greedy ones, or one as a stream of text.
 
-One loop over a model with a key/value cache serves both; it works on the decoder, with or without an adapter, and on any causal
-model of transformers. Our decoder on a GPU goes through decoding.py instead, one step ahead of what is read here, so that the GPU never waits
-for the host: the step after the last is thrown away. Refuses to know files and terminals. Trade-off: a plain loop instead of transformers'
-generate, which computes logits of whole prompts, hides where the context ends, and cannot be stopped between two tokens.
+Both use `tokens`, one loop over a model with a key/value cache: our decoder with or without an adapter, or any causal
+model of transformers. On a GPU our decoder goes through a decoding session (decode_graph.py), one step ahead of what is
+read here, so that the GPU never waits for the host; the step after the last is discarded. Files and terminals are not
+its concern. Trade-off: a plain loop instead of transformers' generate, which computes logits for whole prompts, does
+not say where the context ends, and cannot be stopped between two tokens.
 """
 
 import codecs
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 from train.common.errors import UserError
 from train.data.chat_template import DEFAULT_SYSTEM, prompt
 from train.data.formats import Turn
-from train.inference import decode_graph, sessions
+from train.inference import sessions
+from train.inference.decode_graph import DecodeSession
 from train.inference.sampling import Choose, Sampling, chooser
 from train.model.decoder import Decoder
 from train.model.tokenizer import Tokenizer
 
 
 def notice(text: str) -> None:
-    """Say `text` where it is not taken for an answer."""
+    """Print `text` on the standard error, apart from answers."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -45,49 +47,52 @@ def answers(
     template: str = "chatml",
     cut: str = "",
 ) -> list[str]:
-    """The likeliest answer to each prompt (a question, or turns that end with the user's), in their order.
+    """The likeliest answer to each prompt (a question, or turns that end with the user's), in the order of the prompts.
 
     Args:
-        batch: prompts computed at once, left-padded; those of like length go together. No answer depends on it, but for rounding.
+        batch: prompts computed at once, left-padded, those of similar length together; it changes answers by rounding.
         on_progress: called with (answered, all) after each batch.
-        cut: what is put behind an answer that ends because of `max_new_tokens` or of the context.
+        cut: appended to an answer that ends because of `max_new_tokens` or of the context.
     Raises:
         UserError: a prompt that fills the context.
     """
-    rows = [prompt([Turn("user", p)] if isinstance(p, str) else p, tokenizer, system, template) for p in prompts]
+    turns = [[Turn("user", p)] if isinstance(p, str) else p for p in prompts]
+    rows = [prompt(conversation, tokenizer, system, template) for conversation in turns]
     order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
     texts: dict[int, str] = {}
     for start in range(0, len(order), batch):
-        some = order[start : start + batch]
-        texts |= zip(some, _answer([rows[n] for n in some], model, tokenizer, max_new_tokens, cut))
+        indices = order[start : start + batch]
+        texts |= zip(indices, _answer_batch([rows[n] for n in indices], model, tokenizer, max_new_tokens, cut))
         if on_progress:
             on_progress(len(texts), len(rows))
-    sessions.forget(model)
+    sessions.release(model)
     return [texts[n] for n in range(len(rows))]
 
 
-def _answer(rows: list[list[int]], model: nn.Module, tokenizer: Tokenizer, max_new_tokens: int, cut: str) -> list[str]:
+def _answer_batch(
+    rows: list[list[int]], model: nn.Module, tokenizer: Tokenizer, max_new_tokens: int, cut: str
+) -> list[str]:
     width = max(map(len, rows))
     steps = room(width, max_new_tokens, model)
     padding = [width - len(row) for row in rows]
     ids = torch.tensor([[tokenizer.pad] * pad + row for pad, row in zip(padding, rows)])  # [B, T]
     mask = torch.tensor([[0] * pad + [1] * len(row) for pad, row in zip(padding, rows)])
     stop = torch.tensor(tokenizer.stop_ids)
-    taken: list[Tensor] = []
+    new_tokens: list[Tensor] = []
     ended = torch.zeros(len(rows), dtype=torch.bool)
-    for step in tokens(model, ids, mask, Sampling(), steps):
-        taken.append(step.cpu())
-        ended |= torch.isin(taken[-1], stop)
+    for token in tokens(model, ids, mask, Sampling(), steps):
+        new_tokens.append(token.cpu())
+        ended |= torch.isin(new_tokens[-1], stop)
         if ended.all():
             break
     if steps < max_new_tokens and not ended.all():
         notice(f"{int((~ended).sum())} answers end where the model's context of {context_of(model)} tokens ends.")
-    said = [_until(row, tokenizer.stop_ids) for row in torch.stack(taken, dim=1).tolist()]
-    return [tokenizer.decode(ids) + (cut if len(ids) == len(taken) else "") for ids in said]
+    answer_ids = [_until_stop(row, tokenizer.stop_ids) for row in torch.stack(new_tokens, dim=1).tolist()]
+    return [tokenizer.decode(row) + (cut if len(row) == len(new_tokens) else "") for row in answer_ids]
 
 
-def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    return ids[: next((n for n, number in enumerate(ids) if number in stop_ids), len(ids))]
+def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    return ids[: next((n for n, token in enumerate(ids) if token in stop_ids), len(ids))]
 
 
 def stream(
@@ -98,36 +103,44 @@ def stream(
     sampling: Sampling | None = None,
     notify: Callable[[str], None] = notice,
 ) -> Iterator[str]:
-    """The answer to the prompt `ids`, piece by piece, each of whole characters; equal sampling and seed give equal answers.
+    """The answer to the prompt `ids` in pieces of whole characters. Equal sampling with an equal seed gives equal
+    answers.
 
-    Says through `notify` when the answer ends because of `max_new_tokens` or of the model's context.
-    Raises UserError at the first piece if the prompt fills the context.
+    Args:
+        notify: called with the reason when the answer ends because of `max_new_tokens` or of the model's context.
+    Raises:
+        UserError: at the first piece, if the prompt fills the context.
     """
     steps = room(len(ids), max_new_tokens, model)
-    text = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of half a character
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of an unfinished character
     row = torch.tensor([list(ids)])
-    full = True
+    cut_off = True
     for step in tokens(model, row, torch.ones_like(row), sampling or Sampling(), steps):
-        number = int(step)
-        if number in tokenizer.stop_ids:
-            full = False
+        token = int(step)
+        if token in tokenizer.stop_ids:
+            cut_off = False
             break
-        if not tokenizer.is_control(number) and (piece := text.decode(tokenizer.bytes_of(number))):
+        if not tokenizer.is_control(token) and (piece := decoder.decode(tokenizer.bytes_of(token))):
             yield piece
-    if tail := text.decode(b"", final=True):
-        yield tail
-    if full and steps < max_new_tokens:
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+    if cut_off and steps < max_new_tokens:
         notify(f"(stopped: the model's context of {context_of(model)} tokens is full)")
-    elif full:
+    elif cut_off:
         notify(f"(stopped: {max_new_tokens} tokens, the most that were asked for)")
 
 
 def room(width: int, max_new_tokens: int, model: nn.Module) -> int:
-    """How many of `max_new_tokens` the context has room for after a prompt of `width` tokens; UserError if none."""
+    """How many of `max_new_tokens` fit into the context after a prompt of `width` tokens.
+
+    Raises:
+        UserError: none.
+    """
     left = context_of(model) - width
     if left < 1:
         raise UserError(
-            f"the prompt has {width} tokens, the model's context {context_of(model)}: nothing is left for an answer. Shorten it."
+            f"the prompt has {width} tokens, the model's context {context_of(model)}: no room is left for an answer. "
+            "Shorten it."
         )
     return min(left, max_new_tokens)
 
@@ -137,60 +150,62 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def tokens(model: nn.Module, ids: Tensor, mask: Tensor, sampling: Sampling, steps: int) -> Iterator[Tensor]:
-    """The next id of each row, `steps` times. ids and mask [B, T], padding (mask 0) on the left; yields [B]."""
+    """The next token of each row, `steps` times. ids and mask [B, T], padding (mask 0) on the left; yields [B]."""
     device = _device(model)
     ids, mask, choose = ids.to(device), mask.to(device), chooser(sampling, device)
-    with sessions.leased(model, ids.shape[0], ids.shape[1] + steps) as static:
-        if static is None:
-            yield from _one_by_one(model, ids, mask, choose, steps)
+    with sessions.borrow(model, ids.shape[0], ids.shape[1] + steps) as session:
+        if session is None:
+            yield from _by_growing_cache(model, ids, mask, choose, steps)
         else:
             greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1.0
-            yield from _ahead(static, model, ids, mask, None if greedy else choose, steps)
+            yield from _by_session(session, model, ids, mask, None if greedy else choose, steps)
 
 
-def _one_by_one(model: nn.Module, ids: Tensor, mask: Tensor, choose: Choose, steps: int) -> Iterator[Tensor]:
-    """By the model's own cache, which grows; yields on the model's device."""
-    base = sessions.decoder_of(model)
-    frugal = {"last_only": True} if isinstance(base, Decoder) else {}
-    now, past = ids, None
+def _by_growing_cache(model: nn.Module, ids: Tensor, mask: Tensor, choose: Choose, steps: int) -> Iterator[Tensor]:
+    """With the model's own cache, which grows; yields on the model's device."""
+    last_only = {"last_only": True} if isinstance(sessions.decoder_of(model), Decoder) else {}
+    step_ids, past = ids, None
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # from zero at each row's first token
     for _ in range(steps):
         with torch.inference_mode():
             out = model(
-                input_ids=now,
+                input_ids=step_ids,
                 attention_mask=mask,
                 position_ids=positions,
                 past_key_values=past,
                 use_cache=True,
-                **frugal,
+                **last_only,
             )
             chosen = choose(ids, out.logits[:, -1].float())
         yield chosen
-        now, past, positions = chosen[:, None], out.past_key_values, positions[:, -1:] + 1
-        ids = torch.cat([ids, now], dim=1)
-        mask = torch.cat([mask, torch.ones_like(now)], dim=1)
+        step_ids, past, positions = chosen[:, None], out.past_key_values, positions[:, -1:] + 1
+        ids = torch.cat([ids, step_ids], dim=1)
+        mask = torch.cat([mask, torch.ones_like(step_ids)], dim=1)
 
 
-def _ahead(
-    static: decode_graph.Static, model: nn.Module, ids: Tensor, mask: Tensor, choose: Choose | None, steps: int
+def _by_session(
+    session: DecodeSession, model: nn.Module, ids: Tensor, mask: Tensor, choose: Choose | None, steps: int
 ) -> Iterator[Tensor]:
-    """By a cache of constant size: step n + 1 is under way when the tokens of step n are read. choose None: the likeliest. Yields on the host."""
+    """With a session's cache of constant size; yields on the host. choose: None takes the likeliest.
+
+    Step n + 1 is under way when the tokens of step n are read.
+    """
     width, cuda = ids.shape[1], ids.is_cuda
-    said = torch.empty(steps, len(ids), dtype=torch.int64, pin_memory=cuda)
-    there = [torch.cuda.Event() for _ in range(steps if cuda else 0)]
+    on_host = torch.empty(steps, len(ids), dtype=torch.int64, pin_memory=cuda)
+    copied = [torch.cuda.Event() for _ in range(steps if cuda else 0)]
     with torch.inference_mode():
-        row = torch.cat([ids, ids.new_zeros(len(ids), steps)], dim=1)  # prompts and what was chosen
+        rows = torch.cat([ids, ids.new_zeros(len(ids), steps)], dim=1)  # prompts and the tokens chosen so far
     chosen: Tensor | None = None
     for n in range(steps + 1):
         if n < steps:
             with torch.inference_mode():
-                logits = static.step(chosen) if n else static.start(model, ids, mask)
-                chosen = choose(row[:, : width + n], logits) if choose else None
-                row[:, width + n] = static.token if chosen is None else chosen
-                said[n].copy_(row[:, width + n], non_blocking=True)
+                logits = session.step(chosen) if n else session.start(model, ids, mask)
+                chosen = choose(rows[:, : width + n], logits) if choose else None
+                rows[:, width + n] = session.token if chosen is None else chosen
+                on_host[n].copy_(rows[:, width + n], non_blocking=True)
             if cuda:
-                there[n].record()
+                copied[n].record()
         if n:
             if cuda:
-                there[n - 1].synchronize()
-            yield said[n - 1]
+                copied[n - 1].synchronize()
+            yield on_host[n - 1]

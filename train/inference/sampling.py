@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedy, or drawn by temperature, top-k, top-p and repetition penalty."""
+"""The choice of the next token: greedy, or drawn with temperature, top-k, top-p and repetition penalty."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Choose = Callable[[Tensor, Tensor], Tensor]  # (ids so far [B, S], logits of the
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0: always the likeliest. top_k 0 and top_p 1: among all."""
+    """How the next token is chosen. temperature 0: always the likeliest. top_k 0 and top_p 1: from all tokens."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -37,7 +37,7 @@ class Sampling:
 
 
 def chooser(sampling: Sampling, device: torch.device) -> Choose:
-    """transformers' own processors in transformers' order, and a generator of our own."""
+    """A function that chooses: transformers' processors in transformers' order, and a generator of its own."""
     from transformers import generation as g
 
     process = g.LogitsProcessorList()

@@ -1,4 +1,4 @@
-"""Decoding sessions of a model, kept for the next answer: one for each batch size and capacity, as long as the model lives."""
+"""Decoding sessions of a model, kept for its next answers as long as the model lives."""
 
 import sys
 import weakref
@@ -8,21 +8,21 @@ from typing import Any
 
 from torch import nn
 
-from train.inference.decode_graph import BUCKET, Static
-from train.inference.decode_layers import Layers, active, base_of
+from train.inference.decode_graph import CAPACITY_STEP, DecodeSession
+from train.inference.decode_layers import DecodeLayers, active_pairs, base_of
 from train.model.decoder import Decoder
 from train.ops import kernels
-from train.ops.kernels.gptq_tiles import MOST_ROWS
+from train.ops.kernels.gptq_tiles import MAX_BATCH
 
 
-class _Kept:
-    """What is kept of a model between answers: its layers as they were read, and Statics that nobody uses now."""
+class _ModelSessions:
+    """What is kept of a model between answers: its layers as they were read, and the sessions that are not in use."""
 
-    def __init__(self, signature: tuple[Any, ...], layers: Layers) -> None:
-        self.signature, self.layers, self.free = signature, layers, list[Static]()
+    def __init__(self, signature: tuple[Any, ...], layers: DecodeLayers) -> None:
+        self.signature, self.layers, self.free = signature, layers, list[DecodeSession]()
 
 
-_KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, _ModelSessions] = weakref.WeakKeyDictionary()
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -31,61 +31,63 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return base
 
 
-def served(model: nn.Module, batch: int) -> bool:
-    """Whether a batch of `batch` rows is decoded here: our decoder, on a CUDA device with kernels, heads of a power of two."""
+def supports(model: nn.Module, batch: int) -> bool:
+    """Whether `model` can decode `batch` rows in a session.
+
+    That takes our decoder on a CUDA device with kernels, heads of a power of two, and a batch that the products take.
+    """
     base: Any = decoder_of(model)
-    if not isinstance(base, Decoder) or base.training or batch > MOST_ROWS:
+    if not isinstance(base, Decoder) or base.training or batch > MAX_BATCH:
         return False
-    width = base.config.head_dim
+    head_dim = base.config.head_dim
     embedding: Any = base.get_input_embeddings()
     device = embedding.weight.device
-    return device.type == "cuda" and not width & (width - 1) and kernels.usable(device)
+    return device.type == "cuda" and not head_dim & (head_dim - 1) and kernels.usable(device)
 
 
 def _signature(base: nn.Module) -> tuple[Any, ...]:
     """Changes when a weight is replaced or moved, an Int4 weight overwritten, or an adapter switched."""
-    places = [t.data_ptr() for t in (*base.parameters(), *base.buffers())]
+    addresses = [t.data_ptr() for t in (*base.parameters(), *base.buffers())]
     versions = [0 if t.is_inference() else t._version for t in base.buffers()]
-    adapters = [(scale, base_of(m) is m) for m in base.modules() if hasattr(m, "lora_A") for *_, scale in active(m)]
-    return (*places, *versions, *adapters)
+    adapted = [m for m in base.modules() if hasattr(m, "lora_A")]
+    adapters = [(scale, base_of(m) is m) for m in adapted for *_, scale in active_pairs(m)]
+    return (*addresses, *versions, *adapters)
 
 
 @contextmanager
-def leased(model: nn.Module, batch: int, length: int) -> Iterator[Static | None]:
-    """A Static for `batch` rows of `length` tokens, prompt and answer, for as long as the block runs; None where the plain way has to serve.
+def borrow(model: nn.Module, batch: int, length: int) -> Iterator[DecodeSession | None]:
+    """A session for `batch` rows of `length` tokens, prompt and answer, for as long as the block runs.
 
-    One that is free is used again; where none can be made, a line says why.
+    A free one is used again. None where the growing cache has to serve; if memory or Triton is the reason, it is
+    printed.
     """
-    static = _take(model, batch, length) if served(model, batch) else None
+    session = _take(model, batch, length) if supports(model, batch) else None
     try:
-        yield static
+        yield session
     finally:
-        kept = _KEPT.get(model)
-        if static is not None and kept is not None and kept.layers is static.layers:
-            kept.free = [static]
+        entry = _SESSIONS.get(model)
+        if session is not None and entry is not None and entry.layers is session.layers:
+            entry.free = [session]
 
 
-def _take(model: nn.Module, batch: int, length: int) -> Static | None:
+def _take(model: nn.Module, batch: int, length: int) -> DecodeSession | None:
     base: Any = decoder_of(model)
     try:
-        signature, kept = _signature(base), _KEPT.get(model)
-        if kept is None or kept.signature != signature:
-            _KEPT.pop(model, None)
-            kept = _KEPT[model] = _Kept(signature, Layers(base))
-        found = next((s for s in kept.free if s.batch == batch and s.capacity >= length), None)
-        kept.free.clear()  # its memory, before more is taken
-        return found or Static(kept.layers, batch, -(-length // BUCKET) * BUCKET)
-    except (
-        Exception
-    ) as error:  # no memory, a layer that cannot be recorded; Triton has a class of its own for each of its reasons
-        print(
-            f"Decoding goes the slower way, without a CUDA graph: {(str(error).splitlines() or [type(error).__name__])[0]}",
-            file=sys.stderr,
-        )
-        forget(model)
+        signature, entry = _signature(base), _SESSIONS.get(model)
+        if entry is None or entry.signature != signature:
+            _SESSIONS.pop(model, None)
+            entry = _SESSIONS[model] = _ModelSessions(signature, DecodeLayers(base))
+        free = next((s for s in entry.free if s.batch == batch and s.capacity >= length), None)
+        entry.free.clear()  # frees its memory before more is taken
+        return free or DecodeSession(entry.layers, batch, -(-length // CAPACITY_STEP) * CAPACITY_STEP)
+    # no memory, or a layer that a graph cannot record; Triton raises a different class for each of its reasons
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"Decoding goes the slower way, without a CUDA graph: {reason}", file=sys.stderr)
+        release(model)
         return None
 
 
-def forget(model: nn.Module) -> None:
-    """Give back the memory that is kept for the next answer."""
-    _KEPT.pop(model, None)
+def release(model: nn.Module) -> None:
+    """Free the memory that is kept for the model's next answers."""
+    _SESSIONS.pop(model, None)

@@ -1,7 +1,7 @@
-"""The stock way to load and ask a checkpoint: transformers, optimum and auto-gptq, and its own code if the user allows that.
+"""ENGINE=stock: transformers, optimum and auto-gptq, and the checkpoint's own code if the user allows it.
 
-The control that our decoder is compared with, and the only file of the program that may execute a checkpoint's code. Refuses to
-know runs and terminals. Nothing here is fast: on a CPU auto-gptq dequantises every weight at every token.
+The control that our decoder is compared with, and the only file of the program that may execute a checkpoint's code.
+Runs and terminals are not its concern. It is slow: on a CPU auto-gptq dequantises every weight for every token.
 """
 
 import json
@@ -21,7 +21,7 @@ from train.inference.sampling import Sampling
 
 
 class StockTokenizer:
-    """A tokenizer of transformers with the few calls that chatml.prompt makes; text is parsed as that tokenizer does it."""
+    """A tokenizer of transformers as chat_template.prompt calls it; it alone decides about control tokens in a text."""
 
     def __init__(self, stock: Any) -> None:
         self.stock = stock
@@ -29,7 +29,7 @@ class StockTokenizer:
         self.im_start, self.im_end, self.endoftext = (stock.convert_tokens_to_ids(name) for name in names)
         if None in (self.im_start, self.im_end, self.endoftext):
             raise UserError(
-                "this checkpoint's tokenizer lacks <|im_start|>, <|im_end|> or <|endoftext|>: it is no ChatML model."
+                "this checkpoint's tokenizer lacks <|im_start|>, <|im_end|> or <|endoftext|>: it is not a ChatML model."
             )
 
     def encode(self, text: str) -> list[int]:
@@ -40,24 +40,26 @@ def load_stock(folder: Path, trust: bool, dtype: torch.dtype, device: torch.devi
     """The model in evaluation mode and its tokenizer; Int4 through auto-gptq on a CPU, through optimum on CUDA.
 
     Raises:
-        UserError: the checkpoint brings code and `trust` is off (it names the code), or stock transformers cannot load it.
+        UserError: the checkpoint brings code and `trust` is off (the error names it), or transformers cannot load it.
     """
-    refuse_unseen_code(folder, trust)
+    check_trust(folder, trust)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    how: dict[str, Any] = {"torch_dtype": dtype, "trust_remote_code": trust}
     int4 = "quantization_config" in read_json(folder / "config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         if int4 and device.type == "cpu":
             model = _gptq_on_cpu(folder, trust)
         else:
-            placed = {"device_map": str(device)} if int4 else {}
-            model = AutoModelForCausalLM.from_pretrained(folder, **how, **placed)
+            device_map = {"device_map": str(device)} if int4 else {}
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, torch_dtype=dtype, trust_remote_code=trust, **device_map
+            )
     except (KeyError, ValueError, OSError, ImportError, TypeError) as error:
         raise UserError(
-            f"{folder}: the stock way cannot load it: {type(error).__name__}: {error!s:.300}\n"
-            "Use ENGINE=ours; for a merged export, make export LAYOUT=qwen2 suits newer tools, and the base's own code this one."
+            f"{folder}: ENGINE=stock cannot load it: {type(error).__name__}: {error!s:.300}\n"
+            "Use ENGINE=ours. A merged export with LAYOUT=qwen2 is for newer tools than this transformers; "
+            "without it, for the base's own code."
         ) from error
     return (model if int4 else model.to(device)).eval(), StockTokenizer(tokenizer)
 
@@ -67,8 +69,8 @@ def _gptq_on_cpu(folder: Path, trust: bool) -> Any:
     from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
 
     published = read_json(folder / "config.json")["quantization_config"]
-    known = {f.name for f in fields(BaseQuantizeConfig)}  # quantize_config.json has these too, but need not be there
-    with _initialisers_kept():
+    known = {f.name for f in fields(BaseQuantizeConfig)}  # quantize_config.json has the same keys, but may be missing
+    with _initialisers_restored():
         return AutoGPTQForCausalLM.from_quantized(
             str(folder),
             device="cpu",
@@ -81,19 +83,23 @@ def _gptq_on_cpu(folder: Path, trust: bool) -> Any:
 
 
 @contextmanager
-def _initialisers_kept() -> Iterator[None]:
-    """auto-gptq turns torch's initialisers off for good while it loads: whatever is built afterwards would hold noise."""
+def _initialisers_restored() -> Iterator[None]:
+    """auto-gptq replaces torch's initialisers when it loads, and leaves it so: later modules would hold noise."""
     names = ("kaiming_uniform_", "uniform_", "normal_")
-    kept = {name: getattr(torch.nn.init, name) for name in names}
+    functions = {name: getattr(torch.nn.init, name) for name in names}
     try:
         yield
     finally:
-        for name, function in kept.items():
+        for name, function in functions.items():
             setattr(torch.nn.init, name, function)
 
 
-def refuse_unseen_code(folder: Path, trust: bool) -> None:
-    """Raise a UserError that says what would be executed, unless `trust` is on or the checkpoint brings no code."""
+def check_trust(folder: Path, trust: bool) -> None:
+    """Pass if `trust` is on or the checkpoint brings no code of its own.
+
+    Raises:
+        UserError: it brings code; the error names the classes and files that would be executed.
+    """
     classes = {c for name in ("config.json", "tokenizer_config.json") for c in _remote_classes(folder / name)}
     if not classes or trust:
         return
@@ -102,14 +108,14 @@ def refuse_unseen_code(folder: Path, trust: bool) -> None:
         or "none here: transformers would look for them on the hub"
     )
     raise UserError(
-        f"{folder}: to load this checkpoint the stock way, code that came with it would run with your rights:\n"
+        f"{folder}: to load this checkpoint with ENGINE=stock, code that came with it would run with your rights:\n"
         f"  classes: {', '.join(sorted(classes))}\n  files:   {files}\n"
         "Read them, then allow it with TRUST_REMOTE_CODE=1; ENGINE=ours never needs it."
     )
 
 
 def _remote_classes(path: Path) -> Iterator[str]:
-    """module.Class of every auto_map entry in a config file; a list stands for the slow and the fast tokenizer."""
+    """module.Class of every auto_map entry in a config file; a list holds the slow and the fast tokenizer."""
     try:
         entries = read_json(path).get("auto_map", {}).values()
     except (FileNotFoundError, json.JSONDecodeError, AttributeError):
@@ -126,11 +132,11 @@ def stock_stream(
     sampling: Sampling,
     notify: Callable[[str], None] = notice,
 ) -> Iterator[str]:
-    """Pieces of the answer from the checkpoint's own generate; it runs in a thread and stops when the iterator is closed."""
+    """Pieces of the answer from the model's own `generate`, which runs in a thread until the iterator is closed."""
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     streamer = TextIteratorStreamer(tokenizer.stock, skip_prompt=True, skip_special_tokens=True)
-    state = _State()
+    state = _ThreadState()
     settings = _settings(sampling, tokenizer, max_new_tokens)
     settings |= {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([lambda *_: state.stop])}
     torch.manual_seed(sampling.seed)
@@ -146,32 +152,33 @@ def stock_stream(
             f"the stock model's generate failed: {type(state.error).__name__}: {state.error}"
         ) from state.error
     if state.tokens - len(ids) >= max_new_tokens:
-        notify(f"(stopped: {max_new_tokens} tokens, the most that were asked for or have room)")
+        notify(f"(stopped: {max_new_tokens} tokens, the most that were asked for or that fit the context)")
 
 
 @dataclass
-class _State:
-    """What the thread that generates and the one that reads tell each other."""
+class _ThreadState:
+    """Shared by the thread that generates and the thread that reads."""
 
     stop: bool = False
     tokens: int = 0  # prompt and answer
     error: Exception | None = None
 
 
-def _generate(model: Any, ids: Sequence[int], state: _State, settings: dict[str, Any]) -> None:
-    """The thread's work: the stock generate, to the end or until state.stop; the streamer is always ended."""
+def _generate(model: Any, ids: Sequence[int], state: _ThreadState, settings: dict[str, Any]) -> None:
+    """Run `generate` to its end or until state.stop. The streamer is ended in every case."""
     row = torch.tensor([list(ids)], device=next(model.parameters()).device)
     try:
         with torch.inference_mode():
             out = model.generate(input_ids=row, attention_mask=torch.ones_like(row), **settings)
         state.tokens = out.shape[1]
-    except Exception as error:  # shown in the thread that reads
+    except Exception as error:  # raised again by the thread that reads
         state.error = error
     finally:
         settings["streamer"].end()
 
 
 def _settings(sampling: Sampling, tokenizer: StockTokenizer, max_new_tokens: int) -> dict[str, Any]:
+    """Arguments of `generate`."""
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     return {
         "max_new_tokens": max_new_tokens,

@@ -1,27 +1,139 @@
-"""A trained model ready to answer: a finished run's adapter on its base."""
+"""What RUN= or MODEL= names, found and loaded: a finished run, its merged export, or any model, ready to answer.
 
+Knows folders, and neither options nor terminals. A merged export is taken before the adapter on its base, because it
+answers faster, if the GPU has room for it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from train.common.device import pick_device, pick_dtype
+from train.common.errors import UserError
+from train.data.chat_template import Encoder
 from train.model import lora
-from train.model.folder import resolve
-from train.model.loading import load
+from train.model.folder import read_manifest, resolve
+from train.model.loading import fits, keeps_float, load
 from train.model.tokenizer import Tokenizer, load_tokenizer
 from train.runs.folder import read_run
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be loaded: a model folder, or with `adapter` the folder of a run.
+
+    description: one line for the user. recipe: the run's, or what an export's manifest keeps of it; empty for other
+    models.
+    """
+
+    folder: Path
+    description: str
+    adapter: bool = False
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A loaded model with its tokenizer; recipe and description are its Source's."""
+
+    model: nn.Module
+    tokenizer: Encoder
+    recipe: dict[str, Any]
+    description: str
+
+
+def load_trained(
+    models: Path,
+    runs: Path,
+    run: str = "",
+    model: str = "",
+    default_model: str = "",
+    dtype: str = "auto",
+    on_source: Callable[[str], None] = lambda description: None,
+) -> TrainedModel:
+    """Find and load what `run` or `model` names (see `find_source`), on this machine's device.
+
+    Args:
+        dtype: auto, bf16, fp16 or fp32. on_source: called with the description before the weights are read.
+    """
+    source = find_source(models, runs, run, model, default_model, dtype)
+    on_source(source.description)
+    device = pick_device()
+    compute_dtype = pick_dtype(device, dtype)
+    base = resolve(source.recipe["model"], models) if source.adapter else source.folder
+    keep_float = keeps_float(base, device)
+    if source.adapter:
+        loaded, tokenizer, _ = load_run(source.folder, models, compute_dtype, device, keep_float)
+    else:
+        loaded, tokenizer = load(base, compute_dtype, device, keep_float), load_tokenizer(base)
+    return TrainedModel(loaded, tokenizer, source.recipe, source.description)
+
+
+def find_source(
+    models: Path,
+    runs: Path,
+    run: str = "",
+    model: str = "",
+    default_model: str = "",
+    dtype: str = "auto",
+    any_size: bool = False,
+) -> Source:
+    """The model that `run` or `model` names; with neither the newest finished run, and without any the default model.
+
+    Args:
+        run: a finished run below `runs`: its merged export if there is one and it fits, else its adapter on its base.
+        model: a name below `models`, or a folder.
+        any_size: take a merged export even where the GPU has no room for it.
+    Raises:
+        UserError: both are given, or what is named is missing or not finished.
+    """
+    if run and model:
+        raise UserError(f"run={run} and model={model}: give one of them.")
+    if model:
+        folder = resolve(model, models)
+        return Source(folder, f"model {model}", recipe=(read_manifest(folder) or {}).get("inputs", {}))
+    if run:
+        return _source_of_run(runs / run, f"run {run}", dtype, any_size)
+    if (newest := newest_run(runs)) is not None:
+        description = f"run {newest.name}, the newest that is finished (RUN= or MODEL= for another)"
+        return _source_of_run(newest, description, dtype, any_size)
+    description = f"model {default_model}, the default base: there is no finished run below {runs}/ yet"
+    return Source(resolve(default_model, models), description)
+
+
+def newest_run(runs: Path) -> Path | None:
+    """The folder of the run that finished last; None if none has."""
+    finished = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    return finished[-1].parent if finished else None
+
+
+def _source_of_run(folder: Path, description: str, dtype: str, any_size: bool) -> Source:
+    recipe, merged = read_run(folder)["recipe"], folder / "merged"
+    exported = (merged / "manifest.json").is_file()
+    if exported and (any_size or _fits(merged, dtype)):
+        return Source(merged, f"{description}: its merged export {merged}", recipe=recipe)
+    reason = "the GPU has no room for the merged export" if exported else "no merged export yet"
+    return Source(folder, f"{description}: its adapter on {recipe['model']} ({reason})", adapter=True, recipe=recipe)
+
+
+def _fits(merged: Path, dtype: str) -> bool:
+    device = pick_device()
+    return fits(merged, pick_dtype(device, dtype), device)
 
 
 def load_run(
     run: Path, models: Path, dtype: torch.dtype, device: torch.device | str = "cpu", keep_float: bool = False
 ) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
-    """A finished run: its base with the adapter on, the tokenizer, and run.json.
+    """A finished run: its base with the adapter, the tokenizer, and run.json.
 
     Raises:
-        UserError: the run is not finished, or its base is not here.
+        UserError: the run is not finished, or its base is missing.
     """
-    manifest = read_run(run)
-    folder = resolve(manifest["recipe"]["model"], models)
+    record = read_run(run)
+    folder = resolve(record["recipe"]["model"], models)
     model = lora.load_adapter(load(folder, dtype, device, keep_float), run / "adapter")
-    return model.eval(), load_tokenizer(folder), manifest
+    return model.eval(), load_tokenizer(folder), record

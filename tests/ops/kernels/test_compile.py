@@ -63,10 +63,10 @@ def test_every_kernel_compiles_and_is_seen_to(card: int) -> None:
     assert {
         "_dequantize_tile",
         "_product",
-        "_narrow",
+        "_down_product",
         "_add_norm",
         "_attend",
-        "_activate",
+        "_swiglu_parts",
         "_row",
         "_norm_row",
     } <= found
@@ -102,8 +102,8 @@ def check(rows: list[dict[str, Any]]) -> None:
 def test_what_does_not_compile_is_said() -> None:
     """A check that cannot fail shows nothing: tensor cores on a card whose compiler has none."""
     code = (
-        "from unittest.mock import patch\nfrom tests.support import offline\nfrom train.ops.kernels import gptq_tiles as matvec\n"
-        "with offline.card(75), patch.object(matvec, 'tensor_cores', lambda x: True):\n"
+        "from unittest.mock import patch\nfrom tests.support import offline\nfrom train.ops.kernels import gptq_tiles\n"
+        "with offline.card(75), patch.object(gptq_tiles, 'tensor_cores', lambda x: True):\n"
         "    offline.decoding(75, 32, adapter=False)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1,8 +1,11 @@
-"""Sums of products with packed words, as functions of kernels: one row of x on ordinary lanes, several on tensor cores.
+"""A few rows times a packed weight: one row on ordinary lanes, several on tensor cores. W is never written as floats.
 
-A code becomes a float by taking a place in the mantissa of 2^23 (`magic`, those bits, comes as an argument: a constant would cost an
-instruction a code). On lanes the zero is taken off a whole tile at once; for tensor cores q − z is made, which every float type holds
-exactly, and the scale multiplies the sum of a group. Knows nothing of how a product is cut.
+A code q becomes a float without a conversion: its bits go into the mantissa of 2^23, and 2^23 is subtracted (as in Kim
+et al. 2022, "Who Says Elephants Can't Run"). The kernels get the bits of 2^23 as the argument `magic`: as a constant
+they would cost one more instruction a code. On ordinary lanes the zero of a group is subtracted once for a whole tile.
+For tensor cores each q − z is made, which every float type holds exactly, and the scale multiplies the sum of a group.
+A product comes in parts along K, which the next kernel adds in order. How a product is divided among programs is in
+gptq_tiles.py.
 """
 
 from dataclasses import dataclass, replace
@@ -10,139 +13,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from train.ops.kernels.gptq_tiles import Tile, height, tile_for
+from train.ops.kernels.gptq_tiles import Tile, rows_per_program, tile_for
 from train.ops.kernels.runtime import tl, triton
 
-if triton is not None:
-
-    @triton.jit
-    def zero_and_scale(qzeros, scales, g, n, inside, columns, zero_words, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Zeros and scales float32 of the groups g at the columns n, in the shape of their sum."""
-        PER: tl.constexpr = 32 // BITS
-        MASK: tl.constexpr = (1 << BITS) - 1
-        stored = tl.load(qzeros + g * zero_words + n // PER, mask=inside, other=0) >> ((n % PER) * BITS)
-        scale = tl.load(scales + g * columns + n, mask=inside, other=0.0).to(tl.float32)
-        return (((stored & MASK) + 1) & MASK).to(tl.float32), scale
-
-    @triton.jit
-    def one_row(  # type: ignore[no-untyped-def]
-        x, qweight, qzeros, scales, perm, first, last, n, inside, rows, columns, zero_words, group, magic,
-        BITS: tl.constexpr, WORDS: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr, ONE_GROUP: tl.constexpr,
-        STAGES: tl.constexpr,
-    ):  # fmt: skip
-        """x [K] @ W[:, n] over the tiles first … last: [1, TN] float32, on ordinary lanes."""
-        PER: tl.constexpr = 32 // BITS
-        MASK: tl.constexpr = (1 << BITS) - 1
-        LOW: tl.constexpr = 23 // BITS  # codes of a word that lie within a mantissa where they are
-        acc = tl.zeros((WORDS, TN), tl.float32)
-        for tile in tl.range(first, last, num_stages=STAGES):
-            word = tile * WORDS + tl.arange(0, WORDS)
-            there = word * PER < rows
-            place = qweight + word[:, None].to(tl.int64) * columns + n[None]
-            packed = tl.load(place, mask=there[:, None] & inside[None], other=0)
-            part = tl.zeros((WORDS, TN), tl.float32)
-            total = tl.zeros((WORDS,), tl.float32)
-            for j in tl.static_range(PER):
-                k = word * PER + j
-                if PERM:
-                    k = tl.load(perm + k, mask=there, other=0)
-                xj = tl.load(x + k, mask=there, other=0.0).to(tl.float32)
-                total += xj
-                if j < LOW:
-                    code = (packed & (MASK << (BITS * j))) | magic  # 2^23 + q · 2^(BITS·j)
-                    xj = xj * (1.0 / (1 << (BITS * j)))
-                else:
-                    code = ((packed >> (BITS * LOW)) & (MASK << (BITS * (j - LOW)))) | magic
-                    xj = xj * (1.0 / (1 << (BITS * (j - LOW))))
-                part += xj[:, None] * (code.to(tl.float32, bitcast=True) - 8388608.0)
-            if ONE_GROUP:
-                zero, scale = zero_and_scale(
-                    qzeros, scales, tile * WORDS * PER // group, n, inside, columns, zero_words, BITS
-                )
-                acc += (part - total[:, None] * zero[None]) * scale[None]
-            else:
-                g = (word * PER // group)[:, None]
-                zero, scale = zero_and_scale(
-                    qzeros, scales, g, n[None], there[:, None] & inside[None], columns, zero_words, BITS
-                )
-                acc += (part - total[:, None] * zero) * scale
-        return tl.sum(acc, axis=0)[None]
-
-    @triton.jit
-    def less_zero(packed, zero, magic, J: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Code J of each word less its zero, exactly: one step of bits, one of floats."""
-        LOW: tl.constexpr = 23 // BITS  # codes of a word that lie within a mantissa where they are
-        PLACE: tl.constexpr = BITS * (J % LOW)
-        MASK: tl.constexpr = ((1 << BITS) - 1) << PLACE
-        word = packed >> (BITS * LOW * (J // LOW))
-        code = (word & MASK) | magic  # 2^23 + q · 2^PLACE
-        return (code.to(tl.float32, bitcast=True) * (1.0 / (1 << PLACE)) - (zero + (8388608 >> PLACE))).to(DTYPE)
-
-    @triton.jit
-    def codes(packed, zero, magic, BITS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """packed [N, words] -> q − z [N, words · codes], those of a word side by side in one thread."""
-        tl.static_assert(BITS == 4 or BITS == 8)
-        N: tl.constexpr = packed.shape[0]
-        WORDS: tl.constexpr = packed.shape[1]
-        if BITS == 4:
-            even = tl.join(
-                tl.join(less_zero(packed, zero, magic, 0, 4, DTYPE), less_zero(packed, zero, magic, 4, 4, DTYPE)),
-                tl.join(less_zero(packed, zero, magic, 2, 4, DTYPE), less_zero(packed, zero, magic, 6, 4, DTYPE)),
-            )
-            odd = tl.join(
-                tl.join(less_zero(packed, zero, magic, 1, 4, DTYPE), less_zero(packed, zero, magic, 5, 4, DTYPE)),
-                tl.join(less_zero(packed, zero, magic, 3, 4, DTYPE), less_zero(packed, zero, magic, 7, 4, DTYPE)),
-            )
-        else:
-            even = tl.join(less_zero(packed, zero, magic, 0, 8, DTYPE), less_zero(packed, zero, magic, 2, 8, DTYPE))
-            odd = tl.join(less_zero(packed, zero, magic, 1, 8, DTYPE), less_zero(packed, zero, magic, 3, 8, DTYPE))
-        return tl.reshape(tl.join(even, odd), (N, WORDS * (32 // BITS)))
-
-    @triton.jit
-    def many_rows(  # type: ignore[no-untyped-def]
-        x, qweight, qzeros, scales, perm, first, last, m, many, n, inside, rows, columns, zero_words, group, magic,
-        BITS: tl.constexpr, WORDS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr,
-        ONE_GROUP: tl.constexpr, STAGES: tl.constexpr,
-    ):  # fmt: skip
-        """x[m] @ W[:, n] over the tiles first … last: [TM, TN] float32, on tensor cores."""
-        PER: tl.constexpr = 32 // BITS
-        DEEP: tl.constexpr = WORDS * PER
-        DTYPE: tl.constexpr = x.dtype.element_ty
-        acc = tl.zeros((TM, TN), tl.float32)
-        for tile in tl.range(first, last, num_stages=STAGES):
-            word = tile * WORDS + tl.arange(0, WORDS)
-            there = inside[:, None] & (word * PER < rows)[None]
-            packed = tl.load(qweight + word[None].to(tl.int64) * columns + n[:, None], mask=there, other=0)
-            k = tile * DEEP + tl.arange(0, DEEP)
-            inner = k < rows
-            at = tl.load(perm + k, mask=inner, other=0) if PERM else k
-            xs = tl.load(x + m[:, None] * rows + at[None], mask=(m < many)[:, None] & inner[None], other=0.0)
-            if ONE_GROUP:
-                zero, scale = zero_and_scale(qzeros, scales, tile * DEEP // group, n, inside, columns, zero_words, BITS)
-                whole = codes(packed, zero[:, None], magic, BITS, DTYPE)
-                acc += tl.dot(xs, tl.trans(whole), input_precision="ieee") * scale[None]
-            else:
-                zero, scale = zero_and_scale(
-                    qzeros, scales, (word * PER // group)[None], n[:, None], there, columns, zero_words, BITS
-                )
-                steps = tl.reshape(tl.broadcast_to(scale[:, :, None], (TN, WORDS, PER)), (TN, DEEP))
-                weight = (codes(packed, zero, magic, BITS, tl.float32) * steps).to(DTYPE)
-                acc += tl.dot(xs, tl.trans(weight), input_precision="ieee")
-        return acc
-
-
-MAGIC = 0x4B000000  # 2^23 as a float's bits; passed at run time, so that and-or is one instruction
-
-
-NEVER = 1 << 30  # an edge beyond all columns
-
-
-EDGE = 64  # columns at which one linear of a product may end and the next begin
+MAGIC = 0x4B000000  # 2^23 as the bits of a float; an argument of the kernels, so that and-or is one instruction
+NO_SEGMENT = 1 << 30  # the start of a segment that does not exist: beyond all columns
+SEGMENT_COLUMNS = 64  # linears that stand side by side in one product begin at multiples of this
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A weight [K, N] as gptq.py defines it, its groups in order of its rows once x is taken in the order of `perm` [K] (None: as it is).
+class PackedWeight:
+    """W [K, N] as ops/gptq.py defines it, its rows sorted by group; x is read in the order `perm` [K] (None: as it is).
 
     qweight [K·bits/32, N] and qzeros [G, ceil(N·bits/32)] int32, scales [G, N], bias [N] or None.
     """
@@ -155,161 +36,308 @@ class Packed:
     perm: Tensor | None = None
 
     @property
-    def rows(self) -> int:
+    def in_features(self) -> int:
         return self.qweight.shape[0] * 32 // self.bits
 
     @property
-    def columns(self) -> int:
+    def out_features(self) -> int:
         return self.qweight.shape[1]
 
     @property
     def group(self) -> int:
-        return self.rows // len(self.scales)
+        return self.in_features // len(self.scales)
 
 
 @dataclass(frozen=True)
-class Thin:
-    """An adapter's half way for one call: low [S, M, L] float32, the S parts of x Aᵀ; up [N, R], scaled B, one after the other.
+class LowRankTerm:
+    """The adapters' part of a product of several linears.
 
-    edges: where the second and the third of several linears side by side begin in N; each has R of the L columns of low.
+    down: float32 [S, M, L], x Aᵀ in S parts; each linear has R of the L columns. up: [N, R], the scaled B of each.
+    starts: the columns of N at which the second and the third linear begin.
     """
 
-    low: Tensor
+    down: Tensor
     up: Tensor
-    edges: tuple[int, int] = (NEVER, NEVER)
+    starts: tuple[int, int] = (NO_SEGMENT, NO_SEGMENT)
 
 
 if triton is not None:
 
     @triton.jit
-    def _thin(low, up, m, many, n, inside, wide, offset, LOW_SPLITS: tl.constexpr, RANK: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
-        """t [m, offset …] @ Bᵀ [:, n]: [TM, TN] float32."""
+    def _zero_and_scale(  # type: ignore[no-untyped-def]
+        qzeros, scales, g, n, mask, out_features, zero_words, BITS: tl.constexpr
+    ):
+        """Zeros and scales, float32, of the groups g at the columns n, in the shape to which g and n broadcast."""
+        PER: tl.constexpr = 32 // BITS
+        CODE: tl.constexpr = (1 << BITS) - 1
+        stored = tl.load(qzeros + g * zero_words + n // PER, mask=mask, other=0) >> ((n % PER) * BITS)
+        scale = tl.load(scales + g * out_features + n, mask=mask, other=0.0).to(tl.float32)
+        return (((stored & CODE) + 1) & CODE).to(tl.float32), scale
+
+    @triton.jit
+    def _one_row(  # type: ignore[no-untyped-def]
+        x, qweight, qzeros, scales, perm, first, last, n, n_mask, in_features, out_features, zero_words, group, magic,
+        BITS: tl.constexpr, WORDS: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr, ONE_GROUP: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """x [K] @ W[:, n] over the steps first … last of K, on ordinary lanes: [1, TN] float32."""
+        PER: tl.constexpr = 32 // BITS
+        CODE: tl.constexpr = (1 << BITS) - 1
+        LOW: tl.constexpr = 23 // BITS  # codes of a word that lie within the mantissa without a shift
+        acc = tl.zeros((WORDS, TN), tl.float32)
+        for step in tl.range(first, last, num_stages=STAGES):
+            word = step * WORDS + tl.arange(0, WORDS)
+            word_mask = word * PER < in_features
+            pointers = qweight + word[:, None].to(tl.int64) * out_features + n[None]
+            packed = tl.load(pointers, mask=word_mask[:, None] & n_mask[None], other=0)
+            code_sum = tl.zeros((WORDS, TN), tl.float32)
+            x_sum = tl.zeros((WORDS,), tl.float32)
+            for j in tl.static_range(PER):
+                k = word * PER + j
+                if PERM:
+                    k = tl.load(perm + k, mask=word_mask, other=0)
+                xj = tl.load(x + k, mask=word_mask, other=0.0).to(tl.float32)
+                x_sum += xj
+                if j < LOW:
+                    code = (packed & (CODE << (BITS * j))) | magic  # 2^23 + q · 2^(BITS·j)
+                    xj = xj * (1.0 / (1 << (BITS * j)))
+                else:
+                    code = ((packed >> (BITS * LOW)) & (CODE << (BITS * (j - LOW)))) | magic
+                    xj = xj * (1.0 / (1 << (BITS * (j - LOW))))
+                code_sum += xj[:, None] * (code.to(tl.float32, bitcast=True) - 8388608.0)
+            if ONE_GROUP:
+                g = step * WORDS * PER // group
+                zero, scale = _zero_and_scale(qzeros, scales, g, n, n_mask, out_features, zero_words, BITS)
+                acc += (code_sum - x_sum[:, None] * zero[None]) * scale[None]
+            else:
+                g = (word * PER // group)[:, None]
+                mask = word_mask[:, None] & n_mask[None]
+                zero, scale = _zero_and_scale(qzeros, scales, g, n[None], mask, out_features, zero_words, BITS)
+                acc += (code_sum - x_sum[:, None] * zero) * scale
+        return tl.sum(acc, axis=0)[None]
+
+    @triton.jit
+    def _minus_zero(  # type: ignore[no-untyped-def]
+        packed, zero, magic, J: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr
+    ):
+        """q − z, exactly, for code J of each word: one instruction on bits (and-or), one on floats (multiply-add)."""
+        LOW: tl.constexpr = 23 // BITS  # codes of a word that lie within the mantissa without a shift
+        SHIFT: tl.constexpr = BITS * (J % LOW)
+        MASK: tl.constexpr = ((1 << BITS) - 1) << SHIFT
+        word = packed >> (BITS * LOW * (J // LOW))
+        code = (word & MASK) | magic  # 2^23 + q · 2^SHIFT
+        return (code.to(tl.float32, bitcast=True) * (1.0 / (1 << SHIFT)) - (zero + (8388608 >> SHIFT))).to(DTYPE)
+
+    @triton.jit
+    def _codes_minus_zero(  # type: ignore[no-untyped-def]
+        packed, zero, magic, BITS: tl.constexpr, DTYPE: tl.constexpr
+    ):
+        """packed [N, words] -> q − z [N, words · codes]; the codes of a word stay in one thread."""
+        tl.static_assert(BITS == 4 or BITS == 8)
+        N: tl.constexpr = packed.shape[0]
+        WORDS: tl.constexpr = packed.shape[1]
+        if BITS == 4:
+            even = tl.join(
+                tl.join(_minus_zero(packed, zero, magic, 0, 4, DTYPE), _minus_zero(packed, zero, magic, 4, 4, DTYPE)),
+                tl.join(_minus_zero(packed, zero, magic, 2, 4, DTYPE), _minus_zero(packed, zero, magic, 6, 4, DTYPE)),
+            )
+            odd = tl.join(
+                tl.join(_minus_zero(packed, zero, magic, 1, 4, DTYPE), _minus_zero(packed, zero, magic, 5, 4, DTYPE)),
+                tl.join(_minus_zero(packed, zero, magic, 3, 4, DTYPE), _minus_zero(packed, zero, magic, 7, 4, DTYPE)),
+            )
+        else:
+            even = tl.join(_minus_zero(packed, zero, magic, 0, 8, DTYPE), _minus_zero(packed, zero, magic, 2, 8, DTYPE))
+            odd = tl.join(_minus_zero(packed, zero, magic, 1, 8, DTYPE), _minus_zero(packed, zero, magic, 3, 8, DTYPE))
+        return tl.reshape(tl.join(even, odd), (N, WORDS * (32 // BITS)))
+
+    @triton.jit
+    def _several_rows(  # type: ignore[no-untyped-def]
+        x, qweight, qzeros, scales, perm, first, last, m, batch, n, n_mask, in_features, out_features, zero_words,
+        group, magic, BITS: tl.constexpr, WORDS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr,
+        ONE_GROUP: tl.constexpr, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """x[m] @ W[:, n] over the steps first … last of K, on tensor cores: [TM, TN] float32."""
+        PER: tl.constexpr = 32 // BITS
+        TK: tl.constexpr = WORDS * PER
+        DTYPE: tl.constexpr = x.dtype.element_ty
+        acc = tl.zeros((TM, TN), tl.float32)
+        for step in tl.range(first, last, num_stages=STAGES):
+            word = step * WORDS + tl.arange(0, WORDS)
+            word_mask = n_mask[:, None] & (word * PER < in_features)[None]
+            packed = tl.load(qweight + word[None].to(tl.int64) * out_features + n[:, None], mask=word_mask, other=0)
+            k = step * TK + tl.arange(0, TK)
+            k_mask = k < in_features
+            column = tl.load(perm + k, mask=k_mask, other=0) if PERM else k
+            x_mask = (m < batch)[:, None] & k_mask[None]
+            xs = tl.load(x + m[:, None] * in_features + column[None], mask=x_mask, other=0.0)
+            if ONE_GROUP:
+                g = step * TK // group
+                zero, scale = _zero_and_scale(qzeros, scales, g, n, n_mask, out_features, zero_words, BITS)
+                codes = _codes_minus_zero(packed, zero[:, None], magic, BITS, DTYPE)
+                acc += tl.dot(xs, tl.trans(codes), input_precision="ieee") * scale[None]
+            else:
+                g = (word * PER // group)[None]
+                zero, scale = _zero_and_scale(qzeros, scales, g, n[:, None], word_mask, out_features, zero_words, BITS)
+                scale_of_code = tl.reshape(tl.broadcast_to(scale[:, :, None], (TN, WORDS, PER)), (TN, TK))
+                weight = (_codes_minus_zero(packed, zero, magic, BITS, tl.float32) * scale_of_code).to(DTYPE)
+                acc += tl.dot(xs, tl.trans(weight), input_precision="ieee")
+        return acc
+
+    @triton.jit
+    def _low_rank_term(  # type: ignore[no-untyped-def]
+        down, up, m, batch, n, n_mask, down_columns, offset,
+        DOWN_SPLITS: tl.constexpr, RANK: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
+    ):  # fmt: skip
+        """down [m, offset …] @ up[n]ᵀ: [TM, TN] float32."""
         r = tl.arange(0, RANK)
         t = tl.zeros((TM, RANK), tl.float32)
-        for s in tl.static_range(LOW_SPLITS):
-            place = low + (s * many + m)[:, None] * wide + offset + r[None]
-            t += tl.load(place, mask=(m < many)[:, None], other=0.0)
-        b = tl.load(up + n[:, None] * RANK + r[None], mask=inside[:, None], other=0.0)
+        for s in tl.static_range(DOWN_SPLITS):
+            pointers = down + (s * batch + m)[:, None] * down_columns + offset + r[None]
+            t += tl.load(pointers, mask=(m < batch)[:, None], other=0.0)
+        b = tl.load(up + n[:, None] * RANK + r[None], mask=n_mask[:, None], other=0.0)
         if TM == 1:
             return tl.sum(b.to(tl.float32) * t, axis=1)[None]
         else:
             return tl.dot(t.to(up.dtype.element_ty), tl.trans(b), input_precision="ieee")
 
-    @triton.jit(do_not_specialize=["many", "tiles", "wide", "edge1", "edge2"])
+    @triton.jit(do_not_specialize=["batch", "steps", "down_columns", "start2", "start3"])
     def _product(  # type: ignore[no-untyped-def]
-        x, qweight, qzeros, scales, bias, qweight2, qzeros2, scales2, bias2, perm, low, up, out,
-        many, rows, columns, zero_words, group, tiles, wide, edge1, edge2, magic,
+        x, qweight, qzeros, scales, bias, qweight2, qzeros2, scales2, bias2, perm, down, up, out,
+        batch, in_features, out_features, zero_words, group, steps, down_columns, start2, start3, magic,
         BITS: tl.constexpr, WORDS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr,
-        BIAS: tl.constexpr, TWO: tl.constexpr, RANK: tl.constexpr, LOW_SPLITS: tl.constexpr, ONE_GROUP: tl.constexpr,
-        STAGES: tl.constexpr,
+        BIAS: tl.constexpr, PAIR: tl.constexpr, RANK: tl.constexpr, DOWN_SPLITS: tl.constexpr,
+        ONE_GROUP: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        """One part of y[:, n …]: `tiles` tiles of K; the first part brings the bias and the adapter. TWO: the second half of
-        the programs has the second weight, whose y stands beside the first's."""
+        """One part of y[:, n …], `steps` steps of K; the first part adds the bias and the adapter.
+
+        PAIR: the second half of the programs computes with the second weight, whose columns of y follow the first's.
+        """
         split = tl.program_id(1)
         block = tl.program_id(0)
-        half = block // tl.cdiv(columns, TN) if TWO else 0
-        block -= half * tl.cdiv(columns, TN)
-        beside, total = half * columns, columns * (2 if TWO else 1)
-        if TWO:  # noqa: SIM102  known when it is compiled; the next is not
-            if half == 1:
+        second = block // tl.cdiv(out_features, TN) if PAIR else 0
+        block -= second * tl.cdiv(out_features, TN)
+        offset, out_columns = second * out_features, out_features * (2 if PAIR else 1)
+        if PAIR:  # noqa: SIM102  known when it is compiled; the next is not
+            if second == 1:
                 qweight, qzeros, scales, bias = qweight2, qzeros2, scales2, bias2
         n = block * TN + tl.arange(0, TN)
-        inside = n < columns
+        n_mask = n < out_features
         m0 = tl.program_id(2) * TM
         m = m0 + tl.arange(0, TM)
-        first = split * tiles
-        last = tl.minimum(first + tiles, tl.cdiv(rows, WORDS * (32 // BITS)))
+        first = split * steps
+        last = tl.minimum(first + steps, tl.cdiv(in_features, WORDS * (32 // BITS)))
         if TM == 1:
-            y = one_row(
-                x + m0 * rows, qweight, qzeros, scales, perm, first, last, n, inside, rows, columns, zero_words, group, magic,
-                BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
+            y = _one_row(
+                x + m0 * in_features, qweight, qzeros, scales, perm, first, last, n, n_mask, in_features, out_features,
+                zero_words, group, magic, BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
             )  # fmt: skip
         else:
-            y = many_rows(
-                x, qweight, qzeros, scales, perm, first, last, m, many, n, inside, rows, columns, zero_words, group, magic,
-                BITS, WORDS, TM, TN, PERM, ONE_GROUP, STAGES,
+            y = _several_rows(
+                x, qweight, qzeros, scales, perm, first, last, m, batch, n, n_mask, in_features, out_features,
+                zero_words, group, magic, BITS, WORDS, TM, TN, PERM, ONE_GROUP, STAGES,
             )  # fmt: skip
         if split == 0:
             if BIAS:
-                y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None]
+                y += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[None]
             if RANK > 0:
-                start = beside + block * TN
-                segment = (start >= edge1).to(tl.int32) + (start >= edge2).to(tl.int32)
-                y += _thin(low, up, m, many, beside + n, inside, wide, segment * RANK, LOW_SPLITS, RANK, TM, TN)
-        place = out + (split * many + m)[:, None].to(tl.int64) * total + beside + n[None]
-        tl.store(place, y, mask=(m < many)[:, None] & inside[None])
+                start = offset + block * TN
+                segment = (start >= start2).to(tl.int32) + (start >= start3).to(tl.int32)
+                y += _low_rank_term(
+                    down, up, m, batch, offset + n, n_mask, down_columns, segment * RANK, DOWN_SPLITS, RANK, TM, TN
+                )
+        pointers = out + (split * batch + m)[:, None].to(tl.int64) * out_columns + offset + n[None]
+        tl.store(pointers, y, mask=(m < batch)[:, None] & n_mask[None])
 
-    @triton.jit(do_not_specialize=["many"])
-    def _narrow(  # type: ignore[no-untyped-def]
-        x, a, low, many, rows, wide, deep, TM: tl.constexpr, TL: tl.constexpr, TK: tl.constexpr
+    @triton.jit(do_not_specialize=["batch"])
+    def _down_product(  # type: ignore[no-untyped-def]
+        x, a, out, batch, in_features, ranks, part_k, TM: tl.constexpr, TL: tl.constexpr, TK: tl.constexpr
     ):
-        """Part `split` of x Aᵀ for TL rows of A [L, K]."""
+        """One part of x Aᵀ, `part_k` of K, for TL rows of A [L, K]."""
         split = tl.program_id(1)
         r = tl.program_id(0) * TL + tl.arange(0, TL)
         m0 = tl.program_id(2) * TM
         m = m0 + tl.arange(0, TM)
-        flat = tl.zeros((TL, TK), tl.float32)
+        lanes = tl.zeros((TL, TK), tl.float32)
         acc = tl.zeros((TM, TL), tl.float32)
-        for start in range(split * deep, tl.minimum((split + 1) * deep, rows), TK):
+        for start in range(split * part_k, tl.minimum((split + 1) * part_k, in_features), TK):
             k = start + tl.arange(0, TK)
-            inner = k < rows
-            at = tl.load(
-                a + r[:, None].to(tl.int64) * rows + k[None], mask=(r < wide)[:, None] & inner[None], other=0.0
-            )
+            k_mask = k < in_features
+            a_mask = (r < ranks)[:, None] & k_mask[None]
+            a_tile = tl.load(a + r[:, None].to(tl.int64) * in_features + k[None], mask=a_mask, other=0.0)
             if TM == 1:
-                flat += at.to(tl.float32) * tl.load(x + m0 * rows + k, mask=inner, other=0.0).to(tl.float32)[None]
+                x_row = tl.load(x + m0 * in_features + k, mask=k_mask, other=0.0).to(tl.float32)
+                lanes += a_tile.to(tl.float32) * x_row[None]
             else:
-                xs = tl.load(x + m[:, None] * rows + k[None], mask=(m < many)[:, None] & inner[None], other=0.0)
-                acc += tl.dot(xs, tl.trans(at), input_precision="ieee")
+                x_mask = (m < batch)[:, None] & k_mask[None]
+                xs = tl.load(x + m[:, None] * in_features + k[None], mask=x_mask, other=0.0)
+                acc += tl.dot(xs, tl.trans(a_tile), input_precision="ieee")
         if TM == 1:
-            acc += tl.sum(flat, axis=1)[None]
-        place = low + (split * many + m)[:, None] * wide + r[None]
-        tl.store(place, acc, mask=(m < many)[:, None] & (r < wide)[None])
+            acc += tl.sum(lanes, axis=1)[None]
+        pointers = out + (split * batch + m)[:, None] * ranks + r[None]
+        tl.store(pointers, acc, mask=(m < batch)[:, None] & (r < ranks)[None])
 
 
 def product(
-    x: Tensor, w: Packed, thin: Thin | None = None, second: Packed | None = None, tile: Tile | None = None
+    x: Tensor,
+    weight: PackedWeight,
+    adapter: LowRankTerm | None = None,
+    second: PackedWeight | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
-    """x [M, K] @ W + bias + the adapter's part, as [S, M, N] float32 whose S parts are to be added in order.
+    """x [M, K] @ W + bias + the adapters' part, as [S, M, N] float32 whose S parts are to be added in order.
 
-    `second`, a weight alike in shape, bits, groups, order and bias: its product stands beside the first, [S, M, 2 N].
+    `second` is a weight of the same shape, bits, groups and order, with a bias where the first has one: its columns
+    follow the first's, [S, M, 2 N].
     """
-    assert x.is_contiguous() and x.shape[1] == w.rows, (x.shape, w.rows)
-    pair = second or w
-    assert pair.qweight.shape == w.qweight.shape and (pair.bias is None) == (w.bias is None), "two weights alike"
-    wide = w.columns * (2 if second else 1)
-    tile = tile or tile_for(len(x), w.rows, wide, w.bits, x.device)
-    steps = triton.cdiv(w.qweight.shape[0], tile.words)
-    each = triton.cdiv(steps, tile.splits)
-    tile = replace(tile, splits=triton.cdiv(steps, each))  # none without work
-    if thin and tile.columns > EDGE and thin.up.shape[1] > EDGE:
-        tile = replace(tile, columns=EDGE)  # a wider block's part of a large adapter does not fit its registers
-    if thin and not second and any(edge % tile.columns for edge in thin.edges):
-        tile = replace(tile, columns=EDGE)  # no block of columns may have two linears' adapters
-        assert all(edge % EDGE == 0 for edge in thin.edges), thin.edges
-    out = torch.empty(tile.splits, len(x), wide, dtype=torch.float32, device=x.device)
-    high = height(x)
-    grid = (triton.cdiv(w.columns, tile.columns) * (2 if second else 1), tile.splits, triton.cdiv(len(x), high))
-    bias, bias2 = (one.bias if one.bias is not None else x for one in (w, pair))
+    assert x.is_contiguous() and x.shape[1] == weight.in_features, (x.shape, weight.in_features)
+    other, count = second or weight, 2 if second else 1
+    assert other.qweight.shape == weight.qweight.shape and (other.bias is None) == (weight.bias is None), "unequal pair"
+    tile = tile or tile_for(len(x), weight.in_features, weight.out_features * count, weight.bits, x.device)
+    tile, steps = _fit_splits(_fit_columns(tile, adapter, second is not None), weight)
+    out = torch.empty(tile.splits, len(x), weight.out_features * count, dtype=torch.float32, device=x.device)
+    rows = rows_per_program(x)
+    grid = (triton.cdiv(weight.out_features, tile.columns) * count, tile.splits, triton.cdiv(len(x), rows))
+    bias, bias2 = (w.bias if w.bias is not None else x for w in (weight, other))  # x: a pointer that is not read
     _product[grid](
-        x, w.qweight, w.qzeros, w.scales, bias, pair.qweight, pair.qzeros, pair.scales, bias2,
-        w.perm if w.perm is not None else x, thin.low if thin else x, thin.up if thin else x, out,
-        len(x), w.rows, w.columns, w.qzeros.shape[1], w.group, each, thin.low.shape[2] if thin else 0,
-        *(thin.edges if thin else (0, 0)), MAGIC,
-        BITS=w.bits, WORDS=tile.words, TM=high, TN=tile.columns, PERM=w.perm is not None, BIAS=w.bias is not None,
-        TWO=second is not None, RANK=thin.up.shape[1] if thin else 0, LOW_SPLITS=len(thin.low) if thin else 0,
-        ONE_GROUP=w.group % (tile.words * 32 // w.bits) == 0, STAGES=tile.stages, num_warps=tile.warps,
+        x, weight.qweight, weight.qzeros, weight.scales, bias, other.qweight, other.qzeros, other.scales, bias2,
+        weight.perm if weight.perm is not None else x,
+        adapter.down if adapter else x, adapter.up if adapter else x, out,
+        len(x), weight.in_features, weight.out_features, weight.qzeros.shape[1], weight.group, steps,
+        adapter.down.shape[2] if adapter else 0, *(adapter.starts if adapter else (0, 0)), MAGIC,
+        BITS=weight.bits, WORDS=tile.words, TM=rows, TN=tile.columns, PERM=weight.perm is not None,
+        BIAS=weight.bias is not None, PAIR=second is not None, RANK=adapter.up.shape[1] if adapter else 0,
+        DOWN_SPLITS=len(adapter.down) if adapter else 0, ONE_GROUP=weight.group % (tile.words * 32 // weight.bits) == 0,
+        STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
 
-def narrow(x: Tensor, a: Tensor, splits: int = 4) -> Tensor:
+def _fit_splits(tile: Tile, weight: PackedWeight) -> tuple[Tile, int]:
+    """The tile with as many splits as have work, and the steps of K of one split."""
+    steps = triton.cdiv(weight.qweight.shape[0], tile.words)
+    steps_per_split = triton.cdiv(steps, tile.splits)
+    return replace(tile, splits=triton.cdiv(steps, steps_per_split)), steps_per_split
+
+
+def _fit_columns(tile: Tile, adapter: LowRankTerm | None, pair: bool) -> Tile:
+    """The tile with columns that suit the adapter."""
+    if adapter and tile.columns > SEGMENT_COLUMNS and adapter.up.shape[1] > SEGMENT_COLUMNS:
+        tile = replace(tile, columns=SEGMENT_COLUMNS)  # a wider block of a large adapter needs too many registers
+    if adapter and not pair and any(start % tile.columns for start in adapter.starts):
+        assert all(start % SEGMENT_COLUMNS == 0 for start in adapter.starts), adapter.starts
+        tile = replace(tile, columns=SEGMENT_COLUMNS)  # no block of columns may span two linears
+    return tile
+
+
+def down_product(x: Tensor, a: Tensor, splits: int = 4) -> Tensor:
     """x [M, K] @ Aᵀ for A [L, K], as [S, M, L] float32 whose S parts are to be added in order."""
-    many, wide, rows = len(x), len(a), x.shape[1]
-    high = height(x)
-    lines, deep = (8, 512) if high == 1 else (16, 128)
-    each = triton.cdiv(triton.cdiv(rows, splits), deep) * deep
-    out = torch.empty(triton.cdiv(rows, each), many, wide, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(wide, lines), len(out), triton.cdiv(many, high))
-    _narrow[grid](x, a, out, many, rows, wide, each, TM=high, TL=lines, TK=deep, num_warps=4)
+    batch, ranks, in_features = len(x), len(a), x.shape[1]
+    rows = rows_per_program(x)
+    tile_ranks, tile_k = (8, 512) if rows == 1 else (16, 128)
+    part_k = triton.cdiv(triton.cdiv(in_features, splits), tile_k) * tile_k
+    out = torch.empty(triton.cdiv(in_features, part_k), batch, ranks, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(ranks, tile_ranks), len(out), triton.cdiv(batch, rows))
+    _down_product[grid](
+        x, a, out, batch, in_features, ranks, part_k, TM=rows, TL=tile_ranks, TK=tile_k, num_warps=4
+    )  # fmt: skip
     return out

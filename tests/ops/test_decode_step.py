@@ -1,0 +1,65 @@
+"""The kernels of a decoding step against their definitions: through Triton's interpreter, and on a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.ops import decode_step
+
+
+def check_attention(device: str) -> None:
+    """Attention whose keys are divided into splits, with grouped heads and long rows."""
+    from train.ops.kernels import decode_step as decode_step_kernels
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    for batch, heads, key_heads, head_dim, new in ((2, 4, 2, 16, 200), (1, 2, 2, 64, 255), (3, 2, 1, 32, 3)):
+        qkv, angles = random(3, batch, (heads + 2 * key_heads) * head_dim), random(1, 256, head_dim // 2)
+        rope = (angles.cos(), angles.sin())
+        pads = torch.arange(batch, dtype=torch.int32, device=device)
+        slot = torch.tensor([new], dtype=torch.int32, device=device)
+        cache = (random(batch, key_heads, 256, head_dim), random(batch, key_heads, 256, head_dim))
+        logn = random(256).abs()
+        expected_cache = [t.clone() for t in cache]
+        expected = decode_step.attend_plain(qkv, *rope, logn, pads, slot, *expected_cache, heads)
+        for splits in (1, 2, 4):
+            kernel_cache = [t.clone() for t in cache]
+            out = decode_step_kernels.attend(qkv, *rope, logn, pads, slot, *kernel_cache, heads, splits)
+            assert torch.allclose(out, expected, atol=2e-5), (batch, splits)
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(kernel_cache, expected_cache))
+
+
+def test_attention_in_splits_through_the_interpreter() -> None:
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    code = (
+        "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
+        "from tests.ops.test_decode_step import check_attention\ncheck_attention('cpu')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.gpu
+def test_attention_in_splits_on_the_gpu() -> None:
+    check_attention("cuda")
+
+
+def test_padding_and_empty_slots_are_not_read() -> None:
+    """The definition: what stands before a row's first slot and after the new token has no influence."""
+    generator = torch.Generator().manual_seed(1)
+    qkv = torch.randn(1, 2, 3 * 8, generator=generator)
+    angles = torch.randn(1, 16, 4, generator=generator)
+    pads, slot = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
+    keys, values = torch.randn(2, 2, 1, 16, 8, generator=generator)
+    args = (qkv, angles.cos(), angles.sin(), None, pads, slot)
+    expected = decode_step.attend_plain(*args, keys.clone(), values.clone(), 1)
+    for cache in (keys, values):
+        cache[1, :, :3] = 100.0
+        cache[:, :, 7:] = 100.0
+    assert torch.equal(decode_step.attend_plain(*args, keys, values, 1), expected)

@@ -1,0 +1,207 @@
+"""The same questions to the base and to the trained model: the questions, the two models, and the files of answers.
+
+Answers are greedy, so equal inputs give equal answers. answers.jsonl, loss.png and report.md go into the run's folder;
+compare.json, written last, holds the inputs that they came from. Options and tables are not its concern.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from train.common.device import pick_device, pick_dtype
+from train.common.errors import UserError
+from train.common.files import read_json, sha256, write_json, write_text
+from train.data.conversations import training_data
+from train.evaluation.parity import BUILTIN_QUESTIONS
+from train.evaluation.report import AnsweredQuestion, draw_losses, write_report
+from train.inference.generate import answers
+from train.model.folder import find_damage, read_manifest
+from train.model.loading import fits, keeps_float, load
+from train.model.lora import load_adapter
+from train.model.tokenizer import load_tokenizer
+
+CUT = "…"  # ends an answer that was cut off
+DATA_QUESTIONS = 8  # questions taken from the training data when no file of questions is given
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """The two models that answer. `merged` is the verified export, or None for the adapter on its base.
+
+    `reason`: why an export that exists does not answer.
+    """
+
+    base: Path
+    adapter: Path
+    merged: Path | None
+    reason: str = ""
+
+    @property
+    def trained_name(self) -> str:
+        """The trained model as messages and the report name it."""
+        return f"the merged model ({self.merged.name})" if self.merged else f"the adapter on its base{self.reason}"
+
+
+def find_pair(run: Path, base: Path) -> ModelPair:
+    """The merged model answers if it is whole, was made of the run's present adapter, and the GPU has room for it."""
+    merged, adapter = run / "merged", run / "adapter"
+    manifest = read_manifest(merged) or {"inputs": {}, "files": {}}
+    current = manifest["inputs"].get("adapter") == sha256(adapter / "adapter_model.safetensors")
+    if not current or find_damage(merged, manifest, full=False):
+        return ModelPair(base, adapter, None)
+    device = pick_device()
+    if not fits(merged, pick_dtype(device), device):
+        return ModelPair(base, adapter, None, " (the GPU has no room for the merged model)")
+    return ModelPair(base, adapter, merged)
+
+
+def find_questions(path: str, record: dict[str, Any]) -> tuple[list[str], str]:
+    """The questions for a run, and where they are from.
+
+    They are those of the file `path`; without one, of DATA_questions.txt or .jsonl beside the run's data; without that,
+    the first of the data; and where the data is missing or has changed, the built-in ones.
+    """
+    if path:
+        return read_questions(Path(path)), path
+    data = Path(record["data"]["path"])
+    for file in (data.with_name(f"{data.stem}_questions{suffix}") for suffix in (".txt", ".jsonl")):
+        if file.is_file():
+            return read_questions(file), str(file)
+    conversations, name = training_data(record)
+    if conversations:
+        return [c.turns[0].text for c in conversations[:DATA_QUESTIONS]], f"the first of {name}"
+    return [question for question, _ in BUILTIN_QUESTIONS], f"built-in: {name} is missing or has changed"
+
+
+def read_questions(path: Path) -> list[str]:
+    """A question a line; in .jsonl a string or an object with `question` or `instruction`.
+
+    Raises:
+        UserError: no file, not UTF-8, a line without a question, no questions.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        questions = [_parse_question(line) if path.suffix == ".jsonl" else line.strip() for line in lines]
+    except FileNotFoundError:
+        raise UserError(f"questions={path}: no such file. Write one question a line.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: expected UTF-8, and in .jsonl a string or {{'question': …}} a line ({error!r:.120})."
+        ) from error
+    if not questions:
+        raise UserError(f"{path}: no questions in it. Write one a line.")
+    return questions
+
+
+def _parse_question(line: str) -> str:
+    row = json.loads(line)
+    text = row.get("question") or row["instruction"] if isinstance(row, dict) else row
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(line)
+    return text.strip()
+
+
+def answer_questions(
+    pair: ModelPair,
+    trained: bool,
+    questions: Sequence[str],
+    recipe: dict[str, Any],
+    max_tokens: int,
+    batch: int,
+    on_answers: Callable[[int], None],
+) -> list[str]:
+    """Answers of the base, or of the trained model, which is in memory only meanwhile; one that is cut off ends in …
+
+    Args:
+        recipe: the run's, for its system message and template.
+        on_answers: called with the number of new answers, after each batch.
+    """
+    model, tokenizer = _load_model(pair, trained), load_tokenizer(pair.base)
+    reported = 0
+
+    def report_new(answered: int, total: int) -> None:
+        nonlocal reported
+        on_answers(answered - reported)
+        reported = answered
+
+    return answers(
+        model,
+        tokenizer,
+        questions,
+        system=recipe["system"],
+        max_new_tokens=max_tokens,
+        batch=batch,
+        on_progress=report_new,
+        template=recipe["template"],
+        cut=CUT,
+    )
+
+
+def _load_model(pair: ModelPair, trained: bool) -> nn.Module:
+    device = pick_device()
+    dtype = pick_dtype(device)
+    if trained and pair.merged:
+        return load(pair.merged, dtype, device)
+    base = load(pair.base, dtype, device, keep_float=keeps_float(pair.base, device))
+    return load_adapter(base, pair.adapter).eval() if trained else base
+
+
+def answered_questions(
+    questions: Sequence[str], before: Sequence[str], after: Sequence[str], record: dict[str, Any]
+) -> list[AnsweredQuestion]:
+    """Each question with both answers, and whether the run's training data asks it."""
+    conversations, _ = training_data(record)
+    asked = {turn.text.strip() for c in conversations for turn in c.turns if turn.role == "user"}
+    return [
+        AnsweredQuestion(question, one.strip(), other.strip(), question.strip() in asked)
+        for question, one, other in zip(questions, before, after, strict=True)
+    ]
+
+
+def comparison_inputs(pair: ModelPair, questions: Sequence[str], max_tokens: int) -> dict[str, Any]:
+    """Everything that the answers depend on, as compare.json keeps it."""
+    weights = pair.merged / "manifest.json" if pair.merged else pair.adapter / "adapter_model.safetensors"
+    return {
+        "questions": list(questions),
+        "max_tokens": max_tokens,
+        "device": pick_device().type,
+        "after": pair.trained_name,
+        "weights": sha256(weights),
+        "base": str(pair.base),
+    }
+
+
+def read_answers(run: Path, inputs: dict[str, Any]) -> list[AnsweredQuestion] | None:
+    """The answers that the run's folder keeps, if they came from `inputs` and all files are there; else None."""
+    files = ("compare.json", "answers.jsonl", "loss.png", "report.md")
+    if not all((run / name).is_file() for name in files) or read_json(run / "compare.json") != inputs:
+        return None
+    lines = (run / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    return [AnsweredQuestion(**json.loads(line)) for line in lines]
+
+
+def write_answers(
+    run: Path,
+    record: dict[str, Any],
+    answered: Sequence[AnsweredQuestion],
+    pair: ModelPair,
+    inputs: dict[str, Any],
+) -> None:
+    """answers.jsonl, loss.png, report.md, and last compare.json."""
+    lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answered]
+    write_text(run / "answers.jsonl", "".join(lines))
+    losses = read_losses(run)
+    draw_losses(losses, run.name, run / "loss.png")
+    manifest = read_manifest(pair.merged) if pair.merged else None
+    write_report(run / "report.md", record, losses, answered, pair.trained_name, manifest)
+    write_json(run / "compare.json", inputs)
+
+
+def read_losses(run: Path) -> list[dict[str, Any]]:
+    """Rows of losses.jsonl; a step that the guard skipped has no loss and is left out."""
+    lines = (run / "losses.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["loss"] is not None]

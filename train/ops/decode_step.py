@@ -1,0 +1,89 @@
+"""What a decoding step computes besides its products: the definitions. The kernels are in ops/kernels/decode_step.py.
+
+A product may come in parts along K, [S, M, N], which are added in order. M rows are decoded at once, a new token each.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train.ops.kernels import decode_step as decode_step_kernels
+from train.ops.kernels.runtime import use_kernel
+
+
+def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [M, H] + the sum of parts [S, M, H], and the RMSNorm of that times weight [H]; both [M, H] in x's dtype."""
+    return (decode_step_kernels.add_norm if use_kernel(x) else add_norm_plain)(x, parts, weight, eps)
+
+
+def add_norm_plain(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The definition of add_norm."""
+    total = x if parts is None else x + parts.sum(0).to(x.dtype)
+    y = total.float()
+    return total, (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def attend(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    logn: Tensor | None,
+    pads: Tensor,
+    slot: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+    splits: int = 1,
+) -> Tensor:
+    """Attention [M, Hq·D] of one new token a row; its key and value are written to the cache at `slot`.
+
+    Args:
+        qkv: [S, M, (Hq + 2 Hkv)·D] in parts, before rotary positions.
+        cos, sin: float32 [1 or M, capacity, D / 2], by position.
+        logn: float32 [capacity] by position, or None.
+        pads: int32 [M], the first slot of each row: a token's position is its slot minus this.
+        slot: int32 [1].
+        keys, values: [M, Hkv, capacity, D] in the dtype of the result, filled in slots pads … slot − 1.
+        splits: programs that share the keys of a head, a power of two; the kernel's, without effect on the definition.
+    """
+    if use_kernel(keys):
+        return decode_step_kernels.attend(qkv, cos, sin, logn, pads, slot, keys, values, heads, splits)
+    return attend_plain(qkv, cos, sin, logn, pads, slot, keys, values, heads)
+
+
+def attend_plain(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    logn: Tensor | None,
+    pads: Tensor,
+    slot: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+) -> Tensor:
+    """The definition of attend."""
+    batch, key_heads, _, head_dim = keys.shape
+    heads_of_token = qkv.sum(0).to(keys.dtype).view(batch, -1, head_dim)
+    q, k, v = heads_of_token.split([heads, key_heads, key_heads], dim=1)  # [M, H, D]
+    positions = (slot - pads).long()
+    rows = torch.arange(batch, device=qkv.device) if len(cos) > 1 else torch.zeros_like(positions)
+    cos, sin = (torch.cat([table[rows, positions]] * 2, dim=-1)[:, None] for table in (cos, sin))  # [M, 1, D]
+    q, k = _apply_rope(q, cos, sin), _apply_rope(k, cos, sin)
+    if logn is not None:
+        q = q * logn[positions][:, None, None].to(q.dtype)
+    new = int(slot)
+    keys[:, :, new], values[:, :, new] = k, v
+    visible = torch.arange(new + 1, device=qkv.device)[None] >= pads[:, None]  # [M, keys]
+    y = F.scaled_dot_product_attention(
+        q[:, :, None],
+        keys[:, :, : new + 1].repeat_interleave(heads // key_heads, dim=1),
+        values[:, :, : new + 1].repeat_interleave(heads // key_heads, dim=1),
+        attn_mask=visible[:, None, None],
+    )
+    return y.flatten(1)
+
+
+def _apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
