@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from train.model.decoder import Decoder
 from train.model.int4_linear import Int4Linear
 from train.ops import kernels
-from train.ops.gptq import grouped, pack_rows, unpack_rows
+from train.ops.gptq import groups_in_order, pack_rows, unpack_rows
 from train.ops.kernels import decode_step as fast
 from train.ops.kernels import gptq_matmul
 from train.ops.kernels.gptq_matmul import EDGE, NEVER, Packed, Thin
@@ -93,10 +93,10 @@ def _packed(layer: Int4Linear) -> Packed | None:
     bias = layer.bias if layer.bias is not None and bool(layer.bias.any()) else None  # Qwen-1's files hold zeros
     if bits == 2:
         return None
-    if grouped(layer.g_idx, len(layer.scales)):
+    if groups_in_order(layer.g_idx, len(layer.scales)):
         return Packed(layer.qweight, layer.qzeros, layer.scales, bits, bias)
     order = torch.argsort(layer.g_idx, stable=True)
-    if not grouped(layer.g_idx[order], len(layer.scales)):
+    if not groups_in_order(layer.g_idx[order], len(layer.scales)):
         return None
     sorted_rows = pack_rows(unpack_rows(layer.qweight, bits)[order], bits).contiguous()
     return Packed(sorted_rows, layer.qzeros, layer.scales, bits, bias, order.int())
