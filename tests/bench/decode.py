@@ -106,7 +106,7 @@ def measure(arm: str, answer: Answer, batch: int, vocabulary: int) -> dict[str, 
     settle()
     warm = time.perf_counter() - began
     rates, firsts, steps = [], [], []
-    with card.Watch(card.eye_on(DEVICE)) as seen:
+    with card.Watch(card.sensor_of(DEVICE)) as seen:
         for _ in range(TURNS if arm != "stock" else 1):
             settle()
             began = time.perf_counter()
@@ -123,7 +123,10 @@ def measure(arm: str, answer: Answer, batch: int, vocabulary: int) -> dict[str, 
         }
     peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
     found["peak_gib"] = round(peak / 2**30, 2)
-    return found | {"card": {**seen.found(), "product_tflops": card.worth(DEVICE)}, "at": time.strftime("%H:%M:%S")}
+    return found | {
+        "card": {**seen.summary(), "product_tflops": card.product_tflops(DEVICE)},
+        "at": time.strftime("%H:%M:%S"),
+    }
 
 
 def use(tiles: str) -> None:
