@@ -19,7 +19,7 @@ from train.model import architecture, lora
 from train.model.architecture import PUBLISHED, Shape
 from train.model.int4_linear import Int4Linear
 from train.model.layouts import LAYOUTS, read_config
-from train.training import memory_estimate, step_sizes
+from train.training import memory_estimate
 from train.training.memory_estimate import GIB, Setting
 
 CPU = torch.device("cpu")
@@ -89,14 +89,6 @@ def test_the_count_of_the_passes_would_notice_a_tensor_more() -> None:
     assert (living.most, living.now) == (8000, 8000)
     del second, third
     assert living.now == 0
-
-
-def test_constants_are_those_of_the_code() -> None:
-    assert (memory_estimate.ROUND, memory_estimate.HALVES) == (step_sizes.ROW_MULTIPLE, step_sizes.HALVED_MLP_TOKENS)
-    assert (memory_estimate.LOSS_ROWS, memory_estimate.LOSS_TOKENS) == (step_sizes.LOGITS_ROWS, step_sizes.FEW_TOKENS)
-    few = memory_estimate.LOSS_TOKENS
-    rows = [step_sizes.logits_rows(tokens) for tokens in (few, few + 1)]
-    assert rows == [memory_estimate.LOSS_ROWS // 2, memory_estimate.LOSS_ROWS]
 
 
 def test_about_23_800_numbers_a_token_and_layer_in_the_small_qwen() -> None:
