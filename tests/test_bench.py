@@ -231,47 +231,47 @@ def test_out_of_memory_is_told_from_a_failure() -> None:
 # What the card does meanwhile
 
 
-class Eye:
-    """A card that is held back by its power in every other look."""
+class FakeSensor:
+    """A card that is held back by its power in every other reading."""
 
     def __init__(self) -> None:
-        self.looks = 0
+        self.readings = 0
 
-    def look(self) -> card.Look:
-        self.looks += 1
-        return card.Look(1980 - 300 * (self.looks % 2), 2619, 699.6, 61, 4 * (self.looks % 2))
+    def read(self) -> card.Reading:
+        self.readings += 1
+        return card.Reading(1980 - 300 * (self.readings % 2), 2619, 699.6, 61, 4 * (self.readings % 2))
 
 
 def test_a_card_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card, "EVERY", 0.001)
-    eye = Eye()
-    with card.Watch(eye) as seen:
-        while eye.looks < 10:
+    sensor = FakeSensor()
+    with card.Watch(sensor) as watch:
+        while sensor.readings < 10:
             pass
-    found = seen.found()
-    assert found["sm_mhz"][0] == 1680
-    assert found["sm_mhz"][2] == 1980
-    assert found["watts"] == [700, 700, 700]
-    assert 0.4 < found["held_back"]["power cap"] < 0.6
-    assert found["looks"] == eye.looks
-    assert "heat" not in found["held_back"]
+    row = watch.summary()
+    assert row["sm_mhz"][0] == 1680
+    assert row["sm_mhz"][2] == 1980
+    assert row["watts"] == [700, 700, 700]
+    assert 0.4 < row["held_back"]["power cap"] < 0.6
+    assert row["looks"] == sensor.readings
+    assert "heat" not in row["held_back"]
 
 
-def test_why_a_card_cannot_be_seen_is_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert card.eye_on(torch.device("cpu")) == "no card"
+def test_why_a_card_cannot_be_read_is_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert card.sensor_of(torch.device("cpu")) == "no card"
 
     def refuse(index: int) -> None:
         raise OSError("libnvidia-ml.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(card, "Library", refuse)
-    eye = card.eye_on(torch.device("cuda", 0))
-    assert "libnvidia-ml" in str(eye)
-    with card.Watch(eye) as seen:
+    monkeypatch.setattr(card, "NvmlSensor", refuse)
+    sensor = card.sensor_of(torch.device("cuda", 0))
+    assert "libnvidia-ml" in str(sensor)
+    with card.Watch(sensor) as watch:
         pass
-    assert "libnvidia-ml" in seen.found()["seen"]
-    with card.Watch(Eye()) as seen:
+    assert "libnvidia-ml" in watch.summary()["seen"]
+    with card.Watch(FakeSensor()) as watch:
         pass
-    assert seen.found() == {"seen": "too short to be seen"}
+    assert watch.summary() == {"seen": "too short to be seen"}
 
 
 LIBRARY = """
@@ -293,10 +293,10 @@ def test_the_library_is_called_as_it_wants(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(card.ctypes, "CDLL", lambda name: open_library(str(tmp_path / "ml.so")))
     for uuid, fits in (("one", True), ("other", False)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, uuid=uuid: SimpleNamespace(uuid=uuid))
-        eye = card.eye_on(torch.device("cuda", 0))
-        assert isinstance(eye, str) is not fits
-        if not isinstance(eye, str):
-            assert eye.look() == card.Look(1755, 2619, 512.345, 54, 36)
+        sensor = card.sensor_of(torch.device("cuda", 0))
+        assert isinstance(sensor, str) is not fits
+        if not isinstance(sensor, str):
+            assert sensor.read() == card.Reading(1755, 2619, 512.345, 54, 36)
 
 
 # Random models

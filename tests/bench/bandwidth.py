@@ -1,10 +1,9 @@
-"""How near to a copy's bandwidth the Int4 weight becomes floats: every linear of a shape, beside a copy of as many
-bytes in the same run.
+"""How fast Int4 weights are dequantised, compared with a copy of as many bytes: every linear of a shape, in one run.
 
     python -m tests.bench.bandwidth out.json [--models 1.8b,7b]
 
-Bytes are those that must move: packed words, zeros and scales once, the bfloat16 weight once. Each call of a graph has
-a weight and a result of its own, more of them than any cache holds; medians, and the copy before and after.
+The bytes counted are those that must move: packed words, zeros and scales once, the bfloat16 weight once. Each call of
+a graph has its own weight and result, together larger than any cache. Medians; the copy is measured before and after.
 """
 
 import argparse
@@ -21,13 +20,12 @@ from train.common.files import write_json
 DTYPE = torch.bfloat16
 
 
-def unpacked(rows: int, columns: int) -> dict[str, Any]:
-    """Microseconds and TB/s of dequantize for W [rows, columns], and of a copy_ that reads and writes as much."""
+def measure(rows: int, columns: int) -> dict[str, Any]:
+    """Microseconds and TB/s of dequantize for W [rows, columns], and of a copy_ that reads and writes as many bytes."""
     from train.ops.kernels import dequantize
 
-    moved = rows * columns * (0.5 + 2) + rows // 128 * columns * (
-        0.5 + 2
-    )  # words and W; zeros and scales of groups of 128
+    # Int4 words and W in bfloat16; then zeros and scales of groups of 128
+    moved = rows * columns * (0.5 + 2) + rows // 128 * columns * (0.5 + 2)
     count = max(4, round(COLD / (2 * rows * columns)))
     weights = [random_weight(rows, columns) for _ in range(count)]
     results = [torch.empty(rows, columns, dtype=DTYPE, device="cuda") for _ in range(count)]
@@ -39,14 +37,12 @@ def unpacked(rows: int, columns: int) -> dict[str, Any]:
     copies = [lambda a=a, b=b: b.copy_(a) for a, b in pairs]
     before, took, after = microseconds(copies), microseconds(calls), microseconds(copies)
     copied = min(before, after)
-    row = {
+    return {
         "k": rows,
         "n": columns,
         "bytes": int(moved),
         "us": round(took, 2),
         "copy_us": [round(before, 2), round(after, 2)],
-    }
-    return row | {
         "tb_s": round(moved / took / 1e6, 3),
         "copy_tb_s": round(moved / copied / 1e6, 3),
         "of_copy": round(copied / took, 3),
@@ -54,6 +50,7 @@ def unpacked(rows: int, columns: int) -> dict[str, Any]:
 
 
 def _half(moved: float) -> Tensor:
+    """Half of the bytes: a copy reads as many as it writes."""
     return torch.zeros(int(moved / 2), dtype=torch.uint8, device="cuda")
 
 
@@ -61,12 +58,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", default="1.8b,7b")
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for model, (k, n, _) in [(m, shape) for m in wanted.models.split(",") for shape in SHAPES[m]]:
-        rows.append({"model": model, **unpacked(k, n)})
+    for model, (k, n, _) in [(m, shape) for m in options.models.split(",") for shape in SHAPES[m]]:
+        rows.append({"model": model, **measure(k, n)})
         print(rows[-1], flush=True)
-        write_json(wanted.out, {**heading(), "rows": rows})
+        write_json(options.out, {**heading(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a card does while something is measured on it: clocks, power, temperature, and what holds it back.
+"""What a card does while something is measured on it: clocks, power, temperature, and what holds its clocks back.
 
-By NVIDIA's management library, which comes with every driver, called directly: no package, no process beside the
-measured one. A thread asks it twenty times a second, each time for some tens of microseconds. And a product of fixed
-size, timed, says what the card is worth at that moment, whatever the library answers: rows of one program at one speed
-of the product can be compared, others cannot.
+Read from NVIDIA's management library, which is part of every driver, by direct calls: no package, and no process beside
+the measured one. A thread reads twenty times a second; a reading takes some tens of microseconds. In addition a matrix
+product of fixed size is timed, which shows how fast the card is at that moment whatever the library reports: rows of
+one program are comparable if the product was equally fast, and only then.
 """
 
 import ctypes
@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-EVERY = 0.05  # seconds between two looks
-# bits of nvmlDeviceGetCurrentClocksThrottleReasons; idle, the first, holds nothing back
+EVERY = 0.05  # seconds between two readings
+# Bits of nvmlDeviceGetCurrentClocksThrottleReasons. Its bit 0, an idle card, holds nothing back
 REASONS = {
     1: "clocks set",
     2: "power cap",
@@ -25,31 +25,33 @@ REASONS = {
     6: "heat (hardware)",
     7: "power brake",
 }
-SIDE = 8192  # of the product's matrices
+SIDE = 8192  # of the product's square matrices
 
 
 @dataclass(frozen=True)
-class Look:
+class Reading:
     """The card at one moment."""
 
     sm_mhz: int
     memory_mhz: int
     watts: float
     celsius: int
-    reasons: int
+    reasons: int  # the bits of REASONS
 
 
-class Eye(Protocol):
-    """Whoever can look."""
-
-    def look(self) -> Look: ...
+class Sensor(Protocol):
+    def read(self) -> Reading: ...
 
 
-class Library:
-    """One card through libnvidia-ml; OSError where it is not or refuses."""
+class NvmlSensor:
+    """One card, read through libnvidia-ml.
+
+    Raises:
+        OSError: the library is missing or refuses.
+    """
 
     def __init__(self, index: int) -> None:
-        """index: torch's of the card."""
+        """index: torch's number of the card."""
         self.library = ctypes.CDLL("libnvidia-ml.so.1")
         self._call("nvmlInit_v2")
         self.handle = ctypes.c_void_p()
@@ -60,66 +62,69 @@ class Library:
         if status := getattr(self.library, name)(*arguments):
             raise OSError(f"{name}: status {status}")
 
-    def _number(self, name: str, *arguments: Any, kind: Any = ctypes.c_uint) -> int:
-        found = kind()
-        self._call(name, self.handle, *arguments, ctypes.byref(found))
-        return int(found.value)
+    def _number(self, name: str, *arguments: Any, ctype: Any = ctypes.c_uint) -> int:
+        value = ctype()
+        self._call(name, self.handle, *arguments, ctypes.byref(value))
+        return int(value.value)
 
-    def look(self) -> Look:
-        reasons = self._number("nvmlDeviceGetCurrentClocksThrottleReasons", kind=ctypes.c_ulonglong)
-        clocks = [self._number("nvmlDeviceGetClockInfo", domain) for domain in (1, 2)]  # of multiprocessors, of memory
+    def read(self) -> Reading:
+        reasons = self._number("nvmlDeviceGetCurrentClocksThrottleReasons", ctype=ctypes.c_ulonglong)
+        sm, memory = (self._number("nvmlDeviceGetClockInfo", domain) for domain in (1, 2))
         watts = self._number("nvmlDeviceGetPowerUsage") / 1000
-        return Look(clocks[0], clocks[1], watts, self._number("nvmlDeviceGetTemperature", 0), reasons)
+        return Reading(sm, memory, watts, self._number("nvmlDeviceGetTemperature", 0), reasons)
 
 
-def eye_on(device: torch.device) -> Eye | str:
-    """Who looks at the device, or why nobody can."""
+def sensor_of(device: torch.device) -> Sensor | str:
+    """The sensor of a device, or why it has none."""
     if device.type != "cuda":
         return "no card"
     try:
-        eye = Library(device.index if device.index is not None else torch.cuda.current_device())
-        eye.look()
+        sensor = NvmlSensor(device.index if device.index is not None else torch.cuda.current_device())
+        sensor.read()
     except (OSError, AttributeError) as error:
-        return f"not to be seen: {error}"
-    return eye
+        return f"not readable: {error}"
+    return sensor
 
 
 class Watch:
-    """Looks all the while that its block runs."""
+    """Reads a sensor as long as its block runs."""
 
-    def __init__(self, eye: Eye | str) -> None:
-        self.eye, self.looks, self.over = eye, list[Look](), threading.Event()
+    def __init__(self, sensor: Sensor | str) -> None:
+        self.sensor, self.readings, self.over = sensor, list[Reading](), threading.Event()
 
     def __enter__(self) -> "Watch":
-        self.thread = threading.Thread(target=self._look, daemon=True)
-        if not isinstance(self.eye, str):
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        if not isinstance(self.sensor, str):
             self.thread.start()
         return self
 
-    def __exit__(self, *given: Any) -> None:
+    def __exit__(self, *args: Any) -> None:
         self.over.set()
         if self.thread.ident:
             self.thread.join()
 
-    def _look(self) -> None:
-        assert not isinstance(self.eye, str)
+    def _read(self) -> None:
+        assert not isinstance(self.sensor, str)
         while not self.over.wait(EVERY):
-            self.looks.append(self.eye.look())
+            self.readings.append(self.sensor.read())
 
-    def found(self) -> dict[str, Any]:
-        """For a row: least, median and most of each; what held the clocks back, and in which part of the looks."""
-        if isinstance(self.eye, str) or not self.looks:
-            return {"seen": self.eye if isinstance(self.eye, str) else "too short to be seen"}
-        row: dict[str, Any] = {"looks": len(self.looks)}
+    def summary(self) -> dict[str, Any]:
+        """For a row of results: minimum, median and maximum of each value; the reasons that held clocks back.
+
+        A reason comes with the share of readings that it was in.
+        """
+        if isinstance(self.sensor, str) or not self.readings:
+            return {"seen": self.sensor if isinstance(self.sensor, str) else "too short to be seen"}
+        row: dict[str, Any] = {"looks": len(self.readings)}
         for name in ("sm_mhz", "memory_mhz", "watts", "celsius"):
-            values = [getattr(look, name) for look in self.looks]
+            values = [getattr(reading, name) for reading in self.readings]
             row[name] = [round(n) for n in (min(values), statistics.median(values), max(values))]
-        held = {word: sum(look.reasons >> bit & 1 for look in self.looks) for bit, word in REASONS.items()}
-        return {**row, "held_back": {word: round(n / len(self.looks), 2) for word, n in held.items() if n}}
+        held = {reason: sum(reading.reasons >> bit & 1 for reading in self.readings) for bit, reason in REASONS.items()}
+        return {**row, "held_back": {reason: round(n / len(self.readings), 2) for reason, n in held.items() if n}}
 
 
-def worth(device: torch.device, seconds: float = 0.05) -> float | None:
-    """TFLOP/s of a large bfloat16 product on random numbers, now; None where there is no card or no room."""
+def product_tflops(device: torch.device, seconds: float = 0.05) -> float | None:
+    """TFLOP/s of a large bfloat16 product of random values, now; None without a card or without memory for it."""
     if device.type != "cuda":
         return None
     try:
@@ -127,11 +132,11 @@ def worth(device: torch.device, seconds: float = 0.05) -> float | None:
         out = a @ b
     except torch.OutOfMemoryError:
         return None
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = max(1, round(seconds / 0.0015))
-    begin.record()
+    start.record()
     for _ in range(times):
         torch.mm(a, b, out=out)
     end.record()
     torch.cuda.synchronize()
-    return round(times * 2 * SIDE**3 / begin.elapsed_time(end) / 1e9, 1)
+    return round(times * 2 * SIDE**3 / start.elapsed_time(end) / 1e9, 1)

@@ -104,7 +104,7 @@ def measure(arm: str, generate: Generate, batch: int, vocabulary: int) -> dict[s
     synchronize()
     warm = time.perf_counter() - start
     rates, firsts, steps = [], [], []
-    with card.Watch(card.eye_on(DEVICE)) as watch:
+    with card.Watch(card.sensor_of(DEVICE)) as watch:
         for _ in range(REPEATS if arm != "stock" else 1):
             synchronize()
             start = time.perf_counter()
@@ -121,7 +121,10 @@ def measure(arm: str, generate: Generate, batch: int, vocabulary: int) -> dict[s
         }
     peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
     row["peak_gib"] = round(peak / 2**30, 2)
-    return row | {"card": {**watch.found(), "product_tflops": card.worth(DEVICE)}, "at": time.strftime("%H:%M:%S")}
+    return row | {
+        "card": {**watch.summary(), "product_tflops": card.product_tflops(DEVICE)},
+        "at": time.strftime("%H:%M:%S"),
+    }
 
 
 def use_tiles(report: str) -> None:

@@ -92,7 +92,7 @@ def _measure(options: Options) -> None:
         return engine.place(batch), batch["input_ids"].numel()
 
     ready, size = batch_of(0)
-    with card.Watch(card.eye_on(device)) as seen:
+    with card.Watch(card.sensor_of(device)) as seen:
         for step in range(options.warm + options.counted):
             watch.start()
             engine.micro(ready, max(data.plan.label_count(step), 1))
@@ -108,7 +108,7 @@ def _measure(options: Options) -> None:
         "real": round(tokens / positions, 4),
         "conversations": len(data.samples),
         "mean_tokens": round(data.summary.tokens / data.summary.conversations, 1),
-        "card": {**seen.found(), "product_tflops": card.worth(device)},
+        "card": {**seen.summary(), "product_tflops": card.product_tflops(device)},
     }
     print(json.dumps(row), flush=True)
     with Path(options.out).open("a") as file:

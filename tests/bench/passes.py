@@ -1,12 +1,11 @@
-"""Which tiles serve the training step's own kernels best on this card: attention, cross entropy, and what takes a thin
-product along.
+"""Which tiles are the fastest for the training step's kernels on this card: attention, loss, inverse rotation.
 
     python -m tests.bench.passes out.json [--shapes 4x2048,8x512] [--compilers 12]
 
-Every candidate is first compiled, in several processes at once (Triton keeps them on the disk), then timed, one table
-of tiles at a time, the best one staying. For rotation's way back, which takes a thin product along, the control is the
-plain pass with cuBLAS beside it, in the same run. One layer of the 1.8B shape, a chunk of its logits; medians in
-microseconds.
+All candidates are compiled first, in several processes at once (Triton caches them on disk), then timed, one table of
+tiles after the other; the fastest tile of a table is kept for the next. The control of the inverse rotation with its
+low-rank product is the plain rotation with cuBLAS after it, in the same run. Measured on one layer of the 1.8B shape
+and a chunk of its logits; medians in microseconds.
 """
 
 import argparse
@@ -41,32 +40,33 @@ ATTENTION: dict[str, list[Any]] = {
         (64, 64, 4, 3),
         (64, 32, 4, 3),
     ],
-    "ABREAST": [1, 2, 4, 8, 16],
+    "HEADS_AT_ONCE": [1, 2, 4, 8, 16],
 }
-TIMED = {  # what each table is timed by: functions of Layer
+TIMED = {  # the methods of Layer that each table is timed with
     "FORWARD": ["forward"],
     "FOR_KEYS": ["backward"],
     "FOR_QUERIES": ["backward"],
-    "ABREAST": ["forward", "backward"],
+    "HEADS_AT_ONCE": ["forward", "backward"],
 }
-THIN = [(64, 8, 3), (64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 3)]  # ROWS, WARPS, STAGES
-LOGITS = [(4096, 8), (2048, 4), (8192, 8), (8192, 16), (8192, 32), (16384, 32)]  # a step's, warps
+LOW_RANK = [(64, 8, 3), (64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 3)]  # ROWS, WARPS, STAGES
+LOGITS = [(4096, 8), (2048, 4), (8192, 8), (8192, 16), (8192, 32), (16384, 32)]  # logits read at once, warps
 
 
 class Layer:
-    """One layer's tensors for a batch × length, with full rows."""
+    """One layer's tensors for batch × length tokens, each row one conversation."""
 
     def __init__(self, batch: int, length: int) -> None:
-        from train.ops.attention import SHORT
+        from train.ops.attention import SHORT_ROW
 
-        self.total, self.width, self.short = batch * length, length, length <= SHORT
+        self.total, self.row_length, self.short = batch * length, length, length <= SHORT_ROW
         self.mixed = self._random(self.total, 3 * HEADS * SIZE)
-        self.slope = self._random(self.total, HEADS, SIZE)
-        places = torch.arange(self.total, device=DEVICE)
-        self.positions = places % length
-        self.starts = (places // length * length).int()
-        self.ends = self.starts + length
-        self.into = torch.empty(self.total, 3 * HEADS * SIZE + RANK, device=DEVICE, dtype=torch.bfloat16)
+        self.grad = self._random(self.total, HEADS, SIZE)
+        index = torch.arange(self.total, device=DEVICE)
+        self.positions = index % length
+        self.seq_start = (index // length * length).int()
+        self.seq_end = self.seq_start + length
+        # RANK extra columns, as a block allocates it
+        self.grad_qkv = torch.empty(self.total, 3 * HEADS * SIZE + RANK, device=DEVICE, dtype=torch.bfloat16)
         self.angles = torch.rand(length, SIZE // 2, device=DEVICE)
         self.out, self.lse = self.forward()
 
@@ -75,39 +75,39 @@ class Layer:
         return torch.randn(*shape, device=DEVICE).bfloat16()
 
     @property
-    def parts(self) -> Any:
+    def qkv(self) -> Any:
         return self.mixed.unflatten(1, (-1, SIZE)).split(HEADS, dim=1)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         from train.ops.kernels import attention
 
-        q, k, v = self.parts
-        return attention.attend(q, k, v, self.starts, self.width, self.short)
+        q, k, v = self.qkv
+        return attention.attend(q, k, v, self.seq_start, self.row_length, self.short)
 
     def backward(self) -> None:
         from train.ops.kernels import attention
 
-        q, k, v = self.parts
+        q, k, v = self.qkv
         attention.attend_backward(
-            self.slope, q, k, v, self.out, self.lse, self.starts, self.ends, self.width, self.short,
-            self.into[:, : -RANK],
+            self.grad, q, k, v, self.out, self.lse, self.seq_start, self.seq_end, self.row_length, self.short,
+            self.grad_qkv[:, :-RANK],
         )  # fmt: skip
 
 
-def turned_back(layer: Layer) -> Callable[[], object]:
-    """Rotation's way back as a block calls it."""
-    from train.ops import rope
-    from train.ops.low_rank import Thin
+def inverse_rope(layer: Layer) -> Callable[[], object]:
+    """The inverse rotation with a low-rank product, as a block calls it."""
+    from train.ops.low_rank import LowRankTerm
+    from train.ops.rope import apply_rope
 
     matrix = Layer._random(3 * HEADS * SIZE, RANK) / 50
-    thin = Thin([(slice(0, len(matrix)), matrix)], 0.25, layer.into[:, -RANK:])
-    angles, into = (layer.angles.cos(), layer.angles.sin()), layer.into[:, :-RANK]
-    parts: Any = into.unflatten(1, (-1, SIZE)).split(HEADS, dim=1)
-    return lambda: rope.turn(parts, None, *angles, layer.positions, into, -1, thin)
+    term = LowRankTerm([(slice(0, len(matrix)), matrix)], 0.25, layer.grad_qkv[:, -RANK:])
+    tables, grad_qkv = (layer.angles.cos(), layer.angles.sin()), layer.grad_qkv[:, :-RANK]
+    parts: Any = grad_qkv.unflatten(1, (-1, SIZE)).split(HEADS, dim=1)
+    return lambda: apply_rope(parts, None, tables, layer.positions, grad_qkv, inverse=True, low_rank=term)
 
 
 def cross_entropy() -> Callable[[], object]:
-    """Of 1,024 rows of logits, over and over again in place."""
+    """The loss of 1,024 rows of logits, which each call overwrites."""
     from train.ops.kernels import cross_entropy as kernel
 
     logits = Layer._random(1024, VOCABULARY)
@@ -121,8 +121,8 @@ def microseconds(call: Callable[[], object]) -> float:
     return round(1e3 * do_bench(call, warmup=5, rep=30, return_mode="median"), 1)
 
 
-def tried(call: Callable[[], object], time: bool) -> float | str:
-    """Microseconds (0 where only compiled), or why it does not run."""
+def measure(call: Callable[[], object], time: bool) -> float | str:
+    """Microseconds (0 if only compiled), or why it does not run."""
     try:
         call()
         if DEVICE == "cuda":
@@ -132,42 +132,52 @@ def tried(call: Callable[[], object], time: bool) -> float | str:
         return str(error).splitlines()[-1][:100]
 
 
-def sweep(shape: str, time: bool, mine: Callable[[int], bool]) -> Iterator[dict[str, Any]]:
-    """A row for each candidate whose number is `mine`; without `time` they are only compiled."""
-    from train.ops.kernels import attention
-    from train.ops.kernels import cross_entropy as logits
-    from train.ops.kernels import low_rank as thinly
+def sweep(shape: str, time: bool, selected: Callable[[int], bool]) -> Iterator[dict[str, Any]]:
+    """A row for each candidate whose number is `selected`; without `time` they are only compiled."""
+    from train.ops.kernels import cross_entropy as cross_entropy_kernel
+    from train.ops.kernels import low_rank
 
     batch, length = map(int, shape.split("x"))
     layer, number = Layer(batch, length), 0
     for table, candidates in ATTENTION.items():
-        for what in TIMED[table]:
-            found = []
-            before = getattr(attention, table)
-            for candidate in candidates:
-                number += 1
-                if not mine(number):
-                    continue
-                setattr(attention, table, candidate if table == "ABREAST" else (candidate, candidate))
-                took = tried(getattr(layer, what), time)
-                found.append((took, candidate))
-                yield {"shape": shape, "what": what, "table": table, "tile": candidate, "us": took}
-            timed = [pair for pair in found if isinstance(pair[0], float)]
-            best = min(timed)[1] if timed and time else None
-            setattr(attention, table, before if best is None else best if table == "ABREAST" else (best, best))
-    turn = turned_back(layer)
-    for tile in (None, *THIN):
+        for method in TIMED[table]:
+            numbered = list(enumerate(candidates, number + 1))
+            number += len(candidates)
+            chosen = [candidate for n, candidate in numbered if selected(n)]
+            for row in attention_rows(layer, table, method, chosen, time):
+                yield {"shape": shape, **row}
+    rotate = inverse_rope(layer)
+    for tile in (None, *LOW_RANK):
         number += 1
-        thinly.LEAST_ROWS = 1 << 30 if tile is None else 0
-        thinly.ROWS, thinly.WARPS, thinly.STAGES = tile or THIN[0]
-        if mine(number):
-            yield {"shape": shape, "what": "turn back", "tile": tile, "us": tried(turn, time)}
+        low_rank.LEAST_ROWS = 1 << 30 if tile is None else 0
+        low_rank.ROWS, low_rank.WARPS, low_rank.STAGES = tile or LOW_RANK[0]
+        if selected(number):
+            yield {"shape": shape, "what": "inverse rope", "tile": tile, "us": measure(rotate, time)}
     entropy = cross_entropy()
     for tile in LOGITS:
         number += 1
-        logits.TILE = tile
-        if mine(number):
-            yield {"shape": shape, "what": "cross entropy", "tile": tile, "us": tried(entropy, time)}
+        cross_entropy_kernel.TILE = tile
+        if selected(number):
+            yield {"shape": shape, "what": "cross entropy", "tile": tile, "us": measure(entropy, time)}
+
+
+def attention_rows(
+    layer: Layer, table: str, method: str, candidates: list[Any], time: bool
+) -> Iterator[dict[str, Any]]:
+    """A row for each candidate of a table of attention's tiles, which keeps the fastest one."""
+    from train.ops.kernels import attention
+
+    def value(candidate: Any) -> Any:
+        return candidate if table == "HEADS_AT_ONCE" else (candidate, candidate)  # for long rows and for short ones
+
+    before, timed = getattr(attention, table), []
+    for candidate in candidates:
+        setattr(attention, table, value(candidate))
+        took = measure(getattr(layer, method), time)
+        if isinstance(took, float):
+            timed.append((took, candidate))
+        yield {"what": method, "table": table, "tile": candidate, "us": took}
+    setattr(attention, table, value(min(timed)[1]) if timed and time else before)
 
 
 def compile_some(shape: str, nth: int, count: int) -> None:
@@ -182,7 +192,7 @@ def main() -> int:
     parser.add_argument("--compilers", type=int, default=12)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("error: this needs an NVIDIA GPU: tiles are measured on the card that they are for.", file=sys.stderr)
+        print("error: this needs an NVIDIA GPU: tiles are measured on the card that will use them.", file=sys.stderr)
         return 1
     rows = []
     spawn = multiprocessing.get_context("spawn")

@@ -1,8 +1,6 @@
-"""Qwen's published shapes with random Int4 weights, made on the device layer by layer: speed and memory need no real
-ones.
+"""Decoders in Qwen's published shapes with random Int4 weights, made on the device: enough to measure speed and memory.
 
-No float copy of a linear is ever made, so a 72B shape takes the room that its Int4 file takes. Knows nothing of
-training.
+No float copy of a linear is ever made, so a 72B shape takes as much memory as its Int4 file. Knows nothing of training.
 """
 
 from typing import Any
@@ -45,19 +43,19 @@ def decoder_config(shape: Shape) -> DecoderConfig:
 
 
 def group_of(c: DecoderConfig) -> int:
-    """128 as published; less where the shape does not divide by it (the 0.5B's 896 does, its 4864 too)."""
+    """The group size: 128 as published, or 32 if a width of the shape is no multiple of 128."""
     return 128 if c.hidden_size % 128 == 0 and c.intermediate_size % 128 == 0 else 32
 
 
 def weights(c: DecoderConfig) -> int:
-    """Weights that a token is multiplied with: the linears of the blocks and the head."""
+    """How many weights a token is multiplied with: those of the linears of the blocks and of the head."""
     with torch.device("meta"):
         linears = [m for m in Decoder(c).modules() if isinstance(m, nn.Linear)]
     return sum(m.in_features * m.out_features for m in linears)
 
 
 def random_decoder(c: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """Our decoder of that shape, frozen, in training mode."""
+    """A decoder of that shape, frozen, in training mode."""
     scheme = Scheme(group_size=group_of(c))
     with torch.device("meta"):
         model = Decoder(c)
@@ -72,7 +70,7 @@ def random_decoder(c: DecoderConfig, device: torch.device, dtype: torch.dtype) -
 
 
 def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Real tensors, a module at a time, in place of those on the meta device."""
+    """Replace the tensors on the meta device by real ones, a module at a time."""
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             value = torch.ones(p.shape, dtype=dtype, device=device)
@@ -82,8 +80,10 @@ def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def random_part(name: str, buffer: Tensor, module: Any) -> Tensor:
-    """One buffer of an Int4 linear, ours or auto_gptq's: random codes, zeros in the middle, a scale that keeps
-    activations sane."""
+    """Fill a buffer of an Int4 linear, this program's or auto_gptq's.
+
+    Random codes, zeros in the middle, and a scale that keeps activations finite.
+    """
     if name == "qweight":
         return buffer.random_(-(2**31), 2**31 - 1)
     if name == "g_idx":

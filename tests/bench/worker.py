@@ -40,7 +40,7 @@ def main(orders: Path, rows: Path) -> int:
         if place is None:
             device = torch.device(spec.device)
             place = join(device)
-            eye = card.eye_on(device)
+            sensor = card.sensor_of(device)
         if not spec.again:
             if kept is not None:
                 kept.close()
@@ -51,7 +51,7 @@ def main(orders: Path, rows: Path) -> int:
         try:
             warm = 2 if kept else spec.warm
             arm = kept or build(spec, place, device)
-            found = measure(arm, spec, warm, place, device, eye)
+            found = measure(arm, spec, warm, place, device, sensor)
         except Exception as error:
             traceback.print_exc()
             write(rows, place, spec.row(skipped=reason(error)))
@@ -94,7 +94,7 @@ def build(spec: Spec, place: World, device: torch.device) -> Arm:
 
 
 def measure(
-    arm: Arm, spec: Spec, warm: int, place: World, device: torch.device, eye: card.Eye | str
+    arm: Arm, spec: Spec, warm: int, place: World, device: torch.device, sensor: card.Sensor | str
 ) -> dict[str, Any]:  # fmt: skip
     """Medians over `counted` steps or more after `warm`; the peak from the first step on, for graphs are captured in
     it."""
@@ -113,7 +113,7 @@ def measure(
     # as many steps in every process: each does what the slowest of the warm ones says
     count = min(MOST, max(spec.counted, agreed(round(LEAST / max(seconds[-1], 1e-4)), place, device)))
     seconds.clear()
-    with card.Watch(eye) as seen:
+    with card.Watch(sensor) as seen:
         for _ in range(count):
             step()
     rate = spec.batch * spec.length * place.size / statistics.median(seconds)
@@ -121,7 +121,11 @@ def measure(
     found |= {"tokens_per_s": round(rate), "peak_gib": round(watch.peak_gib(), 2), "steps": count}
     found |= {"ms": [round(1000 * n, 2) for n in (min(seconds), statistics.median(seconds), max(seconds))]}
     found |= {"tflops": round(flops * rate / place.size / 1e12, 1), **watch.memory(spec.alone)}
-    return {**found, "card": {**seen.found(), "product_tflops": card.worth(device)}, "at": time.strftime("%H:%M:%S")}
+    return {
+        **found,
+        "card": {**seen.summary(), "product_tflops": card.product_tflops(device)},
+        "at": time.strftime("%H:%M:%S"),
+    }
 
 
 def agreed(number: int, place: World, device: torch.device) -> int:

@@ -1,10 +1,13 @@
-"""Chunked cross entropy against torch's own: value and gradient, odd shapes."""
+"""Chunked cross entropy and its kernel against torch's own: value and gradient, odd shapes."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.support.interpreter import run_interpreted
+from tests.support.tensors import KERNEL_DTYPES, normal
 from train.ops.cross_entropy import IGNORE, chunked_cross_entropy
+from train.ops.kernels.cross_entropy import cross_entropy
 
 
 def case(rows: int, size: int, vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -16,10 +19,11 @@ def case(rows: int, size: int, vocabulary: int, dtype: torch.dtype) -> tuple[tor
     return hidden, weight, labels
 
 
-def both(
+def ours_and_torchs(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    done = []
+    """Loss and gradient of `hidden`, by this program and by torch."""
+    pairs = []
     for ours in (True, False):
         x = hidden.clone().requires_grad_()
         loss = (
@@ -29,8 +33,8 @@ def both(
         )
         (loss * 0.37).backward()
         assert x.grad is not None
-        done.append((loss.detach(), x.grad))
-    return done
+        pairs.append((loss.detach(), x.grad))
+    return pairs
 
 
 @pytest.mark.parametrize(
@@ -38,12 +42,12 @@ def both(
     [(1, 3, 5, 1), (7, 16, 11, 3), (64, 33, 257, 64), (65, 8, 1000, 16), (300, 64, 129, 512)],
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
-def test_value_and_gradient_equal_torchs(
+def test_value_and_gradient_equal_those_of_torch(
     rows: int, size: int, vocabulary: int, chunk: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    (ours, slope), (theirs, expected) = both(*case(rows, size, vocabulary, dtype), chunk)
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(slope, expected, rtol=tolerance, atol=tolerance)
+    (loss, grad), (expected_loss, expected) = ours_and_torchs(*case(rows, size, vocabulary, dtype), chunk)
+    torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -56,20 +60,45 @@ def test_half_precision_sums_in_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 5])
-def test_nothing_learnt_gives_zero_and_a_gradient_of_zeros(rows: int) -> None:
+def test_without_labels_loss_and_gradient_are_zero(rows: int) -> None:
     hidden = torch.randn(rows, 4, requires_grad=True)
     loss = chunked_cross_entropy(hidden, torch.randn(9, 4), torch.full((rows,), IGNORE))
     loss.backward()
     assert loss.item() == 0 and hidden.grad is not None and not hidden.grad.any()
 
 
-def test_a_head_that_would_learn_is_refused() -> None:
+def test_a_trainable_head_is_refused() -> None:
     with pytest.raises(AssertionError, match="frozen"):
         chunked_cross_entropy(torch.randn(2, 4), torch.randn(9, 4, requires_grad=True), torch.tensor([1, 2]))
 
 
-def test_without_gradient_nothing_is_kept() -> None:
+def test_under_no_grad_the_loss_has_no_graph() -> None:
     hidden, weight, labels = case(9, 4, 5, torch.float32)
     with torch.no_grad():
         loss = chunked_cross_entropy(hidden, weight, labels)
     assert not loss.requires_grad
+
+
+def check_kernel(device: str, dtype: torch.dtype) -> None:
+    """Against torch in float64: the losses, and the gradient that overwrites the logits, here times 4."""
+    for rows, size in [(3, 50), (2, 5000), (2, 9001)]:
+        logits = (normal(rows, size) * 5).to(device, dtype)
+        labels = torch.arange(rows, device=device) * 7
+        exact = logits.double().cpu().requires_grad_()
+        expected = F.cross_entropy(exact, labels.cpu(), reduction="none")
+        expected.sum().backward()
+        losses = cross_entropy(logits, labels, 4.0)
+        logits /= 4
+        torch.testing.assert_close(losses.double().cpu(), expected.detach(), rtol=1e-5, atol=1e-5)
+        rounding = 1e-6 if dtype == torch.float32 else 4e-3
+        torch.testing.assert_close(logits.double().cpu(), exact.grad, rtol=rounding, atol=rounding / 4)
+
+
+def test_the_kernel_through_the_interpreter() -> None:
+    run_interpreted(__name__, "check_kernel", "cpu", torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_the_kernel_on_a_gpu(dtype: torch.dtype) -> None:
+    check_kernel("cuda", dtype)

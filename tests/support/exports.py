@@ -9,7 +9,7 @@ from train.commands.export import Options, run
 from train.common.files import sha256
 from train.model import lora
 from train.model.loading import load
-from train.ops.gptq import unpack_rows, zeros_of
+from train.ops.gptq import unpack_rows, unpack_zeros
 
 IDS = torch.tensor([[72, 101, 108, 108, 111, 32, 119, 111, 114]])
 
@@ -40,7 +40,7 @@ def exact_merge(folder: Path) -> dict[str, torch.Tensor]:
         module, _, part = name.rpartition(".")
         if part == "qweight":
             codes, group = unpack_rows(tensor), state[f"{module}.g_idx"].long()
-            zeros = zeros_of(state[f"{module}.qzeros"], tensor.shape[1])
+            zeros = unpack_zeros(state[f"{module}.qzeros"], tensor.shape[1])
             weight = ((codes - zeros[group]).double() * state[f"{module}.scales"].double()[group]).T
         elif part in ("scales", "qzeros", "g_idx"):
             continue

@@ -1,9 +1,8 @@
-"""What a training step would allocate on a GPU, counted on tensors without contents: the real passes at any size, on
-any machine.
+"""What a training step would allocate on a GPU, counted on tensors without contents: any size, on any machine.
 
-Tensors live on torch's meta device, where every operation of the passes gives a tensor of the right shape at no cost; a
-dispatch mode adds up what is alive. Kernels, which need a GPU, are replaced by what they allocate. Not counted: what
-stays (weights, the vector of the adapters), CUDA graphs' own places, workspaces of cuBLAS.
+The real passes run on torch's meta device, where each operation returns a tensor of the right shape at no cost, and a
+dispatch mode adds up what is alive. Kernels, which need a GPU, are replaced by what they allocate. Not counted: what is
+allocated anyway (weights, the vector of the adapters), the memory of CUDA graphs, the workspaces of cuBLAS.
 """
 
 import weakref
@@ -21,16 +20,18 @@ from tests.bench import shapes
 from train.config.recipe import Recipe
 from train.model import lora
 from train.model.architecture import Shape
-from train.ops import cross_entropy, dropout, offload
-from train.training import fused_decoder, graph_step
+from train.ops import cross_entropy, low_rank, offload
+from train.training import fused_decoder, fused_linear, graph_step, step_sizes
 from train.training.memory_estimate import Setting
 
 META = torch.device("meta")
 
 
 class Living(TorchDispatchMode):
-    """Bytes of all tensors made while it is on and not yet gone; the most there were at once, and after which
-    operation."""
+    """Counts the bytes of all tensors allocated within it that are still alive.
+
+    `now` is their sum, `most` its maximum so far, `after` the operation that led to the maximum.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,114 +40,110 @@ class Living(TorchDispatchMode):
         self.seen: set[int] = set()
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count what stays, of which operations make views."""
+        """Do not count these, of which operations return views."""
         self.seen |= {t.untyped_storage()._cdata for t in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device == META:
                 self._count(tensor, str(func))
-        return made
+        return result
 
-    def _count(self, tensor: Tensor, name: str) -> None:
+    def _count(self, tensor: Tensor, operation: str) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self.seen:
             return
         self.seen.add(key)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._freed, key, size)
         self.now += size
         if self.now > self.most:
-            self.most, self.after = self.now, f"{name} {tuple(tensor.shape)}"
+            self.most, self.after = self.now, f"{operation} {tuple(tensor.shape)}"
 
-    def _gone(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int) -> None:
         self.seen.discard(key)
         self.now -= size
 
 
 def decoder(shape: Shape, device: torch.device) -> Any:
-    """Our decoder in that shape, Int4, bfloat16."""
+    """A decoder of that shape with Int4 linears, in bfloat16."""
     return shapes.random_decoder(shapes.decoder_config(shape), device, torch.bfloat16)
 
 
 def passes(shape: Shape, setting: Setting) -> tuple[int, int]:
-    """The most that is alive up to the end of the loss, and from there to the end of the backward pass; without
-    graphs."""
+    """The largest sum of living bytes up to the end of the loss, and from there on; without graphs."""
     recipe = Recipe(rank=setting.rank, dropout=setting.dropout, targets=setting.targets)
-    with _no_kernels():
+    with _fake_kernels():
         model = lora.attach(decoder(shape, META), recipe)
         base, names = model.get_base_model(), {p: name for name, p in lora.trainable(model).items()}
-        taken = graph_step.Step(base, names, setting.length, graphs=False)
-        taken.vector.data = taken.vector.data.bfloat16()
-        taken.bind()
+        step = graph_step.GraphStep(base, names, setting.length, graphs=False)
+        step.vector.data = step.vector.data.bfloat16()
+        step.bind()
         base.set_checkpointing(setting.checkpointing)
         if setting.embedding == "host":
             base.set_input_embeddings(offload.HostEmbedding(torch.zeros(1, shape.hidden, dtype=torch.bfloat16)))
         ids = torch.zeros(setting.batch, setting.length, dtype=torch.long)
         living = Living()
-        living.leave_out([*base.parameters(), *base.buffers(), taken.vector, taken.slopes, *taken.trunk.turns])
+        living.leave_out([*base.parameters(), *base.buffers(), step.vector, step.grads])
+        living.leave_out(step.fused_decoder.rope_tables)
         with living:
-            total = taken({"input_ids": ids, "labels": ids})
-            forth, living.most = living.most, living.now
+            total = step({"input_ids": ids, "labels": ids})
+            up_to_loss, living.most = living.most, living.now
             total.backward()
-    return forth, living.most
+    return up_to_loss, living.most
 
 
 @contextmanager
-def _no_kernels() -> Iterator[None]:
-    """Every kernel of the passes as what it allocates."""
-
-    def norm(x: Tensor, weight: Any, eps: Any, out: Tensor | None = None, add: Any = None, how: Any = None) -> Tensor:
-        return torch.empty_like(x) if out is None else out
-
-    def norm_backward(*args: Any, normed: Any = None, how: Any = None) -> Tensor:
-        return args[5]  # type: ignore[no-any-return]  # where it is wanted
-
-    def gate(both: Tensor, out: Tensor | None = None) -> Tensor:
-        return both.new_empty(len(both), both.shape[1] // 2) if out is None else out
-
-    def drop(x: Tensor, how: Any, out: Tensor | None = None, add: bool = False) -> Tensor:
-        return torch.empty(x.shape, dtype=x.dtype, device=META) if out is None else out
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, t: Any) -> Any:
-        return torch.empty(q.shape, dtype=q.dtype, device=META), (torch.empty(q.shape[1], q.shape[0], device=META),)
-
-    def attend_backward(*args: Any) -> Tensor:
-        *_, kept, _, _, into, _ = args
-        torch.empty_like(kept[0])  # delta, alive for a moment
-        return into  # type: ignore[no-any-return]
-
-    def places(host: Any, count: int, like: Tensor) -> Tensor:
-        return like.new_empty(1).expand(count, *like.shape)  # the host's: next to nothing of the device's
-
-    def matrix(layer: Any, dtype: torch.dtype, out: Tensor | None = None, margin: Any = None) -> Tensor:
-        size = (layer.in_features, layer.out_features)
-        return torch.empty(size, dtype=dtype, device=META) if out is None else out
-
+def _fake_kernels() -> Iterator[None]:
+    """Replaces every kernel of the passes by what it allocates."""
+    fakes: list[tuple[Any, str, Any]] = [
+        (fused_decoder, "rms_norm", _rms_norm),
+        (fused_decoder, "rms_norm_backward", lambda *args, normed=None, dropout=None: args[5]),  # its `out`
+        (fused_decoder, "swiglu", lambda gate_up, out: out),
+        (fused_decoder, "swiglu_backward", lambda gate_up, grad, dropout: None),
+        (fused_decoder, "apply_rope", lambda qkv, bias, rope_tables, positions, out: out),
+        (fused_decoder, "apply_dropout", _apply_dropout),
+        (fused_decoder, "attend", _attend),
+        (fused_decoder, "attend_backward", _attend_backward),
+        (low_rank, "apply_dropout", _apply_dropout),
+        (fused_linear, "add_dropped_product", lambda left, right, dropout, out: out),
+        (fused_linear.FusedLinear, "_concatenated_bias", lambda linear: None),
+        (fused_linear.Int4Linear, "matrix", _matrix),
+        (cross_entropy.kernels, "usable", lambda device: True),
+        (cross_entropy, "cross_entropy", lambda logits, labels, scale: torch.empty(len(logits), device=META)),
+        (offload.PinnedBuffer, "slots", _slots),
+        (offload.CopyStream, "copy", lambda stream, target, source: None),
+        (graph_step, "logits_rows", lambda hidden: step_sizes.logits_rows(len(hidden))),
+    ]
     with ExitStack() as stack:
-        for place, name, fake in (
-            (fused_decoder, "rms_norm", norm),
-            (fused_decoder, "rms_norm_backward", norm_backward),
-            (fused_decoder, "swiglu", gate),
-            (fused_decoder, "swiglu_backward", lambda both, slope, how: None),
-            (fused_decoder, "spread", lambda thin, matrix, how, out: out),
-            (fused_decoder, "turn", lambda parts, bias, cos, sin, positions, out, sign=1: out),
-            (fused_decoder, "drop", drop),
-            (dropout, "drop", drop),
-            (fused_decoder, "attend", attend),
-            (fused_decoder, "attend_backward", attend_backward),
-            (fused_decoder.Projection, "_bias", lambda projection: None),
-            (fused_decoder.Int4Linear, "matrix", matrix),
-            (cross_entropy.kernels, "usable", lambda device: True),
-            (cross_entropy, "cross_entropy", lambda logits, labels, gain: torch.empty(len(logits), device=META)),
-            (offload.Host, "places", places),
-            (offload.Lane, "copy", lambda lane, to, x: None),
-            (
-                graph_step,
-                "chunk_of",
-                lambda hidden: cross_entropy.CHUNK_FAST if len(hidden) > 4096 else cross_entropy.CHUNK_FAST // 2,
-            ),
-        ):
+        for place, name, fake in fakes:
             stack.enter_context(patch.object(place, name, fake))
         yield
+
+
+def _rms_norm(x: Tensor, weight: Any, eps: Any, out: Any = None, add: Any = None, dropout: Any = None) -> Tensor:
+    return torch.empty_like(x) if out is None else out  # type: ignore[no-any-return]
+
+
+def _apply_dropout(x: Tensor, dropout: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=META)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: Any) -> Any:
+    return torch.empty(q.shape, dtype=q.dtype, device=META), (torch.empty(q.shape[1], q.shape[0], device=META),)
+
+
+def _attend_backward(*args: Any) -> Tensor:
+    *_, state, _, _, grad_qkv, _ = args
+    torch.empty_like(state[0])  # delta, alive within the backward pass only
+    return grad_qkv  # type: ignore[no-any-return]
+
+
+def _slots(buffer: Any, count: int, like: Tensor) -> Tensor:
+    return like.new_empty(1).expand(count, *like.shape)  # host memory: it must not count as the device's
+
+
+def _matrix(layer: Any, dtype: torch.dtype, out: Tensor | None = None, border: Any = None) -> Tensor:
+    size = (layer.in_features, layer.out_features)
+    return torch.empty(size, dtype=dtype, device=META) if out is None else out

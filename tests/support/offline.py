@@ -1,13 +1,13 @@
-"""Triton kernels compiled for a card that is not here, through the very calls that the program makes: what is launched
-is only compiled.
+"""Triton kernels compiled for a card that this machine lacks, through the calls that the program makes; none is run.
 
-    python -m tests.support.offline 90 training decoding …      (one line of JSON a kernel: registers, stack, shared memory, seconds)
+    python -m tests.support.offline 90 training decoding …
+    (prints a line of JSON for each kernel: registers, stack, shared memory, warps, constants)
 
-The interpreter runs what the compiler refuses, so this is what a machine without a GPU can know of a kernel before a
-GPU sees it. Triton is given a driver that reports the wanted card, loads nothing, and asks Triton's own cuobjdump what
-the machine code takes. The calls come from the passes on tensors without contents, and from a decoding step on small
-ones: shapes, strides and alignment, which Triton compiles for, are those of the real thing. It leaves Triton's cache
-filled as a run on such a card would find it, bar launchers.
+Triton's interpreter runs code that its compiler refuses, so on a machine without a GPU this is the only proof that a
+kernel compiles. Triton gets a driver that reports the wanted card and loads nothing, and Triton's own cuobjdump reads
+registers and stack from the machine code. The calls come from the training passes on tensors without contents, and from
+a decoding step on small tensors: shapes, strides and alignment, which Triton compiles for, are the real ones. All but
+Triton's launchers is in its cache afterwards, as a run on such a card would leave it.
 """
 
 import json
@@ -29,19 +29,18 @@ import torch
 from torch import Tensor
 
 META = torch.device("meta")
-SHARED = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes that one program may have
+SHARED = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes that one program may use
 UNITS = 132  # multiprocessors of an H100
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel as it came out: registers and bytes of stack a thread (spills go there; None: nobody to ask), bytes of
-    shared memory a program."""
+    """What one compiled kernel needs; registers and stack are None without cuobjdump."""
 
     kernel: str
-    registers: int | None
-    stack: int | None
-    shared: int
+    registers: int | None  # of a thread
+    stack: int | None  # bytes of a thread: registers spill to it
+    shared: int  # bytes of a program
     warps: int
     constants: dict[str, Any]
 
@@ -58,7 +57,7 @@ class Card:
         self.utils = SimpleNamespace(get_device_properties=lambda device: limits, load_binary=self._load)
 
     def get_current_device(self) -> int:
-        return self.capability  # Triton keeps what it compiled by this number
+        return self.capability  # a key of Triton's caches
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -79,7 +78,7 @@ class Card:
 
 
 def usage(binary: bytes) -> tuple[int | None, int | None]:
-    """Registers and bytes of stack a thread, as cuobjdump reads them off machine code."""
+    """Registers and bytes of stack of a thread, as cuobjdump reads them from machine code."""
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -88,43 +87,38 @@ def usage(binary: bytes) -> tuple[int | None, int | None]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    assert found, said
-    return int(found[1]), int(found[2])
+        output = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", output)
+    assert match, output
+    return int(match[1]), int(match[2])
 
 
 @contextmanager
 def card(capability: int) -> Iterator[Card]:
-    """Within it every launch of a kernel compiles it for that card, once for each way of calling, and does nothing
-    else."""
+    """Within it, launching a kernel compiles it for that card, once for each variant, and does nothing else."""
     from triton.runtime import driver
 
     from train.model import int4_linear
     from train.ops import attention, gptq, kernels
     from train.ops.kernels import gptq_tiles
 
-    there = Card(capability)
-
-    def hopper(q: Tensor) -> bool:  # attention.hopper, of a tensor on that card
-        return capability == 90 and q.dtype != torch.float32
-
-    driver.set_active(there)
+    faked = Card(capability)
+    fakes: list[tuple[Any, str, Any]] = [
+        (kernels, "usable", lambda device: True),
+        (kernels, "generation", lambda device: capability // 10),
+        (gptq_tiles, "units", lambda device: UNITS),
+        (gptq_tiles, "tensor_cores", lambda x: capability >= 80),
+        (attention, "use_own_kernels", lambda q: capability == 90 and q.dtype != torch.float32),
+        (attention, "use_torch_flash", lambda q: capability >= 80),
+        (gptq, "dequantize", kernels.dequantize),  # the real one takes the kernel for tensors on a GPU only
+        (int4_linear, "dequantize", kernels.dequantize),
+    ]
+    driver.set_active(faked)
     try:
         with ExitStack() as stack:
-            fakes: list[tuple[Any, str, Any]] = [(kernels, "usable", lambda device: True)]
-            fakes += [(kernels, "generation", lambda device: capability // 10)]
-            fakes += [
-                (gptq_tiles, "units", lambda device: UNITS),
-                (gptq_tiles, "tensor_cores", lambda x: capability >= 80),
-            ]
-            fakes += [(attention, "hopper", hopper), (attention, "flash", lambda q: capability >= 80)]
-            fakes += [
-                (place, "dequantize", kernels.dequantize) for place in (gptq, int4_linear)
-            ]  # which asks for a GPU's tensor
             for place, name, fake in fakes:
                 stack.enter_context(patch.object(place, name, fake))
-            yield there
+            yield faked
     finally:
         driver.reset_active()
 
@@ -132,7 +126,8 @@ def card(capability: int) -> Iterator[Card]:
 # What the program launches
 
 
-def sixteen(capability: int) -> torch.dtype:
+def half_dtype(capability: int) -> torch.dtype:
+    """The 16-bit dtype that the program takes on that card."""
     return torch.bfloat16 if capability >= 80 else torch.float16
 
 
@@ -140,44 +135,50 @@ def training(
     capability: int, batch: int, length: int, checkpointing: str = "off", dropout: float = 0.0, rank: int = 64,
     model: str = "1.8b", biased: bool = False, in_order: bool = True, layers: int = 0,
 ) -> None:  # fmt: skip
-    """A training step's passes. biased: q, k, v have a bias. layers: fewer than the model's, or 0."""
+    """The passes of a training step.
+
+    biased: q, k and v have a bias. in_order: the groups are; else there is an activation order. layers: 0 for the
+    model's number.
+    """
     from tests.bench import shapes
     from train.config.recipe import Recipe
     from train.model import int4_linear, lora
     from train.ops import attention
-    from train.ops.cross_entropy import CHUNK_FAST
-    from train.training import fused_decoder, graph_step
+    from train.training import fused_linear, graph_step, step_sizes
 
-    dtype, shape = sixteen(capability), shapes.SHAPES[model]
+    dtype, shape = half_dtype(capability), shapes.SHAPES[model]
     shape = replace(shape, layers=layers or shape.layers)
 
-    def bias(projection: Any) -> Tensor | None:
-        return torch.empty(projection.outputs, device=META) if biased and len(projection.bases) == 3 else None
+    def bias(linear: Any) -> Tensor | None:
+        return torch.empty(linear.out_features, device=META) if biased and len(linear.base_layers) == 3 else None
 
     fakes: list[tuple[Any, str, Any]] = [
-        (fused_decoder.Projection, "_bias", bias),
-        (int4_linear, "grouped", lambda *given: in_order),
+        (fused_linear.FusedLinear, "_concatenated_bias", bias),
+        (int4_linear, "groups_in_order", lambda g_idx, groups: in_order),
+        (attention, "_masked_attention", lambda q, k, v, tokens: q + 0 * (k.sum() + v.sum())),
+        (graph_step, "logits_rows", lambda hidden: step_sizes.logits_rows(len(hidden))),
     ]
-    fakes += [(attention, "_plain", lambda q, k, v, t: q + 0 * (k.sum() + v.sum()))]
-    fakes += [(graph_step, "chunk_of", lambda hidden: CHUNK_FAST if len(hidden) > 4096 else CHUNK_FAST // 2)]
     with ExitStack() as stack:
         for place, name, fake in fakes:
             stack.enter_context(patch.object(place, name, fake))
         base = shapes.random_decoder(shapes.decoder_config(shape), META, dtype)
         wrapped = lora.attach(base, Recipe(rank=rank, dropout=dropout))
-        taken = graph_step.Step(base, {p: n for n, p in lora.trainable(wrapped).items()}, length, graphs=False)
-        taken.vector.data = taken.vector.data.to(dtype)
-        taken.bind()
+        names = {p: name for name, p in lora.trainable(wrapped).items()}
+        step = graph_step.GraphStep(base, names, length, graphs=False)
+        step.vector.data = step.vector.data.to(dtype)
+        step.bind()
         base.set_checkpointing("on" if checkpointing == "on" else "off")
         ids = torch.ones(batch, length, dtype=torch.long)
-        taken({"input_ids": ids, "labels": ids}).backward()
+        step({"input_ids": ids, "labels": ids}).backward()
 
 
 def decoding(
     capability: int, batch: int, adapter: bool, model: str = "1.8b", splits: int = 0, prompt: int = 128, layers: int = 1
 ) -> None:
-    """A decoding step, and where the prompts are short what comes before it; a small vocabulary. splits: attention's
-    parts, or 0."""
+    """A decoding step, and the pass over the prompts if they are short; with a small vocabulary.
+
+    splits: the parts that attention splits the keys into; 0 for the program's choice.
+    """
     from tests.bench import shapes
     from train.config.recipe import Recipe
     from train.inference.decode_graph import SHORT_PROMPT, DecodeSession
@@ -185,7 +186,7 @@ def decoding(
     from train.model import lora
 
     shape = replace(shapes.SHAPES[model], layers=layers, vocabulary=512)
-    base = shapes.random_decoder(shapes.decoder_config(shape), torch.device("cpu"), sixteen(capability)).eval()
+    base = shapes.random_decoder(shapes.decoder_config(shape), torch.device("cpu"), half_dtype(capability)).eval()
     wrapped: Any = lora.attach(base, Recipe(rank=64, dropout=0.0)).eval() if adapter else base
     session = DecodeSession(DecodeLayers(base), batch, 512)
     session.splits = splits or session.splits
@@ -196,7 +197,7 @@ def decoding(
 
 
 def formats(capability: int) -> None:
-    """Every kind of packed weight as floats, and as a product."""
+    """Every format of packed weights, dequantised and multiplied."""
     from train.ops.kernels import dequantize
     from train.ops.kernels.gptq_matmul import PackedWeight, product
     from train.ops.kernels.gptq_tiles import Tile
@@ -209,38 +210,39 @@ def formats(capability: int) -> None:
             scales = torch.empty(2048 // group, 2048, dtype=torch.float16, device=META)
             order = torch.empty(2048, dtype=torch.int32, device=META)
             for g_idx in (None, order):
-                for dtype in (sixteen(capability), torch.float32):
+                for dtype in (half_dtype(capability), torch.float32):
                     dequantize(qweight, qzeros, scales, g_idx, bits, dtype)
             if bits == 2:
                 continue
-            for many, perm in ((1, None), (1, order), (32, None), (32, order)):
-                x = torch.empty(many, 2048, dtype=sixteen(capability), device=META)
+            for batch, perm in ((1, None), (1, order), (32, None), (32, order)):
+                x = torch.empty(batch, 2048, dtype=half_dtype(capability), device=META)
                 bias = torch.empty(2048, dtype=torch.float16, device=META)
                 product(x, PackedWeight(qweight, qzeros, scales, bits, bias, perm), tile=Tile(128 * bits // 32))
 
 
 def attention(capability: int) -> None:
-    """Our attention for long and short rows, heads that share keys, and the sizes of heads that it takes; wherever it is used."""
-    from train.ops import attention as taken
+    """Attention's own kernels for long and short rows, grouped heads and different head sizes, on every card."""
+    from train.ops import attention as ops
 
-    dtype = sixteen(capability)
-    for width, heads, keys, size in ((2048, 16, 16, 128), (512, 16, 16, 128), (2048, 14, 2, 64), (512, 14, 2, 64)):
-        numbers = {name: torch.empty(4096, dtype=torch.int32, device=META) for name in ("bounds", "starts", "ends")}
-        segments = torch.empty(4096 // width, width, dtype=torch.int64, device=META)
+    dtype = half_dtype(capability)
+    for row_length, heads, keys, size in ((2048, 16, 16, 128), (512, 16, 16, 128), (2048, 14, 2, 64), (512, 14, 2, 64)):
+        offsets = {
+            name: torch.empty(4096, dtype=torch.int32, device=META) for name in ("cu_seqlens", "seq_start", "seq_end")
+        }
+        segment_ids = torch.empty(4096 // row_length, row_length, dtype=torch.int64, device=META)
         seed, positions = (torch.empty(n, dtype=torch.int64, device=META) for n in (1, 4096))
-        t = taken.Tokens(positions=positions, segments=segments, seed=seed, **numbers)
-        q, slope = (torch.empty(4096, heads, size, dtype=dtype, device=META) for _ in range(2))
+        t = ops.Tokens(positions=positions, segment_ids=segment_ids, seed=seed, **offsets)
+        q, grad = (torch.empty(4096, heads, size, dtype=dtype, device=META) for _ in range(2))
         k, v = (torch.empty(4096, keys, size, dtype=dtype, device=META) for _ in range(2))
-        into = torch.empty(4096, (heads + 2 * keys) * size, dtype=dtype, device=META)
-        turns = torch.empty(width, size // 2, device=META), torch.empty(width, size // 2, device=META)
-        with patch.object(taken, "hopper", lambda q: True):
-            out, kept = taken.attend(q, k, v, t)
-            taken.attend_backward(slope, q, k, v, out, kept, t, turns, into)
+        grad_qkv = torch.empty(4096, (heads + 2 * keys) * size, dtype=dtype, device=META)
+        tables = torch.empty(row_length, size // 2, device=META), torch.empty(row_length, size // 2, device=META)
+        with patch.object(ops, "use_own_kernels", lambda q: True):
+            out, state = ops.attend(q, k, v, t)
+            ops.attend_backward(grad, q, k, v, out, state, t, tables, grad_qkv)
 
 
 def rest(capability: int) -> None:
-    """Other ways through the same kernels: small ranks, act-order, few tokens, short prompts, attention's parts, heads
-    that share keys."""
+    """Other variants: small and large ranks, activation order, few tokens, short prompts, split keys, grouped heads."""
     training(capability, 1, 512, rank=16, in_order=False, layers=2)
     training(capability, 2, 2048, "on", rank=128, model="7b", layers=1)
     decoding(capability, 1, adapter=True)  # a short prompt
@@ -249,24 +251,24 @@ def rest(capability: int) -> None:
 
 
 def full(capability: int) -> None:
-    """What serves many tokens, by rank, by dropout, by length of rows, by the size of heads and how they are shared."""
+    """The kernels for many tokens: by rank, dropout, length of rows, head size, and grouping of heads."""
     training(capability, 4, 2048, rank=128, layers=1)
     training(capability, 4, 2048, rank=8, dropout=0.05, layers=1)
     training(capability, 8, 512, layers=1)
     training(capability, 1, 8192, layers=1)
     training(capability, 4, 2048, model="0.5b", layers=1)
-    with patch.dict(globals(), sixteen=lambda capability: torch.float16):
+    with patch.dict(globals(), half_dtype=lambda capability: torch.float16):
         training(capability, 4, 2048, dropout=0.05, layers=1)
 
 
 def steps(capability: int) -> None:
-    """Training steps that among them take every kernel of training."""
+    """Training steps that together launch every kernel of training."""
     training(capability, 4, 2048, layers=2)
     training(capability, 8, 512, "on", dropout=0.05, biased=True, layers=2)
 
 
 def tokens(capability: int) -> None:
-    """Decoding steps likewise."""
+    """Decoding steps that together launch every kernel of decoding."""
     decoding(capability, 1, adapter=True, prompt=300)
     decoding(capability, 32, adapter=True)
 
@@ -276,17 +278,17 @@ GROUPS: dict[str, Callable[[int], None]] = {
 }  # fmt: skip
 
 
-def main(words: list[str]) -> int:
-    capability = int(words[0])
+def main(arguments: list[str]) -> int:
+    capability = int(arguments[0])
     os.environ.setdefault("TRITON_STORE_BINARY_ONLY", "1")
-    for name in words[1:] or GROUPS:
-        with card(capability) as there:
-            began = time.perf_counter()
+    for name in arguments[1:] or GROUPS:
+        with card(capability) as faked:
+            start = time.perf_counter()
             GROUPS[name](capability)
-            took = time.perf_counter() - began
-        for found in there.compiled:
-            print(json.dumps({"group": name, **asdict(found)}, default=str))
-        print(f"sm_{capability} {name}: {len(there.compiled)} kernels, {took:.1f} s", file=sys.stderr, flush=True)
+            seconds = time.perf_counter() - start
+        for kernel in faked.compiled:
+            print(json.dumps({"group": name, **asdict(kernel)}, default=str))
+        print(f"sm_{capability} {name}: {len(faked.compiled)} kernels, {seconds:.1f} s", file=sys.stderr, flush=True)
     return 0
 
 

@@ -1,5 +1,4 @@
-"""Run under torchrun: four global steps of a tiny model by the fused passes on the CPU; the first process prints what
-it found as JSON.
+"""Run under torchrun: four global steps of a tiny model with the fused step on the CPU; rank 0 prints a line of JSON.
 
 python -m torch.distributed.run --standalone --nproc_per_node=2 -m tests.support.vector_worlds STAGE FOLDER
 """
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.training.test_graph_step import PACKED, RAGGED, adapted, batch_of
+from tests.support.fused_step import PACKED, RAGGED, adapted_decoder, batch_of
 from train.config.recipe import load_recipe
 from train.training import deepspeed_engine, distributed
 
@@ -20,7 +19,7 @@ def main(stage: str, folder: Path) -> None:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     distributed.join(distributed.World(rank=rank, local=rank, size=size), cuda=False)
     deepspeed_engine.FUSED_ON = ("cpu",)
-    model = adapted(folder / str(rank), "qwen2", True, torch.float32, "cpu")
+    model = adapted_decoder(folder / str(rank), "qwen2", True, torch.float32, "cpu")
     batches, micros = (PACKED, RAGGED), 2 // size
     values = {"dropout": "0", "batch": "3", "accumulation": str(micros), "zero": stage, "length": "64"}
     learner = deepspeed_engine.Engine(model, load_recipe("qlora", values), torch.float32, size)

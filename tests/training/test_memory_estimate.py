@@ -19,8 +19,7 @@ from train.model import architecture, lora
 from train.model.architecture import PUBLISHED, Shape
 from train.model.int4_linear import Int4Linear
 from train.model.layouts import LAYOUTS, read_config
-from train.ops import cross_entropy
-from train.training import fused_decoder, graph_step, memory_estimate
+from train.training import memory_estimate
 from train.training.memory_estimate import GIB, Setting
 
 CPU = torch.device("cpu")
@@ -90,22 +89,6 @@ def test_the_count_of_the_passes_would_notice_a_tensor_more() -> None:
     assert (living.most, living.now) == (8000, 8000)
     del second, third
     assert living.now == 0
-
-
-def test_constants_are_those_of_the_code() -> None:
-    assert (memory_estimate.ROUND, memory_estimate.HALVES, memory_estimate.LOSS_ROWS) == (
-        graph_step.WIDTH,
-        fused_decoder.HALVES,
-        cross_entropy.CHUNK_FAST,
-    )
-
-    class OnAGpu(list[int]):
-        is_cuda = True
-
-    rows = [
-        graph_step.chunk_of(OnAGpu([0] * n)) for n in (memory_estimate.LOSS_TOKENS, memory_estimate.LOSS_TOKENS + 1)
-    ]  # type: ignore[arg-type]
-    assert rows == [memory_estimate.LOSS_ROWS // 2, memory_estimate.LOSS_ROWS]
 
 
 def test_about_23_800_numbers_a_token_and_layer_in_the_small_qwen() -> None:

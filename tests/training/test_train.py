@@ -702,15 +702,15 @@ def test_the_vector_goes_on_in_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_stretch_of_the_vector_that_no_gradient_reaches_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer's B within it; it is found by the moments that a checkpoint gathers anyway."""
-    from train.training import graph_step as step
+    from train.training import graph_step
 
-    real, name = step._Shape.backward, "base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight"
+    real, name = graph_step._GraphedPasses.backward, "base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight"
 
     def cut(self: Any, scale: torch.Tensor, whole: Any) -> None:
         real(self, scale, whole)
-        whole.layout.split(whole.slopes)[name].zero_()
+        whole.layout.split(whole.grads)[name].zero_()
 
-    monkeypatch.setattr(step._Shape, "backward", cut)
+    monkeypatch.setattr(graph_step._GraphedPasses, "backward", cut)
     with pytest.raises(UserError, match=r"no gradient reached layers.1.mlp.up_proj in 8 updates"):
         train(run="vector-zero", steps=20, save_every=100, **on_the_fused_path(monkeypatch))
     assert losses("vector-zero")[-1]["step"] == 8

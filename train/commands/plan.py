@@ -21,6 +21,7 @@ from train.model.architecture import Shape
 from train.model.folder import find
 from train.training import memory_estimate
 from train.training.memory_estimate import CONTEXT, GIB, Estimate, Setting
+from train.training.step_sizes import ROW_MULTIPLE
 
 __doc__ = f"{__doc__}\nEvery key of the recipe may be given too:\n{describe(Recipe)}\n\nKeys of this command:"
 
@@ -185,5 +186,5 @@ def _too_small(options: Options, shape: Shape, recipe: Recipe, card: int) -> str
 def _weights(shape: Shape) -> float:
     return (
         memory_estimate.blocks(shape)
-        + memory_estimate.embeddings(shape, Setting(1, memory_estimate.ROUND, "offload", embedding="host"))
+        + memory_estimate.embeddings(shape, Setting(1, ROW_MULTIPLE, "offload", embedding="host"))
     ) / GIB

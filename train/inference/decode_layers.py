@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from train.model.decoder import Decoder
 from train.model.int4_linear import Int4Linear
 from train.ops import kernels
-from train.ops.gptq import grouped, pack_rows, unpack_rows
+from train.ops.gptq import groups_in_order, pack_rows, unpack_rows
 from train.ops.kernels import gptq_matmul
 from train.ops.kernels.decode_step import swiglu_parts
 from train.ops.kernels.gptq_matmul import NO_SEGMENT, SEGMENT_COLUMNS, LowRankTerm, PackedWeight, down_product
@@ -102,10 +102,10 @@ def _packed_weight(layer: Int4Linear) -> PackedWeight | None:
     bias = layer.bias if layer.bias is not None and bool(layer.bias.any()) else None  # Qwen-1's files hold zeros
     if bits == 2:
         return None
-    if grouped(layer.g_idx, len(layer.scales)):
+    if groups_in_order(layer.g_idx, len(layer.scales)):
         return PackedWeight(layer.qweight, layer.qzeros, layer.scales, bits, bias)
     order = torch.argsort(layer.g_idx, stable=True)
-    if not grouped(layer.g_idx[order], len(layer.scales)):
+    if not groups_in_order(layer.g_idx[order], len(layer.scales)):
         return None
     sorted_rows = pack_rows(unpack_rows(layer.qweight, bits)[order], bits).contiguous()
     return PackedWeight(sorted_rows, layer.qzeros, layer.scales, bits, bias, order.int())

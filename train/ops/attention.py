@@ -1,8 +1,11 @@
-"""Causal attention of many conversations side by side, each to itself, with its gradient by hand.
+"""Causal attention of packed conversations, each to itself only, with a gradient written by hand.
 
-On Hopper our own kernels (train/kernels/attention.py): faster there than torch's, and the same bits every time. Flash attention through
-torch's operators on other cards that have it (16 bits, sm_80 on). Else torch's scaled_dot_product_attention with a mask of bools, computed
-again in the backward pass: the definition. Those two are asked for the slower of their backward passes, the one that adds in order. Knows tokens; nothing of layers.
+Three implementations, chosen by device and dtype:
+* on Hopper this program's own kernels (ops/kernels/attention.py): faster there than torch's, and the same bits always;
+* on other cards with flash attention (16 bits, compute capability 8.0 or later) torch's flash attention operators;
+* everywhere else torch's scaled_dot_product_attention with a boolean mask, computed again in the backward pass: the
+  definition.
+The backward passes of the last two run in torch's deterministic mode, which is slower. Knows tokens; nothing of layers.
 """
 
 import os
@@ -16,136 +19,146 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.ops import kernels
-from train.ops.kernels import attention as own
-from train.ops.low_rank import Thin
-from train.ops.rope import turn
+from train.ops.kernels import attention as own_kernels
+from train.ops.low_rank import LowRankTerm
+from train.ops.rope import RopeTables, apply_rope
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Where each of M = B · T tokens stands, on the device. Same shapes, same graph."""
+    """Position and conversation of each of the M = B · T tokens of a micro batch; all tensors are on the device.
+
+    The shapes depend on B and T only (and on S, where the attention reads cu_seqlens), so that one CUDA graph serves
+    many batches.
+    """
 
     positions: Tensor  # [M] int64, from 0 in each conversation
-    segments: Tensor  # [B, T] int64, equal = same conversation of a row
-    bounds: Tensor  # [S + 1] int32: where conversations begin in the M tokens, then M; repeated up to a constant S
-    starts: Tensor  # [M] int32: the first token of each token's conversation; a padding token is its own
-    ends: Tensor  # [M] int32: the token after its last
+    segment_ids: Tensor  # [B, T] int64, equal for the tokens of one conversation of a row
+    cu_seqlens: Tensor  # [S + 1] int32: where conversations begin in the M tokens, then M, repeated to a constant S
+    seq_start: Tensor  # [M] int32: the first token of each token's conversation; a padding token is its own
+    seq_end: Tensor  # [M] int32: the token after the last one of each token's conversation
     seed: Tensor  # [1] int64, of this micro batch's dropout
-    first: int = 0  # the token with which what is computed begins, for dropout's mask
+    first_row: int = 0  # the token that the first row of an activation belongs to; dropout's mask depends on it
 
     @property
-    def width(self) -> int:
-        return self.segments.shape[1]
+    def row_length(self) -> int:
+        return self.segment_ids.shape[1]
 
 
-SHORT = 512  # rows up to this many tokens are better served by smaller programs
-Turns = tuple[Tensor, Tensor]
-# Of the forward pass, for the backward pass: log-sum-exp; of torch's flash attention also two words; or nothing
-Kept = tuple[Tensor, ...]
+SHORT_ROW = 512  # for rows of up to this many tokens smaller tiles are faster
+# What the backward pass needs of the forward pass: of the own kernels the log-sum-exp; of torch's flash attention also
+# the two tensors of its random state; of the definition nothing.
+AttentionState = tuple[Tensor, ...]
 
 
-def hopper(q: Tensor) -> bool:
-    """Whether our own kernels take tensors like q [M, H, D], on the generation that they were measured on."""
+def use_own_kernels(q: Tensor) -> bool:
+    """Whether this program's kernels take tensors like q [M, H, D]: on Hopper, where they were measured."""
     fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in (16, 32, 64, 128)
     return q.is_cuda and fits and kernels.generation(q.device) == 9
 
 
-def flash(q: Tensor) -> bool:
+def use_torch_flash(q: Tensor) -> bool:
     """Whether torch's flash attention takes tensors like q [M, H, D]."""
-    sixteen = q.dtype in (torch.float16, torch.bfloat16)
-    return (
-        q.is_cuda
-        and sixteen
-        and q.shape[2] % 8 == 0
-        and q.shape[2] <= 256
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    )
+    fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    return q.is_cuda and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def reads_bounds(like: Tensor, size: int, device: torch.device) -> bool:
-    """Whether heads of `size` in the dtype of `like` go the way that reads Tokens.bounds, whose number is then part of a shape."""
-    q = torch.empty(0, 1, size, dtype=like.dtype, device=device)
-    return flash(q) and not hopper(q)
+def reads_cu_seqlens(like: Tensor, head_dim: int, device: torch.device) -> bool:
+    """Whether attention in the dtype of `like` reads Tokens.cu_seqlens; then its length is part of a graph's shape."""
+    q = torch.empty(0, 1, head_dim, dtype=like.dtype, device=device)
+    return use_torch_flash(q) and not use_own_kernels(q)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, t: Tokens) -> tuple[Tensor, Kept]:
-    """q [M, Hq, D], k and v [M, Hkv, D] -> [M, Hq, D], and what the backward pass needs of it."""
-    if hopper(q):
-        out, lse = own.attend(q, k, v, t.starts, t.width, t.width <= SHORT)
+def attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> tuple[Tensor, AttentionState]:
+    """q [M, Hq, D], k and v [M, Hkv, D] -> [M, Hq, D], and what the backward pass needs besides."""
+    length = tokens.row_length
+    if use_own_kernels(q):
+        out, lse = own_kernels.attend(q, k, v, tokens.seq_start, length, length <= SHORT_ROW)
         return out, (lse,)
-    if not flash(q):
-        return _plain(q, k, v, t), ()
-    out, *kept = torch.ops.aten._flash_attention_forward(
-        q, k, v, t.bounds, t.bounds, t.width, t.width, 0.0, True, False
+    if not use_torch_flash(q):
+        return _masked_attention(q, k, v, tokens), ()
+    out, *state = torch.ops.aten._flash_attention_forward(
+        q, k, v, tokens.cu_seqlens, tokens.cu_seqlens, length, length, 0.0, True, False
     )
-    return out, tuple(kept[:3])
+    return out, tuple(state[:3])
 
 
 def attend_backward(
-    slope: Tensor,
+    grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    kept: Kept,
-    t: Tokens,
-    turns: Turns,
-    into: Tensor,
-    thin: Thin | None = None,
+    state: AttentionState,
+    tokens: Tokens,
+    rope_tables: RopeTables,
+    grad_qkv: Tensor,
+    low_rank: LowRankTerm | None = None,
 ) -> Tensor:
-    """The gradients of q, k and v as they were before they were turned, side by side into `into` [M, (Hq + 2 Hkv) D]; returned.
+    """The gradients of q, k and v before the rotary embedding, side by side into `grad_qkv`, which is returned.
 
     Args:
-        slope: [M, Hq, D], the gradient of `out`. turns: cos and sin [P, D/2] by position, as q and k were turned.
-        thin: made of `into`.
+        grad_out: [M, Hq, D], the gradient of `out`. q, k, v: rotated. out, state: what `attend` returned.
+        rope_tables: with which q and k were rotated. grad_qkv: [M, (Hq + 2 Hkv) D], gets the result.
+        low_rank: a product of `grad_qkv` to compute as well.
     """
-    if len(kept) == 1:
-        slopes = own.attend_backward(
-            slope.contiguous(), q, k, v, out, kept[0], t.starts, t.ends, t.width, t.width <= SHORT, into
-        )
-    elif kept:
-        lse, state, unused = kept
-        with in_order():
-            slopes = torch.ops.aten._flash_attention_backward(
-                slope, q, k, v, out, lse, t.bounds, t.bounds, t.width, t.width, 0.0, True, state, unused
-            )
+    length = tokens.row_length
+    if len(state) == 1:
+        grads = own_kernels.attend_backward(
+            grad_out.contiguous(), q, k, v, out, state[0], tokens.seq_start, tokens.seq_end, length,
+            length <= SHORT_ROW, grad_qkv,
+        )  # fmt: skip
+    elif state:
+        lse, *random_state = state
+        with deterministic_algorithms():
+            grads = torch.ops.aten._flash_attention_backward(
+                grad_out, q, k, v, out, lse, tokens.cu_seqlens, tokens.cu_seqlens, length, length, 0.0, True,
+                *random_state,
+            )  # fmt: skip
     else:
-        with in_order():
-            slopes = _plain_backward(slope, q, k, v, t)
-    return turn(slopes, None, *turns, t.positions, into, sign=-1, thin=thin)
+        with deterministic_algorithms():
+            grads = _masked_attention_backward(grad_out, q, k, v, tokens)
+    return apply_rope(grads, None, rope_tables, tokens.positions, grad_qkv, inverse=True, low_rank=low_rank)
 
 
 @contextmanager
-def in_order() -> Iterator[None]:
-    """torch's own backward passes of attention add up in the order in which blocks of threads end, unless told otherwise when they are
-    called. Told for them alone: everywhere else it would cost (filling new tensors, other kernels) and buy nothing."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch wants to see it, should a product be in there
-    filling: Any = torch.utils.deterministic
-    fill, warn = filling.fill_uninitialized_memory, torch.is_deterministic_algorithms_warn_only_enabled()
-    before = torch.are_deterministic_algorithms_enabled()
-    filling.fill_uninitialized_memory = False
+def deterministic_algorithms() -> Iterator[None]:
+    """torch's deterministic mode, for the operators called within it.
+
+    Without it torch's attention adds gradients in the order in which thread blocks end. It is on for attention alone:
+    elsewhere it would cost time (filled new tensors, other kernels) and change nothing.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it for matrix products in this mode
+    settings: Any = torch.utils.deterministic
+    fill, warn_only = settings.fill_uninitialized_memory, torch.is_deterministic_algorithms_warn_only_enabled()
+    enabled = torch.are_deterministic_algorithms_enabled()
+    settings.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn)
-        filling.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        settings.fill_uninitialized_memory = fill
 
 
-def _plain_backward(slope: Tensor, q: Tensor, k: Tensor, v: Tensor, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+def _masked_attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens
+) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        again = _plain(q, k, v, t)
-    dq, dk, dv = torch.autograd.grad(again, (q, k, v), slope)
+        out = _masked_attention(q, k, v, tokens)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad_out)
     return dq, dk, dv
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, t: Tokens) -> Tensor:
-    rows, width = t.segments.shape
-    same = t.segments[:, None, :, None] == t.segments[:, None, None]  # [B, 1, T, T]
-    allowed = same & torch.ones(width, width, dtype=torch.bool, device=q.device).tril()
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
+    """The definition of `attend`."""
+    segment_ids = tokens.segment_ids
+    rows, length = segment_ids.shape
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None]  # [B, 1, T, T]
+    allowed = same & torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     groups = q.shape[1] // k.shape[1]
-    q, k, v = (x.unflatten(0, (rows, width)).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
+    q, k, v = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(0, 1)

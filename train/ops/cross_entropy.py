@@ -1,8 +1,8 @@
 """The cross entropy of a large vocabulary, a chunk of rows at a time.
 
-Knows hidden states, a frozen head and labels; nothing of models, shifts or averages. Rows without a label never meet the head,
-and logits of more than one chunk are never in memory. The gradient is made in the forward pass, beside the logits that it needs:
-one [M, H] matrix kept instead of a head computed twice.
+Knows hidden states, a frozen head and labels; nothing of models, shifts or averages. Only rows with a label are
+multiplied with the head, and the logits of one chunk at most are in memory. The gradient is computed in the forward
+pass, from the logits that are there anyway: that costs one stored matrix [M, H], and saves computing the logits twice.
 """
 
 from typing import Any
@@ -13,85 +13,89 @@ from torch import Tensor
 from train.ops import kernels
 from train.ops.kernels.cross_entropy import cross_entropy
 
-IGNORE = -100
-CHUNK = 256  # rows of logits at once: 256 x 151,936 in float32 are 156 MB, and about three such tensors live together
-CHUNK_FAST = 1024  # of the kernel, which works in place and in 16 bits: 311 MB; fewer leave a large GPU partly idle
+IGNORE = -100  # the label of a position without a label, as in torch.nn.functional.cross_entropy
+# Rows of logits at once. 256 × 151,936 in float32 are 156 MB, and about three such tensors are alive together.
+CHUNK = 256
 
 
-def gain(dtype: torch.dtype) -> float:
-    """What gradients of logits are multiplied by while they are of `dtype`, and their product with it: float16 knows none below 6e-8,
-    and a softmax over a vocabulary has many. A power of two, so that nothing is rounded by it; the products stay far below its end."""
+def logit_grad_scale(dtype: torch.dtype) -> float:
+    """The factor that gradients of logits of `dtype`, and so the gradients of hidden states, are multiplied with.
+
+    The smallest float16 above zero is 6e-8, and a softmax over a vocabulary has many smaller values. A power of two, so
+    that scaling does not round; no product comes near the largest float16.
+    """
     return 1024.0 if dtype == torch.float16 else 1.0
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        learnt = (labels != IGNORE).nonzero().squeeze(1)  # [M]
-        slope = torch.zeros_like(hidden, dtype=_wide(hidden)) if ctx.needs_input_grad[0] else None
-        total = summed(hidden, weight, learnt, labels[learnt], chunk, slope)
-        ctx.save_for_backward(slope)
-        ctx.dtype, ctx.gain = hidden.dtype, gain(weight.dtype)
+        labelled = (labels != IGNORE).nonzero().squeeze(1)  # [M]
+        grad = torch.zeros_like(hidden, dtype=_loss_dtype(hidden)) if ctx.needs_input_grad[0] else None
+        total = summed_cross_entropy(hidden, weight, labelled, labels[labelled], chunk, grad)
+        ctx.save_for_backward(grad)
+        ctx.dtype, ctx.grad_scale = hidden.dtype, logit_grad_scale(weight.dtype)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return (slope * (grads[0] / ctx.gain)).to(ctx.dtype), None, None, None
+        (grad,) = ctx.saved_tensors
+        return (grad * (grads[0] / ctx.grad_scale)).to(ctx.dtype), None, None, None
 
 
-def summed(
-    hidden: Tensor, weight: Tensor, rows: Tensor, labels: Tensor, chunk: int, slope: Tensor | None = None
+def summed_cross_entropy(
+    hidden: Tensor, weight: Tensor, positions: Tensor, labels: Tensor, chunk: int, grad: Tensor | None = None
 ) -> Tensor:
-    """The summed loss of the rows of `hidden` [N, H] that `rows` [M] int64 names; float32, or float64 if `hidden` is.
+    """The summed loss of some rows of `hidden`; a scalar, float32, or float64 if `hidden` is float64.
 
     Args:
-        labels: [M] int64, of those rows. chunk: rows of logits in memory at once.
-        slope: [N, H], gets `gain` times the gradient in those rows; the others stay as they are.
+        hidden: [N, H]. weight: [V, H], the frozen head. positions: [M] int64, the rows that have a label.
+        labels: [M] int64, theirs. chunk: rows of logits in memory at once.
+        grad: [N, H], gets `logit_grad_scale` times the gradient in those rows; the other rows are not touched.
     """
-    wide = _wide(hidden)
+    dtype = _loss_dtype(hidden)
     fast = weight.dtype in (torch.float16, torch.bfloat16) and kernels.usable(weight.device)
-    total = torch.zeros((), dtype=wide, device=hidden.device)
-    for part in (slice(start, start + chunk) for start in range(0, len(rows), chunk)):
-        given = hidden[rows[part]].to(weight.dtype)
-        loss, logits = (_chunk_fast if fast else _chunk)(given, weight, labels[part], wide)
+    total = torch.zeros((), dtype=dtype, device=hidden.device)
+    for part in (slice(start, start + chunk) for start in range(0, len(positions), chunk)):
+        rows = hidden[positions[part]].to(weight.dtype)
+        loss, logits = (_chunk_by_kernel if fast else _chunk)(rows, weight, labels[part], dtype)
         total += loss
-        if slope is not None:
-            slope[rows[part]] = (logits.to(weight.dtype) @ weight).to(slope.dtype)
-        del logits  # before the next chunk's are made
+        if grad is not None:
+            grad[positions[part]] = (logits.to(weight.dtype) @ weight).to(grad.dtype)
+        del logits  # before those of the next chunk are allocated
     return total
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _loss_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The summed loss of rows [C, H], and `gain` times d loss / d logits [C, V]: softmax minus one at the label."""
-    logits = (hidden @ weight.t()).to(wide)
+def _chunk(rows: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The summed loss of rows [C, H], and the scaled d loss / d logits [C, V]: softmax minus one at the label."""
+    logits = (rows @ weight.t()).to(dtype)
     norm = logits.logsumexp(-1, keepdim=True)
     index = labels[:, None]
     loss = (norm - logits.gather(1, index)).sum()
-    slope = logits.sub_(norm).exp_().scatter_add_(1, index, torch.full_like(norm, -1.0))
-    return loss, slope.mul_(gain(weight.dtype))
+    grad = logits.sub_(norm).exp_().scatter_add_(1, index, torch.full_like(norm, -1.0))
+    return loss, grad.mul_(logit_grad_scale(weight.dtype))
 
 
-def _chunk_fast(hidden: Tensor, weight: Tensor, labels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The same by the kernel, in place on 16-bit logits."""
-    logits = hidden @ weight.t()
-    return cross_entropy(logits, labels, gain(weight.dtype)).sum().to(wide), logits
+def _chunk_by_kernel(rows: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same by the kernel, which overwrites the 16-bit logits with their gradient."""
+    logits = rows @ weight.t()
+    return cross_entropy(logits, labels, logit_grad_scale(weight.dtype)).sum().to(dtype), logits
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
-    """The SUM of the token losses, in float32 (float64 if `hidden` is); the caller divides.
+    """The SUM of the token losses, in float32 (float64 if `hidden` is float64); the caller divides.
 
     Args:
-        hidden: [N, H], any float dtype; gets a gradient. weight: [V, H], the frozen head. labels: [N] int64, -100 = not learnt.
-        chunk: rows of logits that are in memory at once.
+        hidden: [N, H], any float dtype; gets a gradient. weight: [V, H], the frozen head. labels: [N] int64, IGNORE
+            where there is no label. chunk: rows of logits in memory at once.
     Returns:
-        A scalar that is always connected to `hidden`: no labels at all give 0 and a gradient of zeros.
+        A scalar that is always connected to `hidden`: without any label it is 0, and its gradient is zeros.
     """
     assert hidden.dim() == 2 and labels.shape == hidden.shape[:1], (hidden.shape, labels.shape)
     assert weight.dim() == 2 and weight.shape[1] == hidden.shape[1], (weight.shape, hidden.shape)
-    assert not weight.requires_grad, "the head is frozen here: its gradient would silently be lost"
+    assert not weight.requires_grad, "the head must be frozen: no gradient of it is computed here"
     return _SummedCrossEntropy.apply(hidden, weight, labels, chunk)  # type: ignore[no-any-return]

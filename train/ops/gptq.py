@@ -1,4 +1,7 @@
-"""The Int4 format: AutoGPTQ v1 packing, rounding and dequantising, in plain torch (the definition)."""
+"""The Int4 format: AutoGPTQ v1 packing, rounding and dequantising, in plain torch (the definition).
+
+The kernel is ops/kernels/gptq_dequantize.py. Source: Frantar et al. 2022 (GPTQ); the files of AutoGPTQ.
+"""
 
 import math
 from dataclasses import dataclass
@@ -11,29 +14,19 @@ from train.common.errors import UserError
 from train.ops import kernels
 
 WORD = 32  # bits of one packed int32
-
-
-BLOCK = 128  # rows of W that a CPU makes at once: they stay in its cache
-
-
+BLOCK = 128  # rows of W that a CPU dequantises at once: they stay in its cache
 CHUNK = 1 << 18  # weights that are rounded at once, for the same reason
-
-
 TINY, HUGE = 2.0**-24, 65504.0  # the smallest and the largest float16 above zero
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights are packed; the part of `quantization_config` that matters.
+    """How weights are packed: the part of `quantization_config` that matters."""
 
-    Fields: bits of one code (2, 4 or 8); group_size, rows of W [K, N] that share one scale and zero (-1: all K);
-    desc_act, whether the file has its groups in another order than its rows (in g_idx); sym, whether every zero is the middle.
-    """
-
-    bits: int = 4
-    group_size: int = 128
-    desc_act: bool = False
-    sym: bool = True
+    bits: int = 4  # of one code: 2, 4 or 8
+    group_size: int = 128  # rows of W [K, N] that share one scale and zero; -1: all K
+    desc_act: bool = False  # activation order: the rows of a group need not be neighbours (g_idx says which they are)
+    sym: bool = True  # symmetric: every zero is the middle code
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8):
@@ -49,7 +42,8 @@ class Scheme:
         method, version = config.get("quant_method", "gptq"), config.get("checkpoint_format", "gptq")
         if method != "gptq" or version != "gptq":
             raise UserError(
-                f"the checkpoint is quantised as {method!r}, format {version!r}; expected 'gptq', 'gptq' (AutoGPTQ v1). "
+                f"the checkpoint is quantised as {method!r}, format {version!r}; "
+                "expected 'gptq', 'gptq' (AutoGPTQ v1). "
                 "Take the model's GPTQ-Int4 folder, or its float folder and `make quantize`."
             )
         return cls(
@@ -76,11 +70,11 @@ class Scheme:
         return in_features if self.group_size == -1 else self.group_size
 
     def check(self, in_features: int, name: str = "a linear layer") -> None:
-        """Raise UserError if K = in_features does not fall into whole words and whole groups."""
+        """Raise UserError if K = in_features is not a multiple of both a word's codes and a group."""
         if in_features % (WORD // self.bits) or in_features % self.rows(in_features):
             raise UserError(
-                f"{name}: {in_features} inputs cannot be packed at {self.bits} bits in groups of {self.group_size}: expected a "
-                f"multiple of both {WORD // self.bits} and the group size. Choose group_size=64, 32 or -1."
+                f"{name}: {in_features} inputs cannot be packed at {self.bits} bits in groups of {self.group_size}: "
+                f"expected a multiple of both {WORD // self.bits} and the group size. Choose group_size=64, 32 or -1."
             )
 
 
@@ -93,8 +87,8 @@ def pack_rows(codes: Tensor, bits: int = 4) -> Tensor:
     per = WORD // bits
     assert codes.dtype == torch.int32 and codes.ndim == 2 and codes.shape[0] % per == 0, (codes.dtype, codes.shape)
     packed = codes[0::per].clone()
-    for place in range(1, per):
-        packed |= codes[place::per] << (place * bits)
+    for k in range(1, per):
+        packed |= codes[k::per] << (k * bits)
     return packed
 
 
@@ -119,13 +113,13 @@ def unpack_columns(packed: Tensor, columns: int, bits: int = 4) -> Tensor:
     return codes.bitwise_and_(2**bits - 1).flatten(1)[:, :columns].contiguous()
 
 
-def zeros_of(qzeros: Tensor, columns: int, bits: int = 4) -> Tensor:
-    """Stored zeros [G, W] int32 -> zeros [G, N] int32. AutoGPTQ v1 stores the zero minus one, modulo 2^bits."""
+def unpack_zeros(qzeros: Tensor, columns: int, bits: int = 4) -> Tensor:
+    """Stored zeros [G, W] int32 -> zeros [G, N] int32. AutoGPTQ v1 stores each zero minus one, modulo 2^bits."""
     return (unpack_columns(qzeros, columns, bits) + 1) & (2**bits - 1)
 
 
-def grouped(g_idx: Tensor, groups: int) -> bool:
-    """Whether row k belongs to group k // (K / groups): no activation order. One pass over K numbers."""
+def groups_in_order(g_idx: Tensor, groups: int) -> bool:
+    """Whether row k belongs to group k // (K / groups), so no activation order. On a GPU this synchronises."""
     rows = g_idx.shape[0]
     if rows % groups:
         return False
@@ -140,26 +134,23 @@ def dequantize(
     bits: int = 4,
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
-    margin: kernels.Border | None = None,
+    border: kernels.Border | None = None,
 ) -> Tensor:
-    """`dequantize_plain`, by the Triton kernel where that runs (a CUDA device); the same bits.
+    """`dequantize_plain`, by the Triton kernel where that runs (on a CUDA device); the same bits.
 
-    Into `out` [K, N], if given: the corner of a larger matrix, whose other parts `margin` fills. Faster without a g_idx where groups are in order; it is not asked here, since that would make a GPU wait.
+    Args:
+        g_idx: None where the groups are in order, which is faster. Not checked here: that would make a GPU wait.
+        out: [K, N], gets the result; its rows may be strided. border: matrices to write around `out`, in the larger
+            matrix that `out` is the upper left corner of.
     """
     if qweight.is_cuda and kernels.usable(qweight.device):
-        return kernels.dequantize(qweight, qzeros, scales, g_idx, bits, dtype, out, margin)
+        return kernels.dequantize(qweight, qzeros, scales, g_idx, bits, dtype, out, border)
     weight = dequantize_plain(qweight, qzeros, scales, g_idx, bits, dtype)
     if out is None:
         return weight
-    if margin is not None:
-        margin.fill(border_view(out, margin), *weight.shape)
+    if border is not None:
+        border.fill(out)
     return out.copy_(weight)
-
-
-def border_view(out: Tensor, margin: kernels.Border) -> Tensor:
-    """The larger matrix that `out` [K, N] is a corner of, as far as the margin goes."""
-    beside = 0 if margin.A is None else len(margin.A)
-    return out.as_strided((out.shape[0] + margin.below, out.shape[1] + beside), out.stride())
 
 
 def dequantize_plain(
@@ -178,46 +169,45 @@ def dequantize_plain(
     """
     rows, columns = qweight.shape[0] * (WORD // bits), qweight.shape[1]
     assert scales.shape == (qzeros.shape[0], columns), (scales.shape, qzeros.shape, qweight.shape)
-    zeros, steps = zeros_of(qzeros, columns, bits).float(), scales.float()  # [G, N] both
-    in_order = g_idx is None or grouped(g_idx, len(steps))
+    zeros, steps = unpack_zeros(qzeros, columns, bits).float(), scales.float()  # [G, N] both
+    in_order = g_idx is None or groups_in_order(g_idx, len(steps))
     weight = torch.empty(rows, columns, dtype=dtype, device=qweight.device)
     group = rows // len(steps)
     step = _block(group) if qweight.device.type == "cpu" else rows
     for start in range(0, rows, step):
         block = unpack_rows(qweight[start * bits // WORD : (start + step) * bits // WORD], bits).float()  # [step, N]
         if in_order:
-            part = slice(start // group, (start + len(block) - 1) // group + 1)
-            cut = block.view(part.stop - part.start, -1, columns)  # [groups, rows of each, N]
-            cut.sub_(zeros[part, None]).mul_(steps[part, None])
+            groups = slice(start // group, (start + len(block) - 1) // group + 1)
+            by_group = block.view(groups.stop - groups.start, -1, columns)  # [groups, rows of each, N]
+            by_group.sub_(zeros[groups, None]).mul_(steps[groups, None])
         else:
-            which = g_idx[start : start + step].long()  # type: ignore[index]
-            block.sub_(zeros[which]).mul_(steps[which])
+            group_of_row = g_idx[start : start + step].long()  # type: ignore[index]
+            block.sub_(zeros[group_of_row]).mul_(steps[group_of_row])
         weight[start : start + step] = block
     return weight
 
 
 def _block(group: int) -> int:
-    """Rows that fit a CPU's cache and are either whole groups or a part of one."""
+    """Rows that fit into a CPU's cache, and are either whole groups or an equal part of one."""
     return BLOCK // group * group if group < BLOCK else math.gcd(group, BLOCK)
 
 
 def quantize(weight: Tensor, scheme: Scheme, name: str = "a linear layer") -> dict[str, Tensor]:
     """Round a float weight [N, K] to the nearest code: {qweight, qzeros, scales, g_idx} as AutoGPTQ stores them.
 
-    Symmetric: every zero is the middle code. The scale of a group is, among those of `_divisors`, the one with the least
-    squared error; codes are chosen against that scale as stored, in float16. Deterministic, float32 on any device. A weight
-    that the format can hold is returned bit for bit by dequantize (bits <= 4).
+    Symmetric: every zero is the middle code. The scale of a group is the candidate of `_divisors` with the least
+    squared error; codes are chosen against that scale as stored, in float16. Deterministic, in float32 on any device.
+    A weight that the format can represent exactly is returned bit for bit by dequantize (bits <= 4).
 
     Raises:
-        UserError: K does not fall into groups, a weight is not a number, or the scheme wants what rounding to the nearest
-            cannot do.
+        UserError: K is not a multiple of the group, a weight is not finite, or the scheme asks for desc_act or zeros.
     """
     assert weight.ndim == 2, weight.shape
     if not weight.isfinite().all():
-        raise UserError(f"{name}: the weight holds infinities or NaN. The file is damaged: fetch the model again.")
+        raise UserError(f"{name}: the weight has infinities or NaN. The file is damaged: fetch the model again.")
     if scheme.desc_act or not scheme.sym:
         raise UserError(
-            "only desc_act=off, sym=on can be written: rounding to the nearest has neither order nor zero to choose."
+            "Only desc_act=off, sym=on can be written: rounding to the nearest chooses neither an order nor zeros."
         )
     scheme.check(weight.shape[1], name)
     group, middle = scheme.rows(weight.shape[1]), 2 ** (scheme.bits - 1)
@@ -236,8 +226,10 @@ def quantize(weight: Tensor, scheme: Scheme, name: str = "a linear layer") -> di
 
 
 def _divisors(middle: int) -> list[float]:
-    """Candidate scales are the largest |w| of a group over these: every whole code that it could have been, and finer steps
-    about the range of the codes, up to clipping it by a third."""
+    """A group's candidate scales are its largest |w| divided by these.
+
+    Every whole code that the largest |w| could have been, and finer steps about the middle, up to clipping by a third.
+    """
     whole = range(1, middle + 1) if middle <= 8 else ()
     return sorted({*map(float, whole), *(middle * (0.86 + 0.04 * i) for i in range(17))})
 

@@ -1,4 +1,4 @@
-"""Products with few columns (LoRA's A and B) beside a large activation: the definition. The kernel is ops/kernels/low_rank.py."""
+"""Products of a large activation with a matrix of few columns: the definition. The kernels: ops/kernels/low_rank.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,19 +6,25 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from train.ops import kernels
-from train.ops.dropout import Drop, drop
-from train.ops.kernels import low_rank as thinly
+from train.ops.dropout import Dropout, apply_dropout
+from train.ops.kernels import low_rank as kernel
 from train.ops.kernels.runtime import use_kernel
 
 
 @dataclass(frozen=True)
-class Thin:
-    """Products with few columns of an activation x [M, N], side by side: out = scale · [drop(x)[:, columns] matrix, ...]."""
+class LowRankTerm:
+    """A product that is still to be computed: out = scale · [dropout(x)[:, columns] @ matrix, …], side by side.
 
-    parts: Sequence[tuple[slice, Tensor]]  # columns of x, and a matrix [n, r] for them; rows may be strided
+    It is handed to whoever writes x [M, N]: a kernel that has a part of x in registers can compute the product without
+    reading x again.
+    """
+
+    parts: Sequence[
+        tuple[slice, Tensor]
+    ]  # columns of x, n of them, and the matrix [n, r] that they are multiplied with
     scale: float
-    out: Tensor  # [M, R], R the sum of all r; rows may be strided
-    drop: Drop | None = None
+    out: Tensor  # [M, R], R = the sum of all r; rows may be strided
+    dropout: Dropout | None = None
 
     @property
     def ranks(self) -> list[int]:
@@ -28,18 +34,21 @@ class Thin:
     def matrices(self) -> list[Tensor]:
         return [matrix for _, matrix in self.parts]
 
-    def fill(self, x: Tensor) -> Tensor:
-        """Make them of a whole x; gives `out`."""
-        x, at = drop(x, self.drop) if self.drop else x, 0
+    def compute(self, x: Tensor) -> Tensor:
+        """Fill `out` from x [M, N], and return it."""
+        x, start = apply_dropout(x, self.dropout) if self.dropout else x, 0
         for columns, matrix in self.parts:
-            self.out[:, at : at + matrix.shape[1]].addmm_(x[:, columns], matrix, beta=0, alpha=self.scale)
-            at += matrix.shape[1]
+            self.out[:, start : start + matrix.shape[1]].addmm_(x[:, columns], matrix, beta=0, alpha=self.scale)
+            start += matrix.shape[1]
         return self.out
 
 
-def spread(thin: Tensor, matrix: Tensor, how: Drop, out: Tensor) -> Tensor:
-    """out [M, N] += drop(thin [M, r] matrix [r, N]): the way back through an adapter's A and the dropout before it."""
+def add_dropped_product(left: Tensor, right: Tensor, dropout: Dropout, out: Tensor) -> Tensor:
+    """out [M, N] += dropout(left [M, r] @ right [r, N]); returns `out`.
+
+    The gradient of the input of a low-rank product whose input was dropped.
+    """
     if use_kernel(out) and kernels.generation(out.device) >= 8:
-        thinly.spread(thin, matrix, how, out)
+        kernel.add_dropped_product(left, right, dropout, out)
         return out
-    return drop(thin @ matrix, how, out, add=True)
+    return apply_dropout(left @ right, dropout, out, add=True)

@@ -1,9 +1,10 @@
-"""What a training step may keep in the host's memory instead of the card's: the inputs of blocks, and the embedding's table.
+"""Tensors of a training step in the host's memory instead of the GPU's: the inputs of blocks, and the embedding table.
 
-Knows tensors and streams, and nothing of a model. Inputs leave while their block computes and come back while the block after it
-computes backwards, on a stream of their own that forks from the computing one and joins it again: so both ways may be captured in CUDA
-graphs, which is why the room on the host is made once and kept. It costs pinned memory and the bus, and changes no bit. On a CPU
-the same copies are plain ones.
+Knows tensors and streams; nothing of a model. The input of a block is copied to the host while the block computes, and
+back while the block after it computes its backward pass. The copies run on a stream of their own, which forks from the
+computing stream and joins it again, so both directions can be captured in CUDA graphs; for the same reason the memory
+on the host is allocated once and kept. This costs pinned memory and PCIe bandwidth, and changes no bit of the result.
+On a CPU the same copies run in line.
 """
 
 from typing import Any
@@ -13,97 +14,101 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Lane:
-    """Copies beside the computing; on a CPU in line with it."""
+class CopyStream:
+    """Copies that run beside the computation; on a CPU within it."""
 
     def __init__(self, device: torch.device) -> None:
-        # from the pool of urgent streams, of which nobody else takes any: never the one that computes or captures
+        # torch hands its streams out in turn, by priority; nothing else here asks for one of high priority, so this is
+        # never the stream that computes or captures
         self.stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
-    def copy(self, to: Tensor, x: Tensor) -> None:
-        """After all that was asked of the computing stream; both tensors must stay until `join`."""
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy after all work queued so far on the computing stream. Both tensors must stay alive until `join`."""
         if self.stream is None:
-            to.copy_(x)
+            target.copy_(source)
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
-            to.copy_(x, non_blocking=True)
+            target.copy_(source, non_blocking=True)
 
     def join(self) -> None:
-        """What is asked of the computing stream from here on comes after all copies."""
+        """Let the computing stream wait for all copies before any work queued from here on."""
         if self.stream is not None:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
 
-class Host:
-    """Room for the inputs of one batch's blocks, which batches of all shapes take in turn. It grows, and what captured graphs know of
-    the smaller one stays theirs."""
+class PinnedBuffer:
+    """Pinned host memory for the inputs of one batch's blocks, used by batches of all shapes in turn.
 
-    def __init__(self, device: torch.device) -> None:
-        self.room, self.lane = torch.empty(0), Lane(device)
-
-    def places(self, count: int, like: Tensor) -> Tensor:
-        """[count, *like.shape]. A graph must find it made: pinning memory cannot be captured."""
-        size = count * like.numel()
-        if self.room.dtype != like.dtype or self.room.numel() < size:
-            self.room = torch.empty(size, dtype=like.dtype, pin_memory=like.is_cuda)
-        return self.room[:size].view(count, *like.shape)
-
-
-class Shelf:
-    """A stack of the inputs [M, H] of `count` blocks, used as a list: all but the last block's stand on the host.
-
-    The last block's, needed first and at once, stays on the device, and so does what is put on top of it. Of the others there are
-    never more than two on the device: the one that is computed with, and the one that is on its way.
+    It grows when a larger batch comes. The smaller buffer stays alive as long as a captured graph uses it.
     """
 
-    def __init__(self, host: Host, count: int, like: Tensor) -> None:
-        self.lane, self.away = host.lane, host.places(count - 1, like)
+    def __init__(self, device: torch.device) -> None:
+        self.memory, self.copies = torch.empty(0), CopyStream(device)
+
+    def slots(self, count: int, like: Tensor) -> Tensor:
+        """[count, *like.shape]. To be called outside a capture first: memory cannot be pinned within one."""
+        size = count * like.numel()
+        if self.memory.dtype != like.dtype or self.memory.numel() < size:
+            self.memory = torch.empty(size, dtype=like.dtype, pin_memory=like.is_cuda)
+        return self.memory[:size].view(count, *like.shape)
+
+
+class ActivationStack:
+    """A stack of the inputs [M, H] of `count` blocks, used as a list; all but the last block's are kept on the host.
+
+    The last block's input is needed first in the backward pass, so it stays on the device, as does anything pushed
+    after it. Of the others at most two are on the device: the one in use and the one being copied.
+    """
+
+    def __init__(self, buffer: PinnedBuffer, count: int, like: Tensor) -> None:
+        self.copies, self.slots = buffer.copies, buffer.slots(count - 1, like)
         self.device, self.size = like.device, 0
-        self.here: list[Tensor] = []
-        self.moving: Tensor | None = None  # on the device while its copy is under way
+        self.on_device: list[Tensor] = []
+        self.in_flight: Tensor | None = None  # the tensor on the device that is being copied from or to
 
     def append(self, x: Tensor) -> None:
-        """Whoever computes with x goes on at once; the one before has left by now, and its memory is free after this."""
+        """Push x, which the caller may go on reading. The copy of the one before has ended, and its memory is free."""
         self._join()
-        if self.size < len(self.away):
-            self.lane.copy(self.away[self.size], x)
-            self.moving = x
+        if self.size < len(self.slots):
+            self.copies.copy(self.slots[self.size], x)
+            self.in_flight = x
         else:
-            self.here.append(x)
+            self.on_device.append(x)
         self.size += 1
 
     def pop(self) -> Tensor:
-        """The newest; the one below it sets out."""
-        x = self.here.pop() if self.here else self._join()
-        assert x is not None, "popped from an empty shelf"
+        """The newest tensor; the copy of the one below it starts."""
+        x = self.on_device.pop() if self.on_device else self._join()
+        assert x is not None, "pop from an empty ActivationStack"
         self.size -= 1
-        if not self.here and self.size:
-            self.moving = torch.empty(self.away[0].shape, dtype=x.dtype, device=self.device)
-            self.lane.copy(self.moving, self.away[self.size - 1])
+        if not self.on_device and self.size:
+            self.in_flight = torch.empty(self.slots[0].shape, dtype=x.dtype, device=self.device)
+            self.copies.copy(self.in_flight, self.slots[self.size - 1])
         return x
 
     def _join(self) -> Tensor | None:
-        """The tensor that was under way, which the computing stream may now use, or whose memory it may use again.
+        """The tensor that was in flight: from now on the computing stream may read it, or reuse its memory.
 
-        A stream that captures must not wait for one that nothing was asked of since the capture began.
+        Without one there is no join: a capturing stream must not wait for a stream that has no work in this capture.
         """
-        if self.moving is not None:
-            self.lane.join()
-        moved, self.moving = self.moving, None
-        return moved
+        if self.in_flight is not None:
+            self.copies.join()
+        copied, self.in_flight = self.in_flight, None
+        return copied
 
 
 class HostEmbedding(nn.Module):
-    """An embedding whose table [V, H] stays where it is, wherever the model moves to; the rows go where the ids are."""
+    """An embedding whose table [V, H] stays on the CPU wherever the model moves; only the rows that are used move."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = weight.detach()  # no parameter: those are moved, cast and sent to other processes
+        self.weight = weight.detach()  # not a parameter: those are moved, cast and sent to other processes
 
     def rows(self, ids: Tensor) -> Tensor:
-        """ids on the CPU, of any shape -> [..., H] there."""
+        """ids on the CPU, of any shape -> [..., H] on the CPU."""
         return F.embedding(ids, self.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """ids on any device -> [..., H] on that device."""
         return self.rows(ids.cpu()).to(ids.device)

@@ -1,10 +1,13 @@
-"""RMSNorm and its gradient: the definition. The kernel is ops/kernels/rms_norm.py. All weights are frozen: none gets a gradient."""
+"""RMSNorm and its gradient: the definition. The kernel is ops/kernels/rms_norm.py.
+
+The weights are frozen: only the input gets a gradient.
+"""
 
 import torch
 from torch import Tensor
 
-from train.ops.dropout import Drop, drop
-from train.ops.kernels import rms_norm as rms_norm_module
+from train.ops.dropout import Dropout, apply_dropout
+from train.ops.kernels import rms_norm as kernel
 from train.ops.kernels.runtime import as_float, use_kernel
 
 
@@ -14,25 +17,26 @@ def rms_norm(
     eps: float,
     out: Tensor | None = None,
     add: Tensor | None = None,
-    how: Drop | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
-    """x / rms(x) · weight, the mean in float32. x [M, H] contiguous; rows of `out` and `add` may be strided, here and below.
+    """x / rms(x) · weight, with the mean in float32 (Zhang & Sennrich 2019).
 
     Args:
-        add: [M, H], added to x first, in place. how: the result is dropped so.
+        x: [M, H], contiguous. weight: [H]. out: [M, H], gets the result; its rows may be strided.
+        add: [M, H], added to x first, in place; its rows may be strided. dropout: applied to the result.
     """
     out = torch.empty_like(x) if out is None else out
     if use_kernel(x):
-        return rms_norm_module.rms_norm(x, weight, eps, out, add, how)
+        return kernel.rms_norm(x, weight, eps, out, add, dropout)
     if add is not None:
         x += add
     y = as_float(x)
     out.copy_((y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight)
-    return drop(out, how, out) if how else out
+    return apply_dropout(out, dropout, out) if dropout else out
 
 
 def rms_norm_backward(
-    slope: Tensor,
+    grad: Tensor,
     x: Tensor,
     weight: Tensor,
     eps: float,
@@ -40,23 +44,25 @@ def rms_norm_backward(
     out: Tensor | None = None,
     scale: Tensor | None = None,
     normed: Tensor | None = None,
-    how: Drop | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
-    """The gradient of x [M, H] for the gradient `slope` of the norm; `residual` [M, H], the gradient that goes past it, is added.
+    """The gradient of x [M, H].
 
     Args:
-        scale: a number that `slope` is multiplied by first, without a rounding in between.
-        normed: [M, H] contiguous, gets rms_norm(x) on the way, dropped by `how`.
+        grad: [M, H], the gradient of rms_norm(x). residual: [M, H], the gradient of the residual connection around the
+            norm, which is added to the result. out: [M, H], gets the result; may be `residual`.
+        scale: a scalar tensor that `grad` is multiplied with first, without rounding in between.
+        normed: [M, H], contiguous, gets rms_norm(x) computed again, with `dropout` applied.
     """
     out = torch.empty_like(x) if out is None else out
     if use_kernel(x):
-        return rms_norm_module.rms_norm_backward(slope, x, weight, eps, residual, out, scale, normed, how)
+        return kernel.rms_norm_backward(grad, x, weight, eps, residual, out, scale, normed, dropout)
     if normed is not None:
-        rms_norm(x, weight, eps, normed, how=how)
-    a, s = as_float(x), as_float(slope) * weight
+        rms_norm(x, weight, eps, normed, dropout=dropout)
+    y, weighted = as_float(x), as_float(grad) * weight
     if scale is not None:
-        s = s * scale
-    rate = torch.rsqrt(a.pow(2).mean(-1, keepdim=True) + eps)
-    hat = a * rate
-    grad = rate * (s - hat * (s * hat).mean(-1, keepdim=True))
-    return out.copy_(grad if residual is None else grad + residual)
+        weighted = weighted * scale
+    inverse_rms = torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    unit = y * inverse_rms
+    grad_x = inverse_rms * (weighted - unit * (weighted * unit).mean(-1, keepdim=True))
+    return out.copy_(grad_x if residual is None else grad_x + residual)

@@ -1,68 +1,73 @@
-"""Rotary position embedding of queries and keys by the positions of their tokens, and its inverse for gradients: the definition.
+"""Rotary position embedding of queries and keys, and its inverse for their gradients: the definition.
 
-On a CUDA device it runs as one Triton kernel (ops/kernels/rope.py); tests hold one against the other, and against autograd.
+The kernels are ops/kernels/rope.py, and ops/kernels/low_rank.py where a low-rank product is computed with it. Source:
+Su et al. 2021, in the half-split form of GPT-NeoX: the first half of a head is rotated with its second half.
 """
 
 import torch
 from torch import Tensor
 
 from train.ops import kernels
-from train.ops.kernels import low_rank as thinly
-from train.ops.kernels import rope
+from train.ops.kernels import low_rank as low_rank_kernel
+from train.ops.kernels import rope as rope_kernel
 from train.ops.kernels.runtime import as_float, use_kernel
-from train.ops.low_rank import Thin
+from train.ops.low_rank import LowRankTerm
+
+RopeTables = tuple[Tensor, Tensor]  # cos and sin, both [P, D/2] float32, a row for each position
 
 
-def turn(
-    parts: tuple[Tensor, Tensor, Tensor],
+def apply_rope(
+    qkv: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
+    rope_tables: RopeTables,
     positions: Tensor,
     out: Tensor,
-    sign: int = 1,
-    thin: Thin | None = None,
+    inverse: bool = False,
+    low_rank: LowRankTerm | None = None,
 ) -> Tensor:
-    """Queries and keys turned by their positions, values as they are, side by side.
+    """Write queries and keys, rotated by their positions, and the values unchanged, side by side into `out`; return it.
 
     Args:
-        parts: q [M, Hq, D], k and v [M, Hkv, D]; rows may be strided. bias: [(Hq + 2 Hkv) D], added first, or None.
-        cos, sin: [P, D/2] float32 by position. positions: [M] int. sign: 1, or -1 to turn back (the backward pass).
-        out: [M, (Hq + 2 Hkv) D]; may be the very memory of `parts`. Returned. thin: made of `out`.
+        qkv: q [M, Hq, D], k and v [M, Hkv, D]; rows may be strided. bias: [(Hq + 2 Hkv) D], added first, or None.
+        positions: [M] int. out: [M, (Hq + 2 Hkv) D]; may be the memory of `qkv`.
+        inverse: rotate backwards, which turns gradients of rotated q and k into gradients of q and k.
+        low_rank: a product of `out` to compute as well.
     """
-    if sign < 0 and thin is not None and _taken_along(thin, parts, out):
+    if inverse and low_rank is not None and _one_kernel_takes(low_rank, qkv, out):
         assert bias is None
-        thinly.turn_back(parts, cos, sin, positions, out, thin.matrices, thin.scale, thin.out)
+        low_rank_kernel.inverse_rope_with_product(
+            qkv, rope_tables, positions, out, low_rank.matrices, low_rank.scale, low_rank.out
+        )
         return out
-    out = _turn(parts, bias, cos, sin, positions, out, sign)
-    if thin is not None:
-        thin.fill(out)
+    out = _rotate(qkv, bias, rope_tables, positions, out, -1 if inverse else 1)
+    if low_rank is not None:
+        low_rank.compute(out)
     return out
 
 
-def _taken_along(thin: Thin, parts: tuple[Tensor, Tensor, Tensor], out: Tensor) -> bool:
-    """Whether one kernel turns back and makes `thin` on the way: it reads all of `out` [M, N], in one part or three."""
-    whole = len(thin.parts) in (1, 3) and sum(len(matrix) for matrix in thin.matrices) == out.shape[1]
-    return whole and kernels.generation(out.device) == 9 and thinly.serves(parts, thin.ranks)
+def _one_kernel_takes(low_rank: LowRankTerm, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor) -> bool:
+    """Whether one kernel can rotate and compute `low_rank`: a product of all of `out` [M, N], in one or three parts."""
+    of_all = len(low_rank.parts) in (1, 3) and sum(len(matrix) for matrix in low_rank.matrices) == out.shape[1]
+    return of_all and kernels.generation(out.device) == 9 and low_rank_kernel.supports(qkv, low_rank.ranks)
 
 
-def _turn(
-    parts: tuple[Tensor, Tensor, Tensor],
+def _rotate(
+    qkv: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
+    rope_tables: RopeTables,
     positions: Tensor,
     out: Tensor,
     sign: int,
 ) -> Tensor:
     if use_kernel(out):
-        return rope.turn(parts, bias, cos, sin, positions, out, sign)
-    mixed = torch.cat([part.flatten(1) for part in parts], dim=1)
+        return rope_kernel.apply_rope(qkv, bias, rope_tables, positions, out, sign)
+    mixed = torch.cat([part.flatten(1) for part in qkv], dim=1)
     if bias is not None:
         mixed = as_float(mixed) + bias
-    queries, keys, size = parts[0].shape[1], parts[1].shape[1], parts[0].shape[2]
-    heads = as_float(mixed).view(len(mixed), -1, size)  # [M, Hq + 2 Hkv, D]
-    c, s = cos[positions][:, None], sin[positions][:, None] * sign  # [M, 1, D/2]
-    low, high = heads[:, : queries + keys].chunk(2, dim=-1)
-    turned = torch.cat([low * c - high * s, high * c + low * s], dim=-1)
-    return out.copy_(torch.cat([turned, heads[:, queries + keys :]], dim=1).flatten(1))
+    queries, keys, head_dim = qkv[0].shape[1], qkv[1].shape[1], qkv[0].shape[2]
+    heads = as_float(mixed).view(len(mixed), -1, head_dim)  # [M, Hq + 2 Hkv, D]
+    cos, sin = (table[positions][:, None] for table in rope_tables)  # [M, 1, D/2]
+    sin = sin * sign
+    first, second = heads[:, : queries + keys].chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return out.copy_(torch.cat([rotated, heads[:, queries + keys :]], dim=1).flatten(1))

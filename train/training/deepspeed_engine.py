@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from train.config.recipe import Recipe
 from train.model.lora import trainable
 from train.ops import kernels
-from train.training.graph_step import Step
+from train.training.graph_step import GraphStep
 
 PRESETS = Path(__file__).parent / "deepspeed"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -62,7 +62,7 @@ class Trainee(nn.Module):
         self.model = model
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        if isinstance(self.model, Step):
+        if isinstance(self.model, GraphStep):
             return self.model(batch)  # type: ignore[no-any-return]
         return self.model(**batch).loss  # type: ignore[no-any-return]
 
@@ -170,11 +170,11 @@ class Engine:
         if self.fused:
             self.fused.bind()
 
-    def _fused(self, model: Any, names: dict[nn.Parameter, str]) -> Step | None:
+    def _fused(self, model: Any, names: dict[nn.Parameter, str]) -> GraphStep | None:
         if not fusable(self.recipe, self.device):
             return None
         full = (self.recipe.batch, self.recipe.length) if self.recipe.pack else None
-        return Step(model.get_base_model(), names, self.recipe.length, self.recipe.graphs, full)
+        return GraphStep(model.get_base_model(), names, self.recipe.length, self.recipe.graphs, full)
 
     def close(self) -> None:
         """Let go of model and optimizer, which DeepSpeed's hooks and tables hold as long as the process lives."""
@@ -188,7 +188,9 @@ class Engine:
 
     def place(self, batch: dict[str, Tensor]) -> Any:
         """What `dataset.collate` makes, on the device as `micro` reads it; worth doing while the GPU is at the batch before."""
-        return self.fused.place(batch) if self.fused else {key: value.to(self.device) for key, value in batch.items()}
+        return (
+            self.fused.to_device(batch) if self.fused else {key: value.to(self.device) for key, value in batch.items()}
+        )
 
     def micro(self, batch: Any, labels: int) -> Tensor:
         """Forward and backward of one micro batch; returns the SUM of its token losses.

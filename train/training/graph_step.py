@@ -1,12 +1,13 @@
 """A micro batch's loss and gradient as two CUDA graphs with the loss between them: the GPU never waits for Python.
 
-Knows the fused passes, the head and the vector of the adapters' numbers; nothing of optimizers, accumulation or processes. To autograd
-it is one function of one vector. The shape of a batch is rounded up to few shapes; the first batch of a shape runs without a graph,
-which also compiles its kernels, the second captures, and all further ones replay. The loss stays outside, since the number of
-learnt tokens changes with every batch and the head is too dear for those that are not.
+Knows the fused passes, the head and the vector of the adapters' parameters; nothing of optimizers, gradient
+accumulation or processes. To autograd it is one function of one vector. Batches are padded to few shapes. The first
+batch of a shape runs without a graph, which also compiles its kernels; the second is captured, and all further ones are
+replayed. The loss is outside the graphs, because the number of labelled tokens changes with every batch, and
+multiplying all tokens with the head would cost too much.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,103 +16,114 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.ops.attention import Tokens, reads_bounds
-from train.ops.cross_entropy import CHUNK, CHUNK_FAST, IGNORE, gain, summed
+from train.ops.attention import Tokens, reads_cu_seqlens
+from train.ops.cross_entropy import CHUNK, IGNORE, logit_grad_scale, summed_cross_entropy
 from train.ops.offload import HostEmbedding
-from train.training.fused_decoder import Projection, Trunk
+from train.training import step_sizes
+from train.training.fused_decoder import FusedDecoder
+from train.training.fused_linear import FusedLinear
 
-WIDTH = 64  # rows are padded to a multiple of this many tokens
-CONVERSATIONS = 8  # and the number of conversations to a power of two of these
-GRAPHS = 12  # shapes that are captured at most: each keeps its activations' places in one pool
+CONVERSATIONS = 8  # the number of conversations in cu_seqlens is padded to this times a power of two
+MOST_GRAPHS = 12  # shapes that are captured at most: the activations of each stay allocated in the shared memory pool
+TOKEN_TENSORS = ("positions", "segment_ids", "cu_seqlens", "seq_start", "seq_end", "seed")  # of Tokens
 
 
-class Vector:
-    """The adapters' numbers as one vector: which stretch is whose."""
+class FlatParameters:
+    """The layout of the adapters' parameters in one vector."""
 
-    def __init__(self, projections: Sequence[Projection], names: dict[nn.Parameter, str]) -> None:
-        """names: of every parameter that is learnt, in the model's order."""
-        self.projections, at = projections, 0
-        self.places: dict[str, tuple[int, torch.Size]] = {}
-        self.stretches: list[slice] = []
-        for projection in projections:
-            start = at
-            for p in projection.parameters():
-                self.places[names[p]] = (at, p.shape)
-                at += p.numel()
-            self.stretches.append(slice(start, at))
-        self.size, self.order = at, list(names.values())
-        assert set(self.order) == set(self.places), "an adapter outside the blocks' linears"
+    def __init__(self, linears: Sequence[FusedLinear], names: dict[nn.Parameter, str]) -> None:
+        """names: of every trainable parameter, in the model's order."""
+        self.linears, start = linears, 0
+        self.offsets: dict[str, tuple[int, torch.Size]] = {}
+        self.parts: list[slice] = []  # of each of `linears`
+        for linear in linears:
+            first = start
+            for p in linear.parameters():
+                self.offsets[names[p]] = (start, p.shape)
+                start += p.numel()
+            self.parts.append(slice(first, start))
+        self.size, self.order = start, list(names.values())
+        assert set(self.order) == set(self.offsets), "an adapter outside the linear layers of the blocks"
 
     def join(self, values: dict[str, Tensor], device: torch.device) -> Tensor:
         """name -> tensor of any float dtype: one vector [n] float32."""
-        whole = torch.empty(self.size, device=device)
-        for name, (at, shape) in self.places.items():
-            whole[at : at + shape.numel()].copy_(values[name].flatten())
-        return whole
+        vector = torch.empty(self.size, device=device)
+        for name, (start, shape) in self.offsets.items():
+            vector[start : start + shape.numel()].copy_(values[name].flatten())
+        return vector
 
-    def split(self, whole: Tensor) -> dict[str, Tensor]:
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
         """The inverse of `join`, as views, in the model's order."""
-        return {
-            name: whole[at : at + shape.numel()].view(shape) for name in self.order for at, shape in [self.places[name]]
-        }
+        views = {}
+        for name in self.order:
+            start, shape = self.offsets[name]
+            views[name] = vector[start : start + shape.numel()].view(shape)
+        return views
 
-    def bind(self, values: Tensor, slopes: Tensor) -> None:
-        for projection, stretch in zip(self.projections, self.stretches):
-            projection.bind(values[stretch], slopes[stretch])
+    def bind(self, values: Tensor, grads: Tensor) -> None:
+        """Make the linears read their parameters from `values` [n], and write their gradients to `grads` [n]."""
+        for linear, part in zip(self.linears, self.parts):
+            linear.bind(values[part], grads[part])
 
 
 @dataclass
-class Batch:
-    """A micro batch on the device."""
+class DeviceBatch:
+    """A micro batch of M = B · T tokens on the device, of which L have a label."""
 
-    ids: Tensor  # [M] int64
+    input_ids: Tensor  # [M] int64
     tokens: Tokens
-    rows: Tensor  # [L] int64: tokens whose successor is learnt
+    labelled_positions: Tensor  # [L] int64: the tokens whose successor is a label
     labels: Tensor  # [L] int64
-    embedded: Tensor | None = None  # [M, H] in the host's memory, where the embedding's table is there
+    embeddings: Tensor | None = None  # [M, H] in pinned memory, if the embedding table is on the host
 
 
-def arrange(batch: dict[str, Tensor], width: int, rows: int = 0) -> dict[str, Tensor]:
-    """What `dataset.collate` makes, on the CPU, as the passes read it: the fields of Tokens, and ids, rows and labels of Batch.
+def flatten_batch(batch: dict[str, Tensor], row_length: int, rows: int = 0) -> dict[str, Tensor]:
+    """A batch of data.batches.collate, on the CPU, as the passes read it.
 
     Args:
-        batch: input_ids and labels [B, t]; position_ids and segment_ids where rows are not one conversation each.
-        width: T ≥ t, to which rows are padded. rows: to so many are they filled up, with padding alone.
+        batch: input_ids and labels [B, t]; position_ids and segment_ids if a row may hold several conversations.
+        row_length: T ≥ t, to which rows are padded. rows: to which B is padded, with rows of padding alone.
+    Returns:
+        The tensors of Tokens except the seed, and input_ids, labelled_positions and labels of DeviceBatch.
     """
     ids, labels = batch["input_ids"], batch["labels"]
-    segments = batch.get("segment_ids", torch.ones_like(ids))
+    segment_ids = batch.get("segment_ids", torch.ones_like(ids))
     positions = batch.get("position_ids", torch.arange(ids.shape[1]).expand_as(ids))
-    right, below = width - ids.shape[1], max(0, rows - len(ids))
-    ids, segments, positions = (F.pad(x, (0, right, 0, below)) for x in (ids, segments, positions))
-    following = F.pad(labels, (0, right + 1, 0, below), value=IGNORE)[:, 1:].flatten()
-    learnt = (following != IGNORE).nonzero().squeeze(1)
-    bounds = _bounds(segments)
-    places, alone = torch.arange(ids.numel()), segments.flatten() == 0
-    lengths = bounds.diff()
-    count = CONVERSATIONS
-    while count < len(lengths):
-        count *= 2
+    right, below = row_length - ids.shape[1], max(0, rows - len(ids))
+    ids, segment_ids, positions = (F.pad(x, (0, right, 0, below)) for x in (ids, segment_ids, positions))
+    next_labels = F.pad(labels, (0, right + 1, 0, below), value=IGNORE)[:, 1:].flatten()
+    labelled = (next_labels != IGNORE).nonzero().squeeze(1)
+    boundaries = _boundaries(segment_ids)
+    lengths = boundaries.diff()
+    index, is_padding = torch.arange(ids.numel()), segment_ids.flatten() == 0
     return {
-        "ids": ids.flatten(),
+        "input_ids": ids.flatten(),
         "positions": positions.flatten(),
-        "segments": segments,
-        "bounds": F.pad(bounds, (0, count - len(lengths)), value=ids.numel()).int(),
-        "starts": torch.where(alone, places, bounds[:-1].repeat_interleave(lengths)).int(),
-        "ends": torch.where(alone, places + 1, bounds[1:].repeat_interleave(lengths)).int(),
-        "rows": learnt,
-        "labels": following[learnt],
+        "segment_ids": segment_ids,
+        "cu_seqlens": F.pad(boundaries, (0, _padded_count(len(lengths)) - len(lengths)), value=ids.numel()).int(),
+        "seq_start": torch.where(is_padding, index, boundaries[:-1].repeat_interleave(lengths)).int(),
+        "seq_end": torch.where(is_padding, index + 1, boundaries[1:].repeat_interleave(lengths)).int(),
+        "labelled_positions": labelled,
+        "labels": next_labels[labelled],
     }
 
 
-def _bounds(segments: Tensor) -> Tensor:
-    """[B, T] -> where a conversation or a row begins in the B · T tokens, and their number."""
-    begins = torch.ones_like(segments, dtype=torch.bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=segments.numel())
+def _boundaries(segment_ids: Tensor) -> Tensor:
+    """[B, T] -> the indices among the M tokens at which a conversation or a row begins, and M."""
+    begins = torch.ones_like(segment_ids, dtype=torch.bool)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=segment_ids.numel())
 
 
-class Step(nn.Module):
-    """batch -> the SUM of its token losses, connected to the one parameter `vector` [n]."""
+def _padded_count(conversations: int) -> int:
+    count = CONVERSATIONS
+    while count < conversations:
+        count *= 2
+    return count
+
+
+class GraphStep(nn.Module):
+    """A batch -> the SUM of its token losses, as a function of its one parameter `vector` [n]."""
 
     def __init__(
         self,
@@ -119,25 +131,27 @@ class Step(nn.Module):
         names: dict[nn.Parameter, str],
         length: int,
         graphs: bool,
-        full: tuple[int, int] | None = None,
+        full_shape: tuple[int, int] | None = None,
     ) -> None:
-        """names: of every parameter that is learnt. length: of the rows to come. graphs: whether to capture.
-
-        full: (rows, tokens) that batches are meant to have. What is at least half of it is padded to it, so that there is one shape:
-        the memory that one graph's activations stand in serves no other.
+        """
+        Args:
+            names: of every trainable parameter. length: of the longest row to come. graphs: whether to capture graphs.
+            full_shape: (rows, tokens) of a full batch. A batch with at least half as many tokens is padded to it, so
+                that most batches have one shape: no other shape can use the memory of a graph's activations.
         """
         super().__init__()
-        self._decoder = [decoder]  # in a list: its parameters are not this module's
-        self.trunk = Trunk(decoder, length)  # type: ignore[arg-type]
-        self.layout = Vector(self.trunk.projections, names)
+        self._decoder = [decoder]  # in a list, so that its parameters are not this module's
+        self.fused_decoder = FusedDecoder(decoder, length)  # type: ignore[arg-type]
+        self.layout = FlatParameters(self.fused_decoder.linears, names)
         self.graphs = graphs and next(iter(names)).is_cuda
-        start = self.layout.join({name: p.detach() for p, name in names.items()}, next(iter(names)).device)
-        self.vector = nn.Parameter(start)
-        self.shapes: dict[tuple[Any, ...], _Shape] = {}
-        self.pool: Any = None
-        self.drops = any(projection.dropout for projection in self.trunk.projections)
-        self.full = (full[0], _rounded(full[1])) if full else (0, 0)
-        self.bounded = reads_bounds(self.embedding.weight, self.trunk.config.head_dim, start.device)
+        values = self.layout.join({name: p.detach() for p, name in names.items()}, next(iter(names)).device)
+        self.vector = nn.Parameter(values)
+        self.shapes: dict[tuple[Any, ...], _GraphedPasses] = {}
+        self.memory_pool: Any = None
+        self.has_dropout = any(linear.dropout_rate for linear in self.fused_decoder.linears)
+        self.full_shape = (full_shape[0], step_sizes.padded(full_shape[1])) if full_shape else (0, 0)
+        head_dim = self.fused_decoder.config.head_dim
+        self.reads_cu_seqlens = reads_cu_seqlens(self.embedding.weight, head_dim, values.device)
 
     @property
     def decoder(self) -> Any:
@@ -145,157 +159,168 @@ class Step(nn.Module):
 
     @property
     def embedding(self) -> Any:
-        """The module; its table is [V, H]."""
+        """The module of the embedding; its weight is [V, H]."""
         return self.decoder.get_input_embeddings()
 
-    def embed(self, batch: Batch, out: Tensor | None = None) -> Tensor:
-        """The embeddings [M, H] of a batch on the device, into `out` if given."""
-        if batch.embedded is None:
-            return torch.index_select(self.embedding.weight, 0, batch.ids, out=out)
+    def embed(self, batch: DeviceBatch, out: Tensor | None = None) -> Tensor:
+        """The embeddings [M, H] of a batch, on the device; into `out` if given."""
+        if batch.embeddings is None:
+            return torch.index_select(self.embedding.weight, 0, batch.input_ids, out=out)
         if out is None:
-            return batch.embedded.to(self.vector.device, non_blocking=True)
-        return out.copy_(batch.embedded, non_blocking=True)
+            return batch.embeddings.to(self.vector.device, non_blocking=True)
+        return out.copy_(batch.embeddings, non_blocking=True)
 
     def bind(self) -> None:
-        """Look at where the vector's numbers are now: once, after DeepSpeed has put them where it wants them."""
-        self.slopes = torch.empty_like(self.vector)
-        self.layout.bind(self.vector.data, self.slopes)
+        """Make all adapters views of the vector: once, after DeepSpeed has put the vector into its own memory."""
+        self.grads = torch.empty_like(self.vector)
+        self.layout.bind(self.vector.data, self.grads)
         views = self.layout.split(self.vector.data)
         for name, p in self.decoder.named_parameters():
-            for full in (name, f"base_model.model.{name}"):
-                if full in views:
-                    p.data = views[full]
+            for full_name in (name, f"base_model.model.{name}"):
+                if full_name in views:
+                    p.data = views[full_name]
 
-    def forward(self, batch: Batch | dict[str, Tensor]) -> Tensor:
-        return _Learn.apply(self.vector, self, batch)  # type: ignore[no-any-return]
+    def forward(self, batch: DeviceBatch | dict[str, Tensor]) -> Tensor:
+        """The summed loss of a batch, from `to_device` or from data.batches.collate."""
+        return _FusedLoss.apply(self.vector, self, batch)  # type: ignore[no-any-return]
 
-    def forget(self) -> None:
-        """Let go of every graph and of their memory."""
+    def release_graphs(self) -> None:
+        """Drop all graphs and their memory."""
         self.shapes.clear()
-        self.pool = None  # a pool ends with its last graph
+        self.memory_pool = None  # torch frees a pool with its last graph
 
-    def shape_of(self, batch: Batch) -> "_Shape":
+    def passes_for(self, batch: DeviceBatch) -> "_GraphedPasses":
+        """The passes of the batch's shape."""
         checkpointing = self.decoder.backbone.checkpointing
-        key = (batch.tokens.segments.shape, self.bounded and len(batch.tokens.bounds), checkpointing)
+        conversations = self.reads_cu_seqlens and len(batch.tokens.cu_seqlens)
+        key = (batch.tokens.segment_ids.shape, conversations, checkpointing)
         if key not in self.shapes:
-            self.shapes[key] = _Shape(self.trunk, checkpointing)
+            self.shapes[key] = _GraphedPasses(self.fused_decoder, checkpointing)
         return self.shapes[key]
 
-    def place(self, batch: dict[str, Tensor]) -> Batch:
-        """Round the shape up and move all to the device; may be done while the GPU is at the batch before."""
-        rows, width = len(batch["input_ids"]), _rounded(batch["input_ids"].shape[1])
-        if 2 * rows * width >= self.full[0] * self.full[1]:
-            rows, width = max(rows, self.full[0]), max(width, self.full[1])
-        if self.trunk.reach(width):
-            self.forget()
-        host = arrange({key: value.cpu() for key, value in batch.items()}, width, rows)
-        host["seed"] = torch.zeros(1, dtype=torch.long)  # drawn when the batch is learnt
-        embedded = self._pinned(self.embedding.rows(host["ids"])) if isinstance(self.embedding, HostEmbedding) else None
-        there = {key: self._move(value) for key, value in host.items()}
-        fields: Any = {name: there[name] for name in FIELDS}
-        return Batch(there["ids"], Tokens(**fields), there["rows"], there["labels"], embedded)
+    def to_device(self, batch: dict[str, Tensor]) -> DeviceBatch:
+        """Pad a batch of data.batches.collate and copy it to the device.
 
-    def draw(self, tokens: Tokens) -> None:
-        """A seed for this batch's dropout, from torch's generator on the CPU, whose state every checkpoint holds."""
+        It does not wait for the GPU, so it may be called while the GPU computes the batch before.
+        """
+        rows, row_length = len(batch["input_ids"]), step_sizes.padded(batch["input_ids"].shape[1])
+        if 2 * rows * row_length >= self.full_shape[0] * self.full_shape[1]:
+            rows, row_length = max(rows, self.full_shape[0]), max(row_length, self.full_shape[1])
+        if self.fused_decoder.ensure_length(row_length):
+            self.release_graphs()
+        flat = flatten_batch({key: value.cpu() for key, value in batch.items()}, row_length, rows)
+        flat["seed"] = torch.zeros(1, dtype=torch.long)  # drawn in the forward pass
+        on_host = isinstance(self.embedding, HostEmbedding)
+        embeddings = self._pinned(self.embedding.rows(flat["input_ids"])) if on_host else None
+        moved = {key: self._move(value) for key, value in flat.items()}
+        tokens: Any = {name: moved[name] for name in TOKEN_TENSORS}
+        return DeviceBatch(
+            moved["input_ids"], Tokens(**tokens), moved["labelled_positions"], moved["labels"], embeddings
+        )
+
+    def draw_dropout_seed(self, tokens: Tokens) -> None:
+        """Draw the batch's dropout seed from torch's generator on the CPU, whose state is in every checkpoint."""
         tokens.seed.copy_(self._pinned(torch.randint(2**40, (1,))), non_blocking=True)
 
     def _move(self, x: Tensor) -> Tensor:
-        """To the vector's device, without waiting."""
+        """x on the device of the vector, without waiting for the copy."""
         return self._pinned(x).to(self.vector.device, non_blocking=True) if self.vector.is_cuda else x
 
     def _pinned(self, x: Tensor) -> Tensor:
         return x.pin_memory() if self.vector.is_cuda else x
 
 
-class _Shape:
-    """The passes of batches of one shape: run, then captured, then replayed."""
+class _GraphedPasses:
+    """The forward and backward pass of batches of one shape: first run, then captured, then replayed."""
 
-    def __init__(self, trunk: Trunk, checkpointing: str) -> None:
-        self.trunk, self.checkpointing = trunk, checkpointing
+    def __init__(self, fused_decoder: FusedDecoder, checkpointing: str) -> None:
+        self.fused_decoder, self.checkpointing = fused_decoder, checkpointing
         self.uses = 0
         self.tokens: Any = None
-        self.slope: Any = None
-        self.kept: Any = None
-        self.forth: Any = None
-        self.back: Any = None
+        self.grad_hidden: Any = None
+        self.saved: Any = None
+        self.forward_graph: Any = None
+        self.backward_graph: Any = None
 
-    def forward(self, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
-        """hidden [M, H], and room for its gradient, zeros; the next call writes over both."""
+    def forward(self, batch: DeviceBatch, step: GraphStep) -> tuple[Tensor, Tensor]:
+        """hidden [M, H], and zeros of its shape for its gradient; the next call overwrites both."""
         self.uses += 1
-        t = batch.tokens
-        captured = [shape for shape in step.shapes.values() if shape.forth is not None]
-        if self.forth is None and (self.uses < 2 or not step.graphs or len(captured) >= GRAPHS):
-            self.tokens = t
-            hidden, self.kept = self.trunk.forward(step.embed(batch), t, self.checkpointing)
-            self.slope = torch.zeros_like(hidden)
-            return hidden, self.slope
-        if self.forth is None:
-            self.x = step.embed(batch)
-            self.tokens = replace(t, **{name: getattr(t, name).clone() for name in FIELDS})
-            work = partial(self.trunk.forward, self.x, self.tokens, self.checkpointing)
-            self.forth, (self.hidden, self.kept) = _capture(step, work)
-            self.slope = torch.empty_like(self.hidden)
-        step.embed(batch, out=self.x)
-        for name in FIELDS:
-            place, given = getattr(self.tokens, name), getattr(t, name)
-            if place.shape == given.shape:  # bounds may not be, where nobody reads them
-                place.copy_(given)
-        self.forth.replay()
-        return self.hidden, self.slope.zero_()
+        if self.forward_graph is None and not self._may_capture(step):
+            self.tokens = batch.tokens
+            hidden, self.saved = self.fused_decoder.forward(step.embed(batch), batch.tokens, self.checkpointing)
+            self.grad_hidden = torch.zeros_like(hidden)
+            return hidden, self.grad_hidden
+        if self.forward_graph is None:
+            self._capture_forward(batch, step)
+        step.embed(batch, out=self.embeddings)
+        for name in TOKEN_TENSORS:
+            captured, current = getattr(self.tokens, name), getattr(batch.tokens, name)
+            if captured.shape == current.shape:  # cu_seqlens may have another length where the attention ignores it
+                captured.copy_(current)
+        self.forward_graph.replay()
+        return self.hidden, self.grad_hidden.zero_()
 
-    def backward(self, scale: Tensor, step: Step) -> None:
-        """Gradients of every adapter into step.slopes, for `scale` times the gradient that stands in the room."""
-        if self.forth is None:
-            self.trunk.backward(self.slope, self.kept, self.tokens, scale)
-            self.slope = self.kept = self.tokens = None  # seldom used: nothing of it stays
+    def _may_capture(self, step: GraphStep) -> bool:
+        """Whether this shape was used before, and there are not too many graphs yet."""
+        captured = [passes for passes in step.shapes.values() if passes.forward_graph is not None]
+        return step.graphs and self.uses >= 2 and len(captured) < MOST_GRAPHS
+
+    def _capture_forward(self, batch: DeviceBatch, step: GraphStep) -> None:
+        """Capture the forward pass over tensors of this object, which every replay reads and writes."""
+        self.embeddings = step.embed(batch)
+        copies: Any = {name: getattr(batch.tokens, name).clone() for name in TOKEN_TENSORS}
+        self.tokens = replace(batch.tokens, **copies)
+        forward = partial(self.fused_decoder.forward, self.embeddings, self.tokens, self.checkpointing)
+        self.forward_graph, (self.hidden, self.saved) = _capture(step, forward)
+        self.grad_hidden = torch.empty_like(self.hidden)
+
+    def backward(self, scale: Tensor, step: GraphStep) -> None:
+        """Write every adapter's gradient to step.grads, for `scale` times the gradient in `grad_hidden`."""
+        if self.forward_graph is None:
+            self.fused_decoder.backward(self.grad_hidden, self.saved, self.tokens, scale)
+            self.grad_hidden = self.saved = self.tokens = None  # a rare shape: free its memory
             return
-        if self.back is None:
+        if self.backward_graph is None:
             self.scale = scale.clone()
-            self.back, _ = _capture(step, partial(self.trunk.backward, self.slope, self.kept, self.tokens, self.scale))
+            backward = partial(self.fused_decoder.backward, self.grad_hidden, self.saved, self.tokens, self.scale)
+            self.backward_graph, _ = _capture(step, backward)
         self.scale.copy_(scale)
-        self.back.replay()
+        self.backward_graph.replay()
 
 
-FIELDS = ("positions", "segments", "bounds", "starts", "ends", "seed")
-
-
-def _capture(step: Step, work: Any) -> tuple[Any, Any]:
-    """A CUDA graph of `work`, and what it returned: places that a replay fills."""
+def _capture(step: GraphStep, function: Callable[[], Any]) -> tuple[Any, Any]:
+    """A CUDA graph of what `function` does, and what it returned: tensors that each replay overwrites."""
     graph = torch.cuda.CUDAGraph()
-    if step.pool is None:
-        step.pool = torch.cuda.graph_pool_handle()
-    # other threads (NCCL's watchdog) may go on asking CUDA things
-    with torch.cuda.graph(graph, pool=step.pool, capture_error_mode="thread_local"):
-        result = work()
+    if step.memory_pool is None:
+        step.memory_pool = torch.cuda.graph_pool_handle()
+    # thread_local: other threads, like NCCL's watchdog, may call CUDA during the capture
+    with torch.cuda.graph(graph, pool=step.memory_pool, capture_error_mode="thread_local"):
+        result = function()
     return graph, result
 
 
-class _Learn(torch.autograd.Function):
-    """The loss of a batch as a function of the vector."""
+class _FusedLoss(torch.autograd.Function):
+    """The summed loss of a batch as a function of the vector of parameters."""
 
     @staticmethod
-    def forward(ctx: Any, vector: Tensor, step: Step, batch: "Batch | dict[str, Tensor]") -> Tensor:
-        placed = batch if isinstance(batch, Batch) else step.place(batch)
-        if step.drops:
-            step.draw(placed.tokens)
-        shape = step.shape_of(placed)
-        hidden, slope = shape.forward(placed, step)
+    def forward(ctx: Any, vector: Tensor, step: GraphStep, batch: "DeviceBatch | dict[str, Tensor]") -> Tensor:
+        on_device = batch if isinstance(batch, DeviceBatch) else step.to_device(batch)
+        if step.has_dropout:
+            step.draw_dropout_seed(on_device.tokens)
+        passes = step.passes_for(on_device)
+        hidden, grad_hidden = passes.forward(on_device, step)
         head = step.decoder.lm_head.weight
-        ctx.step, ctx.shape = step, shape
-        return summed(hidden, head, placed.rows, placed.labels, chunk_of(hidden), slope)
+        ctx.step, ctx.passes = step, passes
+        return summed_cross_entropy(
+            hidden, head, on_device.labelled_positions, on_device.labels, logits_rows(hidden), grad_hidden
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.shape.backward(grads[0] / gain(ctx.step.decoder.lm_head.weight.dtype), ctx.step)
-        return ctx.step.slopes, None, None
+        ctx.passes.backward(grads[0] / logit_grad_scale(ctx.step.decoder.lm_head.weight.dtype), ctx.step)
+        return ctx.step.grads, None, None
 
 
-def _rounded(width: int) -> int:
-    return -(-width // WIDTH) * WIDTH
-
-
-def chunk_of(hidden: Tensor) -> int:
-    """Rows of logits at once: for few tokens fewer, since they are a larger part of what is in memory."""
-    if not hidden.is_cuda:
-        return CHUNK
-    return CHUNK_FAST if len(hidden) > 4096 else CHUNK_FAST // 2
+def logits_rows(hidden: Tensor) -> int:
+    """Rows of logits in memory at once, for hidden states [M, H]."""
+    return step_sizes.logits_rows(len(hidden)) if hidden.is_cuda else CHUNK

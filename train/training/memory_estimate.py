@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from train.common.errors import UserError
 from train.config.recipe import Recipe
 from train.model.architecture import Shape
+from train.training.step_sizes import HALVED_MLP_TOKENS, ROW_MULTIPLE, logits_rows, padded
 
 GIB = 2**30
 # bytes of a number that is computed with
@@ -25,13 +26,6 @@ SPARE = 0.02
 GAPS, GAPS_SHARE = GIB // 4, 1 / 12
 # cuBLAS keeps this much a stream on Hopper: the usual one, and the one that captures
 WORKSPACE = 2 * (32 << 20)
-
-# rows are padded to a multiple of this many tokens (step.WIDTH)
-ROUND = 64
-# rows of logits at once, half as many up to so many tokens (step.chunk_of)
-LOSS_ROWS, LOSS_TOKENS = 1024, 4096
-# tokens from which checkpointing goes through the MLP in two halves (fused.HALVES)
-HALVES = 4096
 
 # bytes of a learnt number: weight and gradient in 16 bits, float32 master and two moments
 AT_REST = 2 + 2 + 4 + 8
@@ -78,7 +72,7 @@ class Setting:
     @property
     def tokens(self) -> int:
         """Of a micro batch, padding included."""
-        return self.batch * (-(-self.length // ROUND) * ROUND)
+        return self.batch * padded(self.length)
 
     @property
     def over_the_bus(self) -> bool:
@@ -247,7 +241,7 @@ def made(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
         yield acted + w.h, acted * w.h
         yield acted + w.drop * w.i, 0
         return
-    share = 0.5 if setting.tokens >= HALVES else 1.0
+    share = 0.5 if setting.tokens >= HALVED_MLP_TOKENS else 1.0
     yield w.h + 2 * w.r1 + w.n, (w.h + w.r1) * w.n
     yield w.attended, w.q * w.h
     yield w.attended - w.h + w.drop * w.q, 0
@@ -263,7 +257,7 @@ def places(shape: Shape, setting: Setting) -> int:
 
 def chunk(shape: Shape, setting: Setting) -> int:
     """A chunk of logits with the rows that it is made of and their gradient."""
-    rows = min(LOSS_ROWS if setting.tokens > LOSS_TOKENS else LOSS_ROWS // 2, setting.tokens)
+    rows = min(logits_rows(setting.tokens), setting.tokens)
     return SIXTEEN * rows * (shape.vocabulary + 2 * shape.hidden)
 
 
@@ -282,7 +276,7 @@ def stages(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
     whole = setting.checkpointing == "off"
     # made again: the first half, then the branches, of half the tokens at a time
     again, mlp = (0, 0) if whole else (w.attended, w.branches + w.r3)
-    share = 1.0 if whole or setting.tokens < HALVES else 0.5
+    share = 1.0 if whole or setting.tokens < HALVED_MLP_TOKENS else 0.5
     gone = w.branches if whole else 0  # let go of after the MLP
     yield again + slopes + int(share * (mlp + w.i)), w.i * (w.h + w.back(w.r4))
     yield again + slopes + int(share * (mlp + 2 * w.h)), w.h * w.branches
@@ -348,7 +342,7 @@ def longest(shape: Shape, setting: Setting, card: int) -> int:
     """The longest rows, in steps of 64 tokens, that fit a card one at a time in a setting that is otherwise this; 0 if none do."""
     one = replace(setting, batch=1, accumulation=setting.batch * setting.accumulation)
     low, high = 0, 1 << 20
-    while high - low > ROUND:
-        middle = (low + high) // 2 // ROUND * ROUND
+    while high - low > ROW_MULTIPLE:
+        middle = (low + high) // 2 // ROW_MULTIPLE * ROW_MULTIPLE
         low, high = (middle, high) if fits(estimate(shape, replace(one, length=middle)), card) else (low, middle)
     return low

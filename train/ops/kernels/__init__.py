@@ -1,7 +1,7 @@
-"""Triton kernels, each beside its plain definition elsewhere in the house; tests hold one against the other.
+"""Triton kernels, each with its definition in plain torch in the file of the same name in ops/; tests compare the two.
 
-Knows tensors and nothing else. Used on CUDA devices when Triton works there (it needs a C compiler); everywhere else the definitions
-themselves run.
+Knows tensors and nothing else. Used on CUDA devices where Triton works (it needs a C compiler); everywhere else the
+definitions run.
 """
 
 import functools
@@ -17,7 +17,7 @@ __all__ = ["INTERPRETED", "Border", "dequantize", "generation", "usable"]
 
 @functools.cache
 def usable(device: torch.device) -> bool:
-    """Whether kernels run on `device`, tried once; where a CUDA device cannot, the reason is printed."""
+    """Whether kernels run on `device`, tried once; if they fail on a CUDA device, the reason is printed to stderr."""
     if triton is None or (device.type != "cuda" and not INTERPRETED):
         return False
     try:
@@ -32,9 +32,10 @@ def usable(device: torch.device) -> bool:
 
 @functools.cache
 def generation(device: torch.device) -> int:
-    """The major compute capability where kernels run, 0 where they do not; the interpreter can what 9 can.
+    """The major compute capability of a device where kernels run, else 0; the interpreter counts as 9.
 
-    From 8 on Triton's dot runs: below it its compiler breaks off. At 9, Hopper, are the tiles that need its shared memory.
+    Triton's dot compiles from 8 on: below, its compiler fails. 9, Hopper, has the shared memory that the largest tiles
+    need.
     """
     if not usable(device):
         return 0

@@ -1,7 +1,7 @@
-"""Which places dropout keeps, as a hash of seed, site and place: the same in every kernel and in the definition (pointwise.Drop).
+"""Which values dropout keeps, as a hash of seed, layer, row and column: the same in every kernel and in ops/dropout.py.
 
-A hash of a dozen instructions serves: a counter-based generator of good enough statistics for cryptographers' tests takes a hundred
-a place, more than the product that reads it.
+A hash of a dozen instructions is enough: a counter-based generator with the statistics of Philox takes a hundred a
+value, more than the product that reads the values.
 """
 
 from typing import Any
@@ -10,20 +10,18 @@ from torch import Tensor
 
 from train.ops.kernels.runtime import tl, triton
 
-ONE, TWO = 0x85EBCA6B, 0xC2B2AE35  # the finaliser of MurmurHash3 (Appleby, public domain)
+MURMUR_1, MURMUR_2 = 0x85EBCA6B, 0xC2B2AE35  # the finaliser of MurmurHash3 (Appleby, public domain)
+HASH_BITS = 31  # of a hash that are compared with the rate
 
 
-BITS = 31  # of a hash that the rate is compared with
-
-
-def salt(site: int) -> int:
-    """What a site adds to the seed: below 2^31."""
-    return site * 0x9E3779B9 & 0x7FFFFFFF
+def salt(layer_id: int) -> int:
+    """What a layer's number adds to the seed: below 2^31."""
+    return layer_id * 0x9E3779B9 & 0x7FFFFFFF
 
 
 def threshold(rate: float) -> int:
-    """Hashes from here on are kept."""
-    return int(rate * 2**BITS)
+    """A value is kept if its hash is not below this."""
+    return int(rate * 2**HASH_BITS)
 
 
 if triton is not None:
@@ -37,23 +35,27 @@ if triton is not None:
         return h ^ (h >> 16)
 
     @triton.jit
-    def kept(seed, salt, rows, columns, size, threshold):  # type: ignore[no-untyped-def]
-        """Bools for places of a matrix with `size` columns: rows and columns are numbers of int32 that broadcast."""
-        given = tl.load(seed)
-        low, high = given.to(tl.uint32) ^ salt, (given >> 32).to(tl.uint32)
-        place = rows.to(tl.uint32) * size + columns.to(tl.uint32)
-        return (_mix(_mix(place ^ low) + high) >> 1).to(tl.int32) >= threshold
+    def keep_mask(seed, salt, row, column, columns, threshold):  # type: ignore[no-untyped-def]
+        """True where a value of a matrix with `columns` columns is kept; row and column are int32 that broadcast."""
+        loaded = tl.load(seed)
+        low, high = loaded.to(tl.uint32) ^ salt, (loaded >> 32).to(tl.uint32)
+        index = row.to(tl.uint32) * columns + column.to(tl.uint32)
+        return (_mix(_mix(index ^ low) + high) >> 1).to(tl.int32) >= threshold
 
     @triton.jit
-    def dropped(y, seed, salt, rows, columns, size, least, gain, DROP: tl.constexpr):  # type: ignore[no-untyped-def]
-        """y · gain where it is kept, else zeros, in y's own dtype; y itself without DROP."""
+    def drop_values(  # type: ignore[no-untyped-def]
+        y, seed, salt, row, column, columns, threshold, scale, DROP: tl.constexpr
+    ):
+        """y · scale where it is kept, else zero, in y's own dtype; y itself without DROP."""
         if DROP:
-            y = tl.where(kept(seed, salt, rows, columns, size, least), y.to(tl.float32) * gain, 0.0).to(y.dtype)
+            keep = keep_mask(seed, salt, row, column, columns, threshold)
+            y = tl.where(keep, y.to(tl.float32) * scale, 0.0).to(y.dtype)
         return y
 
 
-def dropping(drop: Any, like: Tensor) -> tuple[Any, ...]:
-    """What the kernels are told of a pointwise.Drop, or of none: seed, salt, first, least, gain."""
-    if drop is None:
+def dropout_arguments(dropout: Any, like: Tensor) -> tuple[Any, ...]:
+    """What a kernel is passed of an ops.dropout.Dropout, or of None: seed, salt, first row, threshold, scale."""
+    if dropout is None:
         return like, 0, 0, 0, 1.0
-    return drop.seed, salt(drop.site), drop.first, threshold(drop.rate), 1 / (1 - drop.rate)
+    rate = dropout.rate
+    return dropout.seed, salt(dropout.layer_id), dropout.first_row, threshold(rate), 1 / (1 - rate)
