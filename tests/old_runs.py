@@ -1,4 +1,4 @@
-"""Write tests/assets/old_runs: a working directory as today's program leaves it, for later programs to go on with.
+"""Write tests/assets/old_runs: a working directory as today's program leaves it, for later programs to continue.
 
 python -m tests.old_runs        from a clean checkout; writes the folder anew
 
@@ -23,7 +23,7 @@ FOLDER = ROOT / "tests" / "assets" / "old_runs"
 SMALL = ["length=96", "rank=1", "batch=2", "accumulation=1", "keep=1", "precision=fp32", "zero=0"]
 SMOKE = ["data=data/knowledge.jsonl", "recipe=recipes/smoke.yaml", "learning_rate=1e-2", "steps=20", *SMALL]
 VOICE = ["data=data/knowledge.jsonl", "recipe=recipes/voice.yaml", "model=tiny-Int4", "save_every=2", *SMALL]
-COMMANDS = {  # run -> what was typed after `python -m train train`
+COMMANDS = {  # run -> the words after `python -m train train`
     "whole": [*SMOKE, "model=tiny-Int4", "save_every=8", "run=whole"],
     "cut": [*SMOKE, "model=tiny-Int4", "save_every=8", "run=cut"],
     "qwen": [*SMOKE, "model=tiny-qwen-Int4", "save_every=20", "run=qwen"],
@@ -89,8 +89,8 @@ def cut_off(folder: Path, run: str, sent: signal.Signals, steps: int, status: in
 
 
 def leave_out(folder: Path) -> None:
-    """Remove what names this machine (tensorboard's files, the kernel), what a process that has ended left (locks,
-    half-written folders), and what is large and not needed: a picture, the checkpoints of all finished runs but one.
+    """Remove what identifies this machine (tensorboard's files, the kernel's version), locks and half-written folders,
+    and what is large and not needed: a picture, and the checkpoints of all finished runs but one.
     """
     for path in sorted(folder.rglob("*")):
         if path.exists() and (path.name in ("tensorboard", "loss.png") or path.name.startswith(".")):

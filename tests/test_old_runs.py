@@ -1,6 +1,6 @@
-"""Runs that an earlier program left (tests/assets/old_runs) go on, verify, merge and answer with today's.
+"""Runs of an earlier program (tests/assets/old_runs) are continued, verified, merged and asked with today's program.
 
-Only the command line is used: what a user typed then works now, wherever the modules have gone.
+Only the command line is used: what a user typed then must work now, wherever the modules are.
 """
 
 import json
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from train.__main__ import main
+from train.runs.losses import read
 
 OLD = Path(__file__).parent / "assets" / "old_runs"
 COMMANDS: dict[str, list[str]] = json.loads((OLD / "commands.json").read_text())
@@ -24,22 +25,21 @@ LOSS, ADAPTER = 1e-4, 1e-4
 
 @pytest.fixture(autouse=True)
 def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of then, to go on in."""
+    """A copy of the earlier working directory, to continue in."""
     folder = Path(shutil.copytree(OLD, tmp_path / "old"))
     monkeypatch.chdir(folder)
     return folder
 
 
 def losses(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read(run)]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t.float() for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
-def apart(one: Path, two: Path) -> float:
+def distance(one: Path, two: Path) -> float:
     """How far two folders of tensors are apart, relative to the second; both have the same names."""
     first, second = tensors(one), tensors(two)
     assert first.keys() == second.keys()
@@ -48,34 +48,34 @@ def apart(one: Path, two: Path) -> float:
 
 
 @pytest.mark.parametrize(("cut", "whole"), [("cut", "whole"), ("voice-cut", "voice")])
-def test_a_run_that_was_cut_off_goes_on_to_the_same_end(
+def test_a_run_that_was_stopped_continues_to_the_same_end(
     cut: str, whole: str, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By SIGTERM, and by SIGKILL in the second stage: same steps, rates and tokens; losses and adapter close."""
     before = losses(Path("runs") / cut)
     step = max(int(path.name[5:]) for path in Path(f"runs/{cut}/checkpoints").iterdir())
     assert main(["train", *COMMANDS[cut]]) == 0
-    assert f"goes on after step {step} of" in capsys.readouterr().out
-    found, expected = losses(Path("runs") / cut), losses(Path("runs") / whole)
-    assert found[:step] == before[:step], "the steps before the cut are kept"
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected, strict=True):
+    assert f"continues after step {step} of" in capsys.readouterr().out
+    continued, expected = losses(Path("runs") / cut), losses(Path("runs") / whole)
+    assert continued[:step] == before[:step], "the steps before the cut are kept"
+    assert len(continued) == len(expected)
+    for ours, theirs in zip(continued, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=LOSS), f"step {theirs['step']}"
-    assert apart(Path(f"runs/{cut}/adapter"), Path(f"runs/{whole}/adapter")) < ADAPTER
+    assert distance(Path(f"runs/{cut}/adapter"), Path(f"runs/{whole}/adapter")) < ADAPTER
     assert main(["verify", f"run={cut}"]) == 0
 
 
 @pytest.mark.parametrize("run", ["whole", "qwen", "voice"])
-def test_a_finished_run_is_what_its_record_says_and_is_left_alone(
+def test_a_finished_run_agrees_with_its_record_and_is_left_alone(
     run: str, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     assert main(["verify", f"run={run}"]) == 0
-    said = capsys.readouterr().out
-    assert "DIFFERS" not in said
-    assert "same     adapter\n" in said
-    assert ("same     checkpoint step-000020\nsame     export merged\n" in said) == (run == "whole")
-    assert ("same     adapter of runs/voice/stages/1\n" in said) == (run == "voice")
+    printed = capsys.readouterr().out
+    assert "DIFFERS" not in printed
+    assert "same     adapter\n" in printed
+    assert ("same     checkpoint step-000020\nsame     export merged\n" in printed) == (run == "whole")
+    assert ("same     adapter of runs/voice/stages/1\n" in printed) == (run == "voice")
     assert main(["train", *COMMANDS[run]]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
@@ -92,7 +92,7 @@ def test_an_export_is_recognised_and_made_again(capsys: pytest.CaptureFixture[st
     assert main(["export", "run=whole"]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert main(["export", "run=whole", "out=again"]) == 0
-    assert apart(Path("again"), Path("runs/whole/merged")) < 1e-4  # a rounding of float16 in a few numbers
+    assert distance(Path("again"), Path("runs/whole/merged")) < 1e-4  # float16 rounds a few weights the other way
 
 
 @pytest.mark.parametrize("words", [["run=whole"], ["run=qwen"], ["run=voice"], ["model=runs/whole/merged"]])
@@ -101,7 +101,7 @@ def test_a_run_and_an_export_answer(words: list[str], capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.strip()
 
 
-def test_the_questions_of_then_are_asked_again() -> None:
+def test_the_same_questions_are_asked_again() -> None:
     """Same questions, same marks; the answers of random weights may flip a token on another processor."""
     then = [json.loads(line) for line in Path("runs/whole/answers.jsonl").read_text().splitlines()]
     assert main(["compare", "run=whole", "max_tokens=16"]) == 0
@@ -111,18 +111,18 @@ def test_the_questions_of_then_are_asked_again() -> None:
 
 
 def test_a_new_run_starts_from_an_old_adapter() -> None:
-    """With a rate of 0 it keeps the adapter as it is; the ancestors of then are in its lineage."""
+    """With learning rate 0 it keeps the adapter as it is; the earlier runs are in its lineage."""
     words = [word for word in COMMANDS["voice"] if not word.startswith(("run=", "recipe=", "data="))]
     new = ["data=data/demo.jsonl", "recipe=runs/voice/recipe.yaml", "steps=2", "learning_rate=0", "run=next"]
     assert main(["train", *words, *new, "from=voice"]) == 0
-    assert apart(Path("runs/next/adapter"), Path("runs/voice/adapter")) == 0
+    assert distance(Path("runs/next/adapter"), Path("runs/voice/adapter")) == 0
     record = json.loads(Path("runs/next/run.json").read_text())
     assert [entry["run"] for entry in record["lineage"]] == ["runs/voice/stages/1", "runs/voice"]
     assert main(["verify", "run=next"]) == 0
 
 
 @pytest.mark.parametrize("recipe", ["voice", "two_stage"])
-def test_a_run_with_the_earlier_name_of_a_recipe_in_its_own_goes_on(
+def test_a_run_named_after_the_earlier_name_of_its_recipe_continues(
     recipe: str, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`make train RECIPE=voice` without RUN= named the run after the recipe, which is called two_stage today."""

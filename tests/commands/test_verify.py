@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.oracles import tiny_checkpoint, tiny_config
-from tests.training.test_train import QUIET, rows, stop_at
+from tests.support.tiny_training import TINY, signal_at_step, write_rows
 from train.commands import train, verify
 from train.commands.verify import Options
 from train.common.errors import UserError
@@ -23,11 +23,11 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, and one that was trained on from it."""
     folder = tmp_path_factory.mktemp("verified")
     tiny_checkpoint(folder / "models" / "tiny-Int4", tiny_config(), int4=True)
-    rows(folder / "data.jsonl")
+    write_rows(folder / "data.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for more in ({"run": "first"}, {"run": "second", "from": "first", "save_every": "2"}):
-            keys = {"data": "data.jsonl", "model": "tiny-Int4", "recipe": "smoke", **QUIET, "steps": "3", **more}
+            keys = {"data": "data.jsonl", "model": "tiny-Int4", "recipe": "smoke", **TINY, "steps": "3", **more}
             train.run(train.parse(keys))
     return folder
 
@@ -130,7 +130,7 @@ def test_a_replay_is_the_same_and_leaves_nothing(
 
 
 def begin(run: str, **keys: str) -> None:
-    base = {"data": "data.jsonl", "model": "tiny-Int4", "recipe": "smoke", **QUIET, "steps": "6", "save_every": "2"}
+    base = {"data": "data.jsonl", "model": "tiny-Int4", "recipe": "smoke", **TINY, "steps": "6", "save_every": "2"}
     train.run(train.parse({**base, "dropout": "0.05", "run": run, **keys}))
 
 
@@ -139,7 +139,7 @@ def test_a_run_that_was_interrupted_twice_is_replayed_to_the_same_bytes(
 ) -> None:
     for step in (2, 4):
         with monkeypatch.context() as patch:
-            stop_at(step, signal.SIGTERM, patch)
+            signal_at_step(step, signal.SIGTERM, patch)
             with pytest.raises(SystemExit):
                 begin("cut")
     begin("cut")
@@ -156,7 +156,7 @@ STAGED = "stages:\n  - data: data.jsonl\n    steps: 2\n  - data: more.jsonl\n   
 def test_the_stages_of_a_run_are_verified_and_replayed(
     copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows(copy / "more.jsonl", 7)
+    write_rows(copy / "more.jsonl", 7)
     keep = {"model": "tiny-Int4", "length": 96, "rank": 4, "batch": 2, "accumulation": 2, "dropout": 0.05, "zero": 0}
     text = "".join(f"{key}: {value}\n" for key, value in keep.items())
     (copy / "two.yaml").write_text(text + STAGED)

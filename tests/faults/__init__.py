@@ -1,2 +1,1 @@
-"""Faults on purpose: damaged files, broken disks, kills at any moment; what a run must survive, and scripts that try it
-at length."""
+"""Faults on purpose: damaged files, broken disks, kills at any moment. Short tests, and scripts for long campaigns."""

@@ -1,5 +1,6 @@
-"""A base of a published shape with random Int4 weights, as a folder that the commands read: what a save costs at a real
-size needs no real weights, and no download.
+"""A base of a published shape with random Int4 weights, as a folder that the commands read.
+
+The cost of a save at a real size needs neither real weights nor a download.
 
     python -m tests.faults.base [1.8b] FOLDER
 """
@@ -18,7 +19,7 @@ from train.ops.gptq import Scheme
 
 
 def write(shape: str, folder: Path, device: str = "cpu") -> Path:
-    """config.json, Int4 weights in shards, a tokenizer of bytes."""
+    """Write config.json, Int4 weights in shards, and a tokenizer of bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     config = shapes.config(shape)
     torch.manual_seed(0)

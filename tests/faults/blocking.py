@@ -1,10 +1,10 @@
-"""How long training waits for its checkpoints: without any, written at once, and in the background.
+"""How long training waits for its checkpoints: without any, written at once, and written in the background.
 
     python -m tests.faults.blocking [command] [shape=1.8b] [ways=none,off,on] [json=FILE] [key=value of the recipe …]
 
-The same short run in each way, `none` first: every run writes its last checkpoint. timings.saving_seconds of run.json
-is what the loop itself waited; a thread that writes may also keep Python from the next step, which only the steps' own
-times show: `slower` is their sum beside that of the run without saves.
+The same short run in each way, `none` first; every run writes its last checkpoint. timings.saving_seconds of run.json
+is how long the loop itself waited. A thread that writes may also delay Python in the next steps, which only the times of
+the steps show: `slower` compares their sum with that of the run without saves.
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any
 
 from tests.faults import kills, results
 from train.common.files import read_json
+from train.runs import losses
 
 KEYS = {
     "rank": "512",
@@ -42,22 +43,22 @@ NAMES = {"none": "none but the last", "off": "background=off", "on": "background
 WARM = 4  # steps that compile and capture
 
 
-def long_talks(path: Path) -> None:
-    """Conversations that fill rows of 2,048 tokens of a byte each."""
+def long_conversations(path: Path) -> None:
+    """Conversations that fill rows of 2,048 tokens; a token is a byte."""
     rows = [{"instruction": f"Number {n}?", "output": f"It is {n}. " * (12 + 7 * n % 90)} for n in range(900)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def measured(how: str, run: Path, life: Any, keys: dict[str, str]) -> dict[str, Any]:
-    """One run, and what it spent on its saves."""
-    found = kills.wait(life({**keys, "run": run.name}, 1))
-    assert set(found) == {0}, Path(f"{run.name}.log").read_text()[-3000:]
+def measure(name: str, run: Path, attempt: Any, keys: dict[str, str]) -> dict[str, Any]:
+    """One run, and the time that it spent on its saves."""
+    statuses = kills.wait(attempt({**keys, "run": run.name}, 1))
+    assert set(statuses) == {0}, Path(f"{run.name}.log").read_text()[-3000:]
     times = read_json(run / "run.json")["timings"]
-    steps = [json.loads(line)["seconds"] for line in (run / "losses.jsonl").read_text().splitlines()][WARM:]
+    steps = [row["seconds"] for row in losses.read(run)][WARM:]
     size = sum(path.stat().st_size for path in next((run / "checkpoints").iterdir()).iterdir())
     whole = times["steps_seconds"] + times["saving_seconds"]
     return {
-        "saves": how,
+        "saves": name,
         "written": times["saves"],
         "megabytes": round(size / 1e6, 1),
         "waited_seconds": round(times["saving_seconds"], 3),
@@ -68,26 +69,26 @@ def measured(how: str, run: Path, life: Any, keys: dict[str, str]) -> dict[str, 
 
 
 def main(words: list[str]) -> int:
-    kills.tidy()
+    kills.kill_attempts_on_sigterm()
     more = results.words(words)
     target, shape, ways = more.pop("json", ""), more.pop("shape", ""), more.pop("ways", ",".join(WAYS)).split(",")
-    life = kills.commanded if "command" in words or shape else kills.forked
-    if life is kills.forked:
+    attempt = kills.commanded if "command" in words or shape else kills.forked
+    if attempt is kills.forked:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         kills.warm()
     with tempfile.TemporaryDirectory() as made:
         os.chdir(made)
-        kills.house(Path(made))
+        kills.workspace(Path(made))
         keys = {**kills.KEYS, **KEYS}
         if shape:
             from tests.faults import base
 
             base.main([shape, "models/base"])
-            long_talks(Path("long.jsonl"))
+            long_conversations(Path("long.jsonl"))
             keys |= REAL
         without: dict[str, Any] = {}
-        for how in ways:
-            row = measured(NAMES[how], Path("runs") / how, life, {**keys, **more, **WAYS[how]})
+        for way in ways:
+            row = measure(NAMES[way], Path("runs") / way, attempt, {**keys, **more, **WAYS[way]})
             without = without or row
             row["slower"] = round(row["steps_seconds"] / without["steps_seconds"] - 1, 5)
             if saves := row["written"] - without["written"]:

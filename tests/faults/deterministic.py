@@ -1,10 +1,10 @@
-"""What deterministic algorithms cost a step, and whether the step is the same bytes without them.
+"""The cost of deterministic algorithms per step, and whether steps give the same bytes without them.
 
     python -m tests.faults.deterministic [shape=1.8b] [batch=4] [length=2048] [steps=40] [starts=2] [json=FILE]
 
-Each way in a process of its own, as many times as there are starts: as training runs, and under
-torch.use_deterministic_algorithms with cuBLAS's own workspace. Of each: the median of a step, and a hash of all masters
-and moments at the end, which is to be the same in both starts.
+Two ways: as training runs, and with torch.use_deterministic_algorithms and cuBLAS's fixed workspace. Each is started
+`starts` times in a process of its own. Measured are the median time of a step, and a hash of all masters and moments at
+the end, which should be the same in all starts.
 """
 
 import hashlib
@@ -24,13 +24,12 @@ WARM = 4
 
 
 def one(way: str, shape: str, batch: int, length: int, steps: int) -> dict[str, Any]:
-    """Some steps in this process."""
+    """Train some steps in this process; the measurements."""
     import torch
 
     if way == "deterministic":
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # it fills every new tensor: none is read before it is written
-        )
+        # It would fill every new tensor, at a cost; here none is read before it is written.
+        torch.utils.deterministic.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True, warn_only=True)
     from tests.bench.arms import Ours
     from train.common.device import pick_device
@@ -47,7 +46,7 @@ def one(way: str, shape: str, batch: int, length: int, steps: int) -> dict[str, 
         ids = torch.randint(0, 500, (batch, length), generator=draw)
         began = time.perf_counter()
         engine.micro(engine.place({"input_ids": ids, "labels": ids}), batch * (length - 1))
-        engine.step(last=True, rate=1e-4)  # reads the norm: all is done
+        engine.step(last=True, rate=1e-4)  # reads the norm, so the GPU has finished
         times.append(time.perf_counter() - began)
     digest = hashlib.sha256()
     for part in engine.gather():
@@ -56,7 +55,7 @@ def one(way: str, shape: str, batch: int, length: int, steps: int) -> dict[str, 
     return {"way": way, "step_ms": round(1000 * median(times[WARM:]), 3), "sha256": digest.hexdigest()[:16]}
 
 
-def started(way: str, values: dict[str, str]) -> dict[str, Any]:
+def start(way: str, values: dict[str, str]) -> dict[str, Any]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "WAY": way}
     env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if way == "deterministic" else {}
     words = [f"{key}={value}" for key, value in values.items()]
@@ -77,18 +76,18 @@ def main(arguments: list[str]) -> int:
         shape = values.pop("shape")
         print(json.dumps(one(way, shape, **{key: int(value) for key, value in values.items()})))
         return 0
-    rows = [started(way, values) for _ in range(starts) for way in ("as trained", "deterministic")]
+    rows = [start(way, values) for _ in range(starts) for way in ("as trained", "deterministic")]
     plain, forced = ([row for row in rows if row["way"] == way] for way in ("as trained", "deterministic"))
-    found = {
+    report = {
         **values,
         "same_bytes": len({row["sha256"] for row in plain}) == 1 if starts > 1 else None,
         "same_bytes_deterministic": len({row["sha256"] for row in forced}) == 1 if starts > 1 else None,
         "slowdown": round(min(r["step_ms"] for r in forced) / min(r["step_ms"] for r in plain) - 1, 4),
         "rows": rows,
     }
-    print(json.dumps(found), flush=True)
-    results.keep(target, "deterministic", found)
-    return 1 if (found["same_bytes"], found["same_bytes_deterministic"]) == (False, False) else 0
+    print(json.dumps(report), flush=True)
+    results.keep(target, "deterministic", report)
+    return 1 if (report["same_bytes"], report["same_bytes_deterministic"]) == (False, False) else 0
 
 
 if __name__ == "__main__":

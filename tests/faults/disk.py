@@ -1,11 +1,10 @@
-"""A disk that fails at a given call: ENOSPC, EIO and SIGKILL at every write, fsync, rename, unlink and mkdir of a save
-and of an export.
+"""A disk that fails at a given call: ENOSPC, EIO and SIGKILL at each write, fsync, rename, unlink and mkdir.
 
     python -m tests.faults.disk [save] [export] [every=1] [json=FILE.jsonl]
 
-One process imports everything under the preloaded shim (shim.c) and forks a child for each case: a case takes
-milliseconds. After each, the last good state must be there, whole, with no half of a new one in sight, and the same
-thing done again must succeed.
+Tried on a save and on an export. One process imports everything with the preloaded shim (shim.c) and forks a child for
+each case, so a case takes milliseconds. After each, the last good state must be there without damage, no half of a new
+one may be visible, and the same action on a working disk must succeed.
 """
 
 import ctypes
@@ -29,10 +28,10 @@ KINDS = {"ENOSPC": 1, "EIO": 2, "SIGKILL": 3}
 
 @dataclass(frozen=True)
 class Scene:
-    """What is tried. prepare(folder): a good state. act(folder): what is cut off. judge(folder): what is wrong now,
-    empty if nothing.
+    """One action that is interrupted.
 
-    again(folder): what is wrong after the same has been done once more, on a disk that works.
+    prepare(folder): make a good state. act(folder): the action. judge(folder): what is wrong now; empty if nothing.
+    again(folder): what is wrong after the action was repeated on a working disk.
     """
 
     prepare: Callable[[Path], None]
@@ -49,7 +48,7 @@ def build(folder: Path) -> Path:
 
 
 def start(names: list[str], every: int = 1, target: str = "") -> "subprocess.CompletedProcess[str]":
-    """This module under the shim, in a process of its own; each `every`-th call only."""
+    """This module with the shim, in a process of its own. Only each `every`-th call fails."""
     with tempfile.TemporaryDirectory() as made:
         shim = build(Path(made))
         env = {**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SHIM": "1"}
@@ -68,8 +67,7 @@ def start(names: list[str], every: int = 1, target: str = "") -> "subprocess.Com
 
 
 def forked(work: Callable[[], None]) -> int:
-    """The status of a child that does `work`: 0, 1 for an exception, -9 if it was killed. What it prints is not
-    shown."""
+    """The status of a child that does `work`: 0, 1 for an exception, -9 if it was killed. Its output is dropped."""
     pid = os.fork()
     if pid == 0:
         null = os.open(os.devnull, os.O_WRONLY)
@@ -83,7 +81,7 @@ def forked(work: Callable[[], None]) -> int:
 
 
 def armed(folder: Path, kind: int, at: int, act: Callable[[Path], None], name: Path | None = None) -> None:
-    """Do it under the shim; where a `name` is given, leave there which call it was."""
+    """Act with call number `at` failing. The file `name`, if given, gets the number of calls and the name of the last."""
     shim: Any = ctypes.CDLL(None)
     shim.fault_last.restype = ctypes.c_char_p
     shim.fault_arm(str(folder).encode(), kind, at)
@@ -97,11 +95,12 @@ def armed(folder: Path, kind: int, at: int, act: Callable[[Path], None], name: P
 
 
 def count(scene: Scene, folder: Path) -> tuple[int, list[str]]:
-    """How many calls there are, and which."""
+    """The number of calls of an action, and the name of each."""
     note, names, total, at = folder.with_name("note"), [], 1, 1
     while at <= total:
         fresh(scene, folder)
-        assert forked(lambda at=at: armed(folder, 0, at, scene.act, note)) == 0, "it fails without a fault"  # type: ignore[misc]
+        status = forked(lambda at=at: armed(folder, 0, at, scene.act, note))  # type: ignore[misc]
+        assert status == 0, "it fails without a fault"
         text = note.read_text().split()
         total = int(text[0])
         names.append(text[1])
@@ -116,7 +115,7 @@ def fresh(scene: Scene, folder: Path) -> None:
 
 
 def campaign(title: str, scene: Scene, folder: Path, every: int, target: str = "") -> list[str]:
-    """Every call × every kind; prints a line a kind, returns what went wrong."""
+    """Every call × every kind of fault; prints a line for each kind, returns what went wrong."""
     began = time.monotonic()
     total, names = count(scene, folder)
     tally = {name: names.count(name) for name in dict.fromkeys(names)}
@@ -131,13 +130,13 @@ def campaign(title: str, scene: Scene, folder: Path, every: int, target: str = "
                 wrong.append(f"{title}, {kind} at call {at} ({names[at - 1]}): was not killed, status {status}")
             cases += 1
             failed += status != 0
-            for found in (scene.judge(folder), scene.again(folder)):
-                if found:
-                    wrong.append(f"{title}, {kind} at call {at} ({names[at - 1]}): {found}")
+            for problem in (scene.judge(folder), scene.again(folder)):
+                if problem:
+                    wrong.append(f"{title}, {kind} at call {at} ({names[at - 1]}): {problem}")
         print(f"  {kind}: {cases} cases, {failed} of them ended the attempt, {len(wrong)} wrong so far", flush=True)
         ended[kind] = {"cases": cases, "ended_the_attempt": failed}
-    found = {"scene": title, "calls": total, "kinds_of_calls": tally, "every": every, "faults": ended, "wrong": wrong}
-    results.keep(target, "disk", {**found, "seconds": round(time.monotonic() - began)})
+    report = {"scene": title, "calls": total, "kinds_of_calls": tally, "every": every, "faults": ended, "wrong": wrong}
+    results.keep(target, "disk", {**report, "seconds": round(time.monotonic() - began)})
     return wrong
 
 
@@ -145,19 +144,19 @@ def campaign(title: str, scene: Scene, folder: Path, every: int, target: str = "
 
 
 def saving() -> Scene:
-    """A checkpoint after step 4 where the one after step 2 is; one is kept."""
+    """Save a checkpoint after step 4 beside the one after step 2, of which one is kept."""
     from tests.runs.test_checkpoint import snapshot
     from train.runs import checkpoint
 
     def judge(run: Path) -> str:
-        found, notes = checkpoint.newest(run)
+        newest, notes = checkpoint.newest(run)
         if notes:
             return notes[0]
-        if found is None or checkpoint.step_of(found) not in (2, 4):
-            return f"the newest is {found}"
-        held, meant = checkpoint.read(found), snapshot(checkpoint.step_of(found))
-        same = all(held.trainable[key].equal(value) for key, value in meant.trainable.items())
-        return "" if same else f"{found.name} holds something else"
+        if newest is None or checkpoint.step_of(newest) not in (2, 4):
+            return f"the newest is {newest}"
+        saved, expected = checkpoint.read(newest), snapshot(checkpoint.step_of(newest))
+        same = all(saved.trainable[key].equal(value) for key, value in expected.trainable.items())
+        return "" if same else f"{newest.name} has other values"
 
     def again(run: Path) -> str:
         checkpoint.sweep(run)
@@ -176,7 +175,7 @@ def saving() -> Scene:
 
 
 def careless() -> Scene:
-    """A save as it must not be, to see that it is found out: the older one goes first."""
+    """A faulty save that the campaign must find: it removes the older checkpoint first."""
     from dataclasses import replace
 
     from tests.runs.test_checkpoint import snapshot
@@ -196,16 +195,16 @@ def void(_: object) -> None:
 # --- an export --------------------------------------------------------------------------------------------------------
 
 
-def exporting(house: Path) -> Scene:
-    """A bfloat16 export where a float16 one is. `house` holds models/ and runs/tiny."""
+def exporting(workspace: Path) -> Scene:
+    """Write a bfloat16 export over a float16 one. `workspace` has models/ and runs/tiny."""
     from train.commands import export
     from train.common.files import staged
     from train.model.folder import find_damage, read_manifest
 
     def act(folder: Path, dtype: str = "bfloat16") -> None:
         keys = {
-            "models": str(house / "models"),
-            "runs": str(house / "runs"),
+            "models": str(workspace / "models"),
+            "runs": str(workspace / "runs"),
             "out": str(folder / "merged"),
             "verify": 1,
         }
@@ -213,7 +212,7 @@ def exporting(house: Path) -> Scene:
 
     def judge(folder: Path) -> str:
         out = folder / "merged"
-        with staged(folder / "other") as aside:  # any command that comes to this folder next
+        with staged(folder / "other") as aside:  # as the next command that writes in this folder does
             (aside / "x").touch()
         listed = read_manifest(out)
         if listed is None:
@@ -247,13 +246,13 @@ def main(words: list[str]) -> int:
     torch.set_num_threads(1)
     wrong = []
     with tempfile.TemporaryDirectory() as made:
-        house = Path(made) / "house"
+        workspace = Path(made) / "workspace"
         if "export" in names:
             from tests.support.runs import tiny_run
 
-            tiny_run(house)
+            tiny_run(workspace)
         for name in names:
-            scene = exporting(house) if name == "export" else {"save": saving, "careless": careless}[name]()
+            scene = exporting(workspace) if name == "export" else {"save": saving, "careless": careless}[name]()
             wrong += campaign(name, scene, Path(made) / name, every, target)
     print("\n".join(wrong) or "nothing was lost")
     return 1 if wrong else 0

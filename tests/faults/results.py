@@ -1,7 +1,6 @@
-"""What a campaign found, as JSON: beside the others in results/, or a line at the end of a file while a visit to a
-machine goes on.
+"""The report of a campaign as JSON: a file, or a line at the end of a .jsonl file for several campaigns on one machine.
 
-Knows dates and machines; nothing of faults. The machine is named in words, so that nothing of it but its size is kept.
+Knows dates and machines; nothing of faults. Of the machine only its cards, cores and memory are recorded.
 """
 
 import json
@@ -12,7 +11,7 @@ from typing import Any
 
 
 def machine() -> str:
-    """As a person would say it: its cards, cores and memory."""
+    """For a person: its cards, cores and memory."""
     import psutil
     import torch
 
@@ -22,11 +21,11 @@ def machine() -> str:
     return ", ".join([*named, cores, f"{psutil.virtual_memory().total / 2**30:.0f} GiB"])
 
 
-def keep(target: str | Path, campaign: str, found: dict[str, Any]) -> None:
-    """Write it to `target`.json, append it to `target`.jsonl; nothing where no target was named."""
+def keep(target: str | Path, campaign: str, report: dict[str, Any]) -> None:
+    """Write `report` to a .json file, or append it to a .jsonl file; nothing if `target` is empty."""
     if not str(target):
         return
-    row = {"campaign": campaign, "date": time.strftime("%Y-%m-%d"), "machine": machine(), **found}
+    row = {"campaign": campaign, "date": time.strftime("%Y-%m-%d"), "machine": machine(), **report}
     path = Path(target)
     if path.suffix == ".jsonl":
         with path.open("a") as file:
@@ -36,8 +35,8 @@ def keep(target: str | Path, campaign: str, found: dict[str, Any]) -> None:
 
 
 def words(arguments: list[str]) -> dict[str, str]:
-    """The key=value words of a command line; `json` as a path that outlives a change of folder."""
-    found = dict(word.split("=", 1) for word in arguments if "=" in word)
-    if "json" in found:
-        found["json"] = str(Path(found["json"]).absolute())
-    return found
+    """The key=value words of a command line, with an absolute path for `json`."""
+    pairs = dict(word.split("=", 1) for word in arguments if "=" in word)
+    if "json" in pairs:
+        pairs["json"] = str(Path(pairs["json"]).absolute())
+    return pairs

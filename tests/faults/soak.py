@@ -1,11 +1,10 @@
-"""A long run in miniature: memory, open files and time of a step over 20,000 steps with a save every hundred, and a
-picture of them.
+"""A long run of a very small model: memory, open files and the time of a step over 20,000 steps, and a picture of them.
 
     python -m tests.faults.soak [STEPS=20000] [PICTURE.png] [time=off] [json=FILE] [key=value of the recipe …]
 
-Status 1 if the last quarter is not as flat as the second one: memory within 2 %, open files the same, time of a step
-within a quarter. Where the machine is not alone, time=off judges the processor's time a step instead of the clock's:
-other work takes from that much less.
+A checkpoint is saved every hundred steps. The exit status is 1 if the last quarter of the run needs more than the
+second: memory more than 2 %, open files or threads at all, time of a step more than 25 %. On a machine with other work,
+time=off judges the processor time of a step instead of the clock: other work changes that much less.
 """
 
 import json
@@ -24,6 +23,7 @@ from typing import Any
 import psutil
 
 from tests.faults import results
+from train.runs import losses
 
 ROOT = Path(__file__).parent.parent.parent
 KEYS = {
@@ -45,25 +45,25 @@ KEYS |= {
     "system": "",
 }
 MEMORY, TIME = 0.02, 0.25  # growth that is allowed
-EVERY = 0.25  # seconds between two looks
+EVERY = 0.25  # seconds between two samples
 
 
 @dataclass
 class Watcher:
-    """Looks at this process while a block runs."""
+    """Samples of this process, taken while a run trains."""
 
     steps: list[int] = field(default_factory=list)
     megabytes: list[float] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)  # seconds of processors since the start
+    cpu: list[float] = field(default_factory=list)  # processor seconds since the start
 
-    def look(self, over: threading.Event) -> None:
-        me, journal, size, step = psutil.Process(), Path("runs/soak/losses.jsonl"), 0, 0
+    def watch(self, over: threading.Event) -> None:
+        me, log, size, step = psutil.Process(), Path("runs/soak/losses.jsonl"), 0, 0
         while not over.wait(EVERY):
-            if not journal.is_file():
+            if not log.is_file():
                 continue
-            with journal.open("rb") as file:
+            with log.open("rb") as file:
                 file.seek(size)
                 new = file.read()
             step, size = step + new.count(b"\n"), size + len(new)
@@ -75,15 +75,15 @@ class Watcher:
 
 
 def train(steps: int, more: dict[str, str]) -> Watcher:
-    """The run, in the working folder, in this process."""
-    from train.commands import train as verb
+    """Train in the working folder, in this process."""
+    from train.commands import train as command
 
     watcher, over = Watcher(), threading.Event()
-    thread = threading.Thread(target=watcher.look, args=(over,))
+    thread = threading.Thread(target=watcher.watch, args=(over,))
     thread.start()
     try:
-        with suppress(SystemExit):  # SIGTERM: what has been seen until then is judged
-            verb.run(verb.parse({**KEYS, "steps": str(steps), **more}))
+        with suppress(SystemExit):  # SIGTERM: the samples until then are judged
+            command.run(command.parse({**KEYS, "steps": str(steps), **more}))
     finally:
         over.set()
         thread.join()
@@ -91,22 +91,22 @@ def train(steps: int, more: dict[str, str]) -> Watcher:
 
 
 def seconds() -> list[float]:
-    return [json.loads(line)["seconds"] for line in Path("runs/soak/losses.jsonl").read_text().splitlines()]
+    """Of each step."""
+    return [row["seconds"] for row in losses.read(Path("runs/soak"))]
 
 
 def cpu_a_step(watcher: Watcher) -> list[float]:
-    """Seconds of processors a step, between looks that lie about a hundredth of the run apart: of a save as much as of
-    steps."""
-    found, last, least = [], 0, max(1, watcher.steps[-1] // 100) if watcher.steps else 1
+    """Processor seconds per step, between samples about a hundredth of the run apart: each has a save in it."""
+    costs, last, least = [], 0, max(1, watcher.steps[-1] // 100) if watcher.steps else 1
     for n in range(1, len(watcher.steps)):
         if (steps := watcher.steps[n] - watcher.steps[last]) >= least:
-            found.append((watcher.cpu[n] - watcher.cpu[last]) / steps)
+            costs.append((watcher.cpu[n] - watcher.cpu[last]) / steps)
             last = n
-    return found
+    return costs
 
 
 def quarters(values: list[float]) -> tuple[list[float], list[float]]:
-    """The second and the last one: the first pays for warming up."""
+    """The second and the last quarter: the first contains the warm-up."""
     n = len(values) // 4
     return values[n : 2 * n], values[-n:]
 
@@ -177,7 +177,7 @@ def draw(watcher: Watcher, times: list[float], path: Path) -> None:
     figure.savefig(path)
 
 
-def house(folder: Path) -> None:
+def workspace(folder: Path) -> None:
     from tests.support.oracles import tiny_checkpoint, tiny_config
 
     small = tiny_config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
@@ -198,7 +198,7 @@ def main(words: list[str]) -> int:
     timed = more.pop("time", "on") == "on"
     with tempfile.TemporaryDirectory() as made:
         os.chdir(made)
-        house(Path(made))
+        workspace(Path(made))
         began = time.monotonic()
         watcher = train(steps, more)
         times = seconds()

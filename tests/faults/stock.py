@@ -1,12 +1,11 @@
-"""The same faults on the stock Trainer (transformers 4.34.1), as a script written with it would meet them.
+"""The same faults on the stock Trainer (transformers 4.34.1), as a script that uses it meets them.
 
     python -m tests.faults.stock [part of a fault's name …] [json=FILE]
 
-A tiny Llama is trained by transformers.Trainer with a checkpoint every few steps; each fault is one that the tests of
-our own runs make. Then the script is started again as people do: the last checkpoint that `get_last_checkpoint` finds,
-and `resume_from_checkpoint`. The outcome is compared with an undisturbed run, bit for bit. Pickles are loaded as torch
-< 2.6 did where `unpickle=1`: on the pinned torch 2.7.1 no resume gets past them at all, which is the first line of the
-table.
+transformers.Trainer trains a tiny Llama with a checkpoint every few steps; the faults are those of the tests of our own
+runs. Then the script is started again as people do it: `get_last_checkpoint`, then `resume_from_checkpoint`. The outcome
+is compared with an undisturbed run, bit for bit. `unpickle` loads pickles as torch < 2.6 did: on the pinned torch 2.7.1
+no resume gets past them, which is the first line of the table.
 """
 
 import os
@@ -33,13 +32,14 @@ if os.environ.get("UNPICKLE"):
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 set_seed(1)
-model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                     intermediate_size=128, vocab_size=300))
+config = LlamaConfig(
+    hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=300)
+model = LlamaForCausalLM(config)
 draw = torch.Generator().manual_seed(2)
 rows = [torch.randint(0, 300, (24,), generator=draw) for _ in range(52)]
 data = [{"input_ids": row, "labels": row} for row in rows]
-arguments = TrainingArguments("out", max_steps=STEPS, save_steps=EVERY, save_total_limit=2,
-                              per_device_train_batch_size=4,
+arguments = TrainingArguments(
+    "out", max_steps=STEPS, save_steps=EVERY, save_total_limit=2, per_device_train_batch_size=4,
     logging_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, learning_rate=1e-3)
 last = get_last_checkpoint("out") if os.path.isdir("out") else None
 print("resumes from", last, flush=True)
@@ -48,8 +48,8 @@ torch.save(model.state_dict(), "final.bin.new"); os.replace("final.bin.new", "fi
 """
 
 
-class Life:
-    """The script, once, in a child of this process, which has imported everything."""
+class Attempt:
+    """One start of the script in a child of this process, which has imported everything."""
 
     def __init__(self, folder: Path, unpickle: bool) -> None:
         folder.mkdir(exist_ok=True)
@@ -77,12 +77,12 @@ class Life:
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            found, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if found else None
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if done else None
         return self.returncode
 
     def wait(self) -> str:
-        """What it printed, once it has ended."""
+        """Its output, after it has ended."""
         while self.poll() is None:
             time.sleep(0.005)
         return self.log.read_text() if self.log.is_file() else ""
@@ -107,17 +107,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "out").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
 
 
-# --- faults: each is given the folder of a script that was started, and leaves it stopped -----------------------------
+# --- faults: each starts the script in a folder, and leaves it stopped ------------------------------------------------
 
 
 def killed(folder: Path, unpickle: bool, ready: Callable[[], bool], number: int = signal.SIGKILL) -> int:
-    """Send a signal when it is time; the status."""
-    process = Life(folder, unpickle)
+    """Start the script and send a signal once `ready`; the exit status."""
+    process = Attempt(folder, unpickle)
     while process.poll() is None and not ready():
         time.sleep(0.0002)
     process.signal(number)
     process.wait()
-    assert not (folder / "final.bin").exists(), "it was too quick to be disturbed"
+    assert not (folder / "final.bin").exists(), "the script ended before the signal"
     return process.returncode or 0
 
 
@@ -127,8 +127,8 @@ def reached(folder: Path, step: int, file: str) -> Callable[[], bool]:
 
 
 def saved(folder: Path, step: int) -> Callable[[], bool]:
-    """Whether the checkpoint is whole: the next line of the script has been reached a while ago."""
-    last = folder / "out" / f"checkpoint-{step}" / "rng_state.pth"  # the last file that it writes
+    """Whether the checkpoint is complete: its last file was written a while ago."""
+    last = folder / "out" / f"checkpoint-{step}" / "rng_state.pth"  # the last file of a checkpoint
     return lambda: last.exists() and last.stat().st_size > 10_000 and time.time() - last.stat().st_mtime > 0.01
 
 
@@ -137,7 +137,7 @@ def between(folder: Path, unpickle: bool) -> None:
 
 
 def in_a_save(folder: Path, unpickle: bool) -> None:
-    """The second checkpoint's folder is there, its last file is not."""
+    """The folder of the second checkpoint exists, its last file does not."""
     killed(folder, unpickle, reached(folder, 8, "config.json"))
 
 
@@ -145,20 +145,20 @@ def terminated(folder: Path, unpickle: bool) -> None:
     killed(folder, unpickle, saved(folder, 8), signal.SIGTERM)
 
 
-def spoilt(name: str, how: str) -> Callable[[Path, bool], None]:
-    """A file of the newest checkpoint of two, after a kill."""
+def damaged(name: str, kind: str) -> Callable[[Path, bool], None]:
+    """Damage to a file of the newer of two checkpoints, after a kill."""
 
     def act(folder: Path, unpickle: bool) -> None:
         between(folder, unpickle)
         *_, before, newest = checkpoints(folder)
         path = newest / name
-        if how == "missing":
+        if kind == "missing":
             path.unlink()
-        elif how == "truncated":
+        elif kind == "truncated":
             path.write_bytes(path.read_bytes()[:-64])
-        elif how == "zeroed":
+        elif kind == "zeroed":
             path.write_bytes(bytes(path.stat().st_size))
-        elif how == "one bit flipped":
+        elif kind == "one bit flipped":
             data = bytearray(path.read_bytes())
             data[len(data) // 3] ^= 64
             path.write_bytes(bytes(data))
@@ -169,8 +169,8 @@ def spoilt(name: str, how: str) -> Callable[[Path, bool], None]:
 
 
 def full(folder: Path, unpickle: bool) -> None:
-    """No file may grow beyond what a disk with 100 kB left takes: the second checkpoint does not fit."""
-    process = Life(folder, unpickle)
+    """A limit of 100 kB per file stands for a full disk: the second checkpoint does not fit."""
+    process = Attempt(folder, unpickle)
     ready = saved(folder, 4)
     while process.poll() is None and not ready():
         time.sleep(0.0002)
@@ -180,40 +180,42 @@ def full(folder: Path, unpickle: bool) -> None:
 
 
 FILES = ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-HOWS = ("missing", "truncated", "zeroed", "one bit flipped", "another step's")
+KINDS = ("missing", "truncated", "zeroed", "one bit flipped", "another step's")
 FAULTS: dict[str, Callable[[Path, bool], None]] = {
     "SIGKILL between two saves": between,
     "SIGKILL in a save": in_a_save,
     "SIGTERM (docker stop, a time limit)": terminated,
     "the disk full in a save": full,
-    **{f"{name} {how}": spoilt(name, how) for how in HOWS for name in FILES},
+    **{f"{name} {kind}": damaged(name, kind) for kind in KINDS for name in FILES},
 }
 
 
 def outcome(folder: Path, whole: dict, unpickle: bool) -> str:  # type: ignore[type-arg]
-    """Start it again, as a person would, and say in words what came of it."""
-    there = [path.name for path in checkpoints(folder)]
-    process = Life(folder, unpickle)
-    said = process.wait()
-    resumed = next((line.rpartition(" ")[2] for line in said.splitlines() if line.startswith("resumes from")), "None")
-    found = final(folder)
-    if process.returncode or found is None:
-        return f"does not go on: {said.strip().splitlines()[-1][:90]}"
-    lost = "" if resumed != "None" or not there else ", from step 0"
+    """Start the script again, as a person would; the outcome in words."""
+    names = [path.name for path in checkpoints(folder)]
+    process = Attempt(folder, unpickle)
+    printed = process.wait()
+    resumed = next(
+        (line.rpartition(" ")[2] for line in printed.splitlines() if line.startswith("resumes from")), "None"
+    )
+    weights = final(folder)
+    if process.returncode or weights is None:
+        return f"does not continue: {printed.strip().splitlines()[-1][:90]}"
+    lost = "" if resumed != "None" or not names else ", from step 0"
     return (
         f"same weights{lost} (from {Path(resumed).name})"
-        if equal(found, whole)
+        if equal(weights, whole)
         else f"OTHER WEIGHTS, silently (from {Path(resumed).name})"
     )
 
 
 def main(words: list[str]) -> int:
     target, words = results.words(words).get("json", ""), [word for word in words if "=" not in word]
-    said: dict[str, str] = {}
+    outcomes: dict[str, str] = {}
 
-    def say(name: str, found: str) -> None:
-        said[name] = found
-        print(f"{name}: {found}", flush=True)
+    def note(name: str, text: str) -> None:
+        outcomes[name] = text
+        print(f"{name}: {text}", flush=True)
 
     warnings.simplefilter("ignore")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -222,21 +224,21 @@ def main(words: list[str]) -> int:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
-        begun = Path(made)
-        undisturbed = begun / "whole"
-        print(Life(undisturbed, True).wait(), end="")
+        folders = Path(made)
+        undisturbed = folders / "whole"
+        print(Attempt(undisturbed, True).wait(), end="")
         whole = final(undisturbed)
         assert whole is not None
-        between(begun / "plain", False)
-        say("as installed (torch 2.7.1), SIGKILL and the same command", outcome(begun / "plain", whole, False))
+        between(folders / "plain", False)
+        note("as installed (torch 2.7.1), SIGKILL and the same command", outcome(folders / "plain", whole, False))
         for name, fault in FAULTS.items():
             if words and not any(word in name for word in words):
                 continue
-            folder = begun / name.replace(" ", "-").replace("/", "-")
+            folder = folders / name.replace(" ", "-").replace("/", "-")
             folder.mkdir()
             fault(folder, True)
-            say(name, outcome(folder, whole, True))
-    results.keep(target, "stock", {"trainer": "transformers 4.34.1", "outcomes": said})
+            note(name, outcome(folder, whole, True))
+    results.keep(target, "stock", {"trainer": "transformers 4.34.1", "outcomes": outcomes})
     return 0
 
 

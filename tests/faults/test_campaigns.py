@@ -1,5 +1,4 @@
-"""The long campaigns, short: they run, they count what they should, and they would see a loss. Whole, they are
-`slow`."""
+"""Short forms of the long campaigns: they run, count correctly, and would find a loss. Whole ones are marked slow."""
 
 import json
 import re
@@ -24,29 +23,31 @@ def campaign(*words: str) -> str:
 
 
 def test_a_few_kills(tmp_path: Path) -> None:
-    """Shared out to two processes, and kept as JSON."""
-    said = campaign("tests.faults.kills", "3", "steps=12", "sizes=1", "parallel=2", f"json={tmp_path / 'kills.json'}")
+    """Divided between two processes, with a report as JSON."""
+    printed = campaign(
+        "tests.faults.kills", "3", "steps=12", "sizes=1", "parallel=2", f"json={tmp_path / 'kills.json'}"
+    )
     kept = json.loads((tmp_path / "kills.json").read_text())
     assert sum(kept["kills"].values()) >= 3 and kept["wrong"] == [] and kept["runs"] >= 2
-    assert "every run ended in the bytes of the undisturbed one" in said
-    assert int(re.findall(r"most steps computed again: (\d+)", said)[0]) <= kills.INTERVAL
+    assert "every run ended in the bytes of the undisturbed one" in printed
+    assert int(re.findall(r"most steps computed again: (\d+)", printed)[0]) <= kills.INTERVAL
 
 
-def test_a_campaign_that_is_ended_takes_its_lives_along() -> None:
+def test_a_campaign_that_is_stopped_kills_its_attempts() -> None:
     code = (
-        "import subprocess, time; from tests.faults import kills; kills.tidy()\n"
+        "import subprocess, time; from tests.faults import kills; kills.kill_attempts_on_sigterm()\n"
         "print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as one:
         assert one.stdout is not None
-        life = psutil.Process(int(one.stdout.readline()))
+        attempt = psutil.Process(int(one.stdout.readline()))
         one.terminate()
         assert one.wait(60) == 143
     with suppress(psutil.NoSuchProcess):
-        assert life.status() == psutil.STATUS_ZOMBIE
+        assert attempt.status() == psutil.STATUS_ZOMBIE
 
 
-def test_what_another_process_found_is_added() -> None:
+def test_the_tally_of_another_process_is_added() -> None:
     tally = kills.Tally(kills.Counter({"any moment": 2}), inside=1, lost=2, runs=1, wrong=["a"])
     tally.add({"kills": {"any moment": 1, "one of two": 1}, "inside": 1, "lost": 4, "runs": 2, "wrong": ["b"]})
     tally.add({"wrong": ["share-2 did not end well"]})
@@ -54,7 +55,7 @@ def test_what_another_process_found_is_added() -> None:
     assert tally.wrong == ["a", "b", "share-2 did not end well"]
 
 
-def test_a_base_of_random_weights_is_one_that_the_loader_reads(tmp_path: Path) -> None:
+def test_the_loader_reads_a_base_of_random_weights(tmp_path: Path) -> None:
     from train.model.int4_linear import Int4Linear
     from train.model.loading import load
 
@@ -64,15 +65,15 @@ def test_a_base_of_random_weights_is_one_that_the_loader_reads(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_steps_bytes_are_the_same_in_two_starts() -> None:
-    said = json.loads(
+def test_a_step_gives_the_same_bytes_in_two_starts() -> None:
+    report = json.loads(
         campaign("tests.faults.deterministic", "shape=tiny", "batch=2", "length=64", "steps=2").splitlines()[-1]
     )
-    assert said["same_bytes"] and said["same_bytes_deterministic"]
-    assert len(said["rows"]) == 4 and all(row["step_ms"] > 0 for row in said["rows"])
+    assert report["same_bytes"] and report["same_bytes_deterministic"]
+    assert len(report["rows"]) == 4 and all(row["step_ms"] > 0 for row in report["rows"])
 
 
-def test_another_outcome_would_be_seen(tmp_path: Path) -> None:
+def test_another_outcome_would_be_found(tmp_path: Path) -> None:
     for name, loss in (("a", 1.0), ("b", 1.0000001)):
         (tmp_path / name / "adapter").mkdir(parents=True)
         (tmp_path / name / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
@@ -81,10 +82,10 @@ def test_another_outcome_would_be_seen(tmp_path: Path) -> None:
     assert kills.outcome(tmp_path / "a") != kills.outcome(tmp_path / "b")
 
 
-def test_a_leak_would_be_seen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_leak_would_be_found(capsys: pytest.CaptureFixture[str]) -> None:
     flat = soak.Watcher([*range(80)], [700.0] * 80, [30] * 80, [9] * 80, [n / 50 for n in range(80)])
     assert soak.judge(flat, [0.02] * 80) == []
-    assert soak.judge(flat, [0.02 + n / 4000 for n in range(80)], timed=False) == [], "by the clock alone"
+    assert soak.judge(flat, [0.02 + n / 4000 for n in range(80)], timed=False) == [], "slower by the clock alone"
     slower = soak.Watcher(flat.steps, flat.megabytes, flat.files, flat.threads, [n * n / 4000 for n in range(80)])
     assert "processor's seconds a step grew" in soak.judge(slower, [0.02] * 80, timed=False)[0]
     leaking = soak.Watcher(flat.steps, [700.0 + n for n in range(80)], [30 + n // 20 for n in range(80)], [9] * 80)
@@ -93,10 +94,10 @@ def test_a_leak_would_be_seen(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_short_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So short that its first steps still count in the time of one: that is not judged."""
+    """Too short to judge its time: the first steps are slow."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(soak, "EVERY", 0.05)
-    soak.house(tmp_path)
+    soak.workspace(tmp_path)
     watcher = soak.train(160, {"save_every": "10"})
     assert watcher.cpu == sorted(watcher.cpu)
     watcher.cpu = [0.0] * len(watcher.steps)
@@ -106,8 +107,8 @@ def test_a_short_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_hundred_kills() -> None:
-    said = campaign("tests.faults.kills", "100")
-    assert int(re.findall(r"(\d+) of them found a half-written checkpoint", said)[0]) >= 25
+    printed = campaign("tests.faults.kills", "100")
+    assert int(re.findall(r"(\d+) of them left a half-written checkpoint", printed)[0]) >= 25
 
 
 @pytest.mark.slow
@@ -116,7 +117,7 @@ def test_kills_of_the_command_itself_with_saves_in_the_background() -> None:
 
 
 @pytest.mark.slow
-def test_the_same_twice_and_in_changing_worlds() -> None:
+def test_the_same_twice_and_in_changing_numbers_of_processes() -> None:
     assert "losses within" in campaign("tests.faults.worlds")
     assert worlds.CHANGES == (4, 2, 1, 4)
 

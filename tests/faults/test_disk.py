@@ -1,4 +1,4 @@
-"""A disk that fails at every call: a save in the default tests, thinned out; save and export whole in the slow ones."""
+"""A disk that fails at each call: every fourth call of a save here, all calls of save and export in the slow tests."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compile
 
 
 def test_a_save_that_fails_anywhere_loses_nothing() -> None:
-    """And the campaign is no formality: a save that removes the older checkpoint first is found out by it."""
+    """And the campaign can fail: it finds a save that removes the older checkpoint first."""
     done = disk.start(["save", "careless"], every=4)
     killed = re.search(r"SIGKILL: (\d+) cases, (\d+) of them ended the attempt, 0 wrong so far", done.stdout)
     assert killed and killed[1] == killed[2] and int(killed[1]) >= 8, done.stdout + done.stderr

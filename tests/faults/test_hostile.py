@@ -1,4 +1,4 @@
-"""Files that would run something, or write elsewhere: nothing of them runs, nothing is written."""
+"""Hostile files, which would run code or write elsewhere: nothing runs, and nothing is written."""
 
 import io
 import json
@@ -19,9 +19,9 @@ import torch
 
 from tests.model.test_gguf_reader import write_gguf
 from tests.support.oracles import tiny_checkpoint, tiny_config, tiny_decoder
-from tests.training.test_train import rows, stop_at, train, words
+from tests.support.tiny_training import options, signal_at_step, train, write_rows
 from train.commands import export
-from train.commands import train as verb
+from train.commands import train as command
 from train.common import download
 from train.common.errors import UserError
 from train.model import gguf_reader, lora, sources
@@ -36,14 +36,14 @@ def spring(text: str) -> None:
 
 
 class Bomb:
-    """Unpickled, it goes off."""
+    """Unpickling it runs `spring`."""
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return spring, ("a pickle was run",)
 
 
 def bomb() -> bytes:
-    """As torch.save writes it, which a bare unpickler runs too."""
+    """A file as torch.save writes it; a plain unpickler runs it too."""
     out = io.BytesIO()
     torch.save(Bomb(), out)
     return out.getvalue()
@@ -58,10 +58,10 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     TRAP.clear()
 
 
-def house(hostile: bool = False) -> Path:
-    """A base, with python files and a config that points at them if `hostile`."""
+def workspace(hostile: bool = False) -> Path:
+    """A base and data. hostile: with Python files in the base, and a config that names them."""
     base = tiny_checkpoint(Path("models/tiny-Int4"), tiny_config(), int4=True)
-    rows(Path("data.jsonl"))
+    write_rows(Path("data.jsonl"))
     if hostile:
         names = (
             "modeling_qwen.py",
@@ -82,8 +82,8 @@ def house(hostile: bool = False) -> Path:
     return base
 
 
-def test_the_bomb_goes_off_where_it_is_let() -> None:
-    """Else the tests below would show nothing."""
+def test_the_bomb_works() -> None:
+    """Otherwise the tests below would prove nothing."""
     torch.load(io.BytesIO(bomb()), weights_only=False)
     pickle.loads(pickle.dumps(Bomb()))
     exec(compile("there.spring('x')", "x.py", "exec"), {"there": sys.modules[__name__]})
@@ -91,9 +91,9 @@ def test_the_bomb_goes_off_where_it_is_let() -> None:
 
 
 def test_pickles_beside_a_checkpoint_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    house()
+    workspace()
     with monkeypatch.context() as patch:
-        stop_at(1, signal.SIGTERM, patch)
+        signal_at_step(1, signal.SIGTERM, patch)
         with pytest.raises(SystemExit):
             train(run="r", steps=4)
     folder = checkpoint.folder_of(Path("runs/r"), 2)
@@ -110,29 +110,29 @@ def test_pickles_beside_a_checkpoint_are_not_read(monkeypatch: pytest.MonkeyPatc
     assert TRAP == []
 
 
-def test_a_pickle_under_the_name_of_a_checkpoints_file_is_refused_even_with_its_hash_put_right() -> None:
-    house()
+def test_a_pickle_in_place_of_a_checkpoints_file_is_refused_even_with_a_correct_hash() -> None:
+    workspace()
     train(run="r", steps=2, save_every=1)
     run = Path("runs/r")
     shutil.rmtree(run / "adapter")
     (run / "run.json").unlink()
-    for folder in checkpoint._folders(run):
+    for folder in checkpoint.folders(run):
         for name in checkpoint.TENSORS:
             (folder / f"{name}.safetensors").write_bytes(bomb())
-        (folder / checkpoint.SUMS).write_text(checkpoint._sums(folder))
-    with pytest.raises(UserError, match=r"step-000002: .*is no checkpoint of this program"):
+        (folder / checkpoint.SUMS).write_text(checkpoint.checksums(folder))
+    with pytest.raises(UserError, match=r"step-000002: .*not a checkpoint of this program"):
         train(run="r", steps=2, save_every=1)
     assert TRAP == []
 
 
 def test_a_pickle_in_an_adapter_is_not_read() -> None:
-    base = house()
+    base = workspace()
     train(run="r", steps=1)
     folder = Path("runs/r/adapter")
     for name in ("adapter_model.bin", "pytorch_model.bin", "optimizer.pt"):
         (folder / name).write_bytes(bomb())
     lora.load_adapter(load(base, torch.float32), folder)
-    verb.run(verb.parse(words(**{"run": "on", "steps": 1, "from": "r"})))
+    command.run(command.parse(options(**{"run": "on", "steps": 1, "from": "r"})))
     (folder / lora.WEIGHTS).write_bytes(bomb())
     for attempt in (lambda: lora.delta(folder), lambda: train(**{"run": "on2", "steps": 1, "from": "r"})):
         with pytest.raises(UserError, match=r"adapter is damaged"):
@@ -144,8 +144,8 @@ def test_a_pickle_in_an_adapter_is_not_read() -> None:
 
 
 def test_an_adapter_that_names_a_module_to_import_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """peft imports what an adapter's `megatron_core` says, from the working folder too."""
-    base = house()
+    """peft imports the module in an adapter's `megatron_core`, from the working folder too."""
+    base = workspace()
     train(run="r", steps=1)
     folder = Path("runs/r/adapter")
     Path("evil_module.py").write_text(HOSTILE)
@@ -166,7 +166,7 @@ def test_an_adapter_that_names_a_module_to_import_is_refused(monkeypatch: pytest
 
 
 def test_python_files_of_a_model_are_copied_as_bytes_and_never_run() -> None:
-    house(hostile=True)
+    workspace(hostile=True)
     train(run="r", steps=1)
     export.run(export.Options(run="r", verify=1))
     assert Path("runs/r/merged/modeling_qwen.py").read_text() == HOSTILE
@@ -174,8 +174,8 @@ def test_python_files_of_a_model_are_copied_as_bytes_and_never_run() -> None:
     assert TRAP == []
 
 
-def test_weights_that_are_a_pickle_are_read_as_numbers_or_not_at_all() -> None:
-    base = house()
+def test_weights_in_a_pickle_are_read_as_tensors_or_not_at_all() -> None:
+    base = workspace()
     (base / "model.safetensors").unlink()
     (base / "pytorch_model.bin").write_bytes(bomb())
     with pytest.raises(Exception, match=r"(?i)weights_only|unsupported|damaged|not read"):
@@ -203,10 +203,9 @@ def test_a_gguf_whose_tensors_are_called_like_paths_is_refused(name: bytes, tmp_
 
 
 def test_a_gguf_with_any_header_is_read_or_refused_in_words() -> None:
-    """Bytes changed at random where names, kinds and counts stand; and arrays within arrays, deeper than Python
-    counts."""
-    whole, draw, said = small_gguf(Path("m.gguf")), random.Random(1), Counter[str]()
-    assert b"{{ messages }}" in whole, "a template is text, which nothing here fills in"
+    """Random bytes among names, types and counts; and arrays nested deeper than Python's recursion limit."""
+    whole, draw, outcomes = small_gguf(Path("m.gguf")), random.Random(1), Counter[str]()
+    assert b"{{ messages }}" in whole, "a chat template is text, which nothing here renders"
     nested = (
         struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q1sI", 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 10**5
     )
@@ -222,10 +221,10 @@ def test_a_gguf_with_any_header_is_read_or_refused_in_words() -> None:
         Path("x.gguf").write_bytes(data)
         try:
             gguf_reader.convert(Path("x.gguf"), folder)
-            said["read"] += 1
+            outcomes["read"] += 1
         except UserError:
-            said["refused"] += 1
-    assert said["refused"] > 50 and said["read"] > 50, said
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 50 and outcomes["read"] > 50, outcomes
     assert TRAP == []
 
 
@@ -238,7 +237,7 @@ def test_a_path_that_climbs_out_of_an_archive_is_not_followed(name: str) -> None
     before = set(Path("..").rglob("*"))
     taken, out = io.BytesIO(), io.BytesIO()
     download._unzip(wheel, "piece.bin", taken)
-    download._unzip(wheel, name, out)  # asked for by its name, it is bytes like any other: no path is made of it
+    download._unzip(wheel, name, out)  # asked for by its name it is only bytes: no path is made of the name
     assert taken.getvalue() == b"good" and out.getvalue() == b"evil"
     assert set(Path("..").rglob("*")) == before
     assert not Path("/tmp/climbed-out").exists()

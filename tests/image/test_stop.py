@@ -44,11 +44,11 @@ def test_stopped_then_gone_on(house: House) -> None:
     took = time.monotonic() - began
     out, errors = process.communicate(timeout=60)
     said = house.check(subprocess.CompletedProcess([], process.returncode, out, errors), status=75)
-    assert "The same command goes on from there" in said
+    assert "The same command continues from there" in said
     assert took < 60, "a tiny step and a save; the engine would have waited for 300 s, then killed"
     assert not (run / "run.json").exists()
 
-    found = re.search(r"goes on after step (\d+) of", house.compose("train", *words("stopped")))
+    found = re.search(r"continues after step (\d+) of", house.compose("train", *words("stopped")))
     assert found and 3 <= int(found[1]) < STEPS
     record = read_json(run / "run.json")
     assert record["steps"] == STEPS

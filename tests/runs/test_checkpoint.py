@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not used, byte for byte what was saved, the newest good one first."""
+"""Checkpoints: read back byte for byte, used only without damage, the newest first."""
 
 import random
 import subprocess
@@ -65,7 +65,7 @@ def cut_off(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 
 
-def lose(folder: Path) -> None:
+def lose_generators(folder: Path) -> None:
     (folder / "rng.safetensors").unlink()
 
 
@@ -87,52 +87,52 @@ def add_a_line(folder: Path) -> None:
 
 
 def rename(folder: Path) -> None:
-    """A whole one, under the name of another step."""
+    """Give it the name of another step."""
     folder.rename(checkpoint.folder_of(folder.parent.parent, 3))
 
 
-HARMS = [
+DAMAGES = [
     (flip_a_bit, "optimizer.safetensors is damaged"),
     (cut_off, "trainable.safetensors is damaged"),
-    (lose, "rng.safetensors is missing"),
+    (lose_generators, "rng.safetensors is missing"),
     (lose_state, "state.json is missing"),
     (spoil_state, "state.json is damaged"),
     (lose_sums, "SHA256SUMS is missing"),
     (add_a_line, "SHA256SUMS is damaged"),
-    (rename, "it is the one of another step"),
+    (rename, "it belongs to another step"),
 ]
 
 
-def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
+def test_the_hashes_are_those_of_sha256sum(tmp_path: Path) -> None:
     folder = checkpoint.write(tmp_path, snapshot(1), keep=1)
     done = subprocess.run(["sha256sum", "-c", checkpoint.SUMS], cwd=folder, capture_output=True, text=True)
     assert (done.returncode, done.stdout.count(": OK\n")) == (0, 4)
 
 
-def test_an_error_of_the_disk_is_one_to_the_caller(tmp_path: Path) -> None:
-    """The library's own exception hides its number."""
+def test_an_error_of_the_disk_is_raised_as_an_oserror(tmp_path: Path) -> None:
+    """The library's own exception hides its error number."""
     with pytest.raises(FileNotFoundError) as error:
         checkpoint._save({"a": torch.zeros(1)}, tmp_path / "nowhere" / "x.safetensors")
     assert error.value.filename == str(tmp_path / "nowhere" / "x.safetensors")
 
 
-@pytest.mark.parametrize(("harm", "words"), HARMS)
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
 def test_a_damaged_one_is_named_and_the_one_before_is_used(
-    tmp_path: Path, harm: Callable[[Path], None], words: str
+    tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     checkpoint.write(tmp_path, snapshot(1), keep=2)
-    harm(checkpoint.write(tmp_path, snapshot(2), keep=2))
+    damage(checkpoint.write(tmp_path, snapshot(2), keep=2))
     found, notes = checkpoint.newest(tmp_path)
     assert found is not None
     assert found.name == "step-000001"
     assert len(notes) == 1
-    assert words in notes[0]
+    assert message in notes[0]
 
 
-def test_a_damaged_later_one_does_not_push_out_the_good_one(tmp_path: Path) -> None:
+def test_a_damaged_later_checkpoint_is_removed_before_a_good_one(tmp_path: Path) -> None:
     checkpoint.write(tmp_path, snapshot(4), keep=2)
-    lose(checkpoint.write(tmp_path, snapshot(8), keep=2))
-    good = checkpoint.write(tmp_path, snapshot(5), keep=1)  # a run that went on from step 4, and was stopped
+    lose_generators(checkpoint.write(tmp_path, snapshot(8), keep=2))
+    good = checkpoint.write(tmp_path, snapshot(5), keep=1)  # a run that continued from step 4 and was stopped
     assert list((tmp_path / "checkpoints").iterdir()) == [good]
     assert checkpoint.newest(tmp_path) == (good, [])
 
@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path: Path, monkeyp
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
-def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+def test_half_written_checkpoints_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     whole = checkpoint.write(tmp_path, snapshot(1), keep=1)
     (tmp_path / "checkpoints" / ".step-000002.123.tmp").mkdir()
     checkpoint.sweep(tmp_path)
@@ -160,9 +160,9 @@ def draws() -> list[float]:
     return [random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand(), torch.randn(3).sum().item()]
 
 
-def test_every_generator_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_every_generator_continues_where_it_was(tmp_path: Path) -> None:
     checkpoint.seed_all(3)
-    draws()  # leaves a spare gauss in Python's and numpy's generators
+    draws()  # Python's and numpy's generators now hold a second Gaussian value
     saved = checkpoint.rng_state()
     first = draws()
     draws()

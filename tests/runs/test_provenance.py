@@ -1,4 +1,4 @@
-"""Manifests: content decides, not names or dates."""
+"""What a run was made of: hashes of contents, not names or dates; commit, lock, versions, image."""
 
 import subprocess
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_every_file_is_hashed_by_content(tmp_path: Path) -> None:
     assert provenance.hash_folder(tmp_path / "b") != one
 
 
-def test_where_a_base_came_from_is_not_part_of_it(tmp_path: Path) -> None:
+def test_the_manifest_of_a_base_and_hidden_files_do_not_count(tmp_path: Path) -> None:
     before = provenance.hash_folder(folder(tmp_path / "a"))
     (tmp_path / "a" / "manifest.json").write_text('{"source": "a mirror"}')
     (tmp_path / "a" / ".cache").mkdir()
@@ -31,7 +31,7 @@ def test_where_a_base_came_from_is_not_part_of_it(tmp_path: Path) -> None:
     assert provenance.hash_folder(tmp_path / "a") == before
 
 
-def test_the_code_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_program_is_identified_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", "-C", str(tmp_path), *words], check=True, capture_output=True, text=True
@@ -48,19 +48,19 @@ def test_the_code_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.Mon
     assert provenance.code()["dirty"] is True
 
 
-def test_the_lock_is_hashed_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_lock_is_hashed_if_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     assert provenance.lock() is None
     (tmp_path / "env.lock").write_bytes(b"")
     assert provenance.lock() == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
-def test_versions_and_machine_are_said() -> None:
+def test_versions_and_machine_are_recorded() -> None:
     assert provenance.versions()["transformers"] == "4.34.1"
     assert provenance.machine()["cores"] >= 1
 
 
-def test_a_container_is_named_with_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_is_recorded_with_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("IMAGE_FILE", "RUNTIME_NAME", "IMAGE_DIGEST"):
         monkeypatch.delenv(name, raising=False)
     assert provenance.runtime() == {"name": "local", "image": None, "digest": None}

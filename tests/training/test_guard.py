@@ -1,7 +1,6 @@
-"""The guard: what must not count, which layers learn nothing, and what rightly has no gradient."""
+"""The guard: which steps must not count, which layers get no gradient, and which may have none."""
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,109 +11,110 @@ from tests.support.oracles import tiny_config, tiny_decoder
 from train.config.recipe import Recipe
 from train.model import lora
 from train.training import guard
-from train.training.guard import FEWEST, Watch
+from train.training.guard import MIN_HISTORY, Guard
 
 NAME = "base_model.model.model.layers.0.self_attn.{}.lora_{}.default.weight"
 
 
-def seen(watch: Watch, *losses: float) -> Watch:
+def accepted(one: Guard, *losses: float) -> Guard:
     for loss in losses:
-        watch.note(loss)
-    return watch
+        one.accept(loss)
+    return one
 
 
 @pytest.mark.parametrize(
-    ("loss", "norm", "labels", "why"),
+    ("loss", "norm", "labels", "fault"),
     [
         (2.0, 1.0, 5, ""),
         (2.0, None, 5, ""),
-        (float("nan"), 1.0, 5, "the loss is not a number any more"),
-        (float("inf"), 1.0, 5, "the loss is not a number any more"),
-        (2.0, float("inf"), 5, "the gradient is not a number any more"),
+        (float("nan"), 1.0, 5, "the loss is not finite"),
+        (float("inf"), 1.0, 5, "the loss is not finite"),
+        (2.0, float("inf"), 5, "the gradient is not finite"),
         (0.0, 0.0, 0, "every label is masked"),
         (7.1, 1.0, 5, "the loss jumps to 7.10, from a median of 2.00 over 8 steps"),
         (6.9, 1.0, 5, ""),
     ],
 )
-def test_what_must_not_count(loss: float, norm: float | None, labels: int, why: str) -> None:
-    watch = seen(Watch(spike=5.0), *[2.0] * FEWEST)
-    assert watch.judge(loss, norm, labels) == why
+def test_faults_of_a_step(loss: float, norm: float | None, labels: int, fault: str) -> None:
+    assert accepted(Guard(spike=5.0), *[2.0] * MIN_HISTORY).find_fault(loss, norm, labels) == fault
 
 
-def test_a_jump_needs_steps_to_be_measured_from_and_may_be_allowed() -> None:
-    assert seen(Watch(spike=5.0), *[2.0] * (FEWEST - 1)).judge(9.0, 1.0, 1) == ""
-    assert seen(Watch(spike=0.0), *[2.0] * 40).judge(99.0, 1.0, 1) == ""
+def test_a_jump_is_measured_from_earlier_steps_and_spike_0_allows_any() -> None:
+    assert accepted(Guard(spike=5.0), *[2.0] * (MIN_HISTORY - 1)).find_fault(9.0, 1.0, 1) == ""
+    assert accepted(Guard(spike=0.0), *[2.0] * 40).find_fault(99.0, 1.0, 1) == ""
 
 
-def test_a_run_that_goes_on_judges_as_if_it_had_never_stopped() -> None:
-    watch = seen(Watch(spike=1.0), *np.linspace(5, 1, 60).tolist())
-    watch.idle(moments(q_proj=0.5), 20, 0.9)
-    again = Watch(spike=1.0)
-    again.restore(json.loads(json.dumps(watch.state())))
-    assert again == watch
-    assert again.judge(9.0, 1.0, 1) == watch.judge(9.0, 1.0, 1) != ""
+def test_a_restored_guard_judges_as_the_one_that_was_saved() -> None:
+    saved = accepted(Guard(spike=1.0), *np.linspace(5, 1, 60).tolist())
+    saved.layers_without_grad(moments(q_proj=0.5), 20, 0.9)
+    restored = Guard(spike=1.0)
+    restored.restore(json.loads(json.dumps(saved.state())))
+    assert restored == saved
+    assert restored.find_fault(9.0, 1.0, 1) == saved.find_fault(9.0, 1.0, 1) != ""
 
 
 def moments(**means: float) -> dict[str, torch.Tensor]:
-    """A's and B's of linears, the mean of B's gradient as given."""
+    """AdamW's first moments of A and B of each linear: zero for A, the given value for B."""
     b = {NAME.format(name, "B"): torch.full((3, 2), value) for name, value in means.items()}
     return b | {NAME.format(name, "A"): torch.zeros(2, 3) for name in means}
 
 
-def test_a_layer_without_any_gradient_is_named() -> None:
-    found = Watch().idle(moments(q_proj=1e-20, v_proj=0.0), FEWEST, 0.9)
-    assert [guard.layer(name) for name in found] == ["layers.0.self_attn.v_proj"]
-    assert Watch().idle(moments(v_proj=0.0), FEWEST - 1, 0.9) == [], "too early to say"
-    assert Watch(excused=guard.ATTENTION).idle(moments(q_proj=0.0, v_proj=0.0), FEWEST, 0.9) == found
+def test_a_layer_without_gradient_is_named() -> None:
+    found = Guard().layers_without_grad(moments(q_proj=1e-20, v_proj=0.0), MIN_HISTORY, 0.9)
+    assert [guard.layer_name(name) for name in found] == ["layers.0.self_attn.v_proj"]
+    assert Guard().layers_without_grad(moments(v_proj=0.0), MIN_HISTORY - 1, 0.9) == [], "too early to tell"
+    allowing = Guard(zero_grad_allowed=guard.QUERY_KEY)
+    assert allowing.layers_without_grad(moments(q_proj=0.0, v_proj=0.0), MIN_HISTORY, 0.9) == found
 
 
-@pytest.mark.parametrize(("last", "idle"), [(0.0, True), (1e-6, False)])
-def test_a_layer_that_stops_learning_is_found_by_adamw_s_own_arithmetic(last: float, idle: bool) -> None:
-    """Ten updates with gradients, twelve after them: all without, or the last of them with one that is 10,000 times smaller."""
+@pytest.mark.parametrize(("last", "expected"), [(0.0, True), (1e-6, False)])
+def test_a_gradient_that_becomes_zero_shows_in_the_moments_of_real_adamw(last: float, expected: bool) -> None:
+    """Ten updates with a gradient, then twelve without; or the last of those with one that is 10,000 times smaller."""
     p = torch.nn.Parameter(torch.zeros(4, 4))
-    optimizer, watch = torch.optim.AdamW([p], betas=(0.9, 0.95)), Watch()
+    optimizer, one = torch.optim.AdamW([p], betas=(0.9, 0.95)), Guard()
     key, other = NAME.format("v_proj", "B"), moments(o_proj=1.0)
     for update in range(1, 23):
         size = 1e-2 if update <= 10 else (last if update == 22 else 0.0)
         p.grad = torch.full_like(p, size)
         optimizer.step()
         if update == 10:
-            assert watch.idle(other | {key: optimizer.state[p]["exp_avg"]}, update, 0.9) == []
-    found = watch.idle(other | {key: optimizer.state[p]["exp_avg"]}, 22, 0.9)
-    assert bool(found) == idle
+            assert one.layers_without_grad(other | {key: optimizer.state[p]["exp_avg"]}, update, 0.9) == []
+    found = one.layers_without_grad(other | {key: optimizer.state[p]["exp_avg"]}, 22, 0.9)
+    assert bool(found) == expected
 
 
-def test_weights_that_are_no_numbers_are_named() -> None:
+def test_non_finite_weights_are_named() -> None:
     names = [NAME.format(name, "B") for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     masters = dict(zip(names, [torch.zeros(0), torch.ones(3, 4), torch.ones(3, 4), torch.full((2, 2), 1e38)]))
-    assert guard.broken(masters) == []
+    assert guard.non_finite(masters) == []
     masters[names[1]][2, 1], masters[names[2]][0, 3] = float("nan"), float("-inf")
-    assert guard.broken(masters) == names[1:3]
+    assert guard.non_finite(masters) == names[1:3]
 
 
-def test_a_run_that_has_learnt_everything_is_no_fault() -> None:
-    watch = Watch()
-    assert watch.idle(moments(q_proj=1.0, v_proj=1.0), 8, 0.9) == []
-    assert watch.idle(moments(q_proj=0.9**8, v_proj=0.9**8), 16, 0.9) == []
+def test_all_layers_without_gradient_at_once_are_no_fault() -> None:
+    """The run has learned all there is."""
+    one = Guard()
+    assert one.layers_without_grad(moments(q_proj=1.0, v_proj=1.0), 8, 0.9) == []
+    assert one.layers_without_grad(moments(q_proj=0.9**8, v_proj=0.9**8), 16, 0.9) == []
 
 
-@pytest.mark.parametrize("learnt", [1, 2])
-def test_q_and_k_have_no_gradient_where_there_is_nothing_to_choose(learnt: int) -> None:
-    """The second token is predicted from the first alone; the real decoder's gradients say the same as `excused`."""
+@pytest.mark.parametrize("trainable", [1, 2])
+def test_q_and_k_have_no_gradient_if_only_the_second_token_is_trainable(trainable: int) -> None:
+    """It is predicted from the first alone. The gradients of the real decoder agree with layers_allowed_zero_grad."""
     model: Any = lora.attach(tiny_decoder(tiny_config()), Recipe(rank=2, dropout=0.0))
     ids = torch.tensor([[7, 9, 11]])
     labels = torch.full_like(ids, -100)
-    labels[0, learnt] = ids[0, learnt]
+    labels[0, trainable] = ids[0, trainable]
     model(input_ids=ids, labels=labels).loss.backward()
     grads = {name: float(p.grad.abs().sum()) for name, p in lora.trainable(model).items() if ".lora_B." in name}
     without = {name for name, size in grads.items() if size == 0}
     mask = np.zeros(3, np.uint8)
-    mask[learnt] = 1
-    assert without == {name for name in grads if any(part in name for part in guard.excused([mask]))}
-    assert bool(without) == (learnt == 1)
+    mask[trainable] = 1
+    assert without == {name for name in grads if any(part in name for part in guard.layers_allowed_zero_grad([mask]))}
+    assert bool(without) == (trainable == 1)
 
 
-def test_one_conversation_with_more_excuses_nobody() -> None:
+def test_one_conversation_with_a_later_label_is_enough_for_a_gradient() -> None:
     short, long = np.array([0, 1]), np.array([0, 0, 1])
-    assert guard.excused([short, short]) == guard.ATTENTION
-    assert guard.excused(SimpleNamespace(mask=m).mask for m in (short, long)) == ()
+    assert guard.layers_allowed_zero_grad([short, short]) == guard.QUERY_KEY
+    assert guard.layers_allowed_zero_grad(mask for mask in (short, long)) == ()

@@ -25,8 +25,8 @@ from train.model.architecture import Shape
 from train.model.loading import load
 from train.ops import offload
 from train.ops.offload import HostEmbedding
-from train.runs import folder as run_folder
-from train.training import deepspeed_engine, loop, memory_estimate
+from train.runs import resume
+from train.training import deepspeed_engine, loop, memory_estimate, prepare
 from train.training.graph_step import GraphStep
 from train.training.memory_estimate import Setting
 
@@ -222,7 +222,9 @@ def test_a_run_of_an_older_program_can_be_continued() -> None:
     }
     old = {key: value for key, value in recipe.items() if key != "embedding"} | {"checkpointing": True}
     assert (
-        run_folder.changes({**same, "rows_per_step": 4, "recipe": old}, {**same, "rows_per_step": 4, "recipe": recipe})
+        resume.changes(
+            {**same, "rows_per_step": 4, "recipe": old}, {**same, "rows_per_step": 4, "recipe": recipe}, recipe
+        )
         == []
     )
 
@@ -249,10 +251,10 @@ def test_a_run_continues_with_other_places_for_both(workplace: Path, monkeypatch
 @pytest.mark.parametrize(("tied", "message"), [(False, "stays in the host's memory"), (True, "stays on the card")])
 def test_the_places_are_printed(tmp_path: Path, tied: bool, message: str) -> None:
     base = tiny_checkpoint(tmp_path / "base", tiny_config("qwen2", tie_word_embeddings=tied))
-    lines = command._on_the_host(Recipe(checkpointing="offload", embedding="host"), base)
+    lines = prepare.host_memory_notes(Recipe(checkpointing="offload", embedding="host"), base)
     assert len(lines) == 2
     assert message in lines[1]
-    assert command._on_the_host(Recipe(), base) == []
+    assert prepare.host_memory_notes(Recipe(), base) == []
 
 
 # --- the keys of a recipe -----------------------------------------------------------------------------------------

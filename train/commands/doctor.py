@@ -193,10 +193,10 @@ def _sum_up(recipe: Recipe) -> str:
 
 
 def _ways(report: Report, recipe: Recipe, here: Host) -> None:
-    from train.training.prepare import check_ways
+    from train.training.prepare import check_supported
 
     def check() -> None:
-        check_ways(recipe, "cuda" if here.cards else "cpu")
+        check_supported(recipe, "cuda" if here.cards else "cpu")
 
     report.attempt("way", check, lambda _: f"precision={recipe.precision} and zero={recipe.zero} go together here")
     old = [card for card in here.cards if card.capability and card.capability < (8, 0)]
@@ -267,8 +267,8 @@ def _base(report: Report, recipe: Recipe, folder: Path, here: Host, runs: Path) 
         text = f"length={recipe.length} is more than the {config.max_position_embeddings} it was made for"
         report.add(Finding("length", "warn", text, f"length={config.max_position_embeddings}"))
     if names:
-        report.add(diagnosis.check_folder("runs", runs, prepare.room(config, names, recipe)))
-        adapter = A_NUMBER * prepare.adapter_size(config, names, recipe.rank)
+        report.add(diagnosis.check_folder("runs", runs, prepare.disk_space(config, names, recipe)))
+        adapter = A_NUMBER * prepare.adapter_parameters(config, names, recipe.rank)
         report.add(_memory(here, found[0], folder, adapter, recipe))
     if here.cards:  # weights pass through one tensor at a time
         largest = 2 * config.vocab_size * config.hidden_size

@@ -9,7 +9,6 @@ sums, and with dropout a replay is refused. Nothing of the run is changed. If th
 changed since, that is printed as a note, not as an error.
 """
 
-import json
 import math
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from train.common.files import read_json, sha256
 from train.config.options import option
 from train.data.conversations import hash_data
 from train.model.folder import find, find_damage, read_manifest
-from train.runs import checkpoint, provenance
+from train.runs import checkpoint, losses, provenance
 
 TOLERANCE = 1e-5  # relative, where float32 is summed in another order
 SUMS = ("loss", "grad_norm")  # the keys of losses.jsonl that depend on the order of sums
@@ -123,7 +122,7 @@ def _check_outputs(folder: Path) -> Checks:
     """Checkpoints and exports in the folder, which hold their own hashes."""
     checks: Checks = []
     for path in sorted((folder / "checkpoints").glob("step-*")):
-        problem = checkpoint.harm(path)
+        problem = checkpoint.find_damage(path)
         checks.append((f"checkpoint {path.name}", [problem] if problem else []))
     for path in sorted(folder.glob("*/manifest.json")):
         if manifest := read_manifest(path.parent):
@@ -210,5 +209,4 @@ def _same(first: Any, second: Any, tolerance: float) -> bool:
 
 def _read_losses(folder: Path) -> list[dict[str, Any]]:
     """Rows of losses.jsonl without their seconds, which no replay repeats."""
-    lines = (folder / "losses.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in losses.read(folder)]

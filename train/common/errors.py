@@ -5,6 +5,7 @@ slower.
 """
 
 import errno
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -54,3 +55,9 @@ def _first_line(error: BaseException) -> str:
     """`CUDA out of memory. Tried to allocate 2.00 GiB.`, without the advice that follows it."""
     line = str(error).partition("\n")[0]
     return line.partition(" GPU ")[0] or type(error).__name__
+
+
+def first_few(names: Sequence[str], limit: int = 5) -> str:
+    """The names for a sentence: at most `limit` of them, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

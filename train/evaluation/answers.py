@@ -23,6 +23,7 @@ from train.model.folder import find_damage, read_manifest
 from train.model.loading import fits, keeps_float, load
 from train.model.lora import load_adapter
 from train.model.tokenizer import load_tokenizer
+from train.runs import losses
 
 CUT = "…"  # ends an answer that was cut off
 DATA_QUESTIONS = 8  # questions taken from the training data when no file of questions is given
@@ -194,14 +195,13 @@ def write_answers(
     """answers.jsonl, loss.png, report.md, and last compare.json."""
     lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answered]
     write_text(run / "answers.jsonl", "".join(lines))
-    losses = read_losses(run)
-    draw_losses(losses, run.name, run / "loss.png")
+    rows = read_losses(run)
+    draw_losses(rows, run.name, run / "loss.png")
     manifest = read_manifest(pair.merged) if pair.merged else None
-    write_report(run / "report.md", record, losses, answered, pair.trained_name, manifest)
+    write_report(run / "report.md", record, rows, answered, pair.trained_name, manifest)
     write_json(run / "compare.json", inputs)
 
 
 def read_losses(run: Path) -> list[dict[str, Any]]:
     """Rows of losses.jsonl; a step that the guard skipped has no loss and is left out."""
-    lines = (run / "losses.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["loss"] is not None]
+    return [row for row in losses.read(run) if row["loss"] is not None]

@@ -1,8 +1,9 @@
-"""Checkpoints: what a run needs to go on as if nothing had happened, whatever the number of processes.
+"""Checkpoints: all that a run needs to continue as if it had never stopped, in any number of processes.
 
-Knows tensors by name and a small state; nothing of DeepSpeed, models or data. Safetensors and JSON only: no pickle is ever read.
-A checkpoint is written aside, flushed and renamed, the hash of every file last, in SHA256SUMS, and every hash is checked before a
-checkpoint is used. That costs reading it twice, and buys that a full disk or a pulled plug loses steps, not runs.
+Knows tensors by name and a small state; nothing of DeepSpeed, models or data. Files are safetensors and JSON only: a
+pickle is never read. A checkpoint is written under a temporary name, flushed and renamed; SHA256SUMS holds the hash of
+every file, is written last, and is checked before a checkpoint is used. The price is to read each checkpoint twice; the
+gain is that a full disk or a power cut loses steps, never a run.
 """
 
 import os
@@ -21,18 +22,19 @@ from torch import Tensor
 
 from train.common.errors import UserError
 from train.common.files import read_json, sha256, staged, write_json, write_text
+from train.runs.folder import CHECKPOINTS
 
-TENSORS = ("trainable", "optimizer", "rng")  # each one file, NAME.safetensors
+TENSORS = ("trainable", "optimizer", "rng")  # a file each, NAME.safetensors
 FILES = (*(f"{name}.safetensors" for name in TENSORS), "state.json")
-SUMS = "SHA256SUMS"  # of FILES, as sha256sum writes and checks it
+SUMS = "SHA256SUMS"  # of FILES, in the format of sha256sum
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """A run after `step` optimizer steps.
 
-    trainable: parameter name -> float32 master. optimizer: name/exp_avg and name/exp_avg_sq, float32.
-    rng: rankN/generator -> state. state: everything else, as JSON.
+    trainable: parameter name -> float32 master weights. optimizer: name/exp_avg and name/exp_avg_sq, float32.
+    rng: rankN/generator -> state of a random generator. state: everything else, as JSON.
     """
 
     step: int
@@ -43,13 +45,13 @@ class Snapshot:
 
 
 def folder_of(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:06d}"
+    return run / CHECKPOINTS / f"step-{step:06d}"
 
 
 def write(run: Path, snapshot: Snapshot, keep: int) -> Path:
     """Write the checkpoint of `snapshot.step`, then remove all but the newest `keep`; returns its folder.
 
-    Those of later steps go first: the run has gone back behind them, because they are damaged.
+    Checkpoints of later steps are removed first: they are damaged, and the run continued from one before them.
     """
     folder = folder_of(run, snapshot.step)
     with staged(folder) as aside:
@@ -57,39 +59,39 @@ def write(run: Path, snapshot: Snapshot, keep: int) -> Path:
             tensors = {key: t.detach().cpu().contiguous() for key, t in sorted(getattr(snapshot, name).items())}
             _save(tensors, aside / f"{name}.safetensors")
         write_json(aside / "state.json", {**snapshot.state, "step": snapshot.step})
-        write_text(aside / SUMS, _sums(aside))
-    past: list[Path] = []
-    later: list[Path] = []
-    for other in _folders(run):
-        (later if step_of(other) > snapshot.step else past).append(other)
+        write_text(aside / SUMS, checksums(aside))
+    written = folders(run)
+    later = [other for other in written if step_of(other) > snapshot.step]
+    past = [other for other in written if step_of(other) <= snapshot.step]
     for old in later + past[max(keep, 1) :]:
         _remove(old)
     return folder
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """save_file, whose errors of the disk are OSErrors here."""
+    """save_file, with OSError for an error of the disk: the library's own exception hides its number."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        if found := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        if match := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
         raise
 
 
-def _sums(folder: Path) -> str:
+def checksums(folder: Path) -> str:
+    """The content of SHA256SUMS for the files that are there now."""
     return "".join(f"{sha256(folder / name)}  {name}\n" for name in FILES)
 
 
 def _remove(folder: Path) -> None:
-    """Under a name that `newest` does not read first: a kill in the middle leaves no half of it in sight."""
+    """Rename it to a hidden name, then delete it: a kill in between leaves no half of a checkpoint for `newest`."""
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.gone")
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def size(snapshot: Snapshot) -> int:
-    """Bytes that the checkpoint will take, about."""
+    """Bytes that the checkpoint takes on the disk, about."""
     groups = (snapshot.trainable, snapshot.optimizer, snapshot.rng)
     return sum(t.numel() * t.element_size() for group in groups for t in group.values()) + (1 << 20)
 
@@ -98,49 +100,47 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _folders(run: Path) -> list[Path]:
-    """Folders of checkpoints, the newest first."""
-    there = (run / "checkpoints").glob("step-*")
-    return sorted((path for path in there if path.name[5:].isdigit()), key=step_of, reverse=True)
+def folders(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the newest first; damaged ones too."""
+    paths = (run / CHECKPOINTS).glob("step-*")
+    return sorted((path for path in paths if path.name[5:].isdigit()), key=step_of, reverse=True)
 
 
-def harm(folder: Path) -> str:
+def find_damage(folder: Path) -> str:
     """What is wrong with a checkpoint, in words; empty if every file is as it was written."""
     for name in (SUMS, *FILES):
         if not (folder / name).is_file():
             return f"{name} is missing"
-    written, sums = (
-        (folder / SUMS).read_bytes().splitlines(keepends=True),
-        _sums(folder).encode().splitlines(keepends=True),
-    )
-    for line in sums:
+    written = (folder / SUMS).read_bytes().splitlines(keepends=True)
+    actual = checksums(folder).encode().splitlines(keepends=True)
+    for line in actual:
         if line not in written:
-            return f"{line.split()[1].decode()} is damaged: its sha256 is not what {SUMS} says"
-    if written != sums:
+            return f"{line.split()[1].decode()} is damaged: its sha256 is not the one in {SUMS}"
+    if written != actual:
         return f"{SUMS} is damaged"
     state = (folder / "state.json").read_text(encoding="utf-8", errors="replace")
     if not re.search(rf'"step": {step_of(folder)}\b', state):
-        return "it is the one of another step"
+        return "it belongs to another step"
     return ""
 
 
-def newest(run: Path, most: int | None = None) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint (of those after at most `most` steps), and a sentence for each damaged one passed over."""
+def newest(run: Path, max_step: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint without damage, of step `max_step` at most; and a sentence for each damaged one."""
     notes: list[str] = []
-    for folder in _folders(run):
-        if most is not None and step_of(folder) > most:
+    for folder in folders(run):
+        if max_step is not None and step_of(folder) > max_step:
             continue
-        if not (what := harm(folder)):
+        if not (damage := find_damage(folder)):
             return folder, notes
-        notes.append(f"checkpoint {folder.name} is not used: {what}.")
+        notes.append(f"checkpoint {folder.name} is not used: {damage}.")
     return None, notes
 
 
 def read(folder: Path) -> Snapshot:
-    """The snapshot in `folder`, on the CPU; the caller has chosen it with `newest`.
+    """The snapshot in `folder`, on the CPU; `newest` has checked its hashes.
 
     Raises:
-        UserError: files that are what SHA256SUMS says, and yet not what this program writes.
+        UserError: files that agree with SHA256SUMS but that this program did not write.
     """
     try:
         state = read_json(folder / "state.json")
@@ -148,27 +148,27 @@ def read(folder: Path) -> Snapshot:
         return Snapshot(step=state["step"], state=state, **tensors)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder}: {error}: it is no checkpoint of this program. Remove it; the same command goes on."
+            f"{folder}: {error}: not a checkpoint of this program. Remove it; the same command continues the run."
         ) from error
 
 
 def sweep(run: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for left in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove the half-written checkpoints of killed processes."""
+    for path in (run / CHECKPOINTS).glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def rng_state() -> dict[str, Tensor]:
     """The state of this process's generators: torch (CPU and the current CUDA device), numpy, Python."""
-    numpys: Any = np.random.get_state()
-    _, keys, place, has_gauss, gauss = numpys
-    _, words, spare = random.getstate()
+    numpy_state: Any = np.random.get_state()
+    _, keys, position, has_gauss, gauss = numpy_state
+    _, words, next_gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
-        "numpy": torch.tensor([*keys.tolist(), place, has_gauss], dtype=torch.int64),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
         "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([] if spare is None else [spare], dtype=torch.float64),
+        "python_gauss": torch.tensor([] if next_gauss is None else [next_gauss], dtype=torch.float64),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -176,18 +176,18 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor]) -> None:
-    """The inverse of rng_state; a generator that the other machine did not have is left as it is."""
-    *keys, place, has_gauss = state["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, has_gauss, state["numpy_gauss"].item()))
-    spare = state["python_gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), spare[0] if spare else None))
+    """The inverse of rng_state; a generator that `state` lacks (another machine had no GPU) stays as it is."""
+    *keys, position, has_gauss = state["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()))
+    next_gauss = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), next_gauss[0] if next_gauss else None))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
 
 def seed_all(seed: int) -> None:
-    """Start every generator of this process anew."""
+    """Seed every random generator of this process."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -1,4 +1,7 @@
-"""The folder of a run: its paths, its lock, the inputs it belongs to, its record, and the checkpoint to go on from."""
+"""The folder of one run: the name of every file in it, the files written at its start, its lock and its record.
+
+Knows names, text and JSON; nothing of recipes, models or training. Other modules pass plain values.
+"""
 
 import fcntl
 import json
@@ -7,89 +10,64 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from train.common.errors import UserError
-from train.common.files import make_folder, read_json
-from train.runs import checkpoint
-from train.runs.losses import whole_lines
+from train.common.files import make_folder, read_json, write_json, write_text
+
+# Names below the run's folder, in the order in which they are written.
+LOCK = ".lock"  # held by the process that trains
+RECIPE = "recipe.yaml"  # the recipe after overrides
+INPUTS = "inputs.json"  # hashes of data, base and recipe: what this folder belongs to
+LINEAGE = "lineage.txt"  # for a person: the runs that this one starts from, one line each
+LOSSES = "losses.jsonl"  # one line per step
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"  # step-000123/
+ADAPTER = "adapter"  # in the files that peft reads
+RECORD = "run.json"  # written last: its presence means that the run is finished
+
+
+def finished(run: Path) -> bool:
+    return (run / RECORD).is_file()
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """run.json of a finished run."""
-    try:
-        return read_json(run / "run.json")
-    except FileNotFoundError:
-        state = "is not finished: the same `make train` goes on with it" if run.is_dir() else "does not exist"
-        raise UserError(f"run {run.name!r} {state}. (Looked for {run / 'run.json'}.)") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{run / 'run.json'}: not JSON ({error}). Train again under another RUN=.") from error
-
-
-# keys that change how fast or how safely a run goes, not what it computes: another value may go on with it
-MAY_CHANGE_ON_RESUME = {"model", "batch", "accumulation", "processes", "zero", "checkpointing", "embedding"}
-
-
-MAY_CHANGE_ON_RESUME |= {"save_every", "keep", "background"}
-
-
-MAY_CHANGE_ON_RESUME |= {
-    "guard",
-    "spike",
-    "unlearnable",
-    "patience",
-}  # what to do when something is wrong; nothing was, so far
-
-
-def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two runs' inputs, in words; how fast they are computed is no difference."""
-    found = []
-    if old["data"]["sha256"] != new["data"]["sha256"]:
-        found.append(f"data: {new['data']['path']} is not what {old['data']['path']} was")
-    files = {**old["base"]["files"], **new["base"]["files"]}
-    differ = [name for name in files if old["base"]["files"].get(name) != new["base"]["files"].get(name)]
-    if differ:
-        found.append(f"base: {', '.join(sorted(differ)[:3])} differ")
-    if (old["from"] or {}).get("sha256") != (new["from"] or {}).get("sha256"):
-        found.append("from: another adapter to start from")
-    for key in sorted(new["recipe"].keys() - MAY_CHANGE_ON_RESUME):
-        if old["recipe"].get(key) != new["recipe"][key]:
-            found.append(f"{key}: was {old['recipe'].get(key)}, now {new['recipe'][key]}")
-    if old["rows_per_step"] != new["rows_per_step"]:
-        found.append(
-            f"batch × accumulation × processes: was {old['rows_per_step']} rows a step, now {new['rows_per_step']}"
-        )
-    if old["dtype"] != new["dtype"]:
-        found.append(f"computed in: was {old['dtype']}, now {new['dtype']} (precision= decides)")
-    return found
-
-
-def recorded(run: Path) -> dict[str, Any] | None:
-    """The inputs that a run folder belongs to; None if it is none yet.
+    """The record (run.json) of a finished run.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: there is no such run, it is not finished, or its record is not JSON.
     """
-    path = run / "inputs.json"
+    path = run / RECORD
     try:
-        found: dict[str, Any] = read_json(path)
-        found["data"]["sha256"], found["base"]["files"], found["recipe"], found["rows_per_step"]
+        return read_json(path)
     except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}). Put it back from a copy; or begin anew with another RUN=."
-        ) from error
-    return found
+        state = "is not finished: the same `make train` continues it" if run.is_dir() else "does not exist"
+        raise UserError(f"run {run.name!r} {state}. (Looked for {path}.)") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error}). Train again under another RUN=.") from error
+
+
+def begin(run: Path, recipe: dict[str, Any], inputs: dict[str, Any], lineage: str = "") -> None:
+    """Make the folder and write what it belongs to: the recipe after overrides, the inputs, and the lineage if any.
+
+    A later command that continues the run writes these files again with its own values (a new `batch=`, for example).
+    """
+    make_folder(run)
+    write_text(run / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    write_json(run / INPUTS, inputs)
+    if lineage:
+        write_text(run / LINEAGE, lineage)
 
 
 @contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Hold the run folder; the system lets go of it when the process ends, however it ends.
+    """Hold the run's folder. The operating system releases it when the process ends, however it ends.
 
     Raises:
         UserError: another process holds it.
     """
     make_folder(run)
-    with (run / ".lock").open("w") as file:
+    with (run / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -97,21 +75,3 @@ def lock_run(run: Path) -> Iterator[None]:
                 f"run {run.name!r} is being trained by another process. Wait for it, or choose another RUN=."
             ) from None
         yield
-
-
-def resume_point(run: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and a sentence for each that is passed over: damaged, or past the end of losses.jsonl.
-
-    Raises:
-        UserError: losses.jsonl ends before every checkpoint.
-    """
-    found, notes = checkpoint.newest(run)
-    if found is None or checkpoint.step_of(found) <= (lines := len(whole_lines(run / "losses.jsonl"))):
-        return found, notes
-    covered, _ = checkpoint.newest(run, lines)
-    if covered is None:
-        raise UserError(
-            f"{run / 'losses.jsonl'} ends after step {lines}, and {found.name} goes on after step {checkpoint.step_of(found)}. "
-            f"Put the file back; or begin anew: another RUN=, or this one once {run / 'checkpoints'} is removed."
-        )
-    return covered, [*notes, f"checkpoint {found.name} is not used: losses.jsonl ends after step {lines}."]

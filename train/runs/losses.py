@@ -1,7 +1,8 @@
-"""The record of a run while it runs: losses.jsonl and TensorBoard's file, a line and a point a step.
+"""The record of a run while it trains: losses.jsonl and TensorBoard's file, one line and one point per step.
 
-Knows rows and files; nothing of training. Both only grow. What a full disk refuses is kept in memory and written when there is room,
-so that a disk which fills between two checkpoints costs nothing; `settle` is what insists, before a checkpoint.
+Knows rows and files; nothing of training. Both files only grow. Bytes that a full disk refuses stay in memory and are
+written when there is room, so that a disk that fills up between two checkpoints costs nothing. `settle` insists on it,
+before each checkpoint.
 """
 
 import io
@@ -10,16 +11,45 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from train.common.files import write_text
+from train.runs.folder import LOSSES, TENSORBOARD
 
-SHOWN = ("loss", "learning_rate", "grad_norm")
+CHARTED = ("loss", "learning_rate", "grad_norm")  # the curves in TensorBoard
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The rows of losses.jsonl, one per step from step 1 on; none where there is no file.
+
+    They end before the first line that is torn, lost or out of order, as after a power cut. A step that was left out
+    (guard=skip) has a row whose loss is None.
+    """
+    return [row for _, row in _whole_lines(run)]
+
+
+def rewind(run: Path, steps: int) -> None:
+    """Keep the lines of the first `steps` steps: those after the checkpoint are computed again."""
+    write_text(run / LOSSES, "".join(f"{line}\n" for line, _ in list(_whole_lines(run))[:steps]))
+
+
+def _whole_lines(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line of losses.jsonl as text and as a row, up to the first that is not the next step's."""
+    path = run / LOSSES
+    for step, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(row, dict) or row.get("step") != step:
+            return
+        yield line.decode(), row
 
 
 class Appender:
-    """A file that grows. Used by the thread that trains and by the one that saves."""
+    """A file that only grows. The training thread and the saving thread both use it."""
 
     def __init__(self, path: Path) -> None:
         self._pending = bytearray()
@@ -27,16 +57,20 @@ class Appender:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, data: bytes) -> None:
-        """Append as much as the disk takes now, and the rest later."""
+        """Append as much as the disk takes now; the rest is kept for the next call."""
         with self._lock:
             self._pending += data
             try:
                 self._drain()
             except OSError:
-                return  # `settle` says so, if it still cannot
+                return  # if the disk stays full, `settle` raises it
 
     def settle(self) -> None:
-        """All of it on the disk, or OSError."""
+        """Put all of it on the disk.
+
+        Raises:
+            OSError: the disk refuses.
+        """
         with self._lock:
             self._drain()
             os.fsync(self._file)
@@ -50,33 +84,37 @@ class Appender:
         os.close(self._file)
 
 
-class Journal:
-    """losses.jsonl and tensorboard/ of a run that goes on after `first` steps."""
+class LossLog:
+    """losses.jsonl and tensorboard/ of a run that starts, or continues after `first` steps."""
 
     def __init__(self, run: Path, first: int) -> None:
-        (run / "tensorboard").mkdir(parents=True, exist_ok=True)
+        (run / TENSORBOARD).mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._losses = Appender(run / "losses.jsonl")
-        self._board = Appender(run / "tensorboard" / name)
-        self._board.write(_record(file_version="brain.Event:2"))
-        if first:  # points after it are of a life that was cut off
-            self._board.write(_record(step=first + 1, restart=True))
+        self._losses = Appender(run / LOSSES)
+        self._tensorboard = Appender(run / TENSORBOARD / name)
+        self._tensorboard.write(_event(file_version="brain.Event:2"))
+        if first:  # TensorBoard then drops later points: an earlier process computed them and was cut off
+            self._tensorboard.write(_event(step=first + 1, restart=True))
 
     def write(self, row: dict[str, Any]) -> None:
         self._losses.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        values = {key: row[key] for key in SHOWN if row[key] is not None}
-        self._board.write(_record(step=row["step"], values=values))
+        values = {key: row[key] for key in CHARTED if row[key] is not None}
+        self._tensorboard.write(_event(step=row["step"], values=values))
 
     def settle(self) -> None:
-        """Every line so far is on the disk, or OSError."""
+        """Put every line so far on the disk.
+
+        Raises:
+            OSError: the disk refuses.
+        """
         self._losses.settle()
 
     def close(self) -> None:
         self._losses.close()
-        self._board.close()
+        self._tensorboard.close()
 
 
-def _record(
+def _event(
     step: int = 0, values: dict[str, float] | None = None, file_version: str | None = None, restart: bool = False
 ) -> bytes:
     """One event in TensorBoard's own framing."""
@@ -94,22 +132,3 @@ def _record(
     framed = io.BytesIO()
     RecordWriter(framed).write(event.SerializeToString())
     return framed.getvalue()
-
-
-def rewind(path: Path, steps: int) -> None:
-    """Keep the first `steps` lines of losses.jsonl: those after the checkpoint are computed again."""
-    write_text(path, "".join(f"{line}\n" for line in whole_lines(path)[:steps]))
-
-
-def whole_lines(path: Path) -> list[str]:
-    """The lines of losses.jsonl from step 1 on, up to the first that a pulled plug has torn or lost."""
-    found: list[str] = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or row.get("step") != len(found) + 1:
-            break
-        found.append(line.decode())
-    return found

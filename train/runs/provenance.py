@@ -1,7 +1,7 @@
-"""What a run was made of, in hashes: enough to say later whether another one would be the same.
+"""What a run was made of, as hashes and versions: enough to say later whether another run would be the same.
 
-Knows files, versions and machines; nothing of training. Contents are hashed, not dates or sizes: a large base costs seconds at each
-start, and a file that changed under its name is found.
+Knows files, versions and machines; nothing of training. Contents are hashed, not dates or sizes: hashing a large base
+takes seconds at each start, and finds a file that has changed under the same name.
 """
 
 import importlib.metadata
@@ -14,28 +14,31 @@ from typing import Any
 
 from train import __version__
 from train.common.files import read_json, sha256
+from train.runs.folder import ADAPTER, RECORD
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "safetensors", "tokenizers", "numpy", "accelerate", "triton")
 
 
 def hash_folder(folder: Path) -> dict[str, str]:
-    """Relative name -> sha256 of every file below `folder`; hidden ones and manifest.json (which says where it came from) aside."""
+    """Relative name -> sha256 of every file below `folder`.
+
+    Hidden files do not count, nor does manifest.json: it says where the files came from.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path.relative_to(folder).as_posix(): path for path in files}
+    paths = {path.relative_to(folder): path for path in files}
     return {
-        n: sha256(p)
-        for n, p in names.items()
-        if n != "manifest.json" and not any(s.startswith(".") for s in Path(n).parts)
+        name.as_posix(): sha256(path)
+        for name, path in paths.items()
+        if name != Path("manifest.json") and not any(part.startswith(".") for part in name.parts)
     }
 
 
 def code() -> dict[str, Any]:
-    """The program itself: its version, and where there is a git checkout its commit and whether files were changed since."""
-    found: dict[str, Any] = {"version": __version__, "commit": _git("rev-parse", "HEAD"), "dirty": None}
-    if found["commit"]:
-        found["dirty"] = bool(_git("status", "--porcelain", "--untracked-files=no"))
-    return found
+    """The program itself: its version, and in a git checkout its commit and whether files differ from it."""
+    commit = _git("rev-parse", "HEAD")
+    dirty = bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None
+    return {"version": __version__, "commit": commit, "dirty": dirty}
 
 
 def _git(*words: str) -> str | None:
@@ -47,7 +50,7 @@ def _git(*words: str) -> str | None:
 
 
 def runtime() -> dict[str, Any]:
-    """Where it runs: in .venv, or in a container, with what its image says of itself and the digest that the caller knows it by."""
+    """Where the program runs: in .venv, or in a container, with its image's own description and its digest."""
     path = Path(os.environ.get("IMAGE_FILE", ""))
     image = read_json(path) if path.is_file() else None
     name = os.environ.get("RUNTIME_NAME", "container" if image else "local")
@@ -55,16 +58,19 @@ def runtime() -> dict[str, Any]:
 
 
 def lock() -> str | None:
-    """sha256 of env.lock beside the program; None where it was installed without one."""
+    """sha256 of env.lock beside the program; None for an installation without it."""
     path = ROOT / "env.lock"
     return sha256(path) if path.is_file() else None
 
 
 def lineage(parent: Path | None) -> list[dict[str, Any]]:
-    """The runs that this one stands on, the oldest first: each with its data, its rate, and the hash of its adapter."""
+    """The chain of runs that a run with this `parent` starts from, the oldest first.
+
+    Each has its data, its learning rate, and the hashes of its adapter.
+    """
     if parent is None:
         return []
-    path = parent / "run.json"
+    path = parent / RECORD
     record = read_json(path) if path.is_file() else {}
     recipe, data, loss = record.get("recipe", {}), record.get("data", {}), record.get("loss", {})
     entry = {
@@ -75,24 +81,25 @@ def lineage(parent: Path | None) -> list[dict[str, Any]]:
         "epochs": recipe.get("epochs"),
         "learning_rate": recipe.get("learning_rate"),
         "loss": loss.get("last"),
-        "adapter": hash_folder(parent / "adapter"),
+        "adapter": hash_folder(parent / ADAPTER),
     }
     return [*record.get("lineage", []), entry]
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """Package -> version, for Python and those of PACKAGES that are installed."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    torch = sys.modules.get("torch")  # its own name for the build: 2.7.1+cu118
-    return found | ({"torch": str(torch.__version__)} if torch else {})
+    torch = sys.modules.get("torch")  # torch itself names its build: 2.7.1+cu118
+    return installed | ({"torch": str(torch.__version__)} if torch else {})
 
 
 def machine() -> dict[str, Any]:
-    """Where it runs: processors, memory, GPUs."""
+    """The machine: processor, cores, memory in GB, GPUs."""
     import psutil
     import torch
 

@@ -1,8 +1,8 @@
-"""Checkpoints while training goes on: one at a time, in a thread or at once; a full disk is waited for, together.
+"""Checkpoints while training continues: one at a time, in a thread or at once; on a full disk all processes wait.
 
-Knows snapshots and the processes of a run; nothing of models. A snapshot is in this process's memory until it is on the disk, so that
-what the disk refuses is written later. In a thread, training goes on meanwhile; a run that is killed just then has lost the interval
-and the steps since: on a CPU, whose cores have no time to spare, it is written at once.
+Knows snapshots and the processes of a run; nothing of models. A snapshot stays in memory until it is on the disk, so
+what the disk refuses is written later. With a thread, a run that is killed during a save loses the interval before it
+and the steps since. On a CPU the thread would take time from training, so a checkpoint is written at once.
 """
 
 import errno
@@ -15,56 +15,56 @@ from train.common.errors import DISK_FULL
 from train.common.files import free_bytes
 from train.runs import checkpoint
 from train.runs.checkpoint import Snapshot
-from train.runs.losses import Journal
+from train.runs.losses import LossLog
 from train.training import distributed
 from train.training.distributed import AgreedError
 from train.training.signals import Stop
 
-PAUSE = 5.0  # seconds between two tries on a full disk
+PAUSE = 5.0  # seconds between two attempts on a full disk
 
 
 class FullError(AgreedError):
-    """The disk stayed full: the run ends, and goes on from its last checkpoint."""
+    """The disk stayed full: the run ends, and the same command continues it from its last checkpoint."""
 
 
 class Saver:
-    """Writes the snapshots of the first process; of the others it does nothing.
+    """Writes the snapshots of the first process. The other processes have one too, which is never given a snapshot.
 
-    blocked: seconds that training has waited for it. done: checkpoints written.
+    blocked_seconds: how long training has waited for it. written: number of checkpoints.
     """
 
-    def __init__(self, run: Path, keep: int, background: bool, journal: Journal | None) -> None:
-        self.run, self.keep, self.background, self.journal = run, keep, background, journal
-        self.blocked, self.done = 0.0, 0
-        self._waiting: Snapshot | None = None
+    def __init__(self, run: Path, keep: int, background: bool, log: LossLog | None) -> None:
+        self.run, self.keep, self.background, self.log = run, keep, background, log
+        self.blocked_seconds, self.written = 0.0, 0
+        self._pending: Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def begin(self, snapshot: Snapshot) -> None:
-        """Write `snapshot`, once the one before is written. `trouble` says later whether that failed."""
-        self.free()
-        self._waiting = snapshot
+    def start(self, snapshot: Snapshot) -> None:
+        """Write `snapshot`, after the one before it. `failed` tells later whether that went wrong."""
+        self.wait_until_free()
+        self._pending = snapshot
         if self.background:
             self._thread = threading.Thread(target=self._attempt, name="checkpoint")
             self._thread.start()
         else:
             self._attempt()
 
-    def free(self) -> None:
-        """Wait until the snapshot before is written: then its memory may hold another."""
+    def wait_until_free(self) -> None:
+        """Wait until the last snapshot is written: its memory may then be used for the next."""
         self.join()
-        assert self._waiting is None, "the snapshot before is not written"
+        assert self._pending is None, "the last snapshot is not written"
 
-    def again(self) -> Exception | None:
-        """Wait for the thread; try once more if it failed. What is wrong, None if all is written."""
+    def finish(self) -> Exception | None:
+        """Wait for the thread, and try once more if it failed. The error; None if everything is written."""
         self.join()
-        if self._waiting is not None:
+        if self._pending is not None:
             self._attempt()
         return self._error
 
     @property
-    def trouble(self) -> bool:
-        """Whether a snapshot could not be written, as far as is known by now."""
+    def failed(self) -> bool:
+        """Whether a snapshot could not be written, as far as is known now."""
         return self._error is not None
 
     def join(self) -> None:
@@ -74,59 +74,63 @@ class Saver:
             self._thread = None
 
     def _attempt(self) -> None:
-        assert self._waiting is not None
+        assert self._pending is not None
         try:
-            self._write(self._waiting)
+            self._write(self._pending)
         except Exception as error:
-            self._error = error  # for the thread that trains
+            self._error = error  # `finish` returns it to the training thread
         else:
-            self._waiting, self._error = None, None
-            self.done += 1
+            self._pending, self._error = None, None
+            self.written += 1
 
     def _write(self, snapshot: Snapshot) -> None:
-        need, free = checkpoint.size(snapshot), free_bytes(self.run)
-        if free < need:
-            raise OSError(errno.ENOSPC, f"{need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", str(self.run))
-        if self.journal is not None:
-            self.journal.settle()  # no checkpoint without the lines up to it
+        needed, free = checkpoint.size(snapshot), free_bytes(self.run)
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", str(self.run))
+        if self.log is not None:
+            self.log.settle()  # a checkpoint needs the lines of all steps before it
         checkpoint.write(self.run, snapshot, self.keep)
 
 
-def together(attempt: Callable[[], Exception | None], run: Path, stop: Stop, patience: float, rank: int) -> None:
-    """Call `attempt` in the first process until it succeeds, all others waiting with it: nobody runs into a time limit.
+def write_together(attempt: Callable[[], Exception | None], run: Path, stop: Stop, patience: float, rank: int) -> None:
+    """Repeat `attempt` in the first process until it succeeds. All processes wait, so none runs into a time limit.
 
     Args:
-        attempt: what to write; returns what is wrong. patience: minutes to wait on a full disk.
+        attempt: writes something; returns the error, None if there is none.
+        patience: minutes to wait on a full disk.
     Raises:
         FullError: no room after `patience` minutes, or a signal asked to stop meanwhile.
         AgreedError: the disk fails in another way.
     """
-    began, told = time.monotonic(), False
+    began, announced = time.monotonic(), False
     while True:
-        wrong = distributed.gather(_words(attempt()) if rank == 0 else None)[0]
-        if wrong is None:
-            if told and rank == 0:
-                print("there is room again: training goes on.", flush=True)
+        failure = distributed.gather(_disk_failure(attempt()) if rank == 0 else None)[0]
+        if failure is None:
+            if announced and rank == 0:
+                print("there is room again: training continues.", flush=True)
             return
-        full, text = wrong
-        newest = checkpoint.newest(run)[0]
-        kept = f"The checkpoint {newest.name} is whole" if newest else "No checkpoint was written yet"
-        if not full:
-            raise AgreedError(f"{text}\n{kept}. Look at the disk (dmesg); the same command goes on.")
-        over = stop.wanted or time.monotonic() - began > 60 * patience
-        if any(distributed.gather(over)):
-            raise FullError(f"the disk is full: {text}\n{kept}. Free some space; the same command goes on.")
-        if rank == 0 and not told:
-            print(
-                f"the disk is full: {text}. Training waits, for {patience:g} minutes (patience=). Free some: it goes on.",
-                flush=True,
+        is_full, text = failure
+        if not is_full:
+            raise AgreedError(f"{text}\n{_last_checkpoint(run)}. Look at the disk (dmesg); the same command continues.")
+        give_up = stop.wanted or time.monotonic() - began > 60 * patience
+        if any(distributed.gather(give_up)):
+            raise FullError(
+                f"the disk is full: {text}\n{_last_checkpoint(run)}. Free some space; the same command continues."
             )
-        told = True
+        if rank == 0 and not announced:
+            limit = f"for at most {patience:g} minutes (patience=)"
+            print(f"the disk is full: {text}. Training waits, {limit}. Free some space to continue.", flush=True)
+        announced = True
         time.sleep(PAUSE)
 
 
-def _words(error: Exception | None) -> tuple[bool, str] | None:
-    """(whether the disk is full, what is wrong); anything but the disk is an error of the program, and raised."""
+def _last_checkpoint(run: Path) -> str:
+    newest = checkpoint.newest(run)[0]
+    return f"The checkpoint {newest.name} is whole" if newest else "No checkpoint was written yet"
+
+
+def _disk_failure(error: Exception | None) -> tuple[bool, str] | None:
+    """(whether the disk is full, the error in words); None without an error. Errors not of the disk are raised."""
     if error is None:
         return None
     if not isinstance(error, OSError):

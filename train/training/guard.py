@@ -1,8 +1,8 @@
-"""What makes a step wrong: numbers that are none, a loss that jumps, a layer that learns nothing, nothing to learn.
+"""Faults of a step: a non-finite loss or gradient, a loss that jumps, a layer without gradient, a step without labels.
 
-Knows losses, norms and AdamW's moments by name; nothing of engines, processes or files. It judges with what a checkpoint holds, so
-that a run which is cut off judges the same when it goes on. A layer is judged by its moments, not by every gradient: a gradient that
-stays away is found at the next checkpoint instead of at once, and costs nothing.
+Knows losses, norms and AdamW's moments by name; nothing of engines, processes or files. It judges by what a checkpoint
+holds, so a run that was stopped and continued judges the same. Layers are judged by AdamW's first moment, not by each
+gradient: a gradient that stays zero is found at the next checkpoint instead of at once, at no cost per step.
 """
 
 import math
@@ -15,99 +15,118 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WINDOW = 32  # steps whose median loss a spike is measured from
-FEWEST = 8  # steps before there is such a median, updates before a layer is judged
+WINDOW = 32  # steps whose median loss a jump is measured from
+MIN_HISTORY = 8  # steps before there is such a median; updates before a layer is judged
 ROUNDING = 2e-7  # of a float32 update, relative
-ATTENTION = (".q_proj.", ".k_proj.")  # what chooses between positions
+QUERY_KEY = (".q_proj.", ".k_proj.")  # the linears that choose between positions
 
 
 @dataclass
-class Watch:
-    """The guard of one run. `spike`: nats over the median. `excused`: parts of names of layers whose gradient may be zero."""
+class Guard:
+    """The guard of one run.
+
+    spike: how far over the median a loss counts as a jump, in nats; 0 = never. zero_grad_allowed: parts of the names of
+    layers whose gradient may be zero. recent_losses: of the last WINDOW steps that counted. first_moments: name of each
+    B -> (sum, sum of absolute values) of its exp_avg at the last check, which was after `updates` updates.
+    """
 
     spike: float = 0.0
-    excused: tuple[str, ...] = ()
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    means: dict[str, tuple[float, float]] = field(default_factory=dict)  # of B's exp_avg: sum, sum of absolute values
+    zero_grad_allowed: tuple[str, ...] = ()
+    recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    first_moments: dict[str, tuple[float, float]] = field(default_factory=dict)
     updates: int = 0
 
-    def judge(self, loss: float, norm: float | None, labels: int) -> str:
-        """Why a step must not count, in words; empty if it may. `norm` None: float16 overflowed, and nothing was updated."""
+    def find_fault(self, loss: float, grad_norm: float | None, labels: int) -> str:
+        """Why a step must not count, in words; empty if it may.
+
+        Args:
+            grad_norm: None where float16 overflowed: DeepSpeed has left that update out.
+            labels: trainable tokens of the step.
+        """
         if not labels:
             return "every label is masked"
         if not math.isfinite(loss):
-            return "the loss is not a number any more"
-        if norm is not None and not math.isfinite(norm):
-            return "the gradient is not a number any more"
-        if self.spike and len(self.recent) >= FEWEST and loss > (usual := median(self.recent)) + self.spike:
-            return f"the loss jumps to {loss:.2f}, from a median of {usual:.2f} over {len(self.recent)} steps"
+            return "the loss is not finite"
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            return "the gradient is not finite"
+        recent = self.recent_losses
+        if self.spike and len(recent) >= MIN_HISTORY and loss > (usual := median(recent)) + self.spike:
+            return f"the loss jumps to {loss:.2f}, from a median of {usual:.2f} over {len(recent)} steps"
         return ""
 
-    def note(self, loss: float) -> None:
-        """A step that counted."""
-        self.recent.append(loss)
+    def accept(self, loss: float) -> None:
+        """A step counted."""
+        self.recent_losses.append(loss)
 
-    def idle(self, means: dict[str, Tensor], updates: int, beta1: float) -> list[str]:
-        """Layers whose B got no gradient in any update since it was last asked; none while there were fewer than eight.
+    def layers_without_grad(self, first_moments: dict[str, Tensor], updates: int, beta1: float) -> list[str]:
+        """Names of each B without gradient in all updates since the last check; none if fewer than MIN_HISTORY passed.
+
+        Only B is judged: the gradient of A is zero while B is zero. If it is every layer at once, and not at the first
+        check, the run has learned all there is, which is no fault.
 
         Args:
-            means: name -> AdamW's mean of gradients (exp_avg), which without any shrinks by `beta1` an update, exactly. B alone is
-                judged: A's gradient is zero as long as B is. All layers at once: there is nothing left to learn, and no fault.
+            first_moments: parameter name -> AdamW's exp_avg. An update without gradient multiplies it by `beta1`.
+            updates: made so far.
         """
         passed = updates - self.updates
-        if passed < FEWEST:
+        if passed < MIN_HISTORY:
             return []
-        found, now = [], _sizes({name: x for name, x in means.items() if ".lora_B." in name})
-        for name, size in now.items():
-            if _faded(self.means.get(name, (0.0, 0.0)), size, passed, beta1):
-                found.append(name)
-        first, self.means, self.updates = not self.means, now, updates
-        if len(found) == len(now) and not first:
+        sums = _sums({name: x for name, x in first_moments.items() if ".lora_B." in name})
+        without = [
+            name
+            for name, new in sums.items()
+            if _only_decayed(self.first_moments.get(name, (0.0, 0.0)), new, passed, beta1)
+        ]
+        is_first_check, self.first_moments, self.updates = not self.first_moments, sums, updates
+        if len(without) == len(sums) and not is_first_check:
             return []
-        return [name for name in found if not any(part in name for part in self.excused)]
+        return [name for name in without if not any(part in name for part in self.zero_grad_allowed)]
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
-        return {"recent": list(self.recent), "means": self.means, "updates": self.updates}
+        return {"recent": list(self.recent_losses), "means": self.first_moments, "updates": self.updates}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.recent = deque(state["recent"], maxlen=WINDOW)
-        self.means, self.updates = {name: tuple(pair) for name, pair in state["means"].items()}, state["updates"]
+        """The inverse of `state`."""
+        self.recent_losses = deque(state["recent"], maxlen=WINDOW)
+        self.first_moments = {name: tuple(pair) for name, pair in state["means"].items()}
+        self.updates = state["updates"]
 
 
-def _sizes(means: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """The sum of each, and of its absolute values, in float64; one wait for the device in all."""
-    if not means:
+def _sums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """The sum of each tensor and the sum of its absolute values, in float64, with a single wait for the device."""
+    if not tensors:
         return {}
-    sums = [torch.stack((x.sum(dtype=torch.float64), x.abs().sum(dtype=torch.float64))) for x in means.values()]
-    return {name: (total, size) for name, (total, size) in zip(means, torch.stack(sums).tolist(), strict=True)}
+    pairs = [torch.stack((x.sum(dtype=torch.float64), x.abs().sum(dtype=torch.float64))) for x in tensors.values()]
+    return {name: (total, size) for name, (total, size) in zip(tensors, torch.stack(pairs).tolist(), strict=True)}
 
 
-def _faded(old: tuple[float, float], new: tuple[float, float], updates: int, beta1: float) -> bool:
-    """Whether a mean of gradients did nothing but fade. Both its sum and its size must say so: a sum alone may stay by chance."""
-    kept, slack = beta1**updates, ROUNDING * updates
-    return abs(new[0] - old[0] * kept) <= slack * old[1] * kept and new[1] <= old[1] * kept * (1 + slack)
+def _only_decayed(old: tuple[float, float], new: tuple[float, float], updates: int, beta1: float) -> bool:
+    """Whether a first moment did nothing but decay: both sums must say so, since one of them may be equal by chance."""
+    decay, slack = beta1**updates, ROUNDING * updates
+    return abs(new[0] - old[0] * decay) <= slack * old[1] * decay and new[1] <= old[1] * decay * (1 + slack)
 
 
-def excused(masks: Iterable[Any]) -> tuple[str, ...]:
-    """Layers that rightly get no gradient: q and k, if all that is learnt is the second token of a conversation.
+def layers_allowed_zero_grad(masks: Iterable[Any]) -> tuple[str, ...]:
+    """Parts of names of the layers whose gradient is zero for this data: q and k, or none.
 
-    It is predicted from the first one, which attends to itself alone: there is nothing to choose.
+    `masks` [T] of each sample: 1 = trainable. The second token of a conversation is predicted from the first, which
+    attends to itself alone, so queries and keys choose nothing. They get a gradient if any later token is trainable.
     """
-    return () if any(mask[2:].any() for mask in masks) else ATTENTION
+    return () if any(mask[2:].any() for mask in masks) else QUERY_KEY
 
 
-def broken(masters: Mapping[str, Tensor]) -> list[str]:
-    """Names of weights that hold something else than numbers; of the largest absolute value alone, which NaN is too."""
-    filled = {name: x for name, x in masters.items() if x.numel()}
+def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity: the largest absolute value shows both."""
+    filled = {name: x for name, x in weights.items() if x.numel()}
     if not filled:
         return []
-    most = torch.stack(
-        [torch.linalg.vector_norm(x, math.inf) for x in filled.values()]
-    ).tolist()  # one wait for the device
-    return [name for name, value in zip(filled, most, strict=True) if not math.isfinite(value)]
+    largest = torch.stack([torch.linalg.vector_norm(x, math.inf) for x in filled.values()])
+    # tolist: one wait for the device
+    return [name for name, value in zip(filled, largest.tolist(), strict=True) if not math.isfinite(value)]
 
 
-def layer(name: str) -> str:
+def layer_name(parameter: str) -> str:
     """…layers.3.self_attn.q_proj.lora_B.default.weight -> layers.3.self_attn.q_proj"""
-    return name.partition(".lora_")[0].removeprefix("module.").removeprefix("base_model.model.").removeprefix("model.")
+    name = parameter.partition(".lora_")[0]
+    return name.removeprefix("module.").removeprefix("base_model.model.").removeprefix("model.")

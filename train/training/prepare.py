@@ -1,22 +1,26 @@
-"""Everything about a training run that can be known before a weight is loaded or a file is written.
+"""Everything before the first step: all checks that need no weights, the decisions taken for the user, and the model.
 
-Reads the recipe, the data, the base's small files and the run folder; what is wrong is gathered and said at once. Knows nothing of
-engines and devices' memory. The whole data set is in memory as numbers, which is why it can be checked whole.
+Reads the recipe, the data, the base's small files and the run's folder, and writes nothing before `begin`. Problems are
+gathered and raised at once. Knows nothing of engines. The whole data set is in memory as token ids, so it is checked
+whole.
 """
 
 import hashlib
 import json
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-from train.common.errors import UserError
-from train.common.files import free_bytes, make_folder, read_json, sha256, write_json, write_text
+from train.common.device import dtype_name
+from train.common.errors import UserError, first_few
+from train.common.files import free_bytes, read_json, sha256
 from train.config.recipe import Recipe
 from train.data import conversations
 from train.data.batches import Schedule
@@ -26,23 +30,25 @@ from train.model import lora
 from train.model.decoder import Decoder
 from train.model.folder import resolve
 from train.model.layouts import DecoderConfig
-from train.model.loading import read_folder_config
+from train.model.loading import load, read_folder_config
 from train.model.tokenizer import Tokenizer, load_tokenizer
-from train.runs import provenance
-from train.runs.folder import changes, recorded
-from train.training.distributed import AgreedError
+from train.runs import folder, provenance
+from train.runs.folder import ADAPTER, CHECKPOINTS
+from train.runs.resume import check_unchanged, fitted_accumulation, resume_point
+from train.training import distributed
+from train.training.distributed import AgreedError, World
 
 
 @dataclass(frozen=True)
-class Job:
-    """A checked run: its inputs as hashes, its rows as a plan, its notes for the person who started it."""
+class PreparedRun:
+    """A checked run: its inputs as hashes, its samples and their schedule, notes for the person who started it."""
 
     recipe: Recipe
-    run: Path
+    folder: Path
     base: Path
     tokenizer: Tokenizer
     samples: list[Sample]
-    plan: Schedule
+    schedule: Schedule
     inputs: dict[str, Any]
     parent: Path | None
     notes: list[str]
@@ -50,7 +56,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return (self.run / "run.json").is_file()
+        return folder.finished(self.folder)
 
 
 def prepare(
@@ -61,48 +67,37 @@ def prepare(
     models: Path,
     processes: int,
     dtype: str,
-    later: int = 0,
-) -> Job:
-    """Check everything there is to check; nothing is written and no weight is loaded.
+    later_stages: int = 0,
+) -> PreparedRun:
+    """Check all that can be checked; nothing is written and no weights are loaded.
 
     Args:
-        parent: the run whose adapter this one starts from, or None. processes: how many will share a step's rows.
-        dtype: what is computed in, as it stands in the record. later: stages that come after this one, which need room too.
+        run: its folder. parent: the run whose adapter this one starts from, or None.
+        processes: how many share the rows of a step. dtype: of the computation, as inputs.json has it.
+        later_stages: number of stages after this one, which need space on the disk too.
     Raises:
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
-    talks, base, _ = _all(
+    loaded, base, _ = _run_all(
         lambda: conversations.load(data), lambda: resolve(recipe.model, models), lambda: _check_parent(recipe, parent)
     )
     config, _ = read_folder_config(base)
-    names = lora.targets(config.layout, recipe.targets)
+    targets = lora.targets(config.layout, recipe.targets)
     tokenizer = load_tokenizer(base)
-    samples, summary = encode(talks, tokenizer, recipe)
-    notes = _unlearnable(summary.unlearnable, recipe.unlearnable)
+    samples, summary = encode(loaded, tokenizer, recipe)
+    notes = [str(summary), *_without_labels(summary.unlearnable, recipe.unlearnable)]
     rows = recipe.batch * recipe.accumulation * processes
-    plan = Schedule(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
+    schedule = Schedule(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
     inputs = _inputs(recipe, data, base, parent, rows, dtype)
-    job = Job(
-        recipe, run, base, tokenizer, samples, plan, inputs, parent, [str(summary), *notes], provenance.lineage(parent)
-    )
-    _check_unchanged(job)
-    if not job.finished:
-        _check_disk(job, config, names, later)
-    return job
+    lineage = provenance.lineage(parent)
+    prepared = PreparedRun(recipe, run, base, tokenizer, samples, schedule, inputs, parent, notes, lineage)
+    check_unchanged(run, inputs, recipe_defaults=asdict(Recipe()))
+    if not prepared.finished:
+        _check_disk(prepared, config, targets, later_stages)
+    return prepared
 
 
-def _unlearnable(places: Sequence[str], action: str) -> list[str]:
-    """A sentence that names the conversations in which nothing is learnt: to be noted, or raised if `action` is stop."""
-    if not places:
-        return []
-    more = f" and {len(places) - 5} more" if len(places) > 5 else ""
-    text = f"nothing to learn (every label masked, or cut off) in {', '.join(places[:5])}{more}"
-    if action == "stop":
-        raise UserError(f"{text}.\nMend these conversations, raise length=, or say unlearnable=skip to leave them out.")
-    return [f"{text}: left out (unlearnable=skip)."]
-
-
-def _all(*checks: Callable[[], Any]) -> list[Any]:
+def _run_all(*checks: Callable[[], Any]) -> list[Any]:
     """The value of every check, or one UserError with all of their messages."""
     values, problems = [], []
     for check in checks:
@@ -115,11 +110,21 @@ def _all(*checks: Callable[[], Any]) -> list[Any]:
     return values
 
 
+def _without_labels(places: Sequence[str], action: str) -> list[str]:
+    """A note that names the conversations without a label (`places`); raised as an error if `action` is stop."""
+    if not places:
+        return []
+    text = f"nothing to learn (every label masked, or cut off) in {first_few(places)}"
+    if action == "stop":
+        raise UserError(f"{text}.\nCorrect these conversations, raise length=, or leave them out: unlearnable=skip.")
+    return [f"{text}: left out (unlearnable=skip)."]
+
+
 def _check_parent(recipe: Recipe, parent: Path | None) -> None:
     """FROM= must be a run with an adapter of the recipe's own shape."""
     if parent is None:
         return
-    path = parent / "adapter" / lora.CONFIG
+    path = parent / ADAPTER / lora.CONFIG
     if not path.is_file():
         raise UserError(f"from={parent.name}: run {parent} has no adapter. Finish it first, or leave FROM= out.")
     theirs, ours = read_json(path), {"r": recipe.rank, "lora_alpha": recipe.alpha}
@@ -129,38 +134,116 @@ def _check_parent(recipe: Recipe, parent: Path | None) -> None:
         raise UserError(f"from={parent.name}: its adapter has another shape: {', '.join(wrong)}. Give {hint}.")
 
 
-def check_ways(recipe: Recipe, device: str) -> None:
-    """Refuse what DeepSpeed would break off with, after minutes of loading."""
+def check_supported(recipe: Recipe, device: str) -> None:
+    """Refuse combinations that DeepSpeed would refuse only after minutes of loading. `device`: cpu or cuda."""
     if recipe.precision == "fp16" and device == "cpu":
-        raise UserError(
-            "precision=fp16 needs a GPU: DeepSpeed does not compute it on a CPU. Give precision=fp32 or bf16."
-        )
+        raise UserError("precision=fp16 needs a GPU: on a CPU DeepSpeed refuses it. Give precision=fp32 or bf16.")
     if recipe.zero == 3 and recipe.checkpointing != "off":
         raise UserError(
-            f"zero=3 takes its weights away while checkpointing={recipe.checkpointing} recomputes with them. Give "
-            "checkpointing=off, or zero=2: the base is frozen, so stage 2 shards all that an optimizer keeps (and stage 3 does "
-            "not shard Int4 weights)."
+            f"zero=3 removes weights that checkpointing={recipe.checkpointing} needs to compute blocks again. Give "
+            "checkpointing=off, or zero=2: the base is frozen, so stage 2 shards all that the optimizer keeps (and "
+            "stage 3 does not shard Int4 weights)."
         )
 
 
 def _inputs(recipe: Recipe, data: str, base: Path, parent: Path | None, rows: int, dtype: str) -> dict[str, Any]:
-    adapter = parent / "adapter" / lora.WEIGHTS if parent else None
+    """The content of inputs.json: all that decides the results of the run."""
+    adapter = {"run": parent.name, "sha256": sha256(parent / ADAPTER / lora.WEIGHTS)} if parent else None
     return {
         "data": {"path": data, **hash_data(data)},
         "base": {"name": recipe.model, "files": provenance.hash_folder(base)},
-        "from": {"run": parent.name, "sha256": sha256(adapter)} if parent and adapter else None,
+        "from": adapter,
         "recipe": asdict(recipe),
         "rows_per_step": rows,
         "dtype": dtype,
     }
 
 
-def start_of(job: Job, found: Path | None) -> dict[str, str]:
-    """What all processes of a run must have in common before they begin, each from its own disk; short, in words."""
-    inputs = job.inputs
+# --- the folder of the run --------------------------------------------------------------------------------------------
+
+
+def fitted(recipe: Recipe, run: Path, processes: int) -> Recipe:
+    """The recipe with the accumulation that keeps the rows per step of a run begun in another number of processes.
+
+    Raises:
+        UserError: these processes cannot share the rows of a step equally.
+    """
+    return replace(recipe, accumulation=fitted_accumulation(run, recipe.batch, recipe.accumulation, processes))
+
+
+def _check_disk(prepared: PreparedRun, config: DecoderConfig, targets: list[str], later_stages: int) -> None:
+    """Refuse a disk without space for this run's files and those of later stages."""
+    run, recipe = prepared.folder, prepared.recipe
+    written = len(list((run / CHECKPOINTS).glob("step-*")))
+    needed = disk_space(config, targets, recipe, written) + later_stages * disk_space(config, targets, recipe)
+    if (free := free_bytes(run)) < needed:
+        stages = f", in this stage and the {later_stages} after it" if later_stages else ""
+        raise UserError(
+            f"{run}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for {recipe.keep} checkpoints and the "
+            f"adapter{stages}. Free some space, give runs=FOLDER on another disk, or keep=1."
+        )
+
+
+def disk_space(config: DecoderConfig, targets: list[str], recipe: Recipe, written: int = 0) -> int:
+    """Bytes for the checkpoints that are kept and not yet `written`, one more that is being written, and the adapter.
+
+    A checkpoint has three float32 values per parameter of the adapter: master and both moments; the adapter has one.
+    """
+    checkpoints = max(recipe.keep - written, 0) + 1
+    return 4 * adapter_parameters(config, targets, recipe.rank) * (3 * checkpoints + 1) + (64 << 20)
+
+
+def adapter_parameters(config: DecoderConfig, targets: list[str], rank: int) -> int:
+    """Number of parameters in A and B of every linear whose name is in `targets`."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in targets]
+    return sum(rank * (m.in_features + m.out_features) for m in linears)
+
+
+def begin(prepared: PreparedRun) -> None:
+    """Make the run's folder: the recipe after overrides, the inputs, and the lineage."""
+    lineage = _lineage_text(prepared) if prepared.lineage else ""
+    folder.begin(prepared.folder, asdict(prepared.recipe), prepared.inputs, lineage)
+
+
+def _lineage_text(prepared: PreparedRun) -> str:
+    """The runs that this one starts from, a line each, for a person."""
+    lines = [
+        f"{entry['run']}: {entry['steps']} steps on {entry['data']}, learning rate {entry['learning_rate']}, "
+        f"loss {entry['loss']}, adapter {entry['adapter'].get(lora.WEIGHTS, '')[:12]}"
+        for entry in prepared.lineage
+    ]
+    steps, data = len(prepared.schedule), prepared.inputs["data"]["path"]
+    own = f"{prepared.folder.as_posix()}: {steps} steps on {data}, learning rate {prepared.recipe.learning_rate}"
+    return "".join(f"{line}\n" for line in [*lines, own])
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def agree_on_start(prepared: PreparedRun, rank_info: World | None, device: torch.device) -> Path | None:
+    """The checkpoint to continue from, the same in all processes; None for a new run, and for a finished one.
+
+    Checkpoints that are not used are added to the notes. The processes meet here, if a launcher has started them.
+
+    Raises:
+        AgreedError: the processes would start from different things.
+    """
+    checkpoint, notes = (None, []) if prepared.finished else resume_point(prepared.folder)
+    prepared.notes.extend(notes)
+    if rank_info is not None:
+        distributed.join(rank_info, device.type == "cuda")
+        check_same_start(distributed.gather((socket.gethostname(), start_summary(prepared, checkpoint))))
+    return checkpoint
+
+
+def start_summary(prepared: PreparedRun, checkpoint: Path | None) -> dict[str, str]:
+    """What all processes of a run must have in common before the first step, each from its own disk; short texts."""
+    inputs = prepared.inputs
     return {
-        "finished": "yes" if job.finished else "no",
-        "checkpoint": found.name if found else "none",
+        "finished": "yes" if prepared.finished else "no",
+        "checkpoint": checkpoint.name if checkpoint else "none",
         "data": inputs["data"]["sha256"][:12],
         "base": _digest(inputs["base"]["files"]),
         "adapter of FROM=": (inputs["from"] or {}).get("sha256", "none")[:12],
@@ -174,106 +257,93 @@ def _digest(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def check_same(starts: list[tuple[str, dict[str, str]]]) -> None:
-    """Refuse (machine, start_of) of several processes that are not the same.
+def check_same_start(starts: list[tuple[str, dict[str, str]]]) -> None:
+    """Refuse processes that would start from different things. `starts`: (machine, start_summary) of each.
 
     Raises:
         AgreedError: what differs, and between which machines.
     """
     host, first = starts[0]
-    other = next((entry for entry in starts if entry[1] != first), None)
-    if other is None:
-        return
+    other_host, other = next((start for start in starts if start[1] != first), (host, first))
     differ = [
-        f"{key}: {value} on {host}, {other[1][key]} on {other[0]}"
-        for key, value in first.items()
-        if value != other[1][key]
+        f"{key}: {value} on {host}, {other[key]} on {other_host}" for key, value in first.items() if value != other[key]
     ]
-    listed = "\n  ".join(differ)
-    raise AgreedError(
-        f"the processes would not begin with the same:\n  {listed}\nNothing was changed. Put runs/, models/ and the data on a folder "
-        "that all machines share (runs=FOLDER models=FOLDER), or copy them to each."
-    )
-
-
-def _check_unchanged(job: Job) -> None:
-    """A run folder belongs to one set of inputs."""
-    old = recorded(job.run)
-    if old is None:
-        if (job.run / "run.json").is_file() or (job.run / "checkpoints").is_dir():
-            raise UserError(f"{job.run}: a run folder without inputs.json. Choose another RUN=, or remove it.")
-        return
-    found = changes(old, job.inputs)
-    if found:
-        listed = "\n  ".join(found)
-        raise UserError(
-            f"run {job.run.name!r} was begun with other inputs:\n  {listed}\n"
-            f"Nothing was changed. Start a new one with RUN=another-name, and FROM={job.run.name} to begin with what this one "
-            "has learnt; or give the same inputs to go on with it."
+    if differ:
+        listed = "\n  ".join(differ)
+        raise AgreedError(
+            f"the processes would not start from the same:\n  {listed}\nNothing was changed. Put runs/, models/ and "
+            "the data in a folder that all machines share (runs=FOLDER models=FOLDER), or copy them to each."
         )
 
 
-def fitted(recipe: Recipe, run: Path, processes: int) -> Recipe:
-    """The recipe with the accumulation that keeps the rows a step of a run that was begun with another number of processes.
+# --- decisions and model ----------------------------------------------------------------------------------------------
+
+
+def decisions(
+    prepared: PreparedRun, rank_info: World, device: torch.device, dtype: torch.dtype, zero_stage: int, keep_float: bool
+) -> list[str]:
+    """What was decided for the user, a line each. keep_float: whether Int4 weights are also kept in float32."""
+    recipe, schedule = prepared.recipe, prepared.schedule
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    reason = "chosen for this device" if recipe.precision == "auto" else f"as precision={recipe.precision} says"
+    processes = f"{rank_info.size} processes" if rank_info.size > 1 else "1 process"
+    rows = f"{prepared.inputs['rows_per_step']} rows of at most {recipe.length} tokens"
+    lines = [
+        f"base: {recipe.model} in {prepared.base}; run: {prepared.folder}",
+        f"device: {name}, {dtype_name(dtype)} ({reason}), ZeRO {zero_stage}",
+        f"a step: {recipe.batch} rows × {recipe.accumulation} × {processes} = {rows}",
+        f"{len(schedule)} steps, {schedule.epoch(len(schedule) - 1) + 1} epochs",
+    ]
+    if zero_stage != recipe.zero:
+        lines.append(
+            f"zero={recipe.zero} is for float32: in 16 bits stage {zero_stage} is used, whose float32 masters a "
+            "checkpoint can hold."
+        )
+    if keep_float:
+        lines.append(
+            "the Int4 weights are also kept in float32: there is memory for it, and it is faster, with the same results."
+        )
+    if device.type == "cuda":
+        lines += host_memory_notes(recipe, prepared.base)
+    if prepared.parent is not None:
+        lines.append(f"starts from the adapter of run {prepared.parent.name!r}.")
+    return lines
+
+
+def host_memory_notes(recipe: Recipe, base: Path) -> list[str]:
+    """What is kept in the host's memory instead of the card's, a line each."""
+    lines = []
+    if recipe.checkpointing == "offload":
+        lines.append("checkpointing=offload: the inputs of the blocks are kept in the host's memory.")
+    if recipe.embedding == "host":
+        tied = read_folder_config(base)[0].tie_word_embeddings
+        stays = "stays on the card: this base's head is the same table" if tied else "stays in the host's memory"
+        lines.append(f"embedding=host: the embedding's table {stays}.")
+    return lines
+
+
+def load_model(prepared: PreparedRun, device: torch.device, dtype: torch.dtype, keep_float: bool) -> Any:
+    """The frozen base with adapters: fresh ones, or those of the run that this one starts from."""
+    recipe = prepared.recipe
+    model = lora.attach(load(prepared.base, dtype, device, keep_float, recipe.embedding), recipe)
+    if prepared.parent is not None:
+        _copy_adapter(prepared.parent, lora.trainable(model))
+    model.get_base_model().config.use_cache = False
+    model.get_base_model().set_checkpointing(recipe.checkpointing)
+    return model.to(device)
+
+
+def _copy_adapter(parent: Path, parameters: dict[str, nn.Parameter]) -> None:
+    """Copy the adapter of a run into `parameters`.
 
     Raises:
-        UserError: they cannot share those rows alike.
+        UserError: its file is damaged, or it is for other linears.
     """
-    old = recorded(run)
-    if old is None or old["rows_per_step"] == recipe.batch * recipe.accumulation * processes:
-        return recipe
-    rows, share = old["rows_per_step"], recipe.batch * processes
-    if rows % share:
-        able = [str(n) for n in range(1, rows // recipe.batch + 1) if rows % (recipe.batch * n) == 0]
-        raise UserError(
-            f"run {run.name!r} was begun with {rows} rows a step, which {processes} processes of batch={recipe.batch} cannot share "
-            f"alike: {rows} / ({recipe.batch} × {processes}) is no whole number. With this batch: "
-            f"{', '.join(able) or 'none'} processes (GPUS=, processes=); or another batch=."
-        )
-    return replace(recipe, accumulation=rows // share)
-
-
-def _check_disk(job: Job, config: DecoderConfig, names: list[str], later: int = 0) -> None:
-    """Room for the checkpoints that are kept and not yet there, one that is being written, and the adapter; of later stages as well."""
-    needed = room(config, names, job.recipe, there=len(list((job.run / "checkpoints").glob("step-*"))))
-    needed += later * room(config, names, job.recipe)
-    if (free := free_bytes(job.run)) < needed:
-        each = f", in this stage and the {later} after it" if later else ""
-        raise UserError(
-            f"{job.run}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for {job.recipe.keep} checkpoints and the "
-            f"adapter{each}. Free some, give runs=FOLDER on another disk, or keep=1."
-        )
-
-
-def room(config: DecoderConfig, names: list[str], recipe: Recipe, there: int = 0) -> int:
-    """Bytes that the checkpoints still to be written take, of which `there` are written, with one on its way and the adapter."""
-    missing = max(recipe.keep - there, 0) + 1
-    return 4 * adapter_size(config, names, recipe.rank) * (3 * missing + 1) + (64 << 20)
-
-
-def adapter_size(config: DecoderConfig, names: list[str], rank: int) -> int:
-    """Numbers in A and B of every linear called one of `names`."""
-    with torch.device("meta"):
-        model = Decoder(config)
-    linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in names]
-    return sum(rank * (m.in_features + m.out_features) for m in linears)
-
-
-def begin(job: Job) -> None:
-    """Make the run folder: the recipe after overrides, and the inputs that it belongs to, as this command gives them."""
-    make_folder(job.run)
-    write_text(job.run / "recipe.yaml", yaml.safe_dump(asdict(job.recipe), sort_keys=False, allow_unicode=True))
-    write_json(job.run / "inputs.json", job.inputs)
-    if job.lineage:
-        write_text(job.run / "lineage.txt", _lineage(job))
-
-
-def _lineage(job: Job) -> str:
-    """Where a run comes from, a line an ancestor, for a person."""
-    lines = [
-        f"{entry['run']}: {entry['steps']} steps on {entry['data']}, learning rate {entry['learning_rate']}, loss {entry['loss']}, "
-        f"adapter {entry['adapter'].get(lora.WEIGHTS, '')[:12]}"
-        for entry in job.lineage
-    ]
-    own = f"{job.run.as_posix()}: {len(job.plan)} steps on {job.inputs['data']['path']}, learning rate {job.recipe.learning_rate}"
-    return "".join(f"{line}\n" for line in [*lines, own])
+    try:
+        adapter = load_file(parent / ADAPTER / lora.WEIGHTS)
+    except SafetensorError as error:
+        raise UserError(f"from={parent.name}: its adapter is damaged ({error}).") from error
+    if adapter.keys() != {lora.stock_name(name) for name in parameters}:
+        raise UserError(f"from={parent.name}: its adapter is for other linears. Give the same targets= and base.")
+    for name, p in parameters.items():
+        p.data.copy_(adapter[lora.stock_name(name)])

@@ -1,56 +1,83 @@
-"""The end of a run: its adapter, and run.json, which says what it was made of. The presence of run.json means done.
+"""The end of a run: its adapter, and run.json, which says what the run was made of and is written last.
 
-Knows a finished run's folder and what happened while it ran; nothing of how a step is computed. All of it is plain JSON with the hash
-of every file that it speaks of, so that `verify` needs no more than this file to say whether anything has changed.
+Knows the folder of a run and what happened while it trained; nothing of how a step is computed. run.json is plain JSON
+with the hash of every file that it names, so `verify` needs only this file to tell whether anything has changed.
 """
 
-import json
 import time
 from typing import Any
 
 from train.common.files import sha256, staged, write_json
 from train.model import lora
-from train.runs import provenance
+from train.runs import losses, provenance
+from train.runs.folder import ADAPTER, INPUTS, LOSSES, RECIPE, RECORD
+from train.training.async_save import write_together
 from train.training.deepspeed_engine import Engine
-from train.training.loop import Task
-from train.training.prepare import Job
+from train.training.prepare import PreparedRun
+from train.training.run_state import RunState
+from train.training.signals import Stop
+
+
+def finish(
+    prepared: PreparedRun, run: RunState, engine: Engine, notes: list[str], began: float
+) -> dict[str, Any] | None:
+    """Write the adapter and run.json. Every process calls it: all wait on a full disk.
+
+    Args:
+        notes: the decisions taken for the user. began: seconds since 1970.
+    Returns:
+        The record in the first process, None in the others.
+    """
+    masters, _ = engine.gather()
+    written: list[dict[str, Any]] = []
+
+    def attempt() -> Exception | None:
+        try:
+            written.append(write(prepared, run, engine, masters, notes, began))
+        except OSError as error:
+            return error
+        return None
+
+    with Stop(speaks=False) as stop:
+        write_together(attempt, run.folder, stop, run.recipe.patience, run.rank_info.rank)
+    return written[0] if written else None
 
 
 def write(
-    job: Job, task: Task, engine: Engine, masters: dict[str, Any], notes: list[str], began: float
+    prepared: PreparedRun, run: RunState, engine: Engine, masters: dict[str, Any], notes: list[str], began: float
 ) -> dict[str, Any]:
-    """Write the adapter, then run.json; returns what is in it. `began`: seconds since 1970. The first process calls it."""
-    with staged(job.run / "adapter") as aside:
+    """Write the adapter, then run.json; returns its content. Arguments as in `finish`; masters: float32, by name."""
+    folder = run.folder
+    with staged(folder / ADAPTER) as aside:
         lora.save_adapter(engine.model, aside, masters)  # type: ignore[arg-type]
-    rows = [json.loads(line) for line in (job.run / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = losses.read(folder)
     seconds = sum(row["seconds"] for row in rows)
-    timings = {"steps_seconds": seconds, "began": began, "finished": time.time(), **task.spent}
     record = {
-        "run": job.run.name,
-        **job.inputs,
-        "inputs_sha256": sha256(job.run / "inputs.json"),
-        "recipe_sha256": sha256(job.run / "recipe.yaml"),
-        "losses_sha256": sha256(job.run / "losses.jsonl"),
-        "lineage": job.lineage,
+        "run": folder.name,
+        **prepared.inputs,
+        "inputs_sha256": sha256(folder / INPUTS),
+        "recipe_sha256": sha256(folder / RECIPE),
+        "losses_sha256": sha256(folder / LOSSES),
+        "lineage": prepared.lineage,
         "lock": provenance.lock(),
-        "seed": job.recipe.seed,
+        "seed": run.recipe.seed,
         "code": provenance.code(),
         "runtime": provenance.runtime(),
         "versions": provenance.versions(),
         "machine": provenance.machine(),
-        "device": str(task.device),
-        "processes": task.world.size,
-        "starts": task.starts,
+        "device": str(run.device),
+        "processes": run.rank_info.size,
+        "starts": run.starts,
         "decisions": notes,
         "steps": len(rows),
         "loss": _loss([row for row in rows if row["loss"] is not None]),
         "left_out": [{k: v for k, v in row.items() if k != "seconds"} for row in rows if row["loss"] is None],
         "tokens": sum(row["tokens"] for row in rows),
         "label_tokens": sum(row["label_tokens"] for row in rows),
-        "timings": timings,
-        "adapter": provenance.hash_folder(job.run / "adapter"),
+        "timings": {"steps_seconds": seconds, "began": began, "finished": time.time(), **run.timings},
+        "adapter": provenance.hash_folder(folder / ADAPTER),
     }
-    write_json(job.run / "run.json", record)
+    write_json(folder / RECORD, record)
     return record
 
 

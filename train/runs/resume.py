@@ -1,0 +1,135 @@
+"""May this command continue a run, and from which checkpoint?
+
+Compares plain values with those in inputs.json, and checkpoints with losses.jsonl; knows nothing of recipes or
+training. Nothing is written here: a refused command leaves the folder as it was.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from train.common.errors import UserError
+from train.common.files import read_json
+from train.runs import checkpoint, losses
+from train.runs.folder import CHECKPOINTS, INPUTS, LOSSES, finished
+
+# Keys of a recipe that another command may change when it continues a run.
+MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        *("model",),  # its name; its files are compared by hash
+        # how fast and where the same values are computed
+        *("batch", "accumulation", "processes", "zero", "checkpointing", "embedding"),
+        *("save_every", "keep", "background"),  # how often the run is saved
+        *("guard", "spike", "unlearnable", "patience"),  # what to do about a fault; there was none so far
+    }
+)
+
+
+def recorded(run: Path) -> dict[str, Any] | None:
+    """The inputs that a run's folder belongs to; None for a folder that no run has begun.
+
+    Raises:
+        UserError: inputs.json is damaged.
+    """
+    path = run / INPUTS
+    try:
+        inputs: dict[str, Any] = read_json(path)
+        inputs["data"]["sha256"], inputs["base"]["files"], inputs["recipe"], inputs["rows_per_step"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}). Restore it from a copy, or begin a new run with another RUN=."
+        ) from error
+    return inputs
+
+
+def check_unchanged(run: Path, inputs: dict[str, Any], recipe_defaults: dict[str, Any]) -> None:
+    """A run's folder belongs to one set of inputs: refuse others.
+
+    Raises:
+        UserError: every difference, in words; or a folder of a run without inputs.json.
+    """
+    old = recorded(run)
+    if old is None:
+        if finished(run) or (run / CHECKPOINTS).is_dir():
+            raise UserError(f"{run}: a run folder without {INPUTS}. Choose another RUN=, or remove it.")
+        return
+    if differences := changes(old, inputs, recipe_defaults):
+        listed = "\n  ".join(differences)
+        raise UserError(
+            f"run {run.name!r} was begun with other inputs:\n  {listed}\n"
+            f"Nothing was changed. Start a new run with RUN=another-name, and FROM={run.name} to begin with the "
+            "adapter of this one; or give the same inputs to continue it."
+        )
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], recipe_defaults: dict[str, Any]) -> list[str]:
+    """The differences between two runs' inputs, in words. Keys of MAY_CHANGE_ON_RESUME are no difference.
+
+    Args:
+        old: inputs.json as it was written. new: the inputs of this command.
+        recipe_defaults: every key of today's recipe and its default. A run of an older program has no value for a newer
+            key: it computed what the default computes, so the default stands in for it.
+    """
+    differences = []
+    if old["data"]["sha256"] != new["data"]["sha256"]:
+        differences.append(f"data: {new['data']['path']} is not what {old['data']['path']} was")
+    if differ := _different_keys(old["base"]["files"], new["base"]["files"]):
+        differences.append(f"base: {', '.join(differ[:3])} differ")
+    if (old["from"] or {}).get("sha256") != (new["from"] or {}).get("sha256"):
+        differences.append("from: another adapter to start from")
+    recipe = {**recipe_defaults, **old["recipe"]}
+    for key in sorted(new["recipe"].keys() - MAY_CHANGE_ON_RESUME):
+        if recipe.get(key) != new["recipe"][key]:
+            differences.append(f"{key}: was {recipe.get(key)}, now {new['recipe'][key]}")
+    if old["rows_per_step"] != new["rows_per_step"]:
+        rows = f"was {old['rows_per_step']} rows a step, now {new['rows_per_step']}"
+        differences.append(f"batch × accumulation × processes: {rows}")
+    if old["dtype"] != new["dtype"]:
+        differences.append(f"computed in: was {old['dtype']}, now {new['dtype']} (precision= decides)")
+    return differences
+
+
+def _different_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return sorted(key for key in {**old, **new} if old.get(key) != new.get(key))
+
+
+def fitted_accumulation(run: Path, batch: int, accumulation: int, processes: int) -> int:
+    """The accumulation that keeps a run's rows per step when it continues in another number of processes.
+
+    Returns:
+        `accumulation` itself for a new run, or where the rows per step are the same.
+    Raises:
+        UserError: these processes cannot share the rows of a step equally.
+    """
+    old = recorded(run)
+    if old is None or old["rows_per_step"] == batch * accumulation * processes:
+        return accumulation
+    rows, share = old["rows_per_step"], batch * processes
+    if rows % share:
+        able = [str(n) for n in range(1, rows // batch + 1) if rows % (batch * n) == 0]
+        raise UserError(
+            f"run {run.name!r} was begun with {rows} rows a step, which {processes} processes of batch={batch} cannot "
+            f"share equally: {rows} / ({batch} × {processes}) is not a whole number. With this batch: "
+            f"{', '.join(able) or 'none'} processes (GPUS=, processes=); or another batch=."
+        )
+    return int(rows // share)
+
+
+def resume_point(run: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from, and a sentence for each that is not used: damaged, or later than losses.jsonl.
+
+    Raises:
+        UserError: losses.jsonl ends before every checkpoint.
+    """
+    newest, notes = checkpoint.newest(run)
+    if newest is None or checkpoint.step_of(newest) <= (steps := len(losses.read(run))):
+        return newest, notes
+    covered, _ = checkpoint.newest(run, steps)
+    if covered is None:
+        raise UserError(
+            f"{run / LOSSES} ends after step {steps}, and {newest.name} continues after step "
+            f"{checkpoint.step_of(newest)}. Restore the file from a copy; or begin a new run: another RUN=, or this "
+            f"one after you remove {run / CHECKPOINTS}."
+        )
+    return covered, [*notes, f"checkpoint {newest.name} is not used: {LOSSES} ends after step {steps}."]

@@ -1,0 +1,42 @@
+"""What one process of a run computes on, and in how many processes: from the machine, the recipe and the launcher."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from train.common.device import pick_dtype
+from train.common.errors import UserError
+from train.config.recipe import Recipe
+from train.training import distributed
+from train.training.distributed import World
+from train.training.prepare import check_supported
+
+
+@dataclass(frozen=True)
+class Devices:
+    """device and dtype of the computation; processes of the whole run; rank_info: None in a process started by hand."""
+
+    device: torch.device
+    dtype: torch.dtype
+    processes: int
+    rank_info: World | None
+
+
+def pick(gpus: int, recipe: Recipe, rank_info: World | None) -> Devices:
+    """A GPU where there is one, else the CPU. `gpus`: how many to use of this machine.
+
+    Raises:
+        UserError: more GPUs than there are, counts below 1, or a combination that DeepSpeed refuses.
+    """
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if present and gpus > present:
+        raise UserError(f"gpus={gpus}: this machine has {present}.")
+    if gpus < 1 or recipe.processes < 1:
+        raise UserError("gpus= and processes= count from 1.")
+    local = distributed.on_card(rank_info or World(), present).local if present else 0
+    device = torch.device("cuda", local) if present else torch.device("cpu")
+    check_supported(recipe, device.type)
+    if rank_info is not None and present:
+        rank_info = replace(rank_info, local=local)
+    processes = rank_info.size if rank_info else (gpus if present else recipe.processes)
+    return Devices(device, pick_dtype(device, recipe.precision), processes, rank_info)

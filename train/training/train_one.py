@@ -1,0 +1,61 @@
+"""Train a prepared run in this process, alone or as one of several: load the model, train, write the record."""
+
+import time
+from contextlib import closing
+from pathlib import Path
+
+from train.model.loading import keeps_float
+from train.runs.checkpoint import sweep
+from train.runs.folder import ADAPTER, CHECKPOINTS, lock_run
+from train.training import distributed, loop, record, save_resume
+from train.training.deepspeed_engine import Engine, stage_of
+from train.training.devices import Devices
+from train.training.distributed import World
+from train.training.guard import Guard, layers_allowed_zero_grad
+from train.training.prepare import PreparedRun, begin, decisions, load_model
+from train.training.run_state import RunState
+
+
+def train_one(prepared: PreparedRun, devices: Devices, checkpoint: Path | None) -> bool:
+    """Train to the end; False if a signal stopped the run, whose last checkpoint is then on the disk.
+
+    The first process holds the run's lock. Every process calls it with the same `checkpoint`: None for a new run.
+    """
+    rank_info = devices.rank_info or World()
+    if rank_info.rank > 0:
+        return _load_and_train(prepared, devices, rank_info, checkpoint)
+    with lock_run(prepared.folder):
+        begin(prepared)
+        return _load_and_train(prepared, devices, rank_info, checkpoint)
+
+
+def _load_and_train(prepared: PreparedRun, devices: Devices, rank_info: World, checkpoint: Path | None) -> bool:
+    recipe, device, dtype = prepared.recipe, devices.device, devices.dtype
+    keep_float, zero_stage = keeps_float(prepared.base, device), stage_of(recipe, dtype)
+    notes = [*prepared.notes, *decisions(prepared, rank_info, device, dtype, zero_stage, keep_float)]
+    if rank_info.rank == 0:
+        print("\n".join(notes), flush=True)
+        sweep(prepared.folder)
+    distributed.join(rank_info, device.type == "cuda")
+    engine = Engine(load_model(prepared, device, dtype, keep_float), recipe, dtype, rank_info.size)
+    with closing(engine):  # the next stage needs its memory
+        return _train(prepared, _run_state(prepared, devices, rank_info), engine, notes, checkpoint)
+
+
+def _run_state(prepared: PreparedRun, devices: Devices, rank_info: World) -> RunState:
+    samples, pad_id = prepared.samples, prepared.tokenizer.pad
+    guard = Guard(prepared.recipe.spike, layers_allowed_zero_grad(sample.mask for sample in samples))
+    return RunState(
+        prepared.recipe, prepared.schedule, samples, pad_id, prepared.folder, rank_info, devices.device, guard
+    )
+
+
+def _train(prepared: PreparedRun, run: RunState, engine: Engine, notes: list[str], checkpoint: Path | None) -> bool:
+    done, start_notes = save_resume.start(run, engine, checkpoint)
+    began = time.time()
+    if not loop.train(run, engine, done):
+        run.say(f"stopped with a checkpoint in {run.folder / CHECKPOINTS}. The same command continues from there.")
+        return False
+    if written := record.finish(prepared, run, engine, [*notes, *start_notes], began):
+        print(f"{record.summary(written)}\nadapter: {run.folder / ADAPTER}", flush=True)
+    return True
