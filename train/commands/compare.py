@@ -6,13 +6,14 @@ adapter on its base. Writes answers.jsonl, loss.png and report.md into the run's
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from train.common.errors import UserError
 from train.common.progress import bar
 from train.config.options import option
+from train.config.recipe import Recipe
 from train.evaluation.answers import (
     CUT,
     ModelPair,
@@ -54,7 +55,7 @@ def run(options: Options) -> None:
     folder = Path(options.runs) / options.run
     record = read_run(folder)
     questions, source = find_questions(options.questions, record)
-    pair = find_pair(folder, resolve(record["recipe"]["model"], Path(options.models)))
+    pair = find_pair(folder, resolve(Recipe.from_record(record["recipe"]).model, Path(options.models)))
     inputs = comparison_inputs(pair, questions, options.max_tokens)
 
     # before and after, unless these very answers are kept already
@@ -70,10 +71,9 @@ def run(options: Options) -> None:
 
 
 def _answers(title: str, options: Options, record: dict[str, Any], pair: ModelPair, questions: list[str]) -> list[str]:
+    recipe = asdict(Recipe.from_record(record["recipe"]))
     with bar(title, len(questions), "answers") as advance:
-        return answer_questions(
-            pair, title == "after", questions, record["recipe"], options.max_tokens, options.batch, advance
-        )
+        return answer_questions(pair, title == "after", questions, recipe, options.max_tokens, options.batch, advance)
 
 
 def _show(folder: Path, answered: Sequence[AnsweredQuestion]) -> None:

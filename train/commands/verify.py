@@ -21,6 +21,7 @@ from typing import Any
 from train.common.errors import UserError
 from train.common.files import read_json, sha256
 from train.config.options import option
+from train.config.recipe import Recipe
 from train.data.conversations import hash_data
 from train.model.folder import find, find_damage, read_manifest
 from train.runs import checkpoint, losses, provenance
@@ -103,9 +104,10 @@ def _compare_hashes(now: Mapping[str, str], recorded: Mapping[str, str]) -> list
 
 def _check_inputs(options: Options, record: dict[str, Any]) -> Checks:
     """What the run was made of: data, base, and the runs that it was trained on from."""
-    base, recorded = find(record["recipe"]["model"], Path(options.models)), record["base"]["files"]
+    model, recorded = Recipe.from_record(record["recipe"]).model, record["base"]["files"]
+    base = find(model, Path(options.models))
     differences = _compare_hashes(provenance.hash_folder(base), recorded) if base else ["it is missing"]
-    checks: Checks = [(f"base {record['recipe']['model']}", differences)]
+    checks: Checks = [(f"base {model}", differences)]
     path = record["data"]["path"]
     try:
         same = hash_data(path)["sha256"] == record["data"]["sha256"]
@@ -149,7 +151,7 @@ def _replay(options: Options, folder: Path, record: dict[str, Any]) -> None:
     """Train again in replay/ below the run's own folder, which is removed if the result is the same."""
     processes = [start["processes"] for start in record.get("starts", [])]
     mixed = len(set(processes)) > 1
-    if mixed and record["recipe"]["dropout"]:
+    if mixed and Recipe.from_record(record["recipe"]).dropout:
         raise UserError(
             f"run {folder.name!r} was computed in {', then '.join(map(str, processes))} processes: dropout drew other "
             "masks in each, which a single start does not draw again. The hashes above hold."
