@@ -57,8 +57,8 @@ def test_a_merge_without_the_adapter_is_not_written(tmp_path: Path, monkeypatch:
 def test_without_the_data_of_the_run_the_built_in_questions_are_used(tmp_path: Path, capsys: Any) -> None:
     folder = tiny_run(tmp_path)
     export(folder)
-    assert "4 conversations of talk.jsonl" in capsys.readouterr().out
-    (tmp_path / "talk.jsonl").write_text('{"instruction": "a", "input": "", "output": "b"}\n')
+    assert "4 conversations of conversations.jsonl" in capsys.readouterr().out
+    (tmp_path / "conversations.jsonl").write_text('{"instruction": "a", "input": "", "output": "b"}\n')
     export(folder, out=str(tmp_path / "b"))
     assert "8 conversations of the built-in list" in capsys.readouterr().out
 

@@ -15,6 +15,7 @@ from train.config.options import build
 from train.inference.generate import answers
 from train.inference.sampling import Sampling
 from train.inference.stock import check_trust, load_stock, stock_stream
+from train.model.decoder import Decoder
 from train.model.tokenizer import load_tokenizer
 from train.ops.gptq import Scheme, quantize
 
@@ -67,7 +68,14 @@ def test_stock_answers_equal_those_of_our_loop_on_the_same_weights(
     model, _ = load_stock(folder, False, torch.float32, torch.device("cpu"))
     assert out == answers(model, load_tokenizer(folder), ["hi"], max_new_tokens=8)[0] + "\n"
     assert "8 tokens, the most that were asked for" in err
-    assert torch.nn.Linear(8, 8).weight.std() > 0.1, "torch has its initialisers again after auto-gptq"
+
+
+def test_loading_int4_does_not_change_how_later_models_are_made(tmp_path: Path) -> None:
+    """auto-gptq switches off torch's initialisers and transformers' tying of weights; both have to be on again."""
+    load_stock(tiny_llama(tmp_path, int4=True), False, torch.float32, torch.device("cpu"))
+    assert torch.nn.Linear(8, 8).weight.std() > 0.1
+    model = Decoder(tiny_config("qwen2", tie_word_embeddings=True))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
 def test_a_stock_answer_can_be_stopped(tmp_path: Path) -> None:

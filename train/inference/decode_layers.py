@@ -20,7 +20,7 @@ from train.ops import kernels
 from train.ops.gptq import groups_in_order, pack_rows, unpack_rows
 from train.ops.kernels import gptq_matmul
 from train.ops.kernels.decode_step import swiglu_parts
-from train.ops.kernels.gptq_matmul import NO_SEGMENT, SEGMENT_COLUMNS, LowRankTerm, PackedWeight, down_product
+from train.ops.kernels.gptq_matmul import NO_SEGMENT, SEGMENT_COLUMNS, LowRankSegments, PackedWeight, down_product
 
 Product = Callable[[Tensor], Tensor]  # x [M, K] -> [S, M, N], parts to be added in order
 LoraPair = tuple[Tensor, Tensor, float]  # A [r, K], B [N, r], alpha / r
@@ -198,7 +198,7 @@ class DecodeLayers:
         second = weights[0].out_features if len(weights) > 1 else NO_SEGMENT
         third = second + weights[1].out_features if len(weights) > 2 else NO_SEGMENT
         return lambda x: gptq_matmul.product(
-            x, weight, LowRankTerm(down_product(x, adapter.down), adapter.up, (second, third))
+            x, weight, LowRankSegments(down_product(x, adapter.down), adapter.up, (second, third))
         )
 
     def _swiglu(self, gate: nn.Module, up: nn.Module) -> Product:
@@ -213,7 +213,7 @@ class DecodeLayers:
         starts = (gate_weight.out_features, NO_SEGMENT)
 
         def call(x: Tensor) -> Tensor:
-            term = LowRankTerm(down_product(x, adapter.down), adapter.up, starts)
+            term = LowRankSegments(down_product(x, adapter.down), adapter.up, starts)
             return swiglu_parts(gptq_matmul.product(x, gate_weight, term, up_weight), x.dtype)
 
         return call

@@ -84,12 +84,19 @@ def _gptq_on_cpu(folder: Path, trust: bool) -> Any:
 
 @contextmanager
 def _initialisers_restored() -> Iterator[None]:
-    """auto-gptq replaces torch's initialisers when it loads, and leaves it so: later modules would hold noise."""
+    """auto-gptq switches initialisers off when it loads a model, and leaves them off.
+
+    Later modules would hold noise, and later models of transformers would not tie their weights.
+    """
+    from transformers import modeling_utils
+
     names = ("kaiming_uniform_", "uniform_", "normal_")
     functions = {name: getattr(torch.nn.init, name) for name in names}
+    transformers_flag = modeling_utils._init_weights
     try:
         yield
     finally:
+        modeling_utils._init_weights = transformers_flag
         for name, function in functions.items():
             setattr(torch.nn.init, name, function)
 

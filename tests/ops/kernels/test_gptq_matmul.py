@@ -72,7 +72,7 @@ def check_product(
 
 def check_three_linears(device: str, dtype: torch.dtype, batches: tuple[int, ...] = BATCHES) -> None:
     """Three linears side by side, each with its own adapter."""
-    from train.ops.kernels.gptq_matmul import LowRankTerm, down_product, product
+    from train.ops.kernels.gptq_matmul import LowRankSegments, down_product, product
     from train.ops.kernels.gptq_tiles import Tile
 
     weight, w = weights(256, 192, 128, 4, False, device)
@@ -85,14 +85,14 @@ def check_three_linears(device: str, dtype: torch.dtype, batches: tuple[int, ...
         terms = [exact_down[:, 16 * n : 16 * n + 16] @ b[64 * n : 64 * n + 64].double().t() for n in range(3)]
         expected = x.double().cpu() @ w + weight.bias.double().cpu() + torch.cat(terms, dim=1)
         for tile in (None, Tile(16, 32, 1, 4, 2), Tile(32, 64, 2, 8), Tile(16, 128)):  # the last spans two linears
-            parts = product(x, weight, LowRankTerm(down, b.to(device), (64, 128)), tile=tile)
+            parts = product(x, weight, LowRankSegments(down, b.to(device), (64, 128)), tile=tile)
             check_close(parts.sum(0), expected, ROUNDED_ONCE[dtype])
 
 
 def check_gate_and_up(device: str, dtype: torch.dtype, batches: tuple[int, ...] = BATCHES) -> None:
     """Two weights in one product, without and with adapters, and SwiGLU of the two."""
     from train.ops.kernels.decode_step import swiglu_parts
-    from train.ops.kernels.gptq_matmul import NO_SEGMENT, LowRankTerm, down_product, product
+    from train.ops.kernels.gptq_matmul import NO_SEGMENT, LowRankSegments, down_product, product
 
     a, b = adapters(dtype)
     for batch in batches:
@@ -103,7 +103,7 @@ def check_gate_and_up(device: str, dtype: torch.dtype, batches: tuple[int, ...] 
         gate.scales.mul_(1 / 64)
         up.scales.mul_(1 / 32)
         b_of_both = torch.cat([b, b.flip(0)]).to(device)
-        for adapter in (None, LowRankTerm(down, b_of_both, (192, NO_SEGMENT))):
+        for adapter in (None, LowRankSegments(down, b_of_both, (192, NO_SEGMENT))):
             gate_out, up_out = x.double().cpu() @ gate_w / 64, x.double().cpu() @ up_w / 32
             if adapter:
                 gate_out += exact_down[:, :16] @ b.double().t()

@@ -49,7 +49,7 @@ class PackedWeight:
 
 
 @dataclass(frozen=True)
-class LowRankTerm:
+class LowRankSegments:
     """The adapters' part of a product of several linears.
 
     down: float32 [S, M, L], x Aᵀ in S parts; each linear has R of the L columns. up: [N, R], the scaled B of each.
@@ -184,7 +184,7 @@ if triton is not None:
         return acc
 
     @triton.jit
-    def _low_rank_term(  # type: ignore[no-untyped-def]
+    def _low_rank_segment(  # type: ignore[no-untyped-def]
         down, up, m, batch, n, n_mask, down_columns, offset,
         DOWN_SPLITS: tl.constexpr, RANK: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
     ):  # fmt: skip
@@ -242,7 +242,7 @@ if triton is not None:
             if RANK > 0:
                 start = offset + block * TN
                 segment = (start >= start2).to(tl.int32) + (start >= start3).to(tl.int32)
-                y += _low_rank_term(
+                y += _low_rank_segment(
                     down, up, m, batch, offset + n, n_mask, down_columns, segment * RANK, DOWN_SPLITS, RANK, TM, TN
                 )
         pointers = out + (split * batch + m)[:, None].to(tl.int64) * out_columns + offset + n[None]
@@ -280,7 +280,7 @@ if triton is not None:
 def product(
     x: Tensor,
     weight: PackedWeight,
-    adapter: LowRankTerm | None = None,
+    adapter: LowRankSegments | None = None,
     second: PackedWeight | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
@@ -319,7 +319,7 @@ def _fit_splits(tile: Tile, weight: PackedWeight) -> tuple[Tile, int]:
     return replace(tile, splits=triton.cdiv(steps, steps_per_split)), steps_per_split
 
 
-def _fit_columns(tile: Tile, adapter: LowRankTerm | None, pair: bool) -> Tile:
+def _fit_columns(tile: Tile, adapter: LowRankSegments | None, pair: bool) -> Tile:
     """The tile with columns that suit the adapter."""
     if adapter and tile.columns > SEGMENT_COLUMNS and adapter.up.shape[1] > SEGMENT_COLUMNS:
         tile = replace(tile, columns=SEGMENT_COLUMNS)  # a wider block of a large adapter needs too many registers
