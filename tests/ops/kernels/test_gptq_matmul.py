@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.kernels.test_kernels import packed
+from tests.ops.kernels.test_gptq_dequantize import packed
 from train.ops import gptq
 
 CASES = [  # rows, columns, group, bits
