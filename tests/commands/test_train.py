@@ -121,7 +121,7 @@ def test_each_stage_is_a_run_that_starts_from_the_one_before(
         ({"data": "broken.jsonl"}, r"broken.jsonl"),
         ({"model": "absent"}, r"make model MODEL=absent"),
         ({"targets": "q_proj,c_attn"}, r"no linear is called c_attn.*q_proj, k_proj"),
-        ({"length": 8}, r"nothing to learn: 12 conversations"),
+        ({"length": 8}, r"no token to train on: 12 conversations"),
         ({"data": ""}, r"which data"),
         ({"processes": 0}, r"count from 1"),
         ({"zero": 3}, r"zero=3.*checkpointing=off"),

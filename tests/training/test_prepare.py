@@ -71,7 +71,7 @@ def test_conversations_without_labels_are_named(workspace: Path, capsys: pytest.
     long = {"instruction": "a" * 200, "output": "never reached"}
     (workspace / "long.jsonl").write_text((workspace / "data.jsonl").read_text() + json.dumps(long) + "\n")
     train(run="named", data="long.jsonl", steps=1)
-    note = "nothing to learn (every label masked, or cut off) in long.jsonl:13: left out"
+    note = "no token to train on (every label masked, or cut off) in long.jsonl:13: left out"
     assert note in capsys.readouterr().out
     with pytest.raises(UserError, match=r"long.jsonl:13.\nCorrect these.*unlearnable=skip"):
         train(run="unnamed", data="long.jsonl", steps=1, unlearnable="stop")

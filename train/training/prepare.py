@@ -114,7 +114,7 @@ def _without_labels(places: Sequence[str], action: str) -> list[str]:
     """A note that names the conversations without a label (`places`); raised as an error if `action` is stop."""
     if not places:
         return []
-    text = f"nothing to learn (every label masked, or cut off) in {first_few(places)}"
+    text = f"no token to train on (every label masked, or cut off) in {first_few(places)}"
     if action == "stop":
         raise UserError(f"{text}.\nCorrect these conversations, raise length=, or leave them out: unlearnable=skip.")
     return [f"{text}: left out (unlearnable=skip)."]
