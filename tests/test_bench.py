@@ -1,4 +1,4 @@
-"""The benchmarks themselves: what they leave out and why, how reports become tables, and the whole of them on a CPU with a tiny shape."""
+"""The benchmarks: what they leave out and why, how reports become tables, and all of it on a CPU with a tiny shape."""
 
 import ctypes
 import json
@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from tests.bench import __main__ as bench
-from tests.bench import arms, card, crew, curves, decode, merge, packing, picture, real, shapes, table, worker
-from tests.bench.spec import Shape, Spec, beyond, shapes_of
+from tests.bench import arms, card, curves, decode, merge, packing, picture, pool, real_data, shapes, table, worker
+from tests.bench.spec import Shape, Spec, parse_shapes, smaller_refused
 from tests.support.oracles import tiny_checkpoint, tiny_config
 from train.common.errors import UserError
 from train.config.recipe import load_recipe
@@ -35,26 +35,26 @@ def python(*words: str) -> str:
     return done.stdout
 
 
-# What is measured, and what is left out
+# --- what is measured, and what is left out
 
 
-def test_shapes_in_words() -> None:
-    assert shapes_of("1x512, 8×2048") == [(1, 512), (8, 2048)]
+def test_shapes_are_parsed() -> None:
+    assert parse_shapes("1x512, 8×2048") == [(1, 512), (8, 2048)]
     for wrong in ("", "512", "1x", "axb"):
         with pytest.raises(ValueError, match="invalid literal"):
-            shapes_of(wrong)
+            parse_shapes(wrong)
 
 
-def test_what_is_beyond_a_shape_that_did_not_fit() -> None:
-    assert beyond((4, 2048), [(8, 512), (1, 2048)]) == (1, 2048)
-    assert beyond((8, 256), [(8, 512), (1, 2048)]) is None
+def test_a_shape_that_cannot_fit_is_known_from_a_smaller_one() -> None:
+    assert smaller_refused((4, 2048), [(8, 512), (1, 2048)]) == (1, 2048)
+    assert smaller_refused((8, 256), [(8, 512), (1, 2048)]) is None
 
 
-def test_a_spec_goes_to_a_worker_and_comes_back_the_same() -> None:
+def test_an_order_survives_the_way_to_a_worker() -> None:
     assert Spec.load(SPEC.dump()) == SPEC
     assert "embedding" not in SPEC.row()
     assert replace(SPEC, embedding="host", again=True).row()["arm"] == "ours again"
-    assert table.how(replace(SPEC, embedding="host").row()) == "on, embedding on the host"
+    assert table.checkpointing_label(replace(SPEC, embedding="host").row()) == "on, embedding on the host"
     assert table.key(SPEC.row()) == ("tiny", 2, 64, "on", 0.05, 1, 8)
 
 
@@ -62,7 +62,7 @@ def settings(**given: str) -> list[list[Spec]]:
     return list(bench._settings(bench.Options(model="tiny", **given), "cpu"))  # type: ignore[arg-type]
 
 
-def test_every_arm_in_every_setting_and_ours_again_after_the_others() -> None:
+def test_every_arm_is_measured_in_every_setting_and_ours_again_after_the_others() -> None:
     found = settings(arms="ours,stock", shapes="4x2048,1x512")
     assert [(s[0].dropout, s[0].shape, s[0].checkpointing) for s in found[:3]] == [
         (0.0, (4, 2048), "off"),
@@ -80,16 +80,23 @@ def test_every_arm_in_every_setting_and_ours_again_after_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
-    [({"arms": "theirs"}, "no arm is called theirs"), ({"dropout": "some"}, "not understood"), ({"checkpointing": "yes"}, "yes is none")],
-)  # fmt: skip
-def test_what_cannot_be_measured_is_refused(wrong: dict[str, str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+    ("wrong", "message"),
+    [
+        ({"arms": "theirs"}, "no arm is called theirs"),
+        ({"dropout": "some"}, "not understood"),
+        ({"checkpointing": "yes"}, "yes is none of"),
+    ],
+)
+def test_unknown_values_are_refused(wrong: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         settings(**{"shapes": "1x32", **wrong})
 
 
 class Script:
-    """Workers that answer by a script: of each arm and shape a rate, "fit" (no room), "crowd" (no room beside others), "" (no row)."""
+    """Workers with scripted results for each arm and shape.
+
+    A rate; "fit": out of memory; "crowd": out of memory unless alone; "": no row, another worker is needed.
+    """
 
     def __init__(self, answers: dict[tuple[str, Shape], Any]) -> None:
         self.answers, self.living, self.asked = answers, set(), []  # type: ignore[var-annotated]
@@ -109,7 +116,7 @@ class Script:
         def end(self) -> None:
             self.script.living.discard(self)
 
-        def ask(self, spec: Spec) -> dict[str, Any] | None:
+        def measure(self, spec: Spec) -> dict[str, Any] | None:
             self.script.asked.append((spec.arm, spec.shape, spec.again))
             answer = self.script.answers[spec.arm, spec.shape]
             if answer == "crowd":
@@ -124,14 +131,14 @@ def measured(
     answers: dict[tuple[str, Shape], Any], monkeypatch: pytest.MonkeyPatch, until: float = 1e18
 ) -> tuple[list[dict[str, Any]], Script]:
     script = Script(answers)
-    monkeypatch.setattr(crew, "Worker", script)
+    monkeypatch.setattr(pool, "WorkerProcess", script)
     arms = ",".join(dict.fromkeys(arm for arm, _ in answers))
     shapes = ",".join(f"{b}x{n}" for b, n in dict.fromkeys(shape for _, shape in answers))
     specs = settings(arms=arms, shapes=shapes, checkpointing="off", dropout="0")
-    return list(bench._measured(specs, crew.Crew(Path(), 1, 1.0), 5, until)), script
+    return list(bench._measure(specs, pool.WorkerPool(Path(), 1, 1.0), 5, until)), script
 
 
-def test_after_no_room_larger_ones_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_shapes_larger_than_one_that_did_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     answers = {("ours", shape): n for shape, n in {(1, 512): 10, (1, 2048): "fit", (8, 512): 30, (4, 2048): 40}.items()}
     rows, script = measured(answers, monkeypatch)
@@ -140,21 +147,23 @@ def test_after_no_room_larger_ones_are_left_out(monkeypatch: pytest.MonkeyPatch,
     assert len(script.asked) == 3
 
 
-def test_what_does_not_fit_beside_others_is_tried_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_shape_that_does_not_fit_beside_others_is_tried_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     rows, script = measured({("ours", (4, 64)): 10, ("stock", (4, 64)): "crowd"}, monkeypatch)
     assert [(row["arm"], row["tokens_per_s"]) for row in rows] == [("ours", 10), ("stock", 5), ("ours again", 10)]
     assert [arm for arm, *_ in script.asked] == ["ours", "stock", "stock", "ours"]
 
 
-def test_nothing_begins_once_the_time_is_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nothing_is_begun_after_the_time_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     rows, script = measured({("ours", (1, 32)): 1, ("ours", (2, 32)): 2}, monkeypatch, until=-1.0)
     assert [row["skipped"] for row in rows] == ["not begun: seconds=5 are over"] * 2
     assert script.asked == []
 
 
-def test_memory_that_is_left_behind_twice_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_memory_that_is_left_behind_twice_gives_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     rows, _ = measured({("ours", (1, 32)): ""}, monkeypatch)
     assert rows[0]["skipped"] == "failed: memory was left behind twice"
@@ -163,20 +172,18 @@ def test_memory_that_is_left_behind_twice_is_a_row(monkeypatch: pytest.MonkeyPat
 def worker_of(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float = 20.0
 ) -> dict[str, Any] | None:
-    """What is answered to SPEC by a worker whose program is `code`; it finds ORDERS and ROWS in its arguments."""
+    """The row for SPEC of a worker whose program is `code`, with the variables orders and rows."""
     (tmp_path / "python").write_text(f"#!{PYTHON}\nimport sys, time, json\norders, rows = sys.argv[-2:]\n{code}\n")
     (tmp_path / "python").chmod(0o755)
-    monkeypatch.setattr(crew.sys, "executable", str(tmp_path / "python"))
-    worker = crew.Worker(tmp_path, "ours", 1, patience)
-    row = worker.ask(SPEC)
+    monkeypatch.setattr(pool.sys, "executable", str(tmp_path / "python"))
+    worker = pool.WorkerProcess(tmp_path, "ours", 1, patience)
+    row = worker.measure(SPEC)
     worker.end(0.1)
     assert not worker.alive
     return row
 
 
-def test_a_worker_that_ends_without_a_word_or_is_silent_costs_its_row_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_ends_or_is_silent_costs_only_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = worker_of("sys.exit('warming up\\nSegmentation fault\\n\\n')", tmp_path, monkeypatch)
     assert row is not None
     assert row["skipped"] == "failed: Segmentation fault"
@@ -186,32 +193,31 @@ def test_a_worker_that_ends_without_a_word_or_is_silent_costs_its_row_alone(
 
 
 @pytest.mark.parametrize(("fused", "zero"), [((), 0), ((), 3), (("cpu",), 2)])
-def test_nothing_of_a_model_is_left_when_its_engine_is_closed(
-    fused: tuple[str, ...], zero: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Hooks of DeepSpeed, and its table of modules, kept all of it: a run of several stages would pay for each."""
-    monkeypatch.setattr(deepspeed_engine, "FUSED_ON", fused)
+def test_a_closed_engine_releases_its_model(fused: tuple[str, ...], zero: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's hooks and its table of modules would hold it: a run of several stages would pay for each."""
+    monkeypatch.setattr(deepspeed_engine, "FUSED_DEVICES", fused)
     cpu, ids = torch.device("cpu"), torch.randint(0, 100, (2, 32))
     recipe = load_recipe(
         "qlora",
         {"rank": "4", "batch": "2", "accumulation": "1", "length": "32", "zero": str(zero), "checkpointing": "off"},
     )
     one: Any = arms.Ours.engine_for(recipe, "tiny", arms.join(cpu), cpu)
-    one.micro({"input_ids": ids, "labels": ids}, 62)
+    one.forward_backward({"input_ids": ids, "labels": ids}, 62)
     one.step(last=True, rate=1e-4)
-    inner = one.engine
-    held = [weakref.ref(x) for x in (inner, inner.module, inner.optimizer, *inner.parameters())]
+    inner = one.engine  # DeepSpeed's
+    references = [weakref.ref(x) for x in (inner, inner.module, inner.optimizer, *inner.parameters())]
     one.close()
     del one, inner
-    worker.left(cpu)
-    assert not [x for x in held if x() is not None]
+    worker.allocated_bytes(cpu)
+    assert not [x for x in references if x() is not None]
 
 
-def test_a_worker_answers_or_hands_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "while not open(orders).read().endswith('\\n'): time.sleep(0.01)\nopen(rows, 'a').write({!r} + '\\n'); time.sleep(9)"
-    row = worker_of(said.format(json.dumps({"tokens_per_s": 7})), tmp_path, monkeypatch)
+def test_a_worker_writes_a_row_or_asks_for_another_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = "while not open(orders).read().endswith('\\n'): time.sleep(0.01)"
+    program = wait + "\nopen(rows, 'a').write({!r} + '\\n'); time.sleep(9)"
+    row = worker_of(program.format(json.dumps({"tokens_per_s": 7})), tmp_path, monkeypatch)
     assert row == {"tokens_per_s": 7}
-    assert worker_of(said.format("null"), tmp_path, monkeypatch) is None
+    assert worker_of(program.format("null"), tmp_path, monkeypatch) is None
 
 
 def test_orders_are_followed_as_they_come(tmp_path: Path) -> None:
@@ -223,16 +229,18 @@ def test_orders_are_followed_as_they_come(tmp_path: Path) -> None:
     assert [spec.batch for spec in orders] == [3]
 
 
-def test_out_of_memory_is_told_from_a_failure() -> None:
-    assert worker.reason(torch.OutOfMemoryError("CUDA out of memory. Tried")).startswith("does not fit: out of memory")
-    assert worker.reason(RuntimeError("shapes\ndiffer")) == "failed: RuntimeError: shapes differ"
+def test_out_of_memory_is_distinguished_from_a_failure() -> None:
+    assert worker.describe_error(torch.OutOfMemoryError("CUDA out of memory. Tried")).startswith(
+        "does not fit: out of memory"
+    )
+    assert worker.describe_error(RuntimeError("shapes\ndiffer")) == "failed: RuntimeError: shapes differ"
 
 
-# What the card does meanwhile
+# --- the state of the card during a measurement
 
 
 class FakeSensor:
-    """A card that is held back by its power in every other reading."""
+    """A card that is limited by its power cap in every other reading."""
 
     def __init__(self) -> None:
         self.readings = 0
@@ -242,7 +250,7 @@ class FakeSensor:
         return card.Reading(1980 - 300 * (self.readings % 2), 2619, 699.6, 61, 4 * (self.readings % 2))
 
 
-def test_a_card_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card, "EVERY", 0.001)
     sensor = FakeSensor()
     with card.Watch(sensor) as watch:
@@ -257,7 +265,7 @@ def test_a_card_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "heat" not in row["held_back"]
 
 
-def test_why_a_card_cannot_be_read_is_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_why_a_card_cannot_be_read_is_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert card.sensor_of(torch.device("cpu")) == "no card"
 
     def refuse(index: int) -> None:
@@ -277,16 +285,20 @@ def test_why_a_card_cannot_be_read_is_in_the_row(monkeypatch: pytest.MonkeyPatch
 LIBRARY = """
 #include <string.h>
 int nvmlInit_v2(void) { return 0; }
-int nvmlDeviceGetHandleByUUID(const char *uuid, void **out) { *out = (void *)7; return strcmp(uuid, "GPU-one") ? 2 : 0; }
-int nvmlDeviceGetClockInfo(void *d, unsigned kind, unsigned *out) { *out = kind == 1 ? 1755 : 2619; return d != (void *)7; }
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **out) {
+    *out = (void *)7; return strcmp(uuid, "GPU-one") ? 2 : 0;
+}
+int nvmlDeviceGetClockInfo(void *d, unsigned kind, unsigned *out) {
+    *out = kind == 1 ? 1755 : 2619; return d != (void *)7;
+}
 int nvmlDeviceGetPowerUsage(void *d, unsigned *out) { *out = 512345; return 0; }
 int nvmlDeviceGetTemperature(void *d, unsigned sensor, unsigned *out) { *out = 54; return sensor; }
 int nvmlDeviceGetCurrentClocksThrottleReasons(void *d, unsigned long long *out) { *out = 1ull << 5 | 4; return 0; }
 """
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to make a stand-in of the library with")
-def test_the_library_is_called_as_it_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to build a stand-in of the library")
+def test_the_library_is_called_with_the_right_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ml.c").write_text(LIBRARY)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "ml.so", tmp_path / "ml.c"], check=True)
     open_library = ctypes.CDLL
@@ -299,11 +311,11 @@ def test_the_library_is_called_as_it_wants(tmp_path: Path, monkeypatch: pytest.M
             assert sensor.read() == card.Reading(1755, 2619, 512.345, 54, 36)
 
 
-# Random models
+# --- random models
 
 
 @pytest.mark.parametrize("name", ["tiny"])
-def test_a_random_decoder_learns_numbers_that_are_finite(name: str) -> None:
+def test_a_random_decoder_has_a_finite_loss(name: str) -> None:
     model = shapes.random_decoder(shapes.config(name), torch.device("cpu"), torch.float32)
     assert model.training
     assert not any(p.requires_grad for p in model.parameters())
@@ -311,12 +323,12 @@ def test_a_random_decoder_learns_numbers_that_are_finite(name: str) -> None:
     assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
 
 
-def test_weights_a_token_meets_are_those_of_the_names() -> None:
+def test_the_weights_of_a_shape_are_those_of_its_name() -> None:
     billions = {name: shapes.weights(shapes.config(name)) / 1e9 for name in ("1.8b", "7b", "14b", "72b")}
     assert billions == pytest.approx({"1.8b": 1.525, "7b": 7.10, "14b": 13.39, "72b": 71.0}, rel=0.01)
 
 
-# Tables
+# --- tables
 
 
 def row(arm: str, rate: int | None, **more: Any) -> dict[str, Any]:
@@ -333,18 +345,18 @@ def row(arm: str, rate: int | None, **more: Any) -> dict[str, Any]:
     }
 
 
-def test_a_table_has_the_ratio_beside_each_peer() -> None:
+def test_a_table_has_the_ratio_beside_each_other_arm() -> None:
     rows = [row("ours", 3000), row("stock", 1000), row("unsloth", None), row("ours", 4000, dropout=0.05)]
-    drawn = table.table(rows)
+    drawn = table.make_table(rows)
     cells = [list(column.cells) for column in drawn.columns]
     assert [str(column.header) for column in drawn.columns][4:] == ["ours", "stock", "×", "unsloth", "×"]
-    control = table.table([*rows, row("ours again", 2500, checkpointing="on")])
+    control = table.make_table([*rows, row("ours again", 2500, checkpointing="on")])
     assert [next(iter(column.cells)) for column in control.columns][4:7] == ["3,000 · 2.00", "1,000 · 2.00", "2.5"]
     assert [column[0] for column in cells[4:]] == ["3,000 · 2.00", "1,000 · 2.00", "3.0", "no room", ""]
     assert [column[1] for column in cells[4:]] == ["4,000 · 2.00", "", "", "", ""]
 
 
-def test_the_lines_of_another_programs_benchmark() -> None:
+def test_lines_of_another_programs_benchmark_become_rows() -> None:
     lines = (
         "noise\nunsloth-ckunsloth bs=1 seq=512 0.2810 s/it      1822 tok/s peak 2.88 GiB loss 12.1\n"
         "hf-bnb-liger-ck1 bs=4 seq=2048 0.6 s/it 13512 tok/s peak 6.36 GiB loss nan\n"
@@ -359,7 +371,7 @@ def test_the_lines_of_another_programs_benchmark() -> None:
     assert found[0]["checkpointing_kind"] == "unsloth"
 
 
-def test_what_the_card_did_meanwhile_is_laid_beside_a_peers_line() -> None:
+def test_the_state_of_the_card_is_added_to_another_programs_line() -> None:
     looks = [
         (9.5, 0, 1980, 100),
         (11.2, 0, 1500, 690),
@@ -382,7 +394,7 @@ def test_what_the_card_did_meanwhile_is_laid_beside_a_peers_line() -> None:
     assert "card" not in merge.peers(line[:-12])[0]
 
 
-def test_reports_of_one_visit_become_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reports_of_one_visit_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = {
         "device": "a card",
         "date": "2026-11-22",
@@ -402,7 +414,7 @@ def test_reports_of_one_visit_become_one(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests/bench/results").glob("*.json")), ids=lambda p: p.stem)
-def test_reports_that_are_kept_have_what_a_report_has(path: Path) -> None:
+def test_committed_reports_are_complete(path: Path) -> None:
     report = json.loads(path.read_text())
     assert report.keys() >= {"device", "date", "versions", "rows"}
     assert report["rows"]
@@ -411,26 +423,26 @@ def test_reports_that_are_kept_have_what_a_report_has(path: Path) -> None:
         assert found.get("skipped") or found.get("tokens_per_s", 0) > 0 or found.get("final_loss", 0) > 0
 
 
-# Curves
+# --- curves
 
 
-def test_curves_are_summed_up_and_drawn(tmp_path: Path) -> None:
+def test_curves_are_summed_and_drawn(tmp_path: Path) -> None:
     ours = [3.0 - 0.01 * n for n in range(100)]
     losses = {"ours": ours, "stock": [x + 0.01 for x in ours], "ours-again": [x - 0.02 for x in ours]}
-    found = {row["arm"]: row for row in curves.summed_up(losses)}
+    found = {row["arm"]: row for row in curves.sum_up(losses)}
     assert found["stock"]["apart_mean"] == pytest.approx(0.01)
     assert found["stock"]["over_ours"] == pytest.approx(1 + 0.01 / (sum(ours[-50:]) / 50))
     assert "over_ours" not in found["ours"]
     picture.draw(losses, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert curves.summed_up({}) == []
+    assert curves.sum_up({}) == []
 
 
 CURVES = """
 import sys
 from dataclasses import replace
 from tests.bench import curves
-from train.config import build, pairs
+from train.config.options import build, pairs
 options = build(curves.Options, pairs(sys.argv[1:]))
 for arm in ("ours", "stock"):
     curves._train(replace(options, only=arm))
@@ -438,8 +450,8 @@ for arm in ("ours", "stock"):
 
 
 @pytest.mark.slow
-def test_ours_and_the_stock_stack_learn_the_same(tmp_path: Path) -> None:
-    """Six whole steps in float32, from the same weights: decoder, Int4, adapters, loss, clipping, optimizer and schedule."""
+def test_ours_and_the_stock_stack_have_the_same_losses(tmp_path: Path) -> None:
+    """Six steps in float32 from the same weights: decoder, Int4, adapters, loss, clipping, optimizer and schedule."""
     base = tiny_checkpoint(tmp_path / "base-Int4", tiny_config("qwen2", tie_word_embeddings=True), int4=True)
     words = ["data=data/demo.jsonl", f"base={base}", "steps=6", "batch=2", "length=128", "dropout=0", "rank=8"]
     python("-c", CURVES, *words, f"out={tmp_path}")
@@ -449,7 +461,7 @@ def test_ours_and_the_stock_stack_learn_the_same(tmp_path: Path) -> None:
     assert ours[0] - min(ours) > 0.1
 
 
-# Decoding
+# --- decoding
 
 
 def test_an_arm_of_decoding_that_is_none_is_refused(
@@ -476,30 +488,30 @@ def test_both_arms_decode_a_tiny_model_with_and_without_an_adapter(arm: str, mon
     assert all(row["tokens_per_s"] > 0 for row in rows), rows
 
 
-# The whole of it
+# --- all of it
 
 
 @pytest.mark.slow
 def test_the_whole_benchmark_on_a_cpu(tmp_path: Path) -> None:
     setting = ["shapes=1x32", "checkpointing=on", "dropout=0.05", "rank=8", "warm=1", "counted=2"]
-    said = python("-m", "tests.bench", "arms=ours", *setting, f"out={tmp_path / 'out.json'}")
+    output = python("-m", "tests.bench", "arms=ours", *setting, f"out={tmp_path / 'out.json'}")
     report = json.loads((tmp_path / "out.json").read_text())
     (found,) = report["rows"]
     assert found["tokens_per_s"] > 0
     assert 0.1 < found["peak_gib"] < 8
-    assert 5.5 < found["loss"] < 8.0  # near log 512: random weights know nothing
+    assert 5.5 < found["loss"] < 8.0  # near log 512, the loss of random guessing
     assert report["versions"]["torch"] == torch.__version__
-    assert "says nothing about speed" in said
-    assert "ours" in said.split("peak GiB")[1]
+    assert "says nothing about speed" in output
+    assert "ours" in output.split("peak GiB")[1]
 
 
 def test_help_names_every_key() -> None:
-    said = python("-m", "tests.bench", "--help")
-    assert all(f"{name}=" in said for name in ("arms", "shapes", "gpus", "seconds", "patience", "out"))
+    output = python("-m", "tests.bench", "--help")
+    assert all(f"{name}=" in output for name in ("arms", "shapes", "gpus", "seconds", "patience", "out"))
 
 
-def test_an_arm_that_fails_is_a_row(capfd: pytest.CaptureFixture[str]) -> None:
-    found = real.apart("tests.bench.nothing", ("one", "two"), packing.Options())
+def test_an_arm_that_fails_gives_a_row(capfd: pytest.CaptureFixture[str]) -> None:
+    found = real_data.run_arms("tests.bench.nothing", ("one", "two"), packing.Options())
     assert found == [{"arm": arm, "skipped": "failed: status 1"} for arm in ("one", "two")]
     assert "No module named tests.bench.nothing" in capfd.readouterr().err
 
@@ -507,7 +519,8 @@ def test_an_arm_that_fails_is_a_row(capfd: pytest.CaptureFixture[str]) -> None:
 PACKING = """
 from dataclasses import replace
 from tests.bench import packing
-options = packing.Options(data="data/demo.jsonl", tokenizer={base!r}, model="tiny", length=128, batch=2, warm=1, counted=2, out={out!r})
+shape = dict(model="tiny", length=128, batch=2, warm=1, counted=2)
+options = packing.Options(data="data/demo.jsonl", tokenizer={base!r}, out={out!r}, **shape)
 for arm in packing.ARMS:
     packing._measure(replace(options, only=arm))
 """
@@ -524,7 +537,7 @@ def test_packing_is_measured_on_real_data(tmp_path: Path) -> None:
     assert real_share["longest"] >= real_share["padded"]
 
 
-def test_packing_takes_what_its_arms_need() -> None:
+def test_packing_overrides_the_recipe_for_each_arm() -> None:
     options = packing.Options(batch=4, checkpointing="on", only="packed")
     assert packing._overrides(options) == {
         "length": "512",

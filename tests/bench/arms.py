@@ -1,16 +1,16 @@
-"""The two stacks that `make bench` compares: this program's own step, and the one that the published recipe runs.
+"""The two stacks that `make bench` compares: this program's training step, and that of the published recipe.
 
-An arm is built for one shape and then asked for steps: forward, backward, clipping and the optimizer's update over
-every token. Both take the same shape of model with random Int4 weights, the same ranks, the same tokens. Knows nothing
-of clocks and reports.
+An arm is built for one shape and then asked for steps: forward, backward, clipping and the optimizer's update, with
+every token in the loss. All arms have the same shape of model with random Int4 weights, the same ranks and the same
+tokens. Knows nothing of clocks and reports.
 
-ours         this program: train.engine as `make train` uses it.
+ours         this program: training/deepspeed_engine.py as `make train` uses it.
 stock        as Qwen's finetune_qlora_single_gpu.sh runs: transformers' LlamaForCausalLM in the same shape (its class
              computes what the checkpoint's own code does), auto_gptq's QuantLinear as optimum picks it without exllama,
-             peft, float16, DeepSpeed ZeRO-2 with the published bucket sizes. One difference: torch's fused AdamW under
-             it, for DeepSpeed's needs a compiler.
-stock-lean   the same model without DeepSpeed: bfloat16 under autocast, float32 adapters, torch's fused AdamW. What
-             somebody gets who writes the loop by hand: less overhead a step.
+             peft, float16, DeepSpeed ZeRO-2 with the published bucket sizes. One difference: torch's fused AdamW, since
+             DeepSpeed's own needs a compiler.
+stock-lean   the same model without DeepSpeed: bfloat16 under autocast, float32 adapters, torch's fused AdamW. The loop
+             as one would write it by hand, with less overhead per step.
 """
 
 import io
@@ -28,66 +28,67 @@ from train.config.recipe import Recipe, load_recipe
 from train.model import lora
 from train.training import distributed
 from train.training.deepspeed_engine import Engine
-from train.training.distributed import World
+from train.training.distributed import RankInfo
 
-RATE = 1e-4
+LEARNING_RATE = 1e-4
 
 
 class Arm(Protocol):
-    """A model, ready to learn, at one shape."""
+    """A model, ready to train, at one shape."""
 
     def step(self, ids: Tensor) -> Tensor:
-        """One whole step over ids [B, T] on the CPU, every token learnt; returns the mean loss of this process's
-        tokens."""
+        """One step over ids [B, T] int64 on the CPU; returns the mean loss of this process's tokens, 0-d."""
         ...
 
     def close(self) -> None:
-        """Let go of everything that DeepSpeed would hold."""
+        """Release everything that DeepSpeed would hold."""
         ...
 
 
 class Ours:
     """This program's own step."""
 
-    def __init__(self, spec: Spec, place: World, device: torch.device) -> None:
+    def __init__(self, spec: Spec, rank_info: RankInfo, device: torch.device) -> None:
         same = ("batch", "length", "checkpointing", "dropout", "rank", "embedding")
         recipe = load_recipe("qlora", {"accumulation": "1", **{name: str(getattr(spec, name)) for name in same}})
-        self.engine, self.size = self.engine_for(recipe, spec.model, place, device), place.size
-        self.learnt = spec.batch * (spec.length - 1) * place.size
-        self.ready: Any = None  # the next batch, laid on the device while the GPU is at this one, as train.loop does
+        self.engine = self.engine_for(recipe, spec.model, rank_info, device)
+        self.world_size = rank_info.world_size
+        self.labels = spec.batch * (spec.length - 1) * rank_info.world_size
+        self.next_batch: Any = None  # moved to the device while the GPU is at this batch, as in training
 
     @staticmethod
-    def engine_for(recipe: Recipe, model: str, place: World, device: torch.device) -> Engine:
+    def engine_for(recipe: Recipe, model: str, rank_info: RankInfo, device: torch.device) -> Engine:
         """The engine of a run with this recipe, on random weights in the shape `model`."""
         dtype = pick_dtype(device, recipe.precision)
         base = shapes.random_decoder(shapes.config(model), device, dtype)
         base.set_checkpointing(recipe.checkpointing)
         if recipe.embedding == "host" and not base.config.tie_word_embeddings:
             base.keep_embedding_on_host()
-        return Engine(lora.attach(base, recipe).train(), recipe, dtype, place.size)
+        return Engine(lora.attach(base, recipe).train(), recipe, dtype, rank_info.world_size)
 
     def step(self, ids: Tensor) -> Tensor:
         batch = {"input_ids": ids, "labels": ids}
-        total = self.engine.micro(self.ready or self.engine.place(batch), self.learnt)
-        self.ready = self.engine.place(batch)
-        self.engine.step(last=True, rate=RATE)
-        return total * self.size / self.learnt
+        total = self.engine.forward_backward(self.next_batch or self.engine.to_device(batch), self.labels)
+        self.next_batch = self.engine.to_device(batch)
+        self.engine.step(last=True, rate=LEARNING_RATE)
+        return total * self.world_size / self.labels
 
     def close(self) -> None:
         self.engine.close()
 
 
 class Stock:
-    """The published recipe's stack; `lean` leaves DeepSpeed and float16 out."""
+    """The published recipe's stack; the arm stock-lean leaves DeepSpeed and float16 out."""
 
-    def __init__(self, spec: Spec, place: World, device: torch.device) -> None:
+    def __init__(self, spec: Spec, rank_info: RankInfo, device: torch.device) -> None:
         self.device, self.lean = device, spec.arm == "stock-lean"
         dtype = (torch.bfloat16 if self.lean else torch.float16) if device.type == "cuda" else torch.float32
         base = stock_llama(shapes.config(spec.model), device, dtype)
         self.model = adapt(base, spec.rank, spec.dropout, spec.checkpointing == "on").train()
-        learnt = [p for p in self.model.parameters() if p.requires_grad]
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            learnt, lr=RATE, weight_decay=0.1, betas=(0.9, 0.95), fused=device.type == "cuda"
+            trainable, lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95), fused=fused
         )
         self.engine = None if self.lean else deepspeed_engine(self.model, self.optimizer, spec.batch, dtype)
 
@@ -115,10 +116,10 @@ class Stock:
 ARMS: dict[str, type[Ours] | type[Stock]] = {"ours": Ours, "stock": Stock, "stock-lean": Stock}
 
 
-def join(device: torch.device) -> World:
-    """The place of this process among those of its arm; a group of one where it is alone."""
-    place = distributed.detect() or World()
+def join(device: torch.device) -> RankInfo:
+    """Join the process group of this arm, a group of one where it runs alone; returns the ranks of this process."""
+    rank_info = distributed.detect() or RankInfo()
     if device.type == "cuda":
-        place = distributed.on_card(place, torch.cuda.device_count())
-    distributed.join(place, device.type == "cuda")
-    return place
+        rank_info = distributed.assign_gpu(rank_info, torch.cuda.device_count())
+    distributed.join(rank_info, device.type == "cuda")
+    return rank_info

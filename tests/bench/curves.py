@@ -1,15 +1,15 @@
-"""The same 300 steps twice: this program and the published recipe's stack, on the same base, data, order and first
-weights.
+"""The same 300 steps in this program and in the published recipe's stack: same base, data, order and first weights.
 
     python -m tests.bench.curves data=FILE base=FOLDER [steps=300] [out=runs/curves] …
 
 ours         as `make train` does it: our decoder, kernels and engine
-stock        transformers' LlamaForCausalLM on auto_gptq's QuantLinear, peft, DeepSpeed ZeRO-2, float16 (bench/arms.py)
-ours-again   ours with other first weights and other dropout, the data in the same order: how far two runs of one
+stock        transformers' LlamaForCausalLM with auto_gptq's QuantLinear, peft, DeepSpeed ZeRO-2, float16 (stack.py)
+ours-again   ours with other first weights and other dropout, the data in the same order: how much two runs of one
              program differ
 
-Rows of one conversation, filled up to the longest of their batch: the stock stack cannot pack. Each arm in a process of
-its own writes OUT/ARM.jsonl, a line a step; then OUT/curves.json sums up and OUT/curves.png lays them over each other.
+A row is one conversation, padded to the longest of its batch, since the stock stack cannot pack. Each arm runs in a
+process of its own and writes OUT/ARM.jsonl, a line a step. Then OUT/curves.json has the sums and OUT/curves.png the
+curves in one picture.
 """
 
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.picture import draw
-from tests.bench.real import Conversations, apart
+from tests.bench.real_data import Conversations, run_arms
 from tests.bench.spec import heading
 from train.common.files import write_json
 from train.config.options import build, describe, option, pairs
@@ -33,7 +33,7 @@ LAST = 50  # steps whose mean is the final loss
 
 @dataclass(frozen=True)
 class Options:
-    """What is trained on what."""
+    """What is trained, on which data."""
 
     data: str = option("", "file or files, as for make train")
     base: str = option("", "folder of an Int4 base in layout qwen2")
@@ -57,9 +57,9 @@ def main(words: list[str]) -> int:
         return 0
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    failed = apart("tests.bench.curves", ARMS, options)
+    failed = run_arms("tests.bench.curves", ARMS, options)
     losses = {arm: read(out / f"{arm}.jsonl") for arm in ARMS if (out / f"{arm}.jsonl").is_file()}
-    rows = summed_up(losses) + [row for row in failed if row["arm"] not in losses]
+    rows = sum_up(losses) + [row for row in failed if row["arm"] not in losses]
     settings = {f.name: getattr(options, f.name) for f in fields(Options) if f.name not in ("only", "out")}
     settings |= {name: Path(settings[name]).name for name in ("data", "base")}
     write_json(out / "curves.json", {**heading(), "settings": settings, "rows": rows})
@@ -72,21 +72,21 @@ def read(path: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
 
 
-def summed_up(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """A row an arm: its final loss (the mean of the last steps), and how far it is from ours."""
+def sum_up(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """A row for each arm: its final loss (the mean of the last steps), and its distance from ours."""
     rows = []
     for arm, values in losses.items():
         row: dict[str, Any] = {"arm": arm, "steps": len(values), "final_loss": statistics.fmean(values[-LAST:])}
         if arm != "ours" and "ours" in losses:
-            apart = [abs(a - b) for a, b in zip(losses["ours"], values)]
+            distance = [abs(a - b) for a, b in zip(losses["ours"], values)]
             row["over_ours"] = row["final_loss"] / statistics.fmean(losses["ours"][-LAST:])
-            row |= {"apart_mean": statistics.fmean(apart), "apart_most": max(apart)}
+            row |= {"apart_mean": statistics.fmean(distance), "apart_most": max(distance)}
         rows.append(row)
     return rows
 
 
 def _recipe(options: Options) -> Recipe:
-    """The default recipe, one conversation a row; the arm that runs again has other weights and other dropout."""
+    """The default recipe with one conversation a row; ours-again has another seed of weights and dropout."""
     same = ("steps", "batch", "length", "rank", "dropout", "learning_rate")
     values = {name: str(getattr(options, name)) for name in same}
     fixed = {"pack": "off", "accumulation": "1", "checkpointing": "off", "model": Path(options.base).name}
@@ -95,32 +95,32 @@ def _recipe(options: Options) -> Recipe:
 
 
 def _train(options: Options) -> None:
-    """One arm: its losses, a line a step, as they come."""
+    """One arm: write the loss of each step as soon as it is known."""
     import torch
 
     from train.runs import checkpoint
     from train.training.loop import learning_rate
 
     recipe = _recipe(options)
-    order = load_recipe("qlora", {}).seed  # the same for every arm
+    order = load_recipe("qlora", {}).seed  # the seed of the order of samples: the same for every arm
     data = Conversations(options.data, Path(options.base), recipe, recipe.steps, order)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint.seed_all(recipe.seed)
-    learn = _stock(options, recipe, device) if options.only == "stock" else _ours(options, recipe, device)
+    step_of_arm = _stock(options, recipe, device) if options.only == "stock" else _ours(options, recipe, device)
     with (Path(options.out) / f"{options.only}.jsonl").open("w") as file:
-        for step in range(len(data.plan)):
-            rate = learning_rate(recipe, step, len(data.plan))
-            loss = learn(data.batch(step), data.plan.label_count(step), rate)
+        for step in range(len(data.schedule)):
+            rate = learning_rate(recipe, step, len(data.schedule))
+            loss = step_of_arm(data.batch(step), data.schedule.label_count(step), rate)
             file.write(json.dumps({"step": step + 1, "loss": loss, "learning_rate": rate}) + "\n")
             file.flush()
             if step % 50 == 0:
                 print(f"{options.only}: step {step + 1}, loss {loss:.4f}", flush=True)
 
 
-Learn = Callable[[dict[str, Any], int, float], float]  # batch, learnt tokens, rate -> mean loss of the learnt tokens
+Step = Callable[[dict[str, Any], int, float], float]  # batch, its labelled tokens, learning rate -> their mean loss
 
 
-def _ours(options: Options, recipe: Recipe, device: Any) -> Learn:
+def _ours(options: Options, recipe: Recipe, device: Any) -> Step:
     from tests.bench.arms import join
     from train.common.device import pick_dtype
     from train.model import lora
@@ -132,15 +132,15 @@ def _ours(options: Options, recipe: Recipe, device: Any) -> Learn:
     model = lora.attach(load(Path(options.base), dtype, device, keep_float=device.type == "cpu"), recipe)
     engine = Engine(model.train(), recipe, dtype, 1)
 
-    def learn(batch: dict[str, Any], labels: int, rate: float) -> float:
-        total = engine.micro(batch, labels)
+    def step(batch: dict[str, Any], labels: int, rate: float) -> float:
+        total = engine.forward_backward(batch, labels)
         engine.step(last=True, rate=rate)
         return float(total) / labels
 
-    return learn
+    return step
 
 
-def _stock(options: Options, recipe: Recipe, device: Any) -> Learn:
+def _stock(options: Options, recipe: Recipe, device: Any) -> Step:
     import torch
 
     from tests.bench.arms import join
@@ -152,17 +152,17 @@ def _stock(options: Options, recipe: Recipe, device: Any) -> Learn:
     model = adapt(
         stock_from(Path(options.base), device, dtype), recipe.rank, recipe.dropout, checkpointing=False
     ).train()
-    learnt = lora.trainable(model)
-    for name, p in learnt.items():
+    trainable = lora.trainable(model)
+    for name, p in trainable.items():
         if ".lora_A." in name:
             p.data.copy_(lora.initial_lora_a(name, p.shape, recipe.seed))
     betas = (recipe.beta1, recipe.beta2)
     optimizer = torch.optim.AdamW(
-        learnt.values(), lr=1.0, betas=betas, eps=recipe.epsilon, weight_decay=recipe.weight_decay
+        trainable.values(), lr=1.0, betas=betas, eps=recipe.epsilon, weight_decay=recipe.weight_decay
     )
     engine = deepspeed_engine(model, optimizer, recipe.batch, dtype)
 
-    def learn(batch: dict[str, Any], labels: int, rate: float) -> float:
+    def step(batch: dict[str, Any], labels: int, rate: float) -> float:
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         ids, targets, mask = (batch[key].to(device) for key in ("input_ids", "labels", "segment_ids"))
@@ -171,7 +171,7 @@ def _stock(options: Options, recipe: Recipe, device: Any) -> Learn:
         engine.step()
         return float(loss)
 
-    return learn
+    return step
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Loss curves over each other, as a picture."""
+"""Loss curves of several arms in one picture."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ NAMES = {"ours": "ours", "stock": "stock stack", "ours-again": "ours, other firs
 
 
 def draw(losses: dict[str, list[float]], path: Path) -> None:
-    """Above: each arm's steps (thin) and running mean. Below: how far from ours, step by step."""
+    """Above: the loss of each step (thin line) and its running mean. Below: the difference from ours at each step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -19,21 +19,16 @@ def draw(losses: dict[str, list[float]], path: Path) -> None:
     figure, (above, below) = pyplot.subplots(
         2, 1, figsize=(9, 7), dpi=150, sharex=True, height_ratios=[3, 1], layout="constrained"
     )
-    for arm, values in _drawn_last_first(losses):
+    for arm, values in _in_drawing_order(losses):
         steps = range(1, len(values) + 1)
         above.plot(steps, values, color=COLOURS[arm], linewidth=0.6, alpha=0.35)
-        above.plot(
-            steps,
-            smoothed(values),
-            color=COLOURS[arm],
-            linewidth=2,
-            label=NAMES[arm],
-            linestyle="--" if arm == "stock" else "-",
-        )
+        style = "--" if arm == "stock" else "-"
+        above.plot(steps, smoothed(values), color=COLOURS[arm], linewidth=2, label=NAMES[arm], linestyle=style)
         if arm != "ours" and "ours" in losses:
-            apart = [b - a for a, b in zip(losses["ours"], values)]
-            below.plot(range(1, len(apart) + 1), apart, color=COLOURS[arm], linewidth=0.9, label=f"{NAMES[arm]} − ours")
-    above.set(ylabel="loss (nats per learnt token)", title="The same base, data, order and first weights")
+            difference = [b - a for a, b in zip(losses["ours"], values)]
+            label = f"{NAMES[arm]} − ours"
+            below.plot(range(1, len(difference) + 1), difference, color=COLOURS[arm], linewidth=0.9, label=label)
+    above.set(ylabel="loss (nats per labelled token)", title="The same base, data, order and first weights")
     above.legend(frameon=False)
     below.axhline(0, color="#444444", linewidth=0.8)
     below.set(xlabel="optimizer step", ylabel="difference")
@@ -45,8 +40,8 @@ def draw(losses: dict[str, list[float]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _drawn_last_first(losses: dict[str, list[float]]) -> Iterator[tuple[str, list[float]]]:
-    """The arms, what matters most on top."""
+def _in_drawing_order(losses: dict[str, list[float]]) -> Iterator[tuple[str, list[float]]]:
+    """The arms in the order of drawing: the most important one last, on top."""
     for arm in ("ours-again", "ours", "stock"):
         if arm in losses:
             yield arm, losses[arm]

@@ -1,5 +1,4 @@
-"""What one worker is asked to measure, and the row that comes of it: the words that the parent process and its workers
-share."""
+"""What a worker is asked to measure, and the row of the report that it gives: shared by the parent and its workers."""
 
 import datetime
 import json
@@ -23,12 +22,12 @@ class Spec:
     dropout: float
     rank: int
     embedding: str  # device | host
-    warm: int
-    counted: int
+    warm: int  # steps before the counted ones
+    counted: int  # steps that count, at least
     device: str
-    again: bool = False  # measure once more what was built for the last one, which was told to `keep` it
+    again: bool = False  # measure once more the arm that the last order said to `keep`
     keep: bool = False
-    alone: bool = True  # whether nobody else holds memory of the card
+    alone: bool = True  # whether no other arm holds memory of the card
 
     @property
     def shape(self) -> Shape:
@@ -41,15 +40,15 @@ class Spec:
     def load(cls, text: str) -> "Spec":
         return cls(**json.loads(text))
 
-    def row(self, **found: Any) -> dict[str, Any]:
-        """A row of the report; `found` has tokens_per_s and peak_gib, or skipped: why there are none."""
+    def row(self, **result: Any) -> dict[str, Any]:
+        """A row of the report; `result` has tokens_per_s and peak_gib, or skipped: why there are none."""
         same = ("model", "batch", "length", "checkpointing", "dropout", "rank")
         row = {"arm": f"{self.arm} again" if self.again else self.arm, **{name: getattr(self, name) for name in same}}
-        return {**row, **({"embedding": "host"} if (self.arm, self.embedding) == ("ours", "host") else {}), **found}
+        return {**row, **({"embedding": "host"} if (self.arm, self.embedding) == ("ours", "host") else {}), **result}
 
 
 def heading() -> dict[str, Any]:
-    """What a report says of where and with what it was made."""
+    """Where, when and with what a report was made."""
     import torch
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -57,15 +56,19 @@ def heading() -> dict[str, Any]:
     return {"device": name, "date": today, "versions": provenance.versions(), "code": provenance.code()}
 
 
-def shapes_of(text: str) -> list[Shape]:
-    """ "1x512,8x512" -> [(1, 512), (8, 512)]; ValueError on anything else."""
-    found = []
+def parse_shapes(text: str) -> list[Shape]:
+    """ "1x512,8x512" -> [(1, 512), (8, 512)].
+
+    Raises:
+        ValueError: anything else.
+    """
+    shapes = []
     for word in text.replace("×", "x").split(","):
         batch, _, length = word.strip().partition("x")
-        found.append((int(batch), int(length)))
-    return found
+        shapes.append((int(batch), int(length)))
+    return shapes
 
 
-def beyond(shape: Shape, refused: list[Shape]) -> Shape | None:
-    """The one of `refused`, if any, that `shape` is as large as in both ways: it cannot fit either."""
+def smaller_refused(shape: Shape, refused: list[Shape]) -> Shape | None:
+    """One of the `refused` shapes that is no larger than `shape` in batch and length, so that `shape` cannot fit."""
     return next((r for r in refused if shape[0] >= r[0] and shape[1] >= r[1]), None)

@@ -1,5 +1,4 @@
-"""The published recipe's stack in a model's shape: transformers' Llama, auto_gptq's linears, peft's adapters,
-DeepSpeed.
+"""The published recipe's stack in a model's shape: transformers' Llama, auto_gptq's linears, peft and DeepSpeed.
 
 As Qwen's finetune_qlora_single_gpu.sh runs it. transformers' LlamaForCausalLM computes what the checkpoint's own code
 does, and auto_gptq's QuantLinear is the one that optimum picks without exllama, as for training. Knows nothing of
@@ -42,7 +41,7 @@ def stock_llama(c: DecoderConfig, device: torch.device, dtype: torch.dtype) -> n
             setattr(module, name, nn.Parameter(value if p.dim() == 1 else value.normal_(std=0.02)))
     model.tie_weights()
     with torch.device(device):
-        for layer in model.model.layers:  # its tables of sines are no parameters, and were on the meta device
+        for layer in model.model.layers:  # its tables of sines are not parameters, and are still on the meta device
             layer.self_attn._init_rope()
     return model.requires_grad_(False)
 
@@ -51,24 +50,23 @@ def stock_from(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mod
     """The same with the weights of an Int4 folder in layout qwen2, whose names are Llama's.
 
     Raises:
-        ValueError: a tensor that Llama has no place for, or a place that no tensor fills (but o_proj's bias, which is
-        zero).
+        ValueError: a tensor that Llama does not have, or one of Llama's that the folder lacks (except o_proj's bias,
+            which is zero).
     """
     c, _ = read_folder_config(folder)
     model = stock_llama(c, device, dtype)
     state = dict(read_tensors(tensor_files(folder)))
     if c.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    found = model.load_state_dict(state, strict=False)
-    missing = [name for name in found.missing_keys if not name.endswith("o_proj.bias")]
-    if missing or found.unexpected_keys:
-        raise ValueError(f"{folder}: missing {missing[:3]}, left over {found.unexpected_keys[:3]}")
+    result = model.load_state_dict(state, strict=False)
+    missing = [name for name in result.missing_keys if not name.endswith("o_proj.bias")]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"{folder}: missing {missing[:3]}, left over {result.unexpected_keys[:3]}")
     return model
 
 
 def quant_linear(linear: nn.Linear, group: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """auto_gptq's layer in the place of `linear`: the class that peft looks for where exllama is disabled, as for
-    training."""
+    """auto_gptq's layer instead of `linear`: the class that peft expects where exllama is disabled, as for training."""
     from auto_gptq.utils.import_utils import dynamically_import_QuantLinear
 
     kind = dynamically_import_QuantLinear(
@@ -82,7 +80,7 @@ def quant_linear(linear: nn.Linear, group: int, device: torch.device, dtype: tor
 
 
 def adapt(base: Any, rank: int, dropout: float, checkpointing: bool) -> nn.Module:
-    """peft's adapters as Qwen's finetune.py puts them on."""
+    """The model with peft's adapters, attached as in Qwen's finetune.py."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import GPTQConfig
 
@@ -97,16 +95,16 @@ def adapt(base: Any, rank: int, dropout: float, checkpointing: bool) -> nn.Modul
 
 
 def deepspeed_engine(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, dtype: torch.dtype) -> Any:
-    """DeepSpeed as the published finetune/ds_config_zero2.json sets it."""
+    """DeepSpeed with the settings of the published finetune/ds_config_zero2.json."""
     deepspeed = import_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    scaled = {"enabled": dtype == torch.float16, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2}
+    fp16 = {"enabled": dtype == torch.float16, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2}
     stage = {"stage": 2, "allgather_bucket_size": int(2e8), "reduce_bucket_size": int(2e8), "overlap_comm": True}
     config = {
         "train_micro_batch_size_per_gpu": batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
-        "fp16": scaled,
+        "fp16": fp16,
         "zero_optimization": {**stage, "reduce_scatter": True, "contiguous_gradients": True},
         "zero_allow_untested_optimizer": True,
     }

@@ -1,11 +1,11 @@
-"""One arm in a process of its own: builds it as it is ordered, times steps, writes a line of JSON for each order.
+"""One arm in a process of its own: builds what each order asks for, times steps, and writes one line of JSON per order.
 
-    python -m tests.bench.worker ORDERS ROWS      (tests/bench/crew.py starts it, one for each arm)
+    python -m tests.bench.worker ORDERS ROWS      (tests/bench/pool.py starts one for each arm)
 
-ORDERS is a file to which the parent adds a line at a time, so that several processes of one arm read the same ones; an
-empty line ends the worker. What does not fit is a row that says so, and ends the process: after running out of memory,
-what another shape would find is no clean card. So does memory that a shape leaves behind. The parent starts another
-worker for the rest.
+ORDERS is a file to which the parent appends a line at a time, so that several processes of one arm read the same
+orders; an empty line ends the worker. A shape that does not fit gives a row that says so, and ends the process, because
+after running out of memory a card is not clean for the next shape. So does memory that a shape leaves allocated. The
+parent starts another worker for the rest.
 """
 
 import gc
@@ -26,49 +26,70 @@ import torch.distributed as dist
 from tests.bench import card, shapes
 from tests.bench.arms import ARMS, Arm, join
 from tests.bench.spec import Spec
-from train.training.distributed import World
+from train.training.distributed import RankInfo
 
-LEFT_BEHIND = 256 << 20  # bytes still allocated after a shape, from which on the next one gets a process of its own
-AGAIN = 3  # exit status: start another worker for what is left
-LEAST = 1.5  # seconds that the counted steps take at least: a card's clocks and power follow within tenths of one
-MOST = 200  # and steps at most
+LEAK_BYTES = 256 << 20  # still allocated after a shape: from here on the next shape gets a process of its own
+ANOTHER_WORKER = 3  # exit status: the parent starts another worker for the remaining orders
+LEAST_SECONDS = 1.5  # that the counted steps take together: a card's clocks and power follow within tenths of a second
+MOST_STEPS = 200
+
+
+class Worker:
+    """The arm that is built, and the device that it is on."""
+
+    def __init__(self, device: torch.device, rows: Path) -> None:
+        self.device, self.rows = device, rows
+        self.rank_info = join(device)
+        self.sensor = card.sensor_of(device)
+        self.kept: Arm | None = None  # built for the last order, for an order that measures it once more
+
+    def do(self, spec: Spec) -> bool:
+        """Measure one order and write its row; False if another worker has to do the remaining orders."""
+        if not spec.again:
+            self._drop_kept()
+            if allocated_bytes(self.device) > LEAK_BYTES:
+                self._write(None)  # not begun: the parent gives the order to another worker
+                return False
+        try:
+            warm = 2 if self.kept else spec.warm
+            arm = self.kept or build(spec, self.rank_info, self.device)
+            result = measure(arm, spec, warm, self.rank_info, self.device, self.sensor)
+        except Exception as error:
+            traceback.print_exc()
+            self._write(spec.row(skipped=describe_error(error)))
+            return False
+        self._write(spec.row(gpus=self.rank_info.world_size, **result))
+        self.kept = arm if spec.keep else None
+        if self.kept is None:
+            arm.close()
+        del arm
+        allocated_bytes(self.device)
+        return True
+
+    def _drop_kept(self) -> None:
+        if self.kept is not None:
+            self.kept.close()
+        self.kept = None
+
+    def _write(self, row: dict[str, Any] | None) -> None:
+        if self.rank_info.rank == 0:
+            with self.rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def main(orders: Path, rows: Path) -> int:
-    device, kept, place = torch.device("cpu"), None, None
+    worker = None
     for spec in follow(orders):
-        if place is None:
-            device = torch.device(spec.device)
-            place = join(device)
-            sensor = card.sensor_of(device)
-        if not spec.again:
-            if kept is not None:
-                kept.close()
-            kept = None
-            if left(device) > LEFT_BEHIND:
-                write(rows, place, None)  # not begun: the parent asks another worker
-                return AGAIN
-        try:
-            warm = 2 if kept else spec.warm
-            arm = kept or build(spec, place, device)
-            found = measure(arm, spec, warm, place, device, sensor)
-        except Exception as error:
-            traceback.print_exc()
-            write(rows, place, spec.row(skipped=reason(error)))
-            return AGAIN
-        write(rows, place, spec.row(gpus=place.size, **found))
-        kept = arm if spec.keep else None
-        if kept is None:
-            arm.close()
-        del arm
-        left(device)
+        worker = worker or Worker(torch.device(spec.device), rows)
+        if not worker.do(spec):
+            return ANOTHER_WORKER
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.destroy_process_group()
     return 0
 
 
 def follow(path: Path) -> Iterator[Spec]:
-    """Orders as they come; the end is an empty line, or that the parent is gone."""
+    """Orders as they are appended, up to an empty line or until the parent process has ended."""
     read, parent = 0, os.getppid()
     while os.getppid() == parent:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[read:]
@@ -80,65 +101,63 @@ def follow(path: Path) -> Iterator[Spec]:
         time.sleep(0.02)
 
 
-def reason(error: Exception) -> str:
-    """One line: out of memory as such, anything else by its name."""
+def describe_error(error: Exception) -> str:
+    """One line: "does not fit" for out of memory, anything else by its name."""
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
         total = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
         return f"does not fit: out of memory ({total:.1f} GiB)"
     return f"failed: {type(error).__name__}: {error!s:.200}".replace("\n", " ")
 
 
-def build(spec: Spec, place: World, device: torch.device) -> Arm:
+def build(spec: Spec, rank_info: RankInfo, device: torch.device) -> Arm:
     torch.manual_seed(0)
-    return ARMS[spec.arm](spec, place, device)
+    return ARMS[spec.arm](spec, rank_info, device)
 
 
 def measure(
-    arm: Arm, spec: Spec, warm: int, place: World, device: torch.device, sensor: card.Sensor | str
-) -> dict[str, Any]:  # fmt: skip
-    """Medians over `counted` steps or more after `warm`; the peak from the first step on, for graphs are captured in
-    it."""
+    arm: Arm, spec: Spec, warm: int, rank_info: RankInfo, device: torch.device, sensor: card.Sensor | str
+) -> dict[str, Any]:
+    """The measured part of a row: medians over `counted` steps or more, after `warm` steps.
+
+    The peak of memory counts from the first step on, in which graphs are captured.
+    """
     c = shapes.config(spec.model)
-    watch, seconds = Stopwatch(device), []
+    stopwatch, seconds = Stopwatch(device), []
+    result: dict[str, Any] = {}
 
     def step() -> None:
         ids = torch.randint(0, c.vocab_size - 256, spec.shape)  # on the CPU, as a collated batch is
-        watch.start()
-        found["loss"] = round(float(arm.step(ids)), 3)
-        seconds.append(watch.stop())
+        stopwatch.start()
+        result["loss"] = round(float(arm.step(ids)), 3)
+        seconds.append(stopwatch.stop())
 
-    found: dict[str, Any] = {}
     for _ in range(warm):
         step()
-    # as many steps in every process: each does what the slowest of the warm ones says
-    count = min(MOST, max(spec.counted, agreed(round(LEAST / max(seconds[-1], 1e-4)), place, device)))
+    count = max(spec.counted, smallest(round(LEAST_SECONDS / max(seconds[-1], 1e-4)), rank_info, device))
     seconds.clear()
-    with card.Watch(sensor) as seen:
-        for _ in range(count):
+    with card.Watch(sensor) as watch:
+        for _ in range(min(MOST_STEPS, count)):
             step()
-    rate = spec.batch * spec.length * place.size / statistics.median(seconds)
+    rate = spec.batch * spec.length * rank_info.world_size / statistics.median(seconds)
     flops = 4 * shapes.weights(c)  # a token: forward, and the gradient of the input; the base is frozen
-    found |= {"tokens_per_s": round(rate), "peak_gib": round(watch.peak_gib(), 2), "steps": count}
-    found |= {"ms": [round(1000 * n, 2) for n in (min(seconds), statistics.median(seconds), max(seconds))]}
-    found |= {"tflops": round(flops * rate / place.size / 1e12, 1), **watch.memory(spec.alone)}
-    return {
-        **found,
-        "card": {**seen.summary(), "product_tflops": card.product_tflops(device)},
-        "at": time.strftime("%H:%M:%S"),
-    }
+    result |= {"tokens_per_s": round(rate), "peak_gib": round(stopwatch.peak_gib(), 2), "steps": len(seconds)}
+    result |= {"ms": [round(1000 * n, 2) for n in (min(seconds), statistics.median(seconds), max(seconds))]}
+    result |= {"tflops": round(flops * rate / rank_info.world_size / 1e12, 1), **stopwatch.memory(spec.alone)}
+    result |= {"card": {**watch.summary(), "product_tflops": card.product_tflops(device)}}
+    return {**result, "at": time.strftime("%H:%M:%S")}
 
 
-def agreed(number: int, place: World, device: torch.device) -> int:
-    """The least of all processes' numbers."""
-    if place.size == 1:
+def smallest(number: int, rank_info: RankInfo, device: torch.device) -> int:
+    """The least of all processes' numbers: each takes as many steps as the slowest one can in the time."""
+    if rank_info.world_size == 1:
         return number
-    told = torch.tensor(number, device=device)
-    dist.all_reduce(told, dist.ReduceOp.MIN)
-    return int(told)
+    shared = torch.tensor(number, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MIN)
+    return int(shared)
 
 
 class Stopwatch:
-    """Time and memory of a device from the moment it is made."""
+    """Time and memory of a device, from the moment it is made."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -148,48 +167,42 @@ class Stopwatch:
             self.at_rest = torch.cuda.memory_allocated() / 2**30
 
     def start(self) -> None:
-        self._settle()
+        self._synchronize()
         self.began = time.perf_counter()
 
     def stop(self) -> float:
         """Seconds since `start`, the device's work included."""
-        self._settle()
+        self._synchronize()
         return time.perf_counter() - self.began
 
-    def _settle(self) -> None:
+    def _synchronize(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
 
     def peak_gib(self) -> float:
-        """What torch had allocated at most; on a CPU what the whole process had."""
+        """The most that torch had allocated; on a CPU the most that the whole process had."""
         if self.cuda:
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def memory(self, alone: bool) -> dict[str, float]:
-        """GiB before the first step, at most held by torch's allocator, and the CUDA context's own beside it."""
+        """GiB before the first step, the most that torch's allocator held, and, if `alone`, what is outside it."""
         if not self.cuda:
             return {}
-        found = {"at_rest": self.at_rest, "reserved": torch.cuda.max_memory_reserved() / 2**30}
+        sizes = {"at_rest": self.at_rest, "reserved": torch.cuda.max_memory_reserved() / 2**30}
         if alone:
             free, total = torch.cuda.mem_get_info()
-            found["outside"] = (total - free - torch.cuda.memory_reserved()) / 2**30
-        return {f"{name}_gib": round(value, 2) for name, value in found.items()}
+            sizes["outside"] = (total - free - torch.cuda.memory_reserved()) / 2**30
+        return {f"{name}_gib": round(value, 2) for name, value in sizes.items()}
 
 
-def left(device: torch.device) -> int:
-    """Bytes that are still allocated once nothing should be."""
+def allocated_bytes(device: torch.device) -> int:
+    """What is still allocated after everything unused is freed; 0 on a CPU."""
     gc.collect()
     if device.type != "cuda":
         return 0
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated()
-
-
-def write(rows: Path, place: World, row: dict[str, Any] | None) -> None:
-    if place.rank == 0:
-        with rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def test_a_later_process_reports_what_the_first_cannot_know(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another machine may lack the data. Processes that this command started itself have nothing to add."""
-    monkeypatch.setattr(distributed, "detect", lambda: distributed.World(1, 0, 2))
+    monkeypatch.setattr(distributed, "detect", lambda: distributed.RankInfo(1, 0, 2))
     with pytest.raises(SystemExit) as stopped:
         train(run="wrong", data="nowhere.jsonl")
     assert stopped.value.code == 2

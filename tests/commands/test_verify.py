@@ -206,14 +206,14 @@ def test_a_run_of_two_processes_is_replayed_by_the_command(
 def test_a_replay_that_differs_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from train.training.deepspeed_engine import Engine
 
-    real_micro, calls = Engine.micro, []
+    real_micro, calls = Engine.forward_backward, []
 
     def wrong(self: Engine, batch: Any, labels: int) -> torch.Tensor:
         calls.append(labels)
         return real_micro(self, batch, labels) * (1.001 if len(calls) == 3 else 1.0)
 
     monkeypatch.setattr(verify.provenance, "code", lambda: {})
-    in_this_process(monkeypatch, lambda: monkeypatch.setattr(Engine, "micro", wrong))
+    in_this_process(monkeypatch, lambda: monkeypatch.setattr(Engine, "forward_backward", wrong))
     with pytest.raises(UserError, match=r"replay is not the same: step 2: loss was \d(.|\n)*is kept in runs/first"):
         verify.run(Options(run="first", replay=True))
     assert json.loads((copy / "runs/first/replay/again/run.json").read_text())["steps"] == 3

@@ -37,15 +37,15 @@ def one(way: str, shape: str, batch: int, length: int, steps: int) -> dict[str, 
     from train.training import distributed
 
     device = pick_device()
-    distributed.join(distributed.World(), device.type == "cuda")
+    distributed.join(distributed.RankInfo(), device.type == "cuda")
     values = {"batch": str(batch), "accumulation": "1", "length": str(length), "dropout": "0.05"}
     torch.manual_seed(0)
-    engine = Ours.engine_for(load_recipe("qlora", values), shape, distributed.World(), device)
+    engine = Ours.engine_for(load_recipe("qlora", values), shape, distributed.RankInfo(), device)
     draw, times = torch.Generator().manual_seed(1), []
     for _ in range(WARM + steps):
         ids = torch.randint(0, 500, (batch, length), generator=draw)
         began = time.perf_counter()
-        engine.micro(engine.place({"input_ids": ids, "labels": ids}), batch * (length - 1))
+        engine.forward_backward(engine.to_device({"input_ids": ids, "labels": ids}), batch * (length - 1))
         engine.step(last=True, rate=1e-4)  # reads the norm, so the GPU has finished
         times.append(time.perf_counter() - began)
     digest = hashlib.sha256()

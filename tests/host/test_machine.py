@@ -1,12 +1,22 @@
-"""host: what is seen of a machine, with a stand-in for nvidia-smi and folders in the place of /proc and /sys."""
+"""What is inspected of a machine, with a stand-in for nvidia-smi and with folders in place of /proc and /sys."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-from train.host import machine as host
-from train.host.machine import Card, ask_nvidia, free_memory, installed_torch, installed_versions, look, probe, visible
+from train.host import machine as machine_module
+from train.host.machine import (
+    CGROUP_FILES,
+    Card,
+    free_memory,
+    inspect_machine,
+    installed_torch,
+    installed_versions,
+    probe_torch,
+    query_cards,
+    visible_cards,
+)
 
 GIB = 1 << 30
 SMI = """#!/bin/sh
@@ -19,7 +29,7 @@ esac
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with no card: its root folder, and a PATH on which nothing of the real one stands but sh."""
+    """The root folder of a machine without a card, and a PATH with no program of the real machine but sh and sleep."""
     (tmp_path / "bin").mkdir()
     for name in ("sh", "sleep"):
         (tmp_path / "bin" / name).symlink_to(f"/bin/{name}")
@@ -43,23 +53,29 @@ def put(path: Path, text: str) -> None:
 
 
 def test_a_machine_without_a_card(machine: Path) -> None:
-    seen = look(machine)
-    assert (seen.cards, seen.driver, seen.refusal) == ((), "", "absent")
-    assert (seen.on_bus, seen.kernel_driver, seen.contained, seen.compiler, seen.shared) == (False, "", False, "", 0)
-    assert seen.memory == 2 * GIB
+    found = inspect_machine(machine)
+    assert (found.cards, found.driver, found.nvidia_smi_error) == ((), "", "absent")
+    assert (found.on_pci_bus, found.kernel_driver, found.in_container, found.compiler, found.shared_memory) == (
+        False,
+        "",
+        False,
+        "",
+        0,
+    )
+    assert found.free_memory == 2 * GIB
 
 
-def test_cards_as_nvidia_smi_tells_them(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cards_as_nvidia_smi_lists_them(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(machine, "nvidia-smi")
-    cards = "NVIDIA H100, odd name, 81559, 81000, 570.86.10\nNVIDIA GB10, [N/A], [N/A], 570.86.10\n"
-    monkeypatch.setenv("FAKE_CARDS", cards)
+    output = "NVIDIA H100, odd name, 81559, 81000, 570.86.10\nNVIDIA GB10, [N/A], [N/A], 570.86.10\n"
+    monkeypatch.setenv("FAKE_CARDS", output)
     monkeypatch.setenv("FAKE_CAPABILITIES", "9.0\n12.1\n")
-    found, driver, refusal = ask_nvidia()
+    found, driver, error = query_cards()
     assert found == (
         Card("NVIDIA H100, odd name", (9, 0), 81559 << 20, 81000 << 20),
         Card("NVIDIA GB10", (12, 1), None, None),
     )
-    assert (driver, refusal) == ("570.86.10", "")
+    assert (driver, error) == ("570.86.10", "")
 
 
 def test_an_old_driver_does_not_know_the_capability(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,11 +83,11 @@ def test_an_old_driver_does_not_know_the_capability(machine: Path, monkeypatch: 
     monkeypatch.setenv("FAKE_CARDS", "Tesla T4, 15109, 15000, 470.223.02\n")
     monkeypatch.setenv("FAKE_CAPABILITIES", 'Field "compute_cap" is not a valid field to query.')
     monkeypatch.setenv("FAKE_UNKNOWN", "2")
-    assert ask_nvidia()[:2] == ((Card("Tesla T4", None, 15109 << 20, 15000 << 20),), "470.223.02")
+    assert query_cards()[:2] == ((Card("Tesla T4", None, 15109 << 20, 15000 << 20),), "470.223.02")
 
 
 @pytest.mark.parametrize(
-    ("said", "status", "refusal"),
+    ("output", "status", "error"),
     [
         ("Failed to initialize NVML: Driver/library version mismatch", 18, "Failed to initialize NVML"),
         ("No devices were found", 6, "No devices were found"),
@@ -79,18 +95,18 @@ def test_an_old_driver_does_not_know_the_capability(machine: Path, monkeypatch: 
     ],
 )
 def test_a_driver_that_refuses(
-    said: str, status: int, refusal: str, machine: Path, monkeypatch: pytest.MonkeyPatch
+    output: str, status: int, error: str, machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program(machine, "nvidia-smi")
-    monkeypatch.setenv("FAKE_CARDS", said)
+    monkeypatch.setenv("FAKE_CARDS", output)
     monkeypatch.setenv("FAKE_STATUS", str(status))
-    cards, driver, heard = ask_nvidia()
+    cards, driver, reported = query_cards()
     assert (cards, driver) == ((), "")
-    assert heard.startswith(refusal)
+    assert reported.startswith(error)
 
 
 @pytest.mark.parametrize(
-    ("wish", "left"),
+    ("value", "left"),
     [
         (None, "abc"),
         ("", ""),
@@ -102,26 +118,26 @@ def test_a_driver_that_refuses(
         ("x", ""),
     ],
 )
-def test_cards_that_cuda_does_not_show(wish: str | None, left: str) -> None:
-    assert "".join(card.name for card in visible(tuple(map(Card, "abc")), wish)) == left
+def test_cards_that_cuda_visible_devices_leaves(value: str | None, left: str) -> None:
+    assert "".join(card.name for card in visible_cards(tuple(map(Card, "abc")), value)) == left
 
 
-def test_hidden_cards_are_no_refusal_of_the_driver(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_cards_are_no_error_of_the_driver(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(machine, "nvidia-smi")
     monkeypatch.setenv("FAKE_CARDS", "Tesla T4, 15109, 15000, 535.1\n")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert (look(machine).cards, look(machine).refusal) == ((), "hidden")
+    assert (inspect_machine(machine).cards, inspect_machine(machine).nvidia_smi_error) == ((), "hidden")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert len(look(machine).cards) == 1
+    assert len(inspect_machine(machine).cards) == 1
 
 
-def test_a_driver_that_hangs_is_not_waited_for(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_hangs_runs_into_the_time_limit(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(machine, "nvidia-smi", "#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr(host, "WAIT", 0.3)
-    assert "no answer within" in ask_nvidia()[2]
+    monkeypatch.setattr(machine_module, "NVIDIA_SMI_SECONDS", 0.3)
+    assert "no answer within" in query_cards()[2]
 
 
-def test_what_proc_and_sys_say(machine: Path) -> None:
+def test_what_proc_and_sys_contain(machine: Path) -> None:
     put(
         machine / "proc/driver/nvidia/version",
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12\n",
@@ -129,19 +145,19 @@ def test_what_proc_and_sys_say(machine: Path) -> None:
     put(machine / "sys/bus/pci/devices/0000:00:1e.0/vendor", "0x10de\n")
     put(machine / "sys/bus/pci/devices/0000:00:1e.0/class", "0x030200\n")
     put(machine / ".dockerenv", "")
-    seen = look(machine)
-    assert (seen.kernel_driver, seen.on_bus, seen.contained) == ("535.183.01", True, True)
+    found = inspect_machine(machine)
+    assert (found.kernel_driver, found.on_pci_bus, found.in_container) == ("535.183.01", True, True)
 
 
-def test_another_makers_card_and_another_kind_of_device_are_none(machine: Path) -> None:
+def test_another_vendor_or_another_class_of_device_is_no_card(machine: Path) -> None:
     for number, (vendor, kind) in enumerate([("0x8086", "0x030000"), ("0x10de", "0x0c0330")]):
         put(machine / f"sys/bus/pci/devices/{number}/vendor", vendor)
         put(machine / f"sys/bus/pci/devices/{number}/class", kind)
-    assert not look(machine).on_bus
+    assert not inspect_machine(machine).on_pci_bus
 
 
-@pytest.mark.parametrize("group", host.GROUPS)
-def test_a_container_may_take_what_its_group_allows(group: tuple[str, str], machine: Path) -> None:
+@pytest.mark.parametrize("group", CGROUP_FILES)
+def test_a_container_has_the_memory_of_its_control_group(group: tuple[str, str], machine: Path) -> None:
     limit, used = (machine / "sys/fs/cgroup" / name for name in group)
     put(limit, f"{GIB}\n")
     put(used, f"{GIB // 4}\n")
@@ -152,12 +168,12 @@ def test_a_container_may_take_what_its_group_allows(group: tuple[str, str], mach
 
 def test_compiler_and_ptxas(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(machine, "clang", "#!/bin/sh\n")
-    assert look(machine).compiler == str(machine / "bin/clang")
+    assert inspect_machine(machine).compiler == str(machine / "bin/clang")
     program(machine, "gcc", "#!/bin/sh\n")
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(machine / "none"))
-    assert (look(machine).compiler, look(machine).ptxas) == (str(machine / "bin/gcc"), "")
+    assert (inspect_machine(machine).compiler, inspect_machine(machine).ptxas) == (str(machine / "bin/gcc"), "")
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(machine / "bin/gcc"))
-    assert look(machine).ptxas == str(machine / "bin/gcc")
+    assert inspect_machine(machine).ptxas == str(machine / "bin/gcc")
 
 
 def test_torch_is_read_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,12 +195,14 @@ def test_this_environment() -> None:
     assert installed_torch() == (torch.__version__, torch.version.cuda or "")
     versions = installed_versions()
     assert versions["transformers"] == "4.34.1"
-    assert "transformers-stream-generator" in versions  # whatever its own spelling is
+    assert "transformers-stream-generator" in versions  # its own metadata may spell the name with underscores
 
 
-def test_probe_is_an_answer_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert probe() == {"seen": 0, "errors": []}  # tests see no card, see conftest.py
-    monkeypatch.setattr(host, "PROBE", "import sys; sys.exit('libcudnn.so.9: cannot open shared object file')")
-    assert probe() == {"died": "libcudnn.so.9: cannot open shared object file"}
-    monkeypatch.setattr(host, "PROBE", "import os; os.kill(os.getpid(), 11)")
-    assert "status -11" in probe()["died"]
+def test_probing_torch_always_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert probe_torch() == {"seen": 0, "errors": []}  # conftest.py hides the cards
+    monkeypatch.setattr(
+        machine_module, "PROBE_PROGRAM", "import sys; sys.exit('libcudnn.so.9: cannot open shared object file')"
+    )
+    assert probe_torch() == {"died": "libcudnn.so.9: cannot open shared object file"}
+    monkeypatch.setattr(machine_module, "PROBE_PROGRAM", "import os; os.kill(os.getpid(), 11)")
+    assert "status -11" in probe_torch()["died"]

@@ -120,8 +120,8 @@ def multiply_loss(step: int, factor: float, monkeypatch: pytest.MonkeyPatch) -> 
         if now != step:
             return real()
         with monkeypatch.context() as patch:
-            micro = engine.micro
-            patch.setattr(engine, "micro", lambda batch, labels: micro(batch, labels) * factor)
+            micro = engine.forward_backward
+            patch.setattr(engine, "forward_backward", lambda batch, labels: micro(batch, labels) * factor)
             return real()
 
     return wrap_step(monkeypatch, wrapper)
@@ -129,5 +129,5 @@ def multiply_loss(step: int, factor: float, monkeypatch: pytest.MonkeyPatch) -> 
 
 def use_fused_path(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Compute on the CPU as on a GPU: fused passes and one vector of all adapters. Keys for `train`."""
-    monkeypatch.setattr("train.training.deepspeed_engine.FUSED_ON", ("cpu",))
+    monkeypatch.setattr("train.training.deepspeed_engine.FUSED_DEVICES", ("cpu",))
     return {"zero": 2}

@@ -17,8 +17,8 @@ from train.training import deepspeed_engine, distributed
 
 def main(stage: str, folder: Path) -> None:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    distributed.join(distributed.World(rank=rank, local=rank, size=size), cuda=False)
-    deepspeed_engine.FUSED_ON = ("cpu",)
+    distributed.join(distributed.RankInfo(rank=rank, local_rank=rank, world_size=size), cuda=False)
+    deepspeed_engine.FUSED_DEVICES = ("cpu",)
     model = adapted_decoder(folder / str(rank), "qwen2", True, torch.float32, "cpu")
     batches, micros = (PACKED, RAGGED), 2 // size
     values = {"dropout": "0", "batch": "3", "accumulation": str(micros), "zero": stage, "length": "64"}
@@ -27,15 +27,15 @@ def main(stage: str, folder: Path) -> None:
     for _ in range(4):
         total, norm = torch.zeros(1), None
         for micro in range(micros):
-            total += learner.micro(batch_of(batches[micro * size + rank]), 150).float()
+            total += learner.forward_backward(batch_of(batches[micro * size + rank]), 150).float()
             norm = learner.step(last=micro == micros - 1, rate=1e-2)
         torch.distributed.all_reduce(total)
         rows.append([float(total) / 150, norm])
     masters, moments = learner.gather()
     learner.restore(masters, moments, learner.counters())
     seen: list[str] = []
-    again, also = learner.gather(look=lambda key, found: seen.append(key), lent=True)
-    assert seen == ["", "exp_avg", "exp_avg_sq"] and again.keys() == learner.whole("").keys()
+    again, also = learner.gather(inspect=lambda key, found: seen.append(key), pinned=True)
+    assert seen == ["", "exp_avg", "exp_avg_sq"] and again.keys() == learner.full_state("").keys()
     assert all(torch.equal((again | also)[name], x) for name, x in (masters | moments).items())
     assert learner.gather(keep=False) == ({}, {})
     if rank == 0:

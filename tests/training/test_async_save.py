@@ -14,7 +14,7 @@ from train.runs import checkpoint
 from train.training import async_save
 from train.training.async_save import FullError, Saver, write_together
 from train.training.distributed import AgreedError
-from train.training.signals import Stop
+from train.training.signals import StopRequest
 
 
 class OrderedLog:
@@ -67,7 +67,7 @@ def test_a_run_that_ends_with_an_error_first_finishes_its_checkpoint(
     from train.config.recipe import Recipe
     from train.runs.resume import resume_point
     from train.training import loop
-    from train.training.distributed import World
+    from train.training.distributed import RankInfo
     from train.training.run_state import RunState
 
     write = checkpoint.write
@@ -88,11 +88,13 @@ def test_a_run_that_ends_with_an_error_first_finishes_its_checkpoint(
         return row, loop.Flags()
 
     monkeypatch.setattr(loop, "_step", step)
-    engine: Any = SimpleNamespace(gather=lambda *_, **__: ({}, {}), lend=lambda: None, counters=lambda: {"updates": 0})
+    engine: Any = SimpleNamespace(
+        gather=lambda *_, **__: ({}, {}), allocate_pinned_buffers=lambda: None, counters=lambda: {"updates": 0}
+    )
     schedule: Any = type("Schedule", (), {"epoch": lambda self, step: 0, "__len__": lambda self: 4})()
     recipe = Recipe(background="on", save_every=1)
-    run = RunState(recipe, schedule, [], 0, tmp_path, World(), torch.device("cpu"))
-    with Stop() as stop, pytest.raises(loop.BadStep):
+    run = RunState(recipe, schedule, [], 0, tmp_path, RankInfo(), torch.device("cpu"))
+    with StopRequest() as stop, pytest.raises(loop.BadStep):
         loop._train_from(run, engine, 0, stop, {})
     assert resume_point(tmp_path) == (checkpoint.folder_of(tmp_path, 1), [])
     assert run.timings["saves"] == 1
@@ -106,7 +108,7 @@ def test_training_waits_on_a_full_disk(
     saver, free = Saver(tmp_path, 2, background, None), [10**12, 100, 100]
     monkeypatch.setattr(async_save, "free_bytes", lambda path: free.pop() if free else 10**12)
     saver.start(snapshot(3))
-    with Stop() as stop:
+    with StopRequest() as stop:
         write_together(saver.finish, tmp_path, stop, 1.0, 0)
     printed = capsys.readouterr().out
     assert printed.count("the disk is full: ") == printed.count("there is room again") == 1
@@ -126,8 +128,8 @@ def test_the_wait_ends_and_the_last_checkpoint_stays(
     saver = Saver(tmp_path, 2, False, None)
     saver.start(snapshot(6))
     assert saver.failed
-    with Stop(speaks=False) as stop:
-        stop.wanted = stop_wanted
+    with StopRequest(announce=False) as stop:
+        stop.requested = stop_wanted
         with pytest.raises(FullError, match=r"disk is full: x: (.|\n)*step-000003 is whole"):
             write_together(saver.finish, tmp_path, stop, patience, 0)
     assert checkpoint.newest(tmp_path) == (checkpoint.folder_of(tmp_path, 3), [])
@@ -140,7 +142,10 @@ def test_a_broken_disk_ends_the_run_at_once(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(checkpoint, "write", broken)
     saver = Saver(tmp_path, 2, True, None)
     saver.start(snapshot(6))
-    with Stop() as stop, pytest.raises(AgreedError, match=r"x: Input/output error\nNo checkpoint(.|\n)*same command"):
+    with (
+        StopRequest() as stop,
+        pytest.raises(AgreedError, match=r"x: Input/output error\nNo checkpoint(.|\n)*same command"),
+    ):
         write_together(saver.finish, tmp_path, stop, 60.0, 0)
 
 
@@ -148,5 +153,5 @@ def test_an_error_of_the_program_is_raised_as_it_is(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(checkpoint, "write", lambda *_: {}["x"])
     saver = Saver(tmp_path, 2, True, None)
     saver.start(snapshot(6))
-    with Stop() as stop, pytest.raises(KeyError):
+    with StopRequest() as stop, pytest.raises(KeyError):
         write_together(saver.finish, tmp_path, stop, 60.0, 0)

@@ -1,4 +1,4 @@
-"""DeepSpeed's import and settings, each import in a process of its own: it chooses its device once a process."""
+"""DeepSpeed's import and configuration. Each import has its own process: DeepSpeed chooses its device only once."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 
 from train.config.recipe import Recipe
 from train.training import deepspeed_engine
-from train.training.deepspeed_engine import settings, stage_of
+from train.training.deepspeed_engine import deepspeed_config, zero_stage
 
 ROOT = Path(__file__).parents[2]
 GPU_WITHOUT_TOOLKIT = """
@@ -22,7 +22,7 @@ torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda
 """
 IMPORT = """
 import torch
-from train.engine import import_deepspeed
+from train.training.deepspeed_engine import import_deepspeed
 import_deepspeed()
 from deepspeed.accelerator import get_accelerator
 print(get_accelerator().device_name(), torch.cuda.is_available())
@@ -44,8 +44,8 @@ def test_a_gpu_without_the_cuda_toolkit_is_enough() -> None:
     assert done.stdout.splitlines()[-1:] == ["cuda True"], done.stderr
 
 
-def test_deepspeed_by_itself_would_want_the_toolkit() -> None:
-    """Should this fail one day, `import_deepspeed` need not hide the GPU any more."""
+def test_deepspeed_alone_requires_the_toolkit() -> None:
+    """Once this fails, `import_deepspeed` no longer has to hide the GPU."""
     old = GPU_WITHOUT_TOOLKIT.replace("(9, 0)", "(7, 0)")  # on a newer one it imports Triton kernels first
     done = python(old + "import deepspeed", DS_ACCELERATOR="cuda")
     assert "MissingCUDAException" in done.stderr
@@ -58,42 +58,42 @@ def test_a_real_gpu_without_nvcc_on_the_path() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_are_at_least_stage_two(dtype: torch.dtype) -> None:
-    assert [stage_of(Recipe(zero=zero), dtype) for zero in range(4)] == [2, 2, 2, 3]
-    assert settings(Recipe(zero=0), dtype)["zero_optimization"]["stage"] == 2
-    assert [stage_of(Recipe(zero=zero), torch.float32) for zero in range(4)] == [0, 1, 2, 3]
+def test_16_bits_use_at_least_stage_two(dtype: torch.dtype) -> None:
+    assert [zero_stage(Recipe(zero=zero), dtype) for zero in range(4)] == [2, 2, 2, 3]
+    assert deepspeed_config(Recipe(zero=0), dtype)["zero_optimization"]["stage"] == 2
+    assert [zero_stage(Recipe(zero=zero), torch.float32) for zero in range(4)] == [0, 1, 2, 3]
 
 
-def test_a_gradients_norm_is_added_up_from_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ZeRO does it, -1 for what is no number; which is then no norm."""
-    monkeypatch.setattr(deepspeed_engine, "PIECE", 4)
-    seen: list[int] = []
+def test_a_gradient_norm_is_summed_from_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO gives a gradient with infinity a norm of -1; here it becomes NaN."""
+    monkeypatch.setattr(deepspeed_engine, "NORM_CHUNK", 4)
+    lengths: list[int] = []
 
-    def measure(gradients: list[torch.Tensor], params: list[str], norm_type: int) -> torch.Tensor:
+    def compute(gradients: list[torch.Tensor], params: list[str], norm_type: int) -> torch.Tensor:
         assert params == ["a", "a", "a", "b"]
-        seen.extend(len(g) for g in gradients)
+        lengths.extend(len(g) for g in gradients)
         norm = torch.stack([g.double().norm() for g in gradients]).square().sum().float().sqrt()
         return torch.where(norm.isfinite(), norm, -1.0)
 
-    optimizer = SimpleNamespace(get_grad_norm_direct=measure)
-    deepspeed_engine._measured(optimizer)
+    optimizer = SimpleNamespace(get_grad_norm_direct=compute)
+    deepspeed_engine._fix_gradient_norm(optimizer)
     gradients = [torch.arange(10.0), torch.ones(2, 2)]
     whole = torch.cat([g.flatten() for g in gradients]).norm()
     torch.testing.assert_close(optimizer.get_grad_norm_direct(gradients, ["a", "b"]), whole)
-    assert seen == [4, 4, 2, 4]
+    assert lengths == [4, 4, 2, 4]
     gradients[1][0, 0] = float("inf")
     assert optimizer.get_grad_norm_direct(gradients, ["a", "b"]).isnan()
-    deepspeed_engine._measured(SimpleNamespace())  # torch's own optimizer has none
+    deepspeed_engine._fix_gradient_norm(SimpleNamespace())  # torch's own optimizer has no such method
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["0", "2"])
-def test_the_vector_learns_alike_in_one_process_and_in_two(tmp_path: Path, stage: str) -> None:
-    """The fused passes under DeepSpeed, with the one parameter sharded or not."""
-    found = []
+def test_the_vector_trains_alike_in_one_process_and_in_two(tmp_path: Path, stage: str) -> None:
+    """The fused passes under DeepSpeed, whose single parameter stage 2 shards and stage 0 does not."""
+    results = []
     for processes in (1, 2):
         command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-        words = [
+        arguments = [
             f"--nproc_per_node={processes}",
             "-m",
             "tests.support.vector_worlds",
@@ -101,10 +101,10 @@ def test_the_vector_learns_alike_in_one_process_and_in_two(tmp_path: Path, stage
             str(tmp_path / str(processes)),
         ]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*command, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        found.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
-    one, two = found
+        results.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
+    one, two = results
     assert [loss for loss, _ in two["rows"]] == pytest.approx([loss for loss, _ in one["rows"]], rel=1e-5)
     assert [norm for _, norm in two["rows"]] == pytest.approx([norm for _, norm in one["rows"]], rel=1e-4)
     assert two["sum"] == pytest.approx(one["sum"], rel=1e-5)

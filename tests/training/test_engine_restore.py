@@ -55,7 +55,7 @@ def test_the_engine_equals_plain_torch_and_continues_after_a_restore(zero: int) 
                 allowed[name] += adamw_rounding(p.grad, optimizer.state[p]["exp_avg_sq"], step + 1)
         return norms, {name: p.detach() for name, p in trainable.items()}, allowed
 
-    distributed.join(distributed.World(), cuda=False)
+    distributed.join(distributed.RankInfo(), cuda=False)
     engine, norms = Engine(fresh(), recipe, torch.float32, 1), []
     for step in range(3):
         if step == 2:
@@ -66,7 +66,7 @@ def test_the_engine_equals_plain_torch_and_continues_after_a_restore(zero: int) 
         pair = batches[2 * step : 2 * step + 2]
         labels = sum(ids[:, 1:].numel() for ids in pair)
         for n, ids in enumerate(pair):
-            engine.micro({"input_ids": ids, "labels": ids}, labels)
+            engine.forward_backward({"input_ids": ids, "labels": ids}, labels)
             norm = engine.step(last=n == 1, rate=1e-2)
         norms.append(norm)
     expected, weights, allowed = plain()

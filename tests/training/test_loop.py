@@ -37,7 +37,7 @@ from train.model import lora
 from train.model.loading import load
 from train.training import graph_step, loop, micro_batches, prepare
 from train.training.deepspeed_engine import Engine
-from train.training.distributed import World
+from train.training.distributed import RankInfo
 
 pytestmark = pytest.mark.usefixtures("workspace")
 TRACE = ROOT / "tests" / "traces" / "ten_steps.json"
@@ -63,7 +63,7 @@ def test_the_micro_batches_of_all_processes_are_the_rows_of_the_step() -> None:
     rows = [[n] for n in range(8)]
 
     def own(rank: int, micro: int, rows: list[list[int]]) -> list[list[int]]:
-        run: Any = SimpleNamespace(rank_info=World(rank, rank, 2), recipe=Recipe(batch=2))
+        run: Any = SimpleNamespace(rank_info=RankInfo(rank, rank, 2), recipe=Recipe(batch=2))
         return micro_batches._own_rows(run, rows, micro)
 
     assert [own(rank, micro, rows) for micro in (0, 1) for rank in (0, 1)] == [rows[n : n + 2] for n in (0, 2, 4, 6)]
@@ -132,13 +132,13 @@ def checkpoints(run: str) -> list[str]:
 
 def test_a_non_finite_loss_stops_the_run_and_names_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second micro batch of step 3, which has one row."""
-    real, calls = Engine.micro, []
+    real, calls = Engine.forward_backward, []
 
     def spoiled(self: Engine, batch: Any, labels: int) -> torch.Tensor:
         calls.append(labels)
         return real(self, batch, labels) * (NAN if len(calls) == 6 else 1.0)
 
-    monkeypatch.setattr(Engine, "micro", spoiled)
+    monkeypatch.setattr(Engine, "forward_backward", spoiled)
     with pytest.raises(UserError, match=r"step 3: the loss is not finite.*data.jsonl:\d+.*\n.*step-000002") as error:
         train(run="non-finite", steps=4, save_every=2, pack="off", batch=1)
     assert str(error.value).count("data.jsonl:") == 1
@@ -185,7 +185,7 @@ def test_a_jump_of_the_loss_stops_the_run_and_names_the_samples(monkeypatch: pyt
 )
 def test_a_non_finite_gradient_stops_the_run_at_once(path: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the last step, whose loss is finite: no later step would show the damage. ZeRO itself calls this norm 1."""
-    real, calls = Engine.micro, []
+    real, calls = Engine.forward_backward, []
 
     def spoiled(self: Engine, batch: Any, labels: int) -> torch.Tensor:
         calls.append(labels)
@@ -195,7 +195,7 @@ def test_a_non_finite_gradient_stops_the_run_at_once(path: str, factor: float, m
                 patch.setattr(self.engine, "backward", lambda loss, **more: backward(loss * factor, **more))
             return real(self, batch, labels)
 
-    monkeypatch.setattr(Engine, "micro", spoiled)
+    monkeypatch.setattr(Engine, "forward_backward", spoiled)
     keys = dict([path.split("=")]) if "=" in path else use_fused_path(monkeypatch)
     run = f"non-finite-{path}-{factor}"
     with pytest.raises(UserError, match=r"step 2: the gradient is not finite, in data.jsonl:\d+"):

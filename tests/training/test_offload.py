@@ -115,7 +115,7 @@ def test_offload_leaves_two_inputs_on_the_card(graphs: bool) -> None:
         del model, base, step
         gc.collect()
         torch.cuda.empty_cache()
-    kept = {key: memory_estimate.kept(shape, Setting(4, 2048, key, graphs=graphs)) for key in peaks}
+    kept = {key: memory_estimate.saved_bytes(shape, Setting(4, 2048, key, graphs=graphs)) for key in peaks}
     assert peaks["on"] - peaks["offload"] > 0.7 * (kept["on"] - kept["offload"])
 
 
@@ -188,7 +188,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = [{"instruction": f"Question {n}?", "output": f"Answer {n}. " * (1 + n % 4)} for n in range(12)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(deepspeed_engine, "FUSED_ON", ("cpu",))
+    monkeypatch.setattr(deepspeed_engine, "FUSED_DEVICES", ("cpu",))
     return tmp_path
 
 

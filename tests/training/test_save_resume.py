@@ -18,7 +18,7 @@ from train.config.recipe import Recipe
 from train.runs import checkpoint
 from train.training import deepspeed_engine, save_resume
 from train.training.async_save import Saver
-from train.training.signals import CUT_OFF
+from train.training.signals import EXIT_INTERRUPTED
 
 pytestmark = pytest.mark.usefixtures("workspace")
 
@@ -59,7 +59,7 @@ def test_a_signal_ends_with_a_checkpoint_and_status_75(
     number: int, uninterrupted: tuple[list[dict[str, Any]], bytes]
 ) -> None:
     run = f"signal-{number}"
-    assert stop(run, 4, number, **LONG) == CUT_OFF == 75
+    assert stop(run, 4, number, **LONG) == EXIT_INTERRUPTED == 75
     newest, _ = checkpoint.newest(Path("runs") / run)
     assert newest is not None
     assert newest.name == "step-000005"
@@ -96,7 +96,7 @@ def test_sixteen_bits_continue_in_the_same_bytes(precision: str, monkeypatch: py
     deepspeed_engine.import_deepspeed()
     from deepspeed.accelerator import get_accelerator
 
-    real = deepspeed_engine.settings
+    real = deepspeed_engine.deepspeed_config
 
     def large_scale(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
         settings = real(recipe, dtype)
@@ -104,7 +104,7 @@ def test_sixteen_bits_continue_in_the_same_bytes(precision: str, monkeypatch: py
             settings["fp16"] |= {"initial_scale_power": 32, "hysteresis": 1}
         return settings
 
-    monkeypatch.setattr(deepspeed_engine, "settings", large_scale)
+    monkeypatch.setattr(deepspeed_engine, "deepspeed_config", large_scale)
     monkeypatch.setattr("train.training.devices.check_supported", lambda recipe, device: None)
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     keys: dict[str, Any] = {"precision": precision, "steps": 26, "zero": 0, "batch": 1, "accumulation": 1}

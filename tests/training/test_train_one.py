@@ -18,7 +18,7 @@ import torch
 
 from tests.support.tiny_training import LONG, ROOT, adapter, confident_base, losses, start, train
 from train.model import lora
-from train.training.signals import CUT_OFF
+from train.training.signals import EXIT_INTERRUPTED
 
 pytestmark = pytest.mark.usefixtures("workspace")
 EIGHT_ROWS: dict[str, Any] = {
@@ -93,7 +93,7 @@ def stop(keys: dict[str, Any], after: int) -> str:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=560)
-    assert process.returncode == CUT_OFF, printed
+    assert process.returncode == EXIT_INTERRUPTED, printed
     return printed
 
 

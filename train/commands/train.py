@@ -23,8 +23,8 @@ from train.data.conversations import sources
 from train.model.folder import find
 from train.runs.folder import ADAPTER, RECIPE, finished, lock_run
 from train.training import distributed, launch, signals
-from train.training.distributed import World
-from train.training.signals import CUT_OFF
+from train.training.distributed import RankInfo
+from train.training.signals import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from train.training.devices import Devices
@@ -75,24 +75,24 @@ def run(options: Options) -> None:
 
     rank_info = distributed.detect()
     if distributed.SPAWNED in os.environ:
-        signals.follow()
+        signals.terminate_with_parent()
     try:
-        with signals.leaving_early(speaks=_is_first(rank_info) and distributed.SPAWNED not in os.environ):
+        with signals.exit_on_sigterm(announce=_is_first(rank_info) and distributed.SPAWNED not in os.environ):
             status = _all_stages(options, rank_info)
     except FullError as error:
         _say(rank_info, f"stopped: {error}")
-        status = CUT_OFF
+        status = EXIT_INTERRUPTED
     except UserError as error:
         if rank_info is None or rank_info.rank == 0:
             raise
-        if not distributed.spoken_for(error):
+        if not distributed.reported_by_rank_0(error):
             print(f"error on {socket.gethostname()}, process {rank_info.rank}: {error}", file=sys.stderr)
         sys.exit(2)
     if status:
         sys.exit(status)
 
 
-def _all_stages(options: Options, rank_info: World | None) -> int:
+def _all_stages(options: Options, rank_info: RankInfo | None) -> int:
     """Each stage of the recipe after the one before; a recipe without stages is one run. Returns the exit status."""
     stages = count(options.recipe)
     numbers = range(1, stages + 1) if stages and not options.stage else [options.stage]
@@ -107,7 +107,7 @@ def _all_stages(options: Options, rank_info: World | None) -> int:
     return status
 
 
-def _one_stage(options: Options, rank_info: World | None, later_stages: int) -> int:
+def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) -> int:
     """Resolve, prepare, then launch several processes or train in this one. Returns the exit status."""
     # --- resolve ------------------------------------------------------------------------------------------------------
     if not options.data and not options.stage:
@@ -133,7 +133,7 @@ def _one_stage(options: Options, rank_info: World | None, later_stages: int) -> 
     if rank_info is None and chosen.processes > 1:
         return _launch(options, prepared, chosen)
     if not train_one(prepared, chosen, checkpoint):
-        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else CUT_OFF  # torchrun would take 75 for a failure
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_INTERRUPTED  # torchrun would take 75 for a failure
     _say(rank_info, _next_commands(stage.run))
     return 0
 
@@ -180,15 +180,15 @@ def _launch(options: Options, prepared: "PreparedRun", devices: "Devices") -> in
     with lock_run(prepared.folder):  # the first worker then takes the lock itself
         begin(prepared)
     status = launch.spawn(options.words(), devices.processes, devices.device.type == "cuda")
-    return status if status or prepared.finished else CUT_OFF
+    return status if status or prepared.finished else EXIT_INTERRUPTED
 
 
-def _is_first(rank_info: World | None) -> bool:
+def _is_first(rank_info: RankInfo | None) -> bool:
     """Whether this process speaks for all."""
     return rank_info is None or rank_info.rank == 0
 
 
-def _say(rank_info: World | None, text: str) -> None:
+def _say(rank_info: RankInfo | None, text: str) -> None:
     if _is_first(rank_info):
         print(text, flush=True)
 

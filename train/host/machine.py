@@ -1,8 +1,9 @@
-"""This machine as far as it can be seen without loading anything: cards, driver, torch's build, compiler, memory.
+"""This machine, as far as it can be inspected without loading anything: cards, driver, torch's build, compiler, memory.
 
-Asks nvidia-smi, /proc, /sys and the installed packages' own files; refuses to import torch, because a machine on which torch fails is
-the one to be diagnosed (`probe` tries it, in a process of its own), and to judge what it sees: diagnosis.py does. The trade-off:
-nvidia-smi is a program to be parsed, but the only one that answers on every driver.
+Reads nvidia-smi, /proc, /sys and the files of installed packages. It does not import torch, because a machine on which
+torch fails is the one to be diagnosed (`probe_torch` tries torch in a process of its own), and it does not judge:
+checks.py does. The trade-off: the output of nvidia-smi has to be parsed, but it is the only tool that works with every
+driver.
 """
 
 import importlib.metadata
@@ -18,12 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WAIT = 20.0  # seconds for nvidia-smi: eight cards without the persistence daemon take ten
-GROUPS = (  # of control groups, version 2 and 1: the limit, and what is used of it
+NVIDIA_SMI_SECONDS = 20.0  # time limit: eight cards without the persistence daemon take ten
+PROBE_SECONDS = 180  # time limit of importing torch and computing on every card
+NO_NVIDIA_SMI = "absent"
+HIDDEN = "hidden"
+NO_DEVICES = "No devices were found"  # nvidia-smi's own text
+CGROUP_FILES = (  # the limit and the use of memory of a control group, version 2 and version 1
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
-PROBE = """
+PROBE_PROGRAM = """
 import json, torch
 seen, errors = torch.cuda.device_count() if torch.cuda.is_available() else 0, []
 for number in range(seen):
@@ -37,7 +42,7 @@ print(json.dumps({"seen": seen, "errors": errors}))
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as nvidia-smi tells it; None where it does not know."""
+    """A GPU as nvidia-smi reports it; None where it does not know."""
 
     name: str
     capability: tuple[int, int] | None = None
@@ -46,106 +51,117 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Host:
-    """A machine."""
+class Machine:
+    """What was found on a machine.
+
+    driver: its version from nvidia-smi. nvidia_smi_error: what nvidia-smi printed instead of cards; NO_NVIDIA_SMI
+    without that program, HIDDEN where CUDA_VISIBLE_DEVICES leaves no card. kernel_driver: version of the loaded kernel
+    module, visible in a container too.
+    on_pci_bus: there is an NVIDIA display controller. torch: its version, empty where it is not installed. cuda: the
+    version that torch was built for, empty for a CPU build. ptxas: the file that TRITON_PTXAS_PATH names. free_memory:
+    bytes that a new process may take. shared_memory: bytes of /dev/shm.
+    """
 
     cards: tuple[Card, ...] = ()
-    driver: str = ""  # version, as nvidia-smi says it
-    refusal: str = (
-        ""  # what nvidia-smi said instead of cards; "absent" where there is none; "hidden" by CUDA_VISIBLE_DEVICES
-    )
-    kernel_driver: str = ""  # version of the loaded kernel module, which a container sees too
-    on_bus: bool = False  # an NVIDIA display controller is on the PCI bus
-    contained: bool = False
-    torch: str = ""  # version; empty where it is not installed
-    cuda: str = ""  # that torch was built for; empty for a CPU build
+    driver: str = ""
+    nvidia_smi_error: str = ""
+    kernel_driver: str = ""
+    on_pci_bus: bool = False
+    in_container: bool = False
+    torch: str = ""
+    cuda: str = ""
     compiler: str = ""
-    headers: bool = False  # Python.h is there
-    ptxas: str = ""  # TRITON_PTXAS_PATH, if it is a file
-    memory: int = 0  # bytes that a new process may take
-    shared: int = 0  # size of /dev/shm in bytes
+    python_headers: bool = False
+    ptxas: str = ""
+    free_memory: int = 0
+    shared_memory: int = 0
 
 
-def look(root: Path = Path("/")) -> Host:
-    """This machine; `root` is where its /proc, /sys and /dev are."""
-    cards, driver, refusal = ask_nvidia()
-    shown = visible(cards, os.environ.get("CUDA_VISIBLE_DEVICES"))
+def inspect_machine(root: Path = Path("/")) -> Machine:
+    """This machine; `root` is the folder of its /proc, /sys and /dev."""
+    cards, driver, error = query_cards()
+    visible = visible_cards(cards, os.environ.get("CUDA_VISIBLE_DEVICES"))
     torch, cuda = installed_torch()
     shared, ptxas = root / "dev/shm", os.environ.get("TRITON_PTXAS_PATH", "")
-    return Host(
-        cards=shown,
+    return Machine(
+        cards=visible,
         driver=driver,
-        refusal="hidden" if cards and not shown else refusal,
+        nvidia_smi_error=HIDDEN if cards and not visible else error,
         kernel_driver=_kernel_driver(root),
-        on_bus=any(map(_is_nvidia, root.glob("sys/bus/pci/devices/*"))),
-        contained=any((root / name).exists() for name in (".dockerenv", "run/.containerenv")),
+        on_pci_bus=any(map(_is_nvidia_display, root.glob("sys/bus/pci/devices/*"))),
+        in_container=any((root / name).exists() for name in (".dockerenv", "run/.containerenv")),
         torch=torch,
         cuda=cuda,
         compiler=os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "",
-        headers=Path(sysconfig.get_paths()["include"], "Python.h").is_file(),
+        python_headers=Path(sysconfig.get_paths()["include"], "Python.h").is_file(),
         ptxas=ptxas if Path(ptxas).is_file() else "",
-        memory=free_memory(root),
-        shared=shutil.disk_usage(shared).total if shared.is_dir() else 0,
+        free_memory=free_memory(root),
+        shared_memory=shutil.disk_usage(shared).total if shared.is_dir() else 0,
     )
 
 
-def ask_nvidia() -> tuple[tuple[Card, ...], str, str]:
-    """Cards, driver, and what nvidia-smi said if it gave no cards."""
+def query_cards() -> tuple[tuple[Card, ...], str, str]:
+    """Cards, the driver's version, and nvidia-smi's error if it listed no cards."""
     program = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path="/usr/lib/wsl/lib")
     if not program:
-        return (), "", "absent"
-    status, text = _ask(program, "name,memory.total,memory.free,driver_version")
+        return (), "", NO_NVIDIA_SMI
+    status, text = _query(program, "name,memory.total,memory.free,driver_version")
     if status or not text.strip():
-        return (), "", text.strip() or "No devices were found"
+        return (), "", text.strip() or NO_DEVICES
     rows = [line.split(", ") for line in text.strip().splitlines()]
-    known, answer = _ask(program, "compute_cap")  # a driver older than 510 does not know this field
-    capabilities = answer.split() if known == 0 else []
+    status, text = _query(program, "compute_cap")  # drivers older than 510 do not know this field
+    capabilities = text.split() if status == 0 else []
     cards = []
-    for number, (*name, total, free, _) in enumerate(rows):
-        capability = capabilities[number] if number < len(capabilities) else ""
+    for index, (*name, total, free, _) in enumerate(rows):
+        capability = capabilities[index] if index < len(capabilities) else ""
         cards.append(Card(", ".join(name), _version(capability), _mebibytes(total), _mebibytes(free)))
     return tuple(cards), rows[0][-1], ""
 
 
-def visible(cards: tuple[Card, ...], wish: str | None) -> tuple[Card, ...]:
-    """Those that CUDA_VISIBLE_DEVICES leaves: by number up to the first that is not there; by UUID as many as are named."""
-    if wish is None:
+def visible_cards(cards: tuple[Card, ...], value: str | None) -> tuple[Card, ...]:
+    """The cards that a value of CUDA_VISIBLE_DEVICES leaves.
+
+    Indices count up to the first unknown one, as in CUDA. Of UUIDs only the number matters here.
+    """
+    if value is None:
         return cards
-    names = [name.strip() for name in wish.split(",") if name.strip()]
+    names = [name.strip() for name in value.split(",") if name.strip()]
     if any(name.startswith(("GPU-", "MIG-")) for name in names):
         return cards[: len(names)]
     known = [name.isdigit() and int(name) < len(cards) for name in names]
-    first_strange = known.index(False) if False in known else len(names)
-    return tuple(cards[int(name)] for name in names[:first_strange])
+    first_unknown = known.index(False) if False in known else len(names)
+    return tuple(cards[int(name)] for name in names[:first_unknown])
 
 
-def _ask(program: str, fields: str) -> tuple[int, str]:
+def _query(program: str, fields: str) -> tuple[int, str]:
+    """nvidia-smi's exit status and output; where it does not run to its end, status 1 and the reason."""
     command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS)
     except subprocess.TimeoutExpired:
-        return 1, f"no answer within {WAIT:.0f} seconds"
+        return 1, f"no answer within {NVIDIA_SMI_SECONDS:.0f} seconds"
     except OSError as error:
         return 1, str(error)
     return done.returncode, done.stdout if done.returncode == 0 else done.stdout + done.stderr
 
 
 def _version(text: str) -> tuple[int, int] | None:
-    found = re.fullmatch(r"(\d+)\.(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else None
+    match = re.fullmatch(r"(\d+)\.(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def _mebibytes(text: str) -> int | None:
-    return int(text) << 20 if text.isdigit() else None  # [N/A] on cards that share the machine's memory
+    return int(text) << 20 if text.isdigit() else None  # "[N/A]" on cards that share the machine's memory
 
 
 def _kernel_driver(root: Path) -> str:
     path = root / "proc/driver/nvidia/version"
-    found = re.search(r"\s(\d+\.\d+[.\d]*)\s", path.read_text(errors="replace")) if path.is_file() else None
-    return found[1] if found else ""
+    match = re.search(r"\s(\d+\.\d+[.\d]*)\s", path.read_text(errors="replace")) if path.is_file() else None
+    return match[1] if match else ""
 
 
-def _is_nvidia(device: Path) -> bool:
+def _is_nvidia_display(device: Path) -> bool:
+    """Whether a PCI device is of vendor NVIDIA and class display controller."""
     try:
         return (device / "vendor").read_text().strip() == "0x10de" and (device / "class").read_text().startswith("0x03")
     except OSError:
@@ -153,7 +169,7 @@ def _is_nvidia(device: Path) -> bool:
 
 
 def installed_torch() -> tuple[str, str]:
-    """Version of torch and the CUDA it was built for, read from its files; empty where it is not installed or built without."""
+    """torch's version and the CUDA version it was built for, read from its files; empty where there is none."""
     spec = importlib.util.find_spec("torch")
     path = Path(spec.origin or "").with_name("version.py") if spec else Path()
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -163,37 +179,39 @@ def installed_torch() -> tuple[str, str]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Name, spelt as env.lock spells names, -> version of every installed distribution."""
-    found: dict[str, str] = {}
+    """Name, spelt as in env.lock, -> version of every installed distribution."""
+    versions: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         if name := distribution.metadata["Name"]:
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution.version)
-    return found
+            versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution.version)
+    return versions
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that a new process may take: what the machine has, or what its control group still allows."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text(), flags=re.M)
-    amounts = [int(found[1]) << 10] if found else []
-    for limit, used in ((root / "sys/fs/cgroup" / a, root / "sys/fs/cgroup" / b) for a, b in GROUPS):
+    """Bytes that a new process may take: what the machine has free, or less where its control group allows less."""
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text(), flags=re.M)
+    amounts = [int(match[1]) << 10] if match else []
+    for limit, used in ((root / "sys/fs/cgroup" / a, root / "sys/fs/cgroup" / b) for a, b in CGROUP_FILES):
         if limit.is_file() and (most := limit.read_text().strip()).isdigit():
             amounts.append(int(most) - int(used.read_text()))
     return min(amounts, default=0)
 
 
-def probe() -> dict[str, Any]:
-    """Import torch and add two numbers on every card, in a process of its own: a crash is an answer too. Takes some seconds.
+def probe_torch() -> dict[str, Any]:
+    """Import torch and compute on every card, in a process of its own, which may crash. Takes some seconds.
 
     Returns:
-        {"seen": number of cards, "errors": what each that fails said}, or {"died": the last line that the process said}.
+        {"seen": number of cards, "errors": one message for each card that fails}, or {"died": the last line that the
+    process printed}.
     """
+    command = [sys.executable, "-c", PROBE_PROGRAM]
     try:
-        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired:
-        return {"died": "no answer within 180 seconds"}
+        return {"died": f"no answer within {PROBE_SECONDS} seconds"}
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        said = done.stderr.strip().splitlines()[-1:] or [f"it ended with status {done.returncode}"]
-        return {"died": said[0]}
-    answer: dict[str, Any] = json.loads(lines[-1])
-    return answer
+        last = done.stderr.strip().splitlines()[-1:] or [f"it ended with status {done.returncode}"]
+        return {"died": last[0]}
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result

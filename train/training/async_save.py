@@ -18,7 +18,7 @@ from train.runs.checkpoint import Snapshot
 from train.runs.losses import LossLog
 from train.training import distributed
 from train.training.distributed import AgreedError
-from train.training.signals import Stop
+from train.training.signals import StopRequest
 
 PAUSE = 5.0  # seconds between two attempts on a full disk
 
@@ -92,7 +92,9 @@ class Saver:
         checkpoint.write(self.run, snapshot, self.keep)
 
 
-def write_together(attempt: Callable[[], Exception | None], run: Path, stop: Stop, patience: float, rank: int) -> None:
+def write_together(
+    attempt: Callable[[], Exception | None], run: Path, stop: StopRequest, patience: float, rank: int
+) -> None:
     """Repeat `attempt` in the first process until it succeeds. All processes wait, so none runs into a time limit.
 
     Args:
@@ -104,7 +106,7 @@ def write_together(attempt: Callable[[], Exception | None], run: Path, stop: Sto
     """
     began, announced = time.monotonic(), False
     while True:
-        failure = distributed.gather(_disk_failure(attempt()) if rank == 0 else None)[0]
+        failure = distributed.all_gather(_disk_failure(attempt()) if rank == 0 else None)[0]
         if failure is None:
             if announced and rank == 0:
                 print("there is room again: training continues.", flush=True)
@@ -112,8 +114,8 @@ def write_together(attempt: Callable[[], Exception | None], run: Path, stop: Sto
         is_full, text = failure
         if not is_full:
             raise AgreedError(f"{text}\n{_last_checkpoint(run)}. Look at the disk (dmesg); the same command continues.")
-        give_up = stop.wanted or time.monotonic() - began > 60 * patience
-        if any(distributed.gather(give_up)):
+        give_up = stop.requested or time.monotonic() - began > 60 * patience
+        if any(distributed.all_gather(give_up)):
             raise FullError(
                 f"the disk is full: {text}\n{_last_checkpoint(run)}. Free some space; the same command continues."
             )

@@ -1,19 +1,19 @@
-"""The DeepSpeed engine under a run: one micro batch, one step, and all of its state by name.
+"""DeepSpeed under one training step: forward, backward, the optimizer's update, and all of its state by parameter name.
 
-Knows gradients, moments and scales; nothing of data, files or progress. The base is frozen and stays in its own dtype: only the
-adapter is cast for computing, with float32 masters in the optimizer. The learning rate is given at every step, so that there is no
-scheduler to save. What DeepSpeed prints is turned off where it is printed. On a GPU DeepSpeed is given one parameter, the vector of all
-adapters (step.py): its work a parameter and step is Python's, and would take longer than the GPU's.
+Knows gradients, AdamW's moments and loss scales; nothing of data, files or progress. Every private name of DeepSpeed
+that the program uses stands in this file. Only the adapters are trained: they are cast to the compute dtype and have
+float32 masters in the optimizer, while the frozen base keeps its own dtype. The caller passes the learning rate at
+every step, so there is no scheduler whose state would have to be saved. On a GPU, DeepSpeed gets a single parameter,
+the vector of all adapters (graph_step.py): its Python work is per parameter and step, and for hundreds of small
+adapters it would take longer than the GPU's own work.
 """
 
 import io
-import json
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -23,23 +23,31 @@ from torch import Tensor, nn
 from train.config.recipe import Recipe
 from train.model.lora import trainable
 from train.ops import kernels
+from train.training.deepspeed_config import deepspeed_config, zero_stage
 from train.training.graph_step import GraphStep
+from train.training.state_buffers import StateBuffers
 
-PRESETS = Path(__file__).parent / "deepspeed"
+MASTER = ""  # the key of the float32 masters, beside those of AdamW's moments
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PIECE = 1 << 22  # numbers of a gradient that are float64 at once, for its norm
-FUSED_ON = ("cuda",)  # types of devices on which the passes are the fused ones
-Look = Callable[[str, dict[str, Tensor]], None]  # "", exp_avg or exp_avg_sq; name -> tensor
+STATE_KEYS = (MASTER, *MOMENTS)
+VECTOR = "vector"  # the name of the one parameter that holds all adapters
+NORM_CHUNK = 1 << 22  # values of a gradient that are converted to float64 at a time for its norm
+FUSED_DEVICES = ("cuda",)  # device types that train with the fused passes
+Inspect = Callable[[str, dict[str, Tensor]], None]  # MASTER or a moment's key; parameter name -> tensor
+
+
+# --- DeepSpeed itself
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed without its log lines, its need of nvcc, and the C++ extension that it would compile into the home folder.
+    """DeepSpeed, imported without log lines, without nvcc, and without compiling a C++ extension in the home folder.
 
-    At import it asks every op whether it could be built, and where a GPU is and no CUDA toolkit the asking raises. No op is
-    used here: the accelerator is named by hand, and the GPU is out of sight until the import is done.
+    At import DeepSpeed asks each of its ops whether it could be built, and on a machine with a GPU but no CUDA toolkit
+    that question raises. No op is used here, so the accelerator is named explicitly and the GPU is hidden during the
+    import.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    from torch.utils import cpp_extension  # noqa: F401  here, where it sees the GPU: else it says that there is none
+    from torch.utils import cpp_extension  # noqa: F401  while the GPU is visible, or it warns that there is none
 
     hidden: dict[str, Any] = {"is_available": lambda: False, "get_device_capability": lambda device=None: (0, 0)}
     logging.disable(logging.WARNING)
@@ -50,313 +58,319 @@ def import_deepspeed() -> Any:
     finally:
         logging.disable(logging.NOTSET)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # only inference would use it
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a C++ extension for inference only
     return deepspeed
 
 
-class Trainee(nn.Module):
-    """The model as DeepSpeed sees it: `half` and `bfloat16` cast what is learnt, never the base or its Int4 scales."""
+class DeepSpeedModule(nn.Module):
+    """The model as DeepSpeed sees it: `half` and `bfloat16` cast the trainable parameters only, not the base."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """The SUM of the batch's token losses, 0-d."""
         if isinstance(self.model, GraphStep):
             return self.model(batch)  # type: ignore[no-any-return]
         return self.model(**batch).loss  # type: ignore[no-any-return]
 
-    def half(self) -> "Trainee":
+    def half(self) -> "DeepSpeedModule":
         return self._cast(torch.float16)
 
-    def bfloat16(self) -> "Trainee":
+    def bfloat16(self) -> "DeepSpeedModule":
         return self._cast(torch.bfloat16)
 
-    def _cast(self, dtype: torch.dtype) -> "Trainee":
+    def _cast(self, dtype: torch.dtype) -> "DeepSpeedModule":
         for p in trainable(self).values():
             p.data = p.data.to(dtype)
         return self
 
 
-def fusable(recipe: Recipe, device: torch.device) -> bool:
-    """Whether the passes are the fused ones. ZeRO 3 takes parameters away between uses, which a graph cannot follow."""
-    return device.type in FUSED_ON and recipe.zero < 3 and (device.type == "cpu" or kernels.usable(device))
+def uses_fused_passes(recipe: Recipe, device: torch.device) -> bool:
+    """Whether to train with the fused passes. ZeRO 3 frees parameters between uses; a CUDA graph cannot follow that."""
+    return device.type in FUSED_DEVICES and recipe.zero < 3 and (device.type == "cpu" or kernels.usable(device))
 
 
-def stage_of(recipe: Recipe, dtype: torch.dtype) -> int:
-    """In 16 bits at least ZeRO 2: it keeps float32 masters that can be saved by name, as stage 0 does not, and reports an overflow
-    or an infinite norm, where stages 0 and 1 in bfloat16 break off with an assertion. In one process it shards nothing."""
-    return recipe.zero if dtype == torch.float32 else max(2, recipe.zero)
+def _fix_gradient_norm(optimizer: Any) -> None:
+    """Make ZeRO's gradient norm NaN for a gradient with NaN or infinity, and compute it in little memory.
 
-
-def settings(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's configuration: the file of the stage, and the recipe's values."""
-    stage = stage_of(recipe, dtype)
-    preset: dict[str, Any] = json.loads((PRESETS / f"zero{stage}.json").read_text())
-    values: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": recipe.batch,
-        "gradient_accumulation_steps": recipe.accumulation,
-        "gradient_clipping": recipe.clip if stage else 0.0,  # stage 0: clipped in `step`, which also wants the norm
-    }
-    if dtype != torch.float32:  # micro batches are added up in 32 bits
-        values |= {"data_types": {"grad_accum_dtype": "fp32"}}
-    if dtype == torch.bfloat16:
-        values |= {"bf16": {"enabled": True}}
-    elif dtype == torch.float16:
-        values |= {"fp16": {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 500, "hysteresis": 2}}
-    return preset | values
-
-
-def _measured(optimizer: Any) -> None:
-    """ZeRO's norm of a gradient, honest and in little memory.
-
-    It calls the norm of what holds NaN or infinity -1, and the norm of that is 1, a good one: here it is none. And it copies a whole
-    gradient to float64 first: here it is given PIECE numbers at a time, which it adds up as it does several gradients.
+    ZeRO gives such a gradient a norm of −1, and the norm over all gradients then squares it to a healthy 1. It also
+    copies a whole gradient to float64; given chunks of NORM_CHUNK values, it adds them up as it adds up the norms of
+    several gradients.
     """
-    measure = getattr(optimizer, "get_grad_norm_direct", None)
-    if measure is None:
+    compute = getattr(optimizer, "get_grad_norm_direct", None)
+    if compute is None:  # torch's own optimizer
         return
 
     def norm(gradients: Any, params: Any, norm_type: int = 2) -> Tensor:
-        pieces = [(piece, p) for g, p in zip(gradients, params) for piece in g.detach().reshape(-1).split(PIECE)]
-        found: Tensor = measure([piece for piece, _ in pieces], [p for _, p in pieces], norm_type)
-        return found.masked_fill(found < 0, float("nan"))
+        pairs = zip(gradients, params)
+        chunks = [(chunk, p) for g, p in pairs for chunk in g.detach().reshape(-1).split(NORM_CHUNK)]
+        total: Tensor = compute([chunk for chunk, _ in chunks], [p for _, p in chunks], norm_type)
+        return total.masked_fill(total < 0, float("nan"))
 
     optimizer.get_grad_norm_direct = norm
 
 
-def _pinned(shape: torch.Size, pin: bool) -> Tensor:
-    """Memory for float32 numbers; pageable, if the machine gives no such memory away."""
-    try:
-        return torch.empty(shape, dtype=torch.float32, pin_memory=pin)
-    except RuntimeError:
-        return torch.empty(shape, dtype=torch.float32)
+class OptimizerState:
+    """What DeepSpeed's optimizer holds: each parameter's float32 master and AdamW moments, and the count of updates.
 
+    ZeRO shards them over the processes, so every process makes every call that reads or writes a parameter, in the same
+    order.
+    """
 
-class Engine:
-    """A model with adapters, ready to learn. Every process calls every method, in the same order."""
+    def __init__(self, engine: Any, parameters: Mapping[str, Tensor]) -> None:
+        """engine: DeepSpeed's. parameters: those of the optimizer, by name."""
+        self.engine, self.optimizer, self.parameters = engine, engine.optimizer, parameters
+        # stage 0: DeepSpeed leaves torch's optimizer on the parameters themselves
+        self.is_torch_optimizer = isinstance(self.optimizer, torch.optim.Optimizer)
+        self._adamw: torch.optim.Optimizer = self.optimizer if self.is_torch_optimizer else self.optimizer.optimizer
 
-    def __init__(self, model: nn.Module, recipe: Recipe, dtype: torch.dtype, world: int) -> None:
-        deepspeed = import_deepspeed()
-        self.recipe, self.world, self.model = recipe, world, model
-        names = {p: name for name, p in trainable(model).items()}
-        self.device = next(iter(names)).device
-        starts = {name: p.detach().clone() for p, name in names.items()}
-        self.fused = self._fused(model, names)
-        self._lent: dict[tuple[str, str], Tensor] = {}
-        trainee = Trainee(self.fused or model)
-        # lr 0: some stages take a step when they are built, to allocate the moments, and would decay the weights in it
-        optimizer = torch.optim.AdamW(
-            list(trainable(trainee).values()),
-            lr=0.0,
-            betas=(recipe.beta1, recipe.beta2),
-            eps=recipe.epsilon,
-            weight_decay=recipe.weight_decay,
-            fused=True if self.fused and self.device.type == "cuda" else None,
-        )
-        warnings.filterwarnings("ignore", message=".*(c10d::|reduce_scatter_tensor|Full backward hook).*")
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        config = settings(recipe, dtype)
-        if self.fused:  # the vector is larger than any bucket: reduced as it is, and no room is held for copies
-            config["zero_optimization"] |= {"reduce_bucket_size": 1} if stage_of(recipe, dtype) else {}
-        with redirect_stdout(io.StringIO()):
-            self.engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=config)
-        self.parameters = {"vector": self.fused.vector} if self.fused else trainable(model)
-        _measured(self.engine.optimizer)
-        self.engine.train()
-        self._allocate()
-        self._restore_parameters(self._joined(starts))  # float32 masters, not their 16-bit roundings
-        self._set_count(0)
-        if self.fused:
-            self.fused.bind()
+    def allocate(self) -> None:
+        """Create AdamW's state before its first step where it is missing, and ZeRO's map from parameters into it."""
+        shards = getattr(self.optimizer, "fp32_partitioned_groups_flat", None)  # stage 3
+        for p in shards or [p for group in self._adamw.param_groups for p in group["params"]]:
+            if not self._adamw.state[p]:
+                device = p.device if self._adamw.defaults["fused"] else None  # the fused AdamW counts on the GPU
+                moments = {key: torch.zeros_like(p) for key in MOMENTS}
+                self._adamw.state[p] = {"step": torch.tensor(0.0, device=device), **moments}
+        link = getattr(self.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
 
-    def _fused(self, model: Any, names: dict[nn.Parameter, str]) -> GraphStep | None:
-        if not fusable(self.recipe, self.device):
-            return None
-        full = (self.recipe.batch, self.recipe.length) if self.recipe.pack else None
-        return GraphStep(model.get_base_model(), names, self.recipe.length, self.recipe.graphs, full)
+    def shapes(self) -> dict[str, torch.Size]:
+        """The whole shape of every parameter; under ZeRO 3 the parameter itself is empty between uses."""
+        return {name: getattr(p, "ds_shape", p.shape) for name, p in self.parameters.items()}
 
-    def close(self) -> None:
-        """Let go of model and optimizer, which DeepSpeed's hooks and tables hold as long as the process lives."""
-        from deepspeed.runtime.zero import parameter_offload
-
-        with redirect_stdout(io.StringIO()):
-            self.engine.destroy()
-        parameter_offload.FWD_MODULE_STACK.clear()  # ZeRO 3's, which `destroy` forgets
-
-    # --- a step -------------------------------------------------------------------------------------------------------
-
-    def place(self, batch: dict[str, Tensor]) -> Any:
-        """What `dataset.collate` makes, on the device as `micro` reads it; worth doing while the GPU is at the batch before."""
-        return (
-            self.fused.to_device(batch) if self.fused else {key: value.to(self.device) for key, value in batch.items()}
-        )
-
-    def micro(self, batch: Any, labels: int) -> Tensor:
-        """Forward and backward of one micro batch; returns the SUM of its token losses.
-
-        Args:
-            batch: what `dataset.collate` or `place` makes. labels: learnt tokens of the whole global step, over all processes: each
-                token weighs the same, in whichever micro batch it stands. DeepSpeed averages over processes: undone here.
-        """
-        total = self.engine(self.place(batch) if isinstance(batch, dict) else batch)
-        self.engine.backward(total * (self.world / labels), scale_wrt_gas=False)
-        return total.detach()
-
-    def step(self, last: bool, rate: float) -> float | None:
-        """Close a micro batch; after the last one of a global step, update the weights at learning rate `rate`.
-
-        Returns:
-            The norm of the gradient before clipping, after the last micro batch; None before, and where float16 overflowed
-            and the update was left out.
-        """
-        norm = None
-        if last:
-            for group in self.engine.optimizer.param_groups:
-                group["lr"] = rate
-            if self._plain():
-                limit = self.recipe.clip or float("inf")
-                norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
-        self.engine.step()
-        if not last:
-            return None
-        if getattr(self.engine.optimizer, "overflow", False) and self.engine.fp16_enabled():
-            return None
-        return norm if norm is not None else float(self.engine.get_global_grad_norm() or 0.0)
-
-    def _plain(self) -> bool:
-        """Whether DeepSpeed left torch's own optimizer on the parameters themselves (stage 0)."""
-        return isinstance(self.engine.optimizer, torch.optim.Optimizer)
-
-    # --- all state, by name -------------------------------------------------------------------------------------------
-
-    def gather(
-        self, look: Look | None = None, lent: bool = False, keep: bool = True
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Float32 masters by parameter name, and AdamW's moments as name/exp_avg and name/exp_avg_sq; whole, on the CPU.
-
-        Args:
-            look: called with "" and the masters, then with each moment's name and its tensors; on the device where the passes are fused.
-            lent: copied into memory of `lend`, which the next such call writes over.
-            keep: False in a process that only takes part: returns nothing.
-        """
-        held: dict[str, dict[str, Tensor]] = {}
-        for key in ("", *MOMENTS):
-            if self.fused:
-                live = {"vector": self._one(self.fused.vector, key)}
-                if look is not None:
-                    look(key, self._split(live))
-                found = {"vector": self._copied(live.pop("vector"), "vector", key, lent)} if keep else {}
-            else:  # one after the other: ZeRO 3 has no room for all of them on a card
-                found = {name: self._copied(self._one(p, key), name, key, lent) for name, p in self.parameters.items()}
-                if look is not None:
-                    look(key, found)
-            if keep:
-                held[key] = self._split(found)
-        masters = held.pop("", {})
-        return masters, {f"{name}/{key}": found[name] for name in masters for key, found in held.items()}
-
-    def whole(self, key: str) -> dict[str, Tensor]:
-        """Every parameter's master (key ""), or one of its moments, by name; only until the next step, where it stands."""
-        if self.fused:
-            return self._split({"vector": self._one(self.fused.vector, key)})
-        return {name: self._copied(self._one(p, key), name, key, False) for name, p in self.parameters.items()}
-
-    def lend(self) -> None:
-        """Make the memory for `gather`: pinned where there is a GPU, which fills it ten times as fast as memory that is new.
-
-        Pinning takes as long as a few copies: done before training, where nothing waits for it. torch rounds it up to a power of two.
-        """
-        for name, p in self.parameters.items() if not self._lent else ():
-            for key in ("", *MOMENTS):
-                self._lent[name, key] = _pinned(getattr(p, "ds_shape", p.shape), self.device.type == "cuda")
-
-    def _copied(self, value: Tensor, name: str, key: str, lent: bool) -> Tensor:
-        """A copy on the CPU, in the memory that is lent or in its own."""
-        if not lent:
-            return value.cpu() if value.is_cuda else value.clone()
-        self.lend()
-        return self._lent[name, key].copy_(value)
-
-    def _one(self, p: Tensor, key: str) -> Tensor:
-        """What DeepSpeed holds in all processes of a parameter's master (key ""), or of one of its moments; on the device."""
+    def read(self, name: str, key: str) -> Tensor:
+        """The whole master (MASTER) or moment of one parameter, on its device; valid until the next step."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if self._plain():
-            held: Tensor = self.engine.optimizer.state[p][key] if key else p.detach()
-            return held
-        whole: Tensor = safe_get_full_optimizer_state(p, key) if key else safe_get_full_fp32_param(p)
+        p = self.parameters[name]
+        if self.is_torch_optimizer:
+            local: Tensor = p.detach() if key == MASTER else self.optimizer.state[p][key]
+            return local
+        whole: Tensor = safe_get_full_fp32_param(p) if key == MASTER else safe_get_full_optimizer_state(p, key)
         return whole
 
-    def _split(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What DeepSpeed holds, by the names of the adapters' parameters."""
-        return self.fused.layout.split(found["vector"]) if self.fused else found
-
-    def _joined(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `_split`."""
-        return {"vector": self.fused.layout.join(values, self.device)} if self.fused else values
-
-    def restore(self, masters: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        """The inverse of `gather` and `counters`, in whatever number of processes."""
-        self._restore_parameters(self._joined(masters))
-        for key in MOMENTS:
-            part = {name.rpartition("/")[0]: x for name, x in moments.items() if name.endswith(f"/{key}")}
-            self._restore_moments(self._joined(part), key)
-        self._set_count(counters["updates"])
-        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        for key, value in counters["scaler"].items():
-            setattr(scaler, key, value)
-
-    def counters(self) -> dict[str, Any]:
-        """Updates made so far (float16 may leave some out), and the state of the loss scaler."""
-        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        plain = vars(scaler).items() if scaler is not None and self.engine.fp16_enabled() else ()
-        return {
-            "updates": self._count(),
-            "scaler": {key: value for key, value in plain if isinstance(value, (bool, int, float))},
-        }
-
-    def _restore_parameters(self, masters: dict[str, Tensor]) -> None:
+    def write_masters(self, masters: Mapping[str, Tensor]) -> None:
+        """Set every float32 master, and the parameter that the passes read from it."""
         from deepspeed import zero
         from deepspeed.utils import safe_set_full_fp32_param
 
         for name, p in self.parameters.items():
             value = masters[name].to(self.engine.device)
-            if not self._plain():
+            if not self.is_torch_optimizer:
                 safe_set_full_fp32_param(p, value)
             with zero.GatheredParameters([p], modifier_rank=0, enabled=hasattr(p, "ds_id")):
                 p.data.copy_(value)
 
-    def _restore_moments(self, values: dict[str, Tensor], key: str) -> None:
+    def write_moments(self, key: str, values: Mapping[str, Tensor]) -> None:
+        """Set one of AdamW's moments of every parameter."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         for name, p in self.parameters.items():
             value = values[name].to(self.engine.device)
-            if self._plain():
-                self.engine.optimizer.state[p][key].copy_(value)
+            if self.is_torch_optimizer:
+                self.optimizer.state[p][key].copy_(value)
             else:
                 safe_set_full_optimizer_state(p, value, key)
 
-    def _inner(self) -> torch.optim.Optimizer:
-        return self.engine.optimizer if self._plain() else self.engine.optimizer.optimizer
+    def updates(self) -> int:
+        """Updates that AdamW has made; its bias correction depends on it."""
+        return max(int(state["step"]) for state in self._adamw.state.values() if "step" in state)
 
-    def _allocate(self) -> None:
-        """AdamW's state before its first step, where DeepSpeed has not made it, and ZeRO's map from parameters into it."""
-        inner = self._inner()
-        sharded = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)  # stage 3
-        for p in sharded or [p for group in inner.param_groups for p in group["params"]]:
-            if not inner.state[p]:
-                at = p.device if inner.defaults["fused"] else None  # the fused update counts on the GPU
-                inner.state[p] = {"step": torch.tensor(0.0, device=at), **{key: torch.zeros_like(p) for key in MOMENTS}}
-        link = getattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
-
-    def _count(self) -> int:
-        return max(int(state["step"]) for state in self._inner().state.values() if "step" in state)
-
-    def _set_count(self, updates: int) -> None:
-        """AdamW's own step count, which its bias correction reads."""
-        for state in self._inner().state.values():
+    def set_updates(self, count: int) -> None:
+        for state in self._adamw.state.values():
             if "step" in state:
-                state["step"].fill_(updates)
+                state["step"].fill_(count)
+
+    def scaler(self) -> dict[str, Any]:
+        """The plain values of float16's loss scaler; empty in other dtypes."""
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        values = vars(scaler).items() if scaler is not None and self.engine.fp16_enabled() else ()
+        return {key: value for key, value in values if isinstance(value, (bool, int, float))}
+
+    def set_scaler(self, values: Mapping[str, Any]) -> None:
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        for key, value in values.items():
+            setattr(scaler, key, value)
+
+    def overflowed(self) -> bool:
+        """Whether the last step overflowed in float16, so that its update was left out."""
+        return bool(getattr(self.optimizer, "overflow", False) and self.engine.fp16_enabled())
+
+
+class Engine:
+    """A model with adapters, ready to train. Every process calls every method, in the same order."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, dtype: torch.dtype, world_size: int) -> None:
+        """model: peft's, on its device. dtype: of the passes."""
+        deepspeed = import_deepspeed()
+        self.recipe, self.world_size, self.model = recipe, world_size, model
+        names = {p: name for name, p in trainable(model).items()}
+        self.device = next(iter(names)).device
+        initial = {name: p.detach().clone() for p, name in names.items()}
+        self.fused = self._graph_step(model, names)
+        module = DeepSpeedModule(self.fused or model)
+        warnings.filterwarnings("ignore", message=".*(c10d::|reduce_scatter_tensor|Full backward hook).*")
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        with redirect_stdout(io.StringIO()):
+            self.engine, *_ = deepspeed.initialize(
+                model=module, optimizer=self._adamw(module), config=self._config(dtype)
+            )
+        self.parameters = {VECTOR: self.fused.vector} if self.fused else trainable(model)
+        self.state = OptimizerState(self.engine, self.parameters)
+        self.buffers = StateBuffers(pin=self.device.type == "cuda")
+        _fix_gradient_norm(self.engine.optimizer)
+        self.engine.train()
+        self.state.allocate()
+        self.state.write_masters(self._join(initial))  # in float32: DeepSpeed has made them from 16-bit roundings
+        self.state.set_updates(0)
+        if self.fused:
+            self.fused.bind()
+
+    def _graph_step(self, model: Any, names: dict[nn.Parameter, str]) -> GraphStep | None:
+        if not uses_fused_passes(self.recipe, self.device):
+            return None
+        full = (self.recipe.batch, self.recipe.length) if self.recipe.pack else None
+        return GraphStep(model.get_base_model(), names, self.recipe.length, self.recipe.graphs, full)
+
+    def _adamw(self, module: nn.Module) -> torch.optim.AdamW:
+        recipe = self.recipe
+        return torch.optim.AdamW(
+            list(trainable(module).values()),
+            lr=0.0,  # some ZeRO stages take a step at creation, to allocate the moments; it must not decay the weights
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.epsilon,
+            weight_decay=recipe.weight_decay,
+            fused=True if self.fused and self.device.type == "cuda" else None,
+        )
+
+    def _config(self, dtype: torch.dtype) -> dict[str, Any]:
+        config = deepspeed_config(self.recipe, dtype)
+        if self.fused and zero_stage(self.recipe, dtype):
+            # the vector is larger than any bucket, so it is reduced as it is, and no memory is held for a bucket
+            config["zero_optimization"] |= {"reduce_bucket_size": 1}
+        return config
+
+    def close(self) -> None:
+        """Release model and optimizer, which DeepSpeed's hooks and tables would hold until the process ends."""
+        from deepspeed.runtime.zero import parameter_offload
+
+        with redirect_stdout(io.StringIO()):
+            self.engine.destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()  # of ZeRO 3; `destroy` does not clear it
+
+    # --- a step
+
+    def to_device(self, batch: dict[str, Tensor]) -> Any:
+        """A collated batch on the device, as `forward_backward` reads it; made while the GPU is at the batch before."""
+        if self.fused:
+            return self.fused.to_device(batch)
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def forward_backward(self, batch: Any, labels: int) -> Tensor:
+        """Forward and backward of one micro batch; returns the SUM of its token losses, 0-d.
+
+        Args:
+            batch: what `data.batches.collate` or `to_device` returns.
+            labels: labelled tokens of the whole global step, over all processes. Each token has the same weight, in
+                whichever micro batch it is. DeepSpeed averages gradients over processes, which the factor `world_size`
+                undoes.
+        """
+        total = self.engine(self.to_device(batch) if isinstance(batch, dict) else batch)
+        self.engine.backward(total * (self.world_size / labels), scale_wrt_gas=False)
+        return total.detach()
+
+    def step(self, last: bool, rate: float) -> float | None:
+        """Finish a micro batch; after the last one of a global step, update the weights with learning rate `rate`.
+
+        Returns:
+            The gradient's norm before clipping, after the last micro batch. None after the others, and where float16
+            overflowed and the update was left out.
+        """
+        norm = None
+        if last:
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = rate
+            if self.state.is_torch_optimizer:
+                limit = self.recipe.clip or float("inf")
+                norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
+        self.engine.step()
+        if not last or self.state.overflowed():
+            return None
+        return norm if norm is not None else float(self.engine.get_global_grad_norm() or 0.0)
+
+    # --- all state, by the names of the adapters' parameters
+
+    def gather(
+        self, inspect: Inspect | None = None, pinned: bool = False, keep: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Float32 masters by parameter name, and AdamW's moments as name/exp_avg and name/exp_avg_sq, whole on the CPU.
+
+        Args:
+            inspect: called with MASTER and the masters, then with each moment's key and its tensors; with the fused
+                passes these are on the device.
+            pinned: copy into the pinned buffers, which the next such call overwrites.
+            keep: False in a process that only takes part in the exchange: returns two empty dictionaries.
+        """
+        by_key: dict[str, dict[str, Tensor]] = {}
+        for key in STATE_KEYS:
+            values = self._gather(key, inspect, pinned, keep)
+            if keep:
+                by_key[key] = values
+        masters = by_key.pop(MASTER, {})
+        return masters, {f"{name}/{key}": values[name] for name in masters for key, values in by_key.items()}
+
+    def _gather(self, key: str, inspect: Inspect | None, pinned: bool, keep: bool) -> dict[str, Tensor]:
+        """The masters, or one moment of all parameters, on the CPU. Every process takes part in each read."""
+        if not self.fused:  # parameter by parameter: under ZeRO 3 the card has no room for all of them at once
+            values = {name: self._to_host(self.state.read(name, key), name, key, pinned) for name in self.parameters}
+            if inspect is not None:
+                inspect(key, values)
+            return values
+        vector = self.state.read(VECTOR, key)
+        if inspect is not None:
+            inspect(key, self._split({VECTOR: vector}))
+        return self._split({VECTOR: self._to_host(vector, VECTOR, key, pinned)}) if keep else {}
+
+    def full_state(self, key: str) -> dict[str, Tensor]:
+        """All masters, or one moment of all parameters, by name; valid until the next step."""
+        if self.fused:
+            return self._split({VECTOR: self.state.read(VECTOR, key)})
+        return {name: self._to_host(self.state.read(name, key), name, key, pinned=False) for name in self.parameters}
+
+    def allocate_pinned_buffers(self) -> None:
+        """Allocate the memory of `gather(pinned=True)`. Done before training starts, because pinning memory is slow."""
+        shapes = self.state.shapes().items()
+        self.buffers.allocate({f"{name}/{key}": shape for name, shape in shapes for key in STATE_KEYS})
+
+    def _to_host(self, value: Tensor, name: str, key: str, pinned: bool) -> Tensor:
+        """A copy of one parameter's state on the CPU, in its pinned buffer or in new memory."""
+        if not pinned:
+            return value.cpu() if value.is_cuda else value.clone()
+        self.allocate_pinned_buffers()
+        return self.buffers.copy(f"{name}/{key}", value)
+
+    def _split(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What DeepSpeed holds -> the adapters' parameters by name; views where it is the vector."""
+        return self.fused.layout.split(values[VECTOR]) if self.fused else values
+
+    def _join(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `_split`."""
+        return {VECTOR: self.fused.layout.join(values, self.device)} if self.fused else values
+
+    def restore(self, masters: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        """The inverse of `gather` and `counters`; the number of processes may have changed in between."""
+        self.state.write_masters(self._join(masters))
+        for key in MOMENTS:
+            suffix = f"/{key}"
+            values = {name.removesuffix(suffix): x for name, x in moments.items() if name.endswith(suffix)}
+            self.state.write_moments(key, self._join(values))
+        self.state.set_updates(counters["updates"])
+        self.state.set_scaler(counters["scaler"])
+
+    def counters(self) -> dict[str, Any]:
+        """Updates made so far (float16 may have left some out), and the state of the loss scaler."""
+        return {"updates": self.state.updates(), "scaler": self.state.scaler()}

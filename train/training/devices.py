@@ -8,7 +8,7 @@ from train.common.device import pick_dtype
 from train.common.errors import UserError
 from train.config.recipe import Recipe
 from train.training import distributed
-from train.training.distributed import World
+from train.training.distributed import RankInfo
 from train.training.prepare import check_supported
 
 
@@ -19,10 +19,10 @@ class Devices:
     device: torch.device
     dtype: torch.dtype
     processes: int
-    rank_info: World | None
+    rank_info: RankInfo | None
 
 
-def pick(gpus: int, recipe: Recipe, rank_info: World | None) -> Devices:
+def pick(gpus: int, recipe: Recipe, rank_info: RankInfo | None) -> Devices:
     """A GPU where there is one, else the CPU. `gpus`: how many to use of this machine.
 
     Raises:
@@ -33,10 +33,10 @@ def pick(gpus: int, recipe: Recipe, rank_info: World | None) -> Devices:
         raise UserError(f"gpus={gpus}: this machine has {present}.")
     if gpus < 1 or recipe.processes < 1:
         raise UserError("gpus= and processes= count from 1.")
-    local = distributed.on_card(rank_info or World(), present).local if present else 0
-    device = torch.device("cuda", local) if present else torch.device("cpu")
+    local_rank = distributed.assign_gpu(rank_info or RankInfo(), present).local_rank if present else 0
+    device = torch.device("cuda", local_rank) if present else torch.device("cpu")
     check_supported(recipe, device.type)
     if rank_info is not None and present:
-        rank_info = replace(rank_info, local=local)
-    processes = rank_info.size if rank_info else (gpus if present else recipe.processes)
+        rank_info = replace(rank_info, local_rank=local_rank)
+    processes = rank_info.world_size if rank_info else (gpus if present else recipe.processes)
     return Devices(device, pick_dtype(device, recipe.precision), processes, rank_info)

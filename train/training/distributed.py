@@ -1,6 +1,7 @@
-"""The processes of one training run: who they are, how they meet, what they tell each other.
+"""The processes of one training run: their ranks, their process group, and objects exchanged between them.
 
-Knows the launchers' variables (torchrun, mpirun through mpi4py, Slurm's srun) and torch.distributed; nothing of models.
+Reads the launchers' variables (torchrun, mpirun through mpi4py, Slurm's srun) and uses torch.distributed. Knows nothing
+of models.
 """
 
 import ctypes
@@ -13,30 +14,32 @@ from typing import Any
 
 from train.common.errors import UserError
 
-SPAWNED = "TRAIN_SPAWNED"  # set in the processes that `spawn` starts
-
-
-SETTLE = 0.05  # seconds in which threads let go of what they hold
+SPAWNED = "TRAIN_SPAWNED"  # environment variable of the workers that launch.spawn starts
+SETTLE_SECONDS = 0.05  # time for gloo's threads to release the tensors that they hold
 
 
 class AgreedError(UserError):
-    """What every process has found alike: the first one says it for all."""
+    """An error that every process raises alike, so that rank 0 alone prints it."""
 
 
 @dataclass(frozen=True)
-class World:
-    """Which of `size` processes this is; `local` counts from 0 on its machine."""
+class RankInfo:
+    """The position of this process in the run, in the terms of torchrun.
+
+    rank: 0 … world_size − 1 in the whole run. local_rank: counts from 0 on each machine; on GPUs it is the index of
+    this process's GPU.
+    """
 
     rank: int = 0
-    local: int = 0
-    size: int = 1
+    local_rank: int = 0
+    world_size: int = 1
 
 
-def detect() -> World | None:
-    """The place that a launcher has given to this process; None if it was started by hand."""
+def detect() -> RankInfo | None:
+    """The ranks that a launcher gave to this process; None for a process that was started by hand."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return World(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
+        return RankInfo(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
     if int(env.get("OMPI_COMM_WORLD_SIZE", 0)) > 1:
         return _from_mpi()
     if int(env.get("SLURM_STEP_NUM_TASKS", 0)) > 1 and "SLURM_PROCID" in env:
@@ -44,70 +47,75 @@ def detect() -> World | None:
     return None
 
 
-def _from_mpi() -> World:
-    """Ask MPI who is there; rank 0 tells the others its address and a free port."""
+def _from_mpi() -> RankInfo:
+    """Ranks from MPI; rank 0 broadcasts its address and a free port as the meeting point."""
     from mpi4py import MPI
 
     everyone = MPI.COMM_WORLD
-    here = everyone.Split_type(MPI.COMM_TYPE_SHARED)
-    world = World(everyone.Get_rank(), here.Get_rank(), everyone.Get_size())
-    local_only = here.Get_size() == everyone.Get_size()
-    meeting = (("127.0.0.1" if local_only else _address()), free_port()) if world.rank == 0 else None
-    _announce(world, *everyone.bcast(meeting, root=0))
-    return world
+    same_machine = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    rank_info = RankInfo(everyone.Get_rank(), same_machine.Get_rank(), everyone.Get_size())
+    one_machine = same_machine.Get_size() == everyone.Get_size()
+    meeting = (("127.0.0.1" if one_machine else _own_address()), free_port()) if rank_info.rank == 0 else None
+    _set_torch_variables(rank_info, *everyone.bcast(meeting, root=0))
+    return rank_info
 
 
-def _from_slurm() -> World:
+def _from_slurm() -> RankInfo:
+    """Ranks from Slurm's variables. The first machine of the step is the meeting point; its port comes from the job."""
     env = os.environ
-    world = World(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"]))
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], check=True, capture_output=True, text=True
-    )
-    _announce(world, hosts.stdout.split()[0], 20_000 + int(env["SLURM_JOB_ID"]) % 20_000)
-    return world
+    rank_info = RankInfo(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"]))
+    command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
+    hosts = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    _set_torch_variables(rank_info, hosts[0], 20_000 + int(env["SLURM_JOB_ID"]) % 20_000)
+    return rank_info
 
 
-def _announce(world: World, address: str, port: int) -> None:
-    """Say it in the words that torch.distributed and DeepSpeed read."""
-    words = {"RANK": world.rank, "LOCAL_RANK": world.local, "WORLD_SIZE": world.size}
-    os.environ.update({key: str(value) for key, value in words.items()}, MASTER_ADDR=address, MASTER_PORT=str(port))
+def _set_torch_variables(rank_info: RankInfo, address: str, port: int) -> None:
+    """Set the environment variables that torch.distributed and DeepSpeed read."""
+    values = {"RANK": rank_info.rank, "LOCAL_RANK": rank_info.local_rank, "WORLD_SIZE": rank_info.world_size}
+    os.environ.update({key: str(value) for key, value in values.items()}, MASTER_ADDR=address, MASTER_PORT=str(port))
 
 
-def _address() -> str:
-    """This machine's address on the network that leads out of it; nothing is sent."""
+def _own_address() -> str:
+    """This machine's address on its default route. Connecting a UDP socket selects the route and sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))
         return str(probe.getsockname()[0])
 
 
 def free_port() -> int:
+    """A TCP port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def on_card(world: World, there: int) -> World:
-    """The same place with `local` as the number of this process's GPU, of the `there` that it sees.
+def assign_gpu(rank_info: RankInfo, visible_gpus: int) -> RankInfo:
+    """The same ranks with `local_rank` as the index of this process's GPU among the `visible_gpus` that it sees.
 
-    One that sees a single GPU is taken to have been given it by its launcher, as srun --gpus-per-task=1 does; `join` makes sure.
+    A process that sees a single GPU uses that one: its launcher chose it, as srun --gpus-per-task=1 does. `join` checks
+    that no two processes got the same GPU.
+
     Raises:
-        UserError: more processes on this machine than GPUs.
+        UserError: this machine has more processes than GPUs.
     """
-    if there == 1:
-        return replace(world, local=0)
-    if world.local >= there:
+    if visible_gpus == 1:
+        return replace(rank_info, local_rank=0)
+    if rank_info.local_rank >= visible_gpus:
+        local_number = rank_info.local_rank + 1
         raise UserError(
-            f"{socket.gethostname()}: process {world.local + 1} of this machine, which has {there} GPUs. Start one process a "
-            f"GPU (mpirun --map-by ppr:{there}:node, srun --ntasks-per-node={there})."
+            f"{socket.gethostname()}: process {local_number} of this machine, which has {visible_gpus} GPUs. "
+            f"Start one process per GPU (mpirun --map-by ppr:{visible_gpus}:node, "
+            f"srun --ntasks-per-node={visible_gpus})."
         )
-    return world
+    return rank_info
 
 
-def join(world: World, cuda: bool) -> None:
-    """Meet the other processes: NCCL on GPUs, gloo on CPUs. Done once a process; more calls do nothing.
+def join(rank_info: RankInfo, cuda: bool) -> None:
+    """Create the process group: NCCL on GPUs, gloo on CPUs. Further calls in the same process do nothing.
 
     Raises:
-        AgreedError: two processes hold the same GPU.
+        AgreedError: two processes use the same GPU.
     """
     import torch
     import torch.distributed as dist
@@ -115,41 +123,47 @@ def join(world: World, cuda: bool) -> None:
     if dist.is_initialized():
         return
     if cuda:
-        torch.cuda.set_device(world.local)
-    os.environ["LOCAL_RANK"] = str(world.local)  # DeepSpeed reads it, for the number of the GPU
+        torch.cuda.set_device(rank_info.local_rank)
+    os.environ["LOCAL_RANK"] = str(rank_info.local_rank)  # DeepSpeed reads the index of its GPU from it
     meeting = None if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{free_port()}"
-    dist.init_process_group("nccl" if cuda else "gloo", meeting, rank=world.rank, world_size=world.size)
-    if cuda and world.size > 1:
-        _check_cards(world, f"{socket.gethostname()}, GPU {torch.cuda.get_device_properties(world.local).uuid}")
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, meeting, rank=rank_info.rank, world_size=rank_info.world_size)
+    if cuda and rank_info.world_size > 1:
+        gpu = torch.cuda.get_device_properties(rank_info.local_rank).uuid
+        _check_one_process_per_gpu(rank_info, f"{socket.gethostname()}, GPU {gpu}")
 
 
-def _check_cards(world: World, card: str) -> None:
-    """Refuse two processes on one GPU before NCCL does; through the store, since NCCL could not carry the news."""
+def _check_one_process_per_gpu(rank_info: RankInfo, gpu: str) -> None:
+    """Raise AgreedError if two processes use one GPU, before NCCL fails on it.
+
+    The processes exchange their GPUs through the group's store, which works without NCCL.
+    """
     import torch.distributed as dist
 
     store = dist.distributed_c10d._get_default_store()
-    store.set(f"card{world.rank}", card)
-    cards = [store.get(f"card{n}").decode() for n in range(world.size)]
-    store.set(f"read{world.rank}", "")
-    if world.rank == 0:  # which keeps the store, and must not leave before all have read
-        store.wait([f"read{n}" for n in range(world.size)])
-    if twice := sorted({one for one in cards if cards.count(one) > 1}):
+    store.set(f"gpu{rank_info.rank}", gpu)
+    gpus = [store.get(f"gpu{n}").decode() for n in range(rank_info.world_size)]
+    store.set(f"read{rank_info.rank}", "")
+    if rank_info.rank == 0:  # it serves the store, and must outlive every other process's reading
+        store.wait([f"read{n}" for n in range(rank_info.world_size)])
+    if shared := sorted({one for one in gpus if gpus.count(one) > 1}):
         raise AgreedError(
-            f"several processes on one GPU ({twice[0]}). Start one process a GPU, and see that CUDA_VISIBLE_DEVICES is not the "
-            "same single one for all."
+            f"several processes on one GPU ({shared[0]}). Start one process per GPU, and give all processes the "
+            "same list of GPUs in CUDA_VISIBLE_DEVICES, or each process its own single GPU."
         )
 
 
-def spoken_for(error: UserError) -> bool:
-    """Whether the first process says the same: all have agreed on it, or all were started here, by the process that checked."""
+def reported_by_rank_0(error: UserError) -> bool:
+    """Whether rank 0 or the process that spawned this one prints the same error."""
     return isinstance(error, AgreedError) or SPAWNED in os.environ
 
 
 def leave() -> None:
-    """Part from the other processes, once all are here.
+    """Leave the process group once every process has called this.
 
-    Groups of gloo are not destroyed but left to the end of the process: destroying one waits, with Python's lock held, for threads of
-    its own, and one of them may just be letting go of a tensor of Python's, for which it waits for that lock. Seen on a busy machine.
+    A gloo group is not destroyed: it stays until the process ends. Destroying it waits, while holding Python's lock,
+    for gloo's own threads; one of those may be releasing a Python tensor and wait for the same lock. That deadlock was
+    seen on a busy machine.
     """
     import torch.distributed as dist
 
@@ -159,12 +173,12 @@ def leave() -> None:
     if dist.get_backend() == "nccl":
         return dist.destroy_process_group()
     for group in dist.distributed_c10d._world.pg_map:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # for ever: Python's own end would destroy it too
-    time.sleep(SETTLE)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # never freed: the interpreter's exit would destroy it too
+    time.sleep(SETTLE_SECONDS)
 
 
-def gather(value: Any) -> list[Any]:
-    """`value` of every process, by rank."""
+def all_gather(value: Any) -> list[Any]:
+    """The `value` of every process, in the order of ranks; any object that pickles."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:

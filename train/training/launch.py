@@ -1,4 +1,4 @@
-"""Starts a run in several processes under torchrun, and passes signals on to them."""
+"""Starts a run in several processes under torchrun, and forwards signals to them."""
 
 import os
 import signal
@@ -6,35 +6,34 @@ import subprocess
 import sys
 
 from train.training.distributed import SPAWNED
-from train.training.signals import CUT_OFF, follow, hand_down, pass_signals_on
+from train.training.signals import EXIT_INTERRUPTED, forward_signals, terminate_with_parent, terminate_workers
 
 
-def spawn(words: list[str], processes: int, cuda: bool) -> int:
-    """Run `python -m train train WORDS` in `processes` processes under torchrun; returns its exit status.
+def spawn(arguments: list[str], processes: int, cuda: bool) -> int:
+    """Run `python -m train train ARGUMENTS` in `processes` processes under torchrun; returns the exit status.
 
-    A signal to this process reaches the workers themselves, so that they may write a checkpoint and end as they wish.
+    A signal to this process is forwarded to the workers, which write a checkpoint before they end.
     """
-    launcher = [sys.executable, "-c", "from train.training.launch import launch; launch()"]
+    launcher = [sys.executable, "-c", "from train.training.launch import run_torchrun; run_torchrun()"]
     options = ["--standalone", f"--nproc_per_node={processes}", "-m", "train", "train"]
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     env = {"OMP_NUM_THREADS": str(threads), **os.environ} if not cuda else dict(os.environ)
-    with pass_signals_on() as (launchers, passed):  # before there is one: a signal in between would leave it behind
-        child = subprocess.Popen([*launcher, *options, *words], env={**env, SPAWNED: "1"}, start_new_session=True)
+    with forward_signals() as (launchers, received):  # entered first: no signal may find a launcher without a handler
+        child = subprocess.Popen([*launcher, *options, *arguments], env={**env, SPAWNED: "1"}, start_new_session=True)
         launchers.append(child.pid)
-        if passed:
+        if received:
             child.terminate()
         status = child.wait()
     status = status if status >= 0 else 128 - status
-    return (
-        CUT_OFF if signal.SIGTERM in passed and status == 128 + signal.SIGTERM else status
-    )  # before they could answer
+    ended_before_its_handler = signal.SIGTERM in received and status == 128 + signal.SIGTERM
+    return EXIT_INTERRUPTED if ended_before_its_handler else status
 
 
-def launch() -> None:
-    """torchrun without its own log: a worker has said what is wrong, and its status is the launcher's.
+def run_torchrun() -> None:
+    """torchrun without its own log: a worker has printed what is wrong, and its status becomes the launcher's.
 
-    Its own answer to a signal is to kill the workers after 30 seconds. Slurm and systemd signal every process of a job, this one too,
-    and a step and a save may take longer: here it hands the signal down, and waits.
+    On a signal torchrun kills its workers after 30 seconds; a step and a checkpoint may take longer. Slurm and systemd
+    signal every process of a job, this one too, so the handler here sends SIGTERM to the workers and waits for them.
     """
     import logging
 
@@ -44,8 +43,8 @@ def launch() -> None:
     from torch.distributed.run import main
 
     logging.disable(logging.CRITICAL)
-    follow()
-    api._terminate_process_handler = hand_down  # type: ignore[assignment]
+    terminate_with_parent()
+    api._terminate_process_handler = terminate_workers  # type: ignore[assignment]
     try:
         main()
     except ChildFailedError as error:

@@ -27,7 +27,7 @@ from train.training.distributed import AgreedError
 from train.training.micro_batches import prefetch, take, worst_samples
 from train.training.run_state import RunState
 from train.training.save_resume import check_layers, last_checkpoint, resume, save
-from train.training.signals import Stop
+from train.training.signals import StopRequest
 
 MAX_LEFT_OUT = 10  # steps that guard=skip leaves out of a run before it gives up
 
@@ -55,7 +55,7 @@ def train(run: RunState, engine: Engine, first: int) -> bool:
         FullError: the disk stayed full.
     """
     left_out: dict[int, BadStep] = {}
-    with Stop(speaks=run.is_first) as stop:
+    with StopRequest(announce=run.is_first) as stop:
         while True:
             try:
                 return _train_from(run, engine, first, stop, left_out)
@@ -63,7 +63,7 @@ def train(run: RunState, engine: Engine, first: int) -> bool:
                 first = _go_back(run, engine, bad, left_out)
 
 
-def _train_from(run: RunState, engine: Engine, first: int, stop: Stop, left_out: dict[int, BadStep]) -> bool:
+def _train_from(run: RunState, engine: Engine, first: int, stop: StopRequest, left_out: dict[int, BadStep]) -> bool:
     """As `train`, up to a step that must not count, which is raised."""
     with ExitStack() as closing:
         output = _open_output(run, engine, first, closing)
@@ -84,7 +84,9 @@ def _train_from(run: RunState, engine: Engine, first: int, stop: Stop, left_out:
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 
-def _step(run: RunState, engine: Engine, step: int, stop: Stop, save_failed: bool) -> tuple[dict[str, Any], Flags]:
+def _step(
+    run: RunState, engine: Engine, step: int, stop: StopRequest, save_failed: bool
+) -> tuple[dict[str, Any], Flags]:
     """One global step: its row for losses.jsonl, and what the processes report.
 
     Raises:
@@ -93,7 +95,7 @@ def _step(run: RunState, engine: Engine, step: int, stop: Stop, save_failed: boo
     began = time.monotonic()
     labels, rate = run.schedule.label_count(step), learning_rate(run.recipe, step, len(run.schedule))
     loss_sums, grad_norm = _update(run, engine, step, max(labels, 1), rate)
-    loss_sum, flags = _all_reduce(loss_sums.sum(), Flags(stop.wanted, save_failed))
+    loss_sum, flags = _all_reduce(loss_sums.sum(), Flags(stop.requested, save_failed))
     loss = loss_sum / max(labels, 1)
     if fault := run.guard.find_fault(loss, grad_norm, labels):
         _refuse(run, BadStep(step, fault, worst_samples(run, step, loss_sums.tolist())))
@@ -120,7 +122,7 @@ def _update(run: RunState, engine: Engine, step: int, labels: int, rate: float) 
     sums: list[Tensor] = []
     grad_norm = None
     for micro in range(run.recipe.accumulation):
-        sums.append(engine.micro(take(run, engine, step, micro), labels))
+        sums.append(engine.forward_backward(take(run, engine, step, micro), labels))
         prefetch(run, engine, step, micro)  # while the GPU computes this one
         grad_norm = engine.step(last=micro == run.recipe.accumulation - 1, rate=rate)
     return torch.stack([s.double() for s in sums]), grad_norm
@@ -164,7 +166,7 @@ def _refuse(run: RunState, bad: BadStep) -> None:
 def _go_back(run: RunState, engine: Engine, bad: BadStep, left_out: dict[int, BadStep]) -> int:
     """Restore the newest checkpoint and mark the step as left out; returns the step to continue with."""
     left_out[bad.step] = bad
-    folder: Path | None = distributed.gather(resume_point(run.folder)[0])[0]
+    folder: Path | None = distributed.all_gather(resume_point(run.folder)[0])[0]
     if folder is None or len(left_out) > MAX_LEFT_OUT:
         why = f"{MAX_LEFT_OUT} steps were left out already" if folder else "there is no checkpoint to go back to"
         raise AgreedError(f"{bad}\n{why}. Look at these samples, or try a smaller learning_rate= under another RUN=.")
@@ -216,7 +218,7 @@ def _open_output(run: RunState, engine: Engine, first: int, closing: ExitStack) 
     saver = Saver(run.folder, run.recipe.keep, background, log)
     closing.callback(_add_timings, run, saver)
     if run.is_first:
-        engine.lend()
+        engine.allocate_pinned_buffers()
     closing.callback(saver.join)  # first of all: what is being written is finished
     return _Output(saver, log, meter)
 
@@ -226,7 +228,7 @@ def _add_timings(run: RunState, saver: Saver) -> None:
         run.timings[key] = run.timings.get(key, 0) + value
 
 
-def _save_if_due(run: RunState, engine: Engine, done: int, flags: Flags, saver: Saver, stop: Stop) -> None:
+def _save_if_due(run: RunState, engine: Engine, done: int, flags: Flags, saver: Saver, stop: StopRequest) -> None:
     """A checkpoint after `done` steps if it is time for one; the last one is on the disk before the run ends."""
     due = flags.stop or _checkpoint_due(run, done)
     if flags.save_failed or due:
@@ -234,7 +236,7 @@ def _save_if_due(run: RunState, engine: Engine, done: int, flags: Flags, saver: 
     if due:
         save(run, engine, done, saver)
     elif done == guard.MIN_HISTORY:  # do not let a layer without gradient go on to the first checkpoint
-        check_layers(run, engine, engine.whole("exp_avg"))
+        check_layers(run, engine, engine.full_state("exp_avg"))
     if flags.stop or done == len(run.schedule):
         _wait_for_disk(run, saver, stop)
 
@@ -248,7 +250,7 @@ def _checkpoint_due(run: RunState, done: int) -> bool:
     return run.schedule.epoch(done) != run.schedule.epoch(done - 1)
 
 
-def _wait_for_disk(run: RunState, saver: Saver, stop: Stop) -> None:
+def _wait_for_disk(run: RunState, saver: Saver, stop: StopRequest) -> None:
     """All processes wait here until the last checkpoint is on the disk."""
     began = time.monotonic()
     write_together(saver.finish, run.folder, stop, run.recipe.patience, run.rank_info.rank)

@@ -1,50 +1,39 @@
-"""How much memory a training step takes on a GPU, from the shapes alone, and which batch and checkpointing to take for a card.
+"""The memory that a training step takes on a GPU, from the shapes alone. memory_plan.py chooses what fits a card.
 
-Counts what fused.py keeps of a block, what step.py holds beside it, the loss's chunk of logits, and what DeepSpeed's ZeRO 2 keeps of
-every number that is learnt; tests hold each count to the code. The peak is that of the worst of four moments: the last block's
-forward pass, the loss, the last block's backward pass, the optimizer's update. Imports neither torch nor a model, so that it costs
-nothing to ask; knows no device. Valid where the fused passes run in 16 bits with flash attention (sm_80 on). CUDA's own context comes on top, and is named apart.
+Counts what fused_decoder.py saves of a block, what graph_step.py holds beside it, the loss's chunk of logits, and what
+DeepSpeed's ZeRO 2 keeps of every trainable parameter; tests compare each count with the code. The peak is the largest
+of the named stages of a step: those of the last block's forward pass, the loss, those of the last block's backward
+pass, and the optimizer's update. Imports neither torch nor a model, so that asking costs nothing, and knows no device.
+Valid for the fused passes in 16 bits with flash attention (compute capability 8.0 or newer). CUDA's own context is not
+part of the count: it is named separately.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from train.common.errors import UserError
 from train.config.recipe import Recipe
 from train.model.architecture import Shape
-from train.training.step_sizes import HALVED_MLP_TOKENS, ROW_MULTIPLE, logits_rows, padded
+from train.training.step_sizes import HALVED_MLP_TOKENS, logits_rows, padded
 
 GIB = 2**30
-# bytes of a number that is computed with
-SIXTEEN = 2
-
-# CUDA's own context, assumed for a small card; 1.29 GiB were outside torch on an H100, NCCL's and the driver's among them
+BYTES_16 = 2  # of a value in float16 or bfloat16, in which the passes compute
+# CUDA's own context, assumed for a small card. On an H100, 1.29 GiB were outside torch, NCCL's and the driver's memory
+# included
 CONTEXT = GIB // 2
-# of a card that is left alone
-SPARE = 0.02
-# rounding and gaps of torch's allocator: measured, so much and a share of the activations
-GAPS, GAPS_SHARE = GIB // 4, 1 / 12
-# cuBLAS keeps this much a stream on Hopper: the usual one, and the one that captures
-WORKSPACE = 2 * (32 << 20)
+# what torch's allocator loses to rounding and gaps, measured: a constant, and a share of the activations
+ALLOCATOR_GAPS, ALLOCATOR_GAPS_SHARE = GIB // 4, 1 / 12
+# cuBLAS's workspaces on Hopper: one for the usual stream, one for the stream that captures graphs
+CUBLAS_WORKSPACES = 2 * (32 << 20)
 
-# bytes of a learnt number: weight and gradient in 16 bits, float32 master and two moments
-AT_REST = 2 + 2 + 4 + 8
-# while the optimizer works: the gradient in float32, and ZeRO's copy of it
-UPDATE = 4 + 4
-# while ZeRO takes a gradient over: torch's copy of it, its own, and the sum in float32
-HANDOVER = 2 + 2 + 4
-
-# Time, in the measure of one token's. What a micro batch costs however small it is, from the speeds at 512, 2048 and 8192 tokens
-BATCH_COSTS = 600
-# how much longer a step takes: recomputing is a third of all (1.32 measured, 7B at 1 × 2048); copies beside the computing took 1.3 % more
-# on an H100 (7B at 1 × 512), and are assumed to take 5 % where the bus is slower; the rows of an embedding from the host were not measured
-TAKES = {"off": 1.0, "on": 4 / 3, "offload": 1.4}
-HOST_TAKES = 1.01
+# Bytes of a trainable parameter
+ADAPTER_BYTES = 2 + 2 + 4 + 8  # weight and gradient in 16 bits, float32 master, AdamW's two moments
+UPDATE_BYTES = 4 + 4  # during the optimizer's update: the gradient in float32, and ZeRO's copy of it
+REDUCE_BYTES = 2 + 2 + 4  # while ZeRO takes a gradient over: torch's copy, its own, and the sum in float32
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What of a recipe decides the memory."""
+    """The keys of a recipe that decide the memory of a step."""
 
     batch: int
     length: int
@@ -60,42 +49,46 @@ class Setting:
     def of(cls, recipe: Recipe) -> "Setting":
         return cls(**{field.name: getattr(recipe, field.name) for field in fields(cls)})
 
-    def choices(self, but: Recipe | None = None) -> dict[str, object]:
-        """What is chosen here, by the recipe's keys; without what the recipe `but` says already."""
+    def overrides(self, over: Recipe | None = None) -> dict[str, object]:
+        """The keys that a plan chooses, with their values; with `over` only those in which that recipe differs."""
         values = {key: getattr(self, key) for key in ("batch", "accumulation", "checkpointing", "embedding")}
-        return {key: value for key, value in values.items() if but is None or getattr(but, key) != value}
+        return {key: value for key, value in values.items() if over is None or getattr(over, key) != value}
 
-    def words(self) -> str:
-        """The same as key=value."""
-        return " ".join(f"{key}={value}" for key, value in self.choices().items())
+    def as_text(self) -> str:
+        """`overrides` as key=value words."""
+        return " ".join(f"{key}={value}" for key, value in self.overrides().items())
 
     @property
     def tokens(self) -> int:
-        """Of a micro batch, padding included."""
+        """Tokens of a micro batch, padding included."""
         return self.batch * padded(self.length)
 
     @property
     def over_the_bus(self) -> bool:
-        """Whether a step copies what a card with more memory would keep."""
+        """Whether a step copies data between host and card that a larger card would keep."""
         return self.checkpointing == "offload" or self.embedding == "host"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by part, at the moment of the peak; `context` is not among them.
+    """Bytes of one step.
 
-    `held` is what torch takes from the card: gaps between blocks, and captured graphs keep the room of their activations also while
-    the update works.
+    parts: what is allocated at the peak, by name. stages: all that is allocated at each stage of the step, by its name.
+    phase: of the
+    peak: forward, loss, backward or update. at_rest: what stays between steps. held: what torch takes from the card,
+    which adds the gaps between its blocks, and the activations that captured graphs hold during the update too. CUDA's
+    context is in none of these.
     """
 
     parts: dict[str, int]
-    moment: str
+    stages: dict[str, int]
+    phase: str
     at_rest: int
     held: int
 
     @property
     def peak(self) -> int:
-        """All that is allocated at the worst moment."""
+        """All that is allocated at the peak."""
         return sum(self.parts.values())
 
     @property
@@ -104,245 +97,270 @@ class Estimate:
         return self.held + CONTEXT
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One moment of a pass: what is allocated then beside the saved activations."""
+
+    name: str
+    values_per_token: int
+    weight_values: int = 0  # of the one weight that is dequantised at that moment
+
+    def bytes(self, tokens: int) -> int:
+        return BYTES_16 * (tokens * self.values_per_token + self.weight_values)
+
+
 def estimate(shape: Shape, setting: Setting) -> Estimate:
-    """What one step takes at its worst moment."""
-    learnt = numbers(shape, setting)
-    rest = {"weights of the blocks": blocks(shape), tables(shape, setting): embeddings(shape, setting)}
-    rest |= {"adapters: weights, gradients, AdamW": AT_REST * learnt, "workspace of cuBLAS": WORKSPACE}
-    activations = kept(shape, setting)
-    between = 4 * learnt if setting.accumulation > 1 else 0  # the sum of gradients so far
-    forth, back = forward(shape, setting), backward(shape, setting)
-    learning = update(learnt)
-    moments = {
-        "forward": {"activations": activations, "forward pass": between + forth},
-        "loss": {"activations": activations, "loss": between + places(shape, setting) + chunk(shape, setting)},
-        "backward": {"activations": activations, "backward pass": between + back},
-        "update": {"gradients during the update": (places(shape, setting) if setting.graphs else 0) + learning},
+    """What one step takes at its peak."""
+    constant = constant_parts(shape, setting)
+    stages = stage_parts(shape, setting)
+    peak = max(stages, key=lambda name: sum(stages[name].values()))
+    at_rest = sum(constant.values())
+    totals = {name: at_rest + sum(parts.values()) for name, parts in stages.items()}
+    held = totals[peak]
+    if setting.graphs:
+        held = max(held, at_rest + captured_bytes(shape, setting))
+    held += ALLOCATOR_GAPS + int(ALLOCATOR_GAPS_SHARE * saved_bytes(shape, setting))
+    return Estimate({**constant, **stages[peak]}, totals, peak.partition(":")[0], at_rest, held)
+
+
+def constant_parts(shape: Shape, setting: Setting) -> dict[str, int]:
+    """What is allocated all the time, by name."""
+    return {
+        "weights of the blocks": block_weight_bytes(shape),
+        embedding_name(shape, setting): embedding_bytes(shape, setting),
+        "adapters: weights, gradients, AdamW": ADAPTER_BYTES * adapter_parameters(shape, setting),
+        "cuBLAS workspaces": CUBLAS_WORKSPACES,
     }
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    at_rest, peak = sum(rest.values()), sum(moments[moment].values())
-    captured = activations + max(forth, back) + between + max(chunk(shape, setting), learning)
-    held = at_rest + (max(peak, captured) if setting.graphs else peak) + GAPS + int(GAPS_SHARE * activations)
-    return Estimate({**rest, **moments[moment]}, moment, at_rest, held)
 
 
-# What is always there
+def stage_parts(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
+    """What each stage of a step adds to the constant parts: "PHASE: STAGE" -> name -> bytes."""
+    saved, tokens = {"saved activations": saved_bytes(shape, setting)}, setting.tokens
+    summed = summed_gradient_bytes(shape, setting)
+    hidden = hidden_bytes(shape, setting)
+    stages: dict[str, dict[str, int]] = {}
+    for phase, its_stages in (
+        ("forward", forward_stages(shape, setting)),
+        ("backward", backward_stages(shape, setting)),
+    ):
+        for stage in its_stages:
+            stages[f"{phase}: {stage.name}"] = {**saved, f"{phase} pass": summed + stage.bytes(tokens)}
+        if phase == "forward":
+            stages["loss"] = {**saved, "loss": summed + hidden + logits_bytes(shape, setting)}
+    kept_by_graphs = hidden if setting.graphs else 0
+    stages["update"] = {"gradients during the update": kept_by_graphs + update_bytes(shape, setting)}
+    return stages
 
 
-def blocks(shape: Shape) -> int:
-    """The frozen linears: codes, a scale and a zero a group, the group of each row; norms."""
+# --- what is always there
+
+
+def block_weight_bytes(shape: Shape) -> int:
+    """The frozen linears of all blocks: codes, scale and zero of each group, group of each row; biases and norms."""
     total = 0
     for _, k, n in shape.linears():
         if shape.bits == 16:
-            total += SIXTEEN * k * n
+            total += BYTES_16 * k * n
         else:
             groups = k // shape.group
             total += k * n * shape.bits // 8 + groups * n * 2 + groups * n * shape.bits // 8 + 4 * k
-    return shape.layers * (total + SIXTEEN * (2 * shape.hidden + shape.qkv))
+    return shape.layers * (total + BYTES_16 * (2 * shape.hidden + shape.qkv))
 
 
-def embeddings(shape: Shape, setting: Setting) -> int:
-    """The embedding's table and the head: one where they are the same, or where the embedding's stays on the host."""
-    return SIXTEEN * shape.vocabulary * shape.hidden * (1 if shape.tied or setting.embedding == "host" else 2)
+def embedding_bytes(shape: Shape, setting: Setting) -> int:
+    """The embedding and the head on the card; one matrix where they are tied, or where the embedding is on the host."""
+    return BYTES_16 * shape.vocabulary * shape.hidden * (1 if shape.tied or setting.embedding == "host" else 2)
 
 
-def tables(shape: Shape, setting: Setting) -> str:
+def embedding_name(shape: Shape, setting: Setting) -> str:
     return "head" if setting.embedding == "host" and not shape.tied else "embeddings and head"
 
 
-def numbers(shape: Shape, setting: Setting) -> int:
-    """How many are learnt: A [r, K] and B [N, r] of every target."""
-    return shape.layers * sum(setting.rank * (k + n) for _, k, n in adapted(shape, setting.targets))
+def adapter_parameters(shape: Shape, setting: Setting) -> int:
+    """Trainable parameters: A [r, K] and B [N, r] of every target."""
+    return shape.layers * sum(setting.rank * (k + n) for _, k, n in adapted_linears(shape, setting.targets))
 
 
-def adapted(shape: Shape, targets: str) -> list[tuple[str, int, int]]:
-    """The linears of a block that have an adapter.
+def adapted_linears(shape: Shape, targets: str) -> list[tuple[str, int, int]]:
+    """(name, K, N) of the linears of a block that have an adapter.
 
     Raises:
-        UserError: a name that no linear has.
+        UserError: a target that is the name of no linear.
     """
-    known = shape.linears()
-    wanted = {name.strip() for name in targets.split(",")} if targets != "all" else {name for name, _, _ in known}
-    if strange := wanted - {name for name, _, _ in known}:
-        there = ", ".join(dict.fromkeys(name for name, _, _ in known))
-        raise UserError(f"targets={targets}: no linear is called {', '.join(sorted(strange))}. There are: {there}.")
-    return [linear for linear in known if linear[0] in wanted]
+    linears = shape.linears()
+    wanted = {name.strip() for name in targets.split(",")} if targets != "all" else {name for name, _, _ in linears}
+    if unknown := wanted - {name for name, _, _ in linears}:
+        known = ", ".join(dict.fromkeys(name for name, _, _ in linears))
+        raise UserError(f"targets={targets}: no linear is called {', '.join(sorted(unknown))}. There are: {known}.")
+    return [linear for linear in linears if linear[0] in wanted]
 
 
-# What a micro batch adds
+# --- what a micro batch adds
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Numbers a token of what the passes hold of one block: h hidden, q queries, n queries, keys and values, i inner; and of the
-    adapters' thin products, by projection: 1 qkv, 2 out, 3 gate and up, 4 down."""
+    """Values per token of the tensors of one block. rank_*: columns of the low-rank product x·Aᵀ of a fused linear."""
 
-    h: int
-    q: int
-    n: int
-    i: int
+    hidden: int
+    queries: int
+    qkv: int  # queries, keys and values together
+    inner: int
     heads: int
-    r1: int
-    r2: int
-    r3: int
-    r4: int
-    drop: int  # 1 where dropout makes a copy of what an adapter reads, else 0
+    rank_qkv: int
+    rank_out: int
+    rank_gate_up: int
+    rank_down: int
+    dropout: int  # 1 where dropout copies the input of an adapter, else 0
 
     @classmethod
     def of(cls, shape: Shape, setting: Setting) -> "Widths":
-        targets = [name for name, _, _ in adapted(shape, setting.targets)]
-        r1, r2, r3, r4 = (setting.rank * sum(name in targets for name in group) for group in shape.groups())
+        targets = [name for name, _, _ in adapted_linears(shape, setting.targets)]
+        qkv, out, gate_up, down = (setting.rank * sum(name in targets for name in group) for group in shape.groups())
         sizes = (shape.hidden, shape.queries, shape.qkv, shape.inner, shape.heads)
-        return cls(*sizes, r1, r2, r3, r4, drop=1 if setting.dropout else 0)
+        return cls(*sizes, qkv, out, gate_up, down, dropout=1 if setting.dropout else 0)
 
-    def back(self, rank: int) -> int:
-        """Columns that a gradient has to spare for the adapters' part: none with dropout."""
-        return 0 if self.drop else rank
-
-    @property
-    def attended(self) -> int:
-        """What the first half of a block keeps beside its input: q, k, v, attention's output and log-sums (32 bits), the residual."""
-        return self.n + self.q + 2 * self.heads + self.h + self.r1 + self.r2
+    def extra(self, rank: int) -> int:
+        """Extra columns of a gradient for the adapter's part; with dropout there are none."""
+        return 0 if self.dropout else rank
 
     @property
-    def branches(self) -> int:
-        """Gate and up, with room for the gradient's adapters."""
-        return 2 * self.i + self.back(self.r3)
+    def attention(self) -> int:
+        """What attention saves beside its input: q, k, v, output, log-sums in 32 bits, residual, low-rank products."""
+        return self.qkv + self.queries + 2 * self.heads + self.hidden + self.rank_qkv + self.rank_out
+
+    @property
+    def gate_up(self) -> int:
+        """Gate and up, with the extra columns of their gradient."""
+        return 2 * self.inner + self.extra(self.rank_gate_up)
+
+    @property
+    def gate_up_input(self) -> int:
+        return self.hidden + self.rank_gate_up
+
+    @property
+    def down_input(self) -> int:
+        return self.inner + self.rank_down
 
     @property
     def block(self) -> int:
-        """All that is kept of a block."""
-        return self.h + self.attended + self.branches + self.r3 + self.r4
+        """All that a block saves without checkpointing."""
+        return self.hidden + self.attention + self.gate_up + self.rank_gate_up + self.rank_down
 
 
-def kept(shape: Shape, setting: Setting) -> int:
-    """What the forward pass leaves on the device for the backward pass: of every block all, with checkpointing its input, and with
-    offload the last block's input only; a graph's place of the first block's stays besides."""
-    w = Widths.of(shape, setting)
-    if setting.checkpointing == "off":
-        return SIXTEEN * setting.tokens * shape.layers * w.block
-    inputs = shape.layers if setting.checkpointing == "on" else min(shape.layers, 2 if setting.graphs else 1)
-    return SIXTEEN * setting.tokens * inputs * w.h
+def saved_bytes(shape: Shape, setting: Setting) -> int:
+    """What the forward pass saves on the card for the backward pass.
 
-
-def forward(shape: Shape, setting: Setting) -> int:
-    """Beside what is kept, in the widest stage of the last block's forward pass."""
-    w = Widths.of(shape, setting)
-    return SIXTEEN * max(setting.tokens * wide + weight for wide, weight in made(w, setting))
-
-
-def made(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
-    """(numbers a token, numbers of one weight) alive in turn beyond what is kept: what a product reads, with what it gives and its
-    weight, or before that with a dropped copy. With checkpointing (fused.Block.passed) also what is kept without: of attention,
-    then of the MLP, half the tokens at a time."""
-    read, acted = w.h + w.r3, w.i + w.r4
-    if setting.checkpointing == "off":
-        yield read, read * 2 * w.i
-        yield acted + w.h, acted * w.h
-        yield acted + w.drop * w.i, 0
-        return
-    share = 0.5 if setting.tokens >= HALVED_MLP_TOKENS else 1.0
-    yield w.h + 2 * w.r1 + w.n, (w.h + w.r1) * w.n
-    yield w.attended, w.q * w.h
-    yield w.attended - w.h + w.drop * w.q, 0
-    yield w.h + int(share * (w.branches + w.r3 + read)), read * 2 * w.i
-    yield w.h + int(share * (w.branches + w.r4 + acted + w.h)), acted * w.h
-    yield w.h + int(share * (w.branches + w.r4 + acted + w.drop * w.i)), 0
-
-
-def places(shape: Shape, setting: Setting) -> int:
-    """The embeddings or the last norm's input, hidden, and its gradient."""
-    return SIXTEEN * setting.tokens * 3 * shape.hidden
-
-
-def chunk(shape: Shape, setting: Setting) -> int:
-    """A chunk of logits with the rows that it is made of and their gradient."""
-    rows = min(logits_rows(setting.tokens), setting.tokens)
-    return SIXTEEN * rows * (shape.vocabulary + 2 * shape.hidden)
-
-
-def backward(shape: Shape, setting: Setting) -> int:
-    """Beside what is kept and ZeRO's bucket, in the worst stage of the last block's backward pass."""
-    w = Widths.of(shape, setting)
-    around = w.h * (3 if setting.graphs else 2)  # the last norm's input, its gradient, and the place of its output
-    if setting.checkpointing == "offload" and shape.layers > 1:
-        around += w.h  # the input that is on its way
-    return SIXTEEN * max(setting.tokens * (wide + around) + weight for wide, weight in stages(w, setting))
-
-
-def stages(w: Widths, setting: Setting) -> Iterator[tuple[int, int]]:
-    """(numbers a token, numbers of one weight) alive in turn within fused.Block.backward, beyond what is kept."""
-    slopes = w.h + w.back(max(w.r2, w.r4))  # of the block's output; one room for all gradients of that kind
-    whole = setting.checkpointing == "off"
-    # made again: the first half, then the branches, of half the tokens at a time
-    again, mlp = (0, 0) if whole else (w.attended, w.branches + w.r3)
-    share = 1.0 if whole or setting.tokens < HALVED_MLP_TOKENS else 0.5
-    gone = w.branches if whole else 0  # let go of after the MLP
-    yield again + slopes + int(share * (mlp + w.i)), w.i * (w.h + w.back(w.r4))
-    yield again + slopes + int(share * (mlp + 2 * w.h)), w.h * w.branches
-    yield again + slopes - gone + w.q * (1 + w.drop), w.q * w.h
-    yield again + slopes - gone + w.q + w.n + w.back(w.r1) + 2 * w.heads, 0
-    yield again + slopes - gone - w.q + w.back(w.r1) + 2 * w.h, w.h * w.n
-
-
-def update(learnt: int) -> int:
-    """Gradients in wider types than they are kept in, while ZeRO takes them over or the optimizer works."""
-    return max(UPDATE, HANDOVER) * learnt
-
-
-# What it takes of the host
-
-
-def on_host(shape: Shape, setting: Setting) -> int:
-    """Bytes of the machine's memory that a step keeps for the card: the embedding's table, and pinned room for the inputs of blocks,
-    of which torch takes powers of two."""
-    table = SIXTEEN * shape.vocabulary * shape.hidden if setting.embedding == "host" and not shape.tied else 0
-    room = SIXTEEN * setting.tokens * shape.hidden * (shape.layers - 1) if setting.checkpointing == "offload" else 0
-    return table + (1 << (room - 1).bit_length() if room else 0)
-
-
-# For a card
-
-
-def candidates(shape: Shape, recipe: Recipe) -> Iterator[tuple[Setting, Estimate]]:
-    """Every way to compute the recipe's step of batch × accumulation rows, quickest first.
-
-    Those that copy over the bus come after all that do not: what they cost depends on the machine around the card. An embedding that
-    the recipe wants on the host stays there in all of them.
+    Without checkpointing everything of every block; with it the input of each block; with offload the input of the last
+    block only, and with graphs that of the first, whose memory the graph keeps.
     """
-    rows, base = recipe.batch * recipe.accumulation, Setting.of(recipe)
-    places = (base.embedding,) if shape.tied or base.embedding == "host" else ("device", "host")
-    found = [
-        replace(base, batch=batch, accumulation=rows // batch, checkpointing=how, embedding=place)
-        for batch in range(1, rows + 1)
-        if rows % batch == 0
-        for how in TAKES
-        for place in places
+    w = Widths.of(shape, setting)
+    if setting.checkpointing == "off":
+        return BYTES_16 * setting.tokens * shape.layers * w.block
+    inputs = shape.layers if setting.checkpointing == "on" else min(shape.layers, 2 if setting.graphs else 1)
+    return BYTES_16 * setting.tokens * inputs * w.hidden
+
+
+def forward_stages(shape: Shape, setting: Setting) -> list[Stage]:
+    """The stages of the last block's forward pass.
+
+    Each is a product with its input, output and weight, or the input of one with its copy for dropout.
+
+    With checkpointing (fused_decoder.py) the tensors count too that are saved without it: of attention, then of the
+    MLP, which takes half of the tokens at a time where they are many.
+    """
+    w = Widths.of(shape, setting)
+    if setting.checkpointing == "off":
+        return [
+            Stage("gate and up product", w.gate_up_input, w.gate_up_input * 2 * w.inner),
+            Stage("down product", w.down_input + w.hidden, w.down_input * w.hidden),
+            Stage("SwiGLU", w.down_input + w.dropout * w.inner),
+        ]
+    share = 0.5 if setting.tokens >= HALVED_MLP_TOKENS else 1.0
+    mlp = w.gate_up + w.rank_down + w.down_input
+    return [
+        Stage("q, k and v product", w.hidden + 2 * w.rank_qkv + w.qkv, (w.hidden + w.rank_qkv) * w.qkv),
+        Stage("attention's output projection", w.attention, w.queries * w.hidden),
+        Stage("attention", w.attention - w.hidden + w.dropout * w.queries),
+        Stage(
+            "gate and up product",
+            w.hidden + int(share * (w.gate_up + w.rank_gate_up + w.gate_up_input)),
+            w.gate_up_input * 2 * w.inner,
+        ),
+        Stage("down product", w.hidden + int(share * (mlp + w.hidden)), w.down_input * w.hidden),
+        Stage("SwiGLU", w.hidden + int(share * (mlp + w.dropout * w.inner))),
     ]
-    for setting in sorted(found, key=lambda setting: (setting.over_the_bus, seconds(setting))):
-        yield setting, estimate(shape, setting)
 
 
-def seconds(setting: Setting) -> float:
-    """The time of a step in the measure of one token's, to order settings by."""
-    place = HOST_TAKES if setting.embedding == "host" else 1.0
-    return setting.accumulation * (setting.tokens + BATCH_COSTS) * TAKES[setting.checkpointing] * place
+def backward_stages(shape: Shape, setting: Setting) -> list[Stage]:
+    """The stages of the last block's backward pass, whose gradients of the block's output share one buffer."""
+    w, checkpointed = Widths.of(shape, setting), setting.checkpointing != "off"
+    share = 0.5 if checkpointed and setting.tokens >= HALVED_MLP_TOKENS else 1.0
+    around = w.hidden * (3 if setting.graphs else 2)  # the last norm's input, its gradient, and with graphs its output
+    if setting.checkpointing == "offload" and shape.layers > 1:
+        around += w.hidden  # the input of the block before, which is being copied
+    around += w.hidden + w.extra(max(w.rank_out, w.rank_down))  # the gradient of the block's output
+    recomputed = w.attention if checkpointed else 0
+    recomputed_mlp = w.gate_up + w.rank_gate_up if checkpointed else 0
+    after_mlp = around + recomputed - (0 if checkpointed else w.gate_up)  # gate and up are freed after the MLP
+    around += recomputed
+    extra_qkv = w.extra(w.rank_qkv)
+    return [
+        Stage(
+            "gradient of down's input",
+            around + int(share * (recomputed_mlp + w.inner)),
+            w.inner * (w.hidden + w.extra(w.rank_down)),
+        ),
+        Stage(
+            "gradient of the MLP's input", around + int(share * (recomputed_mlp + 2 * w.hidden)), w.hidden * w.gate_up
+        ),
+        Stage("gradient of attention's output", after_mlp + w.queries * (1 + w.dropout), w.queries * w.hidden),
+        Stage("gradients of q, k and v", after_mlp + w.queries + w.qkv + extra_qkv + 2 * w.heads),
+        Stage("gradient of attention's input", after_mlp - w.queries + extra_qkv + 2 * w.hidden, w.hidden * w.qkv),
+    ]
 
 
-def choose(shape: Shape, recipe: Recipe, card: int) -> tuple[Setting, Estimate] | None:
-    """The quickest way that fits a card of `card` bytes; None if none does."""
-    return next(((s, e) for s, e in candidates(shape, recipe) if fits(e, card)), None)
+def largest(stages: list[Stage], setting: Setting) -> int:
+    """Bytes of the largest of several stages."""
+    return max(stage.bytes(setting.tokens) for stage in stages)
 
 
-def fits(found: Estimate, card: int) -> bool:
-    return found.with_context <= card * (1 - SPARE)
+def hidden_bytes(shape: Shape, setting: Setting) -> int:
+    """The embeddings or the last norm's input, its output, and the output's gradient."""
+    return BYTES_16 * setting.tokens * 3 * shape.hidden
 
 
-def longest(shape: Shape, setting: Setting, card: int) -> int:
-    """The longest rows, in steps of 64 tokens, that fit a card one at a time in a setting that is otherwise this; 0 if none do."""
-    one = replace(setting, batch=1, accumulation=setting.batch * setting.accumulation)
-    low, high = 0, 1 << 20
-    while high - low > ROW_MULTIPLE:
-        middle = (low + high) // 2 // ROW_MULTIPLE * ROW_MULTIPLE
-        low, high = (middle, high) if fits(estimate(shape, replace(one, length=middle)), card) else (low, middle)
-    return low
+def logits_bytes(shape: Shape, setting: Setting) -> int:
+    """A chunk of logits, with the hidden states that it is computed from and their gradient."""
+    rows = min(logits_rows(setting.tokens), setting.tokens)
+    return BYTES_16 * rows * (shape.vocabulary + 2 * shape.hidden)
+
+
+def summed_gradient_bytes(shape: Shape, setting: Setting) -> int:
+    """The float32 sum of the gradients of earlier micro batches."""
+    return 4 * adapter_parameters(shape, setting) if setting.accumulation > 1 else 0
+
+
+def update_bytes(shape: Shape, setting: Setting) -> int:
+    """Gradients in wider types, while ZeRO takes them over or the optimizer works."""
+    return max(UPDATE_BYTES, REDUCE_BYTES) * adapter_parameters(shape, setting)
+
+
+def captured_bytes(shape: Shape, setting: Setting) -> int:
+    """What graphs hold during the whole step, and the larger of what the loss and the update add to it."""
+    passes = max(largest(forward_stages(shape, setting), setting), largest(backward_stages(shape, setting), setting))
+    outside = max(logits_bytes(shape, setting), update_bytes(shape, setting))
+    return saved_bytes(shape, setting) + passes + summed_gradient_bytes(shape, setting) + outside
+
+
+# --- what it takes of the host
+
+
+def host_bytes(shape: Shape, setting: Setting) -> int:
+    """Bytes of the machine's memory that a step keeps for the card.
+
+    The embedding's table, and pinned memory for the inputs of blocks, which torch rounds up to a power of two.
+    """
+    table = BYTES_16 * shape.vocabulary * shape.hidden if setting.embedding == "host" and not shape.tied else 0
+    inputs = BYTES_16 * setting.tokens * shape.hidden * (shape.layers - 1) if setting.checkpointing == "offload" else 0
+    return table + (1 << (inputs - 1).bit_length() if inputs else 0)

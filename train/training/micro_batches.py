@@ -34,9 +34,9 @@ def _load(run: RunState, engine: Engine, step: int, micro: int) -> Any:
     """Where this process has no rows left, a batch without labels: every process must make the same calls."""
     rows = _own_rows(run, run.schedule.rows(step), micro)
     if rows:
-        return engine.place(collate(rows, run.samples, run.pad_id))
+        return engine.to_device(collate(rows, run.samples, run.pad_id))
     ones = torch.ones(1, 2, dtype=torch.long)
-    return engine.place(
+    return engine.to_device(
         {
             "input_ids": ones * run.pad_id,
             "labels": ones * IGNORE,
@@ -48,7 +48,7 @@ def _load(run: RunState, engine: Engine, step: int, micro: int) -> Any:
 
 def _own_rows(run: RunState, rows: Sequence[PackedRow], micro: int) -> list[PackedRow]:
     """This process's rows of a micro batch; fewer or none at the end of an epoch."""
-    start = (micro * run.rank_info.size + run.rank_info.rank) * run.recipe.batch
+    start = (micro * run.rank_info.world_size + run.rank_info.rank) * run.recipe.batch
     return list(rows[start : start + run.recipe.batch])
 
 
@@ -64,6 +64,6 @@ def worst_samples(run: RunState, step: int, loss_sums: list[float]) -> list[str]
     counts = [sum(run.samples[i].label_count for row in batch for i in row) for batch in batches]
     means = [s / max(n, 1) if math.isfinite(s) else math.inf for s, n in zip(loss_sums, counts, strict=True)]
     names = [[run.samples[i].location for row in batch for i in row] for batch in batches]
-    pairs = [pair for part in distributed.gather(list(zip(means, names, strict=True))) for pair in part]
+    pairs = [pair for part in distributed.all_gather(list(zip(means, names, strict=True))) for pair in part]
     worst = max(mean for mean, _ in pairs)
     return [name for mean, samples in pairs if mean == worst for name in samples]

@@ -36,7 +36,7 @@ from train.runs import folder, provenance
 from train.runs.folder import ADAPTER, CHECKPOINTS
 from train.runs.resume import check_unchanged, fitted_accumulation, resume_point
 from train.training import distributed
-from train.training.distributed import AgreedError, World
+from train.training.distributed import AgreedError, RankInfo
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _lineage_text(prepared: PreparedRun) -> str:
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def agree_on_start(prepared: PreparedRun, rank_info: World | None, device: torch.device) -> Path | None:
+def agree_on_start(prepared: PreparedRun, rank_info: RankInfo | None, device: torch.device) -> Path | None:
     """The checkpoint to continue from, the same in all processes; None for a new run, and for a finished one.
 
     Checkpoints that are not used are added to the notes. The processes meet here, if a launcher has started them.
@@ -234,7 +234,7 @@ def agree_on_start(prepared: PreparedRun, rank_info: World | None, device: torch
     prepared.notes.extend(notes)
     if rank_info is not None:
         distributed.join(rank_info, device.type == "cuda")
-        check_same_start(distributed.gather((socket.gethostname(), start_summary(prepared, checkpoint))))
+        check_same_start(distributed.all_gather((socket.gethostname(), start_summary(prepared, checkpoint))))
     return checkpoint
 
 
@@ -280,13 +280,18 @@ def check_same_start(starts: list[tuple[str, dict[str, str]]]) -> None:
 
 
 def decisions(
-    prepared: PreparedRun, rank_info: World, device: torch.device, dtype: torch.dtype, zero_stage: int, keep_float: bool
+    prepared: PreparedRun,
+    rank_info: RankInfo,
+    device: torch.device,
+    dtype: torch.dtype,
+    zero_stage: int,
+    keep_float: bool,
 ) -> list[str]:
     """What was decided for the user, a line each. keep_float: whether Int4 weights are also kept in float32."""
     recipe, schedule = prepared.recipe, prepared.schedule
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     reason = "chosen for this device" if recipe.precision == "auto" else f"as precision={recipe.precision} says"
-    processes = f"{rank_info.size} processes" if rank_info.size > 1 else "1 process"
+    processes = f"{rank_info.world_size} processes" if rank_info.world_size > 1 else "1 process"
     rows = f"{prepared.inputs['rows_per_step']} rows of at most {recipe.length} tokens"
     lines = [
         f"base: {recipe.model} in {prepared.base}; run: {prepared.folder}",

@@ -15,7 +15,7 @@ from train.training.async_save import write_together
 from train.training.deepspeed_engine import Engine
 from train.training.prepare import PreparedRun
 from train.training.run_state import RunState
-from train.training.signals import Stop
+from train.training.signals import StopRequest
 
 
 def finish(
@@ -38,7 +38,7 @@ def finish(
             return error
         return None
 
-    with Stop(speaks=False) as stop:
+    with StopRequest(announce=False) as stop:
         write_together(attempt, run.folder, stop, run.recipe.patience, run.rank_info.rank)
     return written[0] if written else None
 
@@ -66,7 +66,7 @@ def write(
         "versions": provenance.versions(),
         "machine": provenance.machine(),
         "device": str(run.device),
-        "processes": run.rank_info.size,
+        "processes": run.rank_info.world_size,
         "starts": run.starts,
         "decisions": notes,
         "steps": len(rows),

@@ -13,7 +13,7 @@ import torch
 from train.config.recipe import Recipe
 from train.data.batches import Schedule
 from train.data.samples import Sample
-from train.training.distributed import World
+from train.training.distributed import RankInfo
 from train.training.guard import Guard
 
 
@@ -31,7 +31,7 @@ class RunState:
     samples: list[Sample]
     pad_id: int
     folder: Path
-    rank_info: World
+    rank_info: RankInfo
     device: torch.device
     guard: Guard = field(default_factory=Guard)
     timings: dict[str, float] = field(default_factory=dict)
@@ -50,5 +50,10 @@ class RunState:
 
     def add_start(self, step: int, earlier: list[dict[str, Any]]) -> None:
         """Note that this start continues after `step`. Of the `earlier` ones, keep those with steps before that."""
-        start = {"after": step, "processes": self.rank_info.size, "device": self.device.type, "began": time.time()}
+        start = {
+            "after": step,
+            "processes": self.rank_info.world_size,
+            "device": self.device.type,
+            "began": time.time(),
+        }
         self.starts[:] = [*(one for one in earlier if one["after"] < step), start]

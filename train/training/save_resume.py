@@ -35,13 +35,13 @@ def save(run: RunState, engine: Engine, done: int, saver: Saver) -> None:
 
     if run.is_first:
         saver.wait_until_free()  # `gather` writes into the memory of the last snapshot
-    masters, moments = engine.gather(inspect, lent=True, keep=run.is_first)
-    generators = distributed.gather(checkpoint.rng_state())
+    masters, moments = engine.gather(inspect, pinned=True, keep=run.is_first)
+    generators = distributed.all_gather(checkpoint.rng_state())
     if run.is_first:
         rng = {f"rank{n}/{key}": value for n, state in enumerate(generators) for key, value in state.items()}
         state = {
             "engine": engine.counters(),
-            "processes": run.rank_info.size,
+            "processes": run.rank_info.world_size,
             "guard": run.guard.state(),
             "starts": run.starts,
             "epoch": run.schedule.epoch(max(done - 1, 0)),
@@ -93,7 +93,7 @@ def start(run: RunState, engine: Engine, folder: Path | None) -> tuple[int, list
 
 def _other_processes(run: RunState) -> list[str]:
     """What it means that the steps so far were computed in another number of processes; none if they were not."""
-    before, now = run.starts[-2:-1], run.rank_info.size
+    before, now = run.starts[-2:-1], run.rank_info.world_size
     if not before or before[0]["processes"] == now:
         return []
     dropout = " From here on dropout draws other masks." if run.recipe.dropout else ""

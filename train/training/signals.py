@@ -1,4 +1,4 @@
-"""What a training process does on SIGINT and SIGTERM: note the wish to stop, pass it on, or leave before the first step."""
+"""SIGINT and SIGTERM to a training process: finish the step, forward the signal, or exit before the first step."""
 
 import ctypes
 import os
@@ -9,20 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-CUT_OFF = 75  # exit status (EX_TEMPFAIL): stopped with a checkpoint; the same command goes on
+EXIT_INTERRUPTED = 75  # exit status (EX_TEMPFAIL of sysexits.h): stopped with a checkpoint; the same command continues
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 
-PDEATHSIG = 1  # of Linux's prctl
-
-
-def follow() -> None:
-    """SIGTERM to this process when the one that started it dies: what nobody waits for any more ends too, with a checkpoint."""
+def terminate_with_parent() -> None:
+    """Ask Linux to send SIGTERM to this process when its parent dies, so that no worker outlives the command."""
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def hand_down(number: int, _: FrameType | None) -> None:
-    """Any signal to the launcher is SIGTERM to its workers: twice is once, while a second SIGINT would end them."""
+def terminate_workers(number: int, _: FrameType | None) -> None:
+    """The launcher's handler: any signal becomes SIGTERM to its workers, which is harmless twice, unlike SIGINT."""
     import psutil
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -34,60 +32,74 @@ def hand_down(number: int, _: FrameType | None) -> None:
             worker.terminate()
 
 
-@contextmanager
-def pass_signals_on() -> Iterator[tuple[list[int], list[int]]]:
-    """While the block runs, SIGINT and SIGTERM to this process go to the launcher's workers; to itself while it has none.
-
-    Yields a list for the launcher's number, and one of the signals that came.
-    """
+def _signal_workers(launcher: int, number: int) -> None:
+    """Send the signal to the workers of process `launcher`; SIGTERM to itself while it has none."""
     import psutil
 
-    launchers: list[int] = []
-    passed: list[int] = []
-
-    def pass_on(number: int, _: FrameType | None) -> None:
-        passed.append(number)
-        for launcher in launchers:
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(launcher)
+        workers = parent.children()
+        for worker in workers:
             with suppress(psutil.NoSuchProcess):
-                parent = psutil.Process(launcher)
-                workers = parent.children()
-                for worker in workers:
-                    with suppress(psutil.NoSuchProcess):
-                        worker.send_signal(number)
-                if not workers:
-                    parent.terminate()
+                worker.send_signal(number)
+        if not workers:
+            parent.terminate()
+
+
+@contextmanager
+def forward_signals() -> Iterator[tuple[list[int], list[int]]]:
+    """While the block runs, SIGINT and SIGTERM to this process go to the workers of its launchers.
+
+    Yields:
+        A list to which the caller appends the process id of a launcher, and the list of signals received so far.
+    """
+    import psutil  # noqa: F401  here, because a signal handler should not import a package for the first time
+
+    launchers: list[int] = []
+    received: list[int] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        for launcher in launchers:
+            _signal_workers(launcher, number)
 
     wakeup = signal.set_wakeup_fd(-1)
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield launchers, passed
+        yield launchers, received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
 
 
-def _early(number: int, _: FrameType | None) -> None:
-    """Nothing: the thread of `leaving_early` answers."""
+def _no_action(number: int, _: FrameType | None) -> None:
+    """A handler that only keeps Python from ending the process: the thread of `exit_on_sigterm` acts on the signal."""
 
 
 @contextmanager
-def leaving_early(speaks: bool) -> Iterator[None]:
-    """While the block runs, and no other one within it answers, SIGTERM ends this process at once with CUT_OFF: while a model is loaded
-    there is nothing to save. By a thread, since Python's own handlers wait for whatever C is at, which may wait for another process."""
-    ours, its = socket.socketpair()
-    its.setblocking(False)
-    handler, wakeup = (
-        signal.signal(signal.SIGTERM, _early),
-        signal.set_wakeup_fd(its.fileno(), warn_on_full_buffer=False),
-    )
+def exit_on_sigterm(announce: bool) -> Iterator[None]:
+    """While the block runs, SIGTERM ends this process at once with EXIT_INTERRUPTED.
+
+    Before the first step there is nothing to save.
+
+    An inner `StopRequest` takes over while it is active. A thread reads the signal from Python's wakeup descriptor,
+    because Python's own handlers wait for the running C call, which may itself wait for another process.
+
+    Args:
+        announce: whether this process prints why it ends.
+    """
+    read_end, write_end = socket.socketpair()
+    write_end.setblocking(False)
+    handler = signal.signal(signal.SIGTERM, _no_action)
+    wakeup = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
 
     def wait() -> None:
-        while number := ours.recv(1):
+        while number := read_end.recv(1):
             if number[0] == signal.SIGTERM:
-                if speaks:
-                    os.write(2, b"\nstopped before a step was done; the same command goes on\n")
-                os._exit(CUT_OFF)
+                if announce:
+                    os.write(2, b"\nstopped before a step was done; the same command continues\n")
+                os._exit(EXIT_INTERRUPTED)
 
     thread = threading.Thread(target=wait, name="signals", daemon=True)
     thread.start()
@@ -96,31 +108,31 @@ def leaving_early(speaks: bool) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGTERM, handler)
-        its.close()
+        write_end.close()
         thread.join()
-        ours.close()
+        read_end.close()
 
 
-class Stop:
-    """Notes SIGINT and SIGTERM while a block runs, and says so if it `speaks`; a second SIGINT ends the process at once."""
+class StopRequest:
+    """Records SIGINT and SIGTERM while its block runs, in `requested`. A second SIGINT raises KeyboardInterrupt."""
 
-    def __init__(self, speaks: bool = True) -> None:
-        self.wanted = False
-        self.speaks = speaks
+    def __init__(self, announce: bool = True) -> None:
+        """announce: whether this process prints that it received the signal."""
+        self.requested = False
+        self.announce = announce
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.wanted and number == signal.SIGINT:
+    def _record(self, number: int, _: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.speaks and not self.wanted:
+        if self.announce and not self.requested:
             again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-            os.write(
-                2, f"\nfinishing this step, then a checkpoint{again}\n".encode()
-            )  # print may be what was interrupted
-        self.wanted = True
+            text = f"\nfinishing this step, then a checkpoint{again}\n"
+            os.write(2, text.encode())  # not print: the signal may have interrupted a print
+        self.requested = True
 
-    def __enter__(self) -> "Stop":
-        self.wakeup = signal.set_wakeup_fd(-1)  # of `leaving_early`
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self) -> "StopRequest":
+        self.wakeup = signal.set_wakeup_fd(-1)  # suspends `exit_on_sigterm`
+        self.before = {number: signal.signal(number, self._record) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,9 +8,10 @@ from train.model.loading import keeps_float
 from train.runs.checkpoint import sweep
 from train.runs.folder import ADAPTER, CHECKPOINTS, lock_run
 from train.training import distributed, loop, record, save_resume
-from train.training.deepspeed_engine import Engine, stage_of
+from train.training.deepspeed_config import zero_stage
+from train.training.deepspeed_engine import Engine
 from train.training.devices import Devices
-from train.training.distributed import World
+from train.training.distributed import RankInfo
 from train.training.guard import Guard, layers_allowed_zero_grad
 from train.training.prepare import PreparedRun, begin, decisions, load_model
 from train.training.run_state import RunState
@@ -21,7 +22,7 @@ def train_one(prepared: PreparedRun, devices: Devices, checkpoint: Path | None) 
 
     The first process holds the run's lock. Every process calls it with the same `checkpoint`: None for a new run.
     """
-    rank_info = devices.rank_info or World()
+    rank_info = devices.rank_info or RankInfo()
     if rank_info.rank > 0:
         return _load_and_train(prepared, devices, rank_info, checkpoint)
     with lock_run(prepared.folder):
@@ -29,20 +30,20 @@ def train_one(prepared: PreparedRun, devices: Devices, checkpoint: Path | None) 
         return _load_and_train(prepared, devices, rank_info, checkpoint)
 
 
-def _load_and_train(prepared: PreparedRun, devices: Devices, rank_info: World, checkpoint: Path | None) -> bool:
+def _load_and_train(prepared: PreparedRun, devices: Devices, rank_info: RankInfo, checkpoint: Path | None) -> bool:
     recipe, device, dtype = prepared.recipe, devices.device, devices.dtype
-    keep_float, zero_stage = keeps_float(prepared.base, device), stage_of(recipe, dtype)
-    notes = [*prepared.notes, *decisions(prepared, rank_info, device, dtype, zero_stage, keep_float)]
+    keep_float, stage = keeps_float(prepared.base, device), zero_stage(recipe, dtype)
+    notes = [*prepared.notes, *decisions(prepared, rank_info, device, dtype, stage, keep_float)]
     if rank_info.rank == 0:
         print("\n".join(notes), flush=True)
         sweep(prepared.folder)
     distributed.join(rank_info, device.type == "cuda")
-    engine = Engine(load_model(prepared, device, dtype, keep_float), recipe, dtype, rank_info.size)
+    engine = Engine(load_model(prepared, device, dtype, keep_float), recipe, dtype, rank_info.world_size)
     with closing(engine):  # the next stage needs its memory
         return _train(prepared, _run_state(prepared, devices, rank_info), engine, notes, checkpoint)
 
 
-def _run_state(prepared: PreparedRun, devices: Devices, rank_info: World) -> RunState:
+def _run_state(prepared: PreparedRun, devices: Devices, rank_info: RankInfo) -> RunState:
     samples, pad_id = prepared.samples, prepared.tokenizer.pad
     guard = Guard(prepared.recipe.spike, layers_allowed_zero_grad(sample.mask for sample in samples))
     return RunState(

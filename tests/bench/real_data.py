@@ -1,4 +1,4 @@
-"""What the benchmarks on real conversations share: an arm a process, and the conversations as an arm reads them."""
+"""Shared by the benchmarks on real conversations: a process for each arm, and the conversations as batches."""
 
 import subprocess
 import sys
@@ -13,13 +13,13 @@ from train.data.batches import Schedule
 from train.data.samples import Sample, Summary
 
 
-def apart(module: str, arms: Sequence[str], options: Any) -> list[dict[str, Any]]:
-    """Run `python -m module` with these options and only=ARM for each arm; rows for those that failed."""
-    given = [f"{f.name}={getattr(options, f.name)}" for f in fields(options) if f.name != "only"]
+def run_arms(module: str, arms: Sequence[str], options: Any) -> list[dict[str, Any]]:
+    """Run `python -m module` with these options and only=ARM for each arm; returns a row for each that failed."""
+    arguments = [f"{f.name}={getattr(options, f.name)}" for f in fields(options) if f.name != "only"]
     failed = []
     for arm in arms:
         began = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", module, *given, f"only={arm}"], check=False)
+        done = subprocess.run([sys.executable, "-m", module, *arguments, f"only={arm}"], check=False)
         print(f"{arm}: status {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
         if done.returncode:
             failed.append({"arm": arm, "skipped": f"failed: status {done.returncode}"})
@@ -27,10 +27,10 @@ def apart(module: str, arms: Sequence[str], options: Any) -> list[dict[str, Any]
 
 
 class Conversations:
-    """The data of a recipe, and its order of rows."""
+    """The data of a recipe, and the rows of each step."""
 
     def __init__(self, data: str, tokenizer: Path, recipe: Recipe, steps: int, seed: int) -> None:
-        """seed: of the order."""
+        """seed: of the order of the samples."""
         from train.data import conversations
         from train.data.samples import encode
         from train.model.tokenizer import load_tokenizer
@@ -39,10 +39,10 @@ class Conversations:
         self.samples: list[Sample]
         self.summary: Summary
         self.samples, self.summary = encode(conversations.load(data), self.tokenizer, recipe)
-        self.plan = Schedule(self.samples, recipe.length, recipe.batch, 1, steps, seed, recipe.pack)
+        self.schedule = Schedule(self.samples, recipe.length, recipe.batch, 1, steps, seed, recipe.pack)
 
     def batch(self, step: int, width: int | None = None) -> dict[str, Any]:
-        """What is learnt in a step; rows as long as their longest, or `width`."""
+        """The batch of a step; its rows are padded to the longest of them, or to `width`."""
         from train.data.batches import collate
 
-        return collate(self.plan.rows(step), self.samples, self.tokenizer.pad, width)
+        return collate(self.schedule.rows(step), self.samples, self.tokenizer.pad, width)
