@@ -58,8 +58,14 @@ def test_a_run_starts_from_the_adapter_of_another() -> None:
     assert read_json(Path("runs/second/run.json"))["from"]["run"] == "first"
     with pytest.raises(UserError, match="rank=4 alpha=16"):
         train(**{"run": "third", "steps": 1, "from": "first", "rank": 2})
-    with pytest.raises(UserError, match="has no adapter"):
-        train(**{"run": "third", "steps": 1, "from": "nobody"})
+    for nobody in ("nobody", "n" * 300):
+        with pytest.raises(UserError, match=f"there is no run runs/{nobody}, and no folder of that path"):
+            train(**{"run": "third", "steps": 1, "from": nobody})
+    Path("runs/half").mkdir()
+    (Path("runs/half") / "inputs.json").touch()
+    with pytest.raises(UserError, match=r"run runs/half has no adapter\. Finish it first"):
+        train(**{"run": "third", "steps": 1, "from": "half"})
+    assert not Path("runs/third").exists()
 
 
 def test_a_run_that_another_process_trains_is_left_alone() -> None:

@@ -129,6 +129,25 @@ def test_a_replay_is_the_same_and_leaves_nothing(
     assert not (copy / "runs/second/replay").exists()
 
 
+def test_a_run_that_started_from_a_folder_is_verified_and_replayed(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the other files in that folder nothing is asked."""
+    folder = Path(shutil.copytree("runs/first/adapter", "checkpoint-500"))
+    (folder / "optimizer.pt").touch()
+    begin("from-folder", **{"from": "checkpoint-500"})
+    (folder / "optimizer.pt").unlink()
+    monkeypatch.setattr(verify.provenance, "code", lambda: {})
+    in_this_process(monkeypatch)
+    verify.run(Options(run="from-folder", replay=True))
+    output = capsys.readouterr().out
+    assert "same     adapter of checkpoint-500\n" in output and "the replay is the same" in output
+    flip(folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="is not what its record says"):
+        verify.run(Options(run="from-folder"))
+    assert "DIFFERS  adapter of checkpoint-500\n" in capsys.readouterr().out
+
+
 def begin(run: str, **keys: str) -> None:
     base = {"data": "data.jsonl", "model": "tiny-Int4", "recipe": "smoke", **TINY, "steps": "6", "save_every": "2"}
     train.run(train.parse({**base, "dropout": "0.05", "run": run, **keys}))

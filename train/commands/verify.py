@@ -115,7 +115,7 @@ def _check_inputs(options: Options, record: dict[str, Any]) -> Checks:
     except UserError as error:
         checks.append((f"data {path}", [str(error)]))
     for entry in record["lineage"]:
-        hashes = provenance.hash_folder(Path(entry["run"]) / "adapter")
+        hashes = provenance.hash_adapter(Path(entry["run"]))
         checks.append((f"adapter of {entry['run']}", _compare_hashes(hashes, entry["adapter"])))
     return checks
 
