@@ -28,7 +28,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(capsys: pytest.CaptureFixtur
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
     record = read_json(folder / "run.json")
     assert set(record["base"]["files"]) >= {"config.json", "model.safetensors", "qwen.tiktoken"}
-    assert set(record["adapter"]) == {lora.CONFIG, lora.WEIGHTS}
+    assert set(record["adapter"]) == {lora.CONFIG, lora.WEIGHTS, "tokenizer.json", "tokenizer_config.json"}
     assert Recipe(**record["recipe"]) == load_recipe(str(folder / "recipe.yaml"), {})
     assert record["loss"]["first"] == losses("whole")[0]["loss"]
     assert list(folder.glob("tensorboard/events*"))

@@ -72,6 +72,7 @@ def flip(path: Path) -> None:
         ("runs/second/losses.jsonl", "losses.jsonl"),
         ("runs/second/adapter/adapter_model.safetensors", "adapter"),
         ("runs/second/adapter/adapter_config.json", "adapter"),
+        ("runs/second/adapter/tokenizer_config.json", "adapter"),
         ("runs/second/checkpoints/step-000003/optimizer.safetensors", "checkpoint step-000003"),
         ("runs/first/adapter/adapter_model.safetensors", "adapter of runs/first"),
         ("models/tiny-Int4/model.safetensors", "base tiny-Int4"),
@@ -127,6 +128,22 @@ def test_a_replay_is_the_same_and_leaves_nothing(
     verify.run(Options(run="second", replay=True))
     assert "the replay is the same: 3 losses, and the adapter's bytes." in capsys.readouterr().out
     assert not (copy / "runs/second/replay").exists()
+
+
+def test_the_adapter_of_an_older_run_without_a_tokenizer_is_replayed(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The replay saves a tokenizer beside the adapter, which is no difference."""
+    folder, record = copy / "runs/first", read_json(copy / "runs/first/run.json")
+    for path in (folder / "adapter").glob("tokenizer*"):
+        path.unlink()
+    hashes = verify.provenance.hash_folder(folder / "adapter")
+    assert len(hashes) == 2
+    write_json(folder / "run.json", {**record, "adapter": hashes})
+    monkeypatch.setattr(verify.provenance, "code", lambda: {})
+    in_this_process(monkeypatch)
+    verify.run(Options(run="first", replay=True))
+    assert "the replay is the same: 3 losses, and the adapter's bytes." in capsys.readouterr().out
 
 
 def test_a_run_that_started_from_a_folder_is_verified_and_replayed(
