@@ -89,6 +89,19 @@ def test_paths_of_a_run_and_its_stages(tmp_path: Path, monkeypatch: pytest.Monke
     assert ("read", "/x/b.jsonl") not in paths("verify", VERBS["verify"], ["run=r"])
 
 
+@pytest.mark.parametrize("key", ["from", "from_run"])
+def test_path_of_an_adapter_to_start_from(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path is shown to the container; a run below runs/ is there anyway. `verify` reads it again."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs/mine").mkdir(parents=True)
+    train = VERBS["train"]
+    assert paths("train", train, [f"{key}=mine"]) == []
+    assert paths("train", train, [f"{key}=/x/checkpoint-500"]) == [("read", "/x/checkpoint-500")]
+    assert paths("train", train, [f"{key}={'n' * 300}"]) == [("read", "n" * 300)]
+    Path("runs/mine/run.json").write_text(json.dumps({"lineage": [{"run": "/x/checkpoint-500"}]}))
+    assert paths("verify", VERBS["verify"], ["run=mine"]) == [("read", "/x/checkpoint-500")]
+
+
 def test_any_path_is_printed_in_its_own_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = os.fsdecode(b"two\nlines '\"$x` \xff\xe4\xba\x8c")

@@ -28,7 +28,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(capsys: pytest.CaptureFixtur
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
     record = read_json(folder / "run.json")
     assert set(record["base"]["files"]) >= {"config.json", "model.safetensors", "qwen.tiktoken"}
-    assert set(record["adapter"]) == {lora.CONFIG, lora.WEIGHTS}
+    assert set(record["adapter"]) == {lora.CONFIG, lora.WEIGHTS, "tokenizer.json", "tokenizer_config.json"}
     assert Recipe(**record["recipe"]) == load_recipe(str(folder / "recipe.yaml"), {})
     assert record["loss"]["first"] == losses("whole")[0]["loss"]
     assert list(folder.glob("tensorboard/events*"))
@@ -58,8 +58,14 @@ def test_a_run_starts_from_the_adapter_of_another() -> None:
     assert read_json(Path("runs/second/run.json"))["from"]["run"] == "first"
     with pytest.raises(UserError, match="rank=4 alpha=16"):
         train(**{"run": "third", "steps": 1, "from": "first", "rank": 2})
-    with pytest.raises(UserError, match="has no adapter"):
-        train(**{"run": "third", "steps": 1, "from": "nobody"})
+    for nobody in ("nobody", "n" * 300):
+        with pytest.raises(UserError, match=f"there is no run runs/{nobody}, and no folder of that path"):
+            train(**{"run": "third", "steps": 1, "from": nobody})
+    Path("runs/half").mkdir()
+    (Path("runs/half") / "inputs.json").touch()
+    with pytest.raises(UserError, match=r"run runs/half has no adapter\. Finish it first"):
+        train(**{"run": "third", "steps": 1, "from": "half"})
+    assert not Path("runs/third").exists()
 
 
 def test_a_run_that_another_process_trains_is_left_alone() -> None:

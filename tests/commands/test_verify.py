@@ -72,6 +72,7 @@ def flip(path: Path) -> None:
         ("runs/second/losses.jsonl", "losses.jsonl"),
         ("runs/second/adapter/adapter_model.safetensors", "adapter"),
         ("runs/second/adapter/adapter_config.json", "adapter"),
+        ("runs/second/adapter/tokenizer_config.json", "adapter"),
         ("runs/second/checkpoints/step-000003/optimizer.safetensors", "checkpoint step-000003"),
         ("runs/first/adapter/adapter_model.safetensors", "adapter of runs/first"),
         ("models/tiny-Int4/model.safetensors", "base tiny-Int4"),
@@ -127,6 +128,41 @@ def test_a_replay_is_the_same_and_leaves_nothing(
     verify.run(Options(run="second", replay=True))
     assert "the replay is the same: 3 losses, and the adapter's bytes." in capsys.readouterr().out
     assert not (copy / "runs/second/replay").exists()
+
+
+def test_the_adapter_of_an_older_run_without_a_tokenizer_is_replayed(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The replay saves a tokenizer beside the adapter, which is no difference."""
+    folder, record = copy / "runs/first", read_json(copy / "runs/first/run.json")
+    for path in (folder / "adapter").glob("tokenizer*"):
+        path.unlink()
+    hashes = verify.provenance.hash_folder(folder / "adapter")
+    assert len(hashes) == 2
+    write_json(folder / "run.json", {**record, "adapter": hashes})
+    monkeypatch.setattr(verify.provenance, "code", lambda: {})
+    in_this_process(monkeypatch)
+    verify.run(Options(run="first", replay=True))
+    assert "the replay is the same: 3 losses, and the adapter's bytes." in capsys.readouterr().out
+
+
+def test_a_run_that_started_from_a_folder_is_verified_and_replayed(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the other files in that folder nothing is asked."""
+    folder = Path(shutil.copytree("runs/first/adapter", "checkpoint-500"))
+    (folder / "optimizer.pt").touch()
+    begin("from-folder", **{"from": "checkpoint-500"})
+    (folder / "optimizer.pt").unlink()
+    monkeypatch.setattr(verify.provenance, "code", lambda: {})
+    in_this_process(monkeypatch)
+    verify.run(Options(run="from-folder", replay=True))
+    output = capsys.readouterr().out
+    assert "same     adapter of checkpoint-500\n" in output and "the replay is the same" in output
+    flip(folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="is not what its record says"):
+        verify.run(Options(run="from-folder"))
+    assert "DIFFERS  adapter of checkpoint-500\n" in capsys.readouterr().out
 
 
 def begin(run: str, **keys: str) -> None:

@@ -1,6 +1,7 @@
 """What is checked before a run begins: disk space, conversations without labels, the same start in all processes."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from train.model.loading import load
 from train.runs import checkpoint
 from train.training import distributed, prepare
 
+ASSETS = Path(__file__).parents[1] / "assets"
 pytestmark = pytest.mark.usefixtures("workspace")
 TARGETS = lora.targets("qwen2", "all")
 
@@ -129,3 +131,84 @@ def test_what_differs_between_machines_is_named() -> None:
     with pytest.raises(UserError, match=r"data: \w{12} on a, 0 on c\n") as error:
         prepare.check_same_start([("a", summary), ("b", summary), ("c", {**summary, "data": "0"})])
     assert "base:" not in str(error.value)
+
+
+# --- starting from a path, and from an adapter of another program ----------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["runs/origin", "runs/origin/adapter"])
+def test_a_run_starts_from_a_path(path: str) -> None:
+    train(run="origin", steps=1)
+    name = path.replace("/", "-")
+    train(**{"run": name, "steps": 1, "from": path, "learning_rate": 1e-12})
+    assert read_json(Path("runs", name, "run.json"))["lineage"][0]["run"] == path
+    for linear, (a, b, scale) in lora.delta(Path("runs/origin/adapter")).items():
+        copied = lora.delta(Path("runs", name, "adapter"))[linear]
+        torch.testing.assert_close(copied, (a, b, scale), rtol=1e-6, atol=1e-6)
+
+
+def foreign_adapter(folder: Path, **settings: Any) -> Path:
+    """An adapter on all linears with r 4 and alpha 16, as current peft writes it, beside a Trainer's files."""
+    if not Path("runs/origin").is_dir():
+        train(run="origin", steps=2)
+    folder.mkdir()
+    (folder / lora.WEIGHTS).write_bytes(Path("runs/origin/adapter", lora.WEIGHTS).read_bytes())
+    current = read_json(ASSETS / "adapters/peft-0.21-rslora-patterns" / lora.CONFIG)
+    plain = {"r": 4, "lora_alpha": 16, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    write_json(folder / lora.CONFIG, {**current, **plain, **settings})
+    for name in ("optimizer.pt", "trainer_state.json"):
+        (folder / name).touch()
+    return folder
+
+
+def test_a_run_starts_from_an_adapter_of_current_peft(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = foreign_adapter(workspace / "checkpoint-500")
+    keys = {"run": "from-folder", "steps": 1, "learning_rate": 1e-12, "from": "checkpoint-500"}
+    train(**keys)
+    assert "names another base, Qwen/tiny: here it starts on tiny-Int4." in capsys.readouterr().out
+    (entry,) = read_json(Path("runs/from-folder/run.json"))["lineage"]
+    assert entry["run"] == "checkpoint-500" and set(entry["adapter"]) == {lora.CONFIG, lora.WEIGHTS}
+    ours, theirs = (lora.delta(f) for f in (Path("runs/from-folder/adapter"), folder))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_an_rslora_adapter_continues_with_the_same_scale(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign_adapter(workspace / "rslora", use_rslora=True)
+    keys = {"run": "from-rslora", "steps": 1, "learning_rate": 1e-12, "from": "rslora"}
+    with pytest.raises(UserError, match=r"use_rslora with lora_alpha 16\) there and 16 here. Give rank=4 alpha=32"):
+        train(**keys)
+    assert not Path("runs/from-rslora").exists()
+    train(**keys, alpha=32)
+    assert "it continues as plain LoRA with alpha=32" in capsys.readouterr().out
+    ours, theirs = (lora.delta(f) for f in (Path("runs/from-rslora/adapter"), workspace / "rslora"))
+    assert {scale for *_, scale in ours.values()} == {scale for *_, scale in theirs.values()} == {8.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "from=foreign: .*\n  use_dora=true: DoRA"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
+        ({"alpha_pattern": {"q_proj": 8}}, "from=foreign: its linears have different ranks or scales"),
+        ({"r": 8}, "the rank of .* is 4, but adapter_config.json says 8"),
+    ],
+)
+def test_what_is_not_computed_is_refused_before_anything_is_written(
+    settings: dict[str, Any], message: str, workspace: Path
+) -> None:
+    folder = foreign_adapter(workspace / "foreign", **settings)
+    try:
+        with pytest.raises(UserError, match=message):
+            train(**{"run": "refused", "steps": 1, "from": "foreign"})
+    finally:
+        shutil.rmtree(folder)
+    assert not Path("runs/refused").exists()
+
+
+def test_an_adapter_that_fits_other_linears_is_refused_before_the_base_is_loaded() -> None:
+    train(run="few", steps=1, targets="q_proj,v_proj")
+    with pytest.raises(UserError, match=r"from=few: its adapter is for other linears: .*Give targets=q_proj,v_proj"):
+        train(**{"run": "refused", "steps": 1, "from": "few"})
+    with pytest.raises(UserError, match=r"from=few: .*which this base does not have"):
+        train(**{"run": "refused", "steps": 1, "from": "few", "model": "tiny-qwen", "targets": "all"})
+    assert not Path("runs/refused").exists()

@@ -9,7 +9,7 @@ writes records `WHAT PATH`, each ended by a zero byte. Paths are as they were ty
     read PATH     the command reads this file or folder, if it is there
     fetch NAME    not a path: the base that `model` has to fetch first
 
-A recipe names the data of its stages, and a run its data and its base. Where the recipe or the run is not visible yet,
+A recipe names the data of its stages, and a run its data, its base and what it started from. Where the recipe or the run is not visible yet,
 the script mounts it and asks again, until there is nothing new. Errors in the words or the files are not reported here:
 the command itself reports them.
 """
@@ -64,6 +64,9 @@ def _paths_to_read(name: str, values: dict[str, str]) -> Iterator[str]:
     if recipe := values.get("recipe", ""):
         yield from _recipe_paths(recipe)
     runs = Path(values.get("runs", "runs"))
+    parent = values.get("from_run") or values.get("from", "")
+    if parent and not os.path.isdir(runs / parent):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
+        yield parent
     if run := runs / values["run"] if values.get("run") else _newest_run(runs) if name == "infer" else None:
         for path in (run, *sorted(run.glob("stages/*"))):
             yield from _run_paths(path)
@@ -92,10 +95,12 @@ def _newest_run(runs: Path) -> Path | None:
 
 
 def _run_paths(run: Path) -> Iterator[str]:
-    """The base and the data of a run, and the files of questions that may be next to the data."""
+    """The base and the data of a run, the questions that may be next to the data, and the runs that it started from."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         inputs: dict[str, Any] = read_json(run / "inputs.json")
         base, data = str(inputs["base"]["name"]), str(inputs["data"]["path"])
         yield base
         yield from _data_paths(data)
         yield from (str(Path(data).with_name(f"{Path(data).stem}_questions{suffix}")) for suffix in (".txt", ".jsonl"))
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        yield from (str(entry["run"]) for entry in read_json(run / "run.json")["lineage"])

@@ -21,7 +21,7 @@ from train.config.stages import Stage, count
 from train.config.stages import stage as stage_of_recipe
 from train.data.conversations import sources
 from train.model.folder import find
-from train.runs.folder import ADAPTER, RECIPE, finished, lock_run
+from train.runs.folder import ADAPTER, RECIPE, adapter_source, finished, lock_run
 from train.training import distributed, launch, signals
 from train.training.distributed import RankInfo
 from train.training.signals import EXIT_INTERRUPTED
@@ -41,7 +41,7 @@ class Options(RecipeOptions):
     model: str = option("", "base; empty: the recipe's")
     recipe: str = option("qlora", "a name in train/recipes/, or the path of a .yaml file")
     run: str = option("", "name of the run folder below runs/; empty: data-recipe-model")
-    from_run: str = option("", "(or from=) the run whose adapter to start from")
+    from_run: str = option("", "(or from=) the adapter to start from: that of a run, or in a folder, by any peft")
     stage: int = option(0, "one stage of a recipe that has several; 0 = all, one after another")
     gpus: int = option(1, "GPUs of this machine to use, where there are any")
     models: str = option("models", "folder of bases")
@@ -142,7 +142,7 @@ def _stage(options: Options) -> Stage:
     """The recipe of one stage, its data and its folder."""
     overrides = options.overrides | ({"model": options.model} if options.model else {})
     folder = Path(options.runs) / (options.run or _default_name(options))
-    parent = Path(options.runs) / options.from_run if options.from_run else None
+    parent = adapter_source(options.from_run, Path(options.runs)) if options.from_run else None
     return stage_of_recipe(options.recipe, options.stage, overrides, options.data, folder, parent)
 
 

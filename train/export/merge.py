@@ -160,11 +160,11 @@ def merged_blocks(job: MergeJob) -> Iterator[State]:
     quantization = published.get("quantization_config")
     bits = Scheme.from_config(quantization).bits if quantization else 0
     delta, files = lora.delta(job.adapter), tensor_files(job.weights)
-    _check_modules(delta, files, job)
     embedding = f"{config.names.root}.{config.names.embed}.weight"
     untie = config.tie_word_embeddings and not convert_config(config, job.layout).tie_word_embeddings
     if config.tie_word_embeddings:
         files.pop("lm_head.weight", None)
+    _check_modules(delta, files, job)  # of a tied head too, which is the embedding: not a weight of its own
     for block in block_files(files, config):
         state = merge_block(dict(read_tensors(block)), delta, bits, job.dtype)
         if untie and embedding in state:

@@ -5,35 +5,28 @@ is: peft casts the input to float32 and the result back. That costs two casts a 
 rounding.
 """
 
-import json
 import math
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from train.common.errors import UserError
-from train.common.files import read_json, write_json
+from train.common.errors import UserError, first_few
+from train.common.files import write_json
+from train.model.adapter_file import CONFIG, PREFIX, WEIGHTS, AdapterFile, read_adapter
 from train.model.decoder import Decoder, linear_names
+from train.model.layouts import DecoderConfig
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Settings that an adapter may not have here: with megatron_config, peft imports whatever module the file names.
-UNSUPPORTED = (
-    "use_dora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "layer_replication",
-    "megatron_config",
+SAME_ALPHA = 1e-6  # relative: an alpha that was typed with seven digits is the same
+PARTIAL = (
+    "Training here adapts a linear of the blocks in all of them or in none (layers_to_transform and exclude_modules "
+    "leave some out), and never the head. Merge this adapter into its base, and give the result as MODEL=."
 )
-CHANGES_BASE = ("pissa", "olora", "loftq")  # ways to initialise A and B that also change the base's weights
-PREFIX = "base_model.model."  # of every module's name in peft's files
 
 
 class AdapterSettings(Protocol):
@@ -138,77 +131,117 @@ def _as_json(config: LoraConfig) -> dict[str, Any]:
     return values
 
 
-def load_adapter(model: Decoder, folder: Path, trainable: bool = False) -> PeftModel:
-    """The decoder with the adapter of `folder`, written here or by stock peft; float32, frozen unless `trainable`.
+def delta(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Linear in the base -> (A [r, K], B [N, r], scale): its weight [N, K] gets scale · B @ A. Float32, on the CPU.
 
     Raises:
-        UserError: no adapter in the folder, a damaged one, or one made for other modules or shapes.
+        UserError: no adapter, a damaged one, or one that is not computed here.
     """
-    _check_modules(folder, model)
-    loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    for name, p in loaded.named_parameters():
-        if ".lora_" in name:
-            p.data = p.data.float()
-            p.requires_grad_(trainable)
-    return loaded
+    return read_adapter(folder).load()
 
 
-def _check_modules(folder: Path, model: Decoder) -> None:
-    """Refuse an adapter that has an A and B for no linear of the model: peft would load the others and say nothing."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name, (a, b, _) in delta(folder).items():
+def load_adapter(model: Decoder, folder: Path) -> PeftModel:
+    """The decoder with the adapter of `folder`, of any peft; float32, frozen, in evaluation mode.
+
+    Raises:
+        UserError: no adapter in the folder, a damaged one, one that is not computed here, or one of another model.
+    """
+    adapter = read_adapter(folder)
+    check_linears(adapter, linears(model))
+    ranks = {name: update.rank for name, update in adapter.updates.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=True,
+        r=rank,
+        rank_pattern={name: r for name, r in ranks.items() if r != rank},  # peft compares each linear with each of them
+        target_modules=list(ranks),
+    )
+    loaded = get_peft_model(model, config)
+    for name, a, b in adapter.pairs():
+        layer = loaded.get_submodule(PREFIX + name)
+        for part, value in ((layer.lora_A, a), (layer.lora_B, b)):
+            weight = part["default"].weight
+            weight.data = value.to(weight.device)
+        layer.scaling["default"] = adapter.updates[name].scale
+    return loaded.eval()
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Name -> module of every linear of a decoder, of which adapters change some."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def check_linears(adapter: AdapterFile, linears: dict[str, nn.Linear]) -> None:
+    """Raises UserError if the adapter changes a linear that the base lacks, or that has another shape there."""
+    for name, update in adapter.updates.items():
         linear = linears.get(name)
         if linear is None:
             raise UserError(
-                f"{folder}: the adapter changes {name}, which this base does not have. Was it trained on another model?"
+                f"{adapter.folder}: the adapter changes {name}, which this base does not have. Was it trained on "
+                "another model?"
             )
-        if (a.shape[1], b.shape[0]) != (linear.in_features, linear.out_features):
-            in_adapter, in_base = [b.shape[0], a.shape[1]], [linear.out_features, linear.in_features]
+        if (update.in_features, update.out_features) != (linear.in_features, linear.out_features):
+            in_adapter, in_base = (f"[{x.out_features}, {x.in_features}]" for x in (update, linear))
             raise UserError(
-                f"{folder}: {name} is {in_adapter} in the adapter and {in_base} in the base. Was it trained on another model?"
+                f"{adapter.folder}: {name} is {in_adapter} in the adapter and {in_base} in the base. Was it trained on "
+                "another model?"
             )
 
 
-def delta(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Module name in the base -> (A [r, K], B [N, r], scale): its weight [N, K] gets scale · B @ A. Float32, on the CPU.
+def check_start(adapter: AdapterFile, settings: AdapterSettings) -> None:
+    """Check that training with `settings` computes what `adapter` does: one rank and one scale, and the same ones.
+
+    rsLoRA with alpha is the same as plain LoRA with alpha · sqrt(rank), so such an adapter goes on as plain LoRA.
 
     Raises:
-        UserError: no adapter, a damaged one, or more than plain LoRA (DoRA, saved modules, patterns).
+        UserError: what differs, and the values to give.
     """
-    config, state = _read(folder)
-    _check_plain_lora(folder, config)
-    rank = config["r"]
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    updates = {}
-    for key in sorted(k for k in state if k.endswith(".lora_A.weight")):
-        b_key = key.replace(".lora_A.", ".lora_B.")
-        if b_key not in state or state[key].shape[0] != state[b_key].shape[1]:
-            raise UserError(f"{folder / WEIGHTS}: {key} has no matching B. The file is damaged.")
-        module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-        updates[module] = (state[key].float(), state[b_key].float(), scale)
-    if len(updates) * 2 != len(state):
+    first, *others = adapter.updates.values()
+    if any((other.rank, other.scale) != (first.rank, first.scale) for other in others):
+        ranks = ", ".join(map(str, sorted({update.rank for update in adapter.updates.values()})))
+        scales = ", ".join(f"{scale:g}" for scale in sorted({update.scale for update in adapter.updates.values()}))
         raise UserError(
-            f"{folder / WEIGHTS}: has tensors that are no A or B of LoRA, among {', '.join(sorted(state)[:3])} …"
+            f"its linears have different ranks or scales (rank_pattern, alpha_pattern: ranks {ranks}; scales {scales}), "
+            "and training here gives all of them the same. Merge it into its base, and give the result as MODEL=."
         )
-    return updates
+    alpha, wrong = first.rank * first.scale, []
+    if first.rank != settings.rank:
+        wrong.append(f"rank is {first.rank} there and {settings.rank} here")
+    if not math.isclose(alpha, settings.alpha, rel_tol=SAME_ALPHA):
+        stabilized = adapter.config.get("use_rslora")
+        origin = f" (use_rslora with lora_alpha {adapter.config['lora_alpha']:g})" if stabilized else ""
+        wrong.append(f"alpha is {alpha:.9g}{origin} there and {settings.alpha:g} here")
+    if wrong:
+        raise UserError(f"its adapter has another shape: {', '.join(wrong)}. Give rank={first.rank} alpha={alpha:.9g}.")
 
 
-def _check_plain_lora(folder: Path, config: dict[str, Any]) -> None:
-    unsupported = [key for key in UNSUPPORTED if config.get(key)]
-    if str(config.get("init_lora_weights", True)).partition("_")[0] in CHANGES_BASE:
-        unsupported.append("init_lora_weights")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
-        raise UserError(
-            f"{folder / CONFIG}: only plain LoRA is read here; found {', '.join(unsupported) or config.get('peft_type')}."
-        )
+def check_targets(adapter: AdapterFile, settings: AdapterSettings, config: DecoderConfig) -> None:
+    """Check that training with `settings` has adapters on the very linears that `adapter` changes.
+
+    Raises:
+        UserError: it lacks some, or has others; the message names them.
+    """
+    with torch.device("meta"):
+        base = linears(Decoder(config))
+    check_linears(adapter, base)
+    names = targets(config.layout, settings.targets)
+    wanted = {name for name in base if name.rpartition(".")[2] in names}
+    lacking, surplus = sorted(wanted - adapter.updates.keys()), sorted(adapter.updates.keys() - wanted)
+    if lacking or surplus:
+        differ = f"it has none for {first_few(lacking)}" if lacking else f"it is also for {first_few(surplus)}"
+        kinds = {name.rpartition(".")[2] for name in adapter.updates}
+        complete = kinds <= set(linear_names(config.layout)) and adapter.updates.keys() == {
+            name for name in base if name.rpartition(".")[2] in kinds
+        }
+        hint = f"Give targets={','.join(sorted(kinds))}." if complete else PARTIAL
+        raise UserError(f"its adapter is for other linears: {differ}. {hint}")
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The adapter's config, and its tensors by name."""
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{folder}: no adapter there ({' and '.join(missing)} missing).")
-    try:
-        return read_json(folder / CONFIG), load_file(folder / WEIGHTS)
-    except (json.JSONDecodeError, OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: the adapter is damaged ({error}).") from error
+def copy_adapter(adapter: AdapterFile, model: PeftModel) -> None:
+    """Give the trainable parameters of `model` the values of `adapter`, which check_start and check_targets accepted."""
+    pairs = adapter.load()
+    for name, p in trainable(model).items():
+        linear, _, part = name.removeprefix(PREFIX).partition(".lora_")
+        a, b, _ = pairs[linear]
+        p.data.copy_(a if part.startswith("A") else b)

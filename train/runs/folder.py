@@ -5,6 +5,7 @@ Knows names, text and JSON; nothing of recipes, models or training. Other module
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,19 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"  # step-000123/
 ADAPTER = "adapter"  # in the files that peft reads
 RECORD = "run.json"  # written last: its presence means that the run is finished
+
+
+def adapter_source(name: str, runs: Path) -> Path:
+    """The folder that FROM= names: a run below `runs`, or else a path, to a run's folder or to one with an adapter."""
+    run = runs / name
+    is_path = os.path.isdir(name) and not os.path.isdir(run)  # noqa: PTH112  # Path.is_dir raises for a name too long
+    return Path(name) if is_path else run
+
+
+def adapter_folder(source: Path) -> Path:
+    """Where the adapter of a run is; `source` itself if that is no run's folder."""
+    is_run = (source / ADAPTER).is_dir() or (source / INPUTS).is_file() or not source.is_dir()
+    return source / ADAPTER if is_run else source
 
 
 def finished(run: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from train import __version__
 from train.common.files import read_json, sha256
-from train.runs.folder import ADAPTER, RECORD
+from train.runs.folder import RECORD, adapter_folder
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "safetensors", "tokenizers", "numpy", "accelerate", "triton")
@@ -63,6 +63,14 @@ def lock() -> str | None:
     return sha256(path) if path.is_file() else None
 
 
+def hash_adapter(source: Path) -> dict[str, str]:
+    """File name -> sha256 of the adapter of a run, or of a folder with an adapter (FROM=) and whatever else is in it."""
+    folder = adapter_folder(source)
+    if folder != source:
+        return hash_folder(folder)
+    return {path.name: sha256(path) for path in sorted(folder.glob("adapter_*")) if path.is_file()}
+
+
 def lineage(parent: Path | None) -> list[dict[str, Any]]:
     """The chain of runs that a run with this `parent` starts from, the oldest first.
 
@@ -81,7 +89,7 @@ def lineage(parent: Path | None) -> list[dict[str, Any]]:
         "epochs": recipe.get("epochs"),
         "learning_rate": recipe.get("learning_rate"),
         "loss": loss.get("last"),
-        "adapter": hash_folder(parent / ADAPTER),
+        "adapter": hash_adapter(parent),
     }
     return [*record.get("lineage", []), entry]
 

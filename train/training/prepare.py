@@ -7,33 +7,35 @@ whole.
 
 import hashlib
 import json
+import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from train.common.device import dtype_name
 from train.common.errors import UserError, first_few
-from train.common.files import free_bytes, read_json, sha256
+from train.common.files import free_bytes, sha256
 from train.config.recipe import Recipe
 from train.data import conversations
 from train.data.batches import Schedule
 from train.data.conversations import hash_data
 from train.data.samples import Sample, encode
 from train.model import lora
+from train.model.adapter_file import AdapterFile, read_adapter
 from train.model.decoder import Decoder
 from train.model.folder import resolve
 from train.model.layouts import DecoderConfig
 from train.model.loading import load, read_folder_config
 from train.model.tokenizer import Tokenizer, load_tokenizer
+from train.model.tokenizer_files import read_settings
 from train.runs import folder, provenance
-from train.runs.folder import ADAPTER, CHECKPOINTS
+from train.runs.folder import CHECKPOINTS, adapter_folder
 from train.runs.resume import check_unchanged, fitted_accumulation, resume_point
 from train.training import distributed
 from train.training.distributed import AgreedError, RankInfo
@@ -72,20 +74,25 @@ def prepare(
     """Check all that can be checked; nothing is written and no weights are loaded.
 
     Args:
-        run: its folder. parent: the run whose adapter this one starts from, or None.
+        run: its folder. parent: the run, or the folder of an adapter, that this one starts from; or None.
         processes: how many share the rows of a step. dtype: of the computation, as inputs.json has it.
         later_stages: number of stages after this one, which need space on the disk too.
     Raises:
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
-    loaded, base, _ = _run_all(
-        lambda: conversations.load(data), lambda: resolve(recipe.model, models), lambda: _check_parent(recipe, parent)
+    loaded, base, adapter = _run_all(
+        lambda: conversations.load(data), lambda: resolve(recipe.model, models), lambda: _read_parent(recipe, parent)
     )
     config, _ = read_folder_config(base)
+    read_settings(base)  # damaged: reported now, not at the end, when the tokenizer is saved beside the adapter
     targets = lora.targets(config.layout, recipe.targets)
+    if parent is not None:
+        with _about(parent):
+            lora.check_targets(adapter, recipe, config)
     tokenizer = load_tokenizer(base)
     samples, summary = encode(loaded, tokenizer, recipe)
     notes = [str(summary), *_without_labels(summary.unlearnable, recipe.unlearnable)]
+    notes += _parent_notes(recipe, adapter) if adapter else []
     rows = recipe.batch * recipe.accumulation * processes
     schedule = Schedule(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
     inputs = _inputs(recipe, data, base, parent, rows, dtype)
@@ -120,18 +127,46 @@ def _without_labels(places: Sequence[str], action: str) -> list[str]:
     return [f"{text}: left out (unlearnable=skip)."]
 
 
-def _check_parent(recipe: Recipe, parent: Path | None) -> None:
-    """FROM= must be a run with an adapter of the recipe's own shape."""
+def _read_parent(recipe: Recipe, parent: Path | None) -> AdapterFile | None:
+    """The adapter that FROM= names, which must have the rank and the scale of the recipe."""
     if parent is None:
-        return
-    path = parent / ADAPTER / lora.CONFIG
-    if not path.is_file():
+        return None
+    if not os.path.isdir(parent):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
+        raise UserError(
+            f"from={parent.name}: there is no run {parent}, and no folder of that path. FROM= takes the name of a "
+            "finished run, or the path of a folder with an adapter."
+        )
+    source = adapter_folder(parent)
+    if source != parent and not source.is_dir():
         raise UserError(f"from={parent.name}: run {parent} has no adapter. Finish it first, or leave FROM= out.")
-    theirs, ours = read_json(path), {"r": recipe.rank, "lora_alpha": recipe.alpha}
-    wrong = [f"{key} is {theirs[key]} there and {value:g} here" for key, value in ours.items() if theirs[key] != value]
-    if wrong:
-        hint = f"rank={theirs['r']} alpha={theirs['lora_alpha']:g}"
-        raise UserError(f"from={parent.name}: its adapter has another shape: {', '.join(wrong)}. Give {hint}.")
+    with _about(parent):
+        adapter = read_adapter(source)
+        lora.check_start(adapter, recipe)
+        for _ in adapter.pairs():  # raises for values that are not finite
+            pass
+    return adapter
+
+
+@contextmanager
+def _about(parent: Path) -> Iterator[None]:
+    """Begin the message of a UserError with FROM=."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"from={parent.name}: {error}") from error
+
+
+def _parent_notes(recipe: Recipe, adapter: AdapterFile) -> list[str]:
+    """What is decided about an adapter that another program may have written."""
+    notes, base = [], str(adapter.config.get("base_model_name_or_path") or "")
+    if adapter.config.get("use_rslora"):
+        notes.append(
+            f"the adapter in {adapter.folder} is rsLoRA: it continues as plain LoRA with alpha={recipe.alpha:g}, which "
+            "computes the same."
+        )
+    if base and Path(base).name != Path(recipe.model).name:
+        notes.append(f"the adapter in {adapter.folder} names another base, {base}: here it starts on {recipe.model}.")
+    return notes
 
 
 def check_supported(recipe: Recipe, device: str) -> None:
@@ -148,7 +183,7 @@ def check_supported(recipe: Recipe, device: str) -> None:
 
 def _inputs(recipe: Recipe, data: str, base: Path, parent: Path | None, rows: int, dtype: str) -> dict[str, Any]:
     """The content of inputs.json: all that decides the results of the run."""
-    adapter = {"run": parent.name, "sha256": sha256(parent / ADAPTER / lora.WEIGHTS)} if parent else None
+    adapter = {"run": parent.name, "sha256": sha256(adapter_folder(parent) / lora.WEIGHTS)} if parent else None
     return {
         "data": {"path": data, **hash_data(data)},
         "base": {"name": recipe.model, "files": provenance.hash_folder(base)},
@@ -332,23 +367,7 @@ def load_model(prepared: PreparedRun, device: torch.device, dtype: torch.dtype, 
     recipe = prepared.recipe
     model = lora.attach(load(prepared.base, dtype, device, keep_float, recipe.embedding), recipe)
     if prepared.parent is not None:
-        _copy_adapter(prepared.parent, lora.trainable(model))
+        lora.copy_adapter(read_adapter(adapter_folder(prepared.parent)), model)
     model.get_base_model().config.use_cache = False
     model.get_base_model().set_checkpointing(recipe.checkpointing)
     return model.to(device)
-
-
-def _copy_adapter(parent: Path, parameters: dict[str, nn.Parameter]) -> None:
-    """Copy the adapter of a run into `parameters`.
-
-    Raises:
-        UserError: its file is damaged, or it is for other linears.
-    """
-    try:
-        adapter = load_file(parent / ADAPTER / lora.WEIGHTS)
-    except SafetensorError as error:
-        raise UserError(f"from={parent.name}: its adapter is damaged ({error}).") from error
-    if adapter.keys() != {lora.stock_name(name) for name in parameters}:
-        raise UserError(f"from={parent.name}: its adapter is for other linears. Give the same targets= and base.")
-    for name, p in parameters.items():
-        p.data.copy_(adapter[lora.stock_name(name)])

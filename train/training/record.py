@@ -5,10 +5,13 @@ with the hash of every file that it names, so `verify` needs only this file to t
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
 from train.common.files import sha256, staged, write_json
+from train.data.chat_template import END_TOKENS, chat_template
 from train.model import lora
+from train.model.tokenizer_files import write_tokenizer
 from train.runs import losses, provenance
 from train.runs.folder import ADAPTER, INPUTS, LOSSES, RECIPE, RECORD
 from train.training.async_save import write_together
@@ -50,6 +53,7 @@ def write(
     folder = run.folder
     with staged(folder / ADAPTER) as aside:
         lora.save_adapter(engine.model, aside, masters)  # type: ignore[arg-type]
+        _write_prompt(prepared, engine.model.get_base_model().config.layout, aside)  # type: ignore[operator, union-attr]
     rows = losses.read(folder)
     seconds = sum(row["seconds"] for row in rows)
     record = {
@@ -79,6 +83,13 @@ def write(
     }
     write_json(folder / RECORD, record)
     return record
+
+
+def _write_prompt(prepared: PreparedRun, layout: str, folder: Path) -> None:
+    """The tokenizer beside the adapter, with the run's prompt: the base's own has another system message."""
+    recipe = prepared.recipe
+    template = chat_template(recipe.system, recipe.template)
+    write_tokenizer(prepared.base, prepared.tokenizer, folder, layout, template, END_TOKENS[recipe.template])
 
 
 def _loss(rows: list[dict[str, Any]]) -> dict[str, float | None]:
