@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from train.common.errors import UserError
+from train.training import launchers
 
 SPAWNED = "TRAIN_SPAWNED"  # environment variable of the workers that launch.spawn starts
 SETTLE_SECONDS = 0.05  # time for gloo's threads to release the tensors that they hold
@@ -125,6 +126,7 @@ def join(rank_info: RankInfo, cuda: bool) -> None:
     if cuda:
         torch.cuda.set_device(rank_info.local_rank)
     os.environ["LOCAL_RANK"] = str(rank_info.local_rank)  # DeepSpeed reads the index of its GPU from it
+    launchers.use_loopback(rank_info.world_size)
     meeting = None if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{free_port()}"
     backend = "nccl" if cuda else "gloo"
     dist.init_process_group(backend, meeting, rank=rank_info.rank, world_size=rank_info.world_size)
