@@ -22,7 +22,7 @@ from train.config.stages import stage as stage_of_recipe
 from train.data.conversations import sources
 from train.model.folder import find
 from train.runs.folder import ADAPTER, RECIPE, finished, lock_run
-from train.training import distributed, launch, signals
+from train.training import distributed, launch, launchers, signals
 from train.training.distributed import RankInfo
 from train.training.signals import EXIT_INTERRUPTED
 
@@ -170,7 +170,17 @@ def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: i
     if options.gpus > 1 and devices.device.type == "cpu":
         note = f"gpus={options.gpus}: this machine has no GPU; the CPU computes, in processes={processes}."
         prepared.notes.append(note)
+    prepared.notes.extend(filter(None, [_gives_way(options, recipe, devices)]))
     return prepared
+
+
+def _gives_way(options: Options, recipe: Recipe, devices: "Devices") -> str:
+    """A note where a launcher has decided the number of processes, and the user asked for another; else empty."""
+    if devices.rank_info is None or distributed.SPAWNED in os.environ:
+        return ""
+    key, asked = ("gpus", options.gpus) if devices.device.type == "cuda" else ("processes", recipe.processes)
+    typed = asked != 1 or "processes" in options.overrides
+    return launchers.gives_way(key, asked, devices.processes) if typed else ""
 
 
 def _launch(options: Options, prepared: "PreparedRun", devices: "Devices") -> int:
