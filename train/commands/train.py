@@ -88,6 +88,8 @@ def run(options: Options) -> None:
         if not distributed.reported_by_rank_0(error):
             print(f"error on {socket.gethostname()}, process {rank_info.rank}: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        distributed.leave_alone()  # also after an error
     if status:
         sys.exit(status)
 

@@ -197,6 +197,7 @@ def leave() -> None:
     """
     import torch.distributed as dist
 
+    leave_alone()
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     dist.barrier()
@@ -205,6 +206,13 @@ def leave() -> None:
     for group in dist.distributed_c10d._world.pg_map:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # never freed: the interpreter's exit would destroy it too
     time.sleep(SETTLE_SECONDS)
+
+
+def leave_alone() -> None:
+    """Destroy the NCCL group of a run of one process, which waits for nobody; PyTorch warns of one that is left."""
+    dist = sys.modules.get("torch.distributed")  # not imported if a mistake was found before
+    if dist and dist.is_initialized() and dist.get_world_size() == 1 and dist.get_backend() == "nccl":
+        dist.destroy_process_group()
 
 
 def all_gather(value: Any) -> list[Any]:
