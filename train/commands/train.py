@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.common.errors import UserError
+from train.common.names import below
 from train.config.options import RecipeOptions, build_with_overrides, describe, option, pairs
 from train.config.recipe import Recipe, load_recipe, names_of
 from train.config.stages import Stage, count
@@ -143,7 +144,7 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
 def _stage(options: Options) -> Stage:
     """The recipe of one stage, its data and its folder."""
     overrides = options.overrides | ({"model": options.model} if options.model else {})
-    folder = Path(options.runs) / (options.run or _default_name(options))
+    folder = below(options.runs, options.run or _default_name(options), "run")
     parent = Path(options.runs) / options.from_run if options.from_run else None
     return stage_of_recipe(options.recipe, options.stage, overrides, options.data, folder, parent)
 
