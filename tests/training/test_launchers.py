@@ -180,7 +180,7 @@ def test_two_processes_meet_where_the_host_name_does_not_resolve(tmp_path: Path)
     shell = ["unshare", "-u", "sh", "-c", 'hostname nohost.invalid; exec "$@"', "sh"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*shell, *words], env=env, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout) == (0, "met\nmet\n"), done.stderr
+    assert (done.returncode, done.stdout.count("met")) == (0, 2), done.stderr
 
 
 @pytest.mark.parametrize(
