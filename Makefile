@@ -1,6 +1,8 @@
 # The commands. `make train DATA=my.jsonl` runs `docker/run train data=my.jsonl`, which runs `python -m train train
 # data=my.jsonl` in the container where a Docker engine answers, else in .venv. Every KEY=value typed after `make` goes
-# to the command as it is, its key in lower case; the command refuses, by name, a key that it does not know.
+# to the command as it is, its key in lower case; the command refuses, by name, a key that it does not know. The settings
+# below count before the word make too (RUNTIME=local make train); keys there are refused, because a platform may have
+# set a DATA or MODEL of its own.
 ARGS ?=#             more words for the command: ARGS="epochs=3 system='You are Ada.'"
 RUNTIME ?=#          docker | local (default: docker where an engine answers; demo, bench and test are always local)
 ACCELERATOR ?=#      gpu | cpu (default: gpu where nvidia-smi answers)
@@ -29,7 +31,11 @@ endef
 _quote = '$(subst $(_newline),'$$'\n'',$(subst ','\'',$(1)))'
 _key = $(shell tr A-Z a-z <<<'$(patsubst FROM,FROM_RUN,$(1))')
 _typed = $(sort $(foreach v,$(filter-out $(settings) -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(v))),$(v))))
-_pairs = $(foreach v,$(_typed),$(call _key,$(v))=$(call _quote,$(value $(v)))) $(value ARGS)
+_keys = DATA MODEL RECIPE RUN FROM STAGE GPUS GPU PROMPT SYSTEM QUESTIONS ENGINE DTYPE LAYOUT ONTO OUT REPLAY MODELS RUNS
+_before = $(strip $(foreach k,$(_keys),$(if $(filter environment,$(origin $(k))),$(k))))
+_refused = $(if $(_before),$(error $(_before) is set in the environment, where it does not count. \
+Type it after the target (make $@ $(firstword $(_before))=…), or unset it (unset $(_before))))
+_pairs = $(_refused)$(foreach v,$(_typed),$(call _key,$(v))=$(call _quote,$(value $(v)))) $(value ARGS)
 
 .PHONY: help setup demo test test-all model data train export infer compare verify quantize plan bench doctor shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
 

@@ -99,9 +99,23 @@ def test_settings_are_not_passed_on_as_keys_but_to_what_needs_them(project: Path
     assert not {"CA", "TORCH", "BASE_IMAGE", "PIP_INDEX_URL"} & seen.keys() - os.environ.keys()
 
 
-def test_a_variable_of_the_environment_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MODEL", "elsewhere")
-    assert words(make("-n", "infer"), "infer") == []
+@pytest.mark.parametrize("key", ["RUN", "MODEL", "DATA", "FROM", "GPUS", "PROMPT", "SYSTEM", "OUT", "MODELS"])
+def test_a_key_before_the_word_make_is_refused(key: str) -> None:
+    """RUN=x make infer. It cannot be told from a platform's variable of that name; after the target it counts."""
+    environment = {**os.environ, "RUNTIME": "local", key: "x y"}
+    done = subprocess.run(["make", "-n", "infer"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert f"{key} is set in the environment, where it does not count." in done.stderr
+    assert f"make infer {key}=…" in done.stderr and f"unset {key}" in done.stderr
+    assert words(make("-n", "infer", f"{key}=z", **{key: "x"}), "infer") == [
+        f"{key.lower().replace('from', 'from_run')}=z"
+    ]
+    assert make("-n", "lint", **{key: "x"}), "a target without keys asks for none"
+
+
+def test_settings_count_before_the_word_make_and_after_it() -> None:
+    assert words(make("-n", "infer", ARGS="seed=1"), "infer") == ["seed=1"]
+    assert words(make("-n", "infer", "ARGS=seed=1"), "infer") == ["seed=1"]
 
 
 @pytest.mark.parametrize("verb", sorted(set(VERBS) - {"demo"}))

@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.common import terminal
 from train.common.errors import UserError, explain
 from train.config.options import build, describe, pairs
 from train.config.recipe import current_names
@@ -50,6 +51,10 @@ def run(verb: str, words: list[str]) -> None:
         print(f"{module.__doc__}\n\n{describe(module.Options)}")
         return
     parse = getattr(module, "parse", lambda values: build(module.Options, values))
+    try:
+        words = [terminal.readable_word(word) for word in words]
+    except ValueError as error:
+        raise UserError(str(error)) from None
     values, notes = current_names(pairs(words))
     for note in notes:
         print(note, file=sys.stderr)
@@ -75,10 +80,29 @@ def quiet() -> None:
 
 
 def main(argv: list[str]) -> int:
+    """Run one command; returns the exit status. A reader that closes the pipe, as `head` does, ends it quietly."""
+    terminal.set_up()
+    quiet()
+    try:
+        try:
+            return _status(argv)
+        finally:
+            if sys.stdout:  # None if it was closed before the start
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not terminal.output_is_closed():
+            raise
+        terminal.discard_output()
+        if argv[:1] in (["train"], ["demo"]):  # work was under way
+            print("stopped: nobody reads the output any more. The same command continues.", file=sys.stderr)
+        return terminal.CLOSED_PIPE
+
+
+def _status(argv: list[str]) -> int:
+    """Run one command and report its errors; returns the exit status."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
-    quiet()
     try:
         needs(argv[1:]) if argv[0] == "needs" else run(argv[0], argv[1:])
     except UserError as error:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from train.common.errors import UserError
 from train.training import distributed
@@ -114,3 +115,19 @@ def test_a_gloo_group_is_left_and_not_destroyed() -> None:
     port = distributed.free_port()
     both = [start(LEAVE, rank, port) for rank in range(2)]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "size", "destroyed"), [("nccl", 1, True), ("gloo", 1, False), ("nccl", 2, False), ("", 1, False)]
+)
+def test_the_nccl_group_of_one_process_is_destroyed(
+    backend: str, size: int, destroyed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch warns at the end of a process whose group is left. One of several processes waits in `leave` first."""
+    calls: list[str] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: bool(backend))
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "get_world_size", lambda: size)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
+    distributed.leave_alone()
+    assert bool(calls) == destroyed

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from train.common.errors import UserError
+from train.common.names import below
 from train.common.progress import bar
 from train.config.options import option
 from train.config.recipe import Recipe
@@ -52,7 +53,7 @@ def run(options: Options) -> None:
     # the questions, and the models that answer
     if not options.run:
         raise UserError("which run? RUN= names a folder below runs/. Example: make compare RUN=demo")
-    folder = Path(options.runs) / options.run
+    folder = below(options.runs, options.run, "run")
     record = read_run(folder)
     questions, source = find_questions(options.questions, record)
     pair = find_pair(folder, resolve(Recipe.from_record(record["recipe"]).model, Path(options.models)))

@@ -9,6 +9,7 @@ missing.
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,8 @@ def run(options: Options) -> None:
     if not options.data:
         raise UserError("data: which file? Example: make data DATA=data/demo.jsonl")
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
+    if options.out:
+        _check_out(Path(options.out))
     checked = _check(options.data)
     if checked.problems:
         raise UserError(conversations.report(checked.problems))
@@ -223,10 +226,17 @@ def _convert(checked: list[Conversation], options: Options) -> None:
     out = Path(options.out)
     if out.resolve() in {path.resolve() for path in conversations.sources(options.data)}:
         raise UserError(f"out={out} is a file that was read: give another name, so that the original stays.")
-    if not out.parent.is_dir():
-        raise UserError(f"out={out}: there is no folder {out.parent}. Make it first: mkdir -p {out.parent}")
     write_text(out, "".join(f"{as_messages(conversation)}\n" for conversation in checked))
     print(f"\n{out}: {len(checked):,} conversations written, as OpenAI messages.")
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir():
+        raise UserError(f"out={out}: this is a folder. Give the name of a file: OUT={out / 'messages.jsonl'}")
+    if not out.parent.is_dir():
+        raise UserError(
+            f"out={out}: there is no folder {out.parent}. Make it first: mkdir -p {shlex.quote(str(out.parent))}"
+        )
 
 
 def as_messages(conversation: Conversation) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.common import terminal
 from train.common.errors import UserError
 from train.common.files import free_bytes
 from train.config.options import option
@@ -67,6 +68,8 @@ def run(options: Options) -> None:
         _print_title(number, len(steps), step)
         start = time.monotonic()
         status = call([sys.executable, "-m", "train", *step.words])
+        if status and terminal.output_is_closed():
+            raise BrokenPipeError
         if status:
             raise UserError(_stop_message(number, step, status, options))
         seconds.append(time.monotonic() - start)

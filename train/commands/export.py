@@ -11,6 +11,7 @@ from typing import Any
 from train.common.device import DTYPES, dtype_name
 from train.common.errors import UserError
 from train.common.files import recover, staged
+from train.common.names import below
 from train.common.progress import bar
 from train.config.options import option
 from train.config.recipe import Recipe
@@ -41,7 +42,8 @@ def run(options: Options) -> None:
     # what to merge, from where, to where
     if not options.run:
         raise UserError("which run? RUN= names a folder below runs/. Example: make export RUN=demo")
-    folder = Path(options.runs) / options.run
+    folder = below(options.runs, options.run, "run")
+    manifest.check_out(options.out)
     record = read_run(folder)
     recipe = Recipe.from_record(record["recipe"])
     base = resolve(recipe.model, Path(options.models))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.common.errors import UserError
+from train.common.names import below
 from train.config.options import option
 from train.export.quantize import QuantizeJob, is_done, write
 from train.model.folder import resolve
@@ -37,6 +38,8 @@ def run(options: Options) -> None:
         raise UserError(f"{source} is quantised already. Give its float folder: the same name without -Int4.")
     layout = config.layout if options.layout == "keep" else options.layout
     suffix = SUFFIX[layout] if layout != config.layout else ""
+    if options.out:
+        below(options.models, options.out, "out")
     target = Path(options.models) / (options.out or f"{source.name}{suffix}-Int4")
     job = QuantizeJob(source, target, config, published, layout, Scheme(group_size=options.group_size))
     if is_done(job):

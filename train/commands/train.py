@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.common.errors import UserError
+from train.common.names import below
 from train.config.options import RecipeOptions, build_with_overrides, describe, option, pairs
 from train.config.recipe import Recipe, load_recipe, names_of
 from train.config.stages import Stage, count
@@ -22,7 +23,7 @@ from train.config.stages import stage as stage_of_recipe
 from train.data.conversations import sources
 from train.model.folder import find
 from train.runs.folder import ADAPTER, RECIPE, adapter_source, finished, lock_run
-from train.training import distributed, launch, signals
+from train.training import distributed, launch, launchers, signals
 from train.training.distributed import RankInfo
 from train.training.signals import EXIT_INTERRUPTED
 
@@ -88,6 +89,8 @@ def run(options: Options) -> None:
         if not distributed.reported_by_rank_0(error):
             print(f"error on {socket.gethostname()}, process {rank_info.rank}: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        distributed.leave_alone()  # also after an error
     if status:
         sys.exit(status)
 
@@ -141,7 +144,7 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
 def _stage(options: Options) -> Stage:
     """The recipe of one stage, its data and its folder."""
     overrides = options.overrides | ({"model": options.model} if options.model else {})
-    folder = Path(options.runs) / (options.run or _default_name(options))
+    folder = below(options.runs, options.run or _default_name(options), "run")
     parent = adapter_source(options.from_run, Path(options.runs)) if options.from_run else None
     return stage_of_recipe(options.recipe, options.stage, overrides, options.data, folder, parent)
 
@@ -170,7 +173,17 @@ def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: i
     if options.gpus > 1 and devices.device.type == "cpu":
         note = f"gpus={options.gpus}: this machine has no GPU; the CPU computes, in processes={processes}."
         prepared.notes.append(note)
+    prepared.notes.extend(filter(None, [_gives_way(options, recipe, devices)]))
     return prepared
+
+
+def _gives_way(options: Options, recipe: Recipe, devices: "Devices") -> str:
+    """A note where a launcher has decided the number of processes, and the user asked for another; else empty."""
+    if devices.rank_info is None or distributed.SPAWNED in os.environ:
+        return ""
+    key, asked = ("gpus", options.gpus) if devices.device.type == "cuda" else ("processes", recipe.processes)
+    typed = asked != 1 or "processes" in options.overrides
+    return launchers.gives_way(key, asked, devices.processes) if typed else ""
 
 
 def _launch(options: Options, prepared: "PreparedRun", devices: "Devices") -> int:

@@ -20,6 +20,7 @@ from typing import Any
 
 from train.common.errors import UserError
 from train.common.files import read_json, sha256
+from train.common.names import below
 from train.config.options import option
 from train.config.recipe import Recipe
 from train.data.conversations import hash_data
@@ -45,7 +46,7 @@ def run(options: Options) -> None:
     # the record
     if not options.run:
         raise UserError("verify: which run? Example: make verify RUN=demo")
-    folder = Path(options.runs) / options.run
+    folder = below(options.runs, options.run, "run")
     record = _read_record(folder)
     stages = [(path.parent, _read_record(path.parent)) for path in sorted(folder.glob("stages/*/run.json"))]
 

@@ -17,6 +17,13 @@ class UserError(Exception):
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+WRONG_PATH = {
+    errno.ENAMETOOLONG: "Give a shorter name.",
+    errno.EISDIR: "Give a file, or another name.",
+    errno.ENOTDIR: "A part of this path is a file: give another one.",
+    errno.ELOOP: "This link leads to itself: give another path.",
+    errno.EEXIST: "Move it away, or give another name.",
+}
 LESS_MEMORY = {  # verb -> what to do when memory runs out
     "train": "The run resumes from its last checkpoint with batch=1 and a larger accumulation=, with checkpointing=on "
     "or offload, or with embedding=host. A smaller length= or another base needs another RUN=. What fits a card: make "
@@ -40,6 +47,9 @@ def explain(error: BaseException, verb: str) -> str | None:
             f"{where}the disk is full. Free some space, or give another folder; then run the same command again. "
             "Finished files are intact."
         )
+    if number in WRONG_PATH and isinstance(error, OSError) and error.filename:
+        name = str(error.filename)
+        return f"{name[:80]}{'…' * (len(name) > 80)}: {error.strerror}. {WRONG_PATH[number]}"
     if number in NOT_WRITABLE and isinstance(error, OSError):
         return f"{where}{error.strerror}. Make it writable for this user, or give another folder (runs=, models=)."
     return None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from train.common.terminal import readable
 from train.data.chat_template import prompt
 from train.data.formats import Turn
 from train.inference.generate import context_of, notice, room, stream
@@ -75,7 +76,21 @@ def print_answer(model: ChatModel, ids: list[int], pieces: list[str] | None = No
 
 
 def typed_lines() -> Iterator[str]:
-    """What the user types, line by line, with line editing; without a terminal the lines of the standard input."""
+    """What the user types, line by line, with line editing; without a terminal the lines of the standard input.
+
+    GBK and UTF-8 are read whatever the locale is; a line that is neither is left out, and this is said.
+    """
+    if sys.stdin is None:  # closed before the start
+        return
+    for line in _raw_lines():
+        text = readable(line, sys.stdin.encoding or "utf-8")
+        if text is None:
+            notice("(this line is left out: it is neither UTF-8 nor GB18030 text)")
+        else:
+            yield text
+
+
+def _raw_lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return

@@ -14,6 +14,7 @@ from torch import nn
 
 from train.common.device import pick_device, pick_dtype
 from train.common.errors import UserError
+from train.common.names import below
 from train.data.chat_template import Encoder
 from train.model import lora
 from train.model.folder import read_manifest, resolve
@@ -97,7 +98,7 @@ def find_source(
         folder = resolve(model, models)
         return Source(folder, f"model {model}", recipe=(read_manifest(folder) or {}).get("inputs", {}))
     if run:
-        return _source_of_run(runs / run, f"run {run}", dtype, any_size)
+        return _source_of_run(below(runs, run, "run"), f"run {run}", dtype, any_size)
     if (newest := newest_run(runs)) is not None:
         description = f"run {newest.name}, the newest that is finished (RUN= or MODEL= for another)"
         return _source_of_run(newest, description, dtype, any_size)

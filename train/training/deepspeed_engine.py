@@ -13,7 +13,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 from unittest.mock import patch
 
@@ -47,7 +47,8 @@ def import_deepspeed() -> Any:
     import.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    from torch.utils import cpp_extension  # noqa: F401  while the GPU is visible, or it warns that there is none
+    with redirect_stderr(io.StringIO()):  # "No CUDA runtime is found", where nvcc is installed and no GPU
+        from torch.utils import cpp_extension  # noqa: F401  while the GPU is visible
 
     hidden: dict[str, Any] = {"is_available": lambda: False, "get_device_capability": lambda device=None: (0, 0)}
     logging.disable(logging.WARNING)

@@ -7,14 +7,17 @@ of models.
 import ctypes
 import os
 import socket
-import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 from train.common.errors import UserError
+from train.training import launchers
 
 SPAWNED = "TRAIN_SPAWNED"  # environment variable of the workers that launch.spawn starts
+MEETING_SECONDS = 600  # for all processes of a run to come; torch's own limit is 30 minutes
 SETTLE_SECONDS = 0.05  # time for gloo's threads to release the tensors that they hold
 
 
@@ -37,19 +40,24 @@ class RankInfo:
 
 def detect() -> RankInfo | None:
     """The ranks that a launcher gave to this process; None for a process that was started by hand."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return RankInfo(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
-    if int(env.get("OMPI_COMM_WORLD_SIZE", 0)) > 1:
+    if (ranks := launchers.torch_ranks()) is not None:
+        return RankInfo(*ranks)
+    if launchers.count("OMPI_COMM_WORLD_SIZE") > 1:
         return _from_mpi()
-    if int(env.get("SLURM_STEP_NUM_TASKS", 0)) > 1 and "SLURM_PROCID" in env:
+    if launchers.count("SLURM_STEP_NUM_TASKS") > 1 and os.environ.get("SLURM_PROCID"):
         return _from_slurm()
     return None
 
 
 def _from_mpi() -> RankInfo:
     """Ranks from MPI; rank 0 broadcasts its address and a free port as the meeting point."""
-    from mpi4py import MPI
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library
+        raise UserError(
+            f"mpirun started this process, and MPI cannot be used here ({error}). Install an MPI library where the "
+            "program runs, or start it with torchrun."
+        ) from error
 
     everyone = MPI.COMM_WORLD
     same_machine = everyone.Split_type(MPI.COMM_TYPE_SHARED)
@@ -62,11 +70,9 @@ def _from_mpi() -> RankInfo:
 
 def _from_slurm() -> RankInfo:
     """Ranks from Slurm's variables. The first machine of the step is the meeting point; its port comes from the job."""
-    env = os.environ
-    rank_info = RankInfo(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"]))
-    command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
-    hosts = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    _set_torch_variables(rank_info, hosts[0], 20_000 + int(env["SLURM_JOB_ID"]) % 20_000)
+    step = launchers.slurm_step()
+    rank_info = RankInfo(step.rank, step.local_rank, step.tasks)
+    _set_torch_variables(rank_info, step.first_host, 20_000 + step.job % 20_000)
     return rank_info
 
 
@@ -125,12 +131,36 @@ def join(rank_info: RankInfo, cuda: bool) -> None:
     if cuda:
         torch.cuda.set_device(rank_info.local_rank)
     os.environ["LOCAL_RANK"] = str(rank_info.local_rank)  # DeepSpeed reads the index of its GPU from it
-    meeting = None if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{free_port()}"
+    launchers.use_loopback(rank_info.world_size)
+    store = None if rank_info.world_size == 1 else _meet(rank_info)
+    alone = f"tcp://127.0.0.1:{free_port()}" if store is None else None
     backend = "nccl" if cuda else "gloo"
-    dist.init_process_group(backend, meeting, rank=rank_info.rank, world_size=rank_info.world_size)
+    with launchers.without("TORCHELASTIC_USE_AGENT_STORE", when=store is None):
+        dist.init_process_group(backend, alone, rank=rank_info.rank, world_size=rank_info.world_size, store=store)
     if cuda and rank_info.world_size > 1:
         gpu = torch.cuda.get_device_properties(rank_info.local_rank).uuid
         _check_one_process_per_gpu(rank_info, f"{socket.gethostname()}, GPU {gpu}")
+
+
+def _meet(rank_info: RankInfo) -> Any:
+    """The store that all processes of the run share, at MASTER_ADDR and MASTER_PORT; waits for them.
+
+    Raises:
+        UserError: they have not all come within MEETING_SECONDS.
+    """
+    from torch.distributed import DistError, rendezvous
+    from torch.distributed.constants import default_pg_timeout
+
+    rank, size, limit = rank_info.rank, rank_info.world_size, timedelta(seconds=MEETING_SECONDS)
+    if rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        print(f"waiting for {size} processes at {address}, {MEETING_SECONDS} s at most", file=sys.stderr)
+    try:
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=limit))
+    except DistError as error:
+        raise UserError(launchers.not_met(rank, size, MEETING_SECONDS, error)) from error
+    store.set_timeout(default_pg_timeout)
+    return store
 
 
 def _check_one_process_per_gpu(rank_info: RankInfo, gpu: str) -> None:
@@ -167,6 +197,7 @@ def leave() -> None:
     """
     import torch.distributed as dist
 
+    leave_alone()
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     dist.barrier()
@@ -175,6 +206,13 @@ def leave() -> None:
     for group in dist.distributed_c10d._world.pg_map:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # never freed: the interpreter's exit would destroy it too
     time.sleep(SETTLE_SECONDS)
+
+
+def leave_alone() -> None:
+    """Destroy the NCCL group of a run of one process, which waits for nobody; PyTorch warns of one that is left."""
+    dist = sys.modules.get("torch.distributed")  # not imported if a mistake was found before
+    if dist and dist.is_initialized() and dist.get_world_size() == 1 and dist.get_backend() == "nccl":
+        dist.destroy_process_group()
 
 
 def all_gather(value: Any) -> list[Any]:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from uuid import uuid4
 
 from train.training.distributed import SPAWNED
 from train.training.signals import EXIT_INTERRUPTED, forward_signals, terminate_with_parent, terminate_workers
@@ -15,7 +16,7 @@ def spawn(arguments: list[str], processes: int, cuda: bool) -> int:
     A signal to this process is forwarded to the workers, which write a checkpoint before they end.
     """
     launcher = [sys.executable, "-c", "from train.training.launch import run_torchrun; run_torchrun()"]
-    options = ["--standalone", f"--nproc_per_node={processes}", "-m", "train", "train"]
+    options = [*meet_on_this_machine(), f"--nproc_per_node={processes}", "-m", "train", "train"]
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     env = {"OMP_NUM_THREADS": str(threads), **os.environ} if not cuda else dict(os.environ)
     with forward_signals() as (launchers, received):  # entered first: no signal may find a launcher without a handler
@@ -27,6 +28,15 @@ def spawn(arguments: list[str], processes: int, cuda: bool) -> int:
     status = status if status >= 0 else 128 - status
     ended_before_its_handler = signal.SIGTERM in received and status == 128 + signal.SIGTERM
     return EXIT_INTERRUPTED if ended_before_its_handler else status
+
+
+def meet_on_this_machine() -> list[str]:
+    """Options of torchrun for processes that are all here.
+
+    --standalone would look up this machine's host name, which resolves neither in many containers nor on many laptops:
+    torchrun then waits for eleven minutes and fails.
+    """
+    return ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={uuid4()}", "--local-addr=127.0.0.1"]
 
 
 def run_torchrun() -> None:
