@@ -8,17 +8,29 @@ import pytest
 
 from tests.support.oracles import tiny_config
 from train.common.errors import UserError
-from train.model.architecture import KEYS, REQUIRED, published, read_architecture, read_shape
+from train.model.architecture import published, read_architecture, read_shape
+from train.model.config_keys import KEYS, REQUIRED
 from train.model.layouts import LAYOUTS, read_config, write_config
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 LEAST: dict[str, dict[str, Any]] = {  # what a published file always has
-    "qwen": {**SIZES, "model_type": "qwen", "intermediate_size": 256, "layer_norm_epsilon": 1e-6, "seq_length": 512},
+    "qwen": {
+        **SIZES,
+        "model_type": "qwen",
+        "intermediate_size": 256,
+        "kv_channels": 16,
+        "layer_norm_epsilon": 1e-6,
+        "rotary_emb_base": 10000.0,
+        "seq_length": 512,
+        "use_dynamic_ntk": False,
+        "use_logn_attn": False,
+    },
     "qwen2": {
         **SIZES,
         "model_type": "qwen2",
         "intermediate_size": 128,
         "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
         "max_position_embeddings": 512,
     },
 }
@@ -37,8 +49,7 @@ def test_the_decoder_and_the_plan_read_the_same_sizes(layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_keys_that_may_be_missing_or_null_have_a_value(layout: str) -> None:
     defaults = read_architecture(LEAST[layout])
-    assert (defaults.num_key_value_heads, defaults.rope_theta, defaults.tie_word_embeddings) == (4, 10000.0, False)
-    assert defaults.head_dim == (128 if layout == "qwen" else 16)
+    assert (defaults.num_key_value_heads, defaults.head_dim, defaults.tie_word_embeddings) == (4, 16, False)
     assert (defaults.max_position_embeddings, defaults.seq_length) == (512, 512)
     assert not defaults.use_dynamic_ntk and not defaults.use_logn_attn
     optional = {key.name: None for key in KEYS[layout].values() if key.default is not REQUIRED}

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from train.common.device import DTYPES, dtype_name
 from train.common.errors import UserError
 from train.common.files import recover, staged
@@ -18,8 +20,8 @@ from train.config.recipe import Recipe
 from train.evaluation.parity import Parity
 from train.export import manifest, merge, verify
 from train.export.merge import GB, MergeJob
-from train.model.folder import read_manifest, resolve, write_manifest
-from train.model.loading import read_folder_config
+from train.model.folder import missing_code, read_manifest, resolve, write_manifest
+from train.model.loading import check_folder, read_folder_config
 from train.runs.folder import read_run
 
 
@@ -80,6 +82,7 @@ def _job(options: Options, folder: Path, base: Path, recipe: Recipe) -> MergeJob
     weights = resolve(options.onto, Path(options.models)) if options.onto else base
     if options.onto:
         merge.check_onto(base, weights)
+    check_folder(weights)
     if options.shard_size <= 0:
         raise UserError(f"shard_size={options.shard_size}: expected GB in one file, more than 0. Example: shard_size=4")
     if options.verify < 1:
@@ -119,6 +122,8 @@ def _report(options: Options, out: Path, job: MergeJob, measured: dict[str, Any]
     print(f"  {'prompt':14} {job.template}, {system}, as trained: the default of the chat template in {out.name}/")
     for tool, command in _commands(options.run, out, job).items():
         print(f"  {tool:14} {command}")
+    if note := missing_code(out, job.layout):
+        print(f"  {note}")
 
 
 def _commands(run: str, out: Path, job: MergeJob) -> dict[str, str]:
@@ -131,6 +136,9 @@ def _commands(run: str, out: Path, job: MergeJob) -> dict[str, str]:
             "llama.cpp": f"python convert_hf_to_gguf.py {out}",
         }
     if (out / "modeling_qwen.py").is_file():
-        commands["transformers"] = f'AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)'
+        switch = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[job.dtype]
+        commands["transformers"] = (
+            f'AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True, {switch}=True)'
+        )
         commands["model.chat"] = "its code does not read the template: pass the system message above as system=…"
     return commands | {"vLLM, llama.cpp": f"make export RUN={run} LAYOUT=qwen2   # the same model, no code of its own"}

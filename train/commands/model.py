@@ -12,6 +12,7 @@ from train.config.options import option
 from train.config.recipe import Recipe
 from train.model import sources
 from train.model.folder import check_revision, find, find_damage, is_hub_id, read_manifest
+from train.model.names import hub_name, page_revision
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,11 @@ class Options:
 
 
 def run(options: Options) -> None:
-    models, name = Path(options.models), Path(options.model.rstrip("/")).name
-    folder = find(options.model.rstrip("/"), models)
+    models, model = Path(options.models), hub_name(options.model)
+    name, revision = Path(model).name, _revision(options)
+    folder = find(options.model, models)
     if folder:
-        check_revision(folder, options.revision)
+        check_revision(folder, revision)
         _report(folder, options.verify)
         print("Nothing to do.")
         return
@@ -38,13 +40,25 @@ def run(options: Options) -> None:
             f"{models / name} is there, but has no config.json: no model. Move it away, then run the same command again."
         )
     lock = sources.read_lock(sources.LOCK)
-    if options.model in lock:
-        sources.fetch_locked(options.model, lock[options.model], options.source, models)
-    elif is_hub_id(options.model):
-        sources.fetch_from_hub(options.model, options.revision or "main", models)
+    if model in lock:
+        sources.fetch_locked(model, lock[model], options.source, models)
+    elif is_hub_id(model):
+        sources.fetch_from_hub(model, revision or "main", models)
     else:
-        raise UserError(sources.unknown_model(options.model, list(lock)))
+        raise UserError(sources.unknown_model(model, list(lock)))
     _report(models / name, verify=False)
+
+
+def _revision(options: Options) -> str:
+    """What REVISION= asks for, or the address of a page (…/tree/v1.0).
+
+    Raises:
+        UserError: they differ.
+    """
+    in_address = page_revision(options.model)
+    if options.revision and in_address and options.revision != in_address:
+        raise UserError(f"revision={options.revision}, and the address {options.model} names {in_address}: give one.")
+    return options.revision or in_address
 
 
 def _report(folder: Path, verify: bool) -> None:

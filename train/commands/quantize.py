@@ -13,8 +13,8 @@ from train.common.errors import UserError
 from train.common.names import below
 from train.config.options import option
 from train.export.quantize import QuantizeJob, is_done, write
-from train.model.folder import resolve
-from train.model.loading import read_folder_config
+from train.model.folder import display_name, missing_code, resolve
+from train.model.loading import check_folder, read_folder_config
 from train.ops.gptq import Scheme
 
 SUFFIX = {"qwen": "-Qwen1", "qwen2": "-Qwen2"}  # in the name of a folder whose layout was changed to this one
@@ -36,11 +36,12 @@ def run(options: Options) -> None:
     config, published = read_folder_config(source)
     if "quantization_config" in published:
         raise UserError(f"{source} is quantised already. Give its float folder: the same name without -Int4.")
+    check_folder(source)
     layout = config.layout if options.layout == "keep" else options.layout
     suffix = SUFFIX[layout] if layout != config.layout else ""
     if options.out:
         below(options.models, options.out, "out")
-    target = Path(options.models) / (options.out or f"{source.name}{suffix}-Int4")
+    target = Path(options.models) / (options.out or f"{display_name(source)}{suffix}-Int4")
     job = QuantizeJob(source, target, config, published, layout, Scheme(group_size=options.group_size))
     if is_done(job):
         print(f"{target}: made already, names and sizes checked: nothing to do.")
@@ -54,3 +55,5 @@ def _report(job: QuantizeJob, errors: dict[str, list[float]]) -> None:
         "Mean relative error of the weights:"
     )
     print("  " + ", ".join(f"{name} {100 * sum(values) / len(values):.1f} %" for name, values in errors.items()))
+    if note := missing_code(job.target, job.layout):
+        print(f"  {note}")

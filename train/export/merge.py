@@ -17,8 +17,9 @@ from torch import Tensor
 
 from train.common.device import dtype_name
 from train.common.errors import UserError
-from train.common.files import free_bytes, read_json, write_json
-from train.data.chat_template import DEFAULT_SYSTEM, chat_template
+from train.common.files import free_bytes, write_json
+from train.data.chat_template import DEFAULT_SYSTEM
+from train.export.prompt_files import write_prompt_files
 from train.model import lora
 from train.model.decoder import Decoder
 from train.model.folder import ShardWriter, copy_companions
@@ -203,21 +204,18 @@ def write(job: MergeJob, folder: Path, on_bytes: Callable[[int], None]) -> None:
         target = convert_config(config, job.layout)
         write_json(folder / "config.json", {**write_config(target), **dtype_keys(job.layout, job.dtype)})
         _convert_companions(job, folder)
-    _write_prompt(job, folder / "tokenizer_config.json")
-
-
-def _write_prompt(job: MergeJob, path: Path) -> None:
-    """Make the prompt of the training the tokenizer's template; the base's own has another system message."""
-    settings = read_json(path) if path.is_file() else {}
-    write_json(path, {**settings, "chat_template": chat_template(job.system, job.template)})
+    tokenizer = load_tokenizer(job.weights)
+    write_prompt_files(job.weights, folder, job.layout, tokenizer, job.system, job.template)
 
 
 def dtype_keys(layout: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The keys of config.json for the type of the weights; Qwen-1's own code reads three switches."""
+    """The keys of config.json for the type of the weights.
+
+    `torch_dtype` is read by transformers 4 and 5 alike. Qwen-1's own code has three switches, of which one at most may be
+    on; all are off, as published, so that its users can choose: from_pretrained(…, bf16=True) would fail beside fp16.
+    """
     keys: dict[str, Any] = {"torch_dtype": dtype_name(dtype)}
-    if layout == "qwen":
-        keys |= {"bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16, "fp32": dtype is torch.float32}
-    return keys
+    return keys | (dict.fromkeys(("bf16", "fp16", "fp32"), False) if layout == "qwen" else {})
 
 
 def float_config(published: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -227,20 +225,12 @@ def float_config(published: dict[str, Any], dtype: torch.dtype) -> dict[str, Any
 
 
 def _convert_companions(job: MergeJob, folder: Path) -> None:
-    """The tokenizer and the generation config in the form of the target layout; the licence as it is."""
+    """The tokenizer in the form of the target layout; the licence as it is."""
     for path in (job.weights / name for name in LEGAL):
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
     tokenizer = load_tokenizer(job.weights)
-    source = job.weights / "generation_config.json"
-    generation = read_json(source) if source.is_file() else {}
     if job.layout == "qwen2":
-        tokenizer.save(folder, chat_template(job.system, job.template))
-        qwen1_only = ("chat_format", "max_window_size")
-        generation = {k: v for k, v in generation.items() if k not in qwen1_only}
-        generation |= {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad}
+        tokenizer.save(folder)
     else:
         write_qwen1_tokenizer(tokenizer, folder)
-        generation |= {"chat_format": "chatml", "max_window_size": 6144}
-        generation |= {"eos_token_id": tokenizer.endoftext, "pad_token_id": tokenizer.endoftext}
-    write_json(folder / "generation_config.json", generation)

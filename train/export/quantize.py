@@ -20,9 +20,11 @@ from train.common.errors import UserError
 from train.common.files import free_bytes, sha256, staged, write_json
 from train.common.progress import bar
 from train.data.chat_template import DEFAULT_SYSTEM, chat_template
+from train.export.prompt_files import write_stops
 from train.model.folder import MANIFEST, ShardWriter, copy_companions, find_damage, read_manifest, write_manifest
 from train.model.layouts import LAYOUTS, DecoderConfig, convert_config, convert_tensors, write_config
 from train.model.loading import open_tensors, tensor_files
+from train.model.stops import no_chat_model
 from train.model.tokenizer import load_tokenizer, write_qwen1_tokenizer
 from train.ops.gptq import Scheme, dequantize, quantize
 
@@ -96,12 +98,17 @@ def write(job: QuantizeJob) -> dict[str, list[float]]:
     errors: dict[str, list[float]] = {}
     with staged(job.target) as folder:
         _write_weights(job, files, size, folder, errors)
-        base = write_config(convert_config(job.config, job.layout)) if job.converts else job.published
-        quantization = {"quantization_config": job.scheme.to_config(), "torch_dtype": "float16"}
-        write_json(folder / "config.json", {**base, **quantization})
+        write_json(folder / "config.json", _config(job))
         _write_tokenizer(job, folder)
         write_manifest(folder, {**job.about(), "method": METHOD})
     return errors
+
+
+def _config(job: QuantizeJob) -> dict[str, Any]:
+    """The content of config.json. Qwen-1's switches for the type of the weights are off: its users choose it."""
+    base = write_config(convert_config(job.config, job.layout)) if job.converts else job.published
+    switches: dict[str, Any] = {key: False for key in ("bf16", "fp16", "fp32") if key in base}
+    return {**base, **switches, "quantization_config": job.scheme.to_config(), "torch_dtype": "float16"}
 
 
 def _write_weights(
@@ -201,3 +208,5 @@ def _write_tokenizer(job: QuantizeJob, folder: Path) -> None:
         write_qwen1_tokenizer(tokenizer, folder, model_max_length=job.config.seq_length)
     else:
         tokenizer.save(folder, chat_template(DEFAULT_SYSTEM))
+    template = "plain" if no_chat_model(job.source, tokenizer, "chatml") else "chatml"
+    write_stops(job.source, folder, job.layout, tokenizer, template)

@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from train.common.errors import UserError
+from train.model import config_keys
+from train.model.config_keys import DERIVED, KEYS
+from train.model.names import hub_name
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def published(name: str) -> Shape:
     Raises:
         UserError: the name of no model in PUBLISHED.
     """
-    last = name.rstrip("/").rpartition("/")[2].replace("-Coder", "")
+    last = hub_name(name).rpartition("/")[2].replace("-Coder", "")
     key = max((key for key in PUBLISHED if last == key or last.startswith(f"{key}-")), key=len, default=None)
     if key is None:
         raise UserError(
@@ -121,104 +124,40 @@ class Architecture:
         )
 
 
-REQUIRED: Any = object()  # a key that every published config.json has
-DERIVED: Any = object()  # without the key the value follows from others: see _derived
-
-
-@dataclass(frozen=True)
-class Key:
-    """A key of config.json, and the value where the file does not have it or has null."""
-
-    name: str
-    default: Any = REQUIRED
-
-
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-_SHARED = {name: Key(name) for name in _SIZES} | {"tie_word_embeddings": Key("tie_word_embeddings", False)}
-# model_type -> field of Architecture -> the key that holds it. Fields that are not here are always derived.
-KEYS: dict[str, dict[str, Key]] = {
-    "qwen": _SHARED
-    | {
-        "head_dim": Key("kv_channels", 128),
-        "rms_norm_eps": Key("layer_norm_epsilon"),
-        "rope_theta": Key("rotary_emb_base", 10000.0),
-        "max_position_embeddings": Key("max_position_embeddings", DERIVED),
-        "seq_length": Key("seq_length"),
-        "use_dynamic_ntk": Key("use_dynamic_ntk", False),
-        "use_logn_attn": Key("use_logn_attn", False),
-    },
-    "qwen2": _SHARED
-    | {
-        "num_key_value_heads": Key("num_key_value_heads", DERIVED),
-        "head_dim": Key("head_dim", DERIVED),
-        "rms_norm_eps": Key("rms_norm_eps"),
-        "rope_theta": Key("rope_theta", 10000.0),
-        "max_position_embeddings": Key("max_position_embeddings"),
-    },
-}
-
-
-@dataclass(frozen=True)
-class Supported:
-    """The values of a key that the decoder computes, and what to do about any other."""
-
-    values: tuple[Any, ...]
-    remedy: str
-
-
-# model_type -> key -> what of it is supported. Files without the key, or with null, are.
-SUPPORTED: dict[str, dict[str, Supported]] = {
-    "qwen": {"rotary_pct": Supported((1.0,), "every published Qwen-1 has 1.0")},
-    "qwen2": {
-        "rope_scaling": Supported(({},), "remove it to use the plain context"),
-        "use_sliding_window": Supported((False,), "set it to false, as every published Instruct model has it"),
-    },
-}
-
-
-def read_architecture(config: dict[str, Any]) -> Architecture:
-    """The architecture from the content of a published config.json.
+def read_architecture(config: dict[str, Any], source: str = "config.json") -> Architecture:
+    """The architecture from the content of a published config.json. `source` is its path, for messages.
 
     Raises:
-        UserError: neither Qwen-1 nor Qwen2, a variant of them that the decoder does not compute, or a missing key.
+        UserError: neither Qwen-1 nor Qwen2, a variant of them that the decoder does not compute, or a key that is
+            missing, of the wrong type or outside its range.
     """
     layout = config.get("model_type")
-    if layout not in KEYS:
+    if not isinstance(layout, str) or layout not in KEYS:
         raise UserError(
-            f"config.json: model_type is {layout!r}; this program reads 'qwen' (Qwen-1) and 'qwen2' (Qwen1.5, 2, 2.5).\n"
+            f"{source}: model_type is {layout!r:.80}; this program reads 'qwen' (Qwen-1) and 'qwen2' (Qwen1.5, 2, 2.5).\n"
             "Take a base such as Qwen/Qwen-1_8B-Chat-Int4 or Qwen/Qwen2.5-0.5B-Instruct-GPTQ-Int4."
         )
-    _check_supported(config, SUPPORTED[layout])
-    values = {field: _value(config, key) for field, key in KEYS[layout].items()}
+    config_keys.check_supported(config, layout, source)
+    values = {field: config_keys.read(config, key, source) for field, key in KEYS[layout].items()}
+    values["rope_theta"] = config_keys.rope_theta(config, layout, source)
     known = {field: value for field, value in values.items() if value is not DERIVED}
-    return Architecture(layout=layout, **{**_derived(layout, known), **known, **_converted(layout, known)})
+    architecture = Architecture(layout=layout, **{**_derived(layout, known), **known, **_converted(layout, known)})
+    _check_heads(architecture, source)
+    return architecture
 
 
-def read_shape(config: dict[str, Any]) -> Shape:
+def read_shape(config: dict[str, Any], source: str = "config.json") -> Shape:
     """The sizes of a model, and the bits of its weights, from the content of a published config.json.
 
     Raises:
         UserError: as `read_architecture`.
     """
-    architecture = read_architecture(config)
-    quantization = config.get("quantization_config") or {}
+    architecture = read_architecture(config, source)
+    quantization = config_keys.quantization(config, source)
+    if quantization is None:
+        return architecture.shape(bits=16, group=128)
     group = quantization.get("group_size", 128)
-    bits = quantization.get("bits", 4) if quantization else 16
-    return architecture.shape(bits, group if group > 0 else architecture.hidden_size)  # -1: a whole row
-
-
-def _check_supported(config: dict[str, Any], supported: dict[str, Supported]) -> None:
-    for key, allowed in supported.items():
-        value = config.get(key)
-        if value is not None and value not in allowed.values:
-            raise UserError(f"config.json: {key} {value} is not supported; {allowed.remedy}.")
-
-
-def _value(config: dict[str, Any], key: Key) -> Any:
-    value = config.get(key.name)
-    if value is None and key.default is REQUIRED:
-        raise UserError(f"config.json: damaged, {key.name} is missing. Fetch the model again: make model MODEL=…")
-    return key.default if value is None else value
+    return architecture.shape(quantization.get("bits", 4), group if group > 0 else architecture.hidden_size)
 
 
 def _derived(layout: str, known: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +177,17 @@ def _derived(layout: str, known: dict[str, Any]) -> dict[str, Any]:
 def _converted(layout: str, known: dict[str, Any]) -> dict[str, Any]:
     """Values in the units of Architecture: Qwen-1's intermediate_size counts both branches of SwiGLU."""
     branches = 2 if layout == "qwen" else 1
-    return {
-        "rope_theta": float(known["rope_theta"]),
-        "intermediate_size": known["intermediate_size"] // branches,
-    }
+    return {"intermediate_size": known["intermediate_size"] // branches}
+
+
+def _check_heads(a: Architecture, source: str) -> None:
+    """Check that the heads share their sizes evenly.
+
+    Raises:
+        UserError: key heads that do not divide the query heads, or an odd head.
+    """
+    if a.num_attention_heads % a.num_key_value_heads or a.head_dim < 2 or a.head_dim % 2:
+        raise UserError(
+            f"{source}: {a.num_attention_heads} heads of {a.head_dim} with {a.num_key_value_heads} key and value heads: "
+            "expected an even head size, and a number of heads that the key and value heads divide."
+        )

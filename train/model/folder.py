@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.common.errors import UserError
-from train.common.files import read_json, sha256, write_json
+from train.common.files import sha256, write_json
+from train.model.base_files import damaged, read_object
+from train.model.names import hub_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +22,19 @@ MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 30
 COMPANIONS = ("*.py", "*.json", "*.tiktoken", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md")
+QWEN1_CODE = ("configuration_qwen.py", "modeling_qwen.py", "qwen_generation_utils.py", "tokenization_qwen.py")
+LONGEST_NAME = 255  # bytes; asking Linux for a longer one is an error
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+# Keys of a manifest that are read, with their types; an export has the last two
+MANIFEST_KEYS = {
+    "files": dict,
+    "source": dict,
+    "revision": str,
+    "asked": str,
+    "name": str,
+    "inputs": dict,
+    "parity": dict,
+}
 NEVER_COPIED = {MANIFEST, INDEX, "pytorch_model.bin.index.json"}  # about one folder's own weights
 
 
@@ -33,33 +47,85 @@ def resolve(model: str, models: Path) -> Path:
     folder = find(model, models)
     if folder is not None:
         return folder
+    name = hub_name(model)
     raise UserError(
-        f"model {model!r}: no folder with a config.json at this path, and none at {models / Path(model).name}.\n"
-        f"Fetch it first: make model MODEL={model}"
-        + ("" if "/" in model else "   (a hub id names its owner: MODEL=Qwen/…)")
+        f"model {model!r}: no folder with a config.json at this path, and none at {models / Path(name).name}.\n"
+        f"Fetch it first: make model MODEL={name}"
+        + ("" if "/" in name else "   (a hub id names its owner: MODEL=Qwen/…)")
     )
 
 
 def find(model: str, models: Path) -> Path | None:
-    """As `resolve`, but None if there is no such folder."""
-    if (Path(model) / "config.json").is_file():
-        return Path(model)
-    folder = models / Path(model).name
-    if not (folder / "config.json").is_file():
-        return None
-    owner, _, name = model.partition("/")
+    """As `resolve`, but None if there is no such folder.
+
+    A hub's cache is understood too: the folder models--OWNER--NAME itself, or one of that name in `models`.
+
+    Raises:
+        UserError: no name at all, or what `resolve` raises for a folder that is there.
+    """
+    if not model.strip():
+        raise UserError("which model? Give a folder, a hub id (owner/name) or a name below models/. MODEL=…")
+    if folder := _model_folder(Path(model).expanduser()):
+        return folder
+    name = hub_name(model)
+    owner, _, last = name.partition("/") if is_hub_id(model) else ("", "", "")
+    folder = _model_folder(models / Path(name).name)
+    if folder is None:
+        return _model_folder(models / f"models--{owner}--{last}") if owner else None
     manifest = read_manifest(folder)
-    if manifest and is_hub_id(model) and owner != models.name and (origin := _origin(manifest)) not in ("", model):
+    if manifest and owner and owner != models.name and (origin := _origin(manifest)) not in ("", name):
         raise UserError(
-            f"model {model!r}: {folder} holds another model, {origin}. Use that one as MODEL={name}, or keep this one "
+            f"model {model!r}: {folder} holds another model, {origin}. Use that one as MODEL={last}, or keep this one "
             f"in another folder of models: MODELS=path"
         )
     return folder
 
 
+def _model_folder(path: Path) -> Path | None:
+    """The folder with a config.json that `path` means: itself, the folder of that file, or a snapshot in a hub's cache."""
+    if len(path.name.encode("utf-8", "surrogateescape")) > LONGEST_NAME:
+        return None
+    if (path / "config.json").is_file() or (path / "config.json").is_symlink():
+        return path
+    if path.name == "config.json" and path.is_file():
+        return path.parent
+    return _snapshot(path) if (path / "snapshots").is_dir() else None
+
+
+def _snapshot(cache: Path) -> Path:
+    """The snapshot of a hub's cache that its branch `main` points to, or the only one.
+
+    Raises:
+        UserError: none, or several without a main.
+    """
+    main = cache / "refs" / "main"
+    commit = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
+    found = sorted(path for path in (cache / "snapshots").iterdir() if path.is_dir())
+    chosen = [path for path in found if path.name == commit] or found
+    if len(chosen) != 1:
+        listed = ", ".join(path.name for path in found[:5]) or "none"
+        raise UserError(f"{cache}: a hub's cache with these snapshots: {listed}. Name one: MODEL={cache}/snapshots/…")
+    if not _model_folder(chosen[0]):
+        raise UserError(f"{chosen[0]}: has no config.json: the download is not complete. Fetch it again.")
+    return chosen[0]
+
+
+def cached_commit(folder: Path) -> str:
+    """The commit of a snapshot in a hub's cache; empty for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else ""
+
+
+def display_name(folder: Path) -> str:
+    """A name for the model of a folder: its own, or in a hub's cache NAME of models--OWNER--NAME."""
+    if cached_commit(folder):
+        return folder.resolve().parents[1].name.rpartition("--")[2]
+    return folder.name or folder.resolve().name
+
+
 def is_hub_id(model: str) -> bool:
-    """Whether `model` has the form owner/name; a relative path of two parts has it too."""
-    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    """Whether `model` has the form owner/name, or is the address of its page; a relative path of two parts has it too."""
+    name = hub_name(model)
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _origin(manifest: dict[str, Any]) -> str:
@@ -113,6 +179,20 @@ def _shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
 
 
+def missing_code(folder: Path, layout: str) -> str:
+    """A sentence for a Qwen-1 folder whose config.json names code of the publisher that is not there; empty for others.
+
+    Stock programs load this layout by that code only. It is never needed here, and not this program's to give away.
+    """
+    missing = [name for name in QWEN1_CODE if not (folder / name).is_file()]
+    if layout != "qwen" or not missing:
+        return ""
+    return (
+        f"Other programs load this layout by Qwen-1's own code, and {', '.join(missing)} are not in {folder}: copy the *.py "
+        "files of a Qwen/Qwen-1_8B-Chat folder there; or take LAYOUT=qwen2, which needs no code."
+    )
+
+
 def copy_companions(source: Path, target: Path, without: Iterable[str] = ()) -> list[str]:
     """Copy the small files (tokenizer, generation config, licence, the checkpoint's own *.py) as bytes; returns their names.
 
@@ -141,16 +221,25 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: a file of this name that is no manifest.
     """
-    if not (folder / MANIFEST).is_file():
+    path = folder / MANIFEST
+    if not path.is_file():
         return None
-    try:
-        manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        manifest["files"].items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder / MANIFEST}: not a manifest ({error!r}). Remove {folder} and fetch it again."
-        ) from error
+    manifest = read_object(path)
+    if problem := _manifest_problem(manifest):
+        raise damaged(path, f"not a manifest of this program: {problem}")
     return manifest
+
+
+def _manifest_problem(manifest: dict[str, Any]) -> str:
+    """What in a manifest does not have the form that `write_manifest` writes; empty if nothing."""
+    for name, kind in MANIFEST_KEYS.items():
+        if not isinstance(manifest.get(name, kind()), kind):
+            return f"{name} is {manifest[name]!r:.80}"
+    for name, entry in manifest.get("files", {"": None}).items():
+        whole = isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("bytes")) is int
+        if not whole or name != Path(name).name:
+            return f"files: no size and sha256 of {name!r:.80}"
+    return ""
 
 
 def find_damage(folder: Path, manifest: dict[str, Any], full: bool) -> list[str]:
@@ -174,7 +263,7 @@ def check_revision(folder: Path, revision: str) -> None:
         UserError: the folder was fetched at another revision.
     """
     manifest = read_manifest(folder) or {}
-    commit, requested = manifest.get("revision", ""), manifest.get("asked", "")
+    commit, requested = manifest.get("revision", cached_commit(folder)), manifest.get("asked", "")
     if revision and revision != requested and not commit.startswith(revision):
         present = f"{requested or 'another revision'} (commit {commit})" if commit else "of no revision"
         raise UserError(

@@ -137,13 +137,13 @@ class DecoderConfig(PretrainedConfig):
         return LAYOUTS[self.layout]
 
 
-def read_config(published: dict[str, Any]) -> DecoderConfig:
+def read_config(published: dict[str, Any], source: str = "config.json") -> DecoderConfig:
     """The decoder's config from the content of a published config.json.
 
     Raises:
         UserError: as `architecture.read_architecture`, which reads it.
     """
-    return DecoderConfig(**asdict(read_architecture(published)))
+    return DecoderConfig(**asdict(read_architecture(published, source)))
 
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:

@@ -4,22 +4,25 @@ It reads safetensors, and old .bin files only through torch.load(weights_only=Tr
 the folder. The files decide: a linear is Int4 if the folder has its qweight, and has a bias if the folder has its bias.
 """
 
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from train.common.errors import UserError
-from train.common.files import read_json
+from train.model.base_files import check_all_json, damaged, open_safetensors, weight_files
 from train.model.decoder import Decoder
 from train.model.int4_linear import Int4Linear
 from train.model.layouts import DecoderConfig, read_config
+from train.model.published import CONFIG, read_published
+from train.model.stops import GENERATION, read_generation
 from train.model.tokenizer import load_tokenizer
 from train.ops.gptq import Scheme
 
@@ -27,13 +30,13 @@ IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers 
 
 
 def read_folder_config(folder: Path) -> tuple[DecoderConfig, dict[str, Any]]:
-    """The decoder's config, and the content of config.json.
+    """The decoder's config, and the content of config.json as `read_published` gives it.
 
     Raises:
-        UserError: an architecture that this program cannot use.
+        UserError: an architecture that this program cannot use, or a damaged file.
     """
-    published = read_json(folder / "config.json")
-    return read_config(published), published
+    published = read_published(folder)
+    return read_config(published, str(folder / CONFIG)), published
 
 
 def keeps_float(folder: Path, device: torch.device) -> bool:
@@ -56,32 +59,41 @@ def fits(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
     """
     if device.type != "cuda":
         return True
-    stored = sum(
-        path.stat().st_size for path in [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
-    )
+    stored = sum(path.stat().st_size for path in weight_files(folder))
     itemsize = 4 if read_folder_config(folder)[1].get("torch_dtype") == "float32" else 2
     return bool(1.1 * stored * dtype.itemsize / itemsize < torch.cuda.mem_get_info(device)[0])
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Name of every tensor -> the file that holds it, from the headers alone (.bin files are read whole).
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file says of one tensor: where it is, its shape, and whether it holds floats."""
+
+    file: Path
+    shape: tuple[int, ...]
+    floating: bool
+
+
+def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Name of every tensor -> its header; no weights are read.
 
     Raises:
-        UserError: no weights, or a file that is cut off.
+        UserError: no weights, or a file that is missing, cut off or damaged.
     """
-    files: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
+    headers: dict[str, TensorHeader] = {}
+    for file in weight_files(folder):
         with open_tensors(file) as tensors:
-            files |= dict.fromkeys(tensors.keys(), file)
-    if not files:
-        raise UserError(
-            f"{folder}: no weights (*.safetensors) in this folder. Fetch it again: make model MODEL={folder.name}"
-        )
-    return {name: file for name, file in files.items() if not name.endswith(IGNORED)}
+            names = tensors.keys()
+            headers |= {name: TensorHeader(file, *tensors.header(name)) for name in names}
+    return {name: header for name, header in headers.items() if not name.endswith(IGNORED)}
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Name of every tensor -> the file that holds it. Raises UserError as `tensor_headers` does."""
+    return {name: header.file for name, header in tensor_headers(folder).items()}
 
 
 class _BinFile:
-    """The tensors of a .bin file, with the two methods of safe_open that are used here."""
+    """The tensors of a .bin file, with the methods of _SafetensorsFile."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self.state = state
@@ -89,28 +101,63 @@ class _BinFile:
     def keys(self) -> list[str]:
         return list(self.state)
 
+    def header(self, name: str) -> tuple[tuple[int, ...], bool]:
+        return tuple(self.state[name].shape), self.state[name].is_floating_point()
+
     def get_tensor(self, name: str) -> Tensor:
         return self.state[name]
 
 
+class _SafetensorsFile:
+    """The tensors of a safetensors file; `header` reads no weights."""
+
+    def __init__(self, opened: Any) -> None:
+        self.opened = opened
+
+    def keys(self) -> list[str]:
+        return list(self.opened.keys())
+
+    def header(self, name: str) -> tuple[tuple[int, ...], bool]:
+        part = self.opened.get_slice(name)
+        return tuple(part.get_shape()), part.get_dtype() in ("F64", "F32", "F16", "BF16")
+
+    def get_tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self.opened.get_tensor(name)
+        return tensor
+
+
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Any]:
-    """An object with keys() and get_tensor(name), tensors on the CPU. Of a pickle, plain tensors are read and nothing else.
+    """An object with keys(), header(name) and get_tensor(name), tensors on the CPU.
+
+    Of a pickle, plain tensors are read and nothing else.
 
     Raises:
-        UserError: a safetensors file that is cut off or damaged.
+        UserError: a file that is cut off or damaged, or a .bin file that holds anything else than tensors.
     """
     if file.suffix == ".bin":
-        yield _BinFile(torch.load(file, map_location="cpu", weights_only=True))
+        yield _BinFile(_read_bin(file))
         return
+    with open_safetensors(file, "pt") as opened:
+        yield _SafetensorsFile(opened)
+
+
+def _read_bin(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file by name. Those of an archive stay on the disk until they are used."""
     try:
-        opened = safe_open(file, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise UserError(
-            f"{file}: not a whole safetensors file ({error}). Fetch it again: make model MODEL={file.parent.name}"
-        ) from error
-    with opened as tensors:
-        yield tensors
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # the unpickler of torch raises any of a dozen
+        if "can't allocate memory" in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise damaged(file, f"damaged, or not plain tensors, and nothing else is read ({reason:.200})") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in state.items()
+    ):
+        raise damaged(file, "not read: it does not hold tensors by name")
+    return state
 
 
 def read_tensors(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
@@ -147,37 +194,64 @@ def load(
     for module in model.modules():
         if keep_float and isinstance(module, Int4Linear):
             module.keep_float(dtype)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+    if generation := read_generation(folder):
+        model.generation_config = _generation_config(folder, generation)
     return model
+
+
+def _generation_config(folder: Path, generation: dict[str, Any]) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_dict(generation)
+    except Exception as error:  # transformers checks types and ranges of its own, each with another exception
+        raise damaged(folder / GENERATION, f"transformers does not read it: {error!r:.200}") from error
 
 
 def load_structure(folder: Path) -> tuple[Decoder, dict[str, Path]]:
     """The model of `folder` on the meta device, without its weights, and the file of each tensor in the folder.
 
-    Only headers are read, to check that every tensor is there.
+    Only headers are read, to check that every tensor is there and has its shape.
 
     Raises:
-        UserError: an architecture, scheme or file that this program cannot read; tensors missing or left over.
+        UserError: an architecture, scheme or file that this program cannot read; tensors missing, left over or of
+            another shape or kind than config.json says.
     """
     config, published = read_folder_config(folder)
-    files = tensor_files(folder)
+    headers = tensor_headers(folder)
+    files = {name: header.file for name, header in headers.items()}
     with torch.device("meta"):
         model = Decoder(config)
-    _match_linears(model, files, published.get("quantization_config"))
-    _match_tensors(model, files)
+    _match_linears(folder, model, files, published.get("quantization_config"))
+    for name, tensor in _match_tensors(model, files)[0].items():
+        _check_header(name, headers[name], tensor)
     return model, files
 
 
-def _match_linears(model: Decoder, files: dict[str, Path], quantization: dict[str, Any] | None) -> None:
-    """Make every linear of `model` what the files hold: Int4 or float, with or without a bias."""
+def _check_header(name: str, header: TensorHeader, expected: Tensor) -> None:
+    """Raise a UserError if the file has another shape for a tensor, or floats where integers belong."""
+    if header.shape != tuple(expected.shape):
+        raise UserError(
+            f"{header.file}: {name}: the file has shape {list(header.shape)}, config.json says {list(expected.shape)}."
+        )
+    if header.floating != expected.is_floating_point():
+        held, wanted = ("floats", "integers") if header.floating else ("integers", "floats")
+        raise damaged(header.file, f"{name} holds {held}, expected {wanted}")
+
+
+def _match_linears(folder: Path, model: Decoder, files: dict[str, Path], quantization: dict[str, Any] | None) -> None:
+    """Make every linear of `model` what the files hold: Int4 or float, with or without a bias.
+
+    Raises:
+        UserError: config.json and the weights disagree about Int4.
+    """
     scheme = Scheme.from_config(quantization) if quantization else None
+    packed = sum(name.endswith(".qweight") for name in files)
+    if bool(scheme) != bool(packed):
+        says = "has a quantization_config" if scheme else "has no quantization_config"
+        raise UserError(f"{folder}: config.json {says}, but {packed} linears are Int4.")
     for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
-        has_bias = f"{name}.bias" in files
-        if f"{name}.qweight" in files:
-            if scheme is None:
-                raise UserError(f"{name} is quantised, but config.json has no quantization_config.")
-            parent, _, child = name.rpartition(".")
+        parent, _, child = name.rpartition(".")
+        has_bias = child in model.config.names.qkv or f"{name}.bias" in files  # without it, q, k and v would be wrong
+        if scheme is not None and f"{name}.qweight" in files:
             int4 = Int4Linear(linear.in_features, linear.out_features, has_bias, scheme, device=torch.device("meta"))
             setattr(model.get_submodule(parent), child, int4)
         elif has_bias != (linear.bias is not None):
@@ -210,19 +284,36 @@ def _load_weights(
     table = f"{layout.root}.{layout.embed}.weight"
     state = {}
     for name, tensor in read_tensors(files):
-        if tensor.shape != expected[name].shape:
-            raise UserError(
-                f"{name}: the file has shape {list(tensor.shape)}, config.json says {list(expected[name].shape)}."
-            )
+        if name.endswith(".g_idx"):
+            _check_groups(name, tensor, groups=len(expected[f"{name.removesuffix('g_idx')}scales"]))
         cast = tensor.dtype.is_floating_point and not name.endswith(".scales")  # scales are part of the Int4 format
         target = torch.device("cpu") if host_embedding and name == table else device
         state[name] = tensor.to(target, dtype if cast else tensor.dtype)
     model.load_state_dict(state, strict=False, assign=True)
 
 
+def _check_groups(name: str, g_idx: Tensor, groups: int) -> None:
+    """Raise a UserError if a row of an Int4 weight belongs to a group that has no scale."""
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        raise UserError(
+            f"{name}: names a group outside 0 to {groups - 1}. The weights are damaged: fetch the model again."
+        )
+
+
 def _some(names: list[str]) -> str:
     """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "nothing"
+
+
+def check_folder(folder: Path) -> None:
+    """Check everything of a folder that is read or copied to another: JSON files, tensors, tokenizer; no weights are read.
+
+    Raises:
+        UserError: the first file that is damaged, or what `load_structure` refuses.
+    """
+    check_all_json(folder)
+    load_structure(folder)
+    load_tokenizer(folder)
 
 
 def describe(folder: Path) -> str:
@@ -231,16 +322,13 @@ def describe(folder: Path) -> str:
     Raises:
         UserError: something is missing, or config.json and the weights disagree about Int4.
     """
-    config, published = read_folder_config(folder)
-    files = tensor_files(folder)
-    quantization = published.get("quantization_config")
-    packed = sum(name.endswith(".qweight") for name in files)
-    if bool(quantization) != bool(packed):
-        says = "has a quantization_config" if quantization else "has no quantization_config"
-        raise UserError(f"{folder}: config.json {says}, but {packed} linears are Int4.")
-    weights = (
-        f"Int4 in groups of {quantization['group_size']}" if quantization else published.get("torch_dtype", "float")
-    )
+    check_all_json(folder)
+    model, files = load_structure(folder)
+    config, published = model.config, read_published(folder)
+    if scheme := published.get("quantization_config"):
+        weights = f"Int{scheme.get('bits', 4)} in groups of {scheme.get('group_size', 128)}"
+    else:
+        weights = published.get("torch_dtype", "float")
     size = sum(path.stat().st_size for path in {*files.values()}) / 1e9
     tokens = load_tokenizer(folder).vocab_size
     shape = f"{config.num_hidden_layers} layers of {config.hidden_size}"

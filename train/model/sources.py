@@ -185,12 +185,12 @@ def _files_to_fetch(siblings: dict[str, Any]) -> list[Any]:
 def _fetch_file(url: str, folder: Path, file: Any) -> None:
     from huggingface_hub.utils import build_hf_headers
 
-    from train.model.loading import read_folder_config
+    from train.model.published import check_config_alone
 
     digest = file.lfs.get("sha256") if file.lfs else None
     fetch(url, folder / file.rfilename, file.size, digest, build_hf_headers())
     if file.rfilename == "config.json":
-        read_folder_config(folder)  # raises UserError for an architecture that cannot be used
+        check_config_alone(folder / file.rfilename)  # before gigabytes of weights that could not be used
 
 
 def _move(folder: Path, target: Path) -> None:

@@ -1,0 +1,51 @@
+"""The config.json of a base's folder, as every command reads it: one form of the keys, and the quantisation beside it.
+
+It imports no torch, so that `plan` can use it. What the keys mean is told in config_keys.py and architecture.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from train.model import config_keys
+from train.model.architecture import Shape, read_architecture, read_shape
+from train.model.base_files import check_settings, has_tensor, read_object
+
+CONFIG = "config.json"
+GPTQ_CONFIG = "quantize_config.json"  # AutoGPTQ's own file, older than the section in config.json
+
+
+def read_published(folder: Path) -> dict[str, Any]:
+    """The content of config.json, in the keys of `config_keys.portable`.
+
+    Without a quantization_config, that of quantize_config.json takes its place if the weights are packed.
+
+    Raises:
+        UserError: one of the folder's small files is damaged.
+    """
+    check_settings(folder)
+    source = str(folder / CONFIG)
+    config = config_keys.portable(read_object(folder / CONFIG), source)
+    section = config_keys.quantization(config, source)
+    if (
+        section is None
+        and (folder / GPTQ_CONFIG).is_file()
+        and has_tensor(folder, lambda name: name.endswith(".qweight"))
+    ):
+        beside = {"quantization_config": {"quant_method": "gptq", **read_object(folder / GPTQ_CONFIG)}}
+        section = config_keys.quantization(beside, str(folder / GPTQ_CONFIG))
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    return kept if section is None else {**kept, "quantization_config": section}
+
+
+def read_folder_shape(folder: Path) -> Shape:
+    """The shape of a folder. Raises UserError as `read_published` and `read_shape` do."""
+    return read_shape(read_published(folder), str(folder / CONFIG))
+
+
+def check_config_alone(path: Path) -> None:
+    """Check a config.json before the rest of its folder has arrived.
+
+    Raises:
+        UserError: a damaged file, or an architecture that this program cannot use.
+    """
+    read_architecture(read_object(path), str(path))
