@@ -58,10 +58,10 @@ def test_the_manifest_shows_damage(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text("two")
     assert read_manifest(tmp_path) is None
-    write_manifest(tmp_path, {"source": "here"})
+    write_manifest(tmp_path, {"source": {"folder": "here"}})
     manifest = read_manifest(tmp_path)
     assert manifest is not None
-    assert manifest["source"] == "here"
+    assert manifest["source"] == {"folder": "here"}
     assert set(manifest["files"]) == {"a.txt", "b.txt"}
     assert find_damage(tmp_path, manifest, full=True) == []
     (tmp_path / "a.txt").write_text("eno")

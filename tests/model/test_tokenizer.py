@@ -209,8 +209,11 @@ def test_a_damaged_tiktoken_file_is_reported_with_its_line(tmp_path: Path, conte
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not a tokenizer.json"),
-        ("[]", "not a tokenizer.json"),
+        ("{", r"tokenizer.json:1:2: not JSON: the file is cut off"),
+        ("[]", r"tokenizer.json: holds a list"),
+        ("{}", "not a tokenizer.json"),
+        ("", "tokenizer.json: empty"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS.*git lfs pull"),
         ('{"model": {"type": "Unigram"}, "pre_tokenizer": null}', "not a byte-level BPE"),
     ],
 )

@@ -23,10 +23,16 @@ SINGLE = ("model.safetensors", "pytorch_model.bin")
 PATTERNS = ("*.safetensors", "pytorch_model*.bin", "gptq_model*.bin")
 
 
-def damaged(path: Path, problem: str) -> UserError:
-    """The error about one file of a base, with the remedy."""
-    remedy = f"Correct this file, or remove the folder and fetch it again: make model MODEL={_origin(path.parent)}"
-    return UserError(f"{path}: {problem}. {remedy}")
+class DamagedFileError(UserError):
+    """A file of a base that is not what it should be.
+
+    `problem` is what is wrong, without path and remedy; `at` is the place in the file, :line or :line:column.
+    """
+
+    def __init__(self, path: Path, problem: str, at: str = "") -> None:
+        remedy = f"Correct this file, or remove the folder and fetch it again: make model MODEL={_origin(path.parent)}"
+        super().__init__(f"{path}{at}: {problem}. {remedy}")
+        self.problem = problem
 
 
 def _origin(folder: Path) -> str:
@@ -44,7 +50,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     value = read_json_file(path)
     if not isinstance(value, dict):
-        raise damaged(path, f"holds {_kind(value)}, expected a JSON object {{…}}")
+        raise DamagedFileError(path, f"holds {_kind(value)}, expected a JSON object {{…}}")
     return value
 
 
@@ -54,9 +60,9 @@ def read_json_file(path: Path) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        raise damaged(path, f"not JSON, line {error.lineno} column {error.colno}: {_problem(text, error)}") from None
+        raise DamagedFileError(path, f"not JSON: {_problem(text, error)}", f":{error.lineno}:{error.colno}") from None
     except (ValueError, RecursionError) as error:
-        raise damaged(path, f"not JSON: {str(error).partition(';')[0]}") from None
+        raise DamagedFileError(path, f"not JSON: {str(error).partition(';')[0]}") from None
 
 
 def read_whole(path: Path) -> bytes:
@@ -72,30 +78,30 @@ def check_present(path: Path) -> None:
         UserError: missing, a broken link, a folder, empty, a pointer of Git LFS, or a web page.
     """
     if path.is_symlink() and not path.exists():
-        raise damaged(
+        raise DamagedFileError(
             path, f"a link to {path.readlink()}, which is missing (of a hub cache, give the whole models--… folder)"
         )
     if not path.is_file():
-        raise damaged(path, "a folder, expected a file" if path.is_dir() else "missing")
+        raise DamagedFileError(path, "a folder, expected a file" if path.is_dir() else "missing")
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
-        raise damaged(path, "empty")
+        raise DamagedFileError(path, "empty")
     if head.startswith(LFS_POINTER):
-        raise damaged(path, "a pointer of Git LFS, not the file itself: run `git lfs pull` in this folder")
+        raise DamagedFileError(path, "a pointer of Git LFS, not the file itself: run `git lfs pull` in this folder")
     if head.lstrip()[:9].lower() in (b"<!doctype", b"<html") or head.lstrip()[:6].lower() == b"<html>":
-        raise damaged(path, "a web page, not the file itself")
+        raise DamagedFileError(path, "a web page, not the file itself")
 
 
 def _text(path: Path, data: bytes) -> str:
     if data.startswith(b"\xef\xbb\xbf"):
-        raise damaged(path, "begins with a byte order mark (BOM): save it as UTF-8 without BOM")
+        raise DamagedFileError(path, "begins with a byte order mark (BOM): save it as UTF-8 without BOM")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise damaged(path, "UTF-16: save it as UTF-8")
+        raise DamagedFileError(path, "UTF-16: save it as UTF-8")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise damaged(path, f"not UTF-8 at byte {error.start}") from None
+        raise DamagedFileError(path, f"not UTF-8 at byte {error.start}") from None
 
 
 def _refuse_constant(name: str) -> Any:
@@ -179,10 +185,10 @@ def read_index(path: Path) -> dict[str, str]:
     """
     found = read_object(path).get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise damaged(path, "no weight_map from tensors to files in it")
+        raise DamagedFileError(path, "no weight_map from tensors to files in it")
     for name in found.values():
         if not isinstance(name, str) or name != Path(name).name or name in (".", "..", ""):
-            raise damaged(path, f"weight_map names {name!r:.80}, expected a file of this folder")
+            raise DamagedFileError(path, f"weight_map names {name!r:.80}, expected a file of this folder")
     return found
 
 
@@ -199,7 +205,7 @@ def check_weights(path: Path) -> None:
     with path.open("rb") as file:
         legacy = file.read(len(TORCH_LEGACY)) == TORCH_LEGACY
     if not legacy and not zipfile.is_zipfile(path):
-        raise damaged(path, "not a whole .bin file of torch.save: cut off or damaged")
+        raise DamagedFileError(path, "not a whole .bin file of torch.save: cut off or damaged")
 
 
 def open_safetensors(path: Path, framework: str) -> Any:
@@ -209,7 +215,7 @@ def open_safetensors(path: Path, framework: str) -> Any:
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise damaged(path, f"not a whole safetensors file ({error})") from error
+        raise DamagedFileError(path, f"not a whole safetensors file ({error})") from error
 
 
 def has_tensor(folder: Path, wanted: Callable[[str], bool]) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.common.errors import UserError
 from train.common.files import sha256, write_json
-from train.model.base_files import damaged, read_object
+from train.model.base_files import DamagedFileError, read_object
 from train.model.names import hub_name
 
 if TYPE_CHECKING:
@@ -224,9 +224,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    manifest = read_object(path)
-    if problem := _manifest_problem(manifest):
-        raise damaged(path, f"not a manifest of this program: {problem}")
+    try:
+        manifest = read_object(path)
+        problem = _manifest_problem(manifest)
+    except DamagedFileError as error:
+        problem = error.problem
+    if problem:
+        raise UserError(f"{path}: not a manifest: {problem}. Remove {folder}, and fetch or make it again.")
     return manifest
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from train.common.errors import UserError
-from train.model.base_files import check_all_json, damaged, open_safetensors, weight_files
+from train.model.base_files import DamagedFileError, check_all_json, open_safetensors, weight_files
 from train.model.decoder import Decoder
 from train.model.int4_linear import Int4Linear
 from train.model.layouts import DecoderConfig, read_config
@@ -152,11 +152,13 @@ def _read_bin(file: Path) -> dict[str, Tensor]:
         if "can't allocate memory" in str(error):
             raise
         reason = str(error).partition("\n")[0]
-        raise damaged(file, f"damaged, or not plain tensors, and nothing else is read ({reason:.200})") from error
+        raise DamagedFileError(
+            file, f"damaged, or not plain tensors, and nothing else is read ({reason:.200})"
+        ) from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(t, Tensor) for name, t in state.items()
     ):
-        raise damaged(file, "not read: it does not hold tensors by name")
+        raise DamagedFileError(file, "not read: it does not hold tensors by name")
     return state
 
 
@@ -203,7 +205,7 @@ def _generation_config(folder: Path, generation: dict[str, Any]) -> GenerationCo
     try:
         return GenerationConfig.from_dict(generation)
     except Exception as error:  # transformers checks types and ranges of its own, each with another exception
-        raise damaged(folder / GENERATION, f"transformers does not read it: {error!r:.200}") from error
+        raise DamagedFileError(folder / GENERATION, f"transformers does not read it: {error!r:.200}") from error
 
 
 def load_structure(folder: Path) -> tuple[Decoder, dict[str, Path]]:
@@ -234,7 +236,7 @@ def _check_header(name: str, header: TensorHeader, expected: Tensor) -> None:
         )
     if header.floating != expected.is_floating_point():
         held, wanted = ("floats", "integers") if header.floating else ("integers", "floats")
-        raise damaged(header.file, f"{name} holds {held}, expected {wanted}")
+        raise DamagedFileError(header.file, f"{name} holds {held}, expected {wanted}")
 
 
 def _match_linears(folder: Path, model: Decoder, files: dict[str, Path], quantization: dict[str, Any] | None) -> None:

@@ -7,7 +7,7 @@ files, so an export says the same in all of them: see export/prompt_files.py.
 from pathlib import Path
 from typing import Any
 
-from train.model.base_files import damaged, read_object
+from train.model.base_files import DamagedFileError, read_object
 from train.model.published import read_published
 from train.model.tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ def read_generation(folder: Path) -> dict[str, Any]:
     content = read_object(path)
     for key in TOKEN_IDS:
         if any(type(number) is not int or not 0 <= number < 2**31 for number in token_ids(content.get(key))):
-            raise damaged(path, f"{key} is {content[key]!r:.80}, expected a token id or a list of them")
+            raise DamagedFileError(path, f"{key} is {content[key]!r:.80}, expected a token id or a list of them")
     return content
 
 

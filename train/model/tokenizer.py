@@ -20,6 +20,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from train.common.errors import UserError
 from train.common.files import write_json, write_text
+from train.model.base_files import DamagedFileError, check_present, read_object
 
 # Published with Qwen-1 (tokenization_qwen.py, PAT_STR) and with Qwen2: the pattern of cl100k, but digits one by one.
 PATTERN = (
@@ -139,15 +140,27 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder: from its qwen.tiktoken, or else from its tokenizer.json.
 
     Raises:
-        UserError: the folder has neither, or the file is damaged (with the line), or it is no byte-level BPE.
+        UserError: the folder has neither, or the file is damaged (with the line), or it is no byte-level BPE, or it has
+            ids that the model has no row for.
     """
-    if (folder / "qwen.tiktoken").is_file():
-        return _from_tiktoken(folder / "qwen.tiktoken")
-    if (folder / "tokenizer.json").is_file():
-        return _from_json(folder / "tokenizer.json")
+    for name, read in (("qwen.tiktoken", _from_tiktoken), ("tokenizer.json", _from_json)):
+        path = folder / name
+        if path.exists() or path.is_symlink():
+            check_present(path)
+            tokenizer = read(path)
+            _check_rows(path, tokenizer)
+            return tokenizer
     raise UserError(
         f"{folder}: no tokenizer: expected qwen.tiktoken or tokenizer.json. Fetch the model again: make model MODEL=…"
     )
+
+
+def _check_rows(path: Path, tokenizer: Tokenizer) -> None:
+    """Raise a UserError if config.json beside the tokenizer counts fewer tokens: the embedding would have no row for them."""
+    config = path.with_name("config.json")
+    rows = read_object(config).get("vocab_size") if config.is_file() else None
+    if isinstance(rows, int) and tokenizer.vocab_size > rows:
+        raise DamagedFileError(path, f"has {tokenizer.vocab_size:,} tokens, vocab_size in config.json is {rows:,}")
 
 
 def read_tiktoken(path: Path) -> dict[bytes, int]:
@@ -172,7 +185,7 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
 
 
 def _damaged(path: Path, index: int, problem: str) -> UserError:
-    return UserError(f"{path}:{index + 1}: not a tiktoken vocabulary: {problem}. Fetch it again: make model MODEL=…")
+    return DamagedFileError(path, f"not a tiktoken vocabulary: {problem}", f":{index + 1}")
 
 
 def write_qwen1_tokenizer(tokenizer: Tokenizer, folder: Path, **settings: Any) -> None:
@@ -238,17 +251,23 @@ def _to_chars(token: bytes) -> str:
 
 
 def _from_json(path: Path) -> Tokenizer:
+    content = read_object(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         if content["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(content["pre_tokenizer"]):
             raise UserError(f"{path}: not a byte-level BPE tokenizer. Only Qwen's tokenizers can be used here.")
         entries = content["added_tokens"]
-        control = {entry["content"]: entry["id"] for entry in entries}
+        control = {entry["content"]: _checked_id(entry["id"]) for entry in entries}
         return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(_text_only(content))), control, entries)
     except UserError:
         raise
     except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{path}: not a tokenizer.json: {error!r:.200}. Fetch it again: make model MODEL=…") from error
+        raise DamagedFileError(path, f"not a tokenizer.json: {error!r:.200}") from error
+
+
+def _checked_id(token_id: Any) -> int:
+    if type(token_id) is not int or not 0 <= token_id < 2**31:
+        raise ValueError(f"added_tokens: the id {token_id!r:.80}")
+    return token_id
 
 
 def _text_only(content: dict[str, Any]) -> dict[str, Any]:
