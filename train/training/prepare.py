@@ -32,6 +32,7 @@ from train.model.decoder import Decoder
 from train.model.folder import resolve
 from train.model.layouts import DecoderConfig
 from train.model.loading import load, read_folder_config
+from train.model.stops import no_chat_model
 from train.model.tokenizer import Tokenizer, load_tokenizer
 from train.model.tokenizer_files import read_settings
 from train.runs import folder, provenance
@@ -93,6 +94,7 @@ def prepare(
     samples, summary = encode(loaded, tokenizer, recipe)
     notes = [str(summary), *_without_labels(summary.unlearnable, recipe.unlearnable)]
     notes += _parent_notes(recipe, adapter) if adapter else []
+    notes += filter(None, [no_chat_model(base, tokenizer, recipe.template)])
     rows = recipe.batch * recipe.accumulation * processes
     schedule = Schedule(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
     inputs = _inputs(recipe, data, base, parent, rows, dtype)
