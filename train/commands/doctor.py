@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.common.errors import UserError
-from train.common.files import read_json
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
 from train.config.recipe import Recipe, read_stages
 from train.config.stages import Stage, stage
@@ -21,8 +20,9 @@ from train.host import checks, machine
 from train.host.checks import Finding
 from train.host.machine import Machine
 from train.host.report import Report
-from train.model.architecture import Shape, read_shape
+from train.model.architecture import Shape
 from train.model.folder import find, find_damage, is_hub_id, read_manifest
+from train.model.published import read_folder_shape
 from train.training import memory_estimate, memory_plan
 from train.training.memory_estimate import Setting
 
@@ -183,18 +183,23 @@ def _check_manifest(folder: Path) -> str:
 def _check_base(report: Report, recipe: Recipe, folder: Path, here: Machine, runs: Path) -> None:
     """Config, tensors, tokenizer; then the disk and the memory that this base takes with this recipe."""
     from train.model import lora
+    from train.model.base_files import check_all_json
     from train.model.loading import load_structure
+    from train.model.stops import no_chat_model
     from train.model.tokenizer import load_tokenizer
     from train.training import prepare
 
-    report.attempt("tokenizer", lambda: load_tokenizer(folder), lambda tokenizer: f"{tokenizer.vocab_size:,} tokens")
+    tokenizer = report.attempt("tokenizer", lambda: load_tokenizer(folder), lambda read: f"{read.vocab_size:,} tokens")
+    report.attempt("files", lambda: check_all_json(folder), lambda _: "every JSON file can be read")
     loaded = report.attempt(
         "tensors", lambda: load_structure(folder), lambda pair: f"all {len(pair[1])}: {_layers(pair[0])}"
     )
     if loaded is None:
         return
     model, config = loaded[0], loaded[0].config
-    shape = read_shape(read_json(folder / "config.json"))
+    shape = read_folder_shape(folder)
+    if tokenizer and (text := no_chat_model(folder, tokenizer, recipe.template)):
+        report.add(Finding("chat", "warn", text))
     names = report.attempt("targets", lambda: lora.targets(config.layout, recipe.targets), ", ".join)
     if recipe.length > config.max_position_embeddings:
         text = f"length={recipe.length} is more than the {config.max_position_embeddings} it was made for"

@@ -8,19 +8,18 @@ compute capability 8.0 or newer. CUDA's own context is counted separately. A des
 give GPU=7G for a card of 8.
 """
 
-import json
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.common.errors import UserError
-from train.common.files import read_json
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
 from train.config.recipe import Recipe, load_recipe
 from train.model import architecture
 from train.model.architecture import Shape
 from train.model.folder import find
+from train.model.published import check_without_torch, read_folder_shape
 from train.training import memory_estimate, memory_plan
 from train.training.memory_estimate import CONTEXT, GIB, Estimate, Setting
 from train.training.step_sizes import ROW_MULTIPLE
@@ -75,12 +74,9 @@ def _find_shape(model: str, models: Path) -> tuple[Shape, str]:
     folder = find(model, models)
     if folder is None:
         return architecture.published(model), "not here: its published shape"
-    try:
-        return architecture.read_shape(read_json(folder / "config.json")), str(folder)
-    except (KeyError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{folder / 'config.json'}: damaged ({error}). Fetch it again: make model MODEL={model}"
-        ) from error
+    shape = read_folder_shape(folder)
+    check_without_torch(folder)  # a plan for a base that cannot be trained would mislead
+    return shape, str(folder)
 
 
 def card_bytes(text: str) -> int:

@@ -165,6 +165,12 @@ def weight_files(folder: Path) -> list[Path]:
     return paths
 
 
+def check_weights_present(folder: Path) -> None:
+    """As `weight_files`, for a folder that may have no weights yet."""
+    for path in _chosen(folder):
+        check_weights(path)
+
+
 def _chosen(folder: Path) -> list[Path]:
     for pattern, single in zip(PATTERNS, (*SINGLE, ""), strict=True):
         if single and _exists(folder / single):

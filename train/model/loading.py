@@ -196,8 +196,6 @@ def load(
     for module in model.modules():
         if keep_float and isinstance(module, Int4Linear):
             module.keep_float(dtype)
-    if generation := read_generation(folder):
-        model.generation_config = _generation_config(folder, generation)
     return model
 
 
@@ -225,6 +223,8 @@ def load_structure(folder: Path) -> tuple[Decoder, dict[str, Path]]:
     _match_linears(folder, model, files, published.get("quantization_config"))
     for name, tensor in _match_tensors(model, files)[0].items():
         _check_header(name, headers[name], tensor)
+    if generation := read_generation(folder):
+        model.generation_config = _generation_config(folder, generation)
     return model, files
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from train.model import config_keys
 from train.model.architecture import Shape, read_architecture, read_shape
-from train.model.base_files import check_settings, has_tensor, read_object
+from train.model.base_files import check_settings, check_weights_present, has_tensor, read_object
+from train.model.tokenizer import TOKENIZERS, load_tokenizer
 
 CONFIG = "config.json"
 GPTQ_CONFIG = "quantize_config.json"  # AutoGPTQ's own file, older than the section in config.json
@@ -40,6 +41,17 @@ def read_published(folder: Path) -> dict[str, Any]:
 def read_folder_shape(folder: Path) -> Shape:
     """The shape of a folder. Raises UserError as `read_published` and `read_shape` do."""
     return read_shape(read_published(folder), str(folder / CONFIG))
+
+
+def check_without_torch(folder: Path) -> None:
+    """Check weights and tokenizer from the outside, as far as the folder has them yet.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    check_weights_present(folder)
+    if any((folder / name).exists() for name in TOKENIZERS):
+        load_tokenizer(folder)
 
 
 def check_config_alone(path: Path) -> None:

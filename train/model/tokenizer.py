@@ -26,6 +26,7 @@ from train.model.base_files import DamagedFileError, check_present, read_object
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+TOKENIZERS = ("qwen.tiktoken", "tokenizer.json")  # the first that a folder has is read
 QWEN_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)))
 
 
@@ -143,7 +144,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         UserError: the folder has neither, or the file is damaged (with the line), or it is no byte-level BPE, or it has
             ids that the model has no row for.
     """
-    for name, read in (("qwen.tiktoken", _from_tiktoken), ("tokenizer.json", _from_json)):
+    for name, read in zip(TOKENIZERS, (_from_tiktoken, _from_json), strict=True):
         path = folder / name
         if path.exists() or path.is_symlink():
             check_present(path)
