@@ -17,6 +17,7 @@ from train.data.chat_template import prompt
 from train.data.formats import Turn
 from train.inference.trained import find_source
 from train.model import lora
+from train.model.folder import QWEN1_CODE
 from train.model.loading import load
 from train.model.tokenizer import load_tokenizer
 
@@ -116,3 +117,29 @@ def test_another_base_than_the_one_trained_on_is_refused(tmp_path: Path) -> None
     tiny_checkpoint(tmp_path / "models" / "base-Int4", tiny_config(tie_word_embeddings=True), int4=True, seed=5)
     with pytest.raises(UserError, match=r"not what run 'tiny' was trained on: model\.safetensors differ"):
         export(folder)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+def test_qwen_1_s_switches_are_left_to_its_users_and_the_command_sets_the_right_one(
+    tmp_path: Path, name: str, capsys: Any
+) -> None:
+    folder, base = tiny_run(tmp_path, "qwen"), tmp_path / "models" / "base-Int4"
+    for code in QWEN1_CODE:
+        (base / code).write_text("# published")
+    config = read_json(export(folder, dtype=name) / "config.json")
+    assert (config["bf16"], config["fp16"], config["fp32"]) == (False, False, False)
+    switch = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[name]
+    output = capsys.readouterr().out
+    assert f"trust_remote_code=True, {switch}=True)" in output
+    assert "Qwen-1's own code" not in output
+
+
+@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+def test_code_that_the_config_names_and_that_is_not_there_is_told(tmp_path: Path, layout: str, capsys: Any) -> None:
+    """A Qwen2 run in the layout of Qwen-1, and a Qwen-1 base that came without its code."""
+    out = export(tiny_run(tmp_path, layout), layout="qwen")
+    assert read_json(out / "config.json")["auto_map"]["AutoModelForCausalLM"] == "modeling_qwen.QWenLMHeadModel"
+    output = capsys.readouterr().out
+    assert f"modeling_qwen.py, qwen_generation_utils.py, tokenization_qwen.py are not in {out}" in output
+    assert "LAYOUT=qwen2" in output
+    assert "AutoModelForCausalLM" not in output, "no command that would fail"

@@ -178,6 +178,33 @@ def test_a_hub_id_is_fetched_at_its_commit(tmp_path: Path, published: Path, monk
     assert not any("onnx" in path or ".bin" in path for path in requested)
 
 
+def test_the_address_of_a_page_is_fetched_as_its_id(
+    tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = repository(published, "Some/Tiny")
+    pages["/api/models/Some/Tiny/revision/v1"] = pages.pop("/api/models/Some/Tiny/revision/main")
+    with serving(pages) as (address, _):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        for name in (
+            "https://huggingface.co/Some/Tiny/tree/v1",
+            "Some/Tiny/",
+            "https://huggingface.co/Some/Tiny/tree/v1",
+        ):
+            model_module.run(model_module.Options(model=name, models=str(tmp_path / "models"), revision="v1"))
+    manifest = read_json(tmp_path / "models" / "Tiny" / "manifest.json")
+    assert (manifest["asked"], manifest["source"]["hub"]) == ("v1", "Some/Tiny")
+    with pytest.raises(UserError, match=r"revision=v2, and the address .* names v1: give one"):
+        run(tmp_path, "https://huggingface.co/Some/Tiny/tree/v1", revision="v2")
+
+
+def test_a_hub_cache_is_a_folder_like_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = tmp_path / "models--Some--Tiny"
+    tiny_checkpoint(cache / "snapshots" / COMMIT, tiny_config())
+    run(tmp_path, f"{cache}/", revision=COMMIT[:8])
+    output = capsys.readouterr().out
+    assert f"snapshots/{COMMIT}: layout qwen2" in output and "Nothing to do." in output
+
+
 def test_a_download_that_was_cut_off_continues(
     tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tests.support.exports import adapted, equal_logits, exact_merge, export, hashes, merged_state
 from tests.support.oracles import llama, modelscope_qwen, tiny_config
 from tests.support.runs import tiny_run
+from train.commands import quantize
 from train.common.errors import UserError
-from train.common.files import read_json, sha256
+from train.common.files import read_json, sha256, write_json
 from train.export import merge
 from train.model import lora
 from train.model.layouts import DecoderConfig, read_config
@@ -172,3 +173,34 @@ def test_the_written_config_is_read_as_the_same_architecture(tmp_path: Path) -> 
         isinstance(config, DecoderConfig)
         and config.to_dict() == tiny_config("qwen2", tie_word_embeddings=True).to_dict()
     )
+
+
+def rewrite_as_transformers_5(folder: Path, theta: float) -> None:
+    """Give a float32 base the config.json that transformers 5 writes."""
+    config = read_json(folder / "config.json")
+    for key in ("rope_theta", "torch_dtype"):
+        config.pop(key)
+    config |= {"rope_parameters": {"rope_theta": theta, "rope_type": "default"}, "dtype": "float32"}
+    write_json(folder / "config.json", {**config, "layer_types": ["full_attention"] * config["num_hidden_layers"]})
+
+
+@pytest.mark.parametrize("layout", ["", "qwen"])
+@pytest.mark.parametrize("command", ["export", "quantize"])
+def test_what_is_written_has_keys_that_old_and_new_readers_agree_on(tmp_path: Path, layout: str, command: str) -> None:
+    folder = tiny_run(tmp_path, int4=False, rope_theta=1e6)
+    base = tmp_path / "models" / "base-Int4"
+    rewrite_as_transformers_5(base, 1e6)
+    record = read_json(folder / "run.json")
+    record["base"]["files"] = hashes(base)
+    (folder / "run.json").write_text(json.dumps(record))
+    if command == "export":
+        out = export(folder, layout=layout)
+    else:
+        models = tmp_path / "models"
+        quantize.run(quantize.Options(str(base), "out", layout or "keep", group_size=32, models=str(models)))
+        out = models / "out"
+    config = read_json(out / "config.json")
+    assert config["torch_dtype"] == "float16"
+    assert not config.keys() & {"dtype", "rope_parameters"}, "transformers 5 would believe them"
+    assert config["rotary_emb_base" if layout else "rope_theta"] == 1e6
+    assert read_config(config).rope_theta == 1e6

@@ -39,6 +39,8 @@ def _origin(folder: Path) -> str:
     """The name to fetch a folder by: its hub id, if its manifest has one, else its own name."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         return str(json.loads((folder / "manifest.json").read_bytes())["source"]["hub"])
+    if folder.parent.name == "snapshots":  # of a hub's cache: models--OWNER--NAME/snapshots/COMMIT
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
     return folder.resolve().name
 
 
