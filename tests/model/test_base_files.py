@@ -1,5 +1,6 @@
 """A damaged file of a base gives one sentence, the same from every reader: what is wrong, where, what to do."""
 
+import base64
 import json
 import shutil
 from collections.abc import Callable
@@ -281,3 +282,18 @@ def test_one_file_of_the_usual_name_comes_before_all_others(base: Path) -> None:
 def test_the_index_names_every_shard(base: Path) -> None:
     sharded(base)
     assert set(read_index(base / INDEX).values()) == {path.name for path in base.glob("*.safetensors")}
+
+
+def test_a_tiktoken_file_that_is_cut_off_at_the_end_of_a_line(base: Path) -> None:
+    """It would be a smaller vocabulary, with other ids for every control token, and nothing else would show it."""
+    tokens = [*(bytes([n]) for n in range(256)), b"ab", b"abc", b"abcd"]
+    lines = [base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens)]
+    (base / "generation_config.json").write_text('{"eos_token_id": 259}')
+    (base / "qwen.tiktoken").write_bytes(b"".join(lines))
+    check_folder(base)
+    for kept in (256, 258):
+        (base / "qwen.tiktoken").write_bytes(b"".join(lines[:kept]))
+        with pytest.raises(
+            UserError, match=rf"<\|endoftext\|> is {kept} in it, the stop token in .* is 259: .*cut off"
+        ):
+            check_folder(base)

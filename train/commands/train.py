@@ -22,6 +22,7 @@ from train.config.stages import Stage, count
 from train.config.stages import stage as stage_of_recipe
 from train.data.conversations import sources
 from train.model.folder import find
+from train.model.names import hub_name
 from train.runs.folder import ADAPTER, RECIPE, adapter_source, finished, lock_run
 from train.training import distributed, launch, launchers, signals
 from train.training.distributed import RankInfo
@@ -153,7 +154,7 @@ def _default_name(options: Options) -> str:
     """data-recipe-model, each without its folder; a run that was named after an earlier name of the recipe keeps it."""
     model = options.model or load_recipe(options.recipe, options.overrides).model
     data = Path(options.data.split(",")[0]).stem
-    names = ["-".join(filter(None, (data, recipe, Path(model).name))) for recipe in names_of(options.recipe)]
+    names = ["-".join(filter(None, (data, recipe, Path(hub_name(model)).name))) for recipe in names_of(options.recipe)]
     return next((name for name in names if (Path(options.runs) / name).is_dir()), names[0])
 
 

@@ -150,6 +150,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             check_present(path)
             tokenizer = read(path)
             _check_rows(path, tokenizer)
+            _check_stops(path, tokenizer)
             return tokenizer
     raise UserError(
         f"{folder}: no tokenizer: expected qwen.tiktoken or tokenizer.json. Fetch the model again: make model MODEL=…"
@@ -162,6 +163,20 @@ def _check_rows(path: Path, tokenizer: Tokenizer) -> None:
     rows = read_object(config).get("vocab_size") if config.is_file() else None
     if isinstance(rows, int) and tokenizer.vocab_size > rows:
         raise DamagedFileError(path, f"has {tokenizer.vocab_size:,} tokens, vocab_size in config.json is {rows:,}")
+
+
+def _check_stops(path: Path, tokenizer: Tokenizer) -> None:
+    """Raise a UserError if none of the published stop tokens is <|endoftext|> or <|im_end|>.
+
+    A qwen.tiktoken that is cut off at the end of a line is a smaller vocabulary like any other, in which every control
+    token has another id.
+    """
+    beside = path.with_name("generation_config.json")
+    stops = read_object(beside).get("eos_token_id") if beside.is_file() else None
+    listed = stops if isinstance(stops, list) else [stops]
+    if all(type(stop) is int and stop not in tokenizer.stop_ids for stop in listed):
+        here = f"<|endoftext|> is {tokenizer.endoftext} in it, the stop token in {beside.name} is {stops}"
+        raise DamagedFileError(path, f"{here}: one of the files is cut off, or of another model")
 
 
 def read_tiktoken(path: Path) -> dict[bytes, int]:
