@@ -47,7 +47,7 @@ def test_summary(file: Path, models: Path, capsys: pytest.CaptureFixture[str]) -
     assert f"1 over 100 tokens: cut, {long - 100} tokens lost" in printed["too long"]
     assert "2 rows of at most 100 tokens, packed: 61.5%" in printed["an epoch"]  # 123 of 200
     assert "50% Chinese, 50% other" in printed["languages"]
-    assert '"tag" (1 rows)' in printed["not used"]
+    assert '"tag" (1 row)' in printed["note 1"]
 
 
 def test_the_tokens_that_are_trained_on_are_marked(

@@ -180,9 +180,8 @@ def _notices(checked: CheckedData) -> dict[str, str]:
     rows = {}
     if count := conversations.duplicates(checked.conversations):
         rows["notice"] = f"{count:,} conversations are exact copies of an earlier one; they are kept"
-    if checked.unused_keys:
-        keys = ", ".join(f'"{key}" ({count:,} rows)' for key, count in checked.unused_keys.most_common(8))
-        rows["not used"] = f"keys that no format has: {keys}"
+    for number, sentence in enumerate(checked.notices(), 1):
+        rows[f"note {number}"] = sentence
     return rows
 
 
@@ -242,6 +241,7 @@ def _check_out(out: Path) -> None:
 def as_messages(conversation: Conversation) -> str:
     """One line of OpenAI messages; it is read back as the same conversation."""
     system = conversation.system
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages += [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
+    messages: list[dict[str, str | int]] = [] if system is None else [{"role": "system", "content": system}]
+    for turn in conversation.turns:
+        messages.append({"role": turn.role, "content": turn.text} | ({} if turn.trained else {"weight": 0}))
     return json.dumps({"messages": messages}, ensure_ascii=False)

@@ -249,7 +249,7 @@ def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -
 
 def _check_data(report: Report, recipe: Recipe | None, folder: Path | None, data: str) -> None:
     """Read all of it; with the base's tokenizer and a recipe also count its tokens, as training will."""
-    reading = report.attempt("rows", lambda: _read(data), lambda found: f"{len(found.conversations):,} conversations")
+    reading = report.attempt("rows", lambda: _read(data), _rows_text)
     if reading is None or recipe is None or folder is None:
         return
     from train.data.samples import encode
@@ -260,6 +260,10 @@ def _check_data(report: Report, recipe: Recipe | None, folder: Path | None, data
     except UserError:
         return  # already reported with the base
     report.attempt("tokens", lambda: encode(reading.conversations, tokenizer, recipe)[1], str)
+
+
+def _rows_text(reading: conversations.CheckedData) -> str:
+    return "; ".join([f"{len(reading.conversations):,} conversations", *reading.notices()])
 
 
 def _read(data: str) -> conversations.CheckedData:
