@@ -46,7 +46,7 @@ class Options(RecipeOptions):
     data: str = option("", "file, folder or several with commas between; empty: no data is checked")
     model: str = option("", "base; empty: the recipe's")
     recipe: str = option("qlora", "a name in train/recipes/, or the path of a .yaml file")
-    gpus: int = option(0, "GPUs that must be there; 0: whatever is there")
+    gpus: int = option(0, "GPUs that must be there; 0: whatever is there", interval="[0, 64]")
     models: str = option("models", "folder of bases")
     runs: str = option("runs", "folder of runs")
 
