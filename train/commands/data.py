@@ -61,7 +61,7 @@ def run(options: Options) -> None:
         raise UserError("data: which file? Example: make data DATA=data/demo.jsonl")
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
     if options.out:
-        _check_out(Path(options.out))
+        _check_out(Path(options.out), options.data)
     checked = _check(options.data)
     if checked.problems:
         raise UserError(conversations.report(checked.problems))
@@ -221,10 +221,22 @@ def mark(ids: list[int], mask: list[int], tokenizer: "Tokenizer", before: str, a
 # Converting
 
 
+def _check_out(out: Path, data: str) -> None:
+    """Refuse what would overwrite something else than an older result.
+
+    Raises:
+        UserError: a file that is read, a folder, a device, or a file in a folder that does not exist.
+    """
+    if out.resolve() in {path.resolve() for path in conversations.sources(data)}:
+        raise UserError(f"out={out} is a file that was read: give another name, so that the original stays.")
+    if not out.name or (out.exists() and not out.is_file()):
+        raise UserError(f"out={out} is no file, but a folder or a device. Give the name of a file: out=new.jsonl")
+    if not out.parent.is_dir():
+        raise UserError(f"out={out}: there is no folder {out.parent}. Make it first: mkdir -p {out.parent}")
+
+
 def _convert(checked: list[Conversation], options: Options) -> None:
     out = Path(options.out)
-    if out.resolve() in {path.resolve() for path in conversations.sources(options.data)}:
-        raise UserError(f"out={out} is a file that was read: give another name, so that the original stays.")
     write_text(out, "".join(f"{as_messages(conversation)}\n" for conversation in checked))
     print(f"\n{out}: {len(checked):,} conversations written, as OpenAI messages.")
 
