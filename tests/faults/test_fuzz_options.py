@@ -159,6 +159,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("fuzz")
     run = tiny_run(root)
     tiny_checkpoint(root / "models" / "float", tiny_config("qwen2"), int4=False)
+    shutil.copytree(Path(__file__).parents[2] / "data", root / "data")
     (run / "inputs.json").write_text((run / "run.json").read_text())
     return root
 

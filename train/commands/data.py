@@ -229,25 +229,20 @@ def _check_out(out: Path, data: str) -> None:
     """
     if out.resolve() in {path.resolve() for path in conversations.sources(data)}:
         raise UserError(f"out={out} is a file that was read: give another name, so that the original stays.")
-    if not out.name or (out.exists() and not out.is_file()):
-        raise UserError(f"out={out} is no file, but a folder or a device. Give the name of a file: out=new.jsonl")
+    if out.is_dir():
+        raise UserError(f"out={out}: this is a folder. Give the name of a file: OUT={out / 'messages.jsonl'}")
+    if out.exists() and not out.is_file():
+        raise UserError(f"out={out}: this is a device. Give the name of a file: OUT=messages.jsonl")
     if not out.parent.is_dir():
-        raise UserError(f"out={out}: there is no folder {out.parent}. Make it first: mkdir -p {out.parent}")
+        raise UserError(
+            f"out={out}: there is no folder {out.parent}. Make it first: mkdir -p {shlex.quote(str(out.parent))}"
+        )
 
 
 def _convert(checked: list[Conversation], options: Options) -> None:
     out = Path(options.out)
     write_text(out, "".join(f"{as_messages(conversation)}\n" for conversation in checked))
     print(f"\n{out}: {len(checked):,} conversations written, as OpenAI messages.")
-
-
-def _check_out(out: Path) -> None:
-    if out.is_dir():
-        raise UserError(f"out={out}: this is a folder. Give the name of a file: OUT={out / 'messages.jsonl'}")
-    if not out.parent.is_dir():
-        raise UserError(
-            f"out={out}: there is no folder {out.parent}. Make it first: mkdir -p {shlex.quote(str(out.parent))}"
-        )
 
 
 def as_messages(conversation: Conversation) -> str:

@@ -186,7 +186,10 @@ def report(problems: list[Problem], limit: int = MAX_LISTED) -> str:
 
 
 def _read_file(path: Path, checked: CheckedData, on_progress: OnProgress | None) -> None:
-    text, problems = json_rows.decode(path.read_bytes())
+    try:
+        text, problems = json_rows.decode(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
     lines, count_before = Lines(text), len(checked.conversations)
     unreadable = text == "" and problems
     for number, row in enumerate(() if unreadable else json_rows.rows(text, lines)):

@@ -107,6 +107,8 @@ def read_questions(path: Path) -> list[str]:
         raise UserError(f"questions={path}: no such file. Write one question a line.") from None
     except IsADirectoryError:
         raise UserError(f"questions={path}: a folder. Give the file: one question a line.") from None
+    except OSError as error:
+        raise UserError(f"questions={path}: cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}). Save it as UTF-8, one question a line.") from None
     questions = [_question_of(value, f"{path}, {where}") for where, value in _values(path, text)]
