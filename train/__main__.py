@@ -29,7 +29,7 @@ class Verb:
 
 
 def _read_verbs() -> dict[str, Verb]:
-    lines = Path(__file__).with_name("verbs.txt").read_text(encoding="utf-8").splitlines()
+    lines = Path(__file__).with_name("verbs.txt").read_text(encoding="utf-8").strip().split("\n")
     rows = [line.split(maxsplit=6) for line in lines if not line.startswith("#")]
     return {verb: Verb(*columns) for verb, *columns in rows}
 

@@ -1,6 +1,7 @@
 """The command `data`: what it prints, what it writes, what it refuses."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_summary(file: Path, models: Path, capsys: pytest.CaptureFixture[str]) -
     assert f"1 over 100 tokens: cut, {long - 100} tokens lost" in printed["too long"]
     assert "2 rows of at most 100 tokens, packed: 61.5%" in printed["an epoch"]  # 123 of 200
     assert "50% Chinese, 50% other" in printed["languages"]
-    assert '"tag" (1 rows)' in printed["not used"]
+    assert '"tag" (1 row)' in printed["note 1"]
 
 
 def test_the_tokens_that_are_trained_on_are_marked(
@@ -103,6 +104,15 @@ def test_out_never_overwrites_what_was_read(file: Path, tmp_path: Path, capsys: 
     assert "the original stays" in capsys.readouterr().err and file.read_bytes() == before
     assert run(f"data={file}", f"out={tmp_path}/none/x.jsonl", f"models={tmp_path}") == 2
     assert "mkdir -p" in capsys.readouterr().err
+
+
+def test_out_must_be_a_file(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A device, such as /dev/null, would be replaced by a file."""
+    os.mkfifo(tmp_path / "device")
+    for out in (tmp_path, tmp_path / "device", "/"):
+        assert run(f"data={file}", f"out={out}", f"models={tmp_path}") == 2
+        assert ": this is a " in capsys.readouterr().err
+    assert (tmp_path / "device").is_fifo()
 
 
 def test_large_data_shows_progress(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:

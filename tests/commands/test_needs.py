@@ -79,7 +79,7 @@ def test_paths_of_a_run_and_its_stages(tmp_path: Path, monkeypatch: pytest.Monke
         inputs = {"data": {"path": data}, "base": {"name": "/x/base"}}
         Path(folder, "inputs.json").write_text(json.dumps(inputs))
     read = [path for _, path in paths("verify", VERBS["verify"], ["run=r"])]
-    beside = [f"/x/{name}_questions{end}" for name in ("b", 'a "\n') for end in (".txt", ".jsonl")]
+    beside = [f"/x/{name}_questions{end}" for name in ("b", 'a "\n') for end in (".txt", ".jsonl", ".json")]
     assert set(read) == {"/x/base", "/x/b.jsonl", '/x/a "\n.jsonl', *beside}
     assert paths("infer", VERBS["infer"], []) == []  # no run is finished
     Path("runs/r/run.json").touch()

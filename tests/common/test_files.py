@@ -1,6 +1,7 @@
 """Staged folders are complete or not there, also when the process that wrote one was killed."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +107,19 @@ def test_the_entry_of_every_new_folder_is_flushed_to_the_disk(tmp_path: Path, mo
     assert synced == [tmp_path, tmp_path / "runs", tmp_path / "runs" / "mine"]
     files.make_folder(tmp_path / "runs" / "mine")
     assert len(synced) == 3 and (tmp_path / "runs/mine/checkpoints").is_dir()
+
+
+# Lines
+
+
+def test_only_line_ends_end_a_line() -> None:
+    text = "one\u2028two\x85three\x0bfour\x0cfive\x1csix"
+    assert files.split_lines(f"{text}\n\r\n{text}\rlast") == [text, "", text, "last"]
+    assert files.split_lines("") == [] and files.split_lines("a\n") == ["a"]
+
+
+def test_no_text_of_a_file_is_split_elsewhere() -> None:
+    """str.splitlines ends a line at U+2028 and others too; of bytes it does not."""
+    train = Path(files.__file__).parents[1]
+    sources = {path: path.read_text(encoding="utf-8") for path in train.rglob("*.py")}
+    assert [path.name for path, text in sources.items() if re.search(r"read_text\([^)]*\)\.splitlines", text)] == []

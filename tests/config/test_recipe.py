@@ -89,3 +89,8 @@ def test_a_record_may_lack_keys_and_have_keys_that_are_gone() -> None:
     assert Recipe.from_record(older) == Recipe(rank=4, system="", checkpointing="off")
     with pytest.raises(UserError, match="record of the run: rank=four: expected a whole number"):
         Recipe.from_record({**older, "rank": "four"})
+
+
+def test_a_record_may_have_values_that_are_refused_today() -> None:
+    """A run that has trained with them can still be asked, compared and exported."""
+    assert Recipe.from_record({**asdict(Recipe()), "steps": -5, "keep": 0, "targets": ""}).steps == -5

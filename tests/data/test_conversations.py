@@ -1,6 +1,7 @@
 """Files of conversations: which files, one report of all problems, and the data that the project ships."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,16 @@ def test_folders_and_lists(tmp_path: Path) -> None:
         conversations.load(tmp_path / "none")
     with pytest.raises(UserError, match="a comma with no file name"):
         conversations.load(f"{tmp_path / 'c.JSON'},")
+
+
+def test_a_name_in_gbk_gets_a_sentence(tmp_path: Path) -> None:
+    """Records and messages are UTF-8 and could not name it."""
+    name = os.fsdecode("数据.jsonl".encode("gbk"))
+    for path in (tmp_path / name, tmp_path):
+        (tmp_path / name).write_text(GOOD)
+        with pytest.raises(UserError, match=r"xfd.*is not UTF-8. Rename it") as raised:
+            conversations.load(path)
+        str(raised.value).encode("utf-8")
 
 
 def test_duplicates_are_counted_and_kept(file: Path) -> None:

@@ -19,7 +19,7 @@ MISTAKES: dict[str, Mistake] = {
     "more after the array": (f"[{GOOD}]\n[]", [(2, 1, "'['", "delete it")]),
     "two rows on a line": (f"{GOOD} {GOOD}\n{GOOD}", [(1, 37, "a second row", "new line")]),
     "rows of several lines": ('{\n"instruction": "q",\n"output": "a"}\n' + GOOD, [(4, 1, "more after a row of several lines", "[")]),
-    "not JSON": ("question,answer\nq,a\n", [(1, 1, "'question'", "a .jsonl file")]),
+    "not JSON": ("question: q\nanswer: a\n", [(1, 1, "'question'", "a .jsonl file")]),
     "a word among lines": (f"{GOOD}\nhello\n", [(2, 1, "'hello'", "delete it")]),
     "not UTF-8": (b"\n" + '{"instruction": "你'.encode() + b'\xff", "output": "a"}', [(2, 19, "byte 0xFF (byte 21 of the file)", "UTF-8")]),
     "UTF-16": (GOOD.encode("utf-16"), [(1, 1, "UTF-16", "iconv -f UTF-16")]),

@@ -43,8 +43,8 @@ class Options:
     questions: str = option(
         "", "file, one question a line (or .jsonl); empty: DATA_questions.txt beside the data, or the data's first"
     )
-    max_tokens: int = option(64, "longest answer; a longer one is cut off and ends in …")
-    batch: int = option(8, "questions answered at once")
+    max_tokens: int = option(64, "longest answer; a longer one is cut off and ends in …", interval="[1, 1048576]")
+    batch: int = option(8, "questions answered at once", interval="[1, 4096]")
     models: str = option("models", "folder of the models")
     runs: str = option("runs", "folder of the runs")
 

@@ -61,7 +61,7 @@ def run(options: Options) -> None:
         raise UserError("data: which file? Example: make data DATA=data/demo.jsonl")
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
     if options.out:
-        _check_out(Path(options.out))
+        _check_out(Path(options.out), options.data)
     checked = _check(options.data)
     if checked.problems:
         raise UserError(conversations.report(checked.problems))
@@ -180,9 +180,8 @@ def _notices(checked: CheckedData) -> dict[str, str]:
     rows = {}
     if count := conversations.duplicates(checked.conversations):
         rows["notice"] = f"{count:,} conversations are exact copies of an earlier one; they are kept"
-    if checked.unused_keys:
-        keys = ", ".join(f'"{key}" ({count:,} rows)' for key, count in checked.unused_keys.most_common(8))
-        rows["not used"] = f"keys that no format has: {keys}"
+    for number, sentence in enumerate(checked.notices(), 1):
+        rows[f"note {number}"] = sentence
     return rows
 
 
@@ -222,26 +221,34 @@ def mark(ids: list[int], mask: list[int], tokenizer: "Tokenizer", before: str, a
 # Converting
 
 
-def _convert(checked: list[Conversation], options: Options) -> None:
-    out = Path(options.out)
-    if out.resolve() in {path.resolve() for path in conversations.sources(options.data)}:
+def _check_out(out: Path, data: str) -> None:
+    """Refuse what would overwrite something else than an older result.
+
+    Raises:
+        UserError: a file that is read, a folder, a device, or a file in a folder that does not exist.
+    """
+    if out.resolve() in {path.resolve() for path in conversations.sources(data)}:
         raise UserError(f"out={out} is a file that was read: give another name, so that the original stays.")
-    write_text(out, "".join(f"{as_messages(conversation)}\n" for conversation in checked))
-    print(f"\n{out}: {len(checked):,} conversations written, as OpenAI messages.")
-
-
-def _check_out(out: Path) -> None:
     if out.is_dir():
         raise UserError(f"out={out}: this is a folder. Give the name of a file: OUT={out / 'messages.jsonl'}")
+    if out.exists() and not out.is_file():
+        raise UserError(f"out={out}: this is a device. Give the name of a file: OUT=messages.jsonl")
     if not out.parent.is_dir():
         raise UserError(
             f"out={out}: there is no folder {out.parent}. Make it first: mkdir -p {shlex.quote(str(out.parent))}"
         )
 
 
+def _convert(checked: list[Conversation], options: Options) -> None:
+    out = Path(options.out)
+    write_text(out, "".join(f"{as_messages(conversation)}\n" for conversation in checked))
+    print(f"\n{out}: {len(checked):,} conversations written, as OpenAI messages.")
+
+
 def as_messages(conversation: Conversation) -> str:
     """One line of OpenAI messages; it is read back as the same conversation."""
     system = conversation.system
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages += [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
+    messages: list[dict[str, str | int]] = [] if system is None else [{"role": "system", "content": system}]
+    for turn in conversation.turns:
+        messages.append({"role": turn.role, "content": turn.text} | ({} if turn.trained else {"weight": 0}))
     return json.dumps({"messages": messages}, ensure_ascii=False)

@@ -46,7 +46,7 @@ class Options(RecipeOptions):
     data: str = option("", "file, folder or several with commas between; empty: no data is checked")
     model: str = option("", "base; empty: the recipe's")
     recipe: str = option("qlora", "a name in train/recipes/, or the path of a .yaml file")
-    gpus: int = option(0, "GPUs that must be there; 0: whatever is there")
+    gpus: int = option(0, "GPUs that must be there; 0: whatever is there", interval="[0, 64]")
     models: str = option("models", "folder of bases")
     runs: str = option("runs", "folder of runs")
 
@@ -254,7 +254,7 @@ def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -
 
 def _check_data(report: Report, recipe: Recipe | None, folder: Path | None, data: str) -> None:
     """Read all of it; with the base's tokenizer and a recipe also count its tokens, as training will."""
-    reading = report.attempt("rows", lambda: _read(data), lambda found: f"{len(found.conversations):,} conversations")
+    reading = report.attempt("rows", lambda: _read(data), _rows_text)
     if reading is None or recipe is None or folder is None:
         return
     from train.data.samples import encode
@@ -265,6 +265,10 @@ def _check_data(report: Report, recipe: Recipe | None, folder: Path | None, data
     except UserError:
         return  # already reported with the base
     report.attempt("tokens", lambda: encode(reading.conversations, tokenizer, recipe)[1], str)
+
+
+def _rows_text(reading: conversations.CheckedData) -> str:
+    return "; ".join([f"{len(reading.conversations):,} conversations", *reading.notices()])
 
 
 def _read(data: str) -> conversations.CheckedData:

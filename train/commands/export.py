@@ -34,8 +34,10 @@ class Options:
     layout: str = option("", "empty: the base's; qwen2: loads without remote code everywhere", ("", "qwen", "qwen2"))
     onto: str = option("", "empty: the Int4 base that was trained on; or a float model or folder to merge onto")
     out: str = option("", "folder to write; empty: runs/RUN/merged")
-    shard_size: float = option(4.0, "GB in one file, at most")
-    verify: int = option(30, "conversations of the run's own data on which the result is compared")
+    shard_size: float = option(4.0, "GB in one file, at most", interval="(0, 1000]")
+    verify: int = option(
+        30, "conversations of the run's own data on which the result is compared", interval="[1, 1000000]"
+    )
     models: str = option("models", "folder of the models")
     runs: str = option("runs", "folder of the runs")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from train.common.device import pick_device, pick_dtype
 from train.common.errors import UserError
-from train.config.options import option
+from train.config.options import SEEDS, option
 from train.config.recipe import Recipe
 from train.data.chat_template import DEFAULT_SYSTEM
 from train.data.formats import Turn
@@ -30,19 +30,23 @@ class Options:
     model: str = option("", "a model instead: a name below models/, or a folder")
     prompt: str = option("", "answer this and end; empty: chat")
     system: str = option(
-        "auto", "system message; auto: what the run or export was trained with, else Qwen's; empty: none"
+        "auto",
+        "system message; auto: what the run or export was trained with, else Qwen's; empty: none",
+        may_be_empty=True,
     )
     template: str = option(
         "auto", "how turns are written; auto: as it was trained, else chatml", ("auto", "chatml", "plain")
     )
     engine: str = option("ours", "stock: transformers, optimum, auto-gptq, to compare with", ("ours", "stock"))
     trust_remote_code: bool = option(False, "with engine=stock: allow the checkpoint's own code to run")
-    max_tokens: int = option(512, "tokens in an answer, at most")
-    temperature: float = option(0.0, "0: the same answer each time; 0.7 is a usual value")
-    top_p: float = option(0.8, "with a temperature: draw from the likeliest tokens that share this probability")
-    top_k: int = option(0, "with a temperature: draw from this many tokens; 0: all")
-    repetition_penalty: float = option(1.0, "more than 1: avoid tokens that occurred before")
-    seed: int = option(1234, "seed of sampling, with a temperature")
+    max_tokens: int = option(512, "tokens in an answer, at most", interval="[1, 1048576]")
+    temperature: float = option(0.0, "0: the same answer each time; 0.7 is a usual value", interval="[0, 100]")
+    top_p: float = option(
+        0.8, "with a temperature: draw from the likeliest tokens that share this probability", interval="(0, 1]"
+    )
+    top_k: int = option(0, "with a temperature: draw from this many tokens; 0: all", interval="[0, 1000000]")
+    repetition_penalty: float = option(1.0, "more than 1: avoid tokens that occurred before", interval="(0, 100]")
+    seed: int = option(1234, "seed of sampling, with a temperature", interval=SEEDS)
     dtype: str = option(
         "auto", "auto: bf16 where the GPU has it, else fp16; fp32 on a CPU", ("auto", "bf16", "fp16", "fp32")
     )

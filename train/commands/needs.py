@@ -101,6 +101,7 @@ def _run_paths(run: Path) -> Iterator[str]:
         base, data = str(inputs["base"]["name"]), str(inputs["data"]["path"])
         yield base
         yield from _data_paths(data)
-        yield from (str(Path(data).with_name(f"{Path(data).stem}_questions{suffix}")) for suffix in (".txt", ".jsonl"))
+        for path in (Path(part) for part in _data_paths(data) if Path(part).name):
+            yield from (str(path.with_name(f"{path.stem}_questions{end}")) for end in (".txt", ".jsonl", ".json"))
     with suppress(OSError, ValueError, KeyError, TypeError):
         yield from (str(entry["run"]) for entry in read_json(run / "run.json")["lineage"])

@@ -27,7 +27,7 @@ class Options:
     model: str = option("Qwen2.5-Coder-0.5B-Instruct", "float model: a folder, or a name below models/")
     out: str = option("", "name of the new folder below models/; empty: the model's, with what was done to it")
     layout: str = option("keep", "published layout to write", ("keep", "qwen", "qwen2"))
-    group_size: int = option(128, "weights that share one scale: 32, 64, 128, or -1 for a whole row")
+    group_size: int = option(128, "weights that share one scale; -1: a whole row", ("32", "64", "128", "-1"))
     models: str = option("models", "folder that models are kept in")
 
 

@@ -44,14 +44,16 @@ class Options(RecipeOptions):
     recipe: str = option("qlora", "a name in train/recipes/, or the path of a .yaml file")
     run: str = option("", "name of the run folder below runs/; empty: data-recipe-model")
     from_run: str = option("", "(or from=) the adapter to start from: that of a run, or in a folder, by any peft")
-    stage: int = option(0, "one stage of a recipe that has several; 0 = all, one after another")
-    gpus: int = option(1, "GPUs of this machine to use, where there are any")
+    stage: int = option(0, "one stage of a recipe that has several; 0 = all, one after another", interval="[0, 1000]")
+    gpus: int = option(1, "GPUs of this machine to use, where there are any", interval="[1, 64]")
     models: str = option("models", "folder of bases")
     runs: str = option("runs", "folder of runs")
 
 
 def parse(values: dict[str, str]) -> Options:
     """Options from key=value; every key that is not an option is the recipe's."""
+    if {"from", "from_run"} <= values.keys():
+        raise UserError("from= and from_run= are the same key. Give one of them.")
     renamed = {("from_run" if key == "from" else key): value for key, value in values.items()}
     return build_with_overrides(Options, renamed, Recipe)
 

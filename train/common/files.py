@@ -60,6 +60,24 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines of a text file: \\n, \\r\\n and \\r end a line, and nothing else does.
+
+    str.splitlines also ends one at U+2028, U+0085 and six more, which JSON and people write inside a line.
+    """
+    lines = re.split(r"\r\n|\n|\r", text)
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a .jsonl file that this program wrote, one a line.
+
+    Raises:
+        ValueError: a line that is not JSON.
+    """
+    return [json.loads(line) for line in split_lines(path.read_text(encoding="utf-8"))]
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents, and flush the entry of each new one to the disk.
 

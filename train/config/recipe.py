@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from train.common.errors import UserError
-from train.config.options import build, option
+from train.config.options import SEEDS, build, option, shown
+from train.config.recipe_yaml import RecipeError, read_text_values
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RENAMED = {"voice": "two_stage"}  # an earlier name of a recipe -> its name today
@@ -35,28 +36,32 @@ class Recipe:
         "which tokens are trained on: the answers, or those of Qwen's own script",
         ("assistant", "published"),
     )
-    system: str = option("You are a helpful assistant.", "system message of conversations without one; empty: none")
-    length: int = option(512, "tokens in a row")
+    system: str = option(
+        "You are a helpful assistant.", "system message of conversations without one; empty: none", may_be_empty=True
+    )
+    length: int = option(512, "tokens in a row", interval="[2, 1048576]")
     overlong: str = option("cut", "conversations longer than a row", ("cut", "skip", "error"))
     pack: bool = option(True, "put several conversations in one row; each attends only to itself")
-    rank: int = option(64, "LoRA: r")
-    alpha: float = option(16.0, "LoRA: the update is scaled by alpha / rank")
-    dropout: float = option(0.05, "LoRA: dropout before A")
+    rank: int = option(64, "LoRA: r", interval="[1, 4096]")
+    alpha: float = option(16.0, "LoRA: the update is scaled by alpha / rank", interval="(0, 65536]")
+    dropout: float = option(0.05, "LoRA: dropout before A", interval="[0, 1)")
     targets: str = option("all", "LoRA: all linear layers of the blocks, or names separated by commas")
-    epochs: float = option(5.0, "passes over the data")
-    steps: int = option(0, "optimizer steps; 0 = as many as epochs= needs")
-    batch: int = option(2, "rows that a process computes at once (a micro batch)")
-    accumulation: int = option(8, "micro batches in an optimizer step")
-    learning_rate: float = option(3e-4, "peak learning rate")
-    warmup: float = option(0.01, "linear warm-up: a fraction of all steps, or a number of steps if 1 or more")
+    epochs: float = option(5.0, "passes over the data", interval="(0, 10000]")
+    steps: int = option(0, "optimizer steps; 0 = as many as epochs= needs", interval="[0, 1000000]")
+    batch: int = option(2, "rows that a process computes at once (a micro batch)", interval="[1, 65536]")
+    accumulation: int = option(8, "micro batches in an optimizer step", interval="[1, 65536]")
+    learning_rate: float = option(3e-4, "peak learning rate", interval="(0, 1]")
+    warmup: float = option(
+        0.01, "linear warm-up: a fraction of all steps, or a number of steps if 1 or more", interval="[0, 1000000]"
+    )
     schedule: str = option("cosine", "learning rate after the warm-up", ("cosine", "linear", "constant"))
-    floor: float = option(0.0, "learning rate at the end, as a fraction of the peak")
-    weight_decay: float = option(0.1, "AdamW: weight decay")
-    beta1: float = option(0.9, "AdamW: beta1")
-    beta2: float = option(0.95, "AdamW: beta2")
-    epsilon: float = option(1e-8, "AdamW: epsilon")
-    clip: float = option(1.0, "clip the norm of all gradients to this; 0 = no clipping")
-    seed: int = option(1234, "random seed of the order of samples, LoRA's A and dropout")
+    floor: float = option(0.0, "learning rate at the end, as a fraction of the peak", interval="[0, 1]")
+    weight_decay: float = option(0.1, "AdamW: weight decay", interval="[0, 10]")
+    beta1: float = option(0.9, "AdamW: beta1", interval="[0, 1)")
+    beta2: float = option(0.95, "AdamW: beta2", interval="[0, 1)")
+    epsilon: float = option(1e-8, "AdamW: epsilon", interval="(0, 1]")
+    clip: float = option(1.0, "clip the norm of all gradients to this; 0 = no clipping", interval="[0, 1000000]")
+    seed: int = option(1234, "random seed of the order of samples, LoRA's A and dropout", interval=SEEDS)
     precision: str = option(
         "auto", "auto: bf16 from sm_80, fp16 below, fp32 on a CPU", ("auto", "bf16", "fp16", "fp32")
     )
@@ -69,21 +74,23 @@ class Recipe:
         "device", "where the embedding table is; in host memory it takes none of the GPU's", ("device", "host")
     )
     graphs: bool = option(True, "on a GPU: replay CUDA graphs where the shapes of batches repeat")
-    zero: int = option(2, "DeepSpeed ZeRO stage (train/training/deepspeed/zeroN.json)")
+    zero: int = option(2, "DeepSpeed ZeRO stage (train/training/deepspeed/zeroN.json)", interval="[0, 3]")
     guard: str = option(
         "stop",
         "a bad step (NaN, infinity, or a loss spike): stop the run, or skip the step",
         ("stop", "skip"),
     )
-    spike: float = option(5.0, "a loss this far above its median is a spike, in nats; 0 = never")
+    spike: float = option(5.0, "a loss this far above its median is a spike, in nats; 0 = never", interval="[0, 1000]")
     unlearnable: str = option("skip", "conversations without a token to train on", ("skip", "stop"))
-    save_every: int = option(0, "steps between checkpoints; 0 = one checkpoint per epoch")
-    keep: int = option(2, "checkpoints to keep")
+    save_every: int = option(0, "steps between checkpoints; 0 = one checkpoint per epoch", interval="[0, 1000000]")
+    keep: int = option(2, "checkpoints to keep", interval="[1, 1000]")
     background: str = option(
         "auto", "write checkpoints while training continues; auto: on a GPU", ("auto", "on", "off")
     )
-    patience: float = option(30.0, "minutes to wait on a full disk before the run stops; it can be resumed")
-    processes: int = option(1, "processes when training on a CPU")
+    patience: float = option(
+        30.0, "minutes to wait on a full disk before the run stops; it can be resumed", interval="[0, 525600]"
+    )
+    processes: int = option(1, "processes when training on a CPU", interval="[1, 1024]")
 
     @classmethod
     def from_record(cls, values: Mapping[str, Any]) -> "Recipe":
@@ -96,7 +103,7 @@ class Recipe:
         """
         known = {f.name for f in dataclasses.fields(cls)}
         kept = {key: value for key, value in values.items() if key in known}
-        return build(cls, _as_text(kept), where="the recipe in the record of the run")
+        return build(cls, _as_text(kept), where="the recipe in the record of the run", bounded=False)
 
 
 def load_recipe(name: str, overrides: dict[str, str]) -> Recipe:
@@ -144,23 +151,23 @@ def names_of(recipe: str) -> list[str]:
     return [name, *(old for old, new in RENAMED.items() if new == name)]
 
 
-def _as_text(values: dict[str, Any]) -> dict[str, str]:
+def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(value) if value is not None else "" for key, value in values.items()}
 
 
 def _read_yaml(name: str) -> dict[str, Any]:
-    import yaml
-
+    """The keys of a recipe: texts as they are written, and `stages` as a list of such mappings."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{RENAMED.get(name, name)}.yaml"
-    if not path.is_file():
+    try:
+        values = read_text_values(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (UnicodeDecodeError, RecipeError) as error:
+        raise UserError(f"{path}: not a recipe: {error}") from error
+    except OSError as error:  # a name that is too long, or a file that may not be read
+        raise UserError(f"recipe {shown(name)}: {error.strerror}.") from error
+    if values is None:
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise UserError(
-            f"recipe {name!r}: no file {path.name}. Known recipes: {known}; or give the path of a .yaml file."
+            f"recipe {shown(name)!r}: no file {shown(path.name)}. Known recipes: {known}; or give the path of a .yaml "
+            "file."
         )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a list of `key: value` lines, found a {type(values).__name__}.")
     return values

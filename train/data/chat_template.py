@@ -109,12 +109,17 @@ def _parts(turns: Sequence[Turn], tokenizer: Encoder, template: str, label_frame
     if system:
         yield from _turn("system", system, tokenizer, label_frame)
     for turn in turns:
-        yield from _turn(turn.role, turn.text, tokenizer, label_frame)
+        yield from _turn(turn.role, turn.text, tokenizer, label_frame and turn.trained, turn.trained)
 
 
-def _turn(role: str, text: str, tokenizer: Encoder, label_frame: bool) -> Iterator[Part]:
-    """One ChatML turn; `label_frame`: train on <|im_start|>, <|im_end|> and the last newline, whatever the role."""
-    is_answer, newline = role == "assistant", tokenizer.encode("\n")
+def _turn(role: str, text: str, tokenizer: Encoder, label_frame: bool, trained: bool = True) -> Iterator[Part]:
+    """One ChatML turn.
+
+    Args:
+        label_frame: train on <|im_start|>, <|im_end|> and the last newline, whatever the role.
+        trained: False: an answer that is read but not learnt.
+    """
+    is_answer, newline = role == "assistant" and trained, tokenizer.encode("\n")
     yield [tokenizer.im_start], label_frame
     yield tokenizer.encode(role) + newline, False
     yield tokenizer.encode(text), is_answer
@@ -127,7 +132,7 @@ def _plain(turns: Sequence[Turn], tokenizer: Encoder, system: str) -> Iterator[P
         yield tokenizer.encode(f"{system}\n"), False
     for turn in turns:
         if turn.role == "assistant":
-            yield [*tokenizer.encode(turn.text), tokenizer.endoftext], True
+            yield [*tokenizer.encode(turn.text), tokenizer.endoftext], turn.trained
         else:
             first, _, rest = turn.text.partition("\n")
             yield tokenizer.encode(f"Instruction: {first}\n" + (f"Input: {rest}\n" if rest else "") + "Answer: "), False

@@ -7,18 +7,20 @@ slower parser. Texts are kept exactly: nothing is stripped, replaced or left out
 
 import difflib
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from train.common.errors import UserError
 from train.common.files import sha256
 from train.data import json_mistakes, json_rows
-from train.data.formats import FORMATS, ParsedRow, Turn
+from train.data.formats import FORMATS, LONE_SURROGATE, ParsedRow, Turn
 from train.data.json_rows import JsonRow, Lines
-from train.data.problems import Problem, TextProblem
+from train.data.notices import notices
+from train.data.problems import Problem, TextProblem, merge_kinds
 
 MAX_LISTED = 50  # problems that a report lists
 ROWS_PER_CALL = 1000  # of on_progress
@@ -41,6 +43,11 @@ class CheckedData:
     problems: list[Problem] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)  # name in FORMATS -> rows
     unused_keys: Counter[str] = field(default_factory=Counter)  # key that no format has -> rows
+    unused_turn_keys: Counter[str] = field(default_factory=Counter)  # key of turns that is not read -> turns
+
+    def notices(self) -> list[str]:
+        """What a person should know of this data, one sentence each (see notices.py)."""
+        return notices(self.conversations, self.unused_keys, self.unused_turn_keys)
 
 
 OnProgress = Callable[[str, float], None]  # (file, fraction of it that is read, 0 to 1)
@@ -67,7 +74,20 @@ def sources(data: str | Path) -> list[Path]:
             files.append(path)
         else:
             raise UserError(_missing(path))
+    _check_names(files)
     return files
+
+
+def _check_names(files: Iterable[Path]) -> None:
+    """Refuse names that are not UTF-8: records and messages are UTF-8, and could not name such a file.
+
+    Raises:
+        UserError: all of these names.
+    """
+    bad = [os.fsencode(path) for path in files if LONE_SURROGATE.search(str(path))]
+    if bad:
+        listed = ", ".join(repr(name)[1:] for name in bad)
+        raise UserError(f"{listed}: the name of this file is not UTF-8. Rename it, for example to data.jsonl.")
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -93,18 +113,22 @@ def hash_data(data: str) -> dict[str, Any]:
 
 
 def training_data(record: dict[str, Any]) -> tuple[list[Conversation], str]:
-    """The conversations that a run was trained on, and the name of the file; none if the file is gone or has changed.
+    """The conversations that a run was trained on, and the name of the data; none if a file is missing or has changed.
 
     Args:
         record: run.json.
     """
-    path = Path(record["data"]["path"])
-    if not path.is_file() or sha256(path) != record["data"]["sha256"]:
-        return [], path.name
+    data = record["data"]["path"]
+    name = short_name(data)
     try:
-        return load(path), path.name
-    except UserError:  # it was accepted when the run began: this program has become stricter since
-        return [], path.name
+        return (load(data), name) if hash_data(data)["sha256"] == record["data"]["sha256"] else ([], name)
+    except UserError:  # a file is missing; or it was accepted when the run began, and this program is stricter now
+        return [], name
+
+
+def short_name(data: str) -> str:
+    """DATA without its folders: "a.jsonl", or "a.jsonl, b.jsonl" for several."""
+    return ", ".join(Path(part.strip()).name for part in ([data] if Path(data).exists() else data.split(",")))
 
 
 # Reading
@@ -116,10 +140,19 @@ def load(data: str | Path) -> list[Conversation]:
     Raises:
         UserError: no such file, or the report of all problems of all files.
     """
+    return read(data).conversations
+
+
+def read(data: str | Path) -> CheckedData:
+    """DATA without problems (see `sources`): its conversations, and what a person should know of them.
+
+    Raises:
+        UserError: no such file, or the report of all problems of all files.
+    """
     checked = check(data)
     if checked.problems:
         raise UserError(report(checked.problems))
-    return checked.conversations
+    return checked
 
 
 def check(data: str | Path, on_progress: OnProgress | None = None) -> CheckedData:
@@ -153,7 +186,10 @@ def report(problems: list[Problem], limit: int = MAX_LISTED) -> str:
 
 
 def _read_file(path: Path, checked: CheckedData, on_progress: OnProgress | None) -> None:
-    text, problems = json_rows.decode(path.read_bytes())
+    try:
+        text, problems = json_rows.decode(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
     lines, count_before = Lines(text), len(checked.conversations)
     unreadable = text == "" and problems
     for number, row in enumerate(() if unreadable else json_rows.rows(text, lines)):
@@ -162,7 +198,7 @@ def _read_file(path: Path, checked: CheckedData, on_progress: OnProgress | None)
             on_progress(str(path), row.stop / len(text))
     if not problems and len(checked.conversations) == count_before:
         problems.append(json_mistakes.no_rows())
-    for p in sorted(problems, key=lambda p: p.offset):
+    for p in merge_kinds(sorted(problems, key=lambda p: p.offset), "file_kind", "of this kind in the file"):
         checked.problems.append(Problem(str(path), *lines.position(p.offset), p.found, p.expected, p.remedy))
     if on_progress:
         on_progress(str(path), 1.0)
@@ -170,7 +206,7 @@ def _read_file(path: Path, checked: CheckedData, on_progress: OnProgress | None)
 
 def _read_row(row: JsonRow, text: str, location: str, checked: CheckedData) -> list[TextProblem]:
     """Add the conversation of a row to `checked`; return its problems: mistakes in the text, and wrong values."""
-    problems = _merge_kinds(row.problems)
+    problems = merge_kinds(row.problems, "kind", "in this row")
     if not row.sound and not row.repaired:
         return problems
     parsed = ParsedRow(row.value)
@@ -178,7 +214,7 @@ def _read_row(row: JsonRow, text: str, location: str, checked: CheckedData) -> l
         offsets = json_rows.offsets_of(text, row)
         reported = {p.offset for p in problems}  # a mistake in the text of a value is not also a wrong value
         wrong_values = [
-            TextProblem(json_rows.nearest_offset(offsets, p.path), p.found, p.expected, p.remedy)
+            TextProblem(json_rows.nearest_offset(offsets, p.path), p.found, p.expected, p.remedy, file_kind=p.kind)
             for p in parsed.problems
         ]
         return problems + [p for p in wrong_values if p.offset not in reported]
@@ -186,18 +222,5 @@ def _read_row(row: JsonRow, text: str, location: str, checked: CheckedData) -> l
         checked.conversations.append(Conversation(parsed.turns, parsed.system, location))
         checked.formats[parsed.format] += 1
         checked.unused_keys.update(parsed.unused_keys)
+        checked.unused_turn_keys.update(parsed.unused_turn_keys)
     return problems
-
-
-def _merge_kinds(problems: list[TextProblem]) -> list[TextProblem]:
-    """The first problem of each kind, with the number of the others: twelve single quotes are one mistake."""
-    counts = Counter(p.kind for p in problems)
-    firsts = {p.kind: p for p in reversed(problems)}
-    merged = []
-    for p in problems:
-        if p.kind and counts[p.kind] > 1:
-            if firsts[p.kind] is p:
-                merged.append(replace(p, found=f"{p.found} (and {counts[p.kind] - 1} more in this row)"))
-        else:
-            merged.append(p)
-    return merged

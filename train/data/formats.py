@@ -6,10 +6,12 @@ problems of a row, and so reads on where a stricter reader would stop.
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from train.data import loss_flags, other_rows
 from train.data.problems import KeyPath, ValueProblem
 
 FORMATS = {
@@ -46,6 +48,7 @@ class Turn:
 
     role: Literal["user", "assistant"]
     text: str
+    trained: bool = True  # False: an answer that the model reads but does not learn ("weight": 0 or "loss": false)
 
 
 class ParsedRow:
@@ -56,27 +59,33 @@ class ParsedRow:
         self.system: str | None = None
         self.format = ""
         self.unused_keys: set[str] = set()
+        self.unused_turn_keys: Counter[str] = Counter()  # key of a turn that is not read -> turns
         self.problems: list[ValueProblem] = []
         if not isinstance(row, dict):
-            self._problem((), TYPE_NAMES[type(row)], "a row in one of the four formats", "make it an object in { }")
+            self.problems = [other_rows.not_an_object(row, TYPE_NAMES[type(row)])]
+        elif other := other_rows.other_kind(row):
+            self.problems = other
         elif key := next((key for key in LISTS if key in row), ""):
             self._messages(row, key, *LISTS[key])
         elif row.keys() & {"instruction", "input", "output"}:
             self._alpaca(row)
+        elif turn := other_rows.turn_as_row(row):
+            self.problems = [turn]
         else:
             self._unknown(row)
 
-    def _problem(self, path: KeyPath, found: str, expected: str, remedy: str) -> None:
-        self.problems.append(ValueProblem(path, found, expected, remedy))
+    def _problem(self, path: KeyPath, found: str, expected: str, remedy: str, kind: str = "") -> None:
+        self.problems.append(ValueProblem(path, found, expected, remedy, kind))
 
     def _unknown(self, row: dict[str, Any]) -> None:
         """A row whose keys belong to no format: suggest new names, or the list inside it that holds the rows."""
-        names = {key: meant for key in row if (meant := _similar_key(key))}
+        names = {key: meant for key in row if (meant := _similar_key(key)) and meant != key}
         renames = ", ".join(f'"{key}" to "{meant}"' for key, meant in names.items())
         inner = next((key for key, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict)), "")
         remedy = f"rename {renames}" if names else f'keep only the list of "{inner}": [ … ]' if inner else "see below"
         found = f"a row with {_listed(row)}" if row else "an empty row"
-        self._problem((), found, "one of the four formats: Alpaca, Qwen, ShareGPT, OpenAI", remedy)
+        kind = f"keys {sorted(row)}" if row else ""
+        self._problem((), found, "one of the four formats: Alpaca, Qwen, ShareGPT, OpenAI", remedy, kind)
 
     # Alpaca
 
@@ -89,6 +98,7 @@ class ParsedRow:
         turns = self._history(row.get("history"))
         question = "\n".join(part for part in (instruction, optional) if part)
         self.turns = (*turns, Turn("user", question), Turn("assistant", answer or ""))
+        self._apply_loss_mask(row, len(self.turns))
 
     def _history(self, history: Any) -> list[Turn]:
         """Earlier questions and answers: [["question", "answer"], …], [] or null."""
@@ -118,6 +128,9 @@ class ParsedRow:
         self.unused_keys = row.keys() - {key, "id", "system"}
         self.system = self._text(row, (), "system", "the system message", may_be_empty=True, required=False)
         messages = row[key]
+        if other := other_rows.other_turns(key, role_key, text_key, messages):
+            self.problems.append(other)
+            return
         if not isinstance(messages, list) or not messages:
             found = "an empty list" if messages == [] else TYPE_NAMES[type(messages)]
             remedy = "write at least a question and an answer, or delete the row"
@@ -128,17 +141,44 @@ class ParsedRow:
             names.append(name := self._role(message, (key, n), role_key))
             role = ROLES.get(name, "")
             text = self._text(message, (key, n), text_key, "the text of this turn", role == "system") if name else ""
+            trained = not role or self._flags(message, (key, n), role, (role_key, text_key))
             if role == "system" and n == 0:
-                self.system = text
+                self._set_system(text, (key, n, text_key))
             elif role:
                 self._check_order(role, due, (key, n, role_key), n)
-                turns.append(Turn("user" if role == "user" else "assistant", text or ""))
+                turns.append(Turn("user" if role == "user" else "assistant", text or "", trained))
             due = due if role == "system" else NEXT_ROLE.get(role, "")
         self._check_end(role, names[-1], (key, len(messages) - 1, role_key))
         if not turns and not self.problems:
             self._problem((key,), "a system message alone", "a question and an answer", "add them, or delete the row")
         self.turns = tuple(turns)
+        self._apply_loss_mask(row, len(messages))
         self.format = "OpenAI" if key == "messages" else "ShareGPT" if {"human", "gpt"} & {*names} else "Qwen"
+
+    def _set_system(self, text: str | None, path: KeyPath) -> None:
+        """The system message of the turns; another one of the row contradicts it."""
+        if self.system and text is not None and text != self.system:
+            remedy = 'keep one of the two: the "system" of the row, or the first turn'
+            self._problem(path, 'a second system message, beside the "system" of the row', "one", remedy)
+        self.system = text
+
+    def _flags(self, message: dict[str, Any], path: KeyPath, role: str, known: tuple[str, str]) -> bool:
+        """Whether a turn is learnt; keys that are not read are counted."""
+        trained, unused, problems = loss_flags.read_turn(message, path, role, known)
+        self.unused_turn_keys.update(unused)
+        self.problems += problems
+        return trained
+
+    def _apply_loss_mask(self, row: dict[str, Any], count: int) -> None:
+        """A row's `loss_mask`. `count`: turns in the row, with the system message if it is one of them."""
+        if row.get("loss_mask") is None or self.problems:
+            return
+        self.unused_keys = self.unused_keys - {"loss_mask"}
+        result = loss_flags.masked(row["loss_mask"], self.turns, count)
+        if isinstance(result, tuple):
+            self.turns = result
+        else:
+            self.problems.append(result)
 
     def _role(self, message: Any, path: KeyPath, key: str) -> str:
         """The role as written; "" with a problem if it is not a known one."""
@@ -182,17 +222,19 @@ class ParsedRow:
     ) -> str | None:
         """The text of `key`; None if it is missing or not a text. A problem unless it may be missing, or empty."""
         if key in row and (required or row[key] is not None):
-            return self._value(row[key], (*path, key), meaning, may_be_empty)
+            return self._value(row[key], (*path, key), meaning, may_be_empty, row)
         if required:
             near = next((other for other in row if other not in KNOWN_KEYS and _similar_key(other, key) == key), "")
             remedy = f'rename "{near}" to "{key}"' if near else f'add "{key}"'
-            self._problem(path, f'no "{key}" among the keys {_listed(row)}', f'"{key}": {meaning}', remedy)
+            kind = f"{near} for {key}" if near else ""
+            self._problem(path, f'no "{key}" among the keys {_listed(row)}', f'"{key}": {meaning}', remedy, kind)
         return None
 
-    def _value(self, value: Any, path: KeyPath, meaning: str, may_be_empty: bool = False) -> str | None:
+    def _value(
+        self, value: Any, path: KeyPath, meaning: str, may_be_empty: bool = False, turn: Any = None
+    ) -> str | None:
         if not isinstance(value, str):
-            remedy = "put it in double quotes" if isinstance(value, int | float) else "write a text in double quotes"
-            self._problem(path, TYPE_NAMES[type(value)], f"text: {meaning}", remedy)
+            self.problems.append(other_rows.no_text(value, path, turn, TYPE_NAMES[type(value)], meaning))
             return None
         if not may_be_empty and not value.strip():
             self._problem(path, "an empty text", meaning, "write it, or delete the row")
@@ -200,6 +242,12 @@ class ParsedRow:
             found = f"\\u{ord(half.group()):04x}, half of a character"
             self._problem(path, found, "both halves", "write the character itself")
         return value
+
+
+def misspelt(key: str) -> str:
+    """The key that an unused key of a row probably means, or ""."""
+    near = difflib.get_close_matches(key.lower(), KNOWN_KEYS[:-1], n=1, cutoff=0.75)
+    return near[0] if near else ""
 
 
 def _similar_key(key: str, *among: str) -> str:

@@ -12,7 +12,8 @@ from train.data.problems import TextProblem
 
 SPACE = re.compile(r"[ \t\r\n]*")
 LINE_END = re.compile(r"\r\n|\n|\r")
-ODD_SPACE = re.compile(r"(?:[^\S \t\r\n]|\ufeff)+")
+# Spaces that JSON does not know, and characters of no width, which a person cannot see
+ODD_SPACE = re.compile(r"(?:[^\S \t\r\n]|[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff])+")
 COMMENT = re.compile(r"//[^\r\n]*|#[^\r\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
 PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
 ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')

@@ -3,7 +3,7 @@
 One function per mistake. `at` is its offset in the text, in characters.
 """
 
-from train.data.problems import TextProblem
+from train.data.problems import TextProblem, visible
 
 INPUT_METHOD = "type it with the Chinese input method off"
 LOOK_BEFORE = "look at the quotes and brackets just before"
@@ -15,10 +15,6 @@ FOREIGN_WORDS = {  # words of Python or JavaScript
 }
 
 # The file
-
-
-def utf16() -> TextProblem:
-    return TextProblem(0, "a file in UTF-16", "UTF-8", "save it as UTF-8: iconv -f UTF-16 -t UTF-8 OLD > NEW")
 
 
 def not_utf8(at: int, byte: int, byte_offset: int, gb18030: bool) -> TextProblem:
@@ -36,6 +32,17 @@ def not_json(at: int, found: str) -> TextProblem:
 
 
 # Rows
+
+
+def second_array(at: int) -> TextProblem:
+    remedy = "make one array of all: replace this [ and the ] before it by a comma"
+    return TextProblem(at, "a second array of rows", "one array, or one row a line (JSONL)", remedy)
+
+
+def list_on_line(at: int, turns: bool) -> TextProblem:
+    shape = '{"messages": [ … ]}' if turns else '{"instruction": "the question", "output": "the answer"}'
+    found = f"a list on each line ({'of turns' if turns else 'of texts'})"
+    return TextProblem(at, found, "an object in { } on each line", f"write each line as {shape}")
 
 
 def rows_of_several_lines(at: int) -> TextProblem:
@@ -74,7 +81,7 @@ def comment(at: int, text: str) -> TextProblem:
 
 
 def odd_space(at: int, character: str) -> TextProblem:
-    found = f"a space character U+{ord(character):04X}"
+    found = f"a space character {visible(character)}"
     return TextProblem(at, found, "an ordinary space or none", "delete it", kind="space")
 
 

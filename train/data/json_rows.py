@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from train.data import file_kinds
 from train.data import json_mistakes as mistakes
 from train.data.json_lexer import LINE_END, SPACE, Lexer, LostError
 from train.data.lenient_json import ROW, LenientParser
@@ -61,9 +62,12 @@ class Lines:
 
 
 def decode(raw: bytes) -> tuple[str, list[TextProblem]]:
-    """UTF-8 with or without BOM -> text. Other bytes become U+FFFD; the first of each line is a problem."""
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "", [mistakes.utf16()]
+    """UTF-8 with or without BOM -> text. Other bytes become U+FFFD; the first of each line is a problem.
+
+    A file of another kind (Parquet, UTF-16, …) gives no text and one problem.
+    """
+    if problem := file_kinds.foreign(raw):
+        return "", [problem]
     skipped = len(BOM) if raw.startswith(BOM) else 0
     raw = raw[skipped:]
     try:
@@ -136,7 +140,7 @@ def offsets_of(text: str, row: JsonRow) -> dict[KeyPath, int]:
     """The offset of every value of a row, except those inside brackets deeper than the lenient parser follows."""
     if row.offsets:
         return row.offsets
-    parser = LenientParser(text, row.stop, "the end")
+    parser = LenientParser(text, row.stop, "the end", sound=row.sound)
     with suppress(LostError):
         parser.value(row.start)
     return parser.offsets
@@ -155,7 +159,29 @@ def nearest_offset(offsets: dict[KeyPath, int], path: KeyPath) -> int:
 def rows(text: str, lines: Lines) -> Iterator[JsonRow]:
     """The rows of an array (the text starts with `[`) or of lines, sound or not. Blank lines are skipped."""
     first = Lexer(text, len(text), "").skip(0)
-    yield from _array(text) if text[first : first + 1] == "[" else _lines(text, lines)
+    if text[first : first + 1] != "[":
+        yield from _lines(text, lines)
+    elif problem := _lists_on_lines(text, first):
+        yield JsonRow(problem.offset, problem.offset, problems=[problem])
+    else:
+        yield from _array(text)
+
+
+def _lists_on_lines(text: str, first: int) -> TextProblem | None:
+    """The problem of a file with a list of turns or of texts on each line, judged by its first two lines."""
+    line_end = LINE_END.search(text, first)
+    second = SPACE.match(text, line_end.end()).end() if line_end else len(text)  # type: ignore[union-attr]
+    if line_end is None or text[second : second + 1] != "[":
+        return None
+    try:
+        values, stop = strict(text[first : line_end.start()], 0)
+    except ValueError:
+        return None
+    if text[first + stop : line_end.start()].strip() or not values:
+        return None
+    if isinstance(values[0], dict) and not {"role", "from"} & values[0].keys():
+        return None  # rows: two arrays in one file
+    return mistakes.list_on_line(first, turns=isinstance(values[0], dict))
 
 
 def _lines(text: str, lines: Lines) -> Iterator[JsonRow]:
@@ -215,7 +241,8 @@ def _array(text: str) -> Iterator[JsonRow]:
             at, comma = reader.next_row(lost.at, row.start), None
     parser.close(at, comma, "]", "the array")
     if character == "]" and (rest := parser.skip(at + 1)) < len(text):
-        parser.add(mistakes.after_the_array(rest, parser.seen(rest)))
+        second = parser.peek(rest) == "[" and parser.peek(parser.skip(rest + 1)) not in ("]", "")
+        parser.add(mistakes.second_array(rest) if second else mistakes.after_the_array(rest, parser.seen(rest)))
     yield JsonRow(at, at, problems=parser.take_problems())
 
 

@@ -15,16 +15,21 @@ MAX_DEPTH = 32  # brackets within brackets; the four formats need five
 BARE_KEY = re.compile(r"""\w+["'”]?\s*[:：]""")
 NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.+-])")
 CONSTANTS = {"true": True, "false": False, "null": None}
-# An object that starts with a key of a turn is a turn; any other object is a row.
-TURN_KEYS = ("from", "value", "role", "content")
+# An object that starts with a key of a turn, or of a part of its content, is no row; any other object is a row.
+TURN_KEYS = ("from", "value", "role", "content", "type", "text", "name", "function", "weight", "loss")
 ROW = re.compile(rf"""\{{\s*["'“]?(?!(?:{"|".join(TURN_KEYS)})\b)\w+["'”]?\s*[:：]""")
 
 
 class LenientParser(Lexer):
     """Parses text[:stop]; raises LostError where it cannot tell what was meant."""
 
-    def __init__(self, text: str, stop: int, end: str) -> None:
+    def __init__(self, text: str, stop: int, end: str, sound: bool = False) -> None:
+        """
+        Args:
+            sound: the text is known to be JSON: every bracket closes where it seems to.
+        """
         super().__init__(text, stop, end)
+        self.sound = sound
         self.offsets: dict[KeyPath, int] = {}  # of every value that was parsed
         self._unclosed_at = -1  # a missing bracket was reported here: do not report a missing comma as well
 
@@ -123,7 +128,7 @@ class LenientParser(Lexer):
                 self.add(mistakes.extra_comma(at, "a value"))
                 at, comma = self.skip(at + 1), at
                 continue
-            if values and ROW.match(self.text, at, self.stop):
+            if values and not self.sound and ROW.match(self.text, at, self.stop):
                 self.add(mistakes.unfinished_row(at))
                 self._unclosed_at = at
                 return values, at

@@ -1,6 +1,9 @@
 """What can be wrong in a data file: at a character of the text, at a value of a row, and as the user reads it."""
 
-from dataclasses import dataclass
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 KeyPath = tuple[str | int, ...]  # from a row to a value inside it: ("conversations", 2, "value"); () is the row
 
@@ -14,6 +17,7 @@ class TextProblem:
     expected: str
     remedy: str
     kind: str = ""  # problems of the same kind are reported once per row
+    file_kind: str = ""  # problems of the same kind are reported once per file
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class ValueProblem:
     found: str
     expected: str
     remedy: str
+    kind: str = ""  # problems of the same kind are reported once per file: all its rows have it for one reason
 
 
 @dataclass(frozen=True)
@@ -39,4 +44,38 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}:{self.column}"
-        return f"{where}: found {self.found}; expected {self.expected}.\n    Remedy: {self.remedy}."
+        return visible(f"{where}: found {self.found}; expected {self.expected}.\n    Remedy: {self.remedy}.")
+
+
+def visible(text: str) -> str:
+    """`text` with every character that a person cannot see, but space and line feed, as its name: <U+200B ZERO …>."""
+    return "".join(character if _is_visible(character) else _name(character) for character in text)
+
+
+def _is_visible(character: str) -> bool:
+    return character in " \n" or unicodedata.category(character)[0] not in "CZ"
+
+
+def _name(character: str) -> str:
+    name = unicodedata.name(character, "")
+    return f"<U+{ord(character):04X}{f' {name}' if name else ''}>"
+
+
+def merge_kinds(problems: Sequence[TextProblem], attribute: str, where: str) -> list[TextProblem]:
+    """The first problem of each kind, with the number of the others: twelve single quotes are one mistake.
+
+    Args:
+        attribute: "kind" or "file_kind".
+        where: "in this row", or what the message says instead.
+    """
+    counts = Counter(getattr(p, attribute) for p in problems)
+    merged, reported = [], set()
+    for p in problems:
+        kind = getattr(p, attribute)
+        if kind in reported:
+            continue
+        if kind and counts[kind] > 1:
+            p = replace(p, found=f"{p.found} (and {counts[kind] - 1:,} more {where})")
+        reported |= {kind} - {""}
+        merged.append(p)
+    return merged

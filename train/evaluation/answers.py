@@ -14,7 +14,7 @@ from torch import nn
 
 from train.common.device import pick_device, pick_dtype
 from train.common.errors import UserError
-from train.common.files import read_json, sha256, write_json, write_text
+from train.common.files import read_json, read_json_lines, sha256, split_lines, write_json, write_text
 from train.data.conversations import training_data
 from train.evaluation.parity import BUILTIN_QUESTIONS
 from train.evaluation.report import AnsweredQuestion, draw_losses, write_report
@@ -26,6 +26,9 @@ from train.model.tokenizer import load_tokenizer
 from train.runs import losses
 
 CUT = "…"  # ends an answer that was cut off
+QUESTION_KEYS = ("question", "instruction", "prompt", "query")
+QUESTION_EXAMPLE = '{"question": "Who are you?"}'
+QUESTIONS_EXAMPLE = '["Who are you?", "What can you do?"]'
 DATA_QUESTIONS = 8  # questions taken from the training data when no file of questions is given
 
 
@@ -63,46 +66,100 @@ def find_pair(run: Path, base: Path) -> ModelPair:
 def find_questions(path: str, record: dict[str, Any]) -> tuple[list[str], str]:
     """The questions for a run, and where they are from.
 
-    They are those of the file `path`; without one, of DATA_questions.txt or .jsonl beside the run's data; without that,
-    the first of the data; and where the data is missing or has changed, the built-in ones.
+    They are those of the file `path`; without one, of DATA_questions.txt, .jsonl or .json beside the run's data (of
+    several files each may have its own); without that, the first of the data; and where the data is missing or has
+    changed, the built-in ones.
     """
     if path:
         return read_questions(Path(path)), path
-    data = Path(record["data"]["path"])
-    for file in (data.with_name(f"{data.stem}_questions{suffix}") for suffix in (".txt", ".jsonl")):
-        if file.is_file():
-            return read_questions(file), str(file)
+    if files := _questions_beside(record["data"]):
+        return [question for file in files for question in read_questions(file)], ", ".join(map(str, files))
     conversations, name = training_data(record)
     if conversations:
         return [c.turns[0].text for c in conversations[:DATA_QUESTIONS]], f"the first of {name}"
     return [question for question, _ in BUILTIN_QUESTIONS], f"built-in: {name} is missing or has changed"
 
 
+def _questions_beside(data: dict[str, Any]) -> list[Path]:
+    """The files of questions beside the data of a run: of DATA itself, or of each of its files.
+
+    Args:
+        data: of run.json.
+    """
+    files = []
+    for source in dict.fromkeys([data["path"], *data.get("files", ())]):
+        path = Path(source)
+        if path.name:
+            beside = (path.with_name(f"{path.stem}_questions{suffix}") for suffix in (".txt", ".jsonl", ".json"))
+            files += [file for file in beside if file.is_file()][:1]
+    return files
+
+
 def read_questions(path: Path) -> list[str]:
-    """A question a line; in .jsonl a string or an object with `question` or `instruction`.
+    """A question a line. Lines of .jsonl, and the values of a JSON array, are strings or objects with the question.
 
     Raises:
         UserError: no file, not UTF-8, a line without a question, no questions.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        questions = [_parse_question(line) if path.suffix == ".jsonl" else line.strip() for line in lines]
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"questions={path}: no such file. Write one question a line.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: expected UTF-8, and in .jsonl a string or {{'question': …}} a line ({error!r:.120})."
-        ) from error
+    except IsADirectoryError:
+        raise UserError(f"questions={path}: a folder. Give the file: one question a line.") from None
+    except OSError as error:
+        raise UserError(f"questions={path}: cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}). Save it as UTF-8, one question a line.") from None
+    questions = [_question_of(value, f"{path}, {where}") for where, value in _values(path, text)]
     if not questions:
         raise UserError(f"{path}: no questions in it. Write one a line.")
     return questions
 
 
-def _parse_question(line: str) -> str:
-    row = json.loads(line)
-    text = row.get("question") or row["instruction"] if isinstance(row, dict) else row
+def _values(path: Path, text: str) -> list[tuple[str, Any]]:
+    """(where, value) of each question: the values of a JSON array, or lines; of .jsonl each line is JSON."""
+    if path.suffix == ".json" or text.lstrip().startswith("["):
+        try:
+            array = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if path.suffix == ".json":
+                raise UserError(
+                    f"{path}: not a JSON array of questions ({error}). Example: {QUESTIONS_EXAMPLE}"
+                ) from error
+        else:
+            return [
+                (f"question {n}", value) for n, value in enumerate(array if isinstance(array, list) else [array], 1)
+            ]
+    lines = [(f"line {n}", line.strip()) for n, line in enumerate(split_lines(text), 1) if line.strip()]
+    return [(where, _json_line(path, where, line)) for where, line in lines] if path.suffix == ".jsonl" else list(lines)
+
+
+def _json_line(path: Path, where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, {where}: not JSON ({error}). Example of a line: {QUESTION_EXAMPLE}") from error
+
+
+def _question_of(value: Any, where: str) -> str:
+    """The question of a string, or of an object: its key in QUESTION_KEYS, or its first turn that asks."""
+    text = value
+    if isinstance(value, dict):
+        turns: list[Any] = next(
+            (value[key] for key in ("messages", "conversations") if isinstance(value.get(key), list)), []
+        )
+        asked = [
+            turn
+            for turn in turns
+            if isinstance(turn, dict) and {turn.get("role"), turn.get("from")} & {"user", "human"}
+        ]
+        first = {"question": asked[0].get("content", asked[0].get("value"))} if asked else value
+        text = next((first[key] for key in QUESTION_KEYS if first.get(key)), None)
+        if isinstance(text, str) and "instruction" in first and isinstance(first.get("input"), str) and first["input"]:
+            text = f"{text}\n{first['input']}"  # as the data of an Alpaca row is read
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(line)
+        raise UserError(f"{where}: no question. Expected a string, or an object such as {QUESTION_EXAMPLE}")
     return text.strip()
 
 
@@ -181,8 +238,7 @@ def read_answers(run: Path, inputs: dict[str, Any]) -> list[AnsweredQuestion] | 
     files = ("compare.json", "answers.jsonl", "loss.png", "report.md")
     if not all((run / name).is_file() for name in files) or read_json(run / "compare.json") != inputs:
         return None
-    lines = (run / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    return [AnsweredQuestion(**json.loads(line)) for line in lines]
+    return [AnsweredQuestion(**row) for row in read_json_lines(run / "answers.jsonl")]
 
 
 def write_answers(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train.common.files import write_text
+from train.data.conversations import short_name
 
 WINDOW_SHARE = 15  # the running mean reaches this share of all steps, 1 / 15, to either side
 BRAILLE_DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # bits of a cell: by column, dots from below
@@ -120,7 +121,7 @@ def write_report(
     """
     name, recipe = path.parent.name, record["recipe"]
     values = smoothed([row["loss"] for row in losses])
-    trained = f"`{recipe['model']}` trained on `{Path(record['data']['path']).name}`"
+    trained = f"`{recipe['model']}` trained on `{short_name(record['data']['path'])}`"
     sections = {
         "Before and after": _before_and_after(answered, trained_name),
         "Loss": ["![The loss of each step, its running mean, and the learning rate](loss.png)"],
@@ -154,7 +155,7 @@ def _facts(
 ) -> list[tuple[str, str]]:
     """Rows of the table of numbers, from run.json, the losses and the export's manifest."""
     facts = [
-        ("data", f"{Path(record['data']['path']).name}, sha256 {record['data']['sha256'][:16]}"),
+        ("data", f"{short_name(record['data']['path'])}, sha256 {record['data']['sha256'][:16]}"),
         ("steps", str(losses[-1]["step"])),
         ("loss of the first and the last step", f"{losses[0]['loss']:.4f}, {losses[-1]['loss']:.4f}"),
     ]

@@ -82,7 +82,7 @@ def prepare(
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
     loaded, base, adapter = _run_all(
-        lambda: conversations.load(data), lambda: resolve(recipe.model, models), lambda: _read_parent(recipe, parent)
+        lambda: conversations.read(data), lambda: resolve(recipe.model, models), lambda: _read_parent(recipe, parent)
     )
     config, _ = read_folder_config(base)
     read_settings(base)  # damaged: reported now, not at the end, when the tokenizer is saved beside the adapter
@@ -91,8 +91,9 @@ def prepare(
         with _about(parent):
             lora.check_targets(adapter, recipe, config)
     tokenizer = load_tokenizer(base)
-    samples, summary = encode(loaded, tokenizer, recipe)
+    samples, summary = encode(loaded.conversations, tokenizer, recipe)
     notes = [str(summary), *_without_labels(summary.unlearnable, recipe.unlearnable)]
+    notes += [f"data: {notice}." for notice in loaded.notices()]
     notes += _parent_notes(recipe, adapter) if adapter else []
     notes += filter(None, [no_chat_model(base, tokenizer, recipe.template)])
     rows = recipe.batch * recipe.accumulation * processes
