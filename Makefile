@@ -1,8 +1,8 @@
 # The commands. `make train DATA=my.jsonl` runs `docker/run train data=my.jsonl`, which runs `python -m train train
 # data=my.jsonl` in the container where a Docker engine answers, else in .venv. Every KEY=value typed after `make` goes
-# to the command as it is, its key in lower case; the command refuses, by name, a key that it does not know. The settings
-# below count before the word make too (RUNTIME=local make train); keys there are refused, because a platform may have
-# set a DATA or MODEL of its own.
+# to the command as it is, its key in lower case; the command refuses, by name, a key that it does not know. The
+# settings below count before the word make too (RUNTIME=local make train); keys there are refused, because a platform
+# may have set a DATA or MODEL of its own.
 ARGS ?=#             more words for the command: ARGS="epochs=3 system='You are Ada.'"
 RUNTIME ?=#          docker | local (default: docker where an engine answers; demo, bench and test are always local)
 ACCELERATOR ?=#      gpu | cpu (default: gpu where nvidia-smi answers)

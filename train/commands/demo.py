@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.common import terminal
+from train.common import commands, terminal
 from train.common.errors import UserError
 from train.common.files import free_bytes
 from train.config.options import option
@@ -52,8 +52,7 @@ class DemoStep:
     @property
     def make(self) -> str:
         """The same command for make; folders only where they are not the default ones."""
-        defaults = {("models", "models"), ("runs", "runs")}
-        return " ".join(["make", self.verb, *(f"{k.upper()}={v}" for k, v in self.pairs if (k, v) not in defaults)])
+        return commands.make(self.verb, **dict(self.pairs))
 
 
 def run(options: Options) -> None:
@@ -76,7 +75,7 @@ def run(options: Options) -> None:
         print(f"({_duration(seconds[-1])})", flush=True)
 
     # where the results are, and what to type next
-    _print_summary(folder, steps, seconds)
+    _print_summary(options, folder, steps, seconds)
 
 
 def demo_steps(options: Options, name: str) -> list[DemoStep]:
@@ -139,20 +138,21 @@ def _print_title(number: int, count: int, step: DemoStep) -> None:
 
     console = Console(highlight=False)
     console.print(f"\n[bold]{number}/{count}  {step.title}[/bold]")
-    console.print(f"     {step.make}", style="cyan", soft_wrap=True)
+    console.print(f"     {step.make}", style="cyan", markup=False, soft_wrap=True)
     sys.stdout.flush()
 
 
 def _stop_message(number: int, step: DemoStep, status: int, options: Options) -> str:
-    command = "make demo" + (f" LAYOUT={options.layout}" if options.layout else "")
+    command = commands.make("demo", layout=options.layout, models=options.models, runs=options.runs)
     return (
         f"the demo stopped at {number}, {step.title.lower()} (exit status {status}); the reason is above.\n"
         f"Once it is solved, `{command}` continues from there: finished steps say that there is nothing to do."
     )
 
 
-def _print_summary(folder: Path, steps: Sequence[DemoStep], seconds: Sequence[float]) -> None:
+def _print_summary(options: Options, folder: Path, steps: Sequence[DemoStep], seconds: Sequence[float]) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(highlight=False)
     times = ", ".join(f"{step.verb} {_duration(took)}" for step, took in zip(steps, seconds, strict=True))
@@ -165,13 +165,16 @@ def _print_summary(folder: Path, steps: Sequence[DemoStep], seconds: Sequence[fl
     }
     for name, path in paths.items():
         console.print(f"  {name:26}{path}", soft_wrap=True)
-    console.print(f"\n[bold]Next[/bold]  (or chat with this one: [cyan]make infer RUN={folder.name}[/cyan])")
-    commands = {
+    chat = commands.make("infer", run=folder.name, models=options.models, runs=options.runs)
+    console.print(
+        "\n[bold]Next[/bold]  (or chat with this one: ", Text(chat, style="cyan"), ")", sep="", soft_wrap=True
+    )
+    examples = {
         "make data DATA=mine.jsonl": "check your own questions and answers",
         "make train DATA=mine.jsonl RUN=mine": "train on them",
         "make infer RUN=mine": "chat with the result",
     }
-    for command, purpose in commands.items():
+    for command, purpose in examples.items():
         console.print(f"  [cyan]{command:38}[/cyan]# {purpose}", soft_wrap=True)
 
 

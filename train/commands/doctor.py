@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train.common import commands
 from train.common.errors import UserError
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
 from train.config.recipe import Recipe, read_stages
@@ -159,7 +160,7 @@ def _check_base_folder(report: Report, recipe: Recipe, models: Path) -> Path | N
 
 
 def _missing_base(model: str) -> Finding:
-    text, remedy = "not here yet", f"make model MODEL={model} fetches it; make train does so by itself"
+    text, remedy = "not here yet", f"{commands.make('model', model=model)} fetches it; make train does so by itself"
     if is_hub_id(model) or _download_bytes(model):
         return Finding("folder", "warn", text, remedy)
     return Finding("folder", "fail", f"{text}: no folder, no hub id (owner/name), no name in data/models.lock")
@@ -245,7 +246,7 @@ def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -
     if finding.state == "ok" or (chosen and chosen[0] == Setting.of(recipe)):
         return finding
     if chosen is None:
-        return replace(finding, remedy=f"{finding.remedy} What would fit: make plan MODEL={recipe.model}")
+        return replace(finding, remedy=f"{finding.remedy} What would fit: {commands.make('plan', model=recipe.model)}")
     return replace(finding, remedy=f'The same rows a step, in less: ARGS="{chosen[0].as_text()}"')
 
 
@@ -274,6 +275,6 @@ def _rows_text(reading: conversations.CheckedData) -> str:
 def _read(data: str) -> conversations.CheckedData:
     reading = conversations.check(data)
     if reading.problems:
-        more = f"\nAll of them: make data DATA={data}" if len(reading.problems) > 3 else ""
+        more = f"\nAll of them: {commands.make('data', data=data)}" if len(reading.problems) > 3 else ""
         raise UserError(conversations.report(reading.problems, limit=3) + more)
     return reading

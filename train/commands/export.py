@@ -4,12 +4,14 @@ The default type is float16: the scales and biases of an Int4 base are float16, 
 than bfloat16. The very Int4 weights that were trained on are dequantised; `onto` takes a float checkpoint instead.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from train.common.commands import make
 from train.common.device import DTYPES, dtype_name
 from train.common.errors import UserError
 from train.common.files import recover, staged
@@ -47,7 +49,6 @@ def run(options: Options) -> None:
     if not options.run:
         raise UserError("which run? RUN= names a folder below runs/. Example: make export RUN=demo")
     folder = below(options.runs, options.run, "run")
-    manifest.check_out(options.out)
     record = read_run(folder)
     recipe = Recipe.from_record(record["recipe"])
     base = resolve(recipe.model, Path(options.models))
@@ -122,20 +123,20 @@ def _report(options: Options, out: Path, job: MergeJob, measured: dict[str, Any]
         print("  The adapter changes nothing. See the run's losses, and train longer or with a higher learning_rate.")
     system = f"system message {job.system!r}" if job.system else "no system message"
     print(f"  {'prompt':14} {job.template}, {system}, as trained: the default of the chat template in {out.name}/")
-    for tool, command in _commands(options.run, out, job).items():
+    for tool, command in _commands(options, out, job).items():
         print(f"  {tool:14} {command}")
     if note := missing_code(out, job.layout):
         print(f"  {note}")
 
 
-def _commands(run: str, out: Path, job: MergeJob) -> dict[str, str]:
+def _commands(options: Options, out: Path, job: MergeJob) -> dict[str, str]:
     """What to do with the folder: tool -> command."""
-    commands = {"chat": f"make infer MODEL={out}"}
+    commands = {"chat": make("infer", model=out, models=options.models)}
     if job.layout == "qwen2":
         return commands | {
             "transformers": f'AutoModelForCausalLM.from_pretrained("{out}")   # 4.37 or newer',
-            "vLLM": f"vllm serve {out}",
-            "llama.cpp": f"python convert_hf_to_gguf.py {out}",
+            "vLLM": f"vllm serve {shlex.quote(str(out))}",
+            "llama.cpp": f"python convert_hf_to_gguf.py {shlex.quote(str(out))}",
         }
     if (out / "modeling_qwen.py").is_file():
         switch = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[job.dtype]
@@ -143,4 +144,5 @@ def _commands(run: str, out: Path, job: MergeJob) -> dict[str, str]:
             f'AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True, {switch}=True)'
         )
         commands["model.chat"] = "its code does not read the template: pass the system message above as system=…"
-    return commands | {"vLLM, llama.cpp": f"make export RUN={run} LAYOUT=qwen2   # the same model, no code of its own"}
+    again = make("export", run=options.run, layout="qwen2", models=options.models, runs=options.runs)
+    return commands | {"vLLM, llama.cpp": f"{again}   # the same model, no code of its own"}

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.common import commands
 from train.common.device import pick_device, pick_dtype
 from train.common.errors import UserError
 from train.config.options import SEEDS, option
@@ -92,7 +93,7 @@ def _load_stock(options: Options) -> TrainedModel:
     if source.adapter:
         raise UserError(
             f"run {source.folder.name} has no merged export, and engine=stock loads whole models only. "
-            f"First: make export RUN={source.folder.name}"
+            f"First: {commands.make('export', run=source.folder.name, models=models, runs=runs)}"
         )
     notice(source.description)
     device = pick_device()

@@ -8,11 +8,11 @@ compute capability 8.0 or newer. CUDA's own context is counted separately. A des
 give GPU=7G for a card of 8.
 """
 
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train.common import commands
 from train.common.errors import UserError
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
 from train.config.recipe import Recipe, load_recipe
@@ -180,10 +180,10 @@ def _suggestion(options: Options, recipe: Recipe, chosen: Setting) -> str:
 
 def _train_command(options: Options, recipe: Recipe, overrides: dict[str, object]) -> str:
     """The whole command, so that what was planned is what is trained."""
-    named = "" if options.recipe == Options.recipe else f" RECIPE={options.recipe}"
+    named = "" if options.recipe == Options.recipe else options.recipe
     typed = {key: value for key, value in options.overrides.items() if key != "model"}
-    words = " ".join(shlex.quote(f"{key}={value}") for key, value in (typed | overrides).items())
-    return f"make train DATA=… MODEL={recipe.model}{named}" + (f' ARGS="{words}"' if words else "")
+    words = [f"{key}={value}" for key, value in (typed | overrides).items()]
+    return commands.make("train", words, data="…", model=recipe.model, recipe=named, models=options.models)
 
 
 def _longest_rows(shape: Shape, chosen: Setting, card: int) -> str:

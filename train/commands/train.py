@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train.common import commands
 from train.common.errors import UserError
 from train.common.names import below
 from train.config.options import RecipeOptions, build_with_overrides, describe, option, pairs
@@ -132,7 +133,7 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
     checkpoint = agree_on_start(prepared, chosen.rank_info, chosen.device)
     if prepared.finished:
         _say(rank_info, f"run {stage.run.name!r} is finished: nothing to do. Its adapter is {stage.run / ADAPTER}.")
-        _say(rank_info, _next_commands(stage.run))
+        _say(rank_info, _next_commands(options, stage.run))
         return 0
 
     # --- launch, or train ---------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
         return _launch(options, prepared, chosen)
     if not train_one(prepared, chosen, checkpoint):
         return 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_INTERRUPTED  # torchrun would take 75 for a failure
-    _say(rank_info, _next_commands(stage.run))
+    _say(rank_info, _next_commands(options, stage.run))
     return 0
 
 
@@ -209,6 +210,7 @@ def _say(rank_info: RankInfo | None, text: str) -> None:
         print(text, flush=True)
 
 
-def _next_commands(folder: Path) -> str:
-    chat, compare, export = (f"make {verb} RUN={folder.name}" for verb in ("infer", "compare", "export"))
+def _next_commands(options: Options, folder: Path) -> str:
+    keys = {"run": folder.relative_to(options.runs), "models": options.models, "runs": options.runs}
+    chat, compare, export = (commands.make(verb, **keys) for verb in ("infer", "compare", "export"))
     return f"Next: {chat} (chat), {compare} (before and after), {export} (merged weights)"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.common import commands
 from train.common.files import write_text
 from train.data.conversations import short_name
 
@@ -127,7 +128,7 @@ def write_report(
         "Loss": ["![The loss of each step, its running mean, and the learning rate](loss.png)"],
         "Numbers": _table(("", ""), _facts(record, losses, merged)),
         "Recipe": _fenced("yaml", [f"{key}: {_yaml(value)}" for key, value in recipe.items()]),
-        "Commands": _fenced("sh", [f"make {verb} RUN={name}" for verb in ("infer", "export", "compare")]),
+        "Commands": _fenced("sh", [commands.make(verb, run=name) for verb in ("infer", "export", "compare")]),
     }
     lines = [f"# {name}", "", f"{trained}: {len(losses)} steps, loss {values[0]:.2f} → {values[-1]:.2f}."]
     for title, body in sections.items():

@@ -36,23 +36,6 @@ def check_base(record: dict[str, Any], base: Path) -> None:
         )
 
 
-def check_out(out: str) -> None:
-    """Refuse an OUT= that is not free: an export replaces an earlier export, and nothing else.
-
-    Raises:
-        UserError: `out` is a file, a folder of something else, or has no folder to be in.
-    """
-    folder = Path(out)
-    if not out:
-        return
-    if folder.resolve() == folder.resolve().parent:
-        raise UserError(f"out={out}: expected a new folder. Example: OUT=merged/mine")
-    if folder.is_dir() and any(folder.iterdir()) and "parity" not in (read_manifest(folder) or {}):
-        raise UserError(f"out={out}: this folder is there and is no export. Give a new one: OUT={folder / 'merged'}")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"out={out}: this is a file. Give the name of a new folder.")
-
-
 def export_inputs(run: str, job: MergeJob, base: Path, onto: bool, conversations: int) -> dict[str, Any]:
     """Everything that an export depends on, for its manifest.
 
