@@ -30,7 +30,7 @@ elif "needs" in words:
     seen = [word.split(":")[0] for flag, word in zip(words, words[1:]) if flag == "-v"]
     os.environ["VISIBLE"] = ":".join([*map(os.path.abspath, ("data", "models", "runs")), *seen])
     os.environ["PYTHONPATH"] = "@ROOT@"
-    os.execv("@PYTHON@", ["@PYTHON@", "-m", "tests.standin", *words[words.index("needs"):]])
+    os.execv("@PYTHON@", ["@PYTHON@", "-m", "tests.support.standin", *words[words.index("needs"):]])
 elif "model" in words and os.environ.get("FAKE_MODEL"):
     sys.exit(int(os.environ["FAKE_MODEL"]))
 elif words[0] == "save":
