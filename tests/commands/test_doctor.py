@@ -250,3 +250,24 @@ def test_the_real_machine_is_inspected(
     output = Output(capsys, "model=base-Int4")
     assert {"card", "torch", "packages", "shared memory"} <= set(output.state)
     assert "torch 2.7.1" in output.text
+
+
+def test_what_the_data_takes_out_or_has_for_nothing_is_said(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `data` and `train` say it."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]
+    row = {"messages": [*turns, {"role": "user", "content": "q"}, {"role": "assistant", "content": "b", "weight": 0}]}
+    (workspace / "marked.json").write_text(json.dumps([row]))
+    text = " ".join(Output(capsys, "model=base-Int4", "data=marked.json").text.split())
+    assert "(weight 0): 1 answer" in text and 'keys of turns: "reasoning_content" (1 turn)' in text
+
+
+def test_training_notes_what_doctor_says_of_the_data(workspace: Path) -> None:
+    from train.config.recipe import Recipe
+    from train.training.prepare import prepare
+
+    (workspace / "typo.json").write_text('[{"instruction": "q", "output": "a", "histroy": []}]')
+    recipe = Recipe(model="base-Int4", length=64, rank=4)
+    prepared = prepare(recipe, "typo.json", workspace / "runs" / "new", None, Path("models"), 1, "float32")
+    assert any('"histroy" (1 row; did you mean "history"?)' in note for note in prepared.notes)

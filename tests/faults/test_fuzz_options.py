@@ -33,6 +33,7 @@ class Cut(BaseException):
 
 CUTS = (  # module, name
     ("train.training.prepare", "begin"),
+    ("train.training.train_one", "begin"),
     ("train.training.launch", "spawn"),
     ("train.export.merge", "write"),
     ("train.evaluation.answers", "load"),
@@ -86,7 +87,7 @@ TEXTS = [
     "-1", "1e999", "conversations.jsonl", "models", "runs", "runs/tiny/run.json", "models/base-Int4/config.json",
     "models/base-Int4", "/dev/null", "/proc/self/mem", "C:\\x", "https://x.y/z", "Qwen/", "/Qwen", "a" * 255, "名" * 90,
 ]  # fmt: skip
-NEVER = ["a\0b", "\udcc4\udce3"]  # no file and no terminal can hold them
+NEVER = ["a\0b", "a\udcff"]  # no file and no terminal can hold them
 OUTSIDE = [".", "..", "../..", "/", "//", "x" * 300, "x" * 5000, "名" * 90, "/dev/null"]
 WRITTEN = ("runs", "models", "out")  # folders that a command may write to, wherever the user says; here: not to /
 SHORT = {"numbers": 9, "texts": 6}  # values of each option in the default suite
@@ -171,18 +172,18 @@ def house(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def cut(*args: Any, **keywords: Any) -> Any:
         raise Cut
 
-    from train.host import machine
+    from train.host import checks, machine
 
     house = tmp_path / "a" / "b" / "house"
     shutil.copytree(made, house)
     monkeypatch.chdir(house)
     for module, name in CUTS:
         monkeypatch.setattr(importlib.import_module(module), name, cut)
-    monkeypatch.setattr(machine, "probe", lambda: {"seen": 0, "errors": []})
-    seen = machine.look()
-    monkeypatch.setattr(machine, "look", lambda: seen)
+    monkeypatch.setattr(machine, "probe_torch", lambda: {"seen": 0, "errors": []})
+    seen = machine.inspect_machine()
+    monkeypatch.setattr(machine, "inspect_machine", lambda: seen)
     versions = installed_versions()
-    monkeypatch.setattr(machine, "installed_versions", lambda: versions)
+    monkeypatch.setattr(checks, "installed_versions", lambda: versions)
     monkeypatch.setattr(subprocess, "run", cut)
     return house
 
