@@ -89,8 +89,8 @@ def main(argv: list[str]) -> int:
         finally:
             if sys.stdout:  # None if it was closed before the start
                 sys.stdout.flush()
-    except BrokenPipeError:
-        if not terminal.output_is_closed():
+    except (BrokenPipeError, SystemExit) as error:
+        if not terminal.is_closed_pipe(error):
             raise
         terminal.discard_output()
         if argv[:1] in (["train"], ["demo"]):  # work was under way

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from train.commands import demo
 from train.commands.demo import BASE, Options, demo_steps, run
 from train.common.errors import UserError
+from train.common.terminal import CLOSED_PIPE
 
 ORDER = ["model", "quantize", "data", "train", "export", "compare"]
 
@@ -129,3 +131,29 @@ def test_another_folder_than_the_projects_is_reported(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="folder of the project"):
         run(Options())
+
+
+PIPED = """
+import sys
+from train.__main__ import main
+from train.commands import demo
+demo.MEMORY, demo.DISK, demo.call = 0, 0, lambda command: {status}
+sys.exit(main(["demo"]))
+"""
+
+
+@pytest.mark.parametrize("status", [0, 141])
+def test_a_closed_pipe_ends_the_demo_quietly(status: int, tmp_path: Path) -> None:
+    """`make demo | head -1`: whether the demo or a step of it finds the pipe closed."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / demo.DATA).write_text("{}")
+    command = [sys.executable, "-c", PIPED.format(status=status)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(timeout=60) == CLOSED_PIPE, said
+    assert said == "stopped: nobody reads the output any more. The same command continues.\n"

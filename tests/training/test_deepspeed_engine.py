@@ -108,3 +108,11 @@ def test_the_vector_trains_alike_in_one_process_and_in_two(tmp_path: Path, stage
     assert [loss for loss, _ in two["rows"]] == pytest.approx([loss for loss, _ in one["rows"]], rel=1e-5)
     assert [norm for _, norm in two["rows"]] == pytest.approx([norm for _, norm in one["rows"]], rel=1e-4)
     assert two["sum"] == pytest.approx(one["sum"], rel=1e-5)
+
+
+def test_a_cuda_toolkit_without_a_gpu_is_not_mentioned(tmp_path: Path) -> None:
+    """PyTorch prints "No CUDA runtime is found" for it, in every training on the CPU."""
+    program = "from train.training.deepspeed_engine import import_deepspeed; import_deepspeed()"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "No CUDA runtime" not in done.stderr + done.stdout

@@ -31,10 +31,11 @@ def test_a_process_uses_the_gpu_of_its_local_rank_or_the_only_one_it_sees() -> N
         distributed.assign_gpu(RankInfo(4, 4, 8), visible_gpus=4)
 
 
+MEETING_POINT = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 LAUNCHERS = [
     ({}, None),
-    ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, RankInfo(3, 1, 4)),
-    ({"RANK": "0", "WORLD_SIZE": "1"}, RankInfo(0, 0, 1)),
+    ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", **MEETING_POINT}, RankInfo(3, 1, 4)),
+    ({"RANK": "0", "WORLD_SIZE": "1"}, None),  # a platform's: processes= and gpus= decide
     ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
 ]
 

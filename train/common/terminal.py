@@ -79,6 +79,16 @@ def readable_word(word: str, keys: tuple[str, ...] = ("prompt", "system")) -> st
     return f"{key}{equals}{found}"
 
 
+def is_closed_pipe(error: BaseException) -> bool:
+    """Whether `error` says that nobody reads our output any more; a connection that broke is another matter.
+
+    rich's Console closes the output itself, and raises SystemExit from BrokenPipeError.
+    """
+    if isinstance(error, SystemExit):
+        return isinstance(error.__context__, BrokenPipeError)
+    return isinstance(error, BrokenPipeError) and output_is_closed()
+
+
 def output_is_closed() -> bool:
     """Whether nobody reads the standard output or the standard error any more."""
     return any(_is_closed(stream) for stream in (sys.stdout, sys.stderr))
