@@ -9,9 +9,9 @@ writes records `WHAT PATH`, each ended by a zero byte. Paths are as they were ty
     read PATH     the command reads this file or folder, if it is there
     fetch NAME    not a path: the base that `model` has to fetch first
 
-A recipe names the data of its stages, and a run its data, its base and what it started from. Where the recipe or the run is not visible yet,
-the script mounts it and asks again, until there is nothing new. Errors in the words or the files are not reported here:
-the command itself reports them.
+A recipe names the data of its stages, and a run its data, its base and what it started from. Where the recipe or the
+run is not visible yet, the script mounts it and asks again, until there is nothing new. Errors in the words or the
+files are not reported here: the command itself reports them.
 """
 
 import os
@@ -19,21 +19,28 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from train.common.errors import UserError
 from train.common.files import read_json
 from train.config.recipe import load_recipe, read_stages
-
-if TYPE_CHECKING:
-    from train.__main__ import Verb
 
 Record = tuple[str, str]
 RECORD_KINDS = {"write": "make", "may-write": "write", "read": "read"}  # by the word in the verb table
 PATH_KEYS = ("model", "recipe", "onto", "questions")  # keys that name a path to read, in every verb
 
 
-def paths(name: str, verb: "Verb", words: list[str]) -> list[Record]:
+class Verb(Protocol):
+    """The columns of a row of the verb table that name folders."""
+
+    @property
+    def models(self) -> str: ...
+
+    @property
+    def runs(self) -> str: ...
+
+
+def paths(name: str, verb: Verb, words: list[str]) -> list[Record]:
     """The records for verb `name` with these words, each once, folders to write first; none for --help."""
     values = dict(word.split("=", 1) for word in words if "=" in word)
     if {"-h", "--help", "help"} & set(words):
@@ -49,7 +56,7 @@ def write(records: Iterable[Record]) -> None:
     sys.stdout.buffer.flush()
 
 
-def _folders(verb: "Verb", values: dict[str, str]) -> Iterator[Record]:
+def _folders(verb: Verb, values: dict[str, str]) -> Iterator[Record]:
     for key, use in (("runs", verb.runs), ("models", verb.models)):
         if key in values and use in RECORD_KINDS:
             yield RECORD_KINDS[use], values[key]
