@@ -158,11 +158,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _check_rows(path: Path, tokenizer: Tokenizer) -> None:
-    """Raise a UserError if config.json beside the tokenizer counts fewer tokens: the embedding would have no row for them."""
+    """Raise a UserError if the embedding has no row for a token that text or ChatML uses: vocab_size is too small.
+
+    The rest of Qwen-1's 208 control tokens (<|extra_0|> …) are never written, so a small model may lack their rows.
+    """
     config = path.with_name("config.json")
     rows = read_object(config).get("vocab_size") if config.is_file() else None
-    if isinstance(rows, int) and tokenizer.vocab_size > rows:
-        raise DamagedFileError(path, f"has {tokenizer.vocab_size:,} tokens, vocab_size in config.json is {rows:,}")
+    control = (tokenizer.endoftext, tokenizer.im_start, tokenizer.im_end)
+    needed = max(tokenizer.backend.get_vocab_size(), *(number + 1 for number in control))
+    if isinstance(rows, int) and needed > rows:
+        raise DamagedFileError(path, f"has {needed:,} tokens, vocab_size in config.json is {rows:,}")
 
 
 def _check_stops(path: Path, tokenizer: Tokenizer) -> None:
