@@ -126,11 +126,13 @@ def join(rank_info: RankInfo, cuda: bool) -> None:
     import torch
     import torch.distributed as dist
 
+    os.environ["LOCAL_RANK"] = str(
+        rank_info.local_rank
+    )  # DeepSpeed reads it, and `detect` of an earlier run removed it
     if dist.is_initialized():
         return
     if cuda:
         torch.cuda.set_device(rank_info.local_rank)
-    os.environ["LOCAL_RANK"] = str(rank_info.local_rank)  # DeepSpeed reads the index of its GPU from it
     launchers.use_loopback(rank_info.world_size)
     store = None if rank_info.world_size == 1 else _meet(rank_info)
     alone = f"tcp://127.0.0.1:{free_port()}" if store is None else None
