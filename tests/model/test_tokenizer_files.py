@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from tests.support.oracles import small_tokenizer, tiny_checkpoint, tiny_config
-from train.common.errors import UserError
 from train.common.files import read_json, write_json
-from train.data.chat_template import END_TOKENS, chat_template, prompt
+from train.data.chat_template import chat_template, prompt
 from train.data.formats import Turn
+from train.model.stops import answer_end
 from train.model.tokenizer import load_tokenizer
-from train.model.tokenizer_files import SETTINGS, read_settings, write_tokenizer
+from train.model.tokenizer_files import SETTINGS, write_tokenizer
 
 SYSTEM = 'You are "Xiao Ming".\n你好。'
 
@@ -37,7 +37,8 @@ def base(tmp_path: Path) -> Path:
 def write(base: Path, folder: Path, layout: str = "qwen2", template: str = "chatml") -> dict[str, Any]:
     folder.mkdir()
     tokenizer = load_tokenizer(base)
-    write_tokenizer(base, tokenizer, folder, layout, chat_template(SYSTEM, template), END_TOKENS[template])
+    end = answer_end(tokenizer, template)
+    write_tokenizer(base, tokenizer, folder, layout, chat_template(SYSTEM, template), end)
     settings: dict[str, Any] = read_json(folder / SETTINGS)
     return settings
 
@@ -84,14 +85,3 @@ def test_qwen1_gets_the_files_that_its_own_code_reads(tmp_path: Path) -> None:
     ]
     assert settings["tokenizer_class"] == "QWenTokenizer" and settings["chat_template"] == chat_template(SYSTEM)
     assert "eos_token" not in settings, "Qwen-1's tokenizer takes no tokens from its settings"
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"a": 1,}', b"\xff"])
-def test_damaged_settings_are_refused_in_words(content: bytes, base: Path) -> None:
-    (base / SETTINGS).write_bytes(content)
-    with pytest.raises(UserError, match=r"tokenizer_config\.json: not .*make model MODEL="):
-        read_settings(base)
-
-
-def test_a_base_without_settings_has_none(tmp_path: Path) -> None:
-    assert read_settings(tmp_path) == {}

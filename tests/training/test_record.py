@@ -33,7 +33,7 @@ def test_a_base_with_damaged_tokenizer_settings_is_refused_before_training(works
     path = workspace / "models/tiny-Int4/tokenizer_config.json"
     path.write_text("{")
     try:
-        with pytest.raises(UserError, match=r"tokenizer_config\.json: not JSON"):
+        with pytest.raises(UserError, match=r"tokenizer_config\.json:1:2: not JSON"):
             train(run="refused", steps=1)
     finally:
         path.unlink()

@@ -36,9 +36,6 @@ PLAIN_TEMPLATE = (  # the same for template=plain
 )
 
 
-END_TOKENS = {"chatml": "<|im_end|>", "plain": "<|endoftext|>"}  # which control token ends an answer of each template
-
-
 def chat_template(system: str, template: str = "chatml") -> str:
     """The Jinja template for transformers that writes what `render` encodes.
 

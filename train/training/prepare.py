@@ -34,7 +34,6 @@ from train.model.layouts import DecoderConfig
 from train.model.loading import load, read_folder_config
 from train.model.stops import no_chat_model
 from train.model.tokenizer import Tokenizer, load_tokenizer
-from train.model.tokenizer_files import read_settings
 from train.runs import folder, provenance
 from train.runs.folder import CHECKPOINTS, adapter_folder
 from train.runs.resume import check_unchanged, fitted_accumulation, resume_point
@@ -85,7 +84,6 @@ def prepare(
         lambda: conversations.read(data), lambda: resolve(recipe.model, models), lambda: _read_parent(recipe, parent)
     )
     config, _ = read_folder_config(base)
-    read_settings(base)  # damaged: reported now, not at the end, when the tokenizer is saved beside the adapter
     targets = lora.targets(config.layout, recipe.targets)
     if parent is not None:
         with _about(parent):

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from train.common.files import sha256, staged, write_json
-from train.data.chat_template import END_TOKENS, chat_template
+from train.data.chat_template import chat_template
 from train.model import lora
+from train.model.stops import answer_end
 from train.model.tokenizer_files import write_tokenizer
 from train.runs import losses, provenance
 from train.runs.folder import ADAPTER, INPUTS, LOSSES, RECIPE, RECORD
@@ -88,8 +89,8 @@ def write(
 def _write_prompt(prepared: PreparedRun, layout: str, folder: Path) -> None:
     """The tokenizer beside the adapter, with the run's prompt: the base's own has another system message."""
     recipe = prepared.recipe
-    template = chat_template(recipe.system, recipe.template)
-    write_tokenizer(prepared.base, prepared.tokenizer, folder, layout, template, END_TOKENS[recipe.template])
+    template, end = chat_template(recipe.system, recipe.template), answer_end(prepared.tokenizer, recipe.template)
+    write_tokenizer(prepared.base, prepared.tokenizer, folder, layout, template, end)
 
 
 def _loss(rows: list[dict[str, Any]]) -> dict[str, float | None]:
