@@ -324,7 +324,7 @@ def test_a_base_with_any_file_damaged(kind: str) -> None:
 
 def test_a_run_with_any_file_damaged() -> None:
     tally = Tally()
-    fuzz_run(300, tally)
+    fuzz_run(400, tally)
     report(tally)
 
 
