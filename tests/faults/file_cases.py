@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ HUGE = 10**30
 # Values for any key of a JSON file: null, wrong types, and numbers that no size can be
 VALUES: tuple[Any, ...] = (None, "x", HUGE, -1, 0, 1.5, True, [], {}, [None], "")
 WHOLE_JSON = {"null": b"null", "list": b"[]", "number": b"7", "string": b'"x"', "object": b"{}", "nan": b'{"a": NaN}'}
+MANY = 40  # keys of an object, from which on they are entries of a table
 DROPPED = object()
 
 
@@ -83,8 +85,9 @@ def keys(path: Path) -> Iterator[Change]:
 def _places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if place:
         yield place
-    entries = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
-    for key, inner in entries:
+    entries = [*value.items()] if isinstance(value, dict) else [*enumerate(value)] if isinstance(value, list) else []
+    few = 2 if isinstance(value, list) or len(entries) > MANY else None  # of many entries of one kind
+    for key, inner in entries[:few]:
         yield from _places(inner, (*place, key))
 
 
@@ -93,15 +96,14 @@ class Tree:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.folders = {path for path in root.rglob("*") if path.is_dir()}
         self.files = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
         self.times = {path: path.stat().st_mtime_ns for path in self.files}
 
     def restore(self) -> None:
         """Remove what is new, and write again what was changed."""
-        import shutil
-
-        for path in sorted(self.root.rglob("*"), reverse=True):
-            if path.is_dir() and path in self.files:
+        for path in sorted(self.root.rglob("*"), reverse=True):  # what is inside a folder before the folder
+            if path.is_dir() and path not in self.folders:
                 shutil.rmtree(path)
             elif path.is_file() and path not in self.files:
                 path.unlink()

@@ -29,6 +29,7 @@ LEAST: dict[str, dict[str, Any]] = {  # what a published file always has
         **SIZES,
         "model_type": "qwen2",
         "intermediate_size": 128,
+        "num_key_value_heads": 4,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "max_position_embeddings": 512,

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tests.support.oracles import tiny_checkpoint, tiny_config
 from train.common.errors import UserError
 from train.common.files import read_json, write_json
+from train.model import folder as folder_module
 from train.model.folder import (
     INDEX,
     ShardWriter,
@@ -67,7 +68,7 @@ def test_only_the_small_files_are_copied_and_as_bytes(tmp_path: Path) -> None:
     assert (target / "modeling_qwen.py").read_bytes() == content
 
 
-def test_the_manifest_shows_damage(tmp_path: Path) -> None:
+def test_the_manifest_shows_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text("two")
     assert read_manifest(tmp_path) is None
@@ -78,6 +79,8 @@ def test_the_manifest_shows_damage(tmp_path: Path) -> None:
     assert set(manifest["files"]) == {"a.txt", "b.txt"}
     assert find_damage(tmp_path, manifest, full=True) == []
     (tmp_path / "a.txt").write_text("eno")
+    assert find_damage(tmp_path, manifest, full=False) == ["a.txt has another sha256 than when it was written"]
+    monkeypatch.setattr(folder_module, "HASHED_ALWAYS", 2)  # a file larger than that is hashed on demand
     assert find_damage(tmp_path, manifest, full=False) == []
     assert find_damage(tmp_path, manifest, full=True) == ["a.txt has another sha256 than when it was written"]
     (tmp_path / "a.txt").write_text("longer")

@@ -68,7 +68,7 @@ def run(options: Options) -> None:
         before, after = (_answers(title, options, record, pair, questions) for title in ("before", "after"))
         answered = answered_questions(questions, before, after, record)
         write_answers(folder, record, answered, pair, inputs)
-    _show(folder, answered)
+    _show(folder, answered, read_losses(folder, record))
 
 
 def _answers(title: str, options: Options, record: dict[str, Any], pair: ModelPair, questions: list[str]) -> list[str]:
@@ -77,7 +77,7 @@ def _answers(title: str, options: Options, record: dict[str, Any], pair: ModelPa
         return answer_questions(pair, title == "after", questions, recipe, options.max_tokens, options.batch, advance)
 
 
-def _show(folder: Path, answered: Sequence[AnsweredQuestion]) -> None:
+def _show(folder: Path, answered: Sequence[AnsweredQuestion], rows: list[dict[str, Any]]) -> None:
     """Print the table, the loss as a plot, and where the files are."""
     from rich.console import Console
 
@@ -87,7 +87,7 @@ def _show(folder: Path, answered: Sequence[AnsweredQuestion]) -> None:
     console.print(table(answered, console.width))
     if not all(one.seen for one in answered):
         console.print("* not asked in the training data", style="dim")
-    values = smoothed([row["loss"] for row in read_losses(folder)])
+    values = smoothed([row["loss"] for row in rows])
     console.print(f"\nloss of {len(values)} steps, running mean: {values[0]:.2f} → {values[-1]:.2f}")
     lines = plot(values, width=min(64, console.width - 10))
     for label, line in zip([f"{max(values):.2f}", *[""] * (len(lines) - 2), "0"], lines, strict=True):

@@ -25,6 +25,7 @@ from train.data.conversations import sources
 from train.model.folder import find
 from train.model.names import hub_name
 from train.runs.folder import ADAPTER, RECIPE, adapter_source, finished, lock_run
+from train.runs.provenance import check_adapter
 from train.training import distributed, launch, launchers, signals
 from train.training.distributed import RankInfo
 from train.training.signals import EXIT_INTERRUPTED
@@ -132,6 +133,7 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
         _say(rank_info, f"{stage.text}: {stage.data}, in {stage.run}")
     checkpoint = agree_on_start(prepared, chosen.rank_info, chosen.device)
     if prepared.finished:
+        check_adapter(stage.run)
         _say(rank_info, f"run {stage.run.name!r} is finished: nothing to do. Its adapter is {stage.run / ADAPTER}.")
         _say(rank_info, _next_commands(options, stage.run))
         return 0

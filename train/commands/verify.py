@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from train.common.errors import UserError
-from train.common.files import read_json, sha256
+from train.common.files import sha256
 from train.common.names import below
 from train.config.options import option
 from train.config.recipe import Recipe
 from train.data.conversations import hash_data
 from train.model.folder import find, find_damage, read_manifest
 from train.runs import checkpoint, losses, provenance
+from train.runs.folder import read_run
+from train.runs.record_form import VERIFIED, find_problem
 
 TOLERANCE = 1e-5  # relative, where float32 is summed in another order
 SUMS = ("loss", "grad_norm")  # the keys of losses.jsonl that depend on the order of sums
@@ -74,11 +76,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file. The run is not finished; the command that began it continues it.")
-    try:
-        record: dict[str, Any] = read_json(path)
-        record["adapter"], record["base"]["files"], record["data"]["sha256"], record["losses_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged, or of an older version of this program ({error!r}).") from error
+    record = read_run(folder)
+    if problem := find_problem(record, VERIFIED):
+        raise UserError(f"{path} is damaged, or not of this program: {problem}. Restore it from a copy.")
     return record
 
 

@@ -92,7 +92,13 @@ def render(
 def prompt(
     turns: Sequence[Turn], tokenizer: Encoder, system: str = DEFAULT_SYSTEM, template: str = "chatml"
 ) -> list[int]:
-    """Ids of `turns` (the last is a question) up to where the answer starts: the beginning of what `render` returns."""
+    """Ids of `turns` (the last is a question) up to where the answer starts: the beginning of what `render` returns.
+
+    Raises:
+        UserError: an unknown template, as a damaged record may name.
+    """
+    if template not in END_TOKENS:
+        raise UserError(f"template={template}: expected {' or '.join(END_TOKENS)}.")
     ids = [token for part, _ in _parts(turns, tokenizer, template, False, system) for token in part]
     if template == "plain":
         return ids

@@ -19,11 +19,13 @@ from train.data.conversations import training_data
 from train.evaluation.parity import BUILTIN_QUESTIONS
 from train.evaluation.report import AnsweredQuestion, draw_losses, write_report
 from train.inference.generate import answers
+from train.model.adapter_file import check_present
 from train.model.folder import find_damage, read_manifest
 from train.model.loading import fits, keeps_float, load
 from train.model.lora import load_adapter
 from train.model.tokenizer import load_tokenizer
 from train.runs import losses
+from train.runs.folder import LOSSES
 
 CUT = "…"  # ends an answer that was cut off
 QUESTION_KEYS = ("question", "instruction", "prompt", "query")
@@ -53,10 +55,13 @@ class ModelPair:
 def find_pair(run: Path, base: Path) -> ModelPair:
     """The merged model answers if it is whole, was made of the run's present adapter, and the GPU has room for it."""
     merged, adapter = run / "merged", run / "adapter"
+    check_present(adapter)
     manifest = read_manifest(merged) or {"inputs": {}, "files": {}}
-    current = manifest["inputs"].get("adapter") == sha256(adapter / "adapter_model.safetensors")
-    if not current or find_damage(merged, manifest, full=False):
+    current = manifest.get("inputs", {}).get("adapter") == sha256(adapter / "adapter_model.safetensors")
+    if not current:
         return ModelPair(base, adapter, None)
+    if damage := find_damage(merged, manifest, full=False):
+        return ModelPair(base, adapter, None, f" (its merged export is damaged: {'; '.join(damage)})")
     device = pick_device()
     if not fits(merged, pick_dtype(device), device):
         return ModelPair(base, adapter, None, " (the GPU has no room for the merged model)")
@@ -236,9 +241,16 @@ def comparison_inputs(pair: ModelPair, questions: Sequence[str], max_tokens: int
 def read_answers(run: Path, inputs: dict[str, Any]) -> list[AnsweredQuestion] | None:
     """The answers that the run's folder keeps, if they came from `inputs` and all files are there; else None."""
     files = ("compare.json", "answers.jsonl", "loss.png", "report.md")
-    if not all((run / name).is_file() for name in files) or read_json(run / "compare.json") != inputs:
+    if not all((run / name).is_file() for name in files):
         return None
-    return [AnsweredQuestion(**row) for row in read_json_lines(run / "answers.jsonl")]
+    try:
+        if read_json(run / "compare.json") != inputs:
+            return None
+        answered = [AnsweredQuestion(**row) for row in read_json_lines(run / "answers.jsonl")]
+    except (ValueError, TypeError, RecursionError):  # damaged: they are asked again
+        return None
+    whole = all(isinstance(text, str) for one in answered for text in (one.question, one.before, one.after))
+    return answered if whole and [one.question for one in answered] == inputs["questions"] else None
 
 
 def write_answers(
@@ -251,13 +263,25 @@ def write_answers(
     """answers.jsonl, loss.png, report.md, and last compare.json."""
     lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answered]
     write_text(run / "answers.jsonl", "".join(lines))
-    rows = read_losses(run)
+    rows = read_losses(run, record)
     draw_losses(rows, run.name, run / "loss.png")
     manifest = read_manifest(pair.merged) if pair.merged else None
     write_report(run / "report.md", record, rows, answered, pair.trained_name, manifest)
     write_json(run / "compare.json", inputs)
 
 
-def read_losses(run: Path) -> list[dict[str, Any]]:
-    """Rows of losses.jsonl; a step that the guard skipped has no loss and is left out."""
-    return [row for row in losses.read(run) if row["loss"] is not None]
+def read_losses(run: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of losses.jsonl; a step that the guard skipped has no loss and is left out.
+
+    Args:
+        record: run.json, which has the hash of the file.
+    Raises:
+        UserError: the file is missing or has changed since the run ended, or no step in it has a loss.
+    """
+    path = run / LOSSES
+    if not path.is_file() or record.get("losses_sha256", digest := sha256(path)) != digest:
+        raise UserError(f"{path} is missing, or not what it was when the run ended. Restore it from a copy.")
+    rows = [row for row in losses.read(run) if isinstance(row.get("loss"), float)]
+    if not rows:
+        raise UserError(f"{path}: no step with a loss in it. Restore it from a copy.")
+    return rows

@@ -8,6 +8,10 @@ from train.common.errors import UserError
 from train.common.files import sha256
 from train.export.merge import MergeJob
 from train.model.folder import find_damage, read_manifest
+from train.runs.record_form import find_problem
+
+RESULT = {"agreement": (int, float), "tokens": int, "divergence": (int, float)}  # of two models, as Parity.to_json
+PARITY = RESULT | {"against": str, "computed_in": str, "adapter_on_int4": RESULT, "without_adapter": RESULT}
 
 
 def is_weight_file(name: str) -> bool:
@@ -71,7 +75,7 @@ def recorded_parity(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
                 f"{out} exists and is no export of this program. Choose another folder with out=, or remove it."
             )
         return None
-    if manifest["inputs"] != inputs or find_damage(out, manifest, full=False):
+    if manifest.get("inputs") != inputs or find_damage(out, manifest, full=False):
         return None
     measured: dict[str, Any] = manifest["parity"]
-    return measured
+    return None if find_problem(measured, PARITY) else measured

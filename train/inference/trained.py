@@ -17,7 +17,7 @@ from train.common.errors import UserError
 from train.common.names import below
 from train.data.chat_template import Encoder
 from train.model import lora
-from train.model.folder import read_manifest, resolve
+from train.model.folder import find_damage, read_manifest, resolve
 from train.model.loading import fits, keeps_float, load
 from train.model.tokenizer import Tokenizer, load_tokenizer
 from train.runs.folder import read_run
@@ -114,7 +114,10 @@ def newest_run(runs: Path) -> Path | None:
 
 def _source_of_run(folder: Path, description: str, dtype: str, any_size: bool) -> Source:
     recipe, merged = read_run(folder)["recipe"], folder / "merged"
-    exported = (merged / "manifest.json").is_file()
+    manifest = read_manifest(merged)
+    if manifest and (damage := find_damage(merged, manifest, full=False)):
+        raise UserError(f"{merged} is damaged: {'; '.join(damage)}. Export it again: make export RUN={folder.name}")
+    exported = manifest is not None
     if exported and (any_size or _fits(merged, dtype)):
         return Source(merged, f"{description}: its merged export {merged}", recipe=recipe)
     reason = "the GPU has no room for the merged export" if exported else "no merged export yet"

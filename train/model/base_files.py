@@ -6,7 +6,6 @@ files, not what a model computes, and imports no torch, so that `plan` can use i
 
 import json
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -167,10 +166,9 @@ def weight_files(folder: Path) -> list[Path]:
     return paths
 
 
-def check_weights_present(folder: Path) -> None:
-    """As `weight_files`, for a folder that may have no weights yet."""
-    for path in _chosen(folder):
-        check_weights(path)
+def weights_present(folder: Path) -> bool:
+    """Whether a folder has weights yet. Raises UserError as `weight_files` does if it has."""
+    return bool(_chosen(folder)) and bool(weight_files(folder))
 
 
 def _chosen(folder: Path) -> list[Path]:
@@ -226,13 +224,12 @@ def open_safetensors(path: Path, framework: str) -> Any:
         raise DamagedFileError(path, f"not a whole safetensors file ({error})") from error
 
 
-def has_tensor(folder: Path, wanted: Callable[[str], bool]) -> bool:
-    """Whether a safetensors file of the folder has a tensor of such a name; True for .bin files, which are not opened."""
+def packed_linears(folder: Path) -> int | None:
+    """How many linears have packed weights, from the headers; None for .bin files, which are not opened here."""
+    count = 0
     for path in weight_files(folder):
         if path.suffix == ".bin":
-            return True
+            return None
         with open_safetensors(path, "np") as tensors:
-            names = list(tensors.keys())
-        if any(wanted(name) for name in names):
-            return True
-    return False
+            count += sum(name.endswith(".qweight") for name in tensors.keys())  # noqa: SIM118  # it is no dict
+    return count

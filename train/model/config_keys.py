@@ -46,7 +46,7 @@ KEYS: dict[str, dict[str, Key]] = {
     },
     "qwen2": _SIZES
     | {
-        "num_key_value_heads": Key("num_key_value_heads", DERIVED, most=2**14),
+        "num_key_value_heads": Key("num_key_value_heads", most=2**14),
         "head_dim": Key("head_dim", DERIVED, most=2**14),
         "rms_norm_eps": Key("rms_norm_eps", kind=float, most=1.0),
         "max_position_embeddings": Key("max_position_embeddings", most=2**31),

@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 30
 COMPANIONS = ("*.py", "*.json", "*.tiktoken", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md")
 QWEN1_CODE = ("configuration_qwen.py", "modeling_qwen.py", "qwen_generation_utils.py", "tokenization_qwen.py")
+HASHED_ALWAYS = 1 << 20  # bytes of a file; its hash takes a millisecond
 LONGEST_NAME = 255  # bytes; asking Linux for a longer one is an error
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 # Keys of a manifest that are read, with their types; an export has the last two
@@ -239,6 +240,9 @@ def _manifest_problem(manifest: dict[str, Any]) -> str:
     for name, kind in MANIFEST_KEYS.items():
         if not isinstance(manifest.get(name, kind()), kind):
             return f"{name} is {manifest[name]!r:.80}"
+    for name in ("system", "template"):  # of an export's prompt
+        if not isinstance(manifest.get("inputs", {}).get(name, ""), str):
+            return f"inputs.{name} is {manifest['inputs'][name]!r:.80}"
     for name, entry in manifest.get("files", {"": None}).items():
         whole = isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("bytes")) is int
         if not whole or name != Path(name).name:
@@ -247,7 +251,10 @@ def _manifest_problem(manifest: dict[str, Any]) -> str:
 
 
 def find_damage(folder: Path, manifest: dict[str, Any], full: bool) -> list[str]:
-    """What is wrong with the files of `manifest`: missing, another size, or, with `full`, another sha256. Empty if nothing is."""
+    """What is wrong with the files of `manifest`: missing, another size, another sha256. Empty if nothing is.
+
+    Without `full`, only files of up to a megabyte are hashed.
+    """
     problems = []
     for name, expected in manifest["files"].items():
         path = folder / name
@@ -255,7 +262,7 @@ def find_damage(folder: Path, manifest: dict[str, Any], full: bool) -> list[str]
             problems.append(f"{name} is missing")
         elif path.stat().st_size != expected["bytes"]:
             problems.append(f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}")
-        elif full and sha256(path) != expected["sha256"]:
+        elif (full or expected["bytes"] <= HASHED_ALWAYS) and sha256(path) != expected["sha256"]:
             problems.append(f"{name} has another sha256 than when it was written")
     return problems
 

@@ -21,7 +21,7 @@ from train.model.base_files import DamagedFileError, check_all_json, open_safete
 from train.model.decoder import Decoder
 from train.model.int4_linear import Int4Linear
 from train.model.layouts import DecoderConfig, read_config
-from train.model.published import CONFIG, read_published
+from train.model.published import CONFIG, check_quantised, read_published
 from train.model.stops import GENERATION, read_generation
 from train.model.tokenizer import load_tokenizer
 from train.ops.gptq import Scheme
@@ -246,10 +246,7 @@ def _match_linears(folder: Path, model: Decoder, files: dict[str, Path], quantiz
         UserError: config.json and the weights disagree about Int4.
     """
     scheme = Scheme.from_config(quantization) if quantization else None
-    packed = sum(name.endswith(".qweight") for name in files)
-    if bool(scheme) != bool(packed):
-        says = "has a quantization_config" if scheme else "has no quantization_config"
-        raise UserError(f"{folder}: config.json {says}, but {packed} linears are Int4.")
+    check_quantised(folder, scheme is not None, sum(name.endswith(".qweight") for name in files))
     for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
         parent, _, child = name.rpartition(".")
         has_bias = child in model.config.names.qkv or f"{name}.bias" in files  # without it, q, k and v would be wrong

@@ -6,9 +6,10 @@ It imports no torch, so that `plan` can use it. What the keys mean is told in co
 from pathlib import Path
 from typing import Any
 
+from train.common.errors import UserError
 from train.model import config_keys
 from train.model.architecture import Shape, read_architecture, read_shape
-from train.model.base_files import check_settings, check_weights_present, has_tensor, read_object
+from train.model.base_files import check_settings, packed_linears, read_object, weights_present
 from train.model.tokenizer import TOKENIZERS, load_tokenizer
 
 CONFIG = "config.json"
@@ -27,11 +28,7 @@ def read_published(folder: Path) -> dict[str, Any]:
     source = str(folder / CONFIG)
     config = config_keys.portable(read_object(folder / CONFIG), source)
     section = config_keys.quantization(config, source)
-    if (
-        section is None
-        and (folder / GPTQ_CONFIG).is_file()
-        and has_tensor(folder, lambda name: name.endswith(".qweight"))
-    ):
+    if section is None and (folder / GPTQ_CONFIG).is_file() and packed_linears(folder) != 0:
         beside = {"quantization_config": {"quant_method": "gptq", **read_object(folder / GPTQ_CONFIG)}}
         section = config_keys.quantization(beside, str(folder / GPTQ_CONFIG))
     kept = {key: value for key, value in config.items() if key != "quantization_config"}
@@ -49,9 +46,23 @@ def check_without_torch(folder: Path) -> None:
     Raises:
         UserError: a damaged file.
     """
-    check_weights_present(folder)
+    if weights_present(folder) and (packed := packed_linears(folder)) is not None:
+        check_quantised(folder, "quantization_config" in read_published(folder), packed)
     if any((folder / name).exists() for name in TOKENIZERS):
         load_tokenizer(folder)
+
+
+def check_quantised(folder: Path, quantised: bool, packed: int) -> None:
+    """Check that config.json and the weights agree about Int4.
+
+    Args:
+        quantised: whether config.json says so. packed: linears with packed weights.
+    Raises:
+        UserError: they do not.
+    """
+    if quantised != bool(packed):
+        says = "has a quantization_config" if quantised else "has no quantization_config"
+        raise UserError(f"{folder}: config.json {says}, but {packed} linears are Int4.")
 
 
 def check_config_alone(path: Path) -> None:

@@ -4,7 +4,6 @@ Knows names, text and JSON; nothing of recipes, models or training. Other module
 """
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ import yaml
 
 from train.common.errors import UserError
 from train.common.files import make_folder, read_json, write_json, write_text
+from train.runs.record_form import RECORD as RECORD_FORM
+from train.runs.record_form import find_problem
 
 # Names below the run's folder, in the order in which they are written.
 LOCK = ".lock"  # held by the process that trains
@@ -49,16 +50,20 @@ def read_run(run: Path) -> dict[str, Any]:
     """The record (run.json) of a finished run.
 
     Raises:
-        UserError: there is no such run, it is not finished, or its record is not JSON.
+        UserError: there is no such run, it is not finished, or its record is damaged.
     """
     path = run / RECORD
     try:
-        return read_json(path)
+        record: dict[str, Any] = read_json(path)
+        problem = find_problem(record, RECORD_FORM)
     except FileNotFoundError:
         state = "is not finished: the same `make train` continues it" if run.is_dir() else "does not exist"
         raise UserError(f"run {run.name!r} {state}. (Looked for {path}.)") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error}). Train again under another RUN=.") from error
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+        problem = f"not JSON ({error})"
+    if problem:
+        raise UserError(f"{path} is damaged: {problem}. Restore it from a copy, or train again under another RUN=.")
+    return record
 
 
 def begin(run: Path, recipe: dict[str, Any], inputs: dict[str, Any], lineage: str = "") -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from train import __version__
+from train.common.errors import UserError
 from train.common.files import read_json, sha256
-from train.runs.folder import RECORD, adapter_folder
+from train.runs.folder import ADAPTER, RECORD, adapter_folder, read_run
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "safetensors", "tokenizers", "numpy", "accelerate", "triton")
@@ -71,6 +72,20 @@ def hash_adapter(source: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(folder.glob("adapter_*")) if path.is_file()}
 
 
+def check_adapter(run: Path) -> None:
+    """Check that the adapter of a finished run is what its record says.
+
+    Raises:
+        UserError: the record is damaged, or a file of the adapter is missing or has another hash.
+    """
+    recorded, present = read_run(run).get("adapter", {}), hash_adapter(run)
+    if different := sorted(name for name in recorded if present.get(name) != recorded[name]):
+        raise UserError(
+            f"run {run.name!r} is finished, but {', '.join(different)} in {run / ADAPTER} is missing or has changed since. "
+            f"Restore it from a copy; or remove {run / RECORD}, and the same command trains on from the last checkpoint."
+        )
+
+
 def lineage(parent: Path | None) -> list[dict[str, Any]]:
     """The chain of runs that a run with this `parent` starts from, the oldest first.
 
@@ -79,7 +94,7 @@ def lineage(parent: Path | None) -> list[dict[str, Any]]:
     if parent is None:
         return []
     path = parent / RECORD
-    record = read_json(path) if path.is_file() else {}
+    record = read_run(parent) if path.is_file() else {}
     recipe, data, loss = record.get("recipe", {}), record.get("data", {}), record.get("loss", {})
     entry = {
         "run": parent.as_posix(),

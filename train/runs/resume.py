@@ -11,6 +11,8 @@ from train.common.errors import UserError
 from train.common.files import read_json
 from train.runs import checkpoint, losses
 from train.runs.folder import CHECKPOINTS, INPUTS, LOSSES, finished
+from train.runs.record_form import INPUTS as INPUTS_FORM
+from train.runs.record_form import find_problem
 
 # Keys of a recipe that another command may change when it continues a run.
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -33,13 +35,13 @@ def recorded(run: Path) -> dict[str, Any] | None:
     path = run / INPUTS
     try:
         inputs: dict[str, Any] = read_json(path)
-        inputs["data"]["sha256"], inputs["base"]["files"], inputs["recipe"], inputs["rows_per_step"]
+        problem = find_problem(inputs, INPUTS_FORM)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}). Restore it from a copy, or begin a new run with another RUN=."
-        ) from error
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+        problem = f"not JSON ({error})"
+    if problem:
+        raise UserError(f"{path} is damaged: {problem}. Restore it from a copy, or begin a new run with another RUN=.")
     return inputs
 
 
