@@ -238,7 +238,13 @@ def adapter_parameters(config: DecoderConfig, targets: list[str], rank: int) -> 
 
 
 def begin(prepared: PreparedRun) -> None:
-    """Make the run's folder: the recipe after overrides, the inputs, and the lineage."""
+    """Make the run's folder: the recipe after overrides, the inputs, and the lineage. The caller holds its lock.
+
+    Raises:
+        UserError: another process has trained in it since `prepare`, with other inputs.
+    """
+    for note in check_unchanged(prepared.folder, prepared.inputs, recipe_defaults=asdict(Recipe())):
+        print(note, flush=True)
     lineage = _lineage_text(prepared) if prepared.lineage else ""
     folder.begin(prepared.folder, asdict(prepared.recipe), prepared.inputs, lineage)
 
