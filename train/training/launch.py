@@ -58,9 +58,9 @@ def run_torchrun() -> None:
     terminate_with_parent()
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
-    def terminate(number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGHUP or not nohup:  # torchrun takes SIGHUP even where it was ignored
-            terminate_workers(number, frame)
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        if signum != signal.SIGHUP or not nohup:  # torchrun takes SIGHUP even where it was ignored
+            terminate_workers(signum, frame)
 
     api._terminate_process_handler = terminate
     try:
