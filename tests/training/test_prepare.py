@@ -244,9 +244,10 @@ def test_a_run_begins_anew_after_a_start_that_learnt_nothing(
     def fail(*_: Any) -> Any:
         raise UserError("a mistake")
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="a mistake"):
+    with monkeypatch.context() as patch:
         patch.setattr("train.training.train_one.load_model", fail)
-        train(run="mended", steps=1)
+        with pytest.raises(UserError, match="a mistake"):
+            train(run="mended", steps=1)
     write_rows(Path("mended.jsonl"), 5)
     train(run="mended", steps=1, rank=2, data="mended.jsonl")
     printed = capsys.readouterr().out
