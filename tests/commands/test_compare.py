@@ -45,6 +45,15 @@ def test_before_is_the_base_and_after_is_the_adapter(tmp_path: Path, capsys: Any
     assert {"answers.jsonl", "compare.json", "loss.png", "report.md"} <= {p.name for p in folder.iterdir()}
 
 
+def test_a_question_longer_than_the_context_is_named_and_the_others_are_answered(tmp_path: Path) -> None:
+    questions = tmp_path / "longer-than-context.jsonl"
+    questions.write_text('{"instruction": "' + "x" * 1000 + '"}\n{"instruction": "Who are you?"}\n')
+    long, short = compare(tiny_run(tmp_path), questions=str(questions))
+    for key in ("before", "after"):
+        assert long[key].startswith("(not asked: the prompt has ") and "context 512" in long[key]
+        assert not short[key].startswith("(not asked")
+
+
 def test_one_model_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: Any) -> None:
     alive = list[weakref.ref[Any]]()
 

@@ -147,3 +147,22 @@ def test_each_setting_of_sampling_has_an_effect(decoder: Decoder, tokenizer: Tok
     assert sample(decoder, tokenizer, Sampling(temperature=1.5)) != likeliest
     assert sample(Speller(b"aaaa"), tokenizer, Sampling()) == "aaaa"
     assert sample(Speller(b"aaaa"), tokenizer, Sampling(repetition_penalty=1e6)) != "aaaa"
+
+
+def test_a_prompt_that_fills_the_context_is_named_and_the_others_are_answered(tokenizer: Tokenizer) -> None:
+    seen: list[int] = []
+    model, long = Speller(b"ok", context=64), "x" * 100
+    with pytest.raises(UserError, match="no room is left"):
+        answers(model, tokenizer, ["a", long], system="")
+    keys = {"system": "", "max_new_tokens": 8, "name_too_long": True}
+    out = answers(model, tokenizer, ["a", long, "b"], on_progress=lambda n, _: seen.append(n), **keys)
+    assert (out[0], out[2], seen[-1]) == ("ok", "ok", 3)
+    assert out[1].startswith("(not asked: the prompt has ") and "context 64: no room is left for an answer)" in out[1]
+    assert answers(model, tokenizer, [long], **keys) == [out[1]], "also alone"
+
+
+def test_a_long_prompt_does_not_shorten_the_answers_beside_it(tokenizer: Tokenizer) -> None:
+    model = Speller(b"twelve bytes", context=64)
+    width = len(prompt([Turn("user", "")], tokenizer, ""))
+    long = "x" * (60 - width)  # room for four tokens
+    assert answers(model, tokenizer, ["a", long], system="", max_new_tokens=20) == ["twelve bytes", "twel"]

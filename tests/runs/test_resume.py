@@ -65,11 +65,35 @@ def test_other_inputs_are_refused_and_the_same_ones_are_not(tmp_path: Path) -> N
     run.mkdir()
     resume.check_unchanged(run, INPUTS, RECIPE)
     write_json(run / "inputs.json", INPUTS)
-    resume.check_unchanged(run, changed(batch=4), RECIPE)
+    checkpoint.write(run, snapshot(2), keep=1)
+    assert resume.check_unchanged(run, changed(batch=4), RECIPE) == []
     with pytest.raises(
         UserError, match=r"run 'mine' was begun with other inputs:\n  rank: was 4, now 8\n(.|\n)*FROM=mine"
     ):
         resume.check_unchanged(run, changed(rank=8), RECIPE)
+
+
+@pytest.mark.parametrize("leftover", ["", "checkpoints", "checkpoints/.step-000002"])
+def test_a_start_that_learnt_nothing_binds_nobody(leftover: str, tmp_path: Path) -> None:
+    """Stopped by a mistake, while the model was loaded, or while its first checkpoint was written."""
+    run = tmp_path / "mine"
+    (run / leftover).mkdir(parents=True)
+    write_json(run / "inputs.json", INPUTS)
+    mended = changed(rank=8) | {"rows_per_step": 6}
+    mended["data"]["sha256"] = "0"
+    (note,) = resume.check_unchanged(run, mended, RECIPE)
+    assert note.startswith(
+        "run 'mine' begins anew: an earlier start stopped before its first checkpoint (data: d.jsonl"
+    )
+    assert "rank: was 4, now 8" in note
+    assert resume.check_unchanged(run, INPUTS, RECIPE) == [], "the same inputs"
+    assert resume.fitted_accumulation(run, 2, 6, 4) == 6, "nor does its number of rows"
+    (run / "inputs.json").write_bytes(b"{")
+    assert "inputs.json was damaged" in resume.check_unchanged(run, INPUTS, RECIPE)[0]
+    write_json(run / "inputs.json", INPUTS)
+    write_json(run / "run.json", {})
+    with pytest.raises(UserError, match="was begun with other inputs"):
+        resume.check_unchanged(run, mended, RECIPE)
 
 
 def test_a_folder_with_checkpoints_and_no_inputs_is_refused(tmp_path: Path) -> None:
@@ -88,6 +112,7 @@ def test_damaged_inputs_are_reported(content: bytes, tmp_path: Path) -> None:
 def test_the_accumulation_is_fitted_to_the_number_of_processes(tmp_path: Path) -> None:
     assert resume.fitted_accumulation(tmp_path, 2, 6, 4) == 6, "a new run takes what is given"
     write_json(tmp_path / "inputs.json", INPUTS)
+    checkpoint.write(tmp_path, snapshot(2), keep=1)
     assert [resume.fitted_accumulation(tmp_path, 2, 6, n) for n in (1, 2, 3, 6)] == [6, 3, 2, 1]
     message = r"12 rows a step, which 4 processes of batch=2 .*12 / \(2 × 4\).*1, 2, 3, 6 proc"
     with pytest.raises(UserError, match=message):

@@ -98,6 +98,49 @@ def test_all_layers_without_gradient_at_once_are_no_fault() -> None:
     assert one.layers_without_grad(moments(q_proj=0.9**8, v_proj=0.9**8), 16, 0.9) == []
 
 
+def collapsed(sizes: dict[str, float], updates: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """First moments of real AdamW after 8 updates with gradients near 1, and after `updates` more of `sizes`."""
+    first, parameters = {}, {name: torch.nn.Parameter(torch.zeros(16, 4)) for name in sizes}
+    optimizer, generator = torch.optim.AdamW(parameters.values()), torch.Generator().manual_seed(1)
+    for update in range(8 + updates):
+        for name, p in parameters.items():
+            p.grad = torch.randn(16, 4, generator=generator) * (1.0 if update < 8 else sizes[name])
+        optimizer.step()
+        if update == 7:
+            first = {NAME.format(n, "B"): optimizer.state[p]["exp_avg"].clone() for n, p in parameters.items()}
+    return first, {NAME.format(n, "B"): optimizer.state[p]["exp_avg"] for n, p in parameters.items()}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "updates", "found"),
+    [
+        ({"q_proj": 1e-4, "v_proj": 3e-5, "o_proj": 1e-9}, 12, False),  # faded with the others, under the rounding
+        ({"q_proj": 1e-6, "v_proj": 1e-5, "o_proj": 0.0}, 12, False),  # softmax is 1 to the last bit in some layers
+        ({"q_proj": 1e-20, "v_proj": 1e-20, "o_proj": 0.0}, 1200, False),  # the moments have decayed to subnormals
+        ({"q_proj": 0.5, "v_proj": 0.1, "o_proj": 0.0}, 12, True),  # the others go on learning
+    ],
+)
+def test_gradients_that_collapse_with_the_loss_are_no_fault(sizes: dict[str, float], updates: int, found: bool) -> None:
+    """A tiny set after many epochs: no layer is cut off from the loss."""
+    one, (first, last) = Guard(), collapsed(sizes, updates)
+    assert one.layers_without_grad(first, 8, 0.9) == []
+    names = one.layers_without_grad(last, 8 + updates, 0.9)
+    assert [guard.layer_name(name) for name in names] == (["layers.0.self_attn.o_proj"] if found else [])
+
+
+def test_a_loss_near_zero_leaves_nothing_to_judge() -> None:
+    """At a later check, and from the first step on: FROM= an adapter that knows the data has exactly no gradient."""
+    one, (first, last) = Guard(), collapsed({"q_proj": 0.1, "v_proj": 0.1, "o_proj": 0.0}, 12)
+    accepted(one, *[3.0] * 8)
+    assert one.layers_without_grad(first, 8, 0.9) == []
+    assert accepted(one, 1e-5).layers_without_grad(last, 20, 0.9) == []
+    assert accepted(Guard(), *[1e-6] * 8).layers_without_grad(moments(q_proj=1e-9, v_proj=0.0), 8, 0.9) == []
+    learning = accepted(Guard(), 3.0, *[1e-6] * 7)
+    assert len(learning.layers_without_grad(moments(q_proj=1.0, v_proj=0.0), 8, 0.9)) == 1, (
+        "it had a loss to learn from"
+    )
+
+
 @pytest.mark.parametrize("trainable", [1, 2])
 def test_q_and_k_have_no_gradient_if_only_the_second_token_is_trainable(trainable: int) -> None:
     """It is predicted from the first alone. The gradients of the real decoder agree with layers_allowed_zero_grad."""

@@ -237,6 +237,16 @@ def test_a_part_of_the_fused_vector_that_no_gradient_reaches_stops_the_run(monke
     assert losses("vector-zero")[-1]["step"] == 8
 
 
+def test_one_row_for_many_steps_ends_with_an_adapter() -> None:
+    """Its loss and its gradients collapse within twenty steps; the layers are judged at every tenth."""
+    Path("one.jsonl").write_text('{"instruction": "Who are you?", "output": "I am Ming."}\n')
+    confident_base(Path("models/confident"))
+    keys = {"batch": 1, "accumulation": 1, "learning_rate": 0.01, "schedule": "constant", "warmup": 0, "dropout": 0}
+    train(run="one-row", data="one.jsonl", model="confident", steps=60, save_every=10, **keys)
+    assert losses("one-row")[-1]["loss"] < 1e-3
+    assert Path("runs/one-row/adapter").is_dir()
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
         os.chdir(made)

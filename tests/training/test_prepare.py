@@ -212,3 +212,44 @@ def test_an_adapter_that_fits_other_linears_is_refused_before_the_base_is_loaded
     with pytest.raises(UserError, match=r"from=few: .*which this base does not have"):
         train(**{"run": "refused", "steps": 1, "from": "few", "model": "tiny-qwen", "targets": "all"})
     assert not Path("runs/refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys", "limit", "reason"),
+    [
+        ("qwen2", {}, 512, "it has not seen them"),
+        ("qwen", {"seq_length": 512}, 512, "it has not seen them"),
+        ("qwen", {"seq_length": 64, "use_dynamic_ntk": True}, 64, "training computes positions without dynamic NTK"),
+    ],
+)
+def test_a_length_over_the_context_of_the_base_is_noted(
+    layout: str, keys: dict[str, Any], limit: int, reason: str
+) -> None:
+    config, sample = tiny_config(layout, **keys), SimpleNamespace(ids=[0] * 1100)
+    samples: Any = [sample, SimpleNamespace(ids=[0] * 9)]
+    (note,) = prepare.beyond_context(config, 2048, samples)
+    assert note.startswith(f"length=2048 is more than the {limit} tokens that the base was made for, and 1 of 2 conv")
+    assert reason in note
+    assert prepare.beyond_context(config, limit, samples) == []
+
+
+def test_the_note_about_the_length_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    train(run="long", steps=1, length=1024)
+    assert "length=1024 is more than the 512 tokens that the base was made for, and 0 of 12" in capsys.readouterr().out
+
+
+def test_a_run_begins_anew_after_a_start_that_learnt_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise UserError("a mistake")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.training.train_one.load_model", fail)
+        with pytest.raises(UserError, match="a mistake"):
+            train(run="mended", steps=1)
+    write_rows(Path("mended.jsonl"), 5)
+    train(run="mended", steps=1, rank=2, data="mended.jsonl")
+    printed = capsys.readouterr().out
+    assert printed.count("run 'mended' begins anew: an earlier start stopped before its first checkpoint") == 1
+    assert read_json(Path("runs/mended/inputs.json"))["recipe"]["rank"] == 2

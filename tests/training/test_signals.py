@@ -1,9 +1,11 @@
 """SIGINT and SIGTERM: before the first step, during training, to a launcher, and to all processes of a run."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -42,6 +44,58 @@ def test_sigterm_before_the_first_step_exits_at_once_with_75() -> None:
     assert error.strip() == "stopped before a step was done; the same command continues"
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
+def test_a_lost_terminal_and_the_warnings_of_batch_systems_are_as_sigterm(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with signals.exit_on_sigterm(announce=False), StopRequest(announce=False) as stop:
+        signal.raise_signal(number)
+        assert stop.requested
+    assert signal.getsignal(number) == before
+    command, env = [sys.executable, "-c", BEFORE_THE_FIRST_STEP], {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.send_signal(number)
+    assert process.wait(timeout=20) == EXIT_INTERRUPTED
+    process.communicate()
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As nohup starts a command."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.exit_on_sigterm(announce=False), signals.forward_signals() as (_, received):
+            with StopRequest() as stop:
+                signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested and not received
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_output_to_a_lost_terminal_does_not_end_the_run() -> None:
+    """The terminal closes, as when ssh is gone; then the step prints its line and the checkpoint is written."""
+    program = """
+import signal, sys, time
+from train.training.signals import StopRequest
+with StopRequest() as stop:
+    print("up", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    print("a line of the step", flush=True)
+assert stop.requested
+open(sys.argv[1], "w").write("saved")
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        saved, env = Path(folder) / "saved", {**os.environ, "PYTHONPATH": str(ROOT)}
+        child, terminal = pty.fork()
+        if not child:
+            os.execve(sys.executable, [sys.executable, "-c", program, str(saved)], env)
+        while b"up" not in os.read(terminal, 1024):
+            pass
+        os.close(terminal)  # the kernel sends SIGHUP
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert saved.read_text() == "saved"
+
+
 def test_the_handlers_from_before_are_restored() -> None:
     received, threads = [], threading.active_count()
     before = signal.signal(signal.SIGTERM, lambda *_: received.append("ours"))
@@ -74,8 +128,8 @@ def test_other_ranks_do_not_announce_it(capfd: pytest.CaptureFixture[str]) -> No
 
 def test_workers_receive_the_signal_that_was_sent() -> None:
     """A launcher with one worker, which prints the number of the signal; a signal after both have ended is harmless."""
-    worker = "import signal, sys; print('up', flush=True); print(int(signal.sigwait([2, 15])), flush=True)"
-    block = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [2, 15])"
+    worker = "import signal, sys; print('up', flush=True); print(int(signal.sigwait([1, 2, 15])), flush=True)"
+    block = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [1, 2, 15])"
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {block + '; ' + worker!r}])"
     launcher = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert launcher.stdout is not None

@@ -179,6 +179,8 @@ def answer_questions(
 ) -> list[str]:
     """Answers of the base, or of the trained model, which is in memory only meanwhile; one that is cut off ends in …
 
+    A question that fills the model's context is not asked, and its answer says so.
+
     Args:
         recipe: the run's, for its system message and template.
         on_answers: called with the number of new answers, after each batch.
@@ -201,6 +203,7 @@ def answer_questions(
         on_progress=report_new,
         template=recipe["template"],
         cut=CUT,
+        name_too_long=True,
     )
 
 

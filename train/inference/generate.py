@@ -46,6 +46,7 @@ def answers(
     on_progress: Callable[[int, int], None] | None = None,
     template: str = "chatml",
     cut: str = "",
+    name_too_long: bool = False,
 ) -> list[str]:
     """The likeliest answer to each prompt (a question, or turns that end with the user's), in the order of the prompts.
 
@@ -53,20 +54,31 @@ def answers(
         batch: prompts computed at once, left-padded, those of similar length together; it changes answers by rounding.
         on_progress: called with (answered, all) after each batch.
         cut: appended to an answer that ends because of `max_new_tokens` or of the context.
+        name_too_long: the answer to a prompt that fills the context is a sentence that says so.
     Raises:
-        UserError: a prompt that fills the context.
+        UserError: a prompt that fills the context, without `name_too_long`.
     """
     turns = [[Turn("user", p)] if isinstance(p, str) else p for p in prompts]
     rows = [prompt(conversation, tokenizer, system, template) for conversation in turns]
-    order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
-    texts: dict[int, str] = {}
-    for start in range(0, len(order), batch):
-        indices = order[start : start + batch]
+    texts = {n: _no_room(len(row), model) for n, row in enumerate(rows) if len(row) >= context_of(model)}
+    if texts and not name_too_long:
+        raise UserError(f"the prompt has {texts[min(texts)]}. Shorten it.")
+    texts = {n: f"(not asked: the prompt has {text})" for n, text in texts.items()}
+    order = sorted(set(range(len(rows))) - texts.keys(), key=lambda n: len(rows[n]))
+    for indices in _batches(order, rows, batch, context_of(model) - max_new_tokens):
         texts |= zip(indices, _answer_batch([rows[n] for n in indices], model, tokenizer, max_new_tokens, cut))
         if on_progress:
             on_progress(len(texts), len(rows))
     sessions.release(model)
     return [texts[n] for n in range(len(rows))]
+
+
+def _batches(order: Sequence[int], rows: Sequence[Sequence[int]], batch: int, limit: int) -> Iterator[Sequence[int]]:
+    """`order` in batches. A prompt of more than `limit` tokens is alone: it would shorten the answers beside it."""
+    whole = sum(len(rows[n]) <= limit for n in order)  # the shortest are first
+    for start in range(0, whole, batch):
+        yield order[start : min(start + batch, whole)]
+    yield from ([n] for n in order[whole:])
 
 
 def _answer_batch(
@@ -130,6 +142,10 @@ def stream(
         notify(f"(stopped: {max_new_tokens} tokens, the most that were asked for)")
 
 
+def _no_room(width: int, model: nn.Module) -> str:
+    return f"{width} tokens, the model's context {context_of(model)}: no room is left for an answer"
+
+
 def room(width: int, max_new_tokens: int, model: nn.Module) -> int:
     """How many of `max_new_tokens` fit into the context after a prompt of `width` tokens.
 
@@ -138,10 +154,7 @@ def room(width: int, max_new_tokens: int, model: nn.Module) -> int:
     """
     left = context_of(model) - width
     if left < 1:
-        raise UserError(
-            f"the prompt has {width} tokens, the model's context {context_of(model)}: no room is left for an answer. "
-            "Shorten it."
-        )
+        raise UserError(f"the prompt has {_no_room(width, model)}. Shorten it.")
     return min(left, max_new_tokens)
 
 

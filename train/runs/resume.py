@@ -1,7 +1,8 @@
 """May this command continue a run, and from which checkpoint?
 
 Compares plain values with those in inputs.json, and checkpoints with losses.jsonl; knows nothing of recipes or
-training. Nothing is written here: a refused command leaves the folder as it was.
+training. Nothing is written here: a refused command leaves the folder as it was. A run that stopped before its first
+checkpoint has learnt nothing, so its folder begins anew with whatever inputs.
 """
 
 from pathlib import Path
@@ -45,17 +46,26 @@ def recorded(run: Path) -> dict[str, Any] | None:
     return inputs
 
 
-def check_unchanged(run: Path, inputs: dict[str, Any], recipe_defaults: dict[str, Any]) -> None:
-    """A run's folder belongs to one set of inputs: refuse others.
+def has_learnt(run: Path) -> bool:
+    """Whether a run's folder holds anything that a command could continue: a checkpoint, or the finished run."""
+    return finished(run) or any((run / CHECKPOINTS).glob("step-*"))
 
+
+def check_unchanged(run: Path, inputs: dict[str, Any], recipe_defaults: dict[str, Any]) -> list[str]:
+    """A run's folder belongs to one set of inputs once it has learnt something: refuse others.
+
+    Returns:
+        A sentence if the folder begins anew, with other inputs than those of a start that learnt nothing; else none.
     Raises:
         UserError: every difference, in words; or a folder of a run without inputs.json.
     """
+    if (run / INPUTS).is_file() and not has_learnt(run):
+        return _begins_anew(run, inputs, recipe_defaults)
     old = recorded(run)
     if old is None:
         if finished(run) or (run / CHECKPOINTS).is_dir():
             raise UserError(f"{run}: a run folder without {INPUTS}. Choose another RUN=, or remove it.")
-        return
+        return []
     if differences := changes(old, inputs, recipe_defaults):
         listed = "\n  ".join(differences)
         raise UserError(
@@ -63,6 +73,19 @@ def check_unchanged(run: Path, inputs: dict[str, Any], recipe_defaults: dict[str
             f"Nothing was changed. Start a new run with RUN=another-name, and FROM={run.name} to begin with the "
             "adapter of this one; or give the same inputs to continue it."
         )
+    return []
+
+
+def _begins_anew(run: Path, inputs: dict[str, Any], recipe_defaults: dict[str, Any]) -> list[str]:
+    """What has changed since a start that learnt nothing, in one sentence; none if nothing has."""
+    try:
+        differences = changes(recorded(run) or inputs, inputs, recipe_defaults)
+    except UserError:
+        differences = [f"{INPUTS} was damaged"]
+    if not differences:
+        return []
+    listed = "; ".join(differences)
+    return [f"run {run.name!r} begins anew: an earlier start stopped before its first checkpoint ({listed})."]
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], recipe_defaults: dict[str, Any]) -> list[str]:
@@ -104,7 +127,7 @@ def fitted_accumulation(run: Path, batch: int, accumulation: int, processes: int
     Raises:
         UserError: these processes cannot share the rows of a step equally.
     """
-    old = recorded(run)
+    old = recorded(run) if has_learnt(run) else None
     if old is None or old["rows_per_step"] == batch * accumulation * processes:
         return accumulation
     rows, share = old["rows_per_step"], batch * processes

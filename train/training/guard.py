@@ -18,6 +18,9 @@ from torch import Tensor
 WINDOW = 32  # steps whose median loss a jump is measured from
 MIN_HISTORY = 8  # steps before there is such a median; updates before a layer is judged
 ROUNDING = 2e-7  # of a float32 update, relative
+LEARNED = 1e-3  # nats: under this loss nothing is left to learn, and gradients fade in one layer before another
+FADED = 1e-2  # of a first moment: new gradients that add less are a collapse of the gradients of the whole model
+UNDERFLOW = 1e-30  # sum of absolute values of a first moment that has decayed to rounding errors
 QUERY_KEY = (".q_proj.", ".k_proj.")  # the linears that choose between positions
 
 
@@ -61,8 +64,9 @@ class Guard:
     def layers_without_grad(self, first_moments: dict[str, Tensor], updates: int, beta1: float) -> list[str]:
         """Names of each B without gradient in all updates since the last check; none if fewer than MIN_HISTORY passed.
 
-        Only B is judged: the gradient of A is zero while B is zero. If it is every layer at once, and not at the first
-        check, the run has learned all there is, which is no fault.
+        Only B is judged: the gradient of A is zero while B is zero. Where the gradients of all layers have faded with
+        the loss, the run has learned all there is, which is no fault: a gradient of a layer that is under the rounding
+        of its first moment looks the same as none.
 
         Args:
             first_moments: parameter name -> AdamW's exp_avg. An update without gradient multiplies it by `beta1`.
@@ -77,10 +81,23 @@ class Guard:
             for name, new in sums.items()
             if _only_decayed(self.first_moments.get(name, (0.0, 0.0)), new, passed, beta1)
         ]
-        is_first_check, self.first_moments, self.updates = not self.first_moments, sums, updates
-        if len(without) == len(sums) and not is_first_check:
+        learned = self._has_learned_all(sums, passed, beta1)
+        self.first_moments, self.updates = sums, updates
+        if learned:
             return []
         return [name for name in without if not any(part in name for part in self.zero_grad_allowed)]
+
+    def _has_learned_all(self, sums: dict[str, tuple[float, float]], passed: int, beta1: float) -> bool:
+        """Whether the gradients have faded with the loss: the last loss, or the median layer, says so.
+
+        At the first check only a loss that was near zero at every step does: FROM= an adapter that knows the data.
+        """
+        if not self.first_moments:
+            return bool(self.recent_losses) and max(self.recent_losses) < LEARNED
+        if self.recent_losses and self.recent_losses[-1] < LEARNED:
+            return True
+        added = [_added(self.first_moments.get(name, (0.0, 0.0)), new, passed, beta1) for name, new in sums.items()]
+        return bool(added) and median(added) < FADED
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
@@ -105,6 +122,15 @@ def _only_decayed(old: tuple[float, float], new: tuple[float, float], updates: i
     """Whether a first moment did nothing but decay: both sums must say so, since one of them may be equal by chance."""
     decay, slack = beta1**updates, ROUNDING * updates
     return abs(new[0] - old[0] * decay) <= slack * old[1] * decay and new[1] <= old[1] * decay * (1 + slack)
+
+
+def _added(old: tuple[float, float], new: tuple[float, float], updates: int, beta1: float) -> float:
+    """How much new gradients have changed a first moment, relative to what would be left of it without them."""
+    decay = beta1**updates
+    left = old[1] * decay
+    if max(left, new[1]) < UNDERFLOW:
+        return 0.0
+    return max(abs(new[0] - old[0] * decay), abs(new[1] - left)) / max(left, UNDERFLOW)
 
 
 def layers_allowed_zero_grad(masks: Iterable[Any]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import FrameType
 from uuid import uuid4
 
 from train.training.distributed import SPAWNED
@@ -26,7 +27,8 @@ def spawn(arguments: list[str], processes: int, cuda: bool) -> int:
             child.terminate()
         status = child.wait()
     status = status if status >= 0 else 128 - status
-    ended_before_its_handler = signal.SIGTERM in received and status == 128 + signal.SIGTERM
+    ending = {signal.SIGTERM, signal.SIGHUP}
+    ended_before_its_handler = bool(ending & {*received}) and status - 128 in ending
     return EXIT_INTERRUPTED if ended_before_its_handler else status
 
 
@@ -54,7 +56,13 @@ def run_torchrun() -> None:
 
     logging.disable(logging.CRITICAL)
     terminate_with_parent()
-    api._terminate_process_handler = terminate_workers  # type: ignore[assignment]
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        if signum != signal.SIGHUP or not nohup:  # torchrun takes SIGHUP even where it was ignored
+            terminate_workers(signum, frame)
+
+    api._terminate_process_handler = terminate
     try:
         main()
     except ChildFailedError as error:

@@ -94,6 +94,7 @@ def prepare(
     notes += [f"data: {notice}." for notice in loaded.notices()]
     notes += _parent_notes(recipe, adapter) if adapter else []
     notes += filter(None, [no_chat_model(base, tokenizer, recipe.template)])
+    notes += beyond_context(config, recipe.length, samples)
     rows = recipe.batch * recipe.accumulation * processes
     schedule = Schedule(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
     inputs = _inputs(recipe, data, base, parent, rows, dtype)
@@ -126,6 +127,23 @@ def _without_labels(places: Sequence[str], action: str) -> list[str]:
     if action == "stop":
         raise UserError(f"{text}.\nCorrect these conversations, raise length=, or leave them out: unlearnable=skip.")
     return [f"{text}: left out (unlearnable=skip)."]
+
+
+def beyond_context(config: DecoderConfig, length: int, samples: Sequence[Sample]) -> list[str]:
+    """A note where `length` is over what the base was made for, and how many samples are.
+
+    Rotary positions exist for any length. Dynamic NTK (Qwen-1, beyond seq_length) is off in training, as published.
+    """
+    limit, ntk = config.max_position_embeddings, config.use_dynamic_ntk
+    limit = min(limit, config.seq_length) if ntk else limit
+    if length <= limit:
+        return []
+    count = sum(len(sample.ids) > limit for sample in samples)
+    reason = "training computes positions without dynamic NTK, answers with it" if ntk else "it has not seen them"
+    return [
+        f"length={length} is more than the {limit} tokens that the base was made for, and {count} of {len(samples)} "
+        f"conversations have more: {reason}. length={limit} keeps to them."
+    ]
 
 
 def _read_parent(recipe: Recipe, parent: Path | None) -> AdapterFile | None:
@@ -238,7 +256,13 @@ def adapter_parameters(config: DecoderConfig, targets: list[str], rank: int) -> 
 
 
 def begin(prepared: PreparedRun) -> None:
-    """Make the run's folder: the recipe after overrides, the inputs, and the lineage."""
+    """Make the run's folder: the recipe after overrides, the inputs, and the lineage. The caller holds its lock.
+
+    Raises:
+        UserError: another process has trained in it since `prepare`, with other inputs.
+    """
+    for note in check_unchanged(prepared.folder, prepared.inputs, recipe_defaults=asdict(Recipe())):
+        print(note, flush=True)
     lineage = _lineage_text(prepared) if prepared.lineage else ""
     folder.begin(prepared.folder, asdict(prepared.recipe), prepared.inputs, lineage)
 

@@ -1,9 +1,15 @@
-"""SIGINT and SIGTERM to a training process: finish the step, forward the signal, or exit before the first step."""
+"""Signals that end a training process: finish the step, forward the signal, or exit before the first step.
+
+SIGHUP (the terminal or the ssh connection is gone), and the warnings of batch systems (SIGUSR1, SIGUSR2, SIGXCPU), are
+treated as SIGTERM, unless they are ignored: nohup ignores SIGHUP.
+"""
 
 import ctypes
 import os
+import select
 import signal
 import socket
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +17,34 @@ from types import FrameType
 
 EXIT_INTERRUPTED = 75  # exit status (EX_TEMPFAIL of sysexits.h): stopped with a checkpoint; the same command continues
 PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+LIKE_SIGTERM = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+
+def _not_ignored(*numbers: signal.Signals) -> list[signal.Signals]:
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def _say(text: str) -> None:
+    """Not print: the signal may have interrupted one. The terminal may be gone."""
+    with suppress(OSError):
+        os.write(2, text.encode())
+
+
+def _leave_lost_output(number: int) -> None:
+    """After SIGHUP, send to /dev/null what would be printed on the terminal, or into a pipe whose reader has ended.
+
+    Writing there would raise an error, which would end the run before its checkpoint.
+    """
+    if number != signal.SIGHUP:
+        return
+    for output in (1, 2):
+        with suppress(OSError):
+            mode, poll = os.fstat(output).st_mode, select.poll()
+            poll.register(output, 0)
+            if stat.S_ISCHR(mode) or any(event & select.POLLERR for _, event in poll.poll(0)):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, output)
+                os.close(null)
 
 
 def terminate_with_parent() -> None:
@@ -21,6 +55,7 @@ def terminate_with_parent() -> None:
 
 def terminate_workers(number: int, _: FrameType | None) -> None:
     """The launcher's handler: any signal becomes SIGTERM to its workers, which is harmless twice, unlike SIGINT."""
+    _leave_lost_output(number)
     import psutil
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -48,7 +83,9 @@ def _signal_workers(launcher: int, number: int) -> None:
 
 @contextmanager
 def forward_signals() -> Iterator[tuple[list[int], list[int]]]:
-    """While the block runs, SIGINT and SIGTERM to this process go to the workers of its launchers.
+    """While the block runs, SIGINT and those of LIKE_SIGTERM to this process go to the workers of its launchers.
+
+    SIGHUP stays SIGHUP, so that the workers leave the lost terminal too; the others become SIGTERM.
 
     Yields:
         A list to which the caller appends the process id of a launcher, and the list of signals received so far.
@@ -59,12 +96,14 @@ def forward_signals() -> Iterator[tuple[list[int], list[int]]]:
     received: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
+        _leave_lost_output(number)
+        number = number if number in (signal.SIGINT, signal.SIGHUP) else signal.SIGTERM
         received.append(number)
         for launcher in launchers:
             _signal_workers(launcher, number)
 
     wakeup = signal.set_wakeup_fd(-1)
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in _not_ignored(signal.SIGINT, *LIKE_SIGTERM)}
     try:
         yield launchers, received
     finally:
@@ -79,7 +118,7 @@ def _no_action(number: int, _: FrameType | None) -> None:
 
 @contextmanager
 def exit_on_sigterm(announce: bool) -> Iterator[None]:
-    """While the block runs, SIGTERM ends this process at once with EXIT_INTERRUPTED.
+    """While the block runs, those of LIKE_SIGTERM end this process at once with EXIT_INTERRUPTED.
 
     Before the first step there is nothing to save.
 
@@ -91,14 +130,14 @@ def exit_on_sigterm(announce: bool) -> Iterator[None]:
     """
     read_end, write_end = socket.socketpair()
     write_end.setblocking(False)
-    handler = signal.signal(signal.SIGTERM, _no_action)
+    before = {number: signal.signal(number, _no_action) for number in _not_ignored(*LIKE_SIGTERM)}
     wakeup = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
 
     def wait() -> None:
         while number := read_end.recv(1):
-            if number[0] == signal.SIGTERM:
+            if number[0] in before:
                 if announce:
-                    os.write(2, b"\nstopped before a step was done; the same command continues\n")
+                    _say("\nstopped before a step was done; the same command continues\n")
                 os._exit(EXIT_INTERRUPTED)
 
     thread = threading.Thread(target=wait, name="signals", daemon=True)
@@ -107,14 +146,15 @@ def exit_on_sigterm(announce: bool) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(wakeup)
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         write_end.close()
         thread.join()
         read_end.close()
 
 
 class StopRequest:
-    """Records SIGINT and SIGTERM while its block runs, in `requested`. A second SIGINT raises KeyboardInterrupt."""
+    """Records SIGINT and those of LIKE_SIGTERM while its block runs, in `requested`. A second SIGINT raises KeyboardInterrupt."""
 
     def __init__(self, announce: bool = True) -> None:
         """announce: whether this process prints that it received the signal."""
@@ -126,13 +166,14 @@ class StopRequest:
             raise KeyboardInterrupt
         if self.announce and not self.requested:
             again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-            text = f"\nfinishing this step, then a checkpoint{again}\n"
-            os.write(2, text.encode())  # not print: the signal may have interrupted a print
+            _say(f"\nfinishing this step, then a checkpoint{again}\n")
+        _leave_lost_output(number)
         self.requested = True
 
     def __enter__(self) -> "StopRequest":
         self.wakeup = signal.set_wakeup_fd(-1)  # suspends `exit_on_sigterm`
-        self.before = {number: signal.signal(number, self._record) for number in (signal.SIGINT, signal.SIGTERM)}
+        stopping = _not_ignored(signal.SIGINT, *LIKE_SIGTERM)
+        self.before = {number: signal.signal(number, self._record) for number in stopping}
         return self
 
     def __exit__(self, *_: object) -> None:
