@@ -36,14 +36,16 @@ PLAIN_TEMPLATE = (  # the same for template=plain
 )
 
 
+TEMPLATES = {"chatml": CHAT_TEMPLATE, "plain": PLAIN_TEMPLATE}
+
+
 def chat_template(system: str, template: str = "chatml") -> str:
     """The Jinja template for transformers that writes what `render` encodes.
 
     Args:
         system: the system message of conversations that have none.
     """
-    body = {"chatml": CHAT_TEMPLATE, "plain": PLAIN_TEMPLATE}[template]
-    return "{% set SYSTEM = " + json.dumps(system) + " %}" + body
+    return "{% set SYSTEM = " + json.dumps(system) + " %}" + TEMPLATES[template]
 
 
 Part = tuple[list[int], bool]  # ids, and whether they are trained on
@@ -97,8 +99,8 @@ def prompt(
     Raises:
         UserError: an unknown template, as a damaged record may name.
     """
-    if template not in END_TOKENS:
-        raise UserError(f"template={template}: expected {' or '.join(END_TOKENS)}.")
+    if template not in TEMPLATES:
+        raise UserError(f"template={template}: expected {' or '.join(TEMPLATES)}.")
     ids = [token for part, _ in _parts(turns, tokenizer, template, False, system) for token in part]
     if template == "plain":
         return ids
