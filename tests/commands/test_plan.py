@@ -97,7 +97,7 @@ def test_for_a_card_that_is_too_small_what_would_fit_is_named(capsys: pytest.Cap
 def test_a_folders_own_config_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}
     config |= {"vocab_size": 151_936, "num_hidden_layers": 24, "intermediate_size": 4864}
-    config |= {"rms_norm_eps": 1e-6, "max_position_embeddings": 32_768}
+    config |= {"rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, "rope_theta": 1e6}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
     assert str(tmp_path / "mine") in print_plan(capsys, model="mine", models=str(tmp_path), gpu="24G")
@@ -146,9 +146,12 @@ def test_a_shape_is_read_as_the_decoder_reads_it(layout: str) -> None:
         "kv_channels": 32,
         "layer_norm_epsilon": 1e-6,
         "seq_length": 64,
+        "rotary_emb_base": 10_000,
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
     }
     theirs = {"model_type": "qwen2", "intermediate_size": 384, "num_key_value_heads": 2, "rms_norm_eps": 1e-6}
-    theirs |= {"max_position_embeddings": 64, "tie_word_embeddings": True}
+    theirs |= {"max_position_embeddings": 64, "rope_theta": 1e6, "tie_word_embeddings": True}
     published = kind | (ours if layout == "qwen" else theirs)
     found = architecture.read_shape({**published, "quantization_config": {"bits": 4, "group_size": 128}})
     sizes = (2, 128, 4, 4, 32, 256) if layout == "qwen" else (2, 128, 4, 2, 32, 384)

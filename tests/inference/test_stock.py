@@ -30,7 +30,8 @@ def tiny_llama(folder: Path, int4: bool = False) -> Path:
 
     torch.manual_seed(3)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=256, initializer_range=0.3, **sizes))
+    sizes |= {"vocab_size": 512, "max_position_embeddings": 256, "bos_token_id": 256, "eos_token_id": 258}
+    model = LlamaForCausalLM(LlamaConfig(initializer_range=0.3, **sizes))
     model.save_pretrained(folder, safe_serialization=True)
     if int4:
         _quantize(folder, model)
