@@ -99,7 +99,7 @@ image: ## the image, from env.lock and pinned packages: [CUDA=] [TORCH=] [BASE_I
 
 image-test: setup ## what the image must do, each thing done in it; GPU=1: on the GPU too, and is it the published one?
 	@. docker/common.sh; docker image inspect "$$(image_name)" >/dev/null 2>&1 || docker/build
-	@GPU=$(GPU) $(PY) -m pytest -q -n 2 --dist loadgroup -m "image and not slow" tests/image $(value ARGS)
+	@GPU=$(GPU) $(PY) -m pytest -q -m "image and not slow" tests/image $(value ARGS)
 
 image-repro: ## build it again from other places and at other times: is it the same, to the bit?
 	@python3 tests/image/repro.py $(value ARGS)

@@ -2,8 +2,7 @@
 much as ours.
 
 IMAGE= names the image (default: the one that `make image` built). GPU=1: what can run on a GPU runs there too. A
-missing engine or image fails, it does not skip: who asks for these tests means them. They run in two processes; files
-that build an image share one of the two (the group "builder"), since one of them is held to seconds.
+missing engine or image fails, it does not skip: who asks for these tests means them.
 """
 
 import json

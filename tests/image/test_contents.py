@@ -11,7 +11,7 @@ import pytest
 from docker import sbom
 from train.runs.provenance import ROOT
 
-pytestmark = [pytest.mark.image, pytest.mark.xdist_group("builder")]
+pytestmark = pytest.mark.image
 
 PYTHON = "/opt/venv/bin/python"
 CAGE = "--rm -i --network none --read-only --tmpfs /tmp:exec --cap-drop ALL --user 4242:4242".split()  # noqa: SIM905

@@ -15,7 +15,7 @@ import pytest
 from docker import trees
 from tests.image.repro import ROOT
 
-pytestmark = [pytest.mark.image, pytest.mark.xdist_group("builder")]
+pytestmark = pytest.mark.image
 
 CAGE = ["--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp:exec,mode=1777", "--cap-drop", "ALL"]
 CAGE += ["--security-opt", "no-new-privileges"]

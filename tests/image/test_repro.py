@@ -10,7 +10,7 @@ import pytest
 
 from tests.image import repro
 
-pytestmark = [pytest.mark.image, pytest.mark.xdist_group("builder")]
+pytestmark = pytest.mark.image
 
 
 def test_the_program_built_again_elsewhere_is_the_same(image: str) -> None:
