@@ -94,18 +94,20 @@ def test_every_file_that_changes_is_named(
 
 def test_a_changed_lock_or_program_is_a_note_not_an_error(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = read_json(copy / "runs/first/run.json")
-    write_json(copy / "runs/first/run.json", {**record, "lock": "0" * 64, "code": {"commit": "another"}})
+    write_json(
+        copy / "runs/first/run.json", {**record, "lock": "0" * 64, "code": {**record["code"], "commit": "another"}}
+    )
     verify.run(Options(run="first"))
     output = capsys.readouterr().out
     assert "note     env.lock: was 0000" in output
-    assert "note     program: was {'commit': 'another'}" in output
+    assert "note     program: was {" in output and "'commit': 'another'" in output
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]"])
 def test_a_run_without_a_record_is_refused(text: str, copy: Path) -> None:
     path = copy / "runs/first/run.json"
     path.write_text(text) if text else path.unlink()
-    with pytest.raises(UserError, match=r"run.json: (no such file. The run is not|damaged, or of an older)"):
+    with pytest.raises(UserError, match=r"run.json(: no such file| is damaged)"):
         verify.run(Options(run="first"))
 
 

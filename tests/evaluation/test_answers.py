@@ -76,7 +76,7 @@ def test_a_separator_inside_a_line_does_not_end_it(tmp_path: Path, separator: st
 def test_answers_with_a_separator_are_read_back(
     tmp_path: Path, separator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, inputs = tmp_path / "run", {"questions": ["q"]}
+    run, inputs = tmp_path / "run", {"questions": [f"q{separator}r"]}
     run.mkdir()
     row = {"question": f"q{separator}r", "before": "a", "after": "b", "seen": False}
     (run / "answers.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ def find(root: Path, run: str = "", model: str = "", any_size: bool = False) -> 
 def export_of(run: Path) -> Path:
     """An empty folder that has an export's manifest."""
     (run / "merged").mkdir()
-    write_json(run / "merged" / "manifest.json", {})
+    write_json(run / "merged" / "manifest.json", {"files": {}})
     return run / "merged"
 
 
@@ -35,7 +35,7 @@ def test_a_run_is_its_merged_export_or_its_adapter(tmp_path: Path) -> None:
     assert source.description == "run tiny: its adapter on base-Int4 (no merged export yet)"
     (run / "merged").mkdir()
     assert find(tmp_path, run="tiny").adapter, "a folder without a manifest is an unfinished export"
-    write_json(run / "merged" / "manifest.json", {})
+    write_json(run / "merged" / "manifest.json", {"files": {}})
     source = find(tmp_path, run="tiny")
     assert (source.folder, source.adapter) == (run / "merged", False)
     assert source.recipe["template"] == "chatml"

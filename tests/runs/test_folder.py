@@ -39,5 +39,5 @@ def test_a_record_that_is_missing_or_damaged_is_refused_in_words(tmp_path: Path)
     with pytest.raises(UserError, match="run 'half' is not finished: the same `make train` continues it"):
         folder.read_run(tmp_path / "half")
     (tmp_path / "half" / folder.RECORD).write_text('{"run": ')
-    with pytest.raises(UserError, match=r"run.json: not JSON"):
+    with pytest.raises(UserError, match=r"run.json is damaged: not JSON"):
         folder.read_run(tmp_path / "half")
