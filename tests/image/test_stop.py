@@ -12,7 +12,7 @@ from tests.image.conftest import LEARN, House
 from train.common.files import read_json, sha256
 
 pytestmark = pytest.mark.image
-STEPS = 60
+STEPS = 900  # seconds of training: `docker stop` must come before the end
 NAME = "qwen-test-stop"
 
 

@@ -52,6 +52,8 @@ def explain(error: BaseException, verb: str) -> str | None:
         return f"{name[:80]}{'…' * (len(name) > 80)}: {error.strerror}. {WRONG_PATH[number]}"
     if number == errno.EIO:
         return f"{where}the disk or device failed to answer (input/output error). Check it, then run the command again."
+    if "Connection closed by peer" in str(error):  # gloo's words
+        return "another process of this run has ended, and its message says why. The same command continues."
     if number in NOT_WRITABLE and isinstance(error, OSError):
         return f"{where}{error.strerror}. Make it writable for this user, or give another folder (runs=, models=)."
     return None
