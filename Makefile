@@ -32,7 +32,7 @@ _quote = '$(subst $(_newline),'$$'\n'',$(subst ','\'',$(1)))'
 _key = $(shell tr A-Z a-z <<<'$(patsubst FROM,FROM_RUN,$(1))')
 _typed = $(sort $(foreach v,$(filter-out $(settings) -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(v))),$(v))))
 _keys = DATA MODEL RECIPE RUN FROM STAGE GPUS GPU PROMPT SYSTEM QUESTIONS ENGINE DTYPE LAYOUT ONTO OUT REPLAY MODELS RUNS
-_before = $(strip $(foreach k,$(_keys),$(if $(filter environment,$(origin $(k))),$(k))))
+_before = $(strip $(foreach k,$(_keys),$(if $(filter environment,$(origin $(k))),$(if $(value $(k)),$(k)))))
 _refused = $(if $(_before),$(error $(_before) is set in the environment, where it does not count. \
 Type it after the target (make $@ $(firstword $(_before))=…), or unset it (unset $(_before))))
 _pairs = $(_refused)$(foreach v,$(_typed),$(call _key,$(v))=$(call _quote,$(value $(v)))) $(value ARGS)
@@ -99,7 +99,7 @@ image: ## the image, from env.lock and pinned packages: [CUDA=] [TORCH=] [BASE_I
 
 image-test: setup ## what the image must do, each thing done in it; GPU=1: on the GPU too, and is it the published one?
 	@. docker/common.sh; docker image inspect "$$(image_name)" >/dev/null 2>&1 || docker/build
-	@GPU=$(GPU) $(PY) -m pytest -q -m "image and not slow" tests/image $(value ARGS)
+	@TEST_ON_GPU=$(GPU) $(PY) -m pytest -q -m "image and not slow" tests/image $(value ARGS)
 
 image-repro: ## build it again from other places and at other times: is it the same, to the bit?
 	@python3 tests/image/repro.py $(value ARGS)

@@ -88,6 +88,12 @@ def test_any_value_reaches_the_command_through_the_shell(project: Path) -> None:
     assert output == f"[-m]\n[train]\n[infer]\n[prompt={prompt}]\n[system=two words]\n"
 
 
+def test_targets_within_a_target_see_no_key_of_it() -> None:
+    """The image's tests call make again; a key that image-test exported would be refused there."""
+    printed = make("-n", "image-test", "GPU=1")
+    assert "TEST_ON_GPU=1" in printed and not re.search(r"(^|\s)GPU=", printed)
+
+
 def test_settings_are_not_passed_on_as_keys_but_to_what_needs_them(project: Path) -> None:
     """A setting that nobody gave is not in the environment at all: empty, it would hide the one of .env."""
     settings = ["TORCH=cu118", "PYTHON=python3.10", "IMAGE=i:1", "CA=/ca.pem", "HF_ENDPOINT=https://hub"]
@@ -111,6 +117,7 @@ def test_a_key_before_the_word_make_is_refused(key: str) -> None:
         f"{key.lower().replace('from', 'from_run')}=z"
     ]
     assert make("-n", "lint", **{key: "x"}), "a target without keys asks for none"
+    assert words(make("-n", "infer", **{key: ""}), "infer") == [], "an empty variable says nothing"
 
 
 def test_settings_count_before_the_word_make_and_after_it() -> None:

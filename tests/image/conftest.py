@@ -1,7 +1,7 @@
 """The image that is tested, and a house for one user of it: folders of data, models and runs that are a stranger's as
 much as ours.
 
-IMAGE= names the image (default: the one that `make image` built). GPU=1: what can run on a GPU runs there too. A
+IMAGE= names the image (default: the one that `make image` built). TEST_ON_GPU=1 (make image-test GPU=1): what can run on a GPU runs there too. A
 missing engine or image fails, it does not skip: who asks for these tests means them.
 """
 
@@ -34,7 +34,7 @@ def image() -> str:
 
 
 def accelerators() -> list[str]:
-    return ["cpu", "gpu"] if os.environ.get("GPU") else ["cpu"]
+    return ["cpu", "gpu"] if os.environ.get("TEST_ON_GPU") else ["cpu"]
 
 
 @dataclass

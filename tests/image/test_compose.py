@@ -115,7 +115,9 @@ def test_make_train_with_files_elsewhere(house: House, tmp_path: Path) -> None:
     assert owners(there) == {os.getuid()}
 
 
-@pytest.mark.skipif(not os.environ.get("GPU"), reason="GPU=1 asks for it: the image as it is published, not a stand-in")
+@pytest.mark.skipif(
+    not os.environ.get("TEST_ON_GPU"), reason="GPU=1 asks for it: the image as it is published, not a stand-in"
+)
 def test_the_image_is_the_published_one_and_sees_the_gpu(house: House) -> None:
     """Ubuntu's base and packages, PyTorch's own build: what a machine that reaches only a registry of packages cannot
     build."""
