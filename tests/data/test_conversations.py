@@ -8,7 +8,7 @@ import pytest
 
 from tests.data.mistakes import GOOD, QWEN, Mistake, assert_reported
 from train.common.errors import UserError
-from train.data import conversations
+from train.data import conversations, sources
 from train.data.formats import FORMATS
 
 DATA = Path(__file__).parents[2] / "data"
@@ -71,7 +71,7 @@ def test_folders_and_lists(tmp_path: Path) -> None:
     for name in ("b.json", "a.jsonl", "c.JSON"):
         (tmp_path / name).write_text(f"[{GOOD}]")
     (tmp_path / "notes.txt").write_text("no data")
-    assert [p.name for p in conversations.sources(tmp_path)] == ["a.jsonl", "b.json", "c.JSON"]
+    assert [p.name for p in sources.sources(tmp_path)] == ["a.jsonl", "b.json", "c.JSON"]
     listed = f"{tmp_path / 'c.JSON'}, {tmp_path / 'a.jsonl'}"
     assert [c.location for c in conversations.load(listed)] == [f"{tmp_path / n}:1" for n in ("c.JSON", "a.jsonl")]
     with pytest.raises(UserError, match=r"Did you mean .*a.jsonl"):
@@ -103,9 +103,7 @@ def test_duplicates_are_counted_and_kept(file: Path) -> None:
 
 
 def test_the_samples_have_no_mistakes() -> None:
-    for name, file in zip(
-        ("Alpaca", "OpenAI", "Qwen", "ShareGPT"), conversations.sources(DATA / "samples"), strict=True
-    ):
+    for name, file in zip(("Alpaca", "OpenAI", "Qwen", "ShareGPT"), sources.sources(DATA / "samples"), strict=True):
         checked = conversations.check(file)
         assert not checked.problems and checked.formats == {name: 3} and not checked.unused_keys
 

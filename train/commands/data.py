@@ -24,6 +24,7 @@ from train.config.options import RecipeOptions, build_with_overrides, describe, 
 from train.config.recipe import Recipe, load_recipe
 from train.data import chat_template, conversations
 from train.data.conversations import CheckedData, Conversation
+from train.data.sources import sources
 from train.model.folder import resolve
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def run(options: Options) -> None:
 
 
 def _check(data: str) -> CheckedData:
-    files = conversations.sources(data)
+    files = sources(data)
     with _progress("reading", len(files), sum(path.stat().st_size for path in files)) as advance:
         shares: dict[str, float] = {}
 
@@ -227,7 +228,7 @@ def _check_out(out: Path, data: str) -> None:
     Raises:
         UserError: a file that is read, a folder, a device, or a file in a folder that does not exist.
     """
-    if out.resolve() in {path.resolve() for path in conversations.sources(data)}:
+    if out.resolve() in {path.resolve() for path in sources(data)}:
         raise UserError(f"out={out} is a file that was read: give another name, so that the original stays.")
     if out.is_dir():
         raise UserError(f"out={out}: this is a folder. Give the name of a file: OUT={out / 'messages.jsonl'}")

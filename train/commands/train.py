@@ -21,7 +21,7 @@ from train.config.options import RecipeOptions, build_with_overrides, describe, 
 from train.config.recipe import Recipe, load_recipe, names_of
 from train.config.stages import Stage, count
 from train.config.stages import stage as stage_of_recipe
-from train.data.conversations import sources
+from train.data.sources import sources
 from train.model.folder import find
 from train.model.names import hub_name
 from train.runs.folder import ADAPTER, RECIPE, adapter_source, finished, lock_run

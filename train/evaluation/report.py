@@ -13,7 +13,7 @@ from typing import Any
 
 from train.common import commands
 from train.common.files import write_text
-from train.data.conversations import short_name
+from train.data.sources import short_name
 
 WINDOW_SHARE = 15  # the running mean reaches this share of all steps, 1 / 15, to either side
 BRAILLE_DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # bits of a cell: by column, dots from below

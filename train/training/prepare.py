@@ -24,8 +24,8 @@ from train.common.files import free_bytes, sha256
 from train.config.recipe import Recipe
 from train.data import conversations
 from train.data.batches import Schedule
-from train.data.conversations import hash_data
 from train.data.samples import Sample, encode
+from train.data.sources import hash_data
 from train.model import lora
 from train.model.adapter_file import AdapterFile, read_adapter
 from train.model.decoder import Decoder
