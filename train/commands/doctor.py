@@ -23,6 +23,7 @@ from train.host.machine import Machine
 from train.host.report import Report
 from train.model.architecture import Shape
 from train.model.folder import find, find_damage, is_hub_id, read_manifest
+from train.model.names import hub_name
 from train.model.published import read_folder_shape
 from train.training import memory_estimate, memory_plan
 from train.training.memory_estimate import Setting
@@ -171,7 +172,7 @@ def _download_bytes(model: str) -> int:
     import yaml
 
     lock = yaml.safe_load(MODELS.read_text(encoding="utf-8")) if MODELS.is_file() else {}
-    return 4 * int(lock[model]["bytes"]) if model in lock else 0
+    return 4 * int(lock[name]["bytes"]) if (name := hub_name(model)) in lock else 0
 
 
 def _check_manifest(folder: Path) -> str:

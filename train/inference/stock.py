@@ -4,7 +4,6 @@ The control that our decoder is compared with, and the only file of the program 
 Runs and terminals are not its concern. It is slow: on a CPU auto-gptq dequantises every weight for every token.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -15,9 +14,10 @@ from typing import Any
 import torch
 
 from train.common.errors import UserError
-from train.common.files import read_json
 from train.inference.generate import notice
 from train.inference.sampling import Sampling
+from train.model.base_files import read_object
+from train.model.published import read_published
 
 
 class StockTokenizer:
@@ -45,7 +45,7 @@ def load_stock(folder: Path, trust: bool, dtype: torch.dtype, device: torch.devi
     check_trust(folder, trust)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    int4 = "quantization_config" in read_json(folder / "config.json")
+    int4 = "quantization_config" in read_published(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         if int4 and device.type == "cpu":
@@ -68,7 +68,7 @@ def _gptq_on_cpu(folder: Path, trust: bool) -> Any:
     """auto-gptq in float32, without the kernels that need a GPU."""
     from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
 
-    published = read_json(folder / "config.json")["quantization_config"]
+    published = read_published(folder)["quantization_config"]
     known = {f.name for f in fields(BaseQuantizeConfig)}  # quantize_config.json has the same keys, but may be missing
     with _initialisers_restored():
         return AutoGPTQForCausalLM.from_quantized(
@@ -122,12 +122,15 @@ def check_trust(folder: Path, trust: bool) -> None:
 
 
 def _remote_classes(path: Path) -> Iterator[str]:
-    """module.Class of every auto_map entry in a config file; a list holds the slow and the fast tokenizer."""
-    try:
-        entries = read_json(path).get("auto_map", {}).values()
-    except (FileNotFoundError, json.JSONDecodeError, AttributeError):
-        return
-    for entry in entries:
+    """module.Class of every auto_map entry in a config file; a list holds the slow and the fast tokenizer.
+
+    Raises:
+        UserError: a damaged file, or an auto_map of another form: nobody can say which code it means.
+    """
+    entries = read_object(path).get("auto_map") or {} if path.exists() else {}
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: auto_map is {entries!r:.80}, expected an object.")
+    for entry in entries.values():
         yield from filter(None, entry if isinstance(entry, list) else [entry])
 
 
