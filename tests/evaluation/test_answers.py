@@ -9,7 +9,7 @@ import pytest
 from tests.support.exports import export
 from tests.support.runs import tiny_run
 from train.common.errors import UserError
-from train.common.files import read_json, sha256
+from train.common.files import read_json, sha256, write_json
 from train.data.conversations import hash_data, training_data
 from train.evaluation import answers
 from train.evaluation.answers import find_questions, read_questions
@@ -182,6 +182,10 @@ def test_a_damaged_export_is_named_where_the_adapter_answers_instead(tmp_path: P
     run = tiny_run(tmp_path)
     merged = export(run)
     assert answers.find_pair(run, tmp_path / "models" / "base-Int4").merged == merged
+    manifest = read_json(merged / "manifest.json")
+    write_json(merged / "manifest.json", {**manifest, "parity": {}})
+    assert "parity.agreement is missing" in answers.find_pair(run, tmp_path / "models" / "base-Int4").trained_name
+    write_json(merged / "manifest.json", manifest)
     (merged / "config.json").write_text("{}")
     pair = answers.find_pair(run, tmp_path / "models" / "base-Int4")
     assert pair.merged is None
