@@ -271,3 +271,27 @@ def test_training_notes_what_doctor_says_of_the_data(workspace: Path) -> None:
     recipe = Recipe(model="base-Int4", length=64, rank=4)
     prepared = prepare(recipe, "typo.json", workspace / "runs" / "new", None, Path("models"), 1, "float32")
     assert any('"histroy" (1 row; did you mean "history"?)' in note for note in prepared.notes)
+
+
+def test_a_base_that_is_not_a_chat_model_is_told(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = workspace / "models" / "base-Int4"
+    (base / "generation_config.json").write_text('{"eos_token_id": 256, "chat_format": "raw"}')
+    output = Output(capsys, "model=base-Int4")
+    assert (output.status, output.state["chat"]) == (0, "warn")
+    assert "template=plain" in output.text
+    assert "chat" not in Output(capsys, "model=base-Int4", "template=plain").state
+
+
+def test_a_damaged_file_of_the_base_is_not_ok(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = workspace / "models" / "base-Int4"
+    for name, check in (
+        ("generation_config.json", "tensors"),
+        ("added_tokens.json", "files"),
+        ("qwen.tiktoken", "tokenizer"),
+    ):
+        before = (base / name).read_bytes() if (base / name).is_file() else None
+        (base / name).write_text('{"a": 1,}')
+        output = Output(capsys, "model=base-Int4")
+        assert (output.status, output.state[check]) == (2, "fail"), output.text
+        assert name in output.text
+        (base / name).unlink() if before is None else (base / name).write_bytes(before)

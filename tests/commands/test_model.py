@@ -16,6 +16,7 @@ from tests.support.oracles import tiny_checkpoint, tiny_config, tiny_decoder
 from train.commands import model as model_module
 from train.common.errors import UserError
 from train.common.files import read_json
+from train.model import folder as folder_module
 from train.model import loading
 from train.model import sources as sources_module
 
@@ -300,10 +301,15 @@ def test_a_damaged_folder_is_named(tmp_path: Path, published: Path, monkeypatch:
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(bytes(data))
-    monkeypatch.setattr("train.model.folder.HASHED_ALWAYS", 0)  # as if the file were large
+    monkeypatch.setattr(folder_module, "HASHED_ALWAYS", 4096)  # larger files are hashed on demand
     run(tmp_path, "Some/Tiny")  # the sizes are unchanged
     with pytest.raises(UserError, match=r"model\.safetensors has another sha256"):
         run(tmp_path, "Some/Tiny", verify=True)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"config\.json has 2 bytes[^$]*if the change is yours, remove its manifest\.json"
+    ):
+        run(tmp_path, "Some/Tiny")
     shutil.rmtree(folder)
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.exports import export
 from tests.support.runs import tiny_run
 from train.common.errors import UserError
-from train.common.files import read_json
+from train.common.files import read_json, sha256, write_json
 from train.data.conversations import training_data
 from train.data.sources import hash_data
 from train.evaluation import answers
@@ -128,3 +129,65 @@ def test_each_of_several_files_may_have_its_questions(
     assert find_questions("", record) == (["of b?"], "set/b_questions.txt")
     (tmp_path / "set" / "a_questions.json").write_text('["of a?"]')
     assert find_questions("", record)[0] == ["of a?", "of b?"]
+
+
+# Files of a comparison that are damaged
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("answers.jsonl", "{"),
+        ("answers.jsonl", ""),
+        ("answers.jsonl", "7\n"),
+        ("answers.jsonl", '{"question": "q", "before": 5, "after": "b", "seen": false}\n'),
+        ("answers.jsonl", '{"question": "another", "before": "a", "after": "b", "seen": false}\n'),
+        ("compare.json", "{"),
+        ("compare.json", "null"),
+    ],
+)
+def test_damaged_answers_are_asked_again(tmp_path: Path, name: str, content: str) -> None:
+    row = {"question": "q", "before": "a", "after": "b", "seen": False}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "compare.json").write_text('{"questions": ["q"]}')
+    for other in ("loss.png", "report.md"):
+        (tmp_path / other).touch()
+    assert answers.read_answers(tmp_path, {"questions": ["q"]}) == [AnsweredQuestion("q", "a", "b", False)]
+    (tmp_path / name).write_text(content)
+    assert answers.read_answers(tmp_path, {"questions": ["q"]}) is None
+
+
+def test_losses_that_have_changed_are_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "losses.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    digest = sha256(tmp_path / "losses.jsonl")
+    assert len(answers.read_losses(tmp_path, {"losses_sha256": digest})) == 1
+    (tmp_path / "losses.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    with pytest.raises(UserError, match=r"losses.jsonl is missing, or not what it was"):
+        answers.read_losses(tmp_path, {"losses_sha256": digest})
+    (tmp_path / "losses.jsonl").write_text("{")
+    with pytest.raises(UserError, match=r"losses.jsonl: no step with a loss"):
+        answers.read_losses(tmp_path, {})
+    (tmp_path / "losses.jsonl").unlink()
+    with pytest.raises(UserError, match=r"losses.jsonl is missing"):
+        answers.read_losses(tmp_path, {})
+
+
+def test_without_an_adapter_there_is_no_pair(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="no adapter there"):
+        answers.find_pair(run, tmp_path / "models" / "base-Int4")
+
+
+def test_a_damaged_export_is_named_where_the_adapter_answers_instead(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    merged = export(run)
+    assert answers.find_pair(run, tmp_path / "models" / "base-Int4").merged == merged
+    manifest = read_json(merged / "manifest.json")
+    write_json(merged / "manifest.json", {**manifest, "parity": {}})
+    assert "parity.agreement is missing" in answers.find_pair(run, tmp_path / "models" / "base-Int4").trained_name
+    write_json(merged / "manifest.json", manifest)
+    (merged / "config.json").write_text("{}")
+    pair = answers.find_pair(run, tmp_path / "models" / "base-Int4")
+    assert pair.merged is None
+    assert "(its merged export is damaged: config.json has 2 bytes" in pair.trained_name

@@ -64,10 +64,11 @@ def whole_file(path: Path) -> Iterator[Change]:
 
 
 def keys(path: Path) -> Iterator[Change]:
-    """Each key of a JSON object, at any depth, with each of VALUES and without the key."""
+    """Each key of a JSON object with each of VALUES and without the key; a key within others with some of VALUES in turn."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    for place in _places(content):
-        for value in (DROPPED, *VALUES):
+    for number, place in enumerate(_places(content)):
+        values = VALUES if len(place) == 1 else [VALUES[(number + step) % len(VALUES)] for step in range(0, 9, 3)]
+        for value in (DROPPED, *values):
             changed = copy.deepcopy(content)
             inner = changed
             for part in place[:-1]:

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.exports import export
 from tests.support.oracles import tiny_checkpoint, tiny_config
 from tests.support.runs import tiny_run
 from train.common.errors import UserError
 from train.common.files import write_json
 from train.inference.generate import answers
 from train.inference.trained import Source, find_source, load_run, load_trained, newest_run
+from train.model.tokenizer import load_tokenizer
 
 DEFAULT = "Qwen/Qwen-1_8B-Chat-Int4"
 
@@ -99,3 +101,27 @@ def test_a_run_and_a_model_are_loaded_with_tokenizer_recipe_and_description(tmp_
     expected = answers(model, tokenizer, ["hi"], max_new_tokens=8)
     assert answers(trained.model, trained.tokenizer, ["hi"], max_new_tokens=8) == expected
     assert answers(base.model, base.tokenizer, ["hi"], max_new_tokens=8) != expected
+
+
+def test_a_damaged_export_does_not_answer(tmp_path: Path) -> None:
+    run = export(tiny_run(tmp_path)).parent
+    assert find(tmp_path, run="tiny").folder == run / "merged"
+    (run / "merged" / "config.json").write_text(
+        (run / "merged" / "config.json").read_text().replace("10000.0", "20000.0")
+    )
+    with pytest.raises(UserError, match=r"merged is damaged: config.json has another sha256.*make export RUN=tiny"):
+        find(tmp_path, run="tiny")
+
+
+@pytest.mark.parametrize("prompt", [{"template": "jinja"}, {"template": 5}, {"system": ["x"]}])
+def test_a_prompt_of_another_kind_is_refused(tmp_path: Path, prompt: dict[str, object]) -> None:
+    """In the manifest of an export; a template that is not known would be taken for chatml."""
+    folder = tiny_checkpoint(tmp_path / "models" / "export", tiny_config())
+    write_json(folder / "manifest.json", {"files": {}, "inputs": prompt})
+
+    def ask() -> None:
+        loaded = load_trained(tmp_path / "models", tmp_path / "runs", model="export")
+        answers(loaded.model, load_tokenizer(folder), ["Hi"], max_new_tokens=2, template=str(loaded.recipe["template"]))
+
+    with pytest.raises(UserError, match=r"template=jinja: expected chatml or plain|inputs.(template|system) is"):
+        ask()

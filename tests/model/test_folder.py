@@ -195,6 +195,7 @@ def test_no_name_at_all(tmp_path: Path, name: str) -> None:
         "{}",
         "null",
         "",
+        "[" * 100_000,
     ],
 )
 def test_a_manifest_of_another_form_is_refused_whole(tmp_path: Path, content: str) -> None:

@@ -24,7 +24,9 @@ def write_lines(run: Path, steps: int, torn: bytes = b"") -> Path:
     return path
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"step": 6, "lo', b"\x00\x00\x00\n", b'"\xff', b'{"step": 9}\n', b"7\n"])
+@pytest.mark.parametrize(
+    "torn", [b"", b'{"step": 6, "lo', b"\x00\x00\x00\n", b'"\xff', b'{"step": 9}\n', b"7\n", b"[" * 100_000 + b"\n"]
+)
 def test_a_torn_last_line_is_not_read_and_is_cut_off(tmp_path: Path, torn: bytes) -> None:
     path = write_lines(tmp_path, 5, torn)
     assert losses.read(tmp_path) == [{"step": n, "loss": 1.0} for n in range(1, 6)]

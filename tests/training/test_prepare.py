@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.oracles import tiny_config
+from tests.support.oracles import tiny_checkpoint, tiny_config
 from tests.support.tiny_training import TINY, start, train, write_rows
 from train.common.errors import UserError
 from train.common.files import read_json, write_json
@@ -253,3 +253,13 @@ def test_a_run_begins_anew_after_a_start_that_learnt_nothing(
     printed = capsys.readouterr().out
     assert printed.count("run 'mended' begins anew: an earlier start stopped before its first checkpoint") == 1
     assert read_json(Path("runs/mended/inputs.json"))["recipe"]["rank"] == 2
+
+
+def test_a_base_that_is_not_a_chat_model_is_told(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny_checkpoint(workspace / "models" / "no-chat", tiny_config(), int4=True)
+    (base / "generation_config.json").write_text('{"eos_token_id": 256}')
+    train(run="no-chat", model="no-chat", steps=1)
+    assert "no-chat is not a chat model" in capsys.readouterr().out
+    assert any("Instruct" in note for note in read_json(Path("runs/no-chat/run.json"))["decisions"])
+    train(run="no-chat-plain", model="no-chat", steps=1, template="plain")
+    assert "not a chat model" not in capsys.readouterr().out

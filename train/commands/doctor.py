@@ -178,7 +178,10 @@ def _download_bytes(model: str) -> int:
 def _check_manifest(folder: Path) -> str:
     manifest = read_manifest(folder)
     if wrong := find_damage(folder, manifest, full=False) if manifest else []:
-        raise UserError(f"{folder} is damaged: {'; '.join(wrong)}. Remove the folder and fetch it again.")
+        raise UserError(
+            f"{folder} is damaged: {'; '.join(wrong)}. Remove the folder and fetch it again; or, if the change is yours, "
+            "remove its manifest.json."
+        )
     return "names and sizes as in its manifest" if manifest else "your own folder, without a manifest"
 
 

@@ -22,6 +22,7 @@ from train.config.recipe import Recipe
 from train.evaluation.parity import Parity
 from train.export import manifest, merge, verify
 from train.export.merge import GB, MergeJob
+from train.model.adapter_file import check_present
 from train.model.folder import missing_code, read_manifest, resolve, write_manifest
 from train.model.loading import check_folder, read_folder_config
 from train.runs.folder import read_run
@@ -86,6 +87,7 @@ def _job(options: Options, folder: Path, base: Path, recipe: Recipe) -> MergeJob
     if options.onto:
         merge.check_onto(base, weights)
     check_folder(weights)
+    check_present(folder / "adapter")
     if options.shard_size <= 0:
         raise UserError(f"shard_size={options.shard_size}: expected GB in one file, more than 0. Example: shard_size=4")
     if options.verify < 1:

@@ -69,7 +69,8 @@ def _report(folder: Path, verify: bool) -> None:
     problems = find_damage(folder, manifest, full=verify) if manifest else []
     if problems:
         raise UserError(
-            f"{folder} is damaged: {'; '.join(problems)}.\nRemove the folder and run the same command again."
+            f"{folder} is damaged: {'; '.join(problems)}.\nRemove the folder and run the same command again; or, if the "
+            "change is yours, remove its manifest.json: then it is a folder of your own."
         )
     print(f"{folder}: {describe(folder)}")
     if manifest is None:

@@ -26,6 +26,7 @@ from train.model.lora import load_adapter
 from train.model.tokenizer import load_tokenizer
 from train.runs import losses
 from train.runs.folder import LOSSES
+from train.runs.record_form import PARITY, find_problem
 
 CUT = "…"  # ends an answer that was cut off
 QUESTION_KEYS = ("question", "instruction", "prompt", "query")
@@ -60,7 +61,8 @@ def find_pair(run: Path, base: Path) -> ModelPair:
     current = manifest.get("inputs", {}).get("adapter") == sha256(adapter / "adapter_model.safetensors")
     if not current:
         return ModelPair(base, adapter, None)
-    if damage := find_damage(merged, manifest, full=False):
+    parity = find_problem(manifest.get("parity"), PARITY, "parity")
+    if damage := [*find_damage(merged, manifest, full=False), *filter(None, [parity])]:
         return ModelPair(base, adapter, None, f" (its merged export is damaged: {'; '.join(damage)})")
     device = pick_device()
     if not fits(merged, pick_dtype(device), device):

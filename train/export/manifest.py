@@ -8,10 +8,7 @@ from train.common.errors import UserError
 from train.common.files import sha256
 from train.export.merge import MergeJob
 from train.model.folder import find_damage, read_manifest
-from train.runs.record_form import find_problem
-
-RESULT = {"agreement": (int, float), "tokens": int, "divergence": (int, float)}  # of two models, as Parity.to_json
-PARITY = RESULT | {"against": str, "computed_in": str, "adapter_on_int4": RESULT, "without_adapter": RESULT}
+from train.runs.record_form import PARITY, find_problem
 
 
 def is_weight_file(name: str) -> bool:

@@ -36,7 +36,7 @@ class DamagedFileError(UserError):
 
 def _origin(folder: Path) -> str:
     """The name to fetch a folder by: its hub id, if its manifest has one, else its own name."""
-    with suppress(OSError, ValueError, LookupError, TypeError):
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         return str(json.loads((folder / "manifest.json").read_bytes())["source"]["hub"])
     if folder.parent.name == "snapshots":  # of a hub's cache: models--OWNER--NAME/snapshots/COMMIT
         return folder.parents[1].name.removeprefix("models--").replace("--", "/")

@@ -41,7 +41,7 @@ def _whole_lines(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for step, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         if not isinstance(row, dict) or row.get("step") != step:
             return

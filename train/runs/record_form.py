@@ -1,4 +1,4 @@
-"""The form of run.json and inputs.json: which keys are there, and which type each value has.
+"""The form of run.json, inputs.json and an export's parity: which keys are there, and which type each value has.
 
 Whoever reads a record relies on it, so a record that was cut off, edited or written by something else is refused when it
 is read, with the key. Knows types only, not what the values mean.
@@ -38,6 +38,14 @@ VERIFIED: dict[str, Any] = {
     "device": str,
     "processes": int,
     "steps": int,
+}
+_AGREEMENT = {"agreement": NUMBER, "tokens": int, "divergence": NUMBER}  # of two models
+PARITY: dict[str, Any] = {  # what an export's manifest says of it
+    **_AGREEMENT,
+    "against": str,
+    "computed_in": str,
+    "adapter_on_int4": _AGREEMENT,
+    "without_adapter": _AGREEMENT,
 }
 INPUTS: dict[str, Any] = {
     "data": {"path": str, "sha256": str},
