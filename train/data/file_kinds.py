@@ -8,6 +8,7 @@ import re
 
 from train.data.problems import TextProblem
 
+FOLDER_SUFFIXES = (".json", ".jsonl")  # files that a folder as DATA takes; a single file may have any suffix
 HEAD = 4096  # bytes that are inspected
 EXPECTED = "JSON, in UTF-8"
 PANDAS = """python -c "import pandas; pandas.{reader}('OLD').to_json('NEW.jsonl', orient='records', lines=True, \

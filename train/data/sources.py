@@ -12,6 +12,7 @@ from typing import Any
 
 from train.common.errors import UserError
 from train.common.files import sha256
+from train.data.file_kinds import FOLDER_SUFFIXES
 from train.data.formats import LONE_SURROGATE
 
 
@@ -50,7 +51,7 @@ def _check_names(files: Iterable[Path]) -> None:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".json", ".jsonl") and p.is_file())
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in FOLDER_SUFFIXES and p.is_file())
     if not files:
         raise UserError(f"{folder}: no *.json or *.jsonl file in this folder. Give the file itself: DATA=path/to/file")
     return files
