@@ -7,7 +7,7 @@ slower parser. Texts are kept exactly: nothing is stripped, replaced or left out
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,9 @@ def check(data: str | Path, on_progress: OnProgress | None = None, options: Read
     Raises:
         UserError: no such file.
     """
-    checked = CheckedData()
-    for path in sources(data):
+    checked, files = CheckedData(), sources(data)
+    options = replace(options, files=tuple(files))
+    for path in files:
         _read_file(path, checked, on_progress, options)
     return checked
 
@@ -152,7 +153,7 @@ def _read_row(row: DataRow, file: str, checked: CheckedData) -> list[Problem]:
                 problems.append(Problem(*where, p.found, p.expected, p.remedy, place.cell, p.kind))
     elif not problems:
         checked.conversations.append(Conversation(parsed.turns, parsed.system, row.location))
-        checked.formats[parsed.format] += 1
+        checked.formats[row.format or parsed.format] += 1
         checked.unused_keys.update(parsed.unused_keys)
         checked.unused_turn_keys.update(parsed.unused_turn_keys)
     return problems

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from train.common.errors import UserError
 from train.data import json_rows
-from train.data.data_row import GUESS, DataRow, ReadOptions
+from train.data.data_row import GUESS, DataFile, DataRow, ReadOptions
 from train.data.json_rows import JsonRow, Lines
 from train.data.problems import KeyPath, Place, Problem, TextProblem, merge_kinds
 
@@ -21,7 +21,7 @@ def rows(path: Path, options: ReadOptions = GUESS) -> Iterator[DataRow]:
         UserError: the file cannot be opened.
     """
     try:
-        yield from _json(path, options)
+        yield from _json(DataFile.of(path), options)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
 
@@ -29,16 +29,17 @@ def rows(path: Path, options: ReadOptions = GUESS) -> Iterator[DataRow]:
 # JSON
 
 
-def _json(path: Path, options: ReadOptions) -> Iterator[DataRow]:
-    text, problems = json_rows.decode(path.read_bytes())
+def _json(file: DataFile, options: ReadOptions) -> Iterator[DataRow]:
+    with file.open() as stream:
+        text, problems = json_rows.decode(stream.read())
     lines = Lines(text)
     if problems:
-        placed = tuple(_placed(problem, lines, str(path)) for problem in problems)
-        yield DataRow(f"{path}:1", problems=placed)
+        placed = tuple(_placed(problem, lines, file.name) for problem in problems)
+        yield DataRow(f"{file.name}:1", problems=placed)
     if text == "" and problems:
         return
     for row in json_rows.rows(text, lines):
-        yield _json_row(row, text, lines, str(path))
+        yield _json_row(row, text, lines, file.name)
 
 
 def _json_row(row: JsonRow, text: str, lines: Lines, file: str) -> DataRow:
