@@ -145,13 +145,3 @@ def test_every_key_of_the_recipe_may_be_given() -> None:
     assert (options.data, options.out, options.overrides) == ("x", "y", {"length": "9"})
     with pytest.raises(UserError, match="Known keys"):
         data.parse({"zzzzzz": "1"})
-
-
-def test_languages() -> None:
-    def chinese(answer: str) -> bool:
-        turns = (conversations.Turn("user", "q"), conversations.Turn("assistant", answer))
-        return data._is_chinese(conversations.Conversation(turns, None, "f:1"))
-
-    assert (
-        chinese("用 items[::-1] 反转列表，很简单。") and not chinese("In Chinese: 石子") and not chinese("これは石です")
-    )

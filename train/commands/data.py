@@ -8,10 +8,9 @@ missing.
 """
 
 import json
-import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from train.config.options import RecipeOptions, build_with_overrides, describe, 
 from train.config.recipe import Recipe, load_recipe
 from train.data import chat_template, conversations
 from train.data.conversations import CheckedData, Conversation
+from train.data.counts import Counts
 from train.data.sources import sources
 from train.model.folder import resolve
 
@@ -35,7 +35,6 @@ __doc__ = f"{__doc__}\nEvery key of the recipe can be given too:\n{describe(Reci
 
 LARGE = 2_000_000  # bytes of files, or characters of text, from which progress is shown
 MAX_SHOWN = 1500  # characters of the example
-HAN, KANA, LETTER = re.compile("[\u3400-\u9fff\uf900-\ufaff]"), re.compile("[\u3040-\u30ff]"), re.compile(r"[^\W\d_]")
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,10 @@ def run(options: Options) -> None:
         raise UserError(conversations.report(checked.problems))
 
     # --- count tokens -----------------------------------------------------------------------------------------------
-    rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_words(checked.conversations)}
+    rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_words(checked.counts)}
     tokenizer, reason = _tokenizer(recipe, Path(options.models))
     if tokenizer:
-        rows |= _tokens(_summary(checked.conversations, tokenizer, recipe), recipe)
+        rows |= _tokens(_summary(checked, tokenizer, recipe), recipe)
     else:
         rows["tokens"] = f"not counted, that needs the base. {reason}"
     rows |= _notices(checked)
@@ -120,20 +119,19 @@ def _tokenizer(recipe: Recipe, models: Path) -> "tuple[Tokenizer | None, str]":
         return None, str(error).replace("\n", " ")
 
 
-def _summary(checked: list[Conversation], tokenizer: "Tokenizer", recipe: Recipe) -> "Summary":
+def _summary(checked: CheckedData, tokenizer: "Tokenizer", recipe: Recipe) -> "Summary":
     from train.data.samples import encode
 
-    size = sum(len(turn.text) for conversation in checked for turn in conversation.turns)
-    done_before = 0
-    with _progress("counting tokens", 1, size) as advance:
+    total, done_before = len(checked.conversations), 0
+    with _progress("counting tokens", 1, checked.counts.characters) as advance:
 
         def progress(done: int) -> None:
             nonlocal done_before
-            advance((done - done_before) / len(checked))
+            advance((done - done_before) / total)
             done_before = done
 
-        summary = encode(checked, tokenizer, recipe, progress)[1]
-        progress(len(checked))
+        summary = encode(checked.conversations, tokenizer, recipe, progress)[1]
+        progress(total)
     return summary
 
 
@@ -145,20 +143,13 @@ def _formats(checked: CheckedData) -> str:
     return counts[0][0] if len(counts) == 1 else ", ".join(f"{count:,} {name}" for name, count in counts)
 
 
-def _words(checked: list[Conversation]) -> dict[str, str]:
-    turns = [len(conversation.turns) // 2 for conversation in checked]
-    several = sum(count > 1 for count in turns)
-    chinese = sum(map(_is_chinese, checked)) / len(checked)
+def _words(counts: Counts) -> dict[str, str]:
+    chinese = counts.chinese / counts.conversations
+    several = f"{counts.several:,} conversations have several, at most {counts.most}"
     return {
-        "turns": f"{sum(turns):,} questions and answers; {several:,} conversations have several, at most {max(turns)}",
+        "turns": f"{counts.turns // 2:,} questions and answers; {several}",
         "languages": f"answers roughly {chinese:.0%} Chinese, {1 - chinese:.0%} other",
     }
-
-
-def _is_chinese(conversation: Conversation) -> bool:
-    """A rough guess: three in ten letters of the answers are Han characters, and there is no kana."""
-    text = "".join(turn.text for turn in conversation.turns if turn.role == "assistant")[:2000]
-    return not KANA.search(text) and len(HAN.findall(text)) > 0.3 * len(LETTER.findall(text))
 
 
 def _tokens(s: "Summary", recipe: Recipe) -> dict[str, str]:
@@ -179,7 +170,7 @@ def _tokens(s: "Summary", recipe: Recipe) -> dict[str, str]:
 
 def _notices(checked: CheckedData) -> dict[str, str]:
     rows = {}
-    if count := conversations.duplicates(checked.conversations):
+    if count := checked.counts.duplicates():
         rows["notice"] = f"{count:,} conversations are exact copies of an earlier one; they are kept"
     for number, sentence in enumerate(checked.notices(), 1):
         rows[f"note {number}"] = sentence
@@ -240,7 +231,7 @@ def _check_out(out: Path, data: str) -> None:
         )
 
 
-def _convert(checked: list[Conversation], options: Options) -> None:
+def _convert(checked: Sequence[Conversation], options: Options) -> None:
     out = Path(options.out)
     write_text(out, "".join(f"{as_messages(conversation)}\n" for conversation in checked))
     print(f"\n{out}: {len(checked):,} conversations written, as OpenAI messages.")

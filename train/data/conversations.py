@@ -5,22 +5,28 @@ accepted as a whole or not at all: one report lists every problem in it. Only br
 slower parser. Texts are kept exactly: nothing is stripped, replaced or left out.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from train.common.errors import UserError
-from train.data import json_mistakes, readers
+from train.common.processes import cores, in_processes
+from train.data import counts, json_mistakes, readers
+from train.data.counts import Counts
 from train.data.data_row import GUESS, DataRow, ReadOptions
 from train.data.formats import FORMATS, ParsedRow, Turn
+from train.data.json_stream import Block, NotPlainError
 from train.data.notices import notices
 from train.data.problems import Problem, merge_kinds
 from train.data.sources import hash_data, short_name, sources
 
 MAX_LISTED = 50  # problems that a report lists
+MAX_PROBLEMS = 100_000  # of a file, after which it is not read on: they take memory, and nobody reads them
 ROWS_PER_CALL = 1000  # of on_progress
+KEPT = 32_000_000  # bytes of files up to which the conversations stay in memory; of larger ones they are read again
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,11 @@ class Conversation:
 
 @dataclass
 class CheckedData:
-    """Everything that was read from one or several files. Use `conversations` only if there are no `problems`."""
+    """What was read from one or several files. Use `conversations` only if there are no `problems`."""
 
-    conversations: list[Conversation] = field(default_factory=list)
+    conversations: Sequence[Conversation] = ()  # of large files, these read them again: see StreamedConversations
     problems: list[Problem] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
     formats: Counter[str] = field(default_factory=Counter)  # name in FORMATS -> rows
     unused_keys: Counter[str] = field(default_factory=Counter)  # key that no format has -> rows
     unused_turn_keys: Counter[str] = field(default_factory=Counter)  # key of turns that is not read -> turns
@@ -45,7 +52,91 @@ class CheckedData:
 
     def notices(self) -> list[str]:
         """What a person should know of this data, one sentence each (see notices.py)."""
-        return self.notes + notices(self.conversations, self.unused_keys, self.unused_turn_keys)
+        return self.notes + notices(self.counts, self.unused_keys, self.unused_turn_keys)
+
+    def add(self, row: DataRow, file: str) -> Conversation | None:
+        """Count a row and note its problems; returns its conversation if it has none.
+
+        Args:
+            file: where it is, for a row that does not say so itself.
+        """
+        self.notes += row.notes
+        problems = list(row.problems)
+        if row.readable:
+            parsed = ParsedRow(row.value)
+            if not problems and not parsed.problems:
+                return self._add_sound(Conversation(parsed.turns, parsed.system, row.location), parsed, row.format)
+            problems += _wrong_values(row, parsed, file)
+        self.problems += problems
+        return None
+
+    def _add_sound(self, conversation: Conversation, parsed: ParsedRow, format_name: str) -> Conversation:
+        self.counts.add(conversation)
+        self.formats[format_name or parsed.format] += 1
+        if parsed.unused_keys:
+            self.unused_keys.update(parsed.unused_keys)
+        if parsed.unused_turn_keys:
+            self.unused_turn_keys.update(parsed.unused_turn_keys)
+        return conversation
+
+    def merge(self, later: "CheckedData") -> None:
+        """Add what was found in a later part of the data; its conversations are left out."""
+        self.problems += later.problems
+        self.counts.merge(later.counts)
+        self.formats += later.formats
+        self.unused_keys += later.unused_keys
+        self.unused_turn_keys += later.unused_turn_keys
+        self.notes += later.notes
+
+
+class StreamedConversations(Sequence[Conversation]):
+    """The conversations of files without problems, read again each time: their number is known, no text is kept.
+
+    Walk through them, or take some from the front. One from the middle costs all that are before it.
+    """
+
+    def __init__(self, files: Sequence[Path], options: ReadOptions, count: int) -> None:
+        self.files, self.options, self._count = list(files), options, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Conversation]:
+        """
+        Raises:
+            UserError: a file has changed since it was checked.
+        """
+        number = 0
+        for file in self.files:
+            checked = CheckedData()
+            for row in readers.rows(file, self.options):
+                conversation = checked.add(row, str(file))
+                if checked.problems:
+                    raise changed(file)
+                if conversation:
+                    number += 1
+                    yield conversation
+        if number != self._count:
+            raise changed(*self.files)
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self._count)
+            return list(itertools.islice(self, start, stop, step))
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        return next(itertools.islice(self, index % self._count, None))
+
+
+def changed(*files: Path) -> UserError:
+    """The error for files that are not what they were when they were checked."""
+    return UserError(f"{', '.join(map(str, files))}: changed while this command ran. Start the same command again.")
 
 
 OnProgress = Callable[[str, float], None]  # (file, fraction of it that is read, 0 to 1)
@@ -54,7 +145,7 @@ OnProgress = Callable[[str, float], None]  # (file, fraction of it that is read,
 # Reading
 
 
-def training_data(record: dict[str, Any]) -> tuple[list[Conversation], str]:
+def training_data(record: dict[str, Any]) -> tuple[Sequence[Conversation], str]:
     """The conversations that a run was trained on, and the name of the data; none if a file is missing or has changed.
 
     Args:
@@ -68,7 +159,7 @@ def training_data(record: dict[str, Any]) -> tuple[list[Conversation], str]:
         return [], name
 
 
-def load(data: str | Path, options: ReadOptions = GUESS) -> list[Conversation]:
+def load(data: str | Path, options: ReadOptions = GUESS) -> Sequence[Conversation]:
     """Every conversation of DATA (see `sources`), in order.
 
     Raises:
@@ -97,15 +188,23 @@ def check(data: str | Path, on_progress: OnProgress | None = None, options: Read
     """
     checked, files = CheckedData(), sources(data)
     options = replace(options, files=tuple(files))
+    kept: list[Conversation] | None = [] if sum(path.stat().st_size for path in files) <= KEPT else None
     for path in files:
-        _read_file(path, checked, on_progress, options)
+        one = _check_blocks(path, options, on_progress) if kept is None else None
+        one = one or _check_rows(path, options, on_progress, kept)
+        _finish(path, one)
+        checked.merge(one)
+        if on_progress:
+            on_progress(str(path), 1.0)
+    checked.conversations = (
+        StreamedConversations(files, options, checked.counts.conversations) if kept is None else kept
+    )
     return checked
 
 
 def duplicates(conversations: Iterable[Conversation]) -> int:
     """How many conversations are exact copies of an earlier one."""
-    counts = Counter((c.turns, c.system) for c in conversations)
-    return sum(counts.values()) - len(counts)
+    return counts.of(conversations).duplicates()
 
 
 def report(problems: list[Problem], limit: int = MAX_LISTED) -> str:
@@ -120,40 +219,76 @@ def report(problems: list[Problem], limit: int = MAX_LISTED) -> str:
     return "\n".join(lines)
 
 
-def _read_file(path: Path, checked: CheckedData, on_progress: OnProgress | None, options: ReadOptions) -> None:
-    problems: list[Problem] = []
-    count_before = len(checked.conversations)
+def _check_rows(
+    path: Path, options: ReadOptions, on_progress: OnProgress | None, kept: list[Conversation] | None
+) -> CheckedData:
+    """Read a file row by row.
+
+    Args:
+        kept: takes the conversations; or None.
+    """
+    checked = CheckedData()
     for number, row in enumerate(readers.rows(path, options)):
-        problems += _read_row(row, str(path), checked)
+        conversation = checked.add(row, str(path))
+        if kept is not None and conversation:
+            kept.append(conversation)
         if on_progress and number % ROWS_PER_CALL == 0:
             on_progress(str(path), row.share)
-    if not problems and len(checked.conversations) == count_before:
+        if len(checked.problems) > MAX_PROBLEMS:
+            checked.problems.append(_not_read_on(str(path), row))
+            break
+    return checked
+
+
+def _check_blocks(path: Path, options: ReadOptions, on_progress: OnProgress | None) -> CheckedData | None:
+    """Read a large JSONL file in several processes; None for any other file, and where a careful look is needed."""
+    blocks = readers.blocks(path, options)
+    if blocks is None:
+        return None
+    checked = CheckedData()
+    for share, part in in_processes(_check_block, blocks, cores()):
+        if part is None or len(checked.problems) > MAX_PROBLEMS:
+            return None
+        checked.merge(part)
+        if on_progress:
+            on_progress(str(path), share)
+    return checked
+
+
+def _check_block(block: Block) -> tuple[float, CheckedData | None]:
+    """(share of the file that is read after the block, what was found in it)"""
+    checked = CheckedData()
+    try:
+        for row in block.rows():
+            checked.add(row, str(block.path))
+    except NotPlainError:
+        return block.share, None
+    return block.share, checked
+
+
+def _finish(path: Path, checked: CheckedData) -> None:
+    """Put the problems of a file in order; a file without a row is one too."""
+    if not checked.problems and not checked.counts.conversations:
         nothing = json_mistakes.no_rows()
-        problems.append(Problem(str(path), 1, 1, nothing.found, nothing.expected, nothing.remedy))
-    files = list(dict.fromkeys(p.file for p in problems))  # an archive has several
-    problems.sort(key=lambda p: (files.index(p.file), p.line, p.column))
-    checked.problems += merge_kinds(problems, "kind", "of this kind in the file")
-    if on_progress:
-        on_progress(str(path), 1.0)
+        checked.problems.append(Problem(str(path), 1, 1, nothing.found, nothing.expected, nothing.remedy))
+    files = {file: number for number, file in enumerate(dict.fromkeys(p.file for p in checked.problems))}
+    checked.problems.sort(key=lambda p: (files[p.file], p.line, p.column))  # an archive has several files
+    checked.problems = merge_kinds(checked.problems, "kind", "of this kind in the file")
 
 
-def _read_row(row: DataRow, file: str, checked: CheckedData) -> list[Problem]:
-    """Add the conversation of a row to `checked`; return its problems: mistakes in the text, and wrong values."""
-    checked.notes += row.notes
-    problems = list(row.problems)
-    if not row.readable:
-        return problems
-    parsed = ParsedRow(row.value)
-    if parsed.problems:
-        reported = {(p.line, p.column) for p in problems}  # a mistake in the text of a value is not also a wrong value
-        for p in parsed.problems:
-            place = row.place_of(p.path)
-            if (place.line, place.column) not in reported:
-                where = (row.file or file, place.line, place.column)
-                problems.append(Problem(*where, p.found, p.expected, p.remedy, place.cell, p.kind))
-    elif not problems:
-        checked.conversations.append(Conversation(parsed.turns, parsed.system, row.location))
-        checked.formats[row.format or parsed.format] += 1
-        checked.unused_keys.update(parsed.unused_keys)
-        checked.unused_turn_keys.update(parsed.unused_turn_keys)
+def _not_read_on(file: str, row: DataRow) -> Problem:
+    place, remedy = row.place_of(()), "correct what is listed, and check again"
+    found = f"the row after which reading stopped: more than {MAX_PROBLEMS:,} problems"
+    return Problem(row.file or file, place.line, place.column, found, "none", remedy, place.cell)
+
+
+def _wrong_values(row: DataRow, parsed: ParsedRow, file: str) -> list[Problem]:
+    """The values of a row that its format does not allow."""
+    problems = []
+    reported = {(p.line, p.column) for p in row.problems}  # a mistake in the text of a value is not also a wrong value
+    for p in parsed.problems:
+        place = row.place_of(p.path)
+        if (place.line, place.column) not in reported:
+            where = (row.file or file, place.line, place.column)
+            problems.append(Problem(*where, p.found, p.expected, p.remedy, place.cell, p.kind))
     return problems

@@ -31,6 +31,11 @@ def not_json(at: int, found: str) -> TextProblem:
     return TextProblem(at, found, "{ or [, and one of the four formats", remedy)
 
 
+def rest_not_read(at: int, size: int) -> TextProblem:
+    remedy = "correct what is listed, and check again. One row a line (JSONL) is always read to the end"
+    return TextProblem(at, f"the end of what was read: a file of {size / 1e9:.1f} GB with a mistake", "none", remedy)
+
+
 # Rows
 
 

@@ -38,16 +38,17 @@ class JsonRow:
 
 
 class Lines:
-    """Where the lines of a text start; \\n, \\r\\n and \\r each end a line."""
+    """Where the lines of a text start; \\n, \\r\\n and \\r each end a line. The text begins at `line` and `column`."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, line: int = 1, column: int = 1) -> None:
+        self.text, self.line, self.column = text, line, column
         self.starts = [0, *(match.end() for match in LINE_END.finditer(text))]
 
     def position(self, offset: int) -> tuple[int, int]:
         """(line, column) of a character, both from 1."""
         line = bisect_right(self.starts, offset)
-        return line, offset - self.starts[line - 1] + 1
+        column = offset - self.starts[line - 1] + (self.column if line == 1 else 1)
+        return self.line + line - 1, column
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of each line without its end."""
@@ -68,6 +69,11 @@ def decode(raw: bytes) -> tuple[str, list[TextProblem]]:
     """
     if problem := file_kinds.foreign(raw):
         return "", [problem]
+    return decode_text(raw)
+
+
+def decode_text(raw: bytes) -> tuple[str, list[TextProblem]]:
+    """The same for bytes that are known to be text."""
     skipped = len(BOM) if raw.startswith(BOM) else 0
     raw = raw[skipped:]
     try:
@@ -161,13 +167,13 @@ def rows(text: str, lines: Lines) -> Iterator[JsonRow]:
     first = Lexer(text, len(text), "").skip(0)
     if text[first : first + 1] != "[":
         yield from _lines(text, lines)
-    elif problem := _lists_on_lines(text, first):
+    elif problem := lists_on_lines(text, first):
         yield JsonRow(problem.offset, problem.offset, problems=[problem])
     else:
-        yield from _array(text)
+        yield from array(text)
 
 
-def _lists_on_lines(text: str, first: int) -> TextProblem | None:
+def lists_on_lines(text: str, first: int) -> TextProblem | None:
     """The problem of a file with a list of turns or of texts on each line, judged by its first two lines."""
     line_end = LINE_END.search(text, first)
     second = SPACE.match(text, line_end.end()).end() if line_end else len(text)  # type: ignore[union-attr]
@@ -187,7 +193,12 @@ def _lists_on_lines(text: str, first: int) -> TextProblem | None:
 def _lines(text: str, lines: Lines) -> Iterator[JsonRow]:
     if (only := _not_lines(text, lines)) is not None:
         yield only
-        return
+    else:
+        yield from each_line(text, lines)
+
+
+def each_line(text: str, lines: Lines) -> Iterator[JsonRow]:
+    """The rows of a text with one row a line."""
     for start, stop in lines.spans():
         at = SPACE.match(text, start, stop).end()  # type: ignore[union-attr]
         if at == stop:
@@ -220,10 +231,15 @@ def _not_lines(text: str, lines: Lines) -> JsonRow | None:
     return JsonRow(start, stop, value, sound=True, problems=problems)
 
 
-def _array(text: str) -> Iterator[JsonRow]:
+def array(text: str, at: int | None = None) -> Iterator[JsonRow]:
+    """The rows of a text that is one array.
+
+    Args:
+        at: where the first row begins, in a text that is the later part of an array.
+    """
     reader = _RowReader(text, len(text), "the end of the file")
     parser = reader.parser
-    at, comma = parser.skip(parser.skip(0) + 1), None
+    at, comma = parser.skip(parser.skip(0) + 1 if at is None else at), None
     while (character := parser.peek(at)) not in ("]", ""):
         if character in ",，}":
             parser.add(mistakes.not_a_row(at, character))
