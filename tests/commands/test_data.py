@@ -121,7 +121,7 @@ def test_large_data_shows_progress(tmp_path: Path, models: Path, capsys: pytest.
     path.write_text(row * 2001)
     assert run(f"data={path}", "model=bytes", f"models={models}", "length=1000") == 0
     printed = capsys.readouterr().out
-    assert "reading: 100 of 100 %" in printed and "counting tokens: 100 of 100 %" in printed
+    assert "reading: 100 of 100 %" in printed and "counting tokens: 2,001 of 2,001 conversations" in printed
     assert "2,000 conversations are exact copies of an earlier one" in printed
     assert "2,001 over 1000 tokens: cut" in printed
 

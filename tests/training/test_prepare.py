@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -225,12 +226,11 @@ def test_an_adapter_that_fits_other_linears_is_refused_before_the_base_is_loaded
 def test_a_length_over_the_context_of_the_base_is_noted(
     layout: str, keys: dict[str, Any], limit: int, reason: str
 ) -> None:
-    config, sample = tiny_config(layout, **keys), SimpleNamespace(ids=[0] * 1100)
-    samples: Any = [sample, SimpleNamespace(ids=[0] * 9)]
-    (note,) = prepare.beyond_context(config, 2048, samples)
+    config, lengths = tiny_config(layout, **keys), np.array([1100, 9])
+    (note,) = prepare.beyond_context(config, 2048, lengths)
     assert note.startswith(f"length=2048 is more than the {limit} tokens that the base was made for, and 1 of 2 conv")
     assert reason in note
-    assert prepare.beyond_context(config, limit, samples) == []
+    assert prepare.beyond_context(config, limit, lengths) == []
 
 
 def test_the_note_about_the_length_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

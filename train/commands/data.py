@@ -10,22 +10,21 @@ missing.
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.common.errors import UserError
-from train.common.files import write_text
-from train.common.progress import bar
+from train.common.files import write_lines
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
 from train.config.recipe import Recipe, load_recipe
-from train.data import chat_template, conversations
+from train.data import chat_template, training_set
 from train.data.conversations import CheckedData, Conversation
 from train.data.counts import Counts
 from train.data.sources import sources
 from train.model.folder import resolve
+from train.runs.folder import TOKENS
 
 if TYPE_CHECKING:
     from train.data.samples import Summary
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 __doc__ = f"{__doc__}\nEvery key of the recipe can be given too:\n{describe(Recipe)}\n\nKeys of this command:"
 
-LARGE = 2_000_000  # bytes of files, or characters of text, from which progress is shown
 MAX_SHOWN = 1500  # characters of the example
 
 
@@ -48,6 +46,7 @@ class Options(RecipeOptions):
     model: str = option("", "base whose tokenizer counts; empty: the recipe's")
     out: str = option("", "write the conversations to this file, as OpenAI messages, one per line")
     models: str = option("models", "folder of bases")
+    runs: str = option("runs", "folder of runs; the tokens of large data are kept below it, for `train`")
 
 
 def parse(values: dict[str, str]) -> Options:
@@ -62,18 +61,18 @@ def run(options: Options) -> None:
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
     if options.out:
         _check_out(Path(options.out), options.data)
-    checked = _check(options.data)
-    if checked.problems:
-        raise UserError(conversations.report(checked.problems))
+    tokenizer, reason = _tokenizer(recipe, Path(options.models))
 
     # --- count tokens -----------------------------------------------------------------------------------------------
-    rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_words(checked.counts)}
-    tokenizer, reason = _tokenizer(recipe, Path(options.models))
     if tokenizer:
-        rows |= _tokens(_summary(checked, tokenizer, recipe), recipe)
+        cache = Path(options.runs, TOKENS)
+        checked, _, summary = training_set.load_samples(options.data, tokenizer, recipe, cache)
+        tokens = _tokens(summary, recipe)
     else:
-        rows["tokens"] = f"not counted, that needs the base. {reason}"
-    rows |= _notices(checked)
+        checked = training_set.read(options.data)
+        tokens = {"tokens": f"not counted, that needs the base. {reason}"}
+    rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_words(checked.counts)}
+    rows |= tokens | _notices(checked)
 
     # --- print, convert ---------------------------------------------------------------------------------------------
     print(f"{options.data}: no mistakes.")
@@ -87,28 +86,6 @@ def run(options: Options) -> None:
 # Reading
 
 
-def _check(data: str) -> CheckedData:
-    files = sources(data)
-    with _progress("reading", len(files), sum(path.stat().st_size for path in files)) as advance:
-        shares: dict[str, float] = {}
-
-        def progress(file: str, share: float) -> None:
-            advance(share - shares.get(file, 0.0))
-            shares[file] = share
-
-        return conversations.check(data, progress)
-
-
-@contextmanager
-def _progress(title: str, total: float, size: float) -> Iterator[Callable[[float], None]]:
-    """A bar if there is much to do; else nothing is shown."""
-    if size < LARGE:
-        yield lambda amount: None
-        return
-    with bar(title, total * 100, "%" if total == 1 else "% of a file") as advance:
-        yield lambda amount: advance(amount * 100)
-
-
 def _tokenizer(recipe: Recipe, models: Path) -> "tuple[Tokenizer | None, str]":
     """The tokenizer of the base, or None and the reason."""
     from train.model.tokenizer import load_tokenizer
@@ -117,22 +94,6 @@ def _tokenizer(recipe: Recipe, models: Path) -> "tuple[Tokenizer | None, str]":
         return load_tokenizer(resolve(recipe.model, models)), ""
     except UserError as error:
         return None, str(error).replace("\n", " ")
-
-
-def _summary(checked: CheckedData, tokenizer: "Tokenizer", recipe: Recipe) -> "Summary":
-    from train.data.samples import encode
-
-    total, done_before = len(checked.conversations), 0
-    with _progress("counting tokens", 1, checked.counts.characters) as advance:
-
-        def progress(done: int) -> None:
-            nonlocal done_before
-            advance((done - done_before) / total)
-            done_before = done
-
-        summary = encode(checked.conversations, tokenizer, recipe, progress)[1]
-        progress(total)
-    return summary
 
 
 # Rows of the table: title -> text
@@ -233,7 +194,7 @@ def _check_out(out: Path, data: str) -> None:
 
 def _convert(checked: Sequence[Conversation], options: Options) -> None:
     out = Path(options.out)
-    write_text(out, "".join(f"{as_messages(conversation)}\n" for conversation in checked))
+    write_lines(out, map(as_messages, checked))
     print(f"\n{out}: {len(checked):,} conversations written, as OpenAI messages.")
 
 

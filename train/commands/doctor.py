@@ -262,14 +262,14 @@ def _check_data(report: Report, recipe: Recipe | None, folder: Path | None, data
     reading = report.attempt("rows", lambda: _read(data), _rows_text)
     if reading is None or recipe is None or folder is None:
         return
-    from train.data.samples import encode
+    from train.data.training_set import count_tokens
     from train.model.tokenizer import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(folder)
     except UserError:
         return  # already reported with the base
-    report.attempt("tokens", lambda: encode(reading.conversations, tokenizer, recipe)[1], str)
+    report.attempt("tokens", lambda: count_tokens(reading, tokenizer, recipe), str)
 
 
 def _rows_text(reading: conversations.CheckedData) -> str:

@@ -24,7 +24,7 @@ from train.config.stages import stage as stage_of_recipe
 from train.data.sources import sources
 from train.model.folder import find
 from train.model.names import hub_name
-from train.runs.folder import ADAPTER, RECIPE, adapter_source, finished, lock_run
+from train.runs.folder import ADAPTER, RECIPE, TOKENS, adapter_source, finished, lock_run
 from train.runs.provenance import check_adapter
 from train.training import distributed, launch, launchers, signals
 from train.training.distributed import RankInfo
@@ -171,8 +171,10 @@ def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: i
     recipe, processes = stage.recipe, devices.processes
     if "accumulation" not in options.overrides:
         recipe = prepare.fitted(recipe, stage.run, processes)
-    models, dtype = Path(options.models), dtype_name(devices.dtype)
-    prepared = prepare.prepare(recipe, stage.data, stage.run, stage.parent, models, processes, dtype, later_stages)
+    models, cache, dtype = Path(options.models), Path(options.runs, TOKENS), dtype_name(devices.dtype)
+    prepared = prepare.prepare(
+        recipe, stage.data, stage.run, stage.parent, models, processes, dtype, later_stages, cache
+    )
     if recipe.accumulation != stage.recipe.accumulation:
         rows = prepared.inputs["rows_per_step"]
         prepared.notes.append(f"accumulation={recipe.accumulation}: the run was begun with {rows} rows a step.")

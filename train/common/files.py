@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,19 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` (UTF-8) in one step."""
+    _write(path, [text])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """The same for lines, to which line ends are added; they are never all in memory."""
+    _write(path, (f"{line}\n" for line in lines))
+
+
+def _write(path: Path, texts: Iterable[str]) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        aside.write_text(text, encoding="utf-8")
+        with aside.open("w", encoding="utf-8") as file:
+            file.writelines(texts)
         sync(aside)
         aside.replace(path)
         sync(path.parent)

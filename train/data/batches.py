@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from train.common.errors import UserError
-from train.data.packing import PackedRow, rows_of_epoch
-from train.data.samples import Sample
+from train.data.packing import PackedRow, PackedRows, pack_epoch
+from train.data.samples import Sample, Samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,10 +52,9 @@ class Schedule:
                 f"a run needs samples ({len(samples)}), rows per step ({rows_per_step}), and epochs ({epochs}) or "
                 f"steps ({steps}), all above 0."
             )
-        self._lengths = [len(sample.ids) for sample in samples]
-        self._label_counts = [sample.label_count for sample in samples]
+        self._lengths, self._label_counts = _sizes(samples)
         self._length, self._seed, self._pack, self._rows_per_step = length, seed, pack, rows_per_step
-        self._cached: tuple[int, list[PackedRow]] = (-1, [])
+        self._cached: tuple[int, PackedRows] | None = None
         self._starts = self._epoch_starts(epochs, steps)
 
     def _epoch_starts(self, epochs: float, steps: int) -> list[int]:
@@ -68,9 +67,9 @@ class Schedule:
             starts.append(starts[-1] + math.ceil(per_epoch * share - 1e-9))  # 0.1 * 30 is a little over 3
         return [*starts[:-1], steps if steps > 0 else starts[-1]]
 
-    def _epoch_rows(self, epoch: int) -> list[PackedRow]:
-        if self._cached[0] != epoch:
-            self._cached = epoch, rows_of_epoch(self._lengths, self._length, self._seed, epoch, self._pack)
+    def _epoch_rows(self, epoch: int) -> PackedRows:
+        if self._cached is None or self._cached[0] != epoch:
+            self._cached = epoch, pack_epoch(self._lengths, self._length, self._seed, epoch, self._pack)
         return self._cached[1]
 
     def __len__(self) -> int:
@@ -91,15 +90,24 @@ class Schedule:
         """The rows of a step, for all processes together."""
         epoch = self.epoch(step)
         at = (step - self._starts[epoch]) * self._rows_per_step
-        return [list(row) for row in self._epoch_rows(epoch)[at : at + self._rows_per_step]]
+        packed = self._epoch_rows(epoch)
+        return [packed[row] for row in range(at, min(at + self._rows_per_step, len(packed)))]
 
     def label_count(self, step: int) -> int:
         """Labelled tokens of a step, over all processes: what its summed loss is divided by."""
-        return sum(self._label_counts[index] for row in self.rows(step) for index in row)
+        return sum(int(self._label_counts[row].sum()) for row in self.rows(step))
 
     def token_count(self, step: int) -> int:
         """Real tokens (no padding) of a step, over all processes."""
-        return sum(self._lengths[index] for row in self.rows(step) for index in row)
+        return sum(int(self._lengths[row].sum()) for row in self.rows(step))
+
+
+def _sizes(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+    """(lengths, label counts) of samples, int32 [N]."""
+    if isinstance(samples, Samples):
+        return samples.lengths, samples.label_counts
+    sizes = np.array([(len(sample.ids), sample.label_count) for sample in samples], np.int32)
+    return sizes[:, 0], sizes[:, 1]
 
 
 def collate(

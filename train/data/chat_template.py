@@ -11,8 +11,11 @@ plain:   {system}⏎Instruction: {first line}⏎Input: {other lines}⏎Answer: {
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
+
+import numpy as np
 
 from train.common.errors import UserError
 from train.data.conversations import Conversation
@@ -48,7 +51,7 @@ def chat_template(system: str, template: str = "chatml") -> str:
     return "{% set SYSTEM = " + json.dumps(system) + " %}" + TEMPLATES[template]
 
 
-Part = tuple[list[int], bool]  # ids, and whether they are trained on
+Part = tuple[tuple[str | int, ...], bool]  # texts, each encoded alone, and control tokens; are they trained on?
 
 
 class Encoder(Protocol):
@@ -59,6 +62,13 @@ class Encoder(Protocol):
     endoftext: int
 
     def encode(self, text: str) -> list[int]: ...
+
+
+class BatchEncoder(Encoder, Protocol):
+    """A tokenizer that also encodes many texts at once, each to the ids that `encode` gives it."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[bytes]:
+        """The ids (int32) of each text, as bytes."""
 
 
 def render(
@@ -77,18 +87,33 @@ def render(
     Raises:
         UserError: an unknown template or mask, or mask=published with template=plain.
     """
-    if (template, mask) not in (("chatml", "assistant"), ("chatml", "published"), ("plain", "assistant")):
-        raise UserError(
-            f"template={template} with mask={mask}: expected template=chatml with mask=assistant or published, or "
-            "template=plain with mask=assistant."
-        )
-    system = system if conversation.system is None else conversation.system
+    _check(template, mask)
     ids: list[int] = []
     labelled: list[int] = []
-    for part, is_labelled in _parts(conversation.turns, tokenizer, template, mask == "published", system):
-        ids += part
-        labelled += [int(is_labelled)] * len(part)
+    for pieces, is_labelled in _conversation(conversation, tokenizer, template, mask, system):
+        before = len(ids)
+        ids += _ids(pieces, tokenizer)
+        labelled += [int(is_labelled)] * (len(ids) - before)
     return ids, labelled
+
+
+def render_batch(
+    conversations: Sequence[Conversation], tokenizer: BatchEncoder, template: str, mask: str, system: str
+) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """What `render` gives for each conversation, one after another: (tokens of each, ids int32 [sum], mask uint8 [sum]).
+
+    Arguments and errors as of `render`.
+    """
+    _check(template, mask)
+    parts = [list(_conversation(c, tokenizer, template, mask, system)) for c in conversations]
+    pieces = dict.fromkeys(piece for one in parts for texts, _ in one for piece in texts)
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    encoded: dict[str | int, bytes] = {n: n.to_bytes(4, sys.byteorder) for n in pieces if isinstance(n, int)}
+    encoded |= zip(texts, tokenizer.encode_batch(texts), strict=True)
+    rows = [b"".join([encoded[piece] for pieces, _ in one for piece in pieces]) for one in parts]
+    runs = [sum([len(encoded[piece]) for piece in pieces]) // 4 for one in parts for pieces, _ in one]
+    flags = np.array([is_labelled for one in parts for _, is_labelled in one], np.uint8)
+    return [len(row) // 4 for row in rows], np.frombuffer(b"".join(rows), np.int32), np.repeat(flags, runs)
 
 
 def prompt(
@@ -101,10 +126,30 @@ def prompt(
     """
     if template not in TEMPLATES:
         raise UserError(f"template={template}: expected {' or '.join(TEMPLATES)}.")
-    ids = [token for part, _ in _parts(turns, tokenizer, template, False, system) for token in part]
+    parts = _parts(turns, tokenizer, template, False, system)
+    ids = [token for pieces, _ in parts for token in _ids(pieces, tokenizer)]
     if template == "plain":
         return ids
     return [*ids, tokenizer.im_start, *tokenizer.encode("assistant"), *tokenizer.encode("\n")]
+
+
+def _check(template: str, mask: str) -> None:
+    if (template, mask) not in (("chatml", "assistant"), ("chatml", "published"), ("plain", "assistant")):
+        raise UserError(
+            f"template={template} with mask={mask}: expected template=chatml with mask=assistant or published, or "
+            "template=plain with mask=assistant."
+        )
+
+
+def _ids(pieces: Sequence[str | int], tokenizer: Encoder) -> list[int]:
+    return [token for p in pieces for token in ([p] if isinstance(p, int) else tokenizer.encode(p))]
+
+
+def _conversation(
+    conversation: Conversation, tokenizer: Encoder, template: str, mask: str, system: str
+) -> Iterator[Part]:
+    system = system if conversation.system is None else conversation.system
+    return _parts(conversation.turns, tokenizer, template, mask == "published", system)
 
 
 def _parts(turns: Sequence[Turn], tokenizer: Encoder, template: str, label_frame: bool, system: str) -> Iterator[Part]:
@@ -124,20 +169,20 @@ def _turn(role: str, text: str, tokenizer: Encoder, label_frame: bool, trained: 
         label_frame: train on <|im_start|>, <|im_end|> and the last newline, whatever the role.
         trained: False: an answer that is read but not learnt.
     """
-    is_answer, newline = role == "assistant" and trained, tokenizer.encode("\n")
-    yield [tokenizer.im_start], label_frame
-    yield tokenizer.encode(role) + newline, False
-    yield tokenizer.encode(text), is_answer
-    yield [tokenizer.im_end], is_answer or label_frame
-    yield newline, label_frame
+    is_answer = role == "assistant" and trained
+    yield (tokenizer.im_start,), label_frame
+    yield (role, "\n"), False
+    yield (text,), is_answer
+    yield (tokenizer.im_end,), is_answer or label_frame
+    yield ("\n",), label_frame
 
 
 def _plain(turns: Sequence[Turn], tokenizer: Encoder, system: str) -> Iterator[Part]:
     if system:
-        yield tokenizer.encode(f"{system}\n"), False
+        yield (f"{system}\n",), False
     for turn in turns:
         if turn.role == "assistant":
-            yield [*tokenizer.encode(turn.text), tokenizer.endoftext], turn.trained
+            yield (turn.text, tokenizer.endoftext), turn.trained
         else:
             first, _, rest = turn.text.partition("\n")
-            yield tokenizer.encode(f"Instruction: {first}\n" + (f"Input: {rest}\n" if rest else "") + "Answer: "), False
+            yield (f"Instruction: {first}\n" + (f"Input: {rest}\n" if rest else "") + "Answer: ",), False

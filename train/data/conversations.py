@@ -79,6 +79,11 @@ class CheckedData:
             self.unused_turn_keys.update(parsed.unused_turn_keys)
         return conversation
 
+    def to_json(self) -> dict[str, Any]:
+        """What was counted, without conversations and problems; `restore` reads it."""
+        counters = {name: dict(getattr(self, name)) for name in COUNTERS}
+        return {"counts": self.counts.to_json(), **counters, "notes": self.notes}
+
     def merge(self, later: "CheckedData") -> None:
         """Add what was found in a later part of the data; its conversations are left out."""
         self.problems += later.problems
@@ -89,13 +94,17 @@ class CheckedData:
         self.notes += later.notes
 
 
+COUNTERS = ("formats", "unused_keys", "unused_turn_keys")  # of CheckedData
+
+
 class StreamedConversations(Sequence[Conversation]):
     """The conversations of files without problems, read again each time: their number is known, no text is kept.
 
     Walk through them, or take some from the front. One from the middle costs all that are before it.
     """
 
-    def __init__(self, files: Sequence[Path], options: ReadOptions, count: int) -> None:
+    def __init__(self, files: Sequence[Path], options: ReadOptions, count: int = -1) -> None:
+        """count: -1: not known, and not checked."""
         self.files, self.options, self._count = list(files), options, count
 
     def __len__(self) -> int:
@@ -116,8 +125,18 @@ class StreamedConversations(Sequence[Conversation]):
                 if conversation:
                     number += 1
                     yield conversation
-        if number != self._count:
+        if number != self._count >= 0:
             raise changed(*self.files)
+
+    def parts(self, size: int) -> "Iterator[Block | list[Conversation]]":
+        """The same, for other processes: blocks that `of_block` reads, or lists of `size` conversations."""
+        for file in self.files:
+            if (blocks := readers.blocks(file, self.options)) is not None:
+                yield from blocks
+                continue
+            left = iter(StreamedConversations([file], self.options))
+            while some := list(itertools.islice(left, size)):
+                yield some
 
     @overload
     def __getitem__(self, index: int) -> Conversation: ...
@@ -132,6 +151,22 @@ class StreamedConversations(Sequence[Conversation]):
         if not -self._count <= index < self._count:
             raise IndexError(index)
         return next(itertools.islice(self, index % self._count, None))
+
+
+def of_block(block: Block) -> list[Conversation]:
+    """The conversations of a part of a file without problems.
+
+    Raises:
+        UserError: it has some now.
+    """
+    checked = CheckedData()
+    try:
+        found = [conversation for row in block.rows() if (conversation := checked.add(row, str(block.path)))]
+    except NotPlainError:
+        raise changed(block.path) from None
+    if checked.problems:
+        raise changed(block.path)
+    return found
 
 
 def changed(*files: Path) -> UserError:
@@ -168,13 +203,24 @@ def load(data: str | Path, options: ReadOptions = GUESS) -> Sequence[Conversatio
     return read(data, options).conversations
 
 
-def read(data: str | Path, options: ReadOptions = GUESS) -> CheckedData:
+def restore(data: str | Path, options: ReadOptions, stored: dict[str, Any]) -> CheckedData:
+    """What reading DATA gave, from CheckedData.to_json; the files are not read, and are known to be the same."""
+    files, counts = sources(data), Counts.from_json(stored["counts"])
+    options = replace(options, files=tuple(files))
+    checked = CheckedData(StreamedConversations(files, options, counts.conversations), counts=counts)
+    for name in COUNTERS:
+        getattr(checked, name).update(stored[name])
+    checked.notes += stored["notes"]
+    return checked
+
+
+def read(data: str | Path, options: ReadOptions = GUESS, on_progress: OnProgress | None = None) -> CheckedData:
     """DATA without problems (see `sources`): its conversations, and what a person should know of them.
 
     Raises:
         UserError: no such file, or the report of all problems of all files.
     """
-    checked = check(data, options=options)
+    checked = check(data, on_progress, options)
     if checked.problems:
         raise UserError(report(checked.problems))
     return checked

@@ -6,9 +6,9 @@ that two different ones of a million share one has a chance of 1 to 10²⁶.
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -70,6 +70,7 @@ class Counts:
     characters: int = 0  # of all turns
     found: dict[str, Found] = field(default_factory=dict)  # name in ODD_TEXTS -> what was found
     digests: bytearray = field(default_factory=bytearray)  # DIGEST bytes of each conversation
+    copies: int = 0  # exact copies of an earlier conversation, where `digests` are no longer there
 
     def add(self, conversation: "Conversation") -> None:
         turns = conversation.turns
@@ -103,7 +104,16 @@ class Counts:
     def duplicates(self) -> int:
         """How many conversations are exact copies of an earlier one."""
         digests = np.frombuffer(bytes(self.digests), f"V{DIGEST}")
-        return len(digests) - len(np.unique(digests))
+        return self.copies + len(digests) - len(np.unique(digests))
+
+    def to_json(self) -> dict[str, Any]:
+        """These counts as JSON has them: the number of copies in place of all digests."""
+        return asdict(replace(self, digests=bytearray(), copies=self.duplicates())) | {"digests": None}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Counts":
+        found = {name: Found(**one) for name, one in values["found"].items()}
+        return cls(**{**values, "found": found, "digests": bytearray()})
 
 
 def of(conversations: Iterable["Conversation"]) -> Counts:

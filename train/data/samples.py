@@ -1,26 +1,25 @@
 """Conversations to samples: token ids, which of them are trained on, and a summary for the user.
 
-This module does not know processes, devices and models.
+The samples of a large data set are on the disk (sample_cache.py); in memory are a few numbers for each. This module
+does not know processes, devices and models.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from train.common.errors import UserError
-from train.data import chat_template
 from train.data.conversations import Conversation
-from train.data.packing import rows_of_epoch
+from train.data.encoding import TokenArrays, encode_all, join
+from train.data.packing import pack_epoch
 
 if TYPE_CHECKING:
     from train.data.chat_template import Encoder
 
-CONVERSATIONS_PER_CALL = 256  # of on_progress
 MAX_LISTED = 20  # overlong conversations that an error lists
 
 
@@ -66,6 +65,46 @@ class Sample:
         return int(self.mask[1:].sum())
 
 
+class Samples(Sequence[Sample]):
+    """Conversations of whole `arrays` as samples of at most `length` tokens; which of them, and in what order, is `rows`.
+
+    lengths, label_counts: int32 [N], of each sample.
+    """
+
+    def __init__(self, arrays: TokenArrays, length: int, rows: np.ndarray | None = None) -> None:
+        self.arrays, self.length = arrays, length
+        self._rows = np.arange(len(arrays.lengths)) if rows is None else rows
+        self._starts = np.concatenate([[0], np.cumsum(arrays.lengths, dtype=np.int64)])
+        self._mask_starts = np.concatenate([[0], np.cumsum((arrays.lengths + 7) // 8, dtype=np.int64)])
+        whole = arrays.lengths[self._rows]
+        self.lengths = np.minimum(whole, length)
+        self.label_counts = arrays.label_counts[self._rows]
+        for index in np.flatnonzero(whole > length):
+            self.label_counts[index] = self._mask(self._rows[index], length)[1:].sum()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
+        row, length = self._rows[index], self.lengths[index]
+        start = self._starts[row]
+        return Sample(self.arrays.ids[start : start + length], self._mask(row, length), self.location(index))
+
+    def _mask(self, row: int, length: int) -> np.ndarray:
+        start = self._mask_starts[row]
+        return np.unpackbits(self.arrays.mask[start : start + (length + 7) // 8], count=length)
+
+    def location(self, index: int) -> str:
+        """Where a sample is from: "file:line"."""
+        row = self._rows[index]
+        place, number = self.arrays.places[self.arrays.place[row]], self.arrays.number[row]
+        return place if number < 0 else f"{place}{number}"
+
+    def take(self, indices: np.ndarray | Sequence[int]) -> Samples:
+        """These of the samples, in this order."""
+        return Samples(self.arrays, self.length, self._rows[np.asarray(indices, np.int64)])
+
+
 @dataclass(frozen=True)
 class Summary:
     """What happened to the conversations. `tokens` and `tokens_*` count whole conversations, before any is cut."""
@@ -106,68 +145,77 @@ class Summary:
 
 
 def encode(
-    conversations: Sequence[Conversation],
+    conversations: Iterable[Conversation],
     tokenizer: Encoder,
     settings: SampleSettings,
     on_progress: Callable[[int], None] | None = None,
-) -> tuple[list[Sample], Summary]:
+    characters: int = 0,
+) -> tuple[Samples, Summary]:
     """Samples of at most `settings.length` tokens, in the order of the data, and what happened to each conversation.
 
     Args:
         on_progress: called now and then with the number of conversations that are done.
+        characters: of all conversations, roughly: many are encoded in several processes.
     Raises:
         UserError: overlong=error and some are too long, or no token is left to train on.
     """
-    whole = []
-    for done, conversation in enumerate(conversations, 1):
-        ids, mask = chat_template.render(conversation, tokenizer, settings.template, settings.mask, settings.system)
-        whole.append(Sample(np.array(ids, np.int32), np.array(mask, np.uint8), conversation.location))
-        if on_progress and done % CONVERSATIONS_PER_CALL == 0:
+    parts = encode_all(conversations, tokenizer, settings, characters)
+    return samples_of(join(list(with_progress(parts, on_progress))), settings)
+
+
+def with_progress(parts: Iterable[TokenArrays], on_progress: Callable[[int], None] | None) -> Iterator[TokenArrays]:
+    """The same parts; `on_progress` learns how many conversations have passed."""
+    done = 0
+    for part in parts:
+        done += len(part.lengths)
+        if on_progress:
             on_progress(done)
+        yield part
+
+
+def samples_of(whole: TokenArrays, settings: SampleSettings) -> tuple[Samples, Summary]:
+    """Whole conversations as samples: cut, skipped or refused where they are too long, with something to learn.
+
+    Raises:
+        UserError: overlong=error and some are too long, or no token is left to train on.
+    """
     if settings.overlong == "error":
         _check_lengths(whole, settings.length)
-    kept = [_cut(s, settings.length) for s in whole if settings.overlong == "cut" or len(s.ids) <= settings.length]
-    samples = [sample for sample in kept if sample.label_count]
-    if not samples:
+    fits = whole.lengths <= settings.length
+    kept = Samples(whole, settings.length, np.flatnonzero(fits | (settings.overlong == "cut")))
+    samples = kept.take(np.flatnonzero(kept.label_counts))
+    if not len(samples):
         raise UserError(
-            f"no token to train on: {len(whole)} conversations, none with an answer within length={settings.length} "
+            f"no token to train on: {len(fits)} conversations, none with an answer within length={settings.length} "
             f"(overlong={settings.overlong}). Raise length=."
         )
-    unlearnable = tuple(sample.location for sample in kept if not sample.label_count)
-    turns = sum(len(conversation.turns) for conversation in conversations)
-    return samples, _summary(whole, turns, samples, unlearnable, settings)
+    unlearnable = tuple(kept.location(index) for index in np.flatnonzero(kept.label_counts == 0))
+    return samples, _summary(whole, samples, unlearnable, settings)
 
 
-def _check_lengths(samples: Sequence[Sample], length: int) -> None:
-    long = [f"{s.location}: {len(s.ids)} tokens" for s in samples if len(s.ids) > length]
-    if long:
-        more = [f"… and {len(long) - MAX_LISTED} more"] if len(long) > MAX_LISTED else []
-        first = f"{len(long)} conversations over length={length}. Raise length=, or give overlong=cut or overlong=skip."
-        raise UserError("\n".join([first, *long[:MAX_LISTED], *more]))
+def _check_lengths(whole: TokenArrays, length: int) -> None:
+    rows = np.flatnonzero(whole.lengths > length)
+    if len(rows):
+        named = Samples(whole, length, rows[:MAX_LISTED])
+        listed = [f"{named.location(n)}: {whole.lengths[row]} tokens" for n, row in enumerate(rows[:MAX_LISTED])]
+        more = [f"… and {len(rows) - MAX_LISTED} more"] if len(rows) > MAX_LISTED else []
+        first = f"{len(rows)} conversations over length={length}. Raise length=, or give overlong=cut or overlong=skip."
+        raise UserError("\n".join([first, *listed, *more]))
 
 
-def _cut(sample: Sample, length: int) -> Sample:
-    if len(sample.ids) <= length:
-        return sample
-    return dataclasses.replace(sample, ids=sample.ids[:length].copy(), mask=sample.mask[:length].copy())
-
-
-def _summary(
-    whole: list[Sample], turns: int, samples: list[Sample], unlearnable: tuple[str, ...], settings: SampleSettings
-) -> Summary:
-    lengths = np.array([len(sample.ids) for sample in whole])
-    overlong = lengths[lengths > settings.length]
-    rows, efficiency = _efficiency(samples, settings)
-    low, median, p95, high = (int(np.quantile(lengths, q, method="higher")) for q in (0, 0.5, 0.95, 1))
+def _summary(whole: TokenArrays, samples: Samples, unlearnable: tuple[str, ...], settings: SampleSettings) -> Summary:
+    overlong = whole.lengths[whole.lengths > settings.length].astype(np.int64)
+    rows, efficiency = _efficiency(samples.lengths, settings)
+    low, median, p95, high = (int(np.quantile(whole.lengths, q, method="higher")) for q in (0, 0.5, 0.95, 1))
     return Summary(
-        conversations=len(whole),
-        turns=turns,
-        tokens=int(lengths.sum()),
+        conversations=len(whole.lengths),
+        turns=int(whole.turns.sum(dtype=np.int64)),
+        tokens=int(whole.lengths.sum(dtype=np.int64)),
         tokens_min=low,
         tokens_median=median,
         tokens_p95=p95,
         tokens_max=high,
-        label_tokens=sum(sample.label_count for sample in samples),
+        label_tokens=int(samples.label_counts.sum(dtype=np.int64)),
         length=settings.length,
         overlong=len(overlong),
         action=settings.overlong,
@@ -179,12 +227,13 @@ def _summary(
     )
 
 
-def _efficiency(samples: Sequence[Sample], settings: SampleSettings) -> tuple[int, float]:
+def _efficiency(lengths: np.ndarray, settings: SampleSettings) -> tuple[int, float]:
     """(rows, real tokens / positions) of the first epoch. Without packing, rows are as long as the longest of a batch."""
-    lengths = [len(sample.ids) for sample in samples]
-    rows = rows_of_epoch(lengths, settings.length, settings.seed, 0, settings.pack)
-    widths = [sum(lengths[i] for i in row) for row in rows]
+    rows = pack_epoch(lengths, settings.length, settings.seed, 0, settings.pack)
+    tokens = int(lengths.sum(dtype=np.int64))
     if settings.pack:
-        return len(rows), sum(widths) / (len(rows) * settings.length)
-    batches = [widths[at : at + settings.batch] for at in range(0, len(widths), settings.batch)]
-    return len(rows), sum(widths) / sum(max(batch) * len(batch) for batch in batches)
+        return len(rows), tokens / (len(rows) * settings.length)
+    widths = lengths[rows.order]
+    batches = np.arange(0, len(widths), settings.batch)
+    sizes = np.diff([*batches, len(widths)])
+    return len(rows), tokens / int((np.maximum.reduceat(widths, batches).astype(np.int64) * sizes).sum())

@@ -9,23 +9,22 @@ regex tables are older.
 """
 
 import base64
+import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from train.common.errors import UserError
 from train.common.files import write_json, write_text
 from train.model.base_files import DamagedFileError, check_present, read_object
+from train.model.word_cache import PATTERN, WordCache, fits
 
-# Published with Qwen-1 (tokenization_qwen.py, PAT_STR) and with Qwen2: the pattern of cl100k, but digits one by one.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 TOKENIZERS = ("qwen.tiktoken", "tokenizer.json")  # the first that a folder has is read
 QWEN_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)))
 
@@ -58,6 +57,15 @@ class Tokenizer:
         self.endoftext, self.im_start, self.im_end = (_control_id(control, name) for name in QWEN_CONTROL[:3])
         self.pad = self.endoftext  # as published: rows are padded with <|endoftext|>
         self.stop_ids = (self.im_end, self.endoftext)
+        self._encode_batch: Callable[[Sequence[str]], list[bytes]] | None = None  # made when it is needed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_encode_batch": None}
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides the ids of a text."""
+        content = {"text": json.loads(self.backend.to_str()), "control": self.control}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:
@@ -66,8 +74,24 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of NFC(text). Control tokens in `text` are plain text; lone surrogates become U+FFFD."""
-        text = unicodedata.normalize("NFC", text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(_normalised(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[bytes]:
+        """The ids of each text that `encode` gives, as the bytes of int32. Not for several threads at once."""
+        if self._encode_batch is None:
+            self._encode_batch = self._batch_encoder()
+        return self._encode_batch(texts)
+
+    def _batch_encoder(self) -> Callable[[Sequence[str]], list[bytes]]:
+        if not fits(self.backend):
+            return self._library_batch
+        size = self.backend.get_vocab_size()
+        words = WordCache(self.backend, [self.bytes_of(token_id) for token_id in range(size)])
+        return lambda texts: words.encode_batch(texts, self.encode)
+
+    def _library_batch(self, texts: Sequence[str]) -> list[bytes]:
+        encodings = self.backend.encode_batch(list(map(_normalised, texts)), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32).tobytes() for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -113,6 +137,10 @@ class Tokenizer:
             "tokenizer_class": "Qwen2Tokenizer",
             "unk_token": None,
         }
+
+
+def _normalised(text: str) -> str:
+    return unicodedata.normalize("NFC", text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 def added_token(name: str, token_id: int, special: bool = True) -> dict[str, Any]:

@@ -28,6 +28,8 @@ CHECKPOINTS = "checkpoints"  # step-000123/
 ADAPTER = "adapter"  # in the files that peft reads
 RECORD = "run.json"  # written last: its presence means that the run is finished
 
+TOKENS = ".cache/tokens"  # beside the runs: tokens of large data, which several runs share
+
 
 def adapter_source(name: str, runs: Path) -> Path:
     """The folder that FROM= names: a run below `runs`, or else a path, to a run's folder or to one with an adapter."""

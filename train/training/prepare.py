@@ -1,8 +1,8 @@
 """Everything before the first step: all checks that need no weights, the decisions taken for the user, and the model.
 
 Reads the recipe, the data, the base's small files and the run's folder, and writes nothing before `begin`. Problems are
-gathered and raised at once. Knows nothing of engines. The whole data set is in memory as token ids, so it is checked
-whole.
+gathered and raised at once. Knows nothing of engines. The whole data set is checked; its tokens are in memory, or of
+large data in a cache on the disk.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,9 +23,9 @@ from train.common.device import dtype_name
 from train.common.errors import UserError, first_few
 from train.common.files import free_bytes, sha256
 from train.config.recipe import Recipe
-from train.data import conversations
+from train.data import training_set
 from train.data.batches import Schedule
-from train.data.samples import Sample, encode
+from train.data.samples import Sample
 from train.data.sources import hash_data
 from train.model import lora
 from train.model.adapter_file import AdapterFile, read_adapter
@@ -49,7 +50,7 @@ class PreparedRun:
     folder: Path
     base: Path
     tokenizer: Tokenizer
-    samples: list[Sample]
+    samples: Sequence[Sample]
     schedule: Schedule
     inputs: dict[str, Any]
     parent: Path | None
@@ -70,6 +71,7 @@ def prepare(
     processes: int,
     dtype: str,
     later_stages: int = 0,
+    cache: Path = Path("runs", folder.TOKENS),
 ) -> PreparedRun:
     """Check all that can be checked; nothing is written and no weights are loaded.
 
@@ -77,33 +79,51 @@ def prepare(
         run: its folder. parent: the run, or the folder of an adapter, that this one starts from; or None.
         processes: how many share the rows of a step. dtype: of the computation, as inputs.json has it.
         later_stages: number of stages after this one, which need space on the disk too.
+        cache: the folder for the tokens of large data.
     Raises:
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
-    loaded, base, adapter = _run_all(
-        lambda: conversations.read(data), lambda: resolve(recipe.model, models), lambda: _read_parent(recipe, parent)
-    )
+    base, adapter = _read_base(recipe, data, parent, models)
     config, _ = read_folder_config(base)
     targets = lora.targets(config.layout, recipe.targets)
-    if parent is not None:
+    if parent is not None and adapter is not None:
         with _about(parent):
             lora.check_targets(adapter, recipe, config)
     tokenizer = load_tokenizer(base)
-    samples, summary = encode(loaded.conversations, tokenizer, recipe)
+    hashes = hash_data(data)
+    loaded, samples, summary = training_set.load_samples(data, tokenizer, recipe, cache, hashes=hashes)
     notes = [str(summary), *_without_labels(summary.unlearnable, recipe.unlearnable)]
     notes += [f"data: {notice}." for notice in loaded.notices()]
     notes += _parent_notes(recipe, adapter) if adapter else []
     notes += filter(None, [no_chat_model(base, tokenizer, recipe.template)])
-    notes += beyond_context(config, recipe.length, samples)
+    notes += beyond_context(config, recipe.length, samples.lengths)
     rows = recipe.batch * recipe.accumulation * processes
     schedule = Schedule(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
-    inputs = _inputs(recipe, data, base, parent, rows, dtype)
+    inputs = _inputs(recipe, {"path": data, **hashes}, base, parent, rows, dtype)
     lineage = provenance.lineage(parent)
     prepared = PreparedRun(recipe, run, base, tokenizer, samples, schedule, inputs, parent, notes, lineage)
     check_unchanged(run, inputs, recipe_defaults=asdict(Recipe()))
     if not prepared.finished:
         _check_disk(prepared, config, targets, later_stages)
     return prepared
+
+
+def _read_base(recipe: Recipe, data: str, parent: Path | None, models: Path) -> tuple[Path, AdapterFile | None]:
+    """The base's folder and the adapter to start from.
+
+    Raises:
+        UserError: all that is wrong with them, and with the data: a person corrects it at once.
+    """
+    try:
+        base, adapter = _run_all(lambda: resolve(recipe.model, models), lambda: _read_parent(recipe, parent))
+    except UserError as error:
+        message = str(error)
+        try:
+            training_set.read(data)
+        except UserError as found:
+            message = f"{found}\n{message}"
+        raise UserError(message) from error
+    return base, adapter
 
 
 def _run_all(*checks: Callable[[], Any]) -> list[Any]:
@@ -129,8 +149,8 @@ def _without_labels(places: Sequence[str], action: str) -> list[str]:
     return [f"{text}: left out (unlearnable=skip)."]
 
 
-def beyond_context(config: DecoderConfig, length: int, samples: Sequence[Sample]) -> list[str]:
-    """A note where `length` is over what the base was made for, and how many samples are.
+def beyond_context(config: DecoderConfig, length: int, lengths: np.ndarray) -> list[str]:
+    """A note where `length` is over what the base was made for, and how many samples (of these lengths) are.
 
     Rotary positions exist for any length. Dynamic NTK (Qwen-1, beyond seq_length) is off in training, as published.
     """
@@ -138,10 +158,10 @@ def beyond_context(config: DecoderConfig, length: int, samples: Sequence[Sample]
     limit = min(limit, config.seq_length) if ntk else limit
     if length <= limit:
         return []
-    count = sum(len(sample.ids) > limit for sample in samples)
+    count = int((lengths > limit).sum())
     reason = "training computes positions without dynamic NTK, answers with it" if ntk else "it has not seen them"
     return [
-        f"length={length} is more than the {limit} tokens that the base was made for, and {count} of {len(samples)} "
+        f"length={length} is more than the {limit} tokens that the base was made for, and {count} of {len(lengths)} "
         f"conversations have more: {reason}. length={limit} keeps to them."
     ]
 
@@ -200,11 +220,13 @@ def check_supported(recipe: Recipe, device: str) -> None:
         )
 
 
-def _inputs(recipe: Recipe, data: str, base: Path, parent: Path | None, rows: int, dtype: str) -> dict[str, Any]:
+def _inputs(
+    recipe: Recipe, data: dict[str, Any], base: Path, parent: Path | None, rows: int, dtype: str
+) -> dict[str, Any]:
     """The content of inputs.json: all that decides the results of the run."""
     adapter = {"run": parent.name, "sha256": sha256(adapter_folder(parent) / lora.WEIGHTS)} if parent else None
     return {
-        "data": {"path": data, **hash_data(data)},
+        "data": data,
         "base": {"name": recipe.model, "files": provenance.hash_folder(base)},
         "from": adapter,
         "recipe": asdict(recipe),

@@ -4,6 +4,7 @@ Knows no engine and no step. Nothing here is saved as it is: save_resume.py choo
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class RunState:
 
     recipe: Recipe
     schedule: Schedule
-    samples: list[Sample]
+    samples: Sequence[Sample]
     pad_id: int
     folder: Path
     rank_info: RankInfo

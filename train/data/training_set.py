@@ -1,0 +1,136 @@
+"""DATA as samples to train on: read, checked and encoded; or taken from the cache, where it is large and was seen before.
+
+Small data are encoded at each start: that takes a second, and leaves nothing behind. Large data show their progress.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from train.common.progress import bar
+from train.data import conversations
+from train.data.chat_template import BatchEncoder
+from train.data.conversations import CheckedData, OnProgress
+from train.data.data_row import GUESS, ReadOptions
+from train.data.encoding import Template, TokenArrays, encode_all, join
+from train.data.sample_cache import key_of, load_or_build
+from train.data.samples import Samples, SampleSettings, Summary, encode, samples_of, with_progress
+from train.data.sources import hash_data, sources
+
+SMALL = 32_000_000  # bytes of files up to which nothing is written
+SHOWN = 2_000_000  # bytes of files from which progress is shown
+BYTES_PER_BYTE = 1.5  # of tokens for a byte of data: 4 for each of 0.3 tokens, and some to spare
+
+
+class CachedEncoder(BatchEncoder, Protocol):
+    """A tokenizer that can say which one it is."""
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides its ids."""
+
+
+def load_samples(
+    data: str,
+    tokenizer: CachedEncoder,
+    settings: SampleSettings,
+    cache: Path,
+    options: ReadOptions = GUESS,
+    hashes: dict[str, Any] | None = None,
+) -> tuple[CheckedData, Samples, Summary]:
+    """The conversations of DATA without problems, and their samples.
+
+    Args:
+        cache: the folder of caches, which is made if the data are large.
+        hashes: hash_data(data), if it is known.
+    Raises:
+        UserError: no such file, the report of all problems, or whatever `samples_of` finds.
+    """
+    size = sum(path.stat().st_size for path in sources(data))
+    if size <= SMALL:
+        checked = read(data, options)
+        with _bar("counting tokens", len(checked.conversations), size) as done:
+            samples, summary = encode(checked.conversations, tokenizer, settings, done, checked.counts.characters)
+        return checked, samples, summary
+
+    def build() -> tuple[Iterable[TokenArrays], dict[str, Any]]:
+        checked = read(data, options)
+        return _encoded(data, checked, tokenizer, settings, size), checked.to_json()
+
+    key = key_of(
+        data=hashes or hash_data(data),
+        files=[str(path) for path in sources(data)],
+        options=str(options),
+        template=asdict(Template.of(settings)),
+        tokenizer=tokenizer.fingerprint(),
+    )
+    arrays, stored = load_or_build(cache, key, build, int(BYTES_PER_BYTE * size))
+    return (conversations.restore(data, options, stored), *samples_of(arrays, settings))
+
+
+def count_tokens(checked: CheckedData, tokenizer: BatchEncoder, settings: SampleSettings) -> Summary:
+    """What `load_samples` says of the same data; no id is kept.
+
+    Raises:
+        UserError: whatever `samples_of` finds.
+    """
+    parts = encode_all(checked.conversations, tokenizer, settings, checked.counts.characters)
+    return samples_of(join([replace(part, ids=part.ids[:0]) for part in parts]), settings)[1]
+
+
+def read(data: str, options: ReadOptions = GUESS) -> CheckedData:
+    """DATA without problems; large data show their progress.
+
+    Raises:
+        UserError: no such file, or the report of all problems.
+    """
+    files = sources(data)
+    with _reading_bar(len(files), sum(path.stat().st_size for path in files)) as on_progress:
+        return conversations.read(data, options, on_progress)
+
+
+def _encoded(
+    data: str, checked: CheckedData, tokenizer: CachedEncoder, settings: SampleSettings, size: int
+) -> Iterator[TokenArrays]:
+    count = 0
+    with _bar("counting tokens", len(checked.conversations), size) as done:
+        parts = encode_all(checked.conversations, tokenizer, settings, checked.counts.characters)
+        for part in with_progress(parts, done):
+            count += len(part.lengths)
+            yield part
+    if count != len(checked.conversations):
+        raise conversations.changed(*sources(data))
+
+
+@contextmanager
+def _bar(title: str, total: int, size: int) -> Iterator[Callable[[int], None] | None]:
+    """Yield a function that is told how many of `total` conversations are done; None for little data."""
+    if size < SHOWN:
+        yield None
+        return
+    before = 0
+
+    def done(count: int) -> None:
+        nonlocal before
+        advance(count - before)
+        before = count
+
+    with bar(title, total, "conversations") as advance:
+        yield done
+
+
+@contextmanager
+def _reading_bar(files: int, size: int) -> Iterator[OnProgress | None]:
+    """Yield what is told the share of each file that is read; None for little data."""
+    if size < SHOWN:
+        yield None
+        return
+    shares: dict[str, float] = {}
+
+    def progress(file: str, share: float) -> None:
+        advance(100 * (share - shares.get(file, 0.0)))
+        shares[file] = share
+
+    with bar("reading", 100 * files, "%" if files == 1 else "% of a file") as advance:
+        yield progress
