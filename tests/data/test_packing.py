@@ -2,9 +2,11 @@
 
 import random
 
+import numpy as np
 import pytest
 
-from train.data.packing import rows_of_epoch
+from train.data import packing
+from train.data.packing import pack_epoch, rows_of_epoch
 
 PINNED_PLAIN = [[7], [3], [0], [1], [4], [2], [5], [6]]
 PINNED_PACKED = [[4, 2], [0, 5, 6], [1, 7], [3]]
@@ -56,3 +58,17 @@ def test_packing_a_hundred_thousand_wastes_little() -> None:
 def test_a_sample_longer_than_a_row_is_refused() -> None:
     with pytest.raises(ValueError, match="sample 1 has 5 tokens"):
         rows_of_epoch([4, 5], 4, 0, 0, True)
+
+
+def test_the_fast_way_gives_the_rows_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "AT_ONCE", 7)
+    draw = random.Random(6)
+    for _ in range(150):
+        length = draw.choice([1, 8, 33, 2048])
+        lengths = [draw.randint(1, length) for _ in range(draw.randint(0, 80))]
+        for pack in (True, False):
+            seed, epoch = draw.randrange(2**70) - 2**69, draw.randrange(5)
+            packed = pack_epoch(np.array(lengths, np.int32), length, seed, epoch, pack)
+            assert list(packed) == rows_of_epoch(lengths, length, seed, epoch, pack)
+    with pytest.raises(ValueError, match="a sample has 5 tokens, a row 4"):
+        pack_epoch(np.array([4, 5], np.int32), 4, 0, 0, True)

@@ -11,7 +11,7 @@ import tokenizers
 
 from tests.model.test_tokenizer import MATERIAL, lines, published  # noqa: F401  # a fixture
 from train.model import word_cache
-from train.model.tokenizer import Tokenizer, byte_level_bpe, load_tokenizer
+from train.model.tokenizer import MANY, Tokenizer, byte_level_bpe, load_tokenizer
 from train.model.word_cache import PATTERN, Borders, fits
 
 NASTY = [
@@ -32,7 +32,13 @@ NASTY = [
 
 @pytest.fixture(scope="module")
 def tokenizer(published: Path) -> Tokenizer:  # noqa: F811
-    return load_tokenizer(published)
+    return at_once(load_tokenizer(published))
+
+
+def at_once(tokenizer: Tokenizer) -> Tokenizer:
+    """The same, as if it had encoded many texts already."""
+    tokenizer._characters = MANY + 1
+    return tokenizer
 
 
 def as_lists(encoded: list[bytes]) -> list[list[int]]:
@@ -88,13 +94,22 @@ def test_tokens_that_begin_or_end_within_a_character_count() -> None:
 def test_another_pattern_is_left_to_the_library(tokenizer: Tokenizer) -> None:
     content = json.loads(tokenizer.backend.to_str())
     content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = PATTERN.replace(r"\p{N}", r"\p{N}{1,3}")
-    other = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), tokenizer.control)
+    other = at_once(Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), tokenizer.control))
     assert not fits(other.backend)
     assert as_lists(other.encode_batch(["12345 年", "e\u0301"])) == [other.encode("12345 年"), other.encode("e\u0301")]
+    assert other._words is None
+
+
+def test_a_few_texts_do_not_wait_for_the_cache(published: Path) -> None:  # noqa: F811
+    fresh = load_tokenizer(published)
+    assert as_lists(fresh.encode_batch(["hi", "说明"])) == [fresh.encode("hi"), fresh.encode("说明")]
+    assert fresh._words is None
+    fresh.encode_batch(["a " * MANY])
+    assert fresh._words is not None
 
 
 def test_a_small_vocabulary(tokenizer: Tokenizer) -> None:
     letters = {chr(n): i for i, n in enumerate((*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144)))}
-    small = Tokenizer(byte_level_bpe(letters, []), tokenizer.control)
+    small = at_once(Tokenizer(byte_level_bpe(letters, []), tokenizer.control))
     texts = [*NASTY, *MATERIAL.split("\n")]
     assert fits(small.backend) and as_lists(small.encode_batch(texts)) == [small.encode(text) for text in texts]

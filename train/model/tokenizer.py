@@ -12,7 +12,8 @@ import base64
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from train.common.files import write_json, write_text
 from train.model.base_files import DamagedFileError, check_present, read_object
 from train.model.word_cache import PATTERN, WordCache, fits
 
+MANY = 3_000_000  # characters from which it pays to make a WordCache, which takes a second
 TOKENIZERS = ("qwen.tiktoken", "tokenizer.json")  # the first that a folder has is read
 QWEN_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)))
 
@@ -57,10 +59,11 @@ class Tokenizer:
         self.endoftext, self.im_start, self.im_end = (_control_id(control, name) for name in QWEN_CONTROL[:3])
         self.pad = self.endoftext  # as published: rows are padded with <|endoftext|>
         self.stop_ids = (self.im_end, self.endoftext)
-        self._encode_batch: Callable[[Sequence[str]], list[bytes]] | None = None  # made when it is needed
+        self._characters = 0  # that were encoded in batches
+        self._words: WordCache | None = None  # made when there are many
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_encode_batch": None}
+        return {**self.__dict__, "_words": None}
 
     def fingerprint(self) -> str:
         """A hash of all that decides the ids of a text."""
@@ -78,20 +81,17 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text that `encode` gives, as the bytes of int32. Not for several threads at once."""
-        if self._encode_batch is None:
-            self._encode_batch = self._batch_encoder()
-        return self._encode_batch(texts)
+        self._characters += sum(map(len, texts))
+        if self._words is None and self._characters > MANY and self._fits:
+            size = self.backend.get_vocab_size()
+            self._words = WordCache(self.backend, [self.bytes_of(token_id) for token_id in range(size)])
+        if self._words is not None:
+            return self._words.encode_batch(texts, self.encode)
+        return [np.array(self.encode(text), np.int32).tobytes() for text in texts]
 
-    def _batch_encoder(self) -> Callable[[Sequence[str]], list[bytes]]:
-        if not fits(self.backend):
-            return self._library_batch
-        size = self.backend.get_vocab_size()
-        words = WordCache(self.backend, [self.bytes_of(token_id) for token_id in range(size)])
-        return lambda texts: words.encode_batch(texts, self.encode)
-
-    def _library_batch(self, texts: Sequence[str]) -> list[bytes]:
-        encodings = self.backend.encode_batch(list(map(_normalised, texts)), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32).tobytes() for encoding in encodings]
+    @cached_property
+    def _fits(self) -> bool:
+        return fits(self.backend)
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
