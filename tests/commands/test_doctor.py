@@ -344,7 +344,7 @@ def test_json_is_one_object_with_every_finding(capsys: pytest.CaptureFixture[str
 
 def test_strict_fails_for_a_warning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, WITHOUT_CARD, {"seen": 0, "errors": []})
-    words = ["doctor", "model=base-Int4", "length=100000"]
+    words = ["model=base-Int4", "length=100000"]
     output = Output(capsys, *words)
     assert output.state["length"] == "warn"
     strict = Output(capsys, *words, "strict=on")
