@@ -18,6 +18,7 @@ from torch import Tensor
 from train.common.errors import first_few
 from train.common.progress import Meter
 from train.config.recipe import Recipe
+from train.runs import checkpoint
 from train.runs.losses import LossLog
 from train.runs.resume import resume_point
 from train.training import distributed, guard
@@ -38,6 +39,10 @@ class BadStep(Exception):  # noqa: N818  with guard=skip it is no error
     def __init__(self, step: int, fault: str, samples: list[str]) -> None:
         super().__init__(f"step {step + 1}: {fault}, in {first_few(samples)}.")
         self.step, self.fault, self.samples = step, fault, samples
+
+
+class StoppedWithinStep(Exception):  # noqa: N818  the run ends in order
+    """A signal asked to stop between two micro batches: the step is given up, and the state before it is whole."""
 
 
 class Flags(NamedTuple):
@@ -73,7 +78,11 @@ def _train_from(run: RunState, engine: Engine, first: int, stop: StopRequest, le
             if step in left_out:
                 row, flags = _left_out_row(run, left_out[step]), Flags()  # the next step asks all processes
             else:
-                row, flags = _step(run, engine, step, stop, output.saver.failed)
+                try:
+                    row, flags = _step(run, engine, step, stop, output.saver.failed)
+                except StoppedWithinStep:
+                    _save_before(run, engine, step, first, output.saver, stop)
+                    return False
             output.write(row)
             _save_if_due(run, engine, step + 1, flags, output.saver, stop)
             if flags.stop and step + 1 < len(run.schedule):
@@ -91,10 +100,11 @@ def _step(
 
     Raises:
         BadStep, or with guard=stop AgreedError: the step must not count.
+        StoppedWithinStep: a signal asked to stop, and the step has more micro batches.
     """
     began = time.monotonic()
     labels, rate = run.schedule.label_count(step), learning_rate(run.recipe, step, len(run.schedule))
-    loss_sums, grad_norm = _update(run, engine, step, max(labels, 1), rate)
+    loss_sums, grad_norm = _update(run, engine, step, max(labels, 1), rate, stop)
     loss_sum, flags = _all_reduce(loss_sums.sum(), Flags(stop.requested, save_failed))
     loss = loss_sum / max(labels, 1)
     if fault := run.guard.find_fault(loss, grad_norm, labels):
@@ -113,19 +123,35 @@ def _step(
     return row, flags
 
 
-def _update(run: RunState, engine: Engine, step: int, labels: int, rate: float) -> tuple[Tensor, float | None]:
+def _update(
+    run: RunState, engine: Engine, step: int, labels: int, rate: float, stop: StopRequest
+) -> tuple[Tensor, float | None]:
     """Forward and backward of this process's micro batches, then AdamW.
 
     Returns:
         The summed loss of each micro batch, float64 [accumulation], on the device; the norm of the gradient.
+    Raises:
+        StoppedWithinStep: the generators are as before the step.
     """
     sums: list[Tensor] = []
     grad_norm = None
+    generators = checkpoint.rng_state() if _may_give_up(run) else {}
     for micro in range(run.recipe.accumulation):
+        if micro and generators and stop.requested:
+            checkpoint.set_rng_state(generators)
+            raise StoppedWithinStep
         sums.append(engine.forward_backward(take(run, engine, step, micro), labels))
         prefetch(run, engine, step, micro)  # while the GPU computes this one
         grad_norm = engine.step(last=micro == run.recipe.accumulation - 1, rate=rate)
     return torch.stack([s.double() for s in sums]), grad_norm
+
+
+def _may_give_up(run: RunState) -> bool:
+    """Whether a signal ends a step between two of its micro batches. On a GPU a step takes seconds and is finished.
+
+    On a CPU it takes minutes, and `docker stop` kills after ten seconds. Several processes would have to agree first.
+    """
+    return run.device.type == "cpu" and run.rank_info.world_size == 1 and run.recipe.accumulation > 1
 
 
 def _all_reduce(loss_sum: Tensor, flags: Flags) -> tuple[float, Flags]:
@@ -238,6 +264,15 @@ def _save_if_due(run: RunState, engine: Engine, done: int, flags: Flags, saver: 
     elif done == guard.MIN_HISTORY:  # do not let a layer without gradient go on to the first checkpoint
         check_layers(run, engine, engine.full_state("exp_avg"))
     if flags.stop or done == len(run.schedule):
+        _wait_for_disk(run, saver, stop)
+
+
+def _save_before(run: RunState, engine: Engine, step: int, first: int, saver: Saver, stop: StopRequest) -> None:
+    """A checkpoint of the state before `step`, which was given up; none where this start has not finished a step."""
+    if step > first:
+        _wait_for_disk(run, saver, stop)
+        if not _checkpoint_due(run, step):  # else it is written already
+            save(run, engine, step, saver)
         _wait_for_disk(run, saver, stop)
 
 

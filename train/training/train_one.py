@@ -5,7 +5,7 @@ from contextlib import closing
 from pathlib import Path
 
 from train.model.loading import keeps_float
-from train.runs.checkpoint import sweep
+from train.runs.checkpoint import newest, sweep
 from train.runs.folder import ADAPTER, CHECKPOINTS, lock_run
 from train.training import distributed, loop, record, save_resume
 from train.training.deepspeed_config import zero_stage
@@ -55,8 +55,14 @@ def _train(prepared: PreparedRun, run: RunState, engine: Engine, notes: list[str
     done, start_notes = save_resume.start(run, engine, checkpoint)
     began = time.time()
     if not loop.train(run, engine, done):
-        run.say(f"stopped with a checkpoint in {run.folder / CHECKPOINTS}. The same command continues from there.")
+        run.say(_stopped(run.folder))
         return False
     if written := record.finish(prepared, run, engine, [*notes, *start_notes], began):
         print(f"{record.summary(written)}\nadapter: {run.folder / ADAPTER}", flush=True)
     return True
+
+
+def _stopped(folder: Path) -> str:
+    if newest(folder)[0] is None:
+        return "stopped before a step was done; the same command begins anew."
+    return f"stopped with a checkpoint in {folder / CHECKPOINTS}. The same command continues from there."
