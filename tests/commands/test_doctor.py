@@ -226,7 +226,7 @@ def test_a_base_that_is_damaged(workspace: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_rows_longer_than_the_base_was_made_for(capsys: pytest.CaptureFixture[str]) -> None:
-    output = Output(capsys, "model=base-Int4", "length=1000000")
+    output = Output(capsys, "model=base-Int4", "length=1024")
     assert (output.status, output.state["length"]) == (0, "warn")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from train.common import commands, terminal
 from train.common.errors import UserError
 from train.common.files import free_bytes
+from train.common.memory import free_memory
 from train.config.options import option
 
 BASE = "Qwen2.5-Coder-0.5B-Instruct"
@@ -113,8 +114,6 @@ def _check_room(options: Options, folder: Path) -> None:
     Raises:
         UserError: too little disk or memory, or another folder than the project's.
     """
-    import psutil
-
     if not Path(DATA).is_file():
         raise UserError(f"{DATA} is missing. Start the demo in the folder of the project (the one with the Makefile).")
     results = [*(Path(options.models) / name for name in (BASE, _int4(options))), folder]
@@ -125,7 +124,7 @@ def _check_room(options: Options, folder: Path) -> None:
             f"the demo needs {need / GB:.1f} GB more disk, {free / GB:.1f} GB are free at {options.models}. "
             "Free some, or put MODELS= and RUNS= on another disk."
         )
-    memory = psutil.virtual_memory().available
+    memory = free_memory()
     if memory < MEMORY:
         raise UserError(
             f"the demo needs {MEMORY / GB:.1f} GB of memory, {memory / GB:.1f} GB are free. "
@@ -175,7 +174,7 @@ def _print_summary(options: Options, folder: Path, steps: Sequence[DemoStep], se
         "make infer RUN=mine": "chat with the result",
     }
     for command, purpose in examples.items():
-        console.print(f"  [cyan]{command:38}[/cyan]# {purpose}", soft_wrap=True)
+        console.print(f"  [cyan]{commands.spelt(command):38}[/cyan]# {purpose}", soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

@@ -30,7 +30,7 @@ from train.model.architecture import Shape
 from train.model.folder import find, find_damage, is_hub_id, read_manifest
 from train.model.names import hub_name
 from train.model.published import read_folder_shape
-from train.training import memory_estimate, memory_plan
+from train.training import cpu_memory, memory_estimate, memory_plan
 from train.training.memory_estimate import Setting
 
 if TYPE_CHECKING:
@@ -280,10 +280,11 @@ def _check_training_memory(
     card = max(here.cards, key=lambda card: card.free or 0, default=None)
     if card and card.total and card.free and memory_plan.can_plan(card.capability, recipe):
         return _check_planned_memory(recipe, shape, card.free, card.total)
-    needed = memory_plan.least_bytes(model, folder, recipe, parameters, on_card=bool(here.cards))
     if card and card.total and card.free is not None:
+        needed = memory_plan.least_bytes(model, folder, recipe, parameters)
         return checks.check_memory("card's memory", needed, card.free, card.total)
-    return checks.check_memory("memory", needed, here.free_memory)
+    needed = cpu_memory.training_bytes(folder, recipe, parameters)
+    return checks.check_memory("memory", needed, here.free_memory, qualifier="about")
 
 
 def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -> Finding:

@@ -149,7 +149,7 @@ def _update(
 def _may_give_up(run: RunState) -> bool:
     """Whether a signal ends a step between two of its micro batches. On a GPU a step takes seconds and is finished.
 
-    On a CPU it takes minutes, and `docker stop` kills after ten seconds. Several processes would have to agree first.
+    On a CPU it takes minutes, and a container is killed ten seconds after the signal. Several processes would have to agree first.
     """
     return run.device.type == "cpu" and run.rank_info.world_size == 1 and run.recipe.accumulation > 1
 
