@@ -103,6 +103,7 @@ check() {
     local name data models runs gpu
     while read -r name data models runs gpu _; do [ "$name" != "$1" ] || break; done <"$table"
     [ "$name" = "$1" ] || return 0
+    [ "$1" != demo ] || KEEP=no # what it shows is enough for a first look
     [ "$data" != read ] || elsewhere data || readable data
     [ "$models" != read ] || elsewhere models || readable models
     [ "$models" != write ] || elsewhere out || { lasting models && { elsewhere models || writable models; }; }

@@ -127,9 +127,16 @@ def test_too_little_memory_is_reported(calls: list[list[str]], monkeypatch: Any)
     assert calls == []
 
 
-def test_another_folder_than_the_projects_is_reported(tmp_path: Path, monkeypatch: Any) -> None:
+def test_in_another_folder_the_data_is_the_programs_own(
+    calls: list[list[str]], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As in a container without mounts."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="folder of the project"):
+    run(Options(models=str(tmp_path / "models"), runs=str(tmp_path / "runs")))
+    own = f"data={demo.ROOT / demo.DATA}"
+    assert [own in words for words in calls] == [False, False, True, True, False, False]
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="a whole checkout"):
         run(Options())
 
 

@@ -19,6 +19,7 @@ from train.config.options import option
 
 BASE = "Qwen2.5-Coder-0.5B-Instruct"
 DATA = "data/demo.jsonl"
+ROOT = Path(__file__).parents[2]
 GB = 10**9
 # Measured at the end: float base 1.27, Int4 0.74, run with its checkpoints 0.24, merged model 1.27 GB. The download
 # (0.49 GB, twice that while its pieces are joined) is removed by then. The rest is for one more checkpoint and an
@@ -82,16 +83,21 @@ def run(options: Options) -> None:
 def demo_steps(options: Options, name: str) -> list[DemoStep]:
     """The commands, in order."""
     models, runs = ("models", options.models), ("runs", options.runs)
-    int4 = _int4(options)
+    int4, data = _int4(options), demo_data()
     layout = (("layout", options.layout),) if options.layout else ()
     return [
         DemoStep("Fetch the base and verify it", "model", (("model", BASE), models)),
         DemoStep("Round its weights to Int4", "quantize", (("model", BASE), *layout, models)),
-        DemoStep("Check the data", "data", (("data", DATA), ("recipe", "demo"), ("model", int4), models)),
-        DemoStep("Train", "train", (("data", DATA), ("model", int4), ("recipe", "demo"), ("run", name), models, runs)),
+        DemoStep("Check the data", "data", (("data", data), ("recipe", "demo"), ("model", int4), models)),
+        DemoStep("Train", "train", (("data", data), ("model", int4), ("recipe", "demo"), ("run", name), models, runs)),
         DemoStep("Merge into float weights and verify them", "export", (("run", name), models, runs)),
         DemoStep("Ask the same questions before and after", "compare", (("run", name), models, runs)),
     ]
+
+
+def demo_data() -> str:
+    """The demo's data in the working folder, else the program's own copy, as in a container without mounts."""
+    return DATA if Path(DATA).is_file() else str(ROOT / DATA)
 
 
 def _int4(options: Options) -> str:
@@ -114,8 +120,8 @@ def _check_room(options: Options, folder: Path) -> None:
     Raises:
         UserError: too little disk or memory, or another folder than the project's.
     """
-    if not Path(DATA).is_file():
-        raise UserError(f"{DATA} is missing. Start the demo in the folder of the project (the one with the Makefile).")
+    if not Path(demo_data()).is_file():
+        raise UserError(f"{demo_data()} is missing. Start the demo in a whole checkout of the project.")
     results = [*(Path(options.models) / name for name in (BASE, _int4(options))), folder]
     present = sum(path.stat().st_size for result in results for path in result.rglob("*") if path.is_file())
     need, free = max(DISK - present, GB // 2), free_bytes(Path(options.models).absolute())
