@@ -131,11 +131,12 @@ def test_in_another_folder_the_data_is_the_programs_own(
     calls: list[list[str]], tmp_path: Path, monkeypatch: Any
 ) -> None:
     """As in a container without mounts."""
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     run(Options(models=str(tmp_path / "models"), runs=str(tmp_path / "runs")))
     own = f"data={demo.ROOT / demo.DATA}"
     assert [own in words for words in calls] == [False, False, True, True, False, False]
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "ROOT", tmp_path / "elsewhere")
     with pytest.raises(UserError, match="a whole checkout"):
         run(Options())
 
