@@ -109,7 +109,7 @@ def test_a_gpu_is_reserved_where_a_driver_answers_and_the_host_is_fit(project: P
     script(project / "bin/nvidia-smi", "#!/bin/sh\nexit 0\n")
     assert "on the GPU" in run(project, "train", "data=x").splitlines()[0]
     assert containers(project)[-1]["ACCELERATOR"] == "gpu"
-    assert "as asked" in run(project, "train", "data=x", ACCELERATOR="cpu").splitlines()[0]
+    assert "as requested" in run(project, "train", "data=x", ACCELERATOR="cpu").splitlines()[0]
     assert containers(project)[-1]["ACCELERATOR"] == "cpu"
     # Make exports what was typed; the program itself counts the cards
     run(project, "train", "data=x", "gpus=2", GPUS="2")

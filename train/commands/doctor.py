@@ -38,7 +38,7 @@ LOCK = ROOT / "env.lock"
 MODELS = ROOT / "data" / "models.lock"
 # The machine's memory that a process with a card takes: 0.7 GB for torch and DeepSpeed, the rest for CUDA
 PROCESS_BYTES = 2 << 30
-NO_DATA = "?"  # stands for the data of a stage that nobody has named yet
+NO_DATA = "?"  # stands for the data of a stage that is not given yet
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -
         return finding
     if chosen is None:
         return replace(finding, remedy=f"{finding.remedy} What would fit: {commands.make('plan', model=recipe.model)}")
-    return replace(finding, remedy=f'The same rows a step, in less: ARGS="{chosen[0].as_text()}"')
+    return replace(finding, remedy=f'The same rows per step in less memory: ARGS="{chosen[0].as_text()}"')
 
 
 # --- the data

@@ -76,7 +76,7 @@ def begin(run: Path, recipe: dict[str, Any], inputs: dict[str, Any], lineage: st
     write_json(run / INPUTS, inputs)
     if lineage:
         write_text(run / LINEAGE, lineage)
-    else:  # an earlier start, which learnt nothing, may have had FROM=
+    else:  # an earlier start without a checkpoint may have had FROM=
         (run / LINEAGE).unlink(missing_ok=True)
 
 

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from train.ops.kernels.runtime import triton, units
+from train.ops.kernels.runtime import multiprocessors, triton
 
 MAX_BATCH = 64  # rows of x; with more of them, one dequantised W and the library's product are faster
 
@@ -67,7 +67,7 @@ def tile_for(batch: int, in_features: int, out_features: int, bits: int, device:
     # for 32 rows, 128 columns were the fastest in each of three shapes, by 17 to 49 %; in 8 bits they take more memory
     # than compute capability 8.6 has
     columns = 128 if bits == 4 and 16 < batch <= 32 else 64
-    ideal_splits = 2 * units(device) / triton.cdiv(out_features, columns)
+    ideal_splits = 2 * multiprocessors(device) / triton.cdiv(out_features, columns)
     rounded_splits = round(ideal_splits) if columns == 128 else math.ceil(ideal_splits)
     splits = max(1, min(rounded_splits, triton.cdiv(in_features, step_k) // 2, 8))
     warps = 8 if batch > 16 and columns == 64 else 4
