@@ -163,6 +163,8 @@ def test_the_image_of_env_is_used_and_built_again_when_the_program_changed(proje
     (project / ".env").write_text(f"IMAGE=my:tag\nSOURCE={source}\nCUDA=12.8\n")
     run(project, "infer", FAKE_IMAGES="my:tag")
     assert containers(project)[-1]["IMAGE"] == "my:tag" and not (project / "built").exists()
+    (project / "docker/README.md").write_text("a page that is not in the image")
+    assert "has changed" not in run(project, "infer", FAKE_IMAGES="my:tag") and not (project / "built").exists()
     (project / "train/new.py").touch()
     assert "has changed" in run(project, "infer", FAKE_IMAGES="my:tag") and (project / "built").exists()
     (project / "built").unlink()
