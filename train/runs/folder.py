@@ -46,6 +46,12 @@ def finished(run: Path) -> bool:
     return (run / RECORD).is_file()
 
 
+def newest_run(runs: Path) -> Path | None:
+    """The folder below `runs` whose run finished last; None if none has."""
+    records = sorted(runs.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
+    return records[-1].parent if records else None
+
+
 def read_run(run: Path) -> dict[str, Any]:
     """The record (run.json) of a finished run.
 
