@@ -1,15 +1,17 @@
-"""What on this machine, in this recipe, base and data would fail, and the remedy, before anything is loaded or written.
+"""Find what would fail with this machine, recipe, base and data, and how to fix it, before anything is loaded.
 
 make doctor [DATA=file] [MODEL=base] [RECIPE=name] [GPUS=n] [ARGS="key=value …"]
 
-One line a check: ok, warn (it runs, but not as you may expect) or fail. Status 0 when nothing fails, 2 when something
+One line per check: ok, warn (it runs, but not as you may expect) or fail. Status 0 when nothing fails, 2 when something
 does. The machine is inspected without torch, which is then tried in a process of its own. make plan says what of a
 card's memory a step takes.
 """
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from train.common import commands
 from train.common.errors import UserError
@@ -20,7 +22,6 @@ from train.data import conversations
 from train.host import checks, machine
 from train.host.checks import Finding
 from train.host.machine import Machine
-from train.host.report import Report
 from train.model.architecture import Shape
 from train.model.folder import find, find_damage, is_hub_id, read_manifest
 from train.model.names import hub_name
@@ -38,7 +39,64 @@ LOCK = ROOT / "env.lock"
 MODELS = ROOT / "data" / "models.lock"
 # The machine's memory that a process with a card takes: 0.7 GB for torch and DeepSpeed, the rest for CUDA
 PROCESS_BYTES = 2 << 30
+T = TypeVar("T")
+COLOUR = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 NO_DATA = "?"  # stands for the data of a stage that is not given yet
+
+
+class Report:
+    """Prints findings and counts them. failed: the names of the checks that failed."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+        self.counts = {"ok": 0, "warn": 0, "fail": 0}
+        self.failed: set[str] = set()
+
+    def section(self, title: str) -> None:
+        from rich.text import Text
+
+        self.console.print(Text(("\n" if sum(self.counts.values()) else "") + title, style="bold"))
+
+    def add(self, finding: Finding | None) -> None:
+        """Print a finding; None is a check that does not apply here."""
+        from rich.table import Table
+        from rich.text import Text
+
+        if finding is None:
+            return
+        self.counts[finding.state] += 1
+        self.failed |= {finding.name} if finding.state == "fail" else set()
+        line = Table.grid(padding=(0, 2))
+        line.add_column(width=6, justify="right")
+        line.add_column(width=14)
+        line.add_column(overflow="fold")
+        line.add_row(Text(finding.state, style=COLOUR[finding.state]), finding.name, Text(finding.text))
+        if finding.remedy:
+            line.add_row("", "", Text(f"Remedy: {finding.remedy}", style="italic"))
+        self.console.print(line)
+
+    def attempt(self, name: str, check: Callable[[], T], describe: Callable[[T], str]) -> T | None:
+        """What `check` returns, reported as ok; None where it raises a UserError, reported as a failure."""
+        try:
+            value = check()
+        except UserError as error:
+            self.add(Finding(name, "fail", str(error)))
+            return None
+        self.add(Finding(name, "ok", describe(value)))
+        return value
+
+    def end(self) -> None:
+        """Print the sum.
+
+        Raises:
+            UserError: a check failed.
+        """
+        checks, warned, failed = sum(self.counts.values()), self.counts["warn"], self.counts["fail"]
+        self.console.print(f"\n{checks} checks: {self.counts['ok']} ok, {warned} warn, {failed} fail")
+        if failed:
+            raise UserError(f"{failed} of {checks} checks fail. Nothing was changed.")
 
 
 @dataclass(frozen=True)
@@ -48,7 +106,7 @@ class Options(RecipeOptions):
     data: str = option("", "file, folder or several with commas between; empty: no data is checked")
     model: str = option("", "base; empty: the recipe's")
     recipe: str = option("qlora", "a name in train/recipes/, or the path of a .yaml file")
-    gpus: int = option(0, "GPUs that must be there; 0: whatever is there", interval="[0, 64]")
+    gpus: int = option(0, "GPUs that must be there; 0: any number", interval="[0, 64]")
     models: str = option("models", "folder of bases")
     runs: str = option("runs", "folder of runs")
 
@@ -124,7 +182,7 @@ def _sum_up(part: Part) -> str:
     assert recipe is not None
     steps = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epochs"
     rows = recipe.batch * recipe.accumulation
-    step = f"a step {rows} × {recipe.length} tokens a process"
+    step = f"{rows} × {recipe.length} tokens per step and process"
     return f"r {recipe.rank} on {recipe.targets}, {steps}, {step}, ZeRO {recipe.zero}"
 
 
@@ -161,7 +219,7 @@ def _check_base_folder(report: Report, recipe: Recipe, models: Path) -> Path | N
 
 
 def _missing_base(model: str) -> Finding:
-    text, remedy = "not here yet", f"{commands.make('model', model=model)} fetches it; make train does so by itself"
+    text, remedy = "not here yet", f"{commands.make('model', model=model)} fetches it; `make train` also fetches it"
     if is_hub_id(model) or _download_bytes(model):
         return Finding("folder", "warn", text, remedy)
     return Finding("folder", "fail", f"{text}: no folder, no hub id (owner/name), no name in data/models.lock")
