@@ -1,4 +1,4 @@
-"""How a product of a few rows with a packed weight is divided among programs: measured tiles, or a rule."""
+"""How the matrix product of a few rows and a packed weight is divided among Triton programs: measured tiles, or a rule."""
 
 import math
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from train.ops.kernels.runtime import multiprocessors, triton
 
-MAX_BATCH = 64  # rows of x; with more of them, one dequantised W and the library's product are faster
+MAX_BATCH = 64  # rows of x; with more rows, dequantising W and cuBLAS are faster
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's share of a product: a step reads `words` by `columns` packed words; K is cut in `splits` parts.
+    """A program's share of the matrix product: each step reads `words` × `columns` packed words; K is cut into `splits`.
 
     `warps` and `stages` are Triton's num_warps and num_stages.
     """
@@ -35,7 +35,7 @@ MEASURED: dict[tuple[bool, int, int], Tile] = {  # (one row of x, K, N) -> faste
 
 
 def rows_per_program(x: Tensor) -> int:
-    """Rows of x [M, K] in one program, as tensor cores take them; 1 where they take none of x.
+    """Rows of x [M, K] per program, a size that tensor cores accept; 1 if they are not used.
 
     That is a single row, float32 on a GPU, and any x below compute capability 8.0.
     """

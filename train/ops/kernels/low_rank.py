@@ -18,7 +18,7 @@ from train.ops.kernels.runtime import INTERPRETED, tl, triton
 
 LEAST_ROWS = 8192  # from this many on, programs of ROWS rows fill the card
 ROWS, WARPS, STAGES = 64, 4, 4  # of a program: the fastest of a sweep on an H100
-MAX_RANK = 64  # of a product: sums of 128 columns do not fit into the registers
+MAX_RANK = 64  # columns of the low-rank matrix: sums of 128 columns do not fit into the registers
 
 if triton is not None:
 
