@@ -49,9 +49,11 @@ image_name() {
     echo "${name:-qwen-finetune:$(version)-$flavour}"
 }
 
-# source_hash: of everything that the image is built from, but for the base and the packages, which env.lock pins
+# source_hash: of everything that the image is built from, but for the base and the packages, which env.lock pins.
+# train/README.md is in the image, docker/README.md is not.
 source_hash() {
-    find train docker env.lock pyproject.toml data/models.lock data/samples -name __pycache__ -prune -o -type f -print0 |
+    find train docker env.lock pyproject.toml data/models.lock data/samples \
+        \( -name __pycache__ -o -path docker/README.md \) -prune -o -type f -print0 |
         LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16
 }
 

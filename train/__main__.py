@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
             raise
         terminal.discard_output()
         if argv[:1] in (["train"], ["demo"]):  # work was under way
-            print("stopped: nobody reads the output any more. The same command continues.", file=sys.stderr)
+            print("stopped: the reader of the output has closed it. The same command continues.", file=sys.stderr)
         return terminal.CLOSED_PIPE
 
 

@@ -164,4 +164,4 @@ def test_a_closed_pipe_ends_the_demo_quietly(status: int, tmp_path: Path) -> Non
     process.stdout.close()
     said = process.stderr.read()
     assert process.wait(timeout=60) == CLOSED_PIPE, said
-    assert said == "stopped: nobody reads the output any more. The same command continues.\n"
+    assert said == "stopped: the reader of the output has closed it. The same command continues.\n"

@@ -109,7 +109,7 @@ def test_a_gpu_is_reserved_where_a_driver_answers_and_the_host_is_fit(project: P
     script(project / "bin/nvidia-smi", "#!/bin/sh\nexit 0\n")
     assert "on the GPU" in run(project, "train", "data=x").splitlines()[0]
     assert containers(project)[-1]["ACCELERATOR"] == "gpu"
-    assert "as asked" in run(project, "train", "data=x", ACCELERATOR="cpu").splitlines()[0]
+    assert "as requested" in run(project, "train", "data=x", ACCELERATOR="cpu").splitlines()[0]
     assert containers(project)[-1]["ACCELERATOR"] == "cpu"
     # Make exports what was typed; the program itself counts the cards
     run(project, "train", "data=x", "gpus=2", GPUS="2")
@@ -163,6 +163,8 @@ def test_the_image_of_env_is_used_and_built_again_when_the_program_changed(proje
     (project / ".env").write_text(f"IMAGE=my:tag\nSOURCE={source}\nCUDA=12.8\n")
     run(project, "infer", FAKE_IMAGES="my:tag")
     assert containers(project)[-1]["IMAGE"] == "my:tag" and not (project / "built").exists()
+    (project / "docker/README.md").write_text("a page that is not in the image")
+    assert "has changed" not in run(project, "infer", FAKE_IMAGES="my:tag") and not (project / "built").exists()
     (project / "train/new.py").touch()
     assert "has changed" in run(project, "infer", FAKE_IMAGES="my:tag") and (project / "built").exists()
     (project / "built").unlink()

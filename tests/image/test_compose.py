@@ -102,7 +102,7 @@ def test_make_train_with_files_elsewhere(house: House, tmp_path: Path) -> None:
     words = [f"DATA={there}/talk.jsonl", f"MODEL={there}/base", f"RECIPE={there}/own.yaml", *places]
     words.append("ARGS=" + " ".join(["steps=4", *LEARN[1:]]))
     said = make(house, "train", *words)
-    assert said.splitlines()[0].startswith(f"train in the container {house.image}, on the CPU: as asked")
+    assert said.splitlines()[0].startswith(f"train in the container {house.image}, on the CPU: as requested")
     assert "4/4" in said
     exported = make(house, "export", *places)
     assert "conversations of talk.jsonl" in exported
