@@ -88,7 +88,7 @@ plan: ## predict the memory of training; batch, length and checkpointing that fi
 bench: setup ## our training step beside the published recipe's stack, on this card: [ARMS=] [MODEL=] [SHAPES=] [OUT=]
 	@$(PY) -m tests.bench $(_pairs)
 
-doctor: ## find what would fail on this machine, and how to fix it: [DATA=] [MODEL=] [RECIPE=] [GPUS=]; why a run failed: LOG=
+doctor: ## find what would fail, and how to fix it: [DATA=] [MODEL=] [RECIPE=] [GPUS=]; why a run failed: LOG=
 	@docker/run doctor $(_pairs)
 
 shell: ## bash in the container, with its mounts and without a network
