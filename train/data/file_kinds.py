@@ -39,7 +39,7 @@ def foreign(raw: bytes) -> TextProblem | None:
     for signature, name, remedy in SIGNATURES:
         if raw.startswith(signature):
             return TextProblem(0, name, EXPECTED, remedy)
-    if encoding := _wide_encoding(head):
+    if encoding := wide_encoding(head):
         return utf16(encoding)
     if re.match(rb"\s*<(?:!doctype|html|\?xml)", head, re.IGNORECASE):
         return TextProblem(0, "a web page (HTML or XML)", EXPECTED, "download the file itself: the page's link to raw")
@@ -61,7 +61,7 @@ def _zip(raw: bytes) -> TextProblem:
     return TextProblem(0, found, EXPECTED, "write its questions and answers to a .jsonl file" if word else UNPACK)
 
 
-def _wide_encoding(head: bytes) -> str:
+def wide_encoding(head: bytes) -> str:
     """The encoding of two or four bytes a character that the bytes begin in, with BOM or without; "" for UTF-8."""
     for bom, name in ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32")):
         if head.startswith(bom):
