@@ -208,7 +208,8 @@ class LineReader:
             if self.text[stop:end].strip():
                 row, after = reader.row(at)
                 if row.readable and not reader.parser.missing and after > stop:
-                    return replace(row, several_lines=True)
+                    in_text = any(problem.kind == "a line break" for problem in row.problems)
+                    return replace(row, several_lines=not in_text)  # a line break in a text has its own problem
         self._tried = until
         return None
 

@@ -174,8 +174,9 @@ def trailing_comma(at: int, bracket: str) -> TextProblem:
     return TextProblem(at, found, expected, "delete the comma", change="trailing comma deleted", edits=edits)
 
 
-def missing_comma(at: int, found: str) -> TextProblem:
-    remedy, edits = "put a comma after the value before", (Edit(at, at, ", "),)
+def missing_comma(at: int, found: str, stop: int) -> TextProblem:
+    """`stop`: the end of the value before."""
+    remedy, edits = "put a comma after the value before", (Edit(stop, stop, "," if stop < at else ", "),)
     return TextProblem(at, found, "',' before it", remedy, change="comma added", edits=edits)
 
 
@@ -183,8 +184,9 @@ def no_separator(at: int, found: str, bracket: str) -> TextProblem:
     return TextProblem(at, found, f"',' or {bracket}", LOOK_BEFORE)
 
 
-def missing_colon(at: int, found: str, key: str) -> TextProblem:
-    remedy, edits = "put a colon between key and value", (Edit(at, at, ": "),)
+def missing_colon(at: int, found: str, key: str, stop: int) -> TextProblem:
+    """`stop`: the end of the key."""
+    remedy, edits = "put a colon between key and value", (Edit(stop, stop, ":" if stop < at else ": "),)
     return TextProblem(at, found, f"':' after the key {key!r}", remedy, change="colon added", edits=edits)
 
 

@@ -16,7 +16,7 @@ from train.data.json_lexer import LINE_END, SPACE, Lexer, LostError
 from train.data.lenient_json import LenientParser
 from train.data.problems import KeyPath, TextProblem
 
-ROW_START = re.compile(r"(?:\A|[\r\n])[^\S\r\n]*[{\[｛［]")
+ROW_START = re.compile(r"(?:\A|[\r\n])[^\S\r\n]*\"?[{\[｛［]")  # in quotes: a row that was written twice
 ASSIGNMENT = re.compile(r"(?:(?:var|let|const|export)\s+)?[A-Za-z_][\w.]*\s*=\s*(?=\[)")  # of Python or JavaScript
 SECOND_ARRAY = re.compile(r"[,;]?\s*\[(?=\s*[^\s\]])")
 BRACKETS = re.compile(r"[\s\[\]{}(),;，；]*")

@@ -16,10 +16,10 @@ KEY_OR_CLOSING = re.compile(r"""\s*(?:["'“]\w+["'”]\s*[:：]|[}\]]\s*(?:[,}\
 KEY_AND_VALUE = re.compile(rf"""[,，{{｛]\s*[{QUOTES}]?\w+[{QUOTES}]?\s*[:：]\s*[{QUOTES}\[{{]""")
 # What can follow a comma (the next value, key, comment or line), and what a string that is a value, or a key
 _AFTER_COMMA = (
-    rf"""[{OPENING})\]}}｝］#]|//|/\*|[\r\n]|\Z|[A-Za-z_]\w*[{QUOTES}]?\s*[:：]|[-+.]?\d[\w.+-]*\s*[,\]}}]"""
+    rf"""[uU]?[{OPENING}]|[)\]}}｝］#]|//|/\*|[\r\n]|\Z|[A-Za-z_]\w*[{QUOTES}]?\s*[:：]|[-+.]?\d[\w.+-]*\s*[,\]}}]"""
     r"|(?:true|false|null|True|False|None|NaN)\b"
 )
-_AFTER_VALUE = rf"[}}\])｝］\r\n]|\Z|//|/\*|\#|[,，;；][\s{INVISIBLE}]*(?:{_AFTER_COMMA})"
+_AFTER_VALUE = rf"[}}\])｝］\r\n]|\Z|//|/\*|\#|[,，;；、][\s{INVISIBLE}]*(?:{_AFTER_COMMA})"
 ENDS_VALUE = re.compile(rf"[\s{INVISIBLE}]*(?:{_AFTER_VALUE})")
 ENDS_KEY = re.compile(rf"[\s{INVISIBLE}]*(?:{_AFTER_VALUE}|[:：=,，])")
 STRING_END = re.compile(rf'"[\s{INVISIBLE}]*(?:{_AFTER_VALUE})')

@@ -17,7 +17,7 @@ MAX_DEPTH = 32  # brackets within brackets; the four formats need five
 BARE_KEY = re.compile(r"""\w+["'”]?\s*[:：]""")
 NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.+-])")
 NUMBER_OR_DATE = re.compile(r"[-+]?\.?\d[\w.%/+-]*")  # 007, .5, 12%, 2024-01-31: of no use but as a text
-PREFIX = re.compile(r"[uUbB](?=[\"'])")  # of Python
+PREFIX = re.compile(r"[uU](?=[\"'])")  # of Python
 SEPARATORS = {",": ",", "，": ",", ";": ",", "；": ",", "、": ","}
 COLON = re.compile(r":|：|=>?")
 CLOSING = {"{": "}", "[": "]", "(": "]"}
@@ -100,7 +100,7 @@ class LenientParser(Lexer):
 
     def separator(self, at: int, bracket: str) -> tuple[int, int | None]:
         """After a value: (offset of the next value or of the bracket, offset of the comma or None)."""
-        at = self.skip(at)
+        stop, at = at, self.skip(at)
         character = self.peek(at)
         if character in SEPARATORS:
             if character != ",":
@@ -112,7 +112,7 @@ class LenientParser(Lexer):
         if not continues and not (bracket == "}" and BARE_KEY.match(self.text, at, self.stop)):
             self.add(mistakes.no_separator(at, self.seen(at), bracket))
             raise LostError(at)
-        self.add(mistakes.missing_comma(at, self.seen(at)))
+        self.add(mistakes.missing_comma(at, self.seen(at), stop))
         return at, None
 
     def _word(self, at: int, path: KeyPath) -> tuple[Any, int]:
@@ -156,7 +156,7 @@ class LenientParser(Lexer):
         key, stop = self._key(start)
         inner = (*path, key)
         before = self.text[self.offsets[inner] : self.stops[inner]] if inner in self.stops and key in values else None
-        at = self.skip(self._colon(self.skip(stop), key))
+        at = self.skip(self._colon(stop, key))
         values[key], at = self.value(at, inner, depth + 1)
         self.keys[inner] = start, stop
         if before is not None:
@@ -203,12 +203,14 @@ class LenientParser(Lexer):
         self.add(mistakes.no_key(at, self.seen(at)))
         raise LostError(at)
 
-    def _colon(self, at: int, key: str) -> int:
+    def _colon(self, stop: int, key: str) -> int:
+        """The offset after the colon that follows the key before `stop`."""
+        at = self.skip(stop)
         if match := COLON.match(self.text, at, self.stop):
             if match.group() != ":":
                 self.add(mistakes.other_separator(at, match.group(), ":"))
             return match.end()
-        self.add(mistakes.missing_colon(at, self.seen(at), key))
+        self.add(mistakes.missing_colon(at, self.seen(at), key, stop))
         if self.peek(at) in ("", ",", "}", "]"):
             raise LostError(at)
         return at

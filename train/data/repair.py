@@ -184,7 +184,7 @@ def _inside(row: JsonRow, problems: Iterable[TextProblem]) -> Iterator[Edit]:
     """The edits of a row, from its start; what lies before or behind it, such as a comma, is not its own."""
     for problem in problems:
         for edit in problem.edits:
-            if edit.stop <= row.stop and edit != Edit(row.start, row.start, edit.text):
+            if row.start <= edit.start and edit.stop <= row.stop and edit.start + edit.stop > 2 * row.start:
                 yield Edit(edit.start - row.start, edit.stop - row.start, edit.text)
 
 
