@@ -83,7 +83,7 @@ class RowReader:
         """The row that starts at `at`, and the offset after it, or where the parser got lost."""
         parser = self.parser
         try:
-            value, end = strict(parser.text, at) if self._refused < MAX_REFUSED else (None, parser.stop + 1)
+            value, end = self._strict(at) if self._refused < MAX_REFUSED else (None, parser.stop + 1)
             if end <= parser.stop:
                 return JsonRow(at, end, value, sound=True, problems=parser.take_problems()), end
         except ValueError:
@@ -95,6 +95,13 @@ class RowReader:
             return JsonRow(at, lost.at, problems=parser.take_problems()), lost.at
         row = JsonRow(at, end, value, repaired=True, offsets=parser.offsets, problems=parser.take_problems())
         return row, end
+
+    def _strict(self, at: int) -> tuple[Any, int]:
+        parser = self.parser
+        if parser.stop == len(parser.text):
+            return strict(parser.text, at)
+        value, length = strict(parser.text[at : parser.stop], 0)  # a slice, because of json's error message
+        return value, at + length
 
     def line(self, at: int) -> Iterator[JsonRow]:
         """The row of a line that the strict decoder refused, or its rows: two on a line is a problem too."""

@@ -7,6 +7,7 @@ is never written. The result has one row a line, each in its own format. The ori
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from train.data.sources import sources
 from train.data.text_piece import Piece
 
 SUFFIX = ".fixed.jsonl"
+EXAMPLES = 3  # changes of a kind whose text is kept
 CONTEXT = 8  # characters beside a change that is shown
 # White space with a line break, between the tokens of JSON; a string is matched to be passed over
 LINE_BREAK = re.compile(r'("(?:[^"\\]|\\.)*")|([,:]?)[ \t]*[\r\n][ \t\r\n]*')
@@ -89,6 +91,7 @@ class _Builder:
         self.text, self.lines = text, Lines(text)
         self.result = Repair(path)
         self.left: list[TextProblem] = []
+        self.counts: Counter[str] = Counter()  # name of a change -> how many
         self.lost: list[int] = []  # offsets of bytes that are no text in any encoding
 
     def bytes(self, problems: list[TextProblem]) -> None:
@@ -151,7 +154,7 @@ class _Builder:
 
     def _text_change(self, problem: TextProblem) -> None:
         edits = sorted(problem.edits, key=lambda edit: edit.start)
-        if not edits:
+        if not edits or self.counts[problem.change] >= EXAMPLES:
             self._change(problem.offset, problem.change)
             return
         start, stop = self._with_context(edits[0].start, max(edit.stop for edit in edits))
@@ -165,9 +168,11 @@ class _Builder:
             return start, stop
         line, column = self.lines.position(start)
         line_end = self.lines.starts[line] if line < len(self.lines.starts) else len(self.text)
-        return start - min(CONTEXT, column - 1), max(stop, min(stop + CONTEXT, line_end))
+        after = self.text[stop : min(stop + CONTEXT, line_end)].rstrip("\r\n")
+        return start - min(CONTEXT, column - 1), stop + len(after)
 
     def _change(self, offset: int, name: str, before: str = "", after: str = "") -> None:
+        self.counts[name] += 1
         self.result.changes.append(Change(*self.lines.position(offset), name, before, after))
 
     def finished(self) -> Repair:

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 from train.data import conversations
 from train.data.problems import visible
-from train.data.repair import Change, Repair
+from train.data.repair import EXAMPLES, Change, Repair
 
-MAX_EXAMPLES = 3  # of a kind of change
 MAX_SHOWN = 48  # characters of an example
 RED, GREEN, PLAIN = "\033[31m", "\033[32m", "\033[0m"
 SIGNS = str.maketrans({"\n": "↵", "\r": "␍", "\t": "⇥"})
@@ -25,7 +24,7 @@ def lines(repair: Repair, colour: bool) -> list[str]:
     for name, changes in kinds.items():
         found.append(f"  {name}: {len(changes):,}")
         shown = [change for change in changes if change.before or change.after] or changes
-        found += [_example(change, colour) for change in shown[:MAX_EXAMPLES]]
+        found += [_example(change, colour) for change in shown[:EXAMPLES]]
     return found
 
 
