@@ -84,15 +84,15 @@ def test_changes_are_counted_by_kind_with_the_first_examples() -> None:
         "x.jsonl: 3 sound rows, 3 of them mended.",
         "  single quotes to double quotes: 6",
         "      1:2       'instruction'  →  \"instruction\"",
-        "      1:17      uction': 'q', 'outpu  →  uction': \"q\", 'outpu",
-        "      1:22      : 'q', 'output': 42}  →  : 'q', \"output\": 42}",
+        "      1:17      ction': 'q', 'outpu  →  ction': \"q\", 'outpu",
+        "      1:22      ': 'q', 'output': 42}  →  ': 'q', \"output\": 42}",
         "  number to text: 2",
         '      1:32      42  →  "42"',
         '      2:32      42  →  "42"',
         "  a tab inside a text written as its escape: 1",
-        '      3:21      ": "one⇥two", "o  →  ": "one\\ttwo", "o',
+        '      3:21      n": "one⇥two", "o  →  n": "one\\ttwo", "o',
         "  trailing comma deleted: 1",
-        '      3:41      t": "a",}  →  t": "a"}',
+        '      3:41      ut": "a",}  →  ut": "a"}',
     ]
     coloured = repair_report.lines(repair.repair_bytes(text.encode(), Path("x.jsonl")), colour=True)
     assert '\033[31m42\033[0m  →  \033[32m"42"\033[0m' in "\n".join(coloured)

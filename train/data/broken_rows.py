@@ -209,15 +209,19 @@ class LineReader:
 
     def _several_lines(self, at: int, stop: int) -> JsonRow | None:
         """The row of several lines that begins at `at`, in a line that ends at `stop`."""
-        until = len(self.text) if not self.text[:at].strip() else self._next_row_line(at, stop)
-        for end in (until, self._next_row_line(at, stop)):  # the only row of a file may have rows in it
+        nearest = self._next_row_line(at, stop)
+        for end in (nearest, len(self.text)) if not self.text[:at].strip() else (nearest,):
             reader = RowReader(self.text, end, "the end of the row")
             if self.text[stop:end].strip():
                 row, after = reader.row(at)
-                if row.readable and not reader.parser.missing and after > stop:
-                    in_text = any(problem.kind == "a line break" for problem in row.problems)
-                    return replace(row, several_lines=not in_text)  # a line break in a text has its own problem
-        self._tried = until
+                broken_text = any(problem.kind == "a line break" for problem in row.problems)
+                # The only row of a file may have rows in it: then it must be beyond doubt
+                closed = (
+                    row.readable and not reader.parser.missing and (end == nearest or row.clear and not broken_text)
+                )
+                if closed and after > stop:
+                    return replace(row, several_lines=not broken_text)  # a line break in a text has its own problem
+            self._tried = end
         return None
 
     def _next_row_line(self, at: int, stop: int) -> int:

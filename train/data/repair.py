@@ -113,7 +113,8 @@ class _Builder:
         unclear = [problem for problem in own if not problem.change]
         if unclear or undecoded or not row.readable:
             self.result.left_rows += 1
-            self.left += merge_kinds(unclear, "kind", "in this row")
+            lost = not (row.readable or unclear)  # beyond a mistake that alone could be corrected
+            self.left += merge_kinds(own if lost else unclear, "kind", "in this row")
             return
         self._mend(row, own)
 
