@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from train.data import json_mistakes as mistakes
-from train.data.json_lexer import LINE_END, LostError
+from train.data.json_lexer import LINE_END, SPACE, LostError
 from train.data.lenient_json import ROW, SEPARATORS, LenientParser
 from train.data.problems import KeyPath, TextProblem
 
@@ -193,6 +193,7 @@ class LineReader:
 
     def __init__(self, text: str) -> None:
         self.text = text
+        self._first = SPACE.match(text).end()  # type: ignore[union-attr]
         self._tried = 0  # up to here, no row of several lines is to be looked for
 
     def rows(self, at: int, stop: int) -> tuple[list[JsonRow], int]:
@@ -210,14 +211,14 @@ class LineReader:
     def _several_lines(self, at: int, stop: int) -> JsonRow | None:
         """The row of several lines that begins at `at`, in a line that ends at `stop`."""
         nearest = self._next_row_line(at, stop)
-        for end in (nearest, len(self.text)) if not self.text[:at].strip() else (nearest,):
+        for end in (nearest, len(self.text)) if at == self._first else (nearest,):
             reader = RowReader(self.text, end, "the end of the row")
             if self.text[stop:end].strip():
                 row, after = reader.row(at)
                 broken_text = any(problem.kind == "a line break" for problem in row.problems)
                 # The only row of a file may have rows in it: then it must be beyond doubt
                 closed = (
-                    row.readable and not reader.parser.missing and (end == nearest or row.clear and not broken_text)
+                    row.readable and not reader.parser.missing and (end == nearest or (row.clear and not broken_text))
                 )
                 if closed and after > stop:
                     return replace(row, several_lines=not broken_text)  # a line break in a text has its own problem

@@ -8,6 +8,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 from train.data import encodings, file_kinds
 from train.data import json_mistakes as mistakes
@@ -23,16 +24,17 @@ BRACKETS = re.compile(r"[\s\[\]{}(),;，；]*")
 
 
 class Lines:
-    """Where the lines of a text start; \\n, \\r\\n and \\r each end a line."""
+    """Where the lines of a text start; \\n, \\r\\n and \\r each end a line. The text begins at `line` and `column`."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, line: int = 1, column: int = 1) -> None:
+        self.text, self.line, self.column = text, line, column
         self.starts = [0, *(match.end() for match in LINE_END.finditer(text))]
 
     def position(self, offset: int) -> tuple[int, int]:
         """(line, column) of a character, both from 1."""
         line = bisect_right(self.starts, offset)
-        return line, offset - self.starts[line - 1] + 1
+        column = offset - self.starts[line - 1] + (self.column if line == 1 else 1)
+        return self.line + line - 1, column
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of each line without its end."""
@@ -53,6 +55,11 @@ def decode(raw: bytes) -> tuple[str, list[TextProblem]]:
     """
     if problem := file_kinds.foreign(raw):
         return "", [problem]
+    return decode_text(raw)
+
+
+def decode_text(raw: bytes) -> tuple[str, list[TextProblem]]:
+    """The same for bytes that are known to be text."""
     text, bad = encodings.decode(raw)
     return text, [mistakes.not_utf8(b.offset, b.byte, b.byte_offset, b.encoding) for b in bad]
 
@@ -84,19 +91,19 @@ def rows(text: str, lines: Lines) -> Iterator[JsonRow]:
     """The rows of an array (the text starts with `[`) or of lines, sound or not. Blank lines are skipped."""
     first = Lexer(text, len(text), "").skip(0)
     if assigned := ASSIGNMENT.match(text, first):
-        yield from _arrays(text, first, assigned.end())
+        yield from _assigned_array(text, first, assigned.end())
     elif Lexer(text, len(text), "").peek(first) != "[":
         yield from _lines(text, lines)
-    elif (kind := _lists_on_lines(text, first)) is not None:
+    elif problem := lists_on_lines(text, first):
         for row in _lines(text, lines):
-            row.problems.append(mistakes.list_on_line(row.start, turns=kind))
+            row.problems.append(replace(problem, offset=row.start))
             yield row
     else:
-        yield from _arrays(text, first, first)
+        yield from array(text)
 
 
-def _lists_on_lines(text: str, first: int) -> bool | None:
-    """Of a file with a list on each line, judged by its first two: whether of turns (else of texts); else None."""
+def lists_on_lines(text: str, first: int) -> TextProblem | None:
+    """The problem of a file with a list of turns or of texts on each line, judged by its first two lines."""
     line_end = LINE_END.search(text, first)
     second = SPACE.match(text, line_end.end()).end() if line_end else len(text)  # type: ignore[union-attr]
     if line_end is None or text[second : second + 1] != "[":
@@ -109,7 +116,7 @@ def _lists_on_lines(text: str, first: int) -> bool | None:
         return None
     if isinstance(values[0], dict) and not {"role", "from"} & values[0].keys():
         return None  # rows: two arrays in one file
-    return isinstance(values[0], dict)
+    return mistakes.list_on_line(first, turns=isinstance(values[0], dict))
 
 
 # Lines
@@ -121,10 +128,11 @@ def _lines(text: str, lines: Lines) -> Iterator[JsonRow]:
         found = Lexer(text, len(text), "").seen(start)
         yield JsonRow(start, start, problems=[mistakes.not_json(start, found)])
         return
-    yield from _report_several_lines(_each_line(text, lines))
+    yield from _report_several_lines(each_line(text, lines))
 
 
-def _each_line(text: str, lines: Lines) -> Iterator[JsonRow]:
+def each_line(text: str, lines: Lines) -> Iterator[JsonRow]:
+    """The rows of a text with one row a line."""
     reader, done = LineReader(text), 0
     for start, stop in lines.spans():
         at = SPACE.match(text, start, stop).end()  # type: ignore[union-attr]
@@ -159,32 +167,46 @@ def _report_several_lines(found: Iterable[JsonRow]) -> Iterator[JsonRow]:
 # Arrays
 
 
-def _arrays(text: str, first: int, start: int) -> Iterator[JsonRow]:
-    """The rows of the array at `start`, and of those after it; `first`: where the text begins."""
+def array(text: str, at: int | None = None) -> Iterator[JsonRow]:
+    """The rows of a text that is one array, and of other arrays after it.
+
+    Args:
+        at: where the first row begins, in a text that is the later part of an array.
+    """
     reader = RowReader(text, len(text), "the end of the file")
+    if at is None:
+        at = reader.parser.bracket(reader.parser.skip(0))
+    yield from _arrays(reader, at)
+
+
+def _assigned_array(text: str, first: int, start: int) -> Iterator[JsonRow]:
+    """The rows of the array at `start`, before which a program gives it a name, from `first` on."""
+    reader = RowReader(text, len(text), "the end of the file")
+    reader.parser.skip(0)
+    reader.parser.add(mistakes.assignment(first, text[first:start]))
+    yield from _arrays(reader, reader.parser.bracket(start))
+
+
+def _arrays(reader: RowReader, at: int) -> Iterator[JsonRow]:
     parser = reader.parser
-    at = parser.skip(0)
-    if start > first:
-        parser.add(mistakes.assignment(first, text[first:start]))
-        at = start
     while True:
         at = yield from _elements(reader, at)
         rest = parser.skip(at)
-        again = SECOND_ARRAY.match(text, rest)
+        again = SECOND_ARRAY.match(parser.text, rest)
         if again is None:
             break
-        at = again.end() - 1
-        parser.add(mistakes.second_array(at))
-    if rest < len(text):
-        empty = BRACKETS.fullmatch(text, rest) is not None
+        parser.add(mistakes.second_array(again.end() - 1))
+        at = parser.bracket(again.end() - 1)
+    if rest < parser.stop:
+        empty = BRACKETS.fullmatch(parser.text, rest) is not None
         parser.add(mistakes.after_the_array(rest, parser.seen(rest), empty))
     yield JsonRow(rest, rest, problems=parser.take_problems())
 
 
 def _elements(reader: RowReader, start: int) -> Generator[JsonRow, None, int]:
-    """The rows of one array; returns the offset after it."""
+    """The rows of the array whose first one begins at `start`; returns the offset after the array."""
     parser = reader.parser
-    at, comma = parser.skip(parser.bracket(start)), None
+    at, comma = parser.skip(start), None
     while (character := parser.peek(at)) not in ("]", ""):
         if character in tuple(",，;；}"):
             parser.add(mistakes.not_a_row(at, character))
