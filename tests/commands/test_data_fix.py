@@ -104,7 +104,7 @@ def test_another_kind_of_file_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     path = tmp_path / "x.pdf"
     path.write_bytes(b"%PDF-1.7\n")
     assert run(f"data={path}") == 2
-    assert "FIX mends JSON" in capsys.readouterr().err
+    assert "FIX=1 mends JSON" in capsys.readouterr().err
 
 
 def test_the_container_may_write_beside_the_data() -> None:

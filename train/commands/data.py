@@ -29,6 +29,7 @@ from train.config.options import RecipeOptions, build_with_overrides, describe, 
 from train.config.recipe import Recipe, load_recipe
 from train.data import chat_template, conversations, repair, repair_report
 from train.data.conversations import CheckedData, Conversation
+from train.data.data_row import ReadOptions
 from train.data.sources import sources
 from train.model.folder import resolve
 
@@ -47,7 +48,9 @@ HAN, KANA, LETTER = re.compile("[\u3400-\u9fff\uf900-\ufaff]"), re.compile("[\u3
 class Options(RecipeOptions):
     """What to read, and for which run."""
 
-    data: str = option("", "file, folder of .json and .jsonl files, or several separated by commas")
+    data: str = option(
+        "", "a file (JSON, CSV, Excel, Parquet, text, archive), a folder, or several separated by commas"
+    )
     recipe: str = option(
         "qlora", "a name in train/recipes/, or the path of a .yaml file: template, length, tokens to train on"
     )
@@ -68,12 +71,12 @@ def run(options: Options) -> None:
     # --- read and check ---------------------------------------------------------------------------------------------
     if not options.data:
         raise UserError("data: which file? Example: make data DATA=data/demo.jsonl")
-    if options.fix:
-        return _fix(options)
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
+    if options.fix:
+        return _fix(options, recipe)
     if options.out:
         _check_out(Path(options.out), options.data)
-    checked = _check(options.data)
+    checked = _check(options.data, recipe)
     if checked.problems:
         raise UserError(conversations.report(checked.problems))
 
@@ -98,7 +101,7 @@ def run(options: Options) -> None:
 # Reading
 
 
-def _check(data: str) -> CheckedData:
+def _check(data: str, recipe: Recipe) -> CheckedData:
     files = sources(data)
     with _progress("reading", len(files), sum(path.stat().st_size for path in files)) as advance:
         shares: dict[str, float] = {}
@@ -107,7 +110,7 @@ def _check(data: str) -> CheckedData:
             advance(share - shares.get(file, 0.0))
             shares[file] = share
 
-        return conversations.check(data, progress)
+        return conversations.check(data, progress, ReadOptions(recipe.columns))
 
 
 @contextmanager
@@ -232,7 +235,7 @@ def mark(ids: list[int], mask: list[int], tokenizer: "Tokenizer", before: str, a
 # Mending
 
 
-def _fix(options: Options) -> None:
+def _fix(options: Options, recipe: Recipe) -> None:
     """Write what can be mended of DATA, or say what is left to a person.
 
     Raises:
@@ -243,7 +246,8 @@ def _fix(options: Options) -> None:
     targets = repair.targets(options.data, options.out)
     for path in targets:
         _check_out(path, options.data)
-    repairs = {path: [repair.repair(source) for source in files] for path, files in targets.items()}
+    read = ReadOptions(recipe.columns)
+    repairs = {path: [repair.repair(source, read) for source in files] for path, files in targets.items()}
     for one in (one for group in repairs.values() for one in group):
         print("\n".join(repair_report.lines(one, colour=sys.stdout.isatty())))
     left = [one for group in repairs.values() for one in group if one.left]

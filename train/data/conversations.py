@@ -63,7 +63,8 @@ def training_data(record: dict[str, Any]) -> tuple[list[Conversation], str]:
     data = record["data"]["path"]
     name = short_name(data)
     try:
-        return (load(data), name) if hash_data(data)["sha256"] == record["data"]["sha256"] else ([], name)
+        options = ReadOptions(record["recipe"].get("columns", ""))
+        return (load(data, options), name) if hash_data(data)["sha256"] == record["data"]["sha256"] else ([], name)
     except UserError:  # a file is missing; or it was accepted when the run began, and this program is stricter now
         return [], name
 
@@ -122,12 +123,13 @@ def report(problems: list[Problem], limit: int = MAX_LISTED) -> str:
 
 def _read_file(path: Path, checked: CheckedData, on_progress: OnProgress | None, options: ReadOptions) -> None:
     problems: list[Problem] = []
-    count_before = len(checked.conversations)
+    count_before, read_elsewhere = len(checked.conversations), False
     for number, row in enumerate(readers.rows(path, options)):
         problems += _read_row(row, str(path), checked)
+        read_elsewhere = read_elsewhere or row.read_elsewhere
         if on_progress and number % ROWS_PER_CALL == 0:
             on_progress(str(path), row.share)
-    if not problems and len(checked.conversations) == count_before:
+    if not problems and not read_elsewhere and len(checked.conversations) == count_before:
         nothing = json_mistakes.no_rows()
         problems.append(Problem(str(path), 1, 1, nothing.found, nothing.expected, nothing.remedy))
     files = list(dict.fromkeys(p.file for p in problems))  # an archive has several

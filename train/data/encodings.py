@@ -7,8 +7,8 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 
-from train.data import file_kinds
-
+HEAD = 4096  # bytes, or characters, by which a file is judged
+WIDE = ("utf-32", "utf-32-le", "utf-32-be", "utf-16", "utf-16-le", "utf-16-be")
 BOM = b"\xef\xbb\xbf"
 LINE = re.compile(rb"[^\r\n]*(?:\r\n|\n|\r)?")
 HIGH = re.compile(rb"[\x80-\xff]+")
@@ -61,12 +61,12 @@ def decode(raw: bytes) -> tuple[str, list[BadByte]]:
 
 
 def decode_wide(raw: bytes) -> tuple[str, str] | None:
-    """(text, encoding) of a file in UTF-16 or UTF-32; None for other files, and where a part is damaged."""
-    encoding = file_kinds.wide_encoding(raw[: file_kinds.HEAD])
-    if not encoding:
-        return None
-    with suppress(UnicodeDecodeError):
-        return raw.decode(encoding).removeprefix("\ufeff"), encoding.upper()
+    """(text, encoding) of JSON in UTF-16 or UTF-32; None for other files, and where a part is damaged."""
+    for encoding in WIDE if b"\0" in raw[:HEAD] or raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ():
+        with suppress(UnicodeDecodeError):
+            text = raw.decode(encoding).removeprefix("\ufeff")
+            if "\0" not in text[:HEAD] and text.lstrip()[:1] in tuple("{[\"'/#"):
+                return text, encoding.upper()
     return None
 
 

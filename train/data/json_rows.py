@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
-from train.data import encodings, file_kinds
+from train.data import encodings
 from train.data import json_mistakes as mistakes
 from train.data.broken_rows import JsonRow, LineReader, RowReader, strict
 from train.data.json_lexer import LINE_END, SPACE, Lexer, LostError
@@ -49,17 +49,7 @@ class Lines:
 
 
 def decode(raw: bytes) -> tuple[str, list[TextProblem]]:
-    """UTF-8 with or without BOM -> text. Of a line of another encoding, the first byte is a problem.
-
-    A file of another kind (Parquet, UTF-16, …) gives no text and one problem.
-    """
-    if problem := file_kinds.foreign(raw):
-        return "", [problem]
-    return decode_text(raw)
-
-
-def decode_text(raw: bytes) -> tuple[str, list[TextProblem]]:
-    """The same for bytes that are known to be text."""
+    """UTF-8 with or without BOM -> text. Of a line of another encoding, the first byte is a problem."""
     text, bad = encodings.decode(raw)
     return text, [mistakes.not_utf8(b.offset, b.byte, b.byte_offset, b.encoding) for b in bad]
 

@@ -14,13 +14,18 @@ from pathlib import Path
 
 from train.common.errors import UserError
 from train.common.files import sync
-from train.data import conversations, encodings, json_mistakes, json_rows, row_repair
+from train.data import columns, conversations, encodings, file_kinds, json_mistakes, json_rows, row_repair
 from train.data.broken_rows import JsonRow, strict
+from train.data.columns import Columns
+from train.data.data_row import GUESS, DataFile, ReadOptions
 from train.data.json_rows import Lines
 from train.data.problems import Edit, Problem, TextProblem, merge_kinds
 from train.data.sources import sources
 from train.data.text_piece import Piece
 
+NOT_JSON = (
+    "FIX=1 mends JSON. In another file, correct what is listed by hand; its encoding and columns need no mending."
+)
 SUFFIX = ".fixed.jsonl"
 EXAMPLES = 3  # changes of a kind whose text is kept
 CONTEXT = 8  # characters beside a change that is shown
@@ -51,35 +56,43 @@ class Repair:
     left_rows: int = 0  # rows of the file with such a problem: they are not among `rows`
 
 
-def repair(path: Path) -> Repair:
-    """Everything that has one correction, corrected.
+def repair(path: Path, options: ReadOptions = GUESS) -> Repair:
+    """Everything in a JSON file that has one correction, corrected.
 
     Raises:
-        UserError: the file cannot be read, or is not JSON.
+        UserError: the file cannot be read; or it has mistakes and is not JSON; or columns= is wrong.
     """
+    told = columns.parse(options.columns)
     try:
-        raw = path.read_bytes()
+        file = DataFile.of(path)
+        with file.open() as stream:
+            raw = stream.read()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
-    return repair_bytes(raw, path)
-
-
-def repair_bytes(raw: bytes, path: Path) -> Repair:
-    """The same for the bytes of a file; `path` is its name in messages.
-
-    Raises:
-        UserError: they are not JSON.
-    """
     wide = encodings.decode_wide(raw)
-    text, bad_bytes = (wide[0], []) if wide else json_rows.decode(raw)
-    if not text and bad_bytes:
-        report = conversations.report([_place(bad_bytes[0], Lines(text), path)])
-        raise UserError(f"{report}\nFIX mends JSON: one row a line, or an array of rows. This is another kind of file.")
-    builder = _Builder(path, text)
-    if wide:
-        builder.result.changes.append(Change(1, 1, f"{wide[1]} to UTF-8"))
+    if not wide and file_kinds.kind_of(file) != "json":
+        checked = conversations.check(path, options=options)
+        if checked.problems:
+            raise UserError(f"{conversations.report(checked.problems)}\n{NOT_JSON}")
+        return Repair(path)
+    text, encoding = wide or (raw, "")
+    return repair_text(text, encoding, path, told)
+
+
+def repair_text(text: str | bytes, encoding: str, path: Path, told: Columns | None = None) -> Repair:
+    """The same for the contents of a file.
+
+    Args:
+        text: bytes, or the text of a file in `encoding`, which is UTF-16 or UTF-32.
+        path: its name in messages.
+        told: which keys are the question and the answer, where the user says so.
+    """
+    decoded, bad_bytes = json_rows.decode(text) if isinstance(text, bytes) else (text, [])
+    builder = _Builder(path, decoded, told)
+    if encoding:
+        builder.result.changes.append(Change(1, 1, f"{encoding} to UTF-8"))
     builder.bytes(bad_bytes)
-    for row in json_rows.rows(text, builder.lines):
+    for row in json_rows.rows(decoded, builder.lines):
         builder.row(row)
     return builder.finished()
 
@@ -87,7 +100,8 @@ def repair_bytes(raw: bytes, path: Path) -> Repair:
 class _Builder:
     """Collects the rows, changes and problems of one file."""
 
-    def __init__(self, path: Path, text: str) -> None:
+    def __init__(self, path: Path, text: str, told: Columns | None) -> None:
+        self.told = told
         self.text, self.lines = text, Lines(text)
         self.result = Repair(path)
         self.left: list[TextProblem] = []
@@ -133,7 +147,7 @@ class _Builder:
                 self.result.left_rows += 1
                 self.left += merge_kinds(problems, "kind", "in this row")
                 return
-        found = row_repair.repair(piece)
+        found = row_repair.repair(piece, self.told)
         self.result.rows += [one_line(piece.text) for piece in found.rows]
         if found.left:
             self.result.left_rows += 1

@@ -11,8 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from train.data import columns
 from train.data.broken_rows import strict
-from train.data.formats import ALPACA, LISTS, ROLES, SYNONYMS, ParsedRow
+from train.data.columns import Columns
+from train.data.formats import ALPACA, LISTS, ROLES, ParsedRow
 from train.data.json_lexer import LostError
 from train.data.json_strings import written
 from train.data.lenient_json import LenientParser
@@ -20,13 +22,10 @@ from train.data.problems import Edit, KeyPath, ValueProblem
 from train.data.text_piece import Piece
 
 MAX_STEPS = 12  # corrections of a row one after the other; each makes the next one possible
-CHINESE = {
-    **dict.fromkeys(("问题", "提问", "问", "指令", "提示词"), "instruction"),
-    **dict.fromkeys(("回答", "答案", "答", "回复", "答复", "输出"), "output"),
-    **dict.fromkeys(("输入",), "input"),
-    **dict.fromkeys(("对话", "会话"), "conversations"),
+MEANINGS = {
+    **{name: columns.KEYS.get(role, "conversations") for role, names in columns.NAMES.items() for name in names},
+    **{key: key for key in (*ALPACA, *LISTS)},
 }
-MEANINGS = {**{key: key for key in (*ALPACA, *LISTS)}, **SYNONYMS, **CHINESE}
 ROLE_KEYS = ("role", "from", "speaker", "author")
 TEXT_KEYS = ("content", "value", "text", "message", "utterance")
 ROLE_NAMES = {
@@ -89,30 +88,50 @@ class Step:
     rows: tuple[Piece, ...] = ()
 
 
-def repair(piece: Piece) -> RepairedRow:
-    """The row, or the rows, that a sound JSON text is meant to be."""
+def repair(piece: Piece, told: Columns | None = None) -> RepairedRow:
+    """The row, or the rows, that a sound JSON text is meant to be.
+
+    Args:
+        told: which keys are the question and the answer, where the user says so.
+    """
     result = RepairedRow()
     for _ in range(MAX_STEPS):
         value, _end = strict(piece.text, len(piece.text) - len(piece.text.lstrip(" \t\r\n")))
         problems = ParsedRow(value).problems
-        if not problems:
+        if not problems and not _told_names(value, told):
             result.rows.append(piece)
             return result
         view = _view(piece, value)
-        step = next((step for find in STEPS if view and (step := find(view))), None)
-        if view is None or step is None:
+        step = _next_step(view, told) if view else None
+        if step is None:
             break
         result.changes += _described(step, piece)
         if step.rows:
-            return _each(step.rows, result)
+            return _each(step.rows, told, result)
         piece = piece.edited(step.edits)
     result.left = [(piece.original(_nearest(view, problem.path)), problem) for problem in problems]
     return result
 
 
-def _each(rows: Iterable[Piece], result: RepairedRow) -> RepairedRow:
+def _next_step(view: View, told: Columns | None) -> Step | None:
+    if names := _told_names(view.value, told):
+        edits = (view.new_key((name,), key) for name, key in names.items())
+        return Step("key renamed, as columns= says", tuple(edits))
+    return next((step for find in STEPS if (step := find(view))), None)
+
+
+def _told_names(row: Any, told: Columns | None) -> dict[str, str]:
+    """Key of the row -> its name in a format, for those that columns= names."""
+    if told is None or not isinstance(row, dict):
+        return {}
+    names = {name: columns.KEYS.get(role, "") for role, name in told.of_role.items() if name in row}
+    names = {name: key or columns.list_key(row[name]) for name, key in names.items()}
+    return {name: key for name, key in names.items() if key not in row}
+
+
+def _each(rows: Iterable[Piece], told: Columns | None, result: RepairedRow) -> RepairedRow:
     for piece in rows:
-        one = repair(piece)
+        one = repair(piece, told)
         result.rows += one.rows
         result.changes += one.changes
         result.left += one.left
