@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from train.common.errors import UserError
-from train.data import conversations, repair
+from train.data import conversations, encodings, repair
 from train.data.json_rows import LINE_END
 
 MINUTES = 10
@@ -204,8 +204,8 @@ def check(file: Damaged, folder: Path) -> str:
 
 def inside(problems: list[Any], file: Damaged) -> None:
     """Every place lies in the file, or just behind the end of its line."""
-    text = file.raw.decode("utf-16" if file.encoding == "utf-16" else "utf-8-sig", "replace")
-    lines = LINE_END.split(text)
+    wide = encodings.decode_wide(file.raw)
+    lines = LINE_END.split(wide[0] if wide else encodings.decode(file.raw)[0])
     for problem in problems:
         assert 1 <= problem.line <= len(lines), problem
         assert 1 <= problem.column <= len(lines[problem.line - 1]) + 1, problem

@@ -78,7 +78,12 @@ def run(options: Options) -> None:
         _check_out(Path(options.out), options.data)
     checked = _check(options.data, recipe)
     if checked.problems:
-        raise UserError(conversations.report(checked.problems))
+        hint = (
+            ""
+            if checked.problems[0].cell
+            else f"\nWhat has one correction only: make data DATA={shlex.quote(options.data)} FIX=1"
+        )
+        raise UserError(conversations.report(checked.problems) + hint)
 
     # --- count tokens -----------------------------------------------------------------------------------------------
     rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_words(checked.conversations)}
