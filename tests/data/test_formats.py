@@ -13,7 +13,8 @@ from train.data.problems import ValueProblem
 MISTAKES: dict[str, Mistake] = {
     "missing key": ('{"instruction": "q", "input": ""}', [(1, 1, 'no "output"', 'add "output"')]),
     "misspelt key": ('{"instuction": "q", "output": "a"}', [(1, 1, 'no "instruction"', 'rename "instuction" to "instruction"')]),
-    "another tool's key": ('{"instruction": "q", "response": "a"}', [(1, 1, 'no "output"', 'rename "response" to "output"')]),
+    "two answers": ('{"instruction": "q", "response": "a", "answer": "b"}', [(1, 49, '2 columns that could be the answer: "response" and "answer"', "columns=question:instruction,answer:response")]),
+    "another tool's answer that is a number": ('{"question": "q", "answer": 7}', [(1, 29, "a number", "double quotes")]),
     "wrong type": ('{"instruction": "q", "output": 42}', [(1, 32, "a number", "double quotes")]),
     "null answer": ('{"instruction": "q", "output": null}', [(1, 32, "null", "write a text")]),
     "empty answer": ('{"instruction": "q", "output": " \\n"}', [(1, 32, "an empty text", "delete the row")]),
@@ -43,7 +44,9 @@ MISTAKES: dict[str, Mistake] = {
     "turn that is text": ('{"messages": ["hi"]}', [(1, 15, "text", '{"role": …}')]),
     "no turns": ('{"messages": []}', [(1, 14, "an empty list", "a question and an answer")]),
     "turns that are text": ('{"messages": "hi"}', [(1, 14, "text", "a question and an answer")]),
-    "unknown format": ('{"prompt": "q", "answer": "a"}', [(1, 1, '"prompt", "answer"', 'rename "prompt" to "instruction", "answer" to "output"')]),
+    "unknown format": ('{"prompts": "q", "answer": "a"}', [(1, 1, '"prompts", "answer"', 'add "question"')]),
+    "a question alone": ('{"question": "q"}', [(1, 1, 'a row with "question"', 'add "answer"')]),
+    "an empty answer in a pair": ('{"conversation": [{"human": "q", "assistant": " "}]}', [(1, 47, "an empty text", "write it")]),
     "rows below a key": ('{"data": [{"instruction": "q"}]}', [(1, 1, 'a row with "data"', 'only the list of "data"')]),
     "a number for a row": (f"[{GOOD}, 7]", [(1, 39, "a number", "an object")]),
 }  # fmt: skip

@@ -17,9 +17,7 @@ ALPACA = {"instruction": "q", "output": "a"}
 CASES: dict[str, tuple[Any, int, str, str]] = {
     "conversations with role": ({"conversations": TURNS}, 19, 'the keys of "messages"', 'rename "conversations" to "messages"'),
     "messages with from": ({"messages": SHAREGPT}, 14, 'the keys of "conversations"', 'rename "messages" to "conversations"'),
-    "query and response": ({"query": "q", "response": "a", "history": [["b", "c"]]}, 1, '"query", "response"', '"query" to "instruction", "response" to "output"'),
-    "a key of another tool": ({"instruction": "q", "response": "a"}, 1, 'no "output"', 'rename "response" to "output"'),
-    "content in parts": ({"messages": [{"role": "user", "content": PARTS}, TURNS[1]]}, 43, "content in parts", 'write the text itself: "content"'),
+    "parts without text": ({"messages": [{"role": "user", "content": [{"type": "text"}]}, TURNS[1]]}, 43, "content in parts", 'write the text itself: "content"'),
     "pictures in parts": (
         {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, *PARTS]}, TURNS[1]]},
         43, "content in parts (image)", "only text can be trained on",

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from train.data import loss_flags, other_rows, row_shapes
+from train.data import columns, loss_flags, other_rows, row_shapes
 from train.data.problems import KeyPath, ValueProblem
 
 FORMATS = {
@@ -90,10 +90,15 @@ class ParsedRow:
 
     def _unknown(self, row: dict[str, Any]) -> None:
         """A row whose keys belong to no format: suggest new names, or the list inside it that holds the rows."""
-        names = {key: meant for key in row if (meant := _similar_key(key)) and meant != key}
+        roles = {role: key for key in row if (role := columns.role_of(key))}
+        names = {
+            key: meant for key in row if key not in roles.values() and (meant := _similar_key(key)) and meant != key
+        }
         renames = ", ".join(f'"{key}" to "{meant}"' for key, meant in names.items())
         inner = next((key for key, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict)), "")
         remedy = f"rename {renames}" if names else f'keep only the list of "{inner}": [ … ]' if inner else "see below"
+        if roles and not names:
+            remedy = f'add "{columns.lacking(roles)}"'
         found = f"a row with {_listed(row)}" if row else "an empty row"
         kind = f"keys {sorted(row)}" if row else ""
         self._problem((), found, "one of the four formats: Alpaca, Qwen, ShareGPT, OpenAI", remedy, kind)
