@@ -38,7 +38,7 @@ MISTAKES: dict[str, Mistake] = {
         '{"messages": [{"role": "usr", "content": "q"}, {"role": "assistant", "content": "a"}]}',
         [(1, 24, 'the role "usr"', 'write "user"')],
     ),
-    "role of a tool": (QWEN[:-2] + ', {"from": "tool", "value": "t"}]}', [(1, len(QWEN[:-2]) + 12, 'the role "tool"', "tools")]),
+    "role of a tool": (QWEN[:-2] + ', {"from": "tool", "value": "t"}]}', [(1, len(QWEN[:-2]) + 12, 'the role "tool"', "does not list tools")]),
     "no text in a turn": (QWEN.replace(', "value": "a"', ""), [(1, 52, 'no "value"', 'add "value"')]),
     "empty text in a turn": (QWEN.replace('"a"', '""'), [(1, 83, "an empty text", "delete the row")]),
     "turn that is text": ('{"messages": ["hi"]}', [(1, 15, "text", '{"role": …}')]),
