@@ -31,7 +31,7 @@ endef
 _quote = '$(subst $(_newline),'$$'\n'',$(subst ','\'',$(1)))'
 _key = $(shell tr A-Z a-z <<<'$(patsubst FROM,FROM_RUN,$(1))')
 _typed = $(sort $(foreach v,$(filter-out $(settings) -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(v))),$(v))))
-_keys = DATA MODEL RECIPE RUN FROM STAGE GPUS GPU PROMPT SYSTEM QUESTIONS ENGINE DTYPE LAYOUT ONTO OUT REPLAY MODELS RUNS
+_keys = DATA MODEL RECIPE RUN FROM STAGE GPUS GPU PROMPT SYSTEM QUESTIONS ENGINE DTYPE LAYOUT ONTO OUT REPLAY LOG MODELS RUNS
 _before = $(strip $(foreach k,$(_keys),$(if $(filter environment,$(origin $(k))),$(if $(value $(k)),$(k)))))
 _refused = $(if $(_before),$(error $(_before) is set in the environment, where it does not count. \
 Type it after the target (make $@ $(firstword $(_before))=…), or unset it (unset $(_before))))
@@ -88,7 +88,7 @@ plan: ## what training a base takes on a card, and the batch, length and checkpo
 bench: setup ## our training step beside the published recipe's stack, on this card: [ARMS=] [MODEL=] [SHAPES=] [OUT=]
 	@$(PY) -m tests.bench $(_pairs)
 
-doctor: ## what here would fail, and the remedy: [DATA=] [MODEL=] [RECIPE=] [GPUS=]
+doctor: ## what here would fail, and the remedy: [DATA=] [MODEL=] [RECIPE=] [GPUS=]; why a run failed: LOG=
 	@docker/run doctor $(_pairs)
 
 shell: ## bash in the container, with its mounts and without a network

@@ -128,11 +128,15 @@ def test_files_and_classes_are_small(path: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno < MAX_CLASS_LINES, node.name
 
 
+# The verb table's reader, for docker/run; and what people report of Docker, and of Windows' Docker Desktop
+KNOW_DOCKER = {"__main__.py", "failures.py", "windows.py"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(TRAIN)))
 def test_the_program_knows_no_fixed_path_and_no_docker(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"[\"'](/home|/root|/workspace|/data|/models|/opt|/app)\b", text)
-    assert path.name == "__main__.py" or not re.search(r"\bdocker\b", text, re.IGNORECASE)
+    assert path.name in KNOW_DOCKER or not re.search(r"\bdocker\b", text, re.IGNORECASE)
 
 
 def test_only_the_verb_table_reads_argv() -> None:

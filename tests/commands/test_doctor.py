@@ -295,3 +295,58 @@ def test_a_damaged_file_of_the_base_is_not_ok(workspace: Path, capsys: pytest.Ca
         assert (output.status, output.state[check]) == (2, "fail"), output.text
         assert name in output.text
         (base / name).unlink() if before is None else (base / name).write_bytes(before)
+
+
+# --- logs, JSON, strict
+
+
+def test_a_log_is_explained_with_its_remedy(capsys: pytest.CaptureFixture[str], workspace: Path) -> None:
+    (workspace / "train.log").write_bytes(b"\xff 10%\r\ntorch.cuda.OutOfMemoryError: CUDA out of memory.\r\n")
+    assert main(["doctor", "log=train.log"]) == 2
+    out = capsys.readouterr().out
+    assert "fail  GPU memory" in out
+    assert "line 2: torch.cuda.OutOfMemoryError" in out
+    assert "Remedy: make plan" in out
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_log_of_powershell_is_read(capsys: pytest.CaptureFixture[str], workspace: Path, encoding: str) -> None:
+    (workspace / "train.log").write_text("RuntimeError: Driver/library version mismatch\n", encoding=encoding)
+    assert main(["doctor", "log=train.log"]) == 2
+    assert "driver updated" in capsys.readouterr().out
+
+
+def test_a_log_of_a_sound_run_is_ok(capsys: pytest.CaptureFixture[str], workspace: Path) -> None:
+    (workspace / "train.log").write_text("step 1 of 2 loss 1.5\nstep 2 of 2 loss 1.4\n")
+    assert main(["doctor", "log=train.log"]) == 0
+    assert "it shows no failure" in capsys.readouterr().out
+
+
+def test_an_unknown_failure_is_shown_without_a_cause(capsys: pytest.CaptureFixture[str], workspace: Path) -> None:
+    (workspace / "train.log").write_text("Traceback (most recent call last):\nNeverSeenError: 7\n")
+    assert main(["doctor", "log=train.log"]) == 2
+    assert "no known cause; the last error is" in capsys.readouterr().out
+
+
+def test_a_log_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "log=none.log"]) == 2
+    assert "log=none.log: cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_json_is_one_object_with_every_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["doctor", "model=base-Int4", "json=1"])
+    found = json.loads(capsys.readouterr().out)
+    assert status == (2 if found["fail"] else 0)
+    assert found["checks"] == len(found["findings"]) == found["ok"] + found["warn"] + found["fail"] > 5
+    assert {"section", "name", "state", "text", "remedy"} == found["findings"][0].keys()
+    assert found["findings"][0]["section"] == "this machine"
+
+
+def test_strict_fails_for_a_warning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, WITHOUT_CARD, {"seen": 0, "errors": []})
+    words = ["model=base-Int4", "length=100000"]
+    output = Output(capsys, *words)
+    assert output.state["length"] == "warn"
+    strict = Output(capsys, *words, "strict=on")
+    assert strict.status == 2
+    assert "strict=on asks for none" in strict.error or "checks fail" in strict.error

@@ -3,10 +3,14 @@
 make doctor [DATA=file] [MODEL=base] [RECIPE=name] [GPUS=n] [ARGS="key=value …"]
 
 One line a check: ok, warn (it runs, but not as you may expect) or fail. Status 0 when nothing fails, 2 when something
-does. The machine is inspected without torch, which is then tried in a process of its own. make plan says what of a
-card's memory a step takes.
+does; STRICT=1: 2 for a warning too. JSON=1: one JSON object for a program. The machine is inspected without torch,
+which is then tried in a process of its own. make plan says what of a card's memory a step takes.
+
+make doctor LOG=file explains a failed run, of this program or of another one, by its log: cause and remedy. LOG=- reads
+the standard input. Status 2 when the log shows a failure.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +22,11 @@ from train.config.recipe import Recipe, read_stages
 from train.config.stages import Stage, stage
 from train.data import conversations
 from train.data.data_row import ReadOptions
-from train.host import checks, machine
+from train.host import checks, failures, machine
 from train.host.checks import Finding
 from train.host.machine import Machine
 from train.host.report import Report
+from train.host.windows import check_windows, inspect_windows
 from train.model.architecture import Shape
 from train.model.folder import find, find_damage, is_hub_id, read_manifest
 from train.model.names import hub_name
@@ -52,6 +57,9 @@ class Options(RecipeOptions):
     gpus: int = option(0, "GPUs that must be there; 0: whatever is there", interval="[0, 64]")
     models: str = option("models", "folder of bases")
     runs: str = option("runs", "folder of runs")
+    log: str = option("", "explain this log of a failed run instead; -: the standard input")
+    json: bool = option(False, "print one JSON object")
+    strict: bool = option(False, "a warning fails too")
 
 
 def parse(values: dict[str, str]) -> Options:
@@ -60,12 +68,19 @@ def parse(values: dict[str, str]) -> Options:
 
 
 def run(options: Options) -> None:
+    report = Report(options.json)
+    if options.log:
+        explain_log(report, options.log)
+        report.end(options.strict)
+        return
+
     # --- this machine, without torch
-    report = Report()
     here = machine.inspect_machine()
     report.section("this machine")
     for finding in checks.check_machine(here, options.gpus, LOCK, machine.probe_torch):
         report.add(finding)
+    for windows_finding in check_windows(inspect_windows(ROOT)):
+        report.add(windows_finding)
     torch_starts = "torch" not in report.failed
 
     # --- the recipe, or the recipes of its stages
@@ -86,7 +101,36 @@ def run(options: Options) -> None:
         if part.data:
             report.section(f"data {part.data}{part.suffix}")
             _check_data(report, part.recipe, folder if torch_starts else None, part.data)
-    report.end()
+    report.end(options.strict)
+
+
+# --- a log
+
+
+def explain_log(report: Report, log: str) -> None:
+    """What made the run of this log fail, a finding each; ok where it shows no failure."""
+    report.section("the standard input" if log == "-" else log)
+    explanations = failures.explain_log(_read_log(log))
+    for found in explanations:
+        cause = f"{found.cause}.\n" if found.cause else "no known cause; the last error is\n"
+        remedy = found.remedy or "make doctor DATA=… MODEL=… checks machine, data and base"
+        report.add(Finding(found.name, "fail", f"{cause}line {found.line}: {found.text}", remedy))
+    if not explanations:
+        report.add(Finding("log", "ok", "it shows no failure"))
+
+
+def _read_log(log: str) -> str:
+    """The text of a log in any encoding: what is not UTF-8 matters to no known failure.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        raw = sys.stdin.buffer.read() if log == "-" else Path(log).read_bytes()
+    except OSError as error:
+        raise UserError(f"log={log}: cannot be read: {error.strerror}. Example: make doctor LOG=train.log") from error
+    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"  # PowerShell's > writes UTF-16
+    return raw.decode(encoding, "replace")
 
 
 # --- the recipe

@@ -28,7 +28,7 @@ from train.config.recipe import load_recipe, read_stages
 
 Record = tuple[str, str]
 RECORD_KINDS = {"write": "make", "may-write": "write", "read": "read"}  # by the word in the verb table
-PATH_KEYS = ("model", "recipe", "onto", "questions")  # keys that name a path to read, in every verb
+PATH_KEYS = ("model", "recipe", "onto", "questions", "log")  # keys that name a path to read, in every verb
 
 
 class Verb(Protocol):
