@@ -107,6 +107,25 @@ def test_another_kind_of_file_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert "FIX=1 mends JSON" in capsys.readouterr().err
 
 
+def test_a_folder_with_a_table_would_lose_its_rows(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file.parent / "b.csv").write_text("question,answer\nq,a\n")
+    assert run(f"data={file.parent}") == 2
+    assert "b.csv: not JSON, so its rows would be missing" in capsys.readouterr().err
+    assert run(f"data={file},{file.parent}/b.csv") == 0  # a result each, and none for the table
+    out = capsys.readouterr().out
+    assert f"{file.parent}/b.csv: sound as it is, so nothing was written." in out
+    assert not (file.parent / "b.fixed.jsonl").exists()
+
+
+def test_a_large_file_shows_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "large.jsonl"
+    path.write_text(
+        "{'instruction': '" + "q" * 999 + "', 'output': 'a'}\n" + (GOOD.replace("q", "q" * 999) + "\n") * 2001
+    )
+    assert run(f"data={path}") == 0
+    assert "mending large.jsonl: 100 of 100 %" in capsys.readouterr().out
+
+
 def test_the_container_may_write_beside_the_data() -> None:
     assert paths("data", VERBS["data"], ["data=x/a.json,b.json", "fix=1"])[:2] == [("write", "."), ("write", "x")]
     assert ("write", "x") not in paths("data", VERBS["data"], ["data=x/a.json", "fix=0"])

@@ -251,8 +251,7 @@ def _fix(options: Options, recipe: Recipe) -> None:
     targets = repair.targets(options.data, options.out)
     for path in targets:
         _check_out(path, options.data)
-    read = ReadOptions(recipe.columns)
-    repairs = {path: [repair.repair(source, read) for source in files] for path, files in targets.items()}
+    repairs = {path: [_repaired(source, recipe) for source in files] for path, files in targets.items()}
     for one in (one for group in repairs.values() for one in group):
         print("\n".join(repair_report.lines(one, colour=sys.stdout.isatty())))
     left = [one for group in repairs.values() for one in group if one.left]
@@ -262,6 +261,18 @@ def _fix(options: Options, recipe: Recipe) -> None:
         print(repair.write(group, path, options.overwrite))
     if left:
         raise UserError(repair_report.left_out(left))
+
+
+def _repaired(source: Path, recipe: Recipe) -> repair.Repair:
+    done = 0.0
+    with _progress(f"mending {source.name}", 1, source.stat().st_size) as advance:
+
+        def progress(share: float) -> None:
+            nonlocal done
+            advance(share - done)
+            done = share
+
+        return repair.repair(source, ReadOptions(recipe.columns), progress)
 
 
 # Converting

@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 HEAD = 4096  # bytes, or characters, by which a file is judged
-WIDE = ("utf-32", "utf-32-le", "utf-32-be", "utf-16", "utf-16-le", "utf-16-be")
+WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+WITH_BOM, WITHOUT_BOM = ("utf-32", "utf-16"), ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 BOM = b"\xef\xbb\xbf"
 LINE = re.compile(rb"[^\r\n]*(?:\r\n|\n|\r)?")
 HIGH = re.compile(rb"[\x80-\xff]+")
@@ -62,9 +63,10 @@ def decode(raw: bytes) -> tuple[str, list[BadByte]]:
 
 def decode_wide(raw: bytes) -> tuple[str, str] | None:
     """(text, encoding) of JSON in UTF-16 or UTF-32; None for other files, and where a part is damaged."""
-    for encoding in WIDE if b"\0" in raw[:HEAD] or raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ():
+    candidates = WITH_BOM if raw.startswith(WIDE_BOMS) else WITHOUT_BOM if b"\0" in raw[:HEAD] else ()
+    for encoding in candidates:
         with suppress(UnicodeDecodeError):
-            text = raw.decode(encoding).removeprefix("\ufeff")
+            text = raw.decode(encoding)
             if "\0" not in text[:HEAD] and text.lstrip()[:1] in tuple("{[\"'/#"):
                 return text, encoding.upper()
     return None
@@ -91,8 +93,9 @@ def _encoding(line: bytes, gb18030: bool) -> str:
     if all(WINDOWS_PUNCTUATION.fullmatch(run) for run in HIGH.findall(line)):
         return "cp1252"
     with suppress(UnicodeDecodeError):
-        text = line.decode("utf-8", "surrogatepass").encode("utf-16-le", "surrogatepass").decode("utf-16-le")
-        return "cesu-8" if text else ""
+        halves = line.decode("utf-8", "surrogatepass").encode("utf-16-le", "surrogatepass")
+        if halves.decode("utf-16-le") and not _is_utf8(line):
+            return "cesu-8"
     with suppress(UnicodeDecodeError):
         line.decode("gb18030")
         return "gb18030" if gb18030 or _common_share(line) >= MIN_COMMON else ""

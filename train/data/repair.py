@@ -7,8 +7,9 @@ is never written. The result has one row a line, each in its own format. The ori
 
 import os
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,8 @@ NOT_JSON = (
     "FIX=1 mends JSON. In another file, correct what is listed by hand; its encoding and columns need no mending."
 )
 SUFFIX = ".fixed.jsonl"
+OnProgress = Callable[[float], None]
+ROWS_PER_CALL = 1000  # of on_progress
 EXAMPLES = 3  # changes of a kind whose text is kept
 CONTEXT = 8  # characters beside a change that is shown
 # White space with a line break, between the tokens of JSON; a string is matched to be passed over
@@ -54,11 +57,14 @@ class Repair:
     mended: int = 0  # rows of the file that were corrected
     left: list[Problem] = field(default_factory=list)  # what only a person can tell
     left_rows: int = 0  # rows of the file with such a problem: they are not among `rows`
+    is_json: bool = True  # False: a table or a text without mistakes, of which nothing is among `rows`
 
 
-def repair(path: Path, options: ReadOptions = GUESS) -> Repair:
+def repair(path: Path, options: ReadOptions = GUESS, on_progress: OnProgress = lambda share: None) -> Repair:
     """Everything in a JSON file that has one correction, corrected.
 
+    Args:
+        on_progress: is told the share of the file that is done, 0 to 1.
     Raises:
         UserError: the file cannot be read; or it has mistakes and is not JSON; or columns= is wrong.
     """
@@ -74,12 +80,18 @@ def repair(path: Path, options: ReadOptions = GUESS) -> Repair:
         checked = conversations.check(path, options=options)
         if checked.problems:
             raise UserError(f"{conversations.report(checked.problems)}\n{NOT_JSON}")
-        return Repair(path)
+        return Repair(path, is_json=False)
     text, encoding = wide or (raw, "")
-    return repair_text(text, encoding, path, told)
+    return repair_text(text, encoding, path, told, on_progress)
 
 
-def repair_text(text: str | bytes, encoding: str, path: Path, told: Columns | None = None) -> Repair:
+def repair_text(
+    text: str | bytes,
+    encoding: str,
+    path: Path,
+    told: Columns | None = None,
+    on_progress: OnProgress = lambda share: None,
+) -> Repair:
     """The same for the contents of a file.
 
     Args:
@@ -92,8 +104,11 @@ def repair_text(text: str | bytes, encoding: str, path: Path, told: Columns | No
     if encoding:
         builder.result.changes.append(Change(1, 1, f"{encoding} to UTF-8"))
     builder.bytes(bad_bytes)
-    for row in json_rows.rows(decoded, builder.lines):
+    for number, row in enumerate(json_rows.rows(decoded, builder.lines)):
         builder.row(row)
+        if number % ROWS_PER_CALL == 0:
+            on_progress(row.stop / len(decoded))
+    on_progress(1.0)
     return builder.finished()
 
 
@@ -117,13 +132,15 @@ class _Builder:
                 self.lost.append(problem.offset)
 
     def row(self, row: JsonRow) -> None:
-        own = [problem for problem in row.problems if problem.offset >= row.start and row.stop > row.start]
+        empty, own = row.stop == row.start, []
         for problem in row.problems:
-            if problem not in own:
+            if empty or problem.offset < row.start:
                 self._between(problem)
-        if row.stop == row.start:
+            else:
+                own.append(problem)
+        if empty:
             return
-        undecoded = any(row.start <= offset < row.stop for offset in self.lost)
+        undecoded = bisect_left(self.lost, row.start) < bisect_left(self.lost, row.stop)
         unclear = [problem for problem in own if not problem.change]
         if unclear or undecoded or not row.readable:
             self.result.left_rows += 1
@@ -264,6 +281,10 @@ def write(repairs: Sequence[Repair], out: Path, overwrite: bool) -> str:
     names = ", ".join(str(repair.path) for repair in repairs)
     if not any(repair.changes or repair.left for repair in repairs):
         return f"{names}: sound as it is, so nothing was written."
+    if others := [str(repair.path) for repair in repairs if not repair.is_json]:
+        raise UserError(
+            f"{', '.join(others)}: not JSON, so its rows would be missing. Name the JSON files: DATA=a.json,b.json"
+        )
     if not rows:
         raise UserError(f"{names}: no row can be mended, so nothing was written.")
     text = "".join(f"{row}\n" for row in rows)

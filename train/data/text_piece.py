@@ -54,7 +54,10 @@ class Piece:
     def cut(self, start: int, stop: int) -> "Piece":
         """The piece from `start` to `stop`."""
         found = []
-        for begin, segment in zip(self._starts, self.segments):
+        for number in range(max(bisect_right(self._starts, start) - 1, 0), len(self.segments)):
+            begin, segment = self._starts[number], self.segments[number]
+            if begin >= stop:
+                break
             low, high = max(start - begin, 0), min(stop - begin, len(segment.text))
             if low < high:
                 origin = segment.origin + (low if segment.copied else 0)
