@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from train.common.errors import UserError
 from train.common.files import read_json
+from train.config.options import SWITCH
 from train.config.recipe import load_recipe, read_stages
 from train.runs.folder import newest_run
 
@@ -64,6 +65,9 @@ def _folders(verb: Verb, values: dict[str, str]) -> Iterator[Record]:
     out = values.get("out", "")
     if "/" in out or (out and verb.models != "write"):  # otherwise it is a name below models/
         yield "write", str(Path(out).parent)
+    elif SWITCH.get(values.get("fix", "").lower()):  # the result lies beside the data
+        parents = {str(Path(part).parent) for part in _data_paths(values.get("data", ""))}
+        yield from (("write", parent) for parent in sorted(parents))
 
 
 def _paths_to_read(name: str, values: dict[str, str]) -> Iterator[str]:

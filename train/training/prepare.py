@@ -81,7 +81,9 @@ def prepare(
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
     loaded, base, adapter = _run_all(
-        lambda: conversations.read(data), lambda: resolve(recipe.model, models), lambda: _read_parent(recipe, parent)
+        lambda: conversations.read(data, conversations.ReadOptions(recipe.columns)),
+        lambda: resolve(recipe.model, models),
+        lambda: _read_parent(recipe, parent),
     )
     config, _ = read_folder_config(base)
     targets = lora.targets(config.layout, recipe.targets)
