@@ -9,7 +9,10 @@ import pytest
 from tests.support.oracles import tiny_checkpoint, tiny_config
 from train.__main__ import main
 from train.commands import doctor
+from train.commands.findings import Report
+from train.common.errors import UserError
 from train.host import machine
+from train.host.checks import Finding
 from train.host.machine import Card, Machine
 
 GB = 10**9
@@ -109,7 +112,7 @@ def test_a_card_too_small_for_the_recipe_but_not_for_its_rows(
     pretend(monkeypatch, replace(WITH_CARD, cards=(some,)), {"seen": 1, "errors": []})
     output = Output(capsys, *words)
     assert (output.status, output.state["card's memory"]) == (2, "fail")
-    remedy = output.text.split('in less: ARGS="')[1].split('"')[0].split()
+    remedy = output.text.split('in less memory: ARGS="')[1].split('"')[0].split()
     assert Output(capsys, "model=base-Int4", "length=8192", *remedy).state["card's memory"] in ("ok", "warn")
 
 
@@ -226,7 +229,7 @@ def test_a_base_that_is_damaged(workspace: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_rows_longer_than_the_base_was_made_for(capsys: pytest.CaptureFixture[str]) -> None:
-    output = Output(capsys, "model=base-Int4", "length=1000000")
+    output = Output(capsys, "model=base-Int4", "length=1024")
     assert (output.status, output.state["length"]) == (0, "warn")
 
 
@@ -295,3 +298,93 @@ def test_a_damaged_file_of_the_base_is_not_ok(workspace: Path, capsys: pytest.Ca
         assert (output.status, output.state[check]) == (2, "fail"), output.text
         assert name in output.text
         (base / name).unlink() if before is None else (base / name).write_bytes(before)
+
+
+# --- findings as they are printed
+
+
+def test_findings_are_printed_as_they_come_and_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report()
+    report.section("this machine")
+    report.add(Finding("card", "ok", "NVIDIA H100"))
+    report.add(Finding("Triton", "warn", "no C compiler", "apt-get install gcc"))
+    report.add(None)
+    report.end()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["this", "machine"],
+        ["ok", "card", "NVIDIA", "H100"],
+        ["warn", "Triton", "no", "C", "compiler"],
+    ]
+    assert "Remedy: apt-get install gcc" in lines[3]
+    assert lines[-1] == "2 checks: 1 ok, 1 warn, 0 fail"
+
+
+def test_a_failure_is_named_and_raised_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> str:
+        raise UserError("no such file")
+
+    report = Report()
+    assert report.attempt("folder", lambda: "models/x", str.upper) == "models/x"
+    assert report.attempt("rows", fail, str.upper) is None
+    assert report.failed == {"rows"}
+    with pytest.raises(UserError, match=r"1 of 2 checks fail\. Nothing was changed\."):
+        report.end()
+    out = capsys.readouterr().out
+    assert "MODELS/X" in out
+    assert "no such file" in out
+
+
+# --- logs, JSON, strict
+
+
+def test_a_log_is_explained_with_its_remedy(capsys: pytest.CaptureFixture[str], workspace: Path) -> None:
+    (workspace / "train.log").write_bytes(b"\xff 10%\r\ntorch.cuda.OutOfMemoryError: CUDA out of memory.\r\n")
+    assert main(["doctor", "log=train.log"]) == 2
+    out = capsys.readouterr().out
+    assert "fail  GPU memory" in out
+    assert "line 2: torch.cuda.OutOfMemoryError" in out
+    assert "Remedy: make plan" in out
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_log_of_powershell_is_read(capsys: pytest.CaptureFixture[str], workspace: Path, encoding: str) -> None:
+    (workspace / "train.log").write_text("RuntimeError: Driver/library version mismatch\n", encoding=encoding)
+    assert main(["doctor", "log=train.log"]) == 2
+    assert "driver updated" in capsys.readouterr().out
+
+
+def test_a_log_of_a_sound_run_is_ok(capsys: pytest.CaptureFixture[str], workspace: Path) -> None:
+    (workspace / "train.log").write_text("step 1 of 2 loss 1.5\nstep 2 of 2 loss 1.4\n")
+    assert main(["doctor", "log=train.log"]) == 0
+    assert "it shows no failure" in capsys.readouterr().out
+
+
+def test_an_unknown_failure_is_shown_without_a_cause(capsys: pytest.CaptureFixture[str], workspace: Path) -> None:
+    (workspace / "train.log").write_text("Traceback (most recent call last):\nNeverSeenError: 7\n")
+    assert main(["doctor", "log=train.log"]) == 2
+    assert "no known cause; the last error is" in capsys.readouterr().out
+
+
+def test_a_log_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "log=none.log"]) == 2
+    assert "log=none.log: cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_json_is_one_object_with_every_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["doctor", "model=base-Int4", "json=1"])
+    found = json.loads(capsys.readouterr().out)
+    assert status == (2 if found["fail"] else 0)
+    assert found["checks"] == len(found["findings"]) == found["ok"] + found["warn"] + found["fail"] > 5
+    assert {"section", "name", "state", "text", "remedy"} == found["findings"][0].keys()
+    assert found["findings"][0]["section"] == "this machine"
+
+
+def test_strict_fails_for_a_warning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, WITHOUT_CARD, {"seen": 0, "errors": []})
+    words = ["model=base-Int4", "length=100000"]
+    output = Output(capsys, *words)
+    assert output.state["length"] == "warn"
+    strict = Output(capsys, *words, "strict=on")
+    assert strict.status == 2
+    assert "strict=on asks for none" in strict.error or "checks fail" in strict.error

@@ -1,16 +1,22 @@
-"""Check a data set and print its summary; with OUT=, also write it as OpenAI messages.
+"""Check a data set and print its summary; with OUT=, also write it as OpenAI messages. With FIX=1, mend broken JSON.
 
 make data DATA=file-or-folder [RECIPE=name] [MODEL=base] [OUT=new.jsonl] [ARGS="length=1024 overlong=skip …"]
+make data DATA=broken.json FIX=1 [OUT=broken.fixed.jsonl] [PARTIAL=1] [OVERWRITE=1]
 
 Data with a mistake is refused with a list of all mistakes by file, line and column, and status 2. Tokens are counted
 with the tokenizer of the base and the template of the recipe. Without the base on this machine only these numbers are
 missing.
+
+FIX=1 corrects every mistake that can be corrected in one way only, into a new file, and shows each kind of change. The
+original stays as it is. What only a person can tell is listed by line and column, with status 2; then nothing is
+written, or with PARTIAL=1 all rows but these.
 """
 
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +25,10 @@ from train.common.errors import UserError
 from train.common.files import write_lines
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
 from train.config.recipe import Recipe, load_recipe
-from train.data import chat_template, training_set
-from train.data.conversations import CheckedData, Conversation
+from train.data import chat_template, repair, repair_report, training_set
+from train.data.conversations import CheckedData, Conversation, ProblemsError
 from train.data.counts import Counts
+from train.data.data_row import ReadOptions
 from train.data.sources import sources
 from train.model.folder import resolve
 from train.runs.folder import TOKENS
@@ -39,7 +46,9 @@ MAX_SHOWN = 1500  # characters of the example
 class Options(RecipeOptions):
     """What to read, and for which run."""
 
-    data: str = option("", "file, folder of .json and .jsonl files, or several separated by commas")
+    data: str = option(
+        "", "a file (JSON, CSV, Excel, Parquet, text, archive), a folder, or several separated by commas"
+    )
     recipe: str = option(
         "qlora", "a name in train/recipes/, or the path of a .yaml file: template, length, tokens to train on"
     )
@@ -47,6 +56,9 @@ class Options(RecipeOptions):
     out: str = option("", "write the conversations to this file, as OpenAI messages, one per line")
     models: str = option("models", "folder of bases")
     runs: str = option("runs", "folder of runs; the tokens of large data are kept below it, for `train`")
+    fix: bool = option(False, "mend broken JSON into out=, or beside each file as NAME.fixed.jsonl")
+    partial: bool = option(False, "with fix: write although rows are left that only a person can mend, without these")
+    overwrite: bool = option(False, "with fix: replace an older file that has other content")
 
 
 def parse(values: dict[str, str]) -> Options:
@@ -59,18 +71,22 @@ def run(options: Options) -> None:
     if not options.data:
         raise UserError("data: which file? Example: make data DATA=data/demo.jsonl")
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
+    if options.fix:
+        return _fix(options, recipe)
     if options.out:
         _check_out(Path(options.out), options.data)
     tokenizer, reason = _tokenizer(recipe, Path(options.models))
+    read_options = ReadOptions(recipe.columns)
 
     # --- count tokens -----------------------------------------------------------------------------------------------
-    if tokenizer:
-        cache = Path(options.runs, TOKENS)
-        checked, _, summary = training_set.load_samples(options.data, tokenizer, recipe, cache)
-        tokens = _tokens(summary, recipe)
-    else:
-        checked = training_set.read(options.data)
-        tokens = {"tokens": f"not counted, that needs the base. {reason}"}
+    with _hint_of_fix(options.data):
+        if tokenizer:
+            cache = Path(options.runs, TOKENS)
+            checked, _, summary = training_set.load_samples(options.data, tokenizer, recipe, cache, read_options)
+            tokens = _tokens(summary, recipe)
+        else:
+            checked = training_set.read(options.data, read_options)
+            tokens = {"tokens": f"not counted, that needs the base. {reason}"}
     rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_words(checked.counts)}
     rows |= tokens | _notices(checked)
 
@@ -84,6 +100,18 @@ def run(options: Options) -> None:
 
 
 # Reading
+
+
+@contextmanager
+def _hint_of_fix(data: str) -> Iterator[None]:
+    """Name FIX=1 below the report of problems, if they are in a text."""
+    try:
+        yield
+    except ProblemsError as error:
+        if error.problems[0].cell:
+            raise
+        hint = f"What has one correction only: make data DATA={shlex.quote(data)} FIX=1"
+        raise UserError(f"{error}\n{hint}") from error
 
 
 def _tokenizer(recipe: Recipe, models: Path) -> "tuple[Tokenizer | None, str]":
@@ -169,6 +197,37 @@ def mark(ids: list[int], mask: list[int], tokenizer: "Tokenizer", before: str, a
         text += f"{before}{part}{after}" if mask[start] else part
         start = stop
     return text.rstrip("\n") if start == len(ids) else f"{text}…"
+
+
+# Mending
+
+
+def _fix(options: Options, recipe: Recipe) -> None:
+    """Write what can be mended of DATA, or say what is left to a person.
+
+    Raises:
+        UserError: something is left, or the result would replace something else.
+    """
+    if options.out:
+        _check_out(Path(options.out), options.data)
+    targets = repair.targets(options.data, options.out)
+    for path in targets:
+        _check_out(path, options.data)
+    repairs = {path: [_repaired(source, recipe) for source in files] for path, files in targets.items()}
+    for one in (one for group in repairs.values() for one in group):
+        print("\n".join(repair_report.lines(one, colour=sys.stdout.isatty())))
+    left = [one for group in repairs.values() for one in group if one.left]
+    if left and not options.partial:
+        raise UserError(repair_report.refusal(left))
+    for path, group in repairs.items():
+        print(repair.write(group, path, options.overwrite))
+    if left:
+        raise UserError(repair_report.left_out(left))
+
+
+def _repaired(source: Path, recipe: Recipe) -> repair.Repair:
+    with training_set.share_bar(f"mending {source.name}", 1, source.stat().st_size) as on_progress:
+        return repair.repair(source, ReadOptions(recipe.columns), lambda share: on_progress(source.name, share))
 
 
 # Converting

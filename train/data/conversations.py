@@ -49,6 +49,7 @@ class CheckedData:
     unused_keys: Counter[str] = field(default_factory=Counter)  # key that no format has -> rows
     unused_turn_keys: Counter[str] = field(default_factory=Counter)  # key of turns that is not read -> turns
     notes: list[str] = field(default_factory=list)  # how files were read: columns, encoding, sheet; a sentence each
+    read_elsewhere: bool = False  # a file has no rows of its own: they are joined with those of another
 
     def notices(self) -> list[str]:
         """What a person should know of this data, one sentence each (see notices.py)."""
@@ -61,6 +62,7 @@ class CheckedData:
             file: where it is, for a row that does not say so itself.
         """
         self.notes += row.notes
+        self.read_elsewhere |= row.read_elsewhere
         problems = list(row.problems)
         if row.readable:
             parsed = ParsedRow(row.value)
@@ -174,6 +176,14 @@ def changed(*files: Path) -> UserError:
     return UserError(f"{', '.join(map(str, files))}: changed while this command ran. Start the same command again.")
 
 
+class ProblemsError(UserError):
+    """The report of problems in data files."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__(report(problems))
+        self.problems = problems
+
+
 OnProgress = Callable[[str, float], None]  # (file, fraction of it that is read, 0 to 1)
 
 
@@ -189,7 +199,8 @@ def training_data(record: dict[str, Any]) -> tuple[Sequence[Conversation], str]:
     data = record["data"]["path"]
     name = short_name(data)
     try:
-        return (load(data), name) if hash_data(data)["sha256"] == record["data"]["sha256"] else ([], name)
+        options = ReadOptions(record["recipe"].get("columns", ""))
+        return (load(data, options), name) if hash_data(data)["sha256"] == record["data"]["sha256"] else ([], name)
     except UserError:  # a file is missing; or it was accepted when the run began, and this program is stricter now
         return [], name
 
@@ -218,11 +229,12 @@ def read(data: str | Path, options: ReadOptions = GUESS, on_progress: OnProgress
     """DATA without problems (see `sources`): its conversations, and what a person should know of them.
 
     Raises:
-        UserError: no such file, or the report of all problems of all files.
+        UserError: no such file.
+        ProblemsError: the report of all problems of all files.
     """
     checked = check(data, on_progress, options)
     if checked.problems:
-        raise UserError(report(checked.problems))
+        raise ProblemsError(checked.problems)
     return checked
 
 
@@ -314,7 +326,7 @@ def _check_block(block: Block) -> tuple[float, CheckedData | None]:
 
 def _finish(path: Path, checked: CheckedData) -> None:
     """Put the problems of a file in order; a file without a row is one too."""
-    if not checked.problems and not checked.counts.conversations:
+    if not (checked.problems or checked.read_elsewhere or checked.counts.conversations):
         nothing = json_mistakes.no_rows()
         checked.problems.append(Problem(str(path), 1, 1, nothing.found, nothing.expected, nothing.remedy))
     files = {file: number for number, file in enumerate(dict.fromkeys(p.file for p in checked.problems))}

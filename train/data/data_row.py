@@ -52,6 +52,7 @@ class DataRow:
     place_of: Callable[[KeyPath], Place] = _first_place  # of a value of the row; costs a second look at the row
     file: str = ""  # of this row, in an archive: "data.zip: question.csv"; empty: the file that was opened
     format: str = ""  # for the summary: "CSV", "Excel"; empty: what ParsedRow says
+    read_elsewhere: bool = False  # the file has no rows of its own: they are joined with those of another file
     share: float = 0.0  # of the file that is read after this row, 0 to 1
     notes: tuple[str, ...] = ()  # what a person should know of the file, a sentence each: columns, encoding, sheet
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 
 from train.data import json_mistakes as mistakes
 from train.data import json_rows, json_stream
+from train.data.broken_rows import JsonRow
 from train.data.data_row import DataFile, DataRow
-from train.data.json_rows import JsonRow, Lines
+from train.data.json_rows import Lines
 from train.data.json_stream import NotPlainError
 from train.data.problems import KeyPath, Place, Problem, TextProblem, merge_kinds
 
@@ -51,8 +52,6 @@ def _whole(file: DataFile, given: int) -> Iterator[DataRow]:
     if problems:
         placed = tuple(_placed(problem, lines, file.name) for problem in problems)
         yield DataRow(f"{file.name}:1", problems=placed)
-    if text == "" and problems:
-        return
     for row in itertools.islice(json_rows.rows(text, lines), given, None):
         yield _data_row(row, text, lines, file.name, row.stop / len(text) if text else 1.0)
 
@@ -62,7 +61,7 @@ def _lines(file: DataFile, given: int) -> Iterator[DataRow]:
     number, line, done = 0, 1, 0
     for raw in json_stream.lines_of(file):
         done += len(raw)
-        raw = raw.removeprefix(json_rows.BOM) if line == 1 else raw
+        raw = raw.removeprefix(json_stream.BOM) if line == 1 else raw
         try:
             found = list(json_stream.line_rows(raw, file.name, line, done / file.size))
         except NotPlainError:
@@ -72,9 +71,11 @@ def _lines(file: DataFile, given: int) -> Iterator[DataRow]:
 
 
 def _careful_lines(raw: bytes, name: str, first_line: int, share: float) -> Iterator[DataRow]:
-    text, problems = json_rows.decode_text(raw)
+    text, problems = json_rows.decode(raw)
     lines = Lines(text, first_line)
     for row in json_rows.each_line(text, lines):
+        if row.several_lines:
+            row.problems.append(mistakes.row_of_several_lines(row.start))
         yield _data_row(row, text, lines, name, share)
     if problems:
         yield DataRow(f"{name}:{first_line}", problems=tuple(_placed(problem, lines, name) for problem in problems))
@@ -107,6 +108,7 @@ def _data_row(row: JsonRow, text: str, lines: Lines, name: str, share: float) ->
         row.sound or row.repaired,
         tuple(_placed(problem, lines, name) for problem in merge_kinds(row.problems, "kind", "in this row")),
         place_of,
+        file=name,
         share=share,
     )
 

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.data import file_kinds, json_rows
+from train.data import json_rows
+from train.data.broken_rows import JsonRow, strict
 from train.data.data_row import DataFile, DataRow
 from train.data.json_lexer import LINE_END, SPACE
-from train.data.json_rows import BOM, JsonRow, Lines, strict
+from train.data.json_rows import Lines
 from train.data.problems import KeyPath, Place
 
+BOM = b"\xef\xbb\xbf"
 BLOCK = 2 << 20  # bytes that are read at once
 MAX_ROW = 64 << 20  # bytes, or characters, of a row: beyond, a mistake is likelier than such a row
 
@@ -116,8 +118,6 @@ def line_ends(raw: bytes) -> int:
 
 def _kind(head: bytes) -> str:
     """ "lines", "array" or "other", by the first lines of a file; the same answer as json_rows.rows gives for all of it."""
-    if file_kinds.foreign(head):
-        return "other"
     head = head.removeprefix(BOM)
     try:
         text = head.decode()
@@ -168,7 +168,7 @@ def line_rows(raw: bytes, name: str, number: int, share: float) -> Iterator[Data
         if end < len(line) and SPACE.match(line, end).end() < len(line):  # type: ignore[union-attr]
             raise NotPlainError
         place_of = Places(line, at, end, here, 1)
-        yield DataRow(f"{name}:{here}", value, True, place_of=place_of, share=share)
+        yield DataRow(f"{name}:{here}", value, True, place_of=place_of, file=name, share=share)
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class _ArrayReader:
         line, column = self._position(start)
         places = Places(self._text[start:end], 0, end - start, line, column)
         share = self._read / max(self._file.size, 1)
-        return DataRow(f"{self._file.name}:{line}", value, True, place_of=places, share=share)
+        return DataRow(f"{self._file.name}:{line}", value, True, place_of=places, file=self._file.name, share=share)
 
     def _position(self, offset: int) -> tuple[int, int]:
         """(line, column) of a character in memory, at or after the one before."""

@@ -86,7 +86,7 @@ def read(data: str, options: ReadOptions = GUESS) -> CheckedData:
         UserError: no such file, or the report of all problems.
     """
     files = sources(data)
-    with _reading_bar(len(files), sum(path.stat().st_size for path in files)) as on_progress:
+    with share_bar("reading", len(files), sum(path.stat().st_size for path in files)) as on_progress:
         return conversations.read(data, options, on_progress)
 
 
@@ -121,10 +121,14 @@ def _bar(title: str, total: int, size: int) -> Iterator[Callable[[int], None] | 
 
 
 @contextmanager
-def _reading_bar(files: int, size: int) -> Iterator[OnProgress | None]:
-    """Yield what is told the share of each file that is read; None for little data."""
+def share_bar(title: str, files: int, size: int) -> Iterator[OnProgress]:
+    """Yield what is told the share of each file that is done; little data show nothing.
+
+    Args:
+        size: bytes of all files.
+    """
     if size < SHOWN:
-        yield None
+        yield lambda file, share: None
         return
     shares: dict[str, float] = {}
 
@@ -132,5 +136,5 @@ def _reading_bar(files: int, size: int) -> Iterator[OnProgress | None]:
         advance(100 * (share - shares.get(file, 0.0)))
         shares[file] = share
 
-    with bar("reading", 100 * files, "%" if files == 1 else "% of a file") as advance:
+    with bar(title, 100 * files, "%" if files == 1 else "% of a file") as advance:
         yield progress

@@ -25,6 +25,7 @@ from train.common.files import free_bytes, sha256
 from train.config.recipe import Recipe
 from train.data import training_set
 from train.data.batches import Schedule
+from train.data.data_row import ReadOptions
 from train.data.samples import Sample
 from train.data.sources import hash_data
 from train.model import lora
@@ -91,7 +92,9 @@ def prepare(
             lora.check_targets(adapter, recipe, config)
     tokenizer = load_tokenizer(base)
     hashes = hash_data(data)
-    loaded, samples, summary = training_set.load_samples(data, tokenizer, recipe, cache, hashes=hashes)
+    loaded, samples, summary = training_set.load_samples(
+        data, tokenizer, recipe, cache, ReadOptions(recipe.columns), hashes
+    )
     notes = [str(summary), *_without_labels(summary.unlearnable, recipe.unlearnable)]
     notes += [f"data: {notice}." for notice in loaded.notices()]
     notes += _parent_notes(recipe, adapter) if adapter else []
@@ -119,7 +122,7 @@ def _read_base(recipe: Recipe, data: str, parent: Path | None, models: Path) -> 
     except UserError as error:
         message = str(error)
         try:
-            training_set.read(data)
+            training_set.read(data, ReadOptions(recipe.columns))
         except UserError as found:
             message = f"{found}\n{message}"
         raise UserError(message) from error
@@ -330,7 +333,7 @@ def start_summary(prepared: PreparedRun, checkpoint: Path | None) -> dict[str, s
         "base": _digest(inputs["base"]["files"]),
         "adapter of FROM=": (inputs["from"] or {}).get("sha256", "none")[:12],
         "recipe": _digest(inputs["recipe"]),
-        "rows a step": str(inputs["rows_per_step"]),
+        "rows per step": str(inputs["rows_per_step"]),
         "computed in": inputs["dtype"],
     }
 
