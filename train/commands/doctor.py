@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from train.common import commands
 from train.common.errors import UserError
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
-from train.config.recipe import Recipe, read_stages
+from train.config.recipe import Recipe, read_data, read_stages
 from train.config.stages import Stage, stage
 from train.data import conversations
 from train.host import checks, failures, machine
@@ -158,7 +158,7 @@ def _read_parts(options: Options) -> list[Part]:
     overrides = options.overrides | ({"model": options.model} if options.model else {})
     stages = read_stages(options.recipe)
     needs_data = not stages or any("data" not in values for values in stages)
-    data = options.data or (NO_DATA if needs_data else "")
+    data = options.data or (NO_DATA if needs_data and not read_data(options.recipe) else "")
     numbers = range(1, len(stages) + 1) if stages else [0]
     return [Part.of(stage(options.recipe, number, overrides, data, Path(), None)) for number in numbers]
 
@@ -303,7 +303,7 @@ def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -
 
 def _check_data(report: Report, recipe: Recipe | None, folder: Path | None, data: str) -> None:
     """Read all of it; with the base's tokenizer and a recipe also count its tokens, as training will."""
-    reading = report.attempt("rows", lambda: _read(data), _rows_text)
+    reading = report.attempt("rows", lambda: _read(data, recipe.seed if recipe else 0), _rows_text)
     if reading is None or recipe is None or folder is None:
         return
     from train.data.samples import encode
@@ -320,8 +320,8 @@ def _rows_text(reading: conversations.CheckedData) -> str:
     return "; ".join([f"{len(reading.conversations):,} conversations", *reading.notices()])
 
 
-def _read(data: str) -> conversations.CheckedData:
-    reading = conversations.check(data)
+def _read(data: str, seed: int) -> conversations.CheckedData:
+    reading = conversations.check(data, seed=seed)
     if reading.problems:
         more = f"\nAll of them: {commands.make('data', data=data)}" if len(reading.problems) > 3 else ""
         raise UserError(conversations.report(reading.problems, limit=3) + more)

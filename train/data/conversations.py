@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from train.common.errors import UserError
-from train.data import json_mistakes, json_rows
+from train.data import json_mistakes, json_rows, mixture
+from train.data.dataset_rows import LayoutReader
 from train.data.formats import FORMATS, ParsedRow, Turn
 from train.data.json_rows import JsonRow, Lines
 from train.data.notices import notices
 from train.data.problems import Problem, TextProblem, merge_kinds
-from train.data.sources import hash_data, short_name, sources
+from train.data.sources import Part, hash_data, parts, short_name
 
 MAX_LISTED = 50  # problems that a report lists
 ROWS_PER_CALL = 1000  # of on_progress
@@ -32,6 +33,15 @@ class Conversation:
     location: str  # "file:line"
 
 
+@dataclass(frozen=True)
+class PartCount:
+    """How many rows of a part of DATA were read, and how many of them are used: the same, unless it is drawn from."""
+
+    text: str  # the part, as a person writes it
+    read: int
+    used: int
+
+
 @dataclass
 class CheckedData:
     """Everything that was read from one or several files. Use `conversations` only if there are no `problems`."""
@@ -41,12 +51,15 @@ class CheckedData:
     formats: Counter[str] = field(default_factory=Counter)  # name in FORMATS -> rows
     unused_keys: Counter[str] = field(default_factory=Counter)  # key that no format has -> rows
     unused_turn_keys: Counter[str] = field(default_factory=Counter)  # key of turns that is not read -> turns
+    parts: list[PartCount] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # how parts were read, a sentence each
 
     def notices(self) -> list[str]:
         """What a person should know of this data, one sentence each (see notices.py)."""
-        return notices(self.conversations, self.unused_keys, self.unused_turn_keys)
+        return self.notes + notices(self.conversations, self.unused_keys, self.unused_turn_keys)
 
 
+Parse = Callable[[Any], ParsedRow]  # what a row means
 OnProgress = Callable[[str, float], None]  # (file, fraction of it that is read, 0 to 1)
 
 
@@ -62,47 +75,60 @@ def training_data(record: dict[str, Any]) -> tuple[list[Conversation], str]:
     data = record["data"]["path"]
     name = short_name(data)
     try:
-        return (load(data), name) if hash_data(data)["sha256"] == record["data"]["sha256"] else ([], name)
+        same = hash_data(data)["sha256"] == record["data"]["sha256"]
+        return (load(data, record["recipe"].get("seed", 0)), name) if same else ([], name)
     except UserError:  # a file is missing; or it was accepted when the run began, and this program is stricter now
         return [], name
 
 
-def load(data: str | Path) -> list[Conversation]:
-    """Every conversation of DATA (see `sources`), in order.
+def load(data: str | Path, seed: int = 0) -> list[Conversation]:
+    """Every conversation of DATA (see sources.py), in order.
 
     Raises:
         UserError: no such file, or the report of all problems of all files.
     """
-    return read(data).conversations
+    return read(data, seed).conversations
 
 
-def read(data: str | Path) -> CheckedData:
-    """DATA without problems (see `sources`): its conversations, and what a person should know of them.
+def read(data: str | Path, seed: int = 0) -> CheckedData:
+    """DATA without problems (see sources.py): its conversations, and what a person should know of them.
 
+    Args:
+        seed: of the recipe, for parts that are drawn from.
     Raises:
         UserError: no such file, or the report of all problems of all files.
     """
-    checked = check(data)
+    checked = check(data, seed=seed)
     if checked.problems:
         raise UserError(report(checked.problems))
     return checked
 
 
-def check(data: str | Path, on_progress: OnProgress | None = None) -> CheckedData:
-    """Read all files of DATA (see `sources`) and collect their conversations and their problems.
+def check(data: str | Path, on_progress: OnProgress | None = None, seed: int = 0) -> CheckedData:
+    """Read all files of DATA (see sources.py) and collect their conversations and their problems.
 
+    Args:
+        seed: of the recipe, for parts that are drawn from.
     Raises:
         UserError: no such file.
     """
     checked = CheckedData()
-    for path in sources(data):
-        _read_file(path, checked, on_progress)
+    for part in parts(data):
+        before = len(checked.conversations)
+        _read_part(part, checked, on_progress)
+        rows = checked.conversations[before:]
+        used = mixture.draw_all(rows, part.draws, seed)
+        if rows and not used:
+            raise UserError(f"data {part.text}: this takes none of its {len(rows):,} rows. Take more, or leave it out.")
+        checked.conversations[before:] = used
+        checked.parts.append(PartCount(part.text, len(rows), len(used)))
     return checked
 
 
 def duplicates(conversations: Iterable[Conversation]) -> int:
-    """How many conversations are exact copies of an earlier one."""
-    counts = Counter((c.turns, c.system) for c in conversations)
+    """How many conversations are exact copies of an earlier one; a row that is drawn several times is one."""
+    rows = {id(c): c for c in conversations}.values()
+    counts = Counter((c.turns, c.system) for c in rows)
     return sum(counts.values()) - len(counts)
 
 
@@ -118,7 +144,14 @@ def report(problems: list[Problem], limit: int = MAX_LISTED) -> str:
     return "\n".join(lines)
 
 
-def _read_file(path: Path, checked: CheckedData, on_progress: OnProgress | None) -> None:
+def _read_part(part: Part, checked: CheckedData, on_progress: OnProgress | None) -> None:
+    reader = LayoutReader(part.layout, part.name, part.origin) if part.layout else None
+    for path in part.files:
+        _read_file(path, checked, on_progress, reader.parse if reader else ParsedRow)
+    checked.notes += [*part.notes, *(reader.notes() if reader else ())]
+
+
+def _read_file(path: Path, checked: CheckedData, on_progress: OnProgress | None, parse: Parse) -> None:
     try:
         text, problems = json_rows.decode(path.read_bytes())
     except OSError as error:
@@ -126,7 +159,7 @@ def _read_file(path: Path, checked: CheckedData, on_progress: OnProgress | None)
     lines, count_before = Lines(text), len(checked.conversations)
     unreadable = text == "" and problems
     for number, row in enumerate(() if unreadable else json_rows.rows(text, lines)):
-        problems += _read_row(row, text, f"{path}:{lines.position(row.start)[0]}", checked)
+        problems += _read_row(row, text, f"{path}:{lines.position(row.start)[0]}", checked, parse)
         if on_progress and number % ROWS_PER_CALL == 0:
             on_progress(str(path), row.stop / len(text))
     if not problems and len(checked.conversations) == count_before:
@@ -137,12 +170,12 @@ def _read_file(path: Path, checked: CheckedData, on_progress: OnProgress | None)
         on_progress(str(path), 1.0)
 
 
-def _read_row(row: JsonRow, text: str, location: str, checked: CheckedData) -> list[TextProblem]:
+def _read_row(row: JsonRow, text: str, location: str, checked: CheckedData, parse: Parse) -> list[TextProblem]:
     """Add the conversation of a row to `checked`; return its problems: mistakes in the text, and wrong values."""
     problems = merge_kinds(row.problems, "kind", "in this row")
     if not row.sound and not row.repaired:
         return problems
-    parsed = ParsedRow(row.value)
+    parsed = parse(row.value)
     if parsed.problems:
         offsets = json_rows.offsets_of(text, row)
         reported = {p.offset for p in problems}  # a mistake in the text of a value is not also a wrong value
