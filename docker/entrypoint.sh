@@ -73,6 +73,7 @@ check() {
     while read -r name data models runs gpu _; do [ "$name" != "$1" ] || break; done <"$table"
     [ "$name" = "$1" ] || return 0
     [ "$data" != read ] || elsewhere data || readable data
+    [ "$data" != write ] || writable data
     [ "$models" != read ] || elsewhere models || readable models
     [ "$models" != write ] || elsewhere models || elsewhere out || writable models
     [ "$runs" != write ] || elsewhere runs || writable runs

@@ -5,6 +5,7 @@ of empty files: before anything large is fetched, and without running any code o
 """
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from train.common.download import UnreachableError, fetch
-from train.common.errors import UserError, first_few
+from train.common.errors import UserError
 from train.common.files import free_bytes, make_folder, sha256, sync, write_json
 from train.common.hub import is_offline
 from train.data import hub_data
@@ -85,6 +86,7 @@ def _resolve(wanted: HubSet, root: Path) -> list[dict[str, Any]]:
     from datasets.data_files import EmptyDatasetError
     from datasets.load import LocalDatasetModuleFactoryWithoutScript
 
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README without metadata is no fault
     try:
         module = LocalDatasetModuleFactoryWithoutScript(str(root), data_dir=wanted.folder or None).get_module()
         configs = module.builder_configs_parameters
@@ -214,8 +216,3 @@ def _write_manifest(
         "files": {**old.get("files", {}), **files},
     }
     write_json(folder / MANIFEST, manifest)
-
-
-def describe(split: hub_data.FetchedSplit) -> str:
-    size = sum(path.stat().st_size for path in split.files) / 1e6
-    return f"{len(split.files)} files, {size:,.1f} MB: {first_few([str(path) for path in split.files], 3)}"

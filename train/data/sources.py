@@ -155,6 +155,21 @@ def _path_piece(word: str, registry: Path | None) -> Piece:
     return Piece(word, path=path)
 
 
+def hub_sets(data: str) -> list[HubSet]:
+    """The sets of DATA that are on a hub, whether they have been fetched or not; of a set on two hubs the first.
+
+    Raises:
+        UserError: as `split`, or mistakes in a dataset_info.json.
+    """
+    found = []
+    for piece in split(data):
+        if piece.hub:
+            found.append(piece.hub)
+        if piece.entry:
+            found += _entries(piece.entry[0], [piece])[piece.entry[1]].hubs[:1]
+    return found
+
+
 # Pieces to parts
 
 
