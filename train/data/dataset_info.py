@@ -235,12 +235,13 @@ class _EntryReader:
 
     def _layout(self) -> Layout:
         formatting = self.value.get("formatting") or "alpaca"
-        if formatting not in FORMATTINGS:
-            near = difflib.get_close_matches(str(formatting).lower(), FORMATTINGS, n=1, cutoff=0.5)
+        if isinstance(formatting, str) and formatting not in FORMATTINGS:
+            near = difflib.get_close_matches(formatting.lower(), FORMATTINGS, n=1, cutoff=0.5)
             remedy = f'write "{near[0]}"' if near else "write one of these"
             self._add(("formatting",), f'the formatting "{formatting}"', ", ".join(FORMATTINGS), remedy)
+        before = len(self.registry.problems)
         columns, tags = self._texts("columns", COLUMNS), self._texts("tags", tuple(SHAREGPT_TAGS))
-        if columns is not None and formatting in FORMATTINGS:
+        if columns is not None and formatting in FORMATTINGS and len(self.registry.problems) == before:
             self._check_columns(columns, formatting)
         self._check_tags(tags or {})
         return Layout(formatting, columns, tags)

@@ -127,7 +127,10 @@ def _piece(word: str, registry: Path | None) -> Piece:
         return Piece(word, entry=(registry, word))
     rest, draw = mixture.split_suffix(word)
     if draw:
-        return replace(_piece(rest, registry), text=word, draw=draw)
+        piece = _piece(rest, registry)
+        if piece.draw:
+            raise UserError(f"data {word!r}: says twice how much of it is used. Say it once: {piece.draw} or {draw}.")
+        return replace(piece, text=word, draw=draw)
     if hub := hub_data.parse(word):
         return Piece(word, hub=hub)
     path, colon, name = word.rpartition(":")
