@@ -22,6 +22,7 @@ MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
 SETS: dict[str, tuple[dict[str, Any], list[Any], Expected]] = {
     # name -> (its entry without file_name, its rows, what has to be read)
     "alpaca": ({}, QA, [(None, ["Q1\nmore", "A1"]), (None, ["Q2", "A2"])]),
+    "a question in input alone": ({}, [{"input": "Q", "output": "A"}], [(None, ["Q", "A"])]),
     "only the named columns are used": (
         {"columns": {"prompt": "instruction", "response": "output"}},
         QA,
@@ -204,6 +205,10 @@ def test_what_llama_factory_passes_over_is_said() -> None:
     assert 'tags count with "formatting": "sharegpt" or "openai" only' in said
     said = notices(one({"columns": {"prompt": "instruction", "response": "output", "chosen": "c"}}))
     assert 'not used without "ranking": the columns chosen' in said and '"input" (1 rows)' in said
+
+
+def test_what_llama_factory_adds_is_said() -> None:
+    assert 'adds "detailed thinking off"' in notices("data:openai")
 
 
 def test_a_system_column_that_gives_way_is_said(folder: Path) -> None:

@@ -294,6 +294,11 @@ class _EntryReader:
         value, name = self.value, self.name
         if later := [key for key in PLACES[PLACES.index(place) + 1 :] if key in value and not key.endswith("hub_url")]:
             self.notes.append(f'{name}: "{place}" counts, as in LLaMA-Factory; not used: {", ".join(later)}')
+        if value.get("formatting") == "openai":
+            self.notes.append(
+                f'{name}: LLaMA-Factory adds "detailed thinking off" to the system message of openai rows without '
+                "tools; here it stays as it is"
+            )
         if "file_sha1" in value:
             self.notes.append(
                 f"{name}: file_sha1 is not checked (LLaMA-Factory does not either); its sha256 is recorded"

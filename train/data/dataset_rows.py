@@ -113,9 +113,12 @@ class LayoutReader:
     # Rewriting
 
     def _alpaca(self, row: dict[str, Any]) -> tuple[dict[str, Any], list[ValueProblem]]:
+        needed = [("response", "the answer")]
+        if _is_empty(row.get(self.columns.get("query", ""))):
+            needed.insert(0, ("prompt", "the question"))
         problems = [
             self._missing(row, column, meaning)
-            for column, meaning in (("prompt", "the question"), ("response", "the answer"))
+            for column, meaning in needed
             if column in self.columns and self.columns[column] not in row
         ]
         keys = {**ALPACA_KEYS, **SHARED_KEYS}
