@@ -1,5 +1,6 @@
 """dataset_info.json of LLaMA-Factory: sets in every form it allows, against texts that are written out here; what it gets wrong."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from tests.data.samples import Letters
 from train.common.errors import UserError
 from train.config.recipe import Recipe
 from train.data import conversations
+from train.data.data_row import ReadOptions
 from train.data.samples import encode
 from train.data.sources import hash_data, short_name, sources, stem
 
@@ -185,7 +187,7 @@ def test_num_samples_takes_the_same_rows_in_every_run_and_order() -> None:
     assert len(taken) == 10 and taken == texts(data)
     one({"num_samples": 10}, rows[::-1])
     assert sorted(map(str, texts(data))) == sorted(map(str, taken))
-    other = [(c.system, [turn.text for turn in c.turns]) for c in conversations.load(data, seed=1)]
+    other = [(c.system, [turn.text for turn in c.turns]) for c in conversations.load(data, ReadOptions(seed=1))]
     assert len(other) == 10 and other != taken[::-1]
     assert "num_samples takes 10 rows by a hash of seed=" in notices(data)
     [part] = conversations.read(data).parts
@@ -385,3 +387,49 @@ def test_a_set_of_a_hub_has_to_be_fetched_first() -> None:
     write({"z": {"hf_hub_url": "o/n", "ms_hub_url": "m/n", "subset": "en", "file_name": "0.json", "split": "test"}})
     said = refusal("data:z")
     assert "make fetch DATA='hub:o/n:en#test'" in said
+
+
+# Tables
+
+
+def write_table(path: Path, columns: dict[str, list[Any]]) -> None:
+    import openpyxl
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [list(columns), *map(list, zip(*columns.values()))]
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    elif path.suffix == ".xlsx":
+        book = openpyxl.Workbook()
+        for row in rows:
+            book.active.append(row)  # type: ignore[union-attr]
+        book.save(path)
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.xlsx", "t.parquet"])
+def test_columns_of_a_table_are_those_of_dataset_info(name: str) -> None:
+    """`answer` would be guessed to be the answer, and `question` the question: the names of the file count."""
+    table = {"question": ["no"], "病情": ["头痛"], "建议": ["休息"], "answer": ["no"], "设定": [""]}
+    write_table(Path("data") / name, table)
+    columns = {"prompt": "病情", "query": "补充", "response": "建议", "system": "设定"}
+    write({"t": {"file_name": name, "columns": columns}})
+    assert texts("data:t") == [(None, ["头痛", "休息"])]
+    assert '"question"' in notices("data:t")
+    write({"t": {"file_name": name, "columns": {"prompt": "病情", "response": "建义"}}})
+    assert 'no column "建义"' in refusal("data:t")
+    write_table(Path("data") / name, {**table, "建议": [" "]})
+    write({"t": {"file_name": name, "columns": columns}})
+    assert "the answer" in refusal("data:t")
+
+
+def test_turns_in_a_table() -> None:
+    turns = [{"who": "患者", "says": "q"}, {"who": "医生", "says": "a"}]
+    tags = {"role_tag": "who", "content_tag": "says", "user_tag": "患者", "assistant_tag": "医生"}
+    for name, cell in (("t.parquet", turns), ("t.csv", json.dumps(turns, ensure_ascii=False))):
+        write_table(Path("data") / name, {"dialog": [cell], "other": ["x"]})
+        write({"t": {"file_name": name, "formatting": "sharegpt", "columns": {"messages": "dialog"}, "tags": tags}})
+        assert texts("data:t") == [(None, ["q", "a"])]

@@ -9,6 +9,7 @@ import pytest
 from tests.data.samples import one_turn
 from train.common.errors import UserError
 from train.data import conversations, mixture
+from train.data.data_row import ReadOptions
 from train.data.mixture import Draw, draw_all, drawn, row_keys, split_suffix
 from train.data.sources import hash_data, named_paths, pinned, short_name, sources, stem
 
@@ -26,7 +27,7 @@ def write(name: str, questions: list[str]) -> None:
 
 
 def questions(data: str, seed: int = 0) -> list[str]:
-    return [c.turns[0].text for c in conversations.load(data, seed)]
+    return [c.turns[0].text for c in conversations.load(data, ReadOptions(seed=seed))]
 
 
 def refusal(data: str) -> str:

@@ -24,6 +24,7 @@ from train.config.options import RecipeOptions, build_with_overrides, describe, 
 from train.config.recipe import Recipe, load_recipe, read_data
 from train.data import chat_template, conversations
 from train.data.conversations import CheckedData, Conversation
+from train.data.data_row import ReadOptions
 from train.data.sources import sources
 from train.model.folder import resolve
 
@@ -42,7 +43,9 @@ HAN, KANA, LETTER = re.compile("[\u3400-\u9fff\uf900-\ufaff]"), re.compile("[\u3
 class Options(RecipeOptions):
     """What to read, and for which run."""
 
-    data: str = option("", "a file, a folder, a set (see data/README.md), or several with commas between")
+    data: str = option(
+        "", "a file (JSON, CSV, Excel, Parquet, text, archive), a folder, a set (data/README.md), or several: a,b"
+    )
     recipe: str = option(
         "qlora", "a name in train/recipes/, or the path of a .yaml file: template, length, tokens to train on"
     )
@@ -64,7 +67,7 @@ def run(options: Options) -> None:
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
     if options.out:
         _check_out(Path(options.out), options.data)
-    checked = _check(options.data, recipe.seed)
+    checked = _check(options.data, recipe)
     if checked.problems:
         raise UserError(conversations.report(checked.problems))
 
@@ -90,7 +93,7 @@ def run(options: Options) -> None:
 # Reading
 
 
-def _check(data: str, seed: int) -> CheckedData:
+def _check(data: str, recipe: Recipe) -> CheckedData:
     files = sources(data)
     with _progress("reading", len(files), sum(path.stat().st_size for path in files)) as advance:
         shares: dict[str, float] = {}
@@ -99,7 +102,7 @@ def _check(data: str, seed: int) -> CheckedData:
             advance(share - shares.get(file, 0.0))
             shares[file] = share
 
-        return conversations.check(data, progress, seed)
+        return conversations.check(data, progress, ReadOptions(recipe.columns, seed=recipe.seed))
 
 
 @contextmanager

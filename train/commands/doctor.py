@@ -21,6 +21,7 @@ from train.config.options import RecipeOptions, build_with_overrides, describe, 
 from train.config.recipe import Recipe, read_data, read_stages
 from train.config.stages import Stage, stage
 from train.data import conversations
+from train.data.data_row import ReadOptions
 from train.host import checks, failures, machine
 from train.host.checks import Finding
 from train.host.machine import Machine
@@ -303,7 +304,8 @@ def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -
 
 def _check_data(report: Report, recipe: Recipe | None, folder: Path | None, data: str) -> None:
     """Read all of it; with the base's tokenizer and a recipe also count its tokens, as training will."""
-    reading = report.attempt("rows", lambda: _read(data, recipe.seed if recipe else 0), _rows_text)
+    options = ReadOptions(recipe.columns, seed=recipe.seed) if recipe else ReadOptions()
+    reading = report.attempt("rows", lambda: _read(data, options), _rows_text)
     if reading is None or recipe is None or folder is None:
         return
     from train.data.samples import encode
@@ -320,8 +322,8 @@ def _rows_text(reading: conversations.CheckedData) -> str:
     return "; ".join([f"{len(reading.conversations):,} conversations", *reading.notices()])
 
 
-def _read(data: str, seed: int) -> conversations.CheckedData:
-    reading = conversations.check(data, seed=seed)
+def _read(data: str, options: ReadOptions) -> conversations.CheckedData:
+    reading = conversations.check(data, options=options)
     if reading.problems:
         more = f"\nAll of them: {commands.make('data', data=data)}" if len(reading.problems) > 3 else ""
         raise UserError(conversations.report(reading.problems, limit=3) + more)

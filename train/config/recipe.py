@@ -39,6 +39,7 @@ class Recipe:
     system: str = option(
         "You are a helpful assistant.", "system message of conversations without one; empty: none", may_be_empty=True
     )
+    columns: str = option("", "columns or keys of the data where the guess is wrong: columns=question:NAME,answer:NAME")
     length: int = option(512, "tokens in a row", interval="[2, 1048576]")
     overlong: str = option("cut", "conversations longer than a row", ("cut", "skip", "error"))
     pack: bool = option(True, "put several conversations in one row; each attends only to itself")

@@ -7,17 +7,17 @@ slower parser. Texts are kept exactly: nothing is stripped, replaced or left out
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from train.common.errors import UserError
-from train.data import json_mistakes, json_rows, mixture
+from train.data import json_mistakes, mixture, readers
+from train.data.data_row import GUESS, DataRow, ReadOptions
 from train.data.dataset_rows import LayoutReader
 from train.data.formats import FORMATS, ParsedRow, Turn
-from train.data.json_rows import JsonRow, Lines
 from train.data.notices import notices
-from train.data.problems import Problem, TextProblem, merge_kinds
+from train.data.problems import Problem, merge_kinds
 from train.data.sources import Part, hash_data, parts, short_name
 
 MAX_LISTED = 50  # problems that a report lists
@@ -52,7 +52,7 @@ class CheckedData:
     unused_keys: Counter[str] = field(default_factory=Counter)  # key that no format has -> rows
     unused_turn_keys: Counter[str] = field(default_factory=Counter)  # key of turns that is not read -> turns
     parts: list[PartCount] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # how parts were read, a sentence each
+    notes: list[str] = field(default_factory=list)  # how files were read: columns, encoding, sheet; a sentence each
 
     def notices(self) -> list[str]:
         """What a person should know of this data, one sentence each (see notices.py)."""
@@ -75,49 +75,51 @@ def training_data(record: dict[str, Any]) -> tuple[list[Conversation], str]:
     data = record["data"]["path"]
     name = short_name(data)
     try:
-        same = hash_data(data)["sha256"] == record["data"]["sha256"]
-        return (load(data, record["recipe"].get("seed", 0)), name) if same else ([], name)
+        recipe = record["recipe"]
+        options = ReadOptions(recipe.get("columns", ""), seed=recipe.get("seed", 0))
+        return (load(data, options), name) if hash_data(data)["sha256"] == record["data"]["sha256"] else ([], name)
     except UserError:  # a file is missing; or it was accepted when the run began, and this program is stricter now
         return [], name
 
 
-def load(data: str | Path, seed: int = 0) -> list[Conversation]:
+def load(data: str | Path, options: ReadOptions = GUESS) -> list[Conversation]:
     """Every conversation of DATA (see sources.py), in order.
 
     Raises:
         UserError: no such file, or the report of all problems of all files.
     """
-    return read(data, seed).conversations
+    return read(data, options).conversations
 
 
-def read(data: str | Path, seed: int = 0) -> CheckedData:
+def read(data: str | Path, options: ReadOptions = GUESS) -> CheckedData:
     """DATA without problems (see sources.py): its conversations, and what a person should know of them.
 
     Args:
-        seed: of the recipe, for parts that are drawn from.
+        options: of the recipe: names of columns, and the seed for parts that are drawn from.
     Raises:
         UserError: no such file, or the report of all problems of all files.
     """
-    checked = check(data, seed=seed)
+    checked = check(data, options=options)
     if checked.problems:
         raise UserError(report(checked.problems))
     return checked
 
 
-def check(data: str | Path, on_progress: OnProgress | None = None, seed: int = 0) -> CheckedData:
+def check(data: str | Path, on_progress: OnProgress | None = None, options: ReadOptions = GUESS) -> CheckedData:
     """Read all files of DATA (see sources.py) and collect their conversations and their problems.
 
     Args:
-        seed: of the recipe, for parts that are drawn from.
+        options: of the recipe: names of columns, and the seed for parts that are drawn from.
     Raises:
         UserError: no such file.
     """
-    checked = CheckedData()
-    for part in parts(data):
+    checked, found = CheckedData(), parts(data)
+    options = replace(options, files=tuple(path for part in found for path in part.files))
+    for part in found:
         before = len(checked.conversations)
-        _read_part(part, checked, on_progress)
+        _read_part(part, checked, on_progress, options)
         rows = checked.conversations[before:]
-        used = mixture.draw_all(rows, part.draws, seed)
+        used = mixture.draw_all(rows, part.draws, options.seed)
         if rows and not used:
             raise UserError(f"data {part.text}: this takes none of its {len(rows):,} rows. Take more, or leave it out.")
         checked.conversations[before:] = used
@@ -144,49 +146,52 @@ def report(problems: list[Problem], limit: int = MAX_LISTED) -> str:
     return "\n".join(lines)
 
 
-def _read_part(part: Part, checked: CheckedData, on_progress: OnProgress | None) -> None:
+def _read_part(part: Part, checked: CheckedData, on_progress: OnProgress | None, options: ReadOptions) -> None:
     reader = LayoutReader(part.layout, part.name, part.origin) if part.layout else None
+    if reader:
+        options = replace(options, columns="", named=reader.roles_of_columns())
     for path in part.files:
-        _read_file(path, checked, on_progress, reader.parse if reader else ParsedRow)
+        _read_file(path, checked, on_progress, options, reader.parse if reader else ParsedRow)
     checked.notes += [*part.notes, *(reader.notes() if reader else ())]
 
 
-def _read_file(path: Path, checked: CheckedData, on_progress: OnProgress | None, parse: Parse) -> None:
-    try:
-        text, problems = json_rows.decode(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
-    lines, count_before = Lines(text), len(checked.conversations)
-    unreadable = text == "" and problems
-    for number, row in enumerate(() if unreadable else json_rows.rows(text, lines)):
-        problems += _read_row(row, text, f"{path}:{lines.position(row.start)[0]}", checked, parse)
+def _read_file(
+    path: Path, checked: CheckedData, on_progress: OnProgress | None, options: ReadOptions, parse: Parse
+) -> None:
+    problems: list[Problem] = []
+    count_before, read_elsewhere = len(checked.conversations), False
+    for number, row in enumerate(readers.rows(path, options)):
+        problems += _read_row(row, str(path), checked, parse)
+        read_elsewhere = read_elsewhere or row.read_elsewhere
         if on_progress and number % ROWS_PER_CALL == 0:
-            on_progress(str(path), row.stop / len(text))
-    if not problems and len(checked.conversations) == count_before:
-        problems.append(json_mistakes.no_rows())
-    for p in merge_kinds(sorted(problems, key=lambda p: p.offset), "file_kind", "of this kind in the file"):
-        checked.problems.append(Problem(str(path), *lines.position(p.offset), p.found, p.expected, p.remedy))
+            on_progress(str(path), row.share)
+    if not problems and not read_elsewhere and len(checked.conversations) == count_before:
+        nothing = json_mistakes.no_rows()
+        problems.append(Problem(str(path), 1, 1, nothing.found, nothing.expected, nothing.remedy))
+    files = list(dict.fromkeys(p.file for p in problems))  # an archive has several
+    problems.sort(key=lambda p: (files.index(p.file), p.line, p.column))
+    checked.problems += merge_kinds(problems, "kind", "of this kind in the file")
     if on_progress:
         on_progress(str(path), 1.0)
 
 
-def _read_row(row: JsonRow, text: str, location: str, checked: CheckedData, parse: Parse) -> list[TextProblem]:
+def _read_row(row: DataRow, file: str, checked: CheckedData, parse: Parse) -> list[Problem]:
     """Add the conversation of a row to `checked`; return its problems: mistakes in the text, and wrong values."""
-    problems = merge_kinds(row.problems, "kind", "in this row")
-    if not row.sound and not row.repaired:
+    checked.notes += row.notes
+    problems = list(row.problems)
+    if not row.readable:
         return problems
     parsed = parse(row.value)
     if parsed.problems:
-        offsets = json_rows.offsets_of(text, row)
-        reported = {p.offset for p in problems}  # a mistake in the text of a value is not also a wrong value
-        wrong_values = [
-            TextProblem(json_rows.nearest_offset(offsets, p.path), p.found, p.expected, p.remedy, file_kind=p.kind)
-            for p in parsed.problems
-        ]
-        return problems + [p for p in wrong_values if p.offset not in reported]
-    if not problems:
-        checked.conversations.append(Conversation(parsed.turns, parsed.system, location))
-        checked.formats[parsed.format] += 1
+        reported = {(p.line, p.column) for p in problems}  # a mistake in the text of a value is not also a wrong value
+        for p in parsed.problems:
+            place = row.place_of(p.path)
+            if (place.line, place.column) not in reported:
+                where = (row.file or file, place.line, place.column)
+                problems.append(Problem(*where, p.found, p.expected, p.remedy, place.cell, p.kind))
+    elif not problems:
+        checked.conversations.append(Conversation(parsed.turns, parsed.system, row.location))
+        checked.formats[row.format or parsed.format] += 1
         checked.unused_keys.update(parsed.unused_keys)
         checked.unused_turn_keys.update(parsed.unused_turn_keys)
     return problems

@@ -91,6 +91,11 @@ class LayoutReader:
             parsed.problems[0] = replace(first, remedy=first.remedy + remedy)
         return parsed
 
+    def roles_of_columns(self) -> dict[str, str]:
+        """Role as columns.py knows it -> column, for files that are tables."""
+        roles = {"prompt": "question", "query": "input", "response": "answer"}
+        return {roles.get(column, column): key for column, key in self.columns.items()}
+
     def notes(self) -> list[str]:
         """A sentence for each thing that LLaMA-Factory would have done without a word."""
         notes = []

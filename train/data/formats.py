@@ -8,10 +8,10 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from train.data import loss_flags, other_rows
+from train.data import loss_flags, other_rows, row_shapes
 from train.data.problems import KeyPath, ValueProblem
 
 FORMATS = {
@@ -63,9 +63,20 @@ class ParsedRow:
         self.problems: list[ValueProblem] = []
         if not isinstance(row, dict):
             self.problems = [other_rows.not_an_object(row, TYPE_NAMES[type(row)])]
-        elif other := other_rows.other_kind(row):
+            return
+        if other := other_rows.other_kind(row):
             self.problems = other
-        elif key := next((key for key in LISTS if key in row), ""):
+            return
+        shape = row_shapes.as_format(row)
+        if shape.problem:
+            self.problems = [shape.problem]
+            return
+        self._in_a_format(shape.row)
+        self.format = shape.name or self.format
+        self.problems = [replace(problem, path=shape.original(problem.path)) for problem in self.problems]
+
+    def _in_a_format(self, row: dict[str, Any]) -> None:
+        if key := next((key for key in LISTS if key in row), ""):
             self._messages(row, key, *LISTS[key])
         elif row.keys() & {"instruction", "input", "output"}:
             self._alpaca(row)
@@ -233,6 +244,8 @@ class ParsedRow:
     def _value(
         self, value: Any, path: KeyPath, meaning: str, may_be_empty: bool = False, turn: Any = None
     ) -> str | None:
+        if isinstance(value, list) and (joined := other_rows.joined_parts(value)) is not None:
+            value = joined
         if not isinstance(value, str):
             self.problems.append(other_rows.no_text(value, path, turn, TYPE_NAMES[type(value)], meaning))
             return None

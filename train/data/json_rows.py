@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.data import file_kinds
 from train.data import json_mistakes as mistakes
 from train.data.json_lexer import LINE_END, SPACE, Lexer, LostError
 from train.data.lenient_json import ROW, LenientParser
@@ -62,12 +61,7 @@ class Lines:
 
 
 def decode(raw: bytes) -> tuple[str, list[TextProblem]]:
-    """UTF-8 with or without BOM -> text. Other bytes become U+FFFD; the first of each line is a problem.
-
-    A file of another kind (Parquet, UTF-16, …) gives no text and one problem.
-    """
-    if problem := file_kinds.foreign(raw):
-        return "", [problem]
+    """UTF-8 with or without BOM -> text. Other bytes become U+FFFD; the first of each line is a problem."""
     skipped = len(BOM) if raw.startswith(BOM) else 0
     raw = raw[skipped:]
     try:

@@ -98,6 +98,14 @@ def other_turns(key: str, role_key: str, text_key: str, turns: Any) -> ValueProb
     return ValueProblem((key,), found, expected, f'rename "{key}" to "{other}" in every row', f"turns of {other}")
 
 
+def joined_parts(value: list[Any]) -> str | None:
+    """The text of content in parts, [{"type": "text", "text": "…"}, …], as chat templates join it; None if not all are."""
+    if not value or not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        return None
+    texts = [part.get("text") for part in value]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+
+
 def no_text(value: Any, path: KeyPath, turn: Any, type_name: str, meaning: str) -> ValueProblem:
     """The problem of a value that is not a text: content in parts, a call of a tool, or something else."""
     expected, remedy, kind, found = f"text: {meaning}", "write a text in double quotes", "", type_name

@@ -25,6 +25,7 @@ from train.common.files import sha256
 from train.data import dataset_info, hub_data, mixture
 from train.data.dataset_info import Entry, Registry
 from train.data.dataset_rows import Layout
+from train.data.file_kinds import ARCHIVE_SUFFIXES, FOLDER_SUFFIXES
 from train.data.formats import LONE_SURROGATE
 from train.data.hub_data import HubSet
 from train.data.mixture import Draw
@@ -234,10 +235,12 @@ def _draws(piece: Piece) -> tuple[Draw, ...]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".json", ".jsonl") and p.is_file())
-    if not files:
-        raise UserError(f"{folder}: no *.json or *.jsonl file in this folder. Give the file itself: DATA=path/to/file")
-    return files
+    """The data files of a folder; its archives if it has no other data, so that nothing is read twice."""
+    for suffixes in (FOLDER_SUFFIXES, ARCHIVE_SUFFIXES):
+        if files := sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and p.is_file()):
+            return files
+    kinds = ", ".join(f"*{suffix}" for suffix in FOLDER_SUFFIXES)
+    raise UserError(f"{folder}: none of {kinds} in this folder. Give the file itself: DATA=path/to/file")
 
 
 # What is wrong
@@ -274,7 +277,7 @@ def _missing_path(path: Path) -> str:
     with suppress(OSError):
         neighbours = [p.name for p in path.parent.iterdir()]
     near = difflib.get_close_matches(path.name, neighbours, n=1)
-    example = "Give the path of a .json or .jsonl file: DATA=data/demo.jsonl"
+    example = "Give the path of a data file: DATA=data/demo.jsonl"
     return f"{str(path)!r}: no such file. " + (f"Did you mean {path.parent / near[0]}?" if near else example)
 
 
