@@ -1,6 +1,7 @@
 """Data files in an archive or a packed file: .zip, .tar, .tar.gz, .gz, .bz2, .xz. Nothing is written to the disk."""
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -22,13 +23,19 @@ ENCRYPTED = 1  # flag of a member
 UTF8_NAME = 0x800  # flag of a member
 PACKED: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 DAMAGE = (  # what the readers of packed files raise for a damaged one
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, tarfile.TarError, gzip.BadGzipFile),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, tarfile.TarError, OSError, ValueError),
     *(NotImplementedError, UnpackedTooMuchError),
 )
 
 
 def damaged(file: DataFile, error: BaseException) -> Problem:
-    """The problem of an archive that cannot be read to its end."""
+    """The problem of an archive that cannot be read to its end.
+
+    Raises:
+        OSError: `error` is one of the disk; those of damaged archives have no number, or that of a wrong seek.
+    """
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise error
     if isinstance(error, UnpackedTooMuchError):
         return file.problem(
             str(error), "a packed file of an ordinary size", "unpack it yourself, and give the files inside"
@@ -78,7 +85,7 @@ def _zip_members(file: DataFile) -> tuple[Iterator[DataFile], list[str]]:
     with file.open() as stream:
         check_zip(stream, file.size)
         with zipfile.ZipFile(stream) as archive:
-            infos = {_name(info): info for info in archive.infolist() if not info.is_dir()}
+            infos = {_name(info): info for info in archive.infolist() if info.filename[-1:] not in ("", "/")}
     taken, others = choose(list(infos))
     if locked := [name for name in taken if infos[name].flag_bits & ENCRYPTED]:
         raise zipfile.BadZipFile(f"{locked[0]} is protected by a password")

@@ -145,23 +145,23 @@ def parse(text: str) -> Columns | None:
                 f"columns={text}: {part.strip()!r} is no ROLE:NAME. Example: columns=question:症状,answer:建议"
             )
         if role not in NAMES:
-            near = difflib.get_close_matches(_role_of(role) or role, NAMES, n=1)
+            near = difflib.get_close_matches(role_of(role) or role, NAMES, n=1)
             hint = f"Did you mean {near[0]}:{name.strip()}? " if near else ""
             raise UserError(f"columns={text}: no role {role!r}. {hint}The roles: {', '.join(NAMES)}.")
         if role in of_role:
             raise UserError(f"columns={text}: {role} is given twice. A role has one column.")
         of_role[role] = name.strip()
-    if lacking := _lacking(of_role):
-        raise UserError(f"columns={text}: no {lacking}. Example: {EXAMPLE}, or columns=messages:NAME")
+    if role := lacking(of_role):
+        raise UserError(f"columns={text}: no {role}. Example: {EXAMPLE}, or columns=messages:NAME")
     return Columns(of_role)
 
 
-def _role_of(name: str) -> str:
+def role_of(name: str) -> str:
     """The role that a column of this name has, or ""."""
     return next((role for role, names in NAMES.items() if name.strip().lower() in names), "")
 
 
-def _lacking(roles: Mapping[str, str]) -> str:
+def lacking(roles: Mapping[str, str]) -> str:
     """The role that is missing for a conversation, or ""."""
     if "messages" in roles:
         return ""
@@ -195,7 +195,7 @@ def guess(names: Sequence[str]) -> Columns:
     """
     found: dict[str, list[str]] = {role: [] for role in NAMES}
     for name in names:
-        if role := _role_of(name):
+        if role := role_of(name):
             found[role].append(name)
     if found["messages"]:  # a list of turns is a whole conversation: other columns only describe it
         found = {role: found[role] for role in ("messages", "system")}
@@ -207,8 +207,8 @@ def guess(names: Sequence[str]) -> Columns:
     of_role = {role: candidates[0] for role, candidates in found.items() if candidates}
     if "input" in of_role and "question" not in of_role:
         of_role = {"question": of_role.pop("input"), **of_role}
-    if lacking := _lacking(of_role):
-        raise _unknown(lacking, of_role, names)
+    if role := lacking(of_role):
+        raise _unknown(role, of_role, names)
     return Columns(of_role)
 
 
@@ -230,11 +230,11 @@ def _ambiguous(role: str, candidates: Sequence[str], found: Mapping[str, Sequenc
     )
 
 
-def _unknown(lacking: str, of_role: Mapping[str, str], names: Sequence[str]) -> ColumnError:
+def _unknown(missing: str, of_role: Mapping[str, str], names: Sequence[str]) -> ColumnError:
     """No column for a role: the option is spelt out as far as there is one column for each."""
     spare = [name for name in names if name.strip() and name not in of_role.values()]
     neither = not set(of_role) & {"question", "input", "answer"}
-    wanted = ["question", "answer"] if neither else [lacking]
+    wanted = ["question", "answer"] if neither else [missing]
     fitting = spare if len(spare) == len(wanted) else ["NAME"] * len(wanted)
     guessed = {**of_role, **dict(zip(wanted, fitting))}
     option = ",".join(f"{role}:{quoted(guessed[role])}" for role in NAMES if role in guessed)

@@ -42,6 +42,7 @@ ZIPPED = (  # a name in a ZIP file, the kind or what such a file is, the remedy
     ("ppt/presentation.xml", "a PowerPoint presentation (.pptx)", AS_TEXT),
     ("content.xml", "an OpenDocument file (.ods, .odt)", "save a table as .xlsx or .csv, a text as .txt"),
 )
+PARTS_OF_WORKBOOK = (b"[Content_Types].xml", b"xl/worksheets", b"xl/workbook")
 TEXT_ENCODINGS = (("utf-32-le", 4), ("utf-32-be", 4), ("utf-16-le", 2), ("utf-16-be", 2))
 JSON_START = re.compile(r"\s*(?:\{|\[\s*[\[{\"\]'])")
 WEB_PAGE = re.compile(r"\s*<(?:!doctype|html|\?xml)", re.IGNORECASE)
@@ -90,7 +91,7 @@ def utf16(encoding: str) -> TextProblem:
 
 
 def _zip(file: DataFile, head: bytes) -> str | Problem:
-    workbook = b"[Content_Types].xml" in head or file.base_name.endswith((".xlsx", ".xlsm"))
+    workbook = file.base_name.endswith((".xlsx", ".xlsm")) or any(part in head for part in PARTS_OF_WORKBOOK)
     try:
         names = _names_in_zip(file)
     except (zipfile.BadZipFile, OSError, ValueError):

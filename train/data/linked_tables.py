@@ -4,7 +4,6 @@ Each answer becomes a row with its question, so a question with several answers 
 (train_candidates.txt) chooses the questions, if there is one list; evaluation lists beside it are not read.
 """
 
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ def role_of(file: DataFile) -> str:
     """ "questions", "answers" or "candidates" by the first line of a table; "" for any other file."""
     with file.open() as stream:
         line = stream.read(4096).decode("utf-8-sig", "replace").partition("\n")[0]
-    names = {name.strip().lower() for name in next(csv.reader([line.strip()]), [])} if '"' not in line else set()
+    names = {name.strip(' "\r').lower() for name in line.split(",")}
     if not names & {*QUESTION_ID}:
         return ""
     if "pos_ans_id" in names or {"ans_id", "label"} <= names:
@@ -72,7 +71,7 @@ class _Linked:
     count: int  # of columns
 
 
-def _open(file: DataFile) -> _Linked | Problem:
+def _open(file: DataFile, candidates: bool = False) -> _Linked | Problem:
     encoding = detect(file)
     if isinstance(encoding, Problem):
         return encoding
@@ -81,6 +80,10 @@ def _open(file: DataFile) -> _Linked | Problem:
     names = [str(name).strip().lower() for name in header.cells] if header else []
     roles = {"question": QUESTION_ID, "answer": ANSWER_ID, "text": TEXT}
     index = {role: n for role, known in roles.items() for n, name in enumerate(names) if name in known}
+    if not {"question", "text"} <= index.keys() and not (candidates and "question" in index):
+        return file.problem(
+            "a header that is broken", "columns question_id and content", "write them in the first line"
+        )
     return _Linked(table, index, len(names))
 
 
@@ -177,7 +180,8 @@ def _row(answers: _Linked, row: TableRow, question: str, texts: dict[str, str]) 
 
 def _chosen(candidates: DataFile) -> set[str]:
     """The ids of the questions in a list of candidates."""
-    linked = _open(candidates)
+    linked = _open(candidates, candidates=True)
     if isinstance(linked, Problem):
         return set()
-    return {str(row.cells[linked.index["question"]]).strip() for row in linked.table.rows if row.cells}
+    at = linked.index["question"]
+    return {str(row.cells[at]).strip() for row in linked.table.rows if len(row.cells) > at}

@@ -47,12 +47,16 @@ def read(file: DataFile, options: ReadOptions) -> Iterator[DataRow]:
         first = next(line.number for line in head if not line.blank)
         yield problem_row(file, first, *UNKNOWN)
         return
-    count = 0
-    for row in form(file, Lines(_lines(file, encoding))):
+    count, lines = 0, Lines(_lines(file, encoding))
+    for row in form(file, lines):
         count += sum(message["role"] == "assistant" for message in row.value["messages"]) if row.readable else 0
         yield row
     notes = [encoding.note] if encoding.note else []
     notes.append(f"{file.name} is read as {name}: {count:,} pair{'' if count == 1 else 's'}")
+    if lines.titles:
+        notes.append(
+            f"{file.name}: {lines.titles:,} title{'' if lines.titles == 1 else 's'} (#) between questions left out"
+        )
     yield DataRow(f"{file.name}:1", file=file.name, share=1.0, notes=tuple(notes))
 
 
@@ -185,6 +189,7 @@ def _parts(file: DataFile, lines: Lines) -> Iterator[Part | DataRow]:
             part = None
             if not HEADING.fullmatch(line.text):
                 yield Part("end", line.number, [])
+            lines.titles += bool(HEADING.fullmatch(line.text))
         elif part:
             part.lines.append(line.text)
         elif not line.blank and not SEPARATOR.fullmatch(line.text):
@@ -218,7 +223,9 @@ def _numbered(file: DataFile, lines: Lines) -> Iterator[DataRow]:
             answer = Part("assistant", line.number, [line.text])
         elif answer:
             answer.lines.append(line.text)
-        elif not line.blank and not HEADING.fullmatch(line.text):
+        elif HEADING.fullmatch(line.text):
+            lines.titles += 1
+        elif not line.blank:
             yield stray(file, line)
     yield from _pair(file, question, answer, 1.0)
 
@@ -238,7 +245,9 @@ def _by_question_marks(file: DataFile, lines: Lines) -> Iterator[DataRow]:
         if _asks(first):
             yield from _pair(file, question, answer, first.share)
             question, answer, paragraph = Part("user", first.number, [first.text]), None, paragraph[1:]
-        elif question is None and not HEADING.fullmatch(first.text):
+        elif question is None and HEADING.fullmatch(first.text):
+            lines.titles += 1
+        elif question is None:
             yield stray(file, first)
         texts = [line.text for line in paragraph]
         if question and answer is None and texts:
@@ -254,7 +263,9 @@ def _by_two_lines(file: DataFile, lines: Lines) -> Iterator[DataRow]:
             first, second = paragraph
             parts = [Part("user", first.number, [first.text]), Part("assistant", second.number, [second.text])]
             yield row_of(file, parts, second.share)
-        elif not (len(paragraph) == 1 and HEADING.fullmatch(paragraph[0].text)):
+        elif len(paragraph) == 1 and HEADING.fullmatch(paragraph[0].text):
+            lines.titles += 1
+        else:
             found = f"a paragraph of {len(paragraph)} line{'' if len(paragraph) == 1 else 's'}"
             remedy = (
                 "write a question and its answer in a line each, with a blank line after them; or write 问： and 答："

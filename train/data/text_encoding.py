@@ -51,11 +51,12 @@ def open_text(
 
 
 def _without_bom(head: bytes) -> str:
-    """UTF-16 without a byte order mark has a zero byte in every other place of its ASCII characters."""
-    if b"\0" in head:
-        even, odd = head[0::2].count(0), head[1::2].count(0)
-        if max(even, odd) > 4 * min(even, odd):
-            return "utf-16-le" if odd > even else "utf-16-be"
+    """UTF-16 without a byte order mark: zeros in every other place, those of ASCII characters, and lines when read so."""
+    even, odd = head[0::2].count(0), head[1::2].count(0)
+    if max(even, odd) > 4 * min(even, odd):
+        codec = "utf-16-le" if odd > even else "utf-16-be"
+        if "\n" in head[: len(head) // 2 * 2].decode(codec, "replace"):
+            return codec
     return "utf-8-sig"
 
 

@@ -61,6 +61,7 @@ class Lines:
     def __init__(self, source: Iterable[Line]) -> None:
         self.source = iter(source)
         self.ahead: deque[Line] = deque()
+        self.titles = 0  # lines that are a title between questions, and are left out
 
     def __iter__(self) -> Iterator[Line]:
         while (line := self.ahead.popleft() if self.ahead else next(self.source, None)) is not None:

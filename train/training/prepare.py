@@ -24,7 +24,6 @@ from train.common.files import free_bytes, sha256
 from train.config.recipe import Recipe
 from train.data import conversations
 from train.data.batches import Schedule
-from train.data.data_row import ReadOptions
 from train.data.samples import Sample, encode
 from train.data.sources import hash_data, pinned
 from train.model import lora
@@ -82,7 +81,7 @@ def prepare(
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
     loaded, base, adapter = _run_all(
-        lambda: conversations.read(data, ReadOptions(recipe.columns, seed=recipe.seed)),
+        lambda: conversations.read(data, conversations.ReadOptions(recipe.columns, seed=recipe.seed)),
         lambda: resolve(recipe.model, models),
         lambda: _read_parent(recipe, parent),
     )
