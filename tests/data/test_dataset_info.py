@@ -370,7 +370,7 @@ def test_without_a_name_the_names_are_listed(data: str) -> None:
 
 def test_names_that_are_not_there() -> None:
     write({"alpaca_zh": {"file_name": "0.json"}, "identity": {"file_name": "1.jsonl"}})
-    assert "did you mean alpaca_zh" in refusal("data:alpaca_hz")
+    assert 'write "alpaca_zh"' in refusal("data:alpaca_hz")
     assert "no name in data/dataset_info.json. Did you mean identity?" in refusal("data:alpaca_zh,identitty")
     Path("identity").touch()
     said = refusal("data:alpaca_zh,identity")

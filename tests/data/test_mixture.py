@@ -100,6 +100,7 @@ def test_a_file_of_that_name_is_that_file() -> None:
     ("data", "words"),
     [
         ("a.jsonl:0.3", "write a.jsonl:0.3x for 0.3 times its rows."),
+        ("d.json:0.5", "write d.json:0.5x"),
         ("a.jsonl:2", "write a.jsonl:2x for 2 times its rows, or a.jsonl:2rows"),
         ("a.jsonl:30%", "write a.jsonl:0.3x"),
         ("a.jsonl:.5", "write a.jsonl:0.5x"),
@@ -117,6 +118,7 @@ def test_a_file_of_that_name_is_that_file() -> None:
     ],
 )
 def test_what_is_nearly_right_is_told(data: str, words: str) -> None:
+    Path("d.json").write_text("[]")
     assert words in refusal(data)
 
 

@@ -197,7 +197,7 @@ class _EntryReader:
     def _unknown_name(self) -> None:
         names = list(self.registry.value)
         near = difflib.get_close_matches(self.name, names, n=1, cutoff=0.5)
-        remedy = f"did you mean {near[0]}" if near else f"choose one of: {', '.join(names[:20])}"
+        remedy = f'write "{near[0]}"' if near else f"choose one of: {', '.join(names[:20])}"
         self.registry.add((), f'no data set "{self.name}"', "a name in this file", remedy)
 
     # Checks

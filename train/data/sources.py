@@ -139,7 +139,8 @@ def _piece(word: str, registry: Path | None) -> Piece:
         path, colon, more = path.rpartition(":")
         name = f"{more}:{name}"
     found = dataset_info.registry_of(Path(path)) if colon else None
-    if found and (name in dataset_info.read(found).value or not mixture.number_without_unit(word)):
+    number = bool(mixture.number_without_unit(word))  # a.json:0.5, where 0.5x is meant
+    if found and not (number and (found.name != dataset_info.FILE or name not in dataset_info.read(found).value)):
         return Piece(word, entry=(found, name))
     raise UserError(_missing(word, Path(path) if colon else None, registry))
 
