@@ -18,7 +18,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from train.common.errors import UserError
 from train.common.files import write_text
 from train.common.progress import bar
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
-from train.config.recipe import Recipe, load_recipe
+from train.config.recipe import Recipe, load_recipe, read_data
 from train.data import chat_template, conversations, repair, repair_report
 from train.data.conversations import CheckedData, Conversation
 from train.data.data_row import ReadOptions
@@ -49,7 +49,7 @@ class Options(RecipeOptions):
     """What to read, and for which run."""
 
     data: str = option(
-        "", "a file (JSON, CSV, Excel, Parquet, text, archive), a folder, or several separated by commas"
+        "", "a file (JSON, CSV, Excel, Parquet, text, archive), a folder, a set (data/README.md), or several: a,b"
     )
     recipe: str = option(
         "qlora", "a name in train/recipes/, or the path of a .yaml file: template, length, tokens to train on"
@@ -69,6 +69,7 @@ def parse(values: dict[str, str]) -> Options:
 
 def run(options: Options) -> None:
     # --- read and check ---------------------------------------------------------------------------------------------
+    options = replace(options, data=options.data or read_data(options.recipe))
     if not options.data:
         raise UserError("data: which file? Example: make data DATA=data/demo.jsonl")
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
@@ -86,7 +87,8 @@ def run(options: Options) -> None:
         raise UserError(conversations.report(checked.problems) + hint)
 
     # --- count tokens -----------------------------------------------------------------------------------------------
-    rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_words(checked.conversations)}
+    rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_parts(checked)}
+    rows |= _words(checked.conversations)
     tokenizer, reason = _tokenizer(recipe, Path(options.models))
     if tokenizer:
         rows |= _tokens(_summary(checked.conversations, tokenizer, recipe), recipe)
@@ -115,7 +117,7 @@ def _check(data: str, recipe: Recipe) -> CheckedData:
             advance(share - shares.get(file, 0.0))
             shares[file] = share
 
-        return conversations.check(data, progress, ReadOptions(recipe.columns))
+        return conversations.check(data, progress, ReadOptions(recipe.columns, seed=recipe.seed))
 
 
 @contextmanager
@@ -161,6 +163,16 @@ def _summary(checked: list[Conversation], tokenizer: "Tokenizer", recipe: Recipe
 def _formats(checked: CheckedData) -> str:
     counts = checked.formats.most_common()
     return counts[0][0] if len(counts) == 1 else ", ".join(f"{count:,} {name}" for name, count in counts)
+
+
+def _parts(checked: CheckedData) -> dict[str, str]:
+    """The rows of each part of DATA, before and after it is drawn from; nothing for a single part that is not."""
+    if len(checked.parts) == 1 and checked.parts[0].read == checked.parts[0].used:
+        return {}
+    return {
+        f"part {n}": f"{part.text}: {part.read:,} rows read, {part.used:,} used ({part.used / (part.read or 1):.2f}x)"
+        for n, part in enumerate(checked.parts, 1)
+    }
 
 
 def _words(checked: list[Conversation]) -> dict[str, str]:

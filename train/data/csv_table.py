@@ -26,7 +26,7 @@ def read(file: DataFile, options: ReadOptions) -> Iterator[DataRow]:
     if isinstance(encoding, Problem):
         yield only_problem(file, encoding)
     else:
-        yield from tables.read(table_of(file, encoding, columns.parse(options.columns)), options)
+        yield from tables.read(table_of(file, encoding, columns.told(options)), options)
 
 
 def table_of(file: DataFile, encoding: Encoding, told: Columns | None) -> Table:

@@ -25,7 +25,7 @@ from train.config.recipe import Recipe
 from train.data import conversations
 from train.data.batches import Schedule
 from train.data.samples import Sample, encode
-from train.data.sources import hash_data
+from train.data.sources import hash_data, pinned
 from train.model import lora
 from train.model.adapter_file import AdapterFile, read_adapter
 from train.model.decoder import Decoder
@@ -81,7 +81,7 @@ def prepare(
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
     loaded, base, adapter = _run_all(
-        lambda: conversations.read(data, conversations.ReadOptions(recipe.columns)),
+        lambda: conversations.read(data, conversations.ReadOptions(recipe.columns, seed=recipe.seed)),
         lambda: resolve(recipe.model, models),
         lambda: _read_parent(recipe, parent),
     )
@@ -206,7 +206,7 @@ def _inputs(recipe: Recipe, data: str, base: Path, parent: Path | None, rows: in
     """The content of inputs.json: all that decides the results of the run."""
     adapter = {"run": parent.name, "sha256": sha256(adapter_folder(parent) / lora.WEIGHTS)} if parent else None
     return {
-        "data": {"path": data, **hash_data(data)},
+        "data": {"path": pinned(data), **hash_data(data)},
         "base": {"name": recipe.model, "files": provenance.hash_folder(base)},
         "from": adapter,
         "recipe": asdict(recipe),
