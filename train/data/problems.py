@@ -10,6 +10,15 @@ KeyPath = tuple[str | int, ...]  # from a row to a value inside it: ("conversati
 
 
 @dataclass(frozen=True)
+class Edit:
+    """A correction of the JSON text: `text` in place of the characters from `start` to `stop`."""
+
+    start: int
+    stop: int
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class TextProblem:
     """A mistake in the JSON text, at the character `offset`."""
 
@@ -19,6 +28,8 @@ class TextProblem:
     remedy: str
     kind: str = ""  # problems of the same kind are reported once per row
     file_kind: str = ""  # problems of the same kind are reported once per file
+    change: str = ""  # the name of its correction, if there is but one; empty: only a person can tell what was meant
+    edits: tuple[Edit, ...] = ()  # that correction; a mistake between two rows needs none, each row is written anew
 
 
 @dataclass(frozen=True)
