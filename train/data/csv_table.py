@@ -75,12 +75,13 @@ def _rows(file: DataFile, encoding: Encoding, delimiter: str, skip: int) -> Iter
         lines = _Lines(iter(text))
         for _ in range(skip):
             next(lines, None)
-        number = skip
+        number, reader = skip, csv.reader(lines, delimiter=delimiter, strict=True)
         while True:
             number, start = number + 1, lines.begin_row()
             try:
-                cells = next(csv.reader(lines, delimiter=delimiter, strict=True), None)
+                cells = next(reader, None)
             except csv.Error:
+                reader = csv.reader(lines, delimiter=delimiter, strict=True)
                 index, bad = quote_mistake("".join(lines.held), delimiter)
                 lines.give_back_all_but_first()
                 yield TableRow(number, [], start, _share(raw.tell(), file), (index, bad))
