@@ -58,6 +58,16 @@ def test_of_a_lost_row_only_this_row_is_missing() -> None:
         assert found.rows == [GOOD, NEXT, GOOD] and found.left_rows == 1, lost
 
 
+def test_rows_behind_a_broken_one_are_found_wherever_they_are() -> None:
+    lost = '{"instruction" "q" "a"}'
+    for text in (f"{GOOD} {lost} {NEXT}", f"{GOOD}{lost}{NEXT}", f"[{GOOD},\n{lost}]}},\n{NEXT}]"):
+        found = mended(text.encode(), Path("x"))
+        assert found.rows == [GOOD, NEXT] and found.left, text
+    inner = '{"instruction": "q" x, "tools": [{"city": "a"}, {"city": "b"}], "output": "a"}'
+    found = mended(f"{inner}\n{NEXT}\n".encode(), Path("x"))
+    assert found.rows == [NEXT] and len(found.left) == 1  # objects within a row are no rows
+
+
 def test_two_missing_quotes_are_not_taken_for_quotes_inside_a_text() -> None:
     for text in (
         '{"instruction": "q, "input: "x", "output": "a"}',
