@@ -97,6 +97,15 @@ def test_keys_that_the_user_names_are_renamed(tmp_path: Path) -> None:
     assert repair.repair(path).rows == [] and repair.repair(path).left
 
 
+def test_zero_bytes_alone_do_not_make_a_file_utf16(tmp_path: Path) -> None:
+    """Found by atheris: these bytes are UTF-16 of a kind too, but the reader takes them for UTF-8."""
+    path = tmp_path / "data.json"
+    path.write_bytes(b'[\x00.":b \x00="a\xe8}, ' + f"{NEXT}]]".encode())
+    assert encodings.decode_wide(path.read_bytes()) is not None
+    found = repair.repair(path)
+    assert found.left and not any("UTF-16" in change.name for change in found.changes)
+
+
 def test_a_file_without_a_row_has_that_problem() -> None:
     found = mended(b"  \n", Path("x"))
     assert [problem.found for problem in found.left] == ["no row"]
@@ -112,7 +121,7 @@ def test_changes_are_counted_by_kind_with_the_first_examples() -> None:
     text = "{'instruction': 'q', 'output': 42}\n" * 2 + '{"instruction": "one\ttwo", "output": "a",}\n'
     lines = repair_report.lines(mended(text.encode(), Path("x.jsonl")), colour=False)
     assert lines == [
-        "x.jsonl: 3 sound rows, 3 of them mended.",
+        "x.jsonl: 3 rows, 3 of them mended.",
         "  single quotes to double quotes: 6",
         "      1:2       'instruction'  →  \"instruction\"",
         "      1:17      ction': 'q', 'outpu  →  ction': \"q\", 'outpu",
