@@ -97,6 +97,12 @@ def test_keys_that_the_user_names_are_renamed(tmp_path: Path) -> None:
     assert repair.repair(path).rows == [] and repair.repair(path).left
 
 
+def test_a_string_that_is_not_closed_before_a_windows_line_end() -> None:
+    """Found by atheris: the text that was looked at ended between \\r and \\n."""
+    found = mended(b'{"inst\r\r\r\none\r\n{"instruction": "q", two"\r\ntw"conten:', Path("x"))
+    assert found.rows == [] and found.left
+
+
 def test_zero_bytes_alone_do_not_make_a_file_utf16(tmp_path: Path) -> None:
     """Found by atheris: these bytes are UTF-16 of a kind too, but the reader takes them for UTF-8."""
     path = tmp_path / "data.json"

@@ -18,7 +18,7 @@ from train.data.problems import KeyPath, TextProblem
 MAX_REFUSED = 100
 MAX_LENGTH = 1_000_000  # characters of a row of several lines, in a file of lines
 BEFORE_ROW = re.compile(rf"(?:[}}｝]\s*[,，]?\s*|[\r\n][ \t]*)(?={ROW.pattern})")
-LINE_OF_ROW = re.compile(rf"[\r\n][ \t]*(?={ROW.pattern})")
+LINE_OF_ROW = re.compile(rf"(?:\r\n|\r|\n)[ \t]*(?={ROW.pattern})")
 FIRST_KEY = re.compile(r"\{\s*\"(\w+)\"")
 FIRST_KEYS = ("instruction", "conversations", "messages", "question", "prompt", "query", "input", "id")  # of most rows
 INDENT = re.compile(r"(?:\A|[\r\n])([ \t]*)\Z")

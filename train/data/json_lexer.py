@@ -170,7 +170,7 @@ class Lexer:
 
     def _control_character(self, at: int) -> int:
         """The offset after the control character, or the Windows line end, at `at`."""
-        character = "\r\n" if self.text[at : at + 2] == "\r\n" else self.text[at]
+        character = "\r\n" if self.text[at : min(at + 2, self.stop)] == "\r\n" else self.text[at]
         self.add(mistakes.control_character(at, character))
         return at + len(character)
 
