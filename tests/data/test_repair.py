@@ -103,6 +103,13 @@ def test_a_string_that_is_not_closed_before_a_windows_line_end() -> None:
     assert found.rows == [] and found.left
 
 
+def test_a_tuple_that_is_closed_as_a_list_is_left() -> None:
+    """Found by atheris."""
+    for text in ('("b"]', '{"instruction": "q", "output": "a", "history": [("b", "c"]]}'):
+        found = mended(text.encode(), Path("x"))
+        assert found.rows == [] and found.left, text
+
+
 def test_zero_bytes_alone_do_not_make_a_file_utf16(tmp_path: Path) -> None:
     """Found by atheris: these bytes are UTF-16 of a kind too, but the reader takes them for UTF-8."""
     path = tmp_path / "data.json"

@@ -156,10 +156,12 @@ def full_width_bracket(at: int, character: str, meant: str) -> TextProblem:
     return TextProblem(at, found, repr(meant), INPUT_METHOD, "full-width", "", "full-width bracket to ASCII", edits)
 
 
-def tuple_of_python(start: int, stop: int) -> TextProblem:
-    """A Python tuple: its brackets are at `start` and before `stop`."""
+def tuple_of_python(start: int, stop: int, closed: bool) -> TextProblem:
+    """A Python tuple: its brackets are at `start` and before `stop`. `closed`: the second one is a round one too."""
     edits = (Edit(start, start + 1, "["), Edit(stop - 1, stop, "]"))
-    return TextProblem(start, "'(', a tuple of Python", "a list in [ ]", "write [ ]", "tuple", "", "( ) to [ ]", edits)
+    return TextProblem(
+        start, "'(', a tuple of Python", "a list in [ ]", "write [ ]", "tuple", "", "( ) to [ ]" * closed, edits
+    )
 
 
 def extra_comma(at: int, expected: str) -> TextProblem:
@@ -214,6 +216,10 @@ def unfinished_row(at: int, comma: int | None, closing: str) -> TextProblem:
     edits = (Edit(at, at, closing),) if comma is None else (Edit(comma, comma + 1, closing),)
     expected, remedy = "the ] and } that close this one", "put them before it"
     return TextProblem(at, "the next row", expected, remedy, change=f"{closing} added", edits=edits)
+
+
+def unclear_row(at: int) -> TextProblem:
+    return TextProblem(at, "a row that is not JSON", "a row of one of the four formats", "write it anew")
 
 
 def too_deep(at: int, depth: int) -> TextProblem:

@@ -159,11 +159,11 @@ class _Builder:
 
     def _mend(self, row: JsonRow, problems: list[TextProblem]) -> None:
         piece = Piece.of(self.text, row.start, row.stop)
-        if problems:
+        if not row.sound:
             piece = piece.edited(_inside(row, problems))
             if not _is_sound(piece.text):  # two corrections that do not fit together
                 self.result.left_rows += 1
-                self.left += merge_kinds(problems, "kind", "in this row")
+                self.left += merge_kinds(problems or [json_mistakes.unclear_row(row.start)], "kind", "in this row")
                 return
         found = row_repair.repair(piece, self.told)
         self.result.rows += [one_line(piece.text) for piece in found.rows]
