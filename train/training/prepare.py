@@ -310,7 +310,7 @@ def start_summary(prepared: PreparedRun, checkpoint: Path | None) -> dict[str, s
         "base": _digest(inputs["base"]["files"]),
         "adapter of FROM=": (inputs["from"] or {}).get("sha256", "none")[:12],
         "recipe": _digest(inputs["recipe"]),
-        "rows a step": str(inputs["rows_per_step"]),
+        "rows per step": str(inputs["rows_per_step"]),
         "computed in": inputs["dtype"],
     }
 
