@@ -73,6 +73,7 @@ def test_two_missing_quotes_are_not_taken_for_quotes_inside_a_text() -> None:
         '{"instruction": "q, "input: "x", "output": "a"}',
         '[{"instruction": "q", "output": "a},\n{"instruction": "r, "output": "b"}]',
         "{'instruction': 'q, 'input': 'x', 'output': 'a'}",
+        '[{"instruction": "q", "output": "a", "id"\': 7},{"id": "", "instruction": "r", "output": "b"}]',  # by hypothesis
     ):
         found = mended(text.encode(), Path("x"))
         assert found.rows == [] and found.left, text
@@ -95,6 +96,16 @@ def test_keys_that_the_user_names_are_renamed(tmp_path: Path) -> None:
     found = repair.repair(path, ReadOptions("question:症状,answer:建议"))
     assert found.rows == ['{"instruction": "q", "output": "42", "n": 1}'] and not found.left
     assert repair.repair(path).rows == [] and repair.repair(path).left
+
+
+def test_a_key_that_seems_to_swallow_a_row_is_left() -> None:
+    """Found by hypothesis."""
+    row = '{"id": "", "instruction": "r", "output": "b"}'
+    found = mended(f'[{{"instruction": "q", "output": "a", "id"\': 7}},{row}]'.encode(), Path("x"))
+    assert found.rows == [row] and found.left_rows == 1
+    text = "[{'instruction': 'q', 'output': 'a', 'id: 7}, {'id': '', 'instruction': 'r', 'output': 'b'}]"
+    found = mended(text.encode(), Path("x"))
+    assert found.left and not any("7}" in row for row in found.rows)
 
 
 def test_a_string_that_is_not_closed_before_a_windows_line_end() -> None:

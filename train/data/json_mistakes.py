@@ -308,16 +308,13 @@ def latex_escape(at: int, word: str, clear: bool) -> TextProblem:
     return TextProblem(at, found, expected, r"write \\ for a backslash", "escape", "", change, (Edit(at, at, "\\"),))
 
 
-def control_character(at: int, character: str) -> TextProblem:
-    """`character`: a control character, or the two of a Windows line end."""
+def control_character(at: int, character: str, clear: bool) -> TextProblem:
+    """`character`: a control character, or the two of a Windows line end. `clear`: it is in a text, not in a key."""
     name = {"\n": "a line break", "\r": "a line break", "\t": "a tab"}.get(character[0], "a control character")
     written = {"\n": r"\n", "\r": r"\n", "\t": r"\t"}.get(character[0], f"\\u{ord(character[0]):04x}")
     remedy = f"write {written}, or close the string before it"
-    found, expected, change = (
-        f"{name} inside a string",
-        f"it written {written}",
-        f"{name} inside a text written as its escape",
-    )
+    found, expected = f"{name} inside a string", f"it written {written}"
+    change = f"{name} inside a text written as its escape" if clear else ""
     return TextProblem(at, found, expected, remedy, name, "", change, (Edit(at, at + len(character), written),))
 
 
