@@ -73,7 +73,6 @@ def test_two_missing_quotes_are_not_taken_for_quotes_inside_a_text() -> None:
         '{"instruction": "q, "input: "x", "output": "a"}',
         '[{"instruction": "q", "output": "a},\n{"instruction": "r, "output": "b"}]',
         "{'instruction': 'q, 'input': 'x', 'output': 'a'}",
-        '[{"instruction": "q", "output": "a", "id"\': 7},{"id": "", "instruction": "r", "output": "b"}]',  # by hypothesis
     ):
         found = mended(text.encode(), Path("x"))
         assert found.rows == [] and found.left, text
