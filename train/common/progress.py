@@ -79,9 +79,9 @@ class Meter:
         self._shown += 1
         self._recent.append((row["tokens"], row["seconds"]))
         text = self.text(row)
-        if self._bar is not None:
+        if self._bar is not None and understands_escapes():
             self._bar.update(self._task, completed=row["step"], text=text)
-        else:
+        else:  # also a terminal that is gone: a line to it is an error, which training heeds; rich would say nothing
             at_once = self._shown == 1 or row["step"] == self.total
             self._log.line(f"step {row['step']}/{self.total} · {text}", at_once)
 
