@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from train.common.errors import UserError
 from train.common.files import write_text
 from train.common.progress import bar
+from train.common.terminal import understands_escapes
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
 from train.config.recipe import Recipe, load_recipe, read_data
 from train.data import chat_template, conversations, repair, repair_report
@@ -232,7 +233,7 @@ def _print_table(rows: dict[str, str]) -> None:
 
 def _print_example(conversation: Conversation, tokenizer: "Tokenizer", recipe: Recipe) -> None:
     """A conversation as the model reads it, with marks around the tokens that are trained on."""
-    before, after = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    before, after = ("\033[1;32m", "\033[0m") if understands_escapes() else ("⟦", "⟧")
     ids, mask = chat_template.render(conversation, tokenizer, recipe.template, recipe.mask, recipe.system)
     print(f"\n{conversation.location} as the model reads it, {before}trained on{after}:")
     print(mark(ids[: recipe.length], mask[: recipe.length], tokenizer, before, after))
