@@ -13,7 +13,7 @@ from train.commands.needs import paths
 
 ROOT = Path(__file__).resolve().parents[2]
 USES = {
-    "data": {"-", "read"},
+    "data": {"-", "read", "write"},
     "models": {"-", "read", "write", "may-write"},
     "runs": {"-", "read", "write", "may-write"},
     "gpu": {"-", "use", "may-use"},

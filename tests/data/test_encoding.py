@@ -15,6 +15,7 @@ from train.data.conversations import Conversation
 from train.data.encoding import Template, TokenArrays, encode_all, join
 from train.data.formats import Turn
 from train.data.samples import Samples
+from train.data.streamed import Streamed
 from train.model.tokenizer import Tokenizer, load_tokenizer
 
 WAYS = [
@@ -70,7 +71,7 @@ def test_processes_give_the_same_from_memory_and_from_a_file(
     (tmp_path / "b.json").write_text("[" + ",\n".join(map(as_row, nasty)) + "]", encoding="utf-8")
     monkeypatch.setattr(conversations, "KEPT", 0)
     streamed = conversations.load(tmp_path)
-    assert isinstance(streamed, conversations.StreamedConversations)
+    assert isinstance(streamed, Streamed)
     for many in (nasty, streamed):
         arrays = join(list(encode_all(many, tokenizer, WAYS[0], characters=encoding.MANY)))
         assert_same(arrays, list(many), tokenizer, WAYS[0])

@@ -19,6 +19,7 @@ from train.common.errors import UserError
 from train.config.recipe import Recipe
 from train.data import conversations, sample_cache, training_set
 from train.data.batches import Schedule, collate
+from train.data.data_row import ReadOptions
 from train.data.encoding import DTYPES
 from train.data.samples import Samples, Summary
 from train.data.training_set import load_samples
@@ -66,7 +67,9 @@ def loaded(
     data: Path, cache: Path, tokenizer: Counted | None = None, **keys: Any
 ) -> tuple[list[Any], Samples, Summary]:
     """(what is said of the data, samples, summary)"""
-    checked, samples, summary = load_samples(str(data), tokenizer or Counted(), replace(RECIPE, **keys), cache)
+    recipe = replace(RECIPE, **keys)
+    options = ReadOptions(seed=recipe.seed)
+    checked, samples, summary = load_samples(str(data), tokenizer or Counted(), recipe, cache, options)
     counts = checked.counts
     said = [checked.notices(), checked.formats, counts.duplicates(), counts.turns, len(checked.conversations)]
     return [*said, list(checked.conversations[:2])], samples, summary
@@ -290,3 +293,24 @@ def test_what_is_said_of_odd_texts_is_kept_too(data: Path, cache: Path) -> None:
     data.write_text(json.dumps(row, ensure_ascii=False) + "\n")
     said = loaded(data, cache)[0]
     assert loaded(data, cache)[0] == said and len(said[0]) == 3
+
+
+@pytest.mark.usefixtures("large")
+def test_drawn_parts_are_the_same_large_and_small(
+    data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of one file, and each row of another twice: which rows, in which order, and what is counted of them."""
+    other = tmp_path / "other.json"
+    other.write_text(f"[{GOOD},\n{GOOD}]")
+    drawn = f"{data}:0.5x,{other}:2.5x"
+    large = [loaded(Path(drawn), cache, seed=5) for _ in range(2)]
+    checked = conversations.check(drawn, options=ReadOptions(seed=5))
+    monkeypatch.setattr(training_set, "SMALL", 1 << 20)
+    monkeypatch.setattr(conversations, "KEPT", 1 << 20)
+    small = loaded(Path(drawn), cache, seed=5)
+    kept = conversations.check(drawn, options=ReadOptions(seed=5))
+    assert list(checked.conversations) == kept.conversations and checked.counts == kept.counts
+    assert checked.parts == kept.parts and [part.used for part in kept.parts] == [151, 5]
+    for said, samples, summary in large:
+        assert (said, summary) == (small[0], small[2]) and contents(samples) == contents(small[1])
+    assert kept.counts.duplicates() == conversations.duplicates(kept.conversations) == small[0][2]

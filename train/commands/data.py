@@ -17,14 +17,15 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.common.errors import UserError
 from train.common.files import write_lines
+from train.common.terminal import understands_escapes
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
-from train.config.recipe import Recipe, load_recipe
+from train.config.recipe import Recipe, load_recipe, read_data
 from train.data import chat_template, repair, repair_report, training_set
 from train.data.conversations import CheckedData, Conversation, ProblemsError
 from train.data.counts import Counts
@@ -47,7 +48,7 @@ class Options(RecipeOptions):
     """What to read, and for which run."""
 
     data: str = option(
-        "", "a file (JSON, CSV, Excel, Parquet, text, archive), a folder, or several separated by commas"
+        "", "a file (JSON, CSV, Excel, Parquet, text, archive), a folder, a set (data/README.md), or several: a,b"
     )
     recipe: str = option(
         "qlora", "a name in train/recipes/, or the path of a .yaml file: template, length, tokens to train on"
@@ -68,6 +69,7 @@ def parse(values: dict[str, str]) -> Options:
 
 def run(options: Options) -> None:
     # --- read and check ---------------------------------------------------------------------------------------------
+    options = replace(options, data=options.data or read_data(options.recipe))
     if not options.data:
         raise UserError("data: which file? Example: make data DATA=data/demo.jsonl")
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
@@ -76,7 +78,7 @@ def run(options: Options) -> None:
     if options.out:
         _check_out(Path(options.out), options.data)
     tokenizer, reason = _tokenizer(recipe, Path(options.models))
-    read_options = ReadOptions(recipe.columns)
+    read_options = ReadOptions(recipe.columns, seed=recipe.seed)
 
     # --- count tokens -----------------------------------------------------------------------------------------------
     with _hint_of_fix(options.data):
@@ -87,8 +89,8 @@ def run(options: Options) -> None:
         else:
             checked = training_set.read(options.data, read_options)
             tokens = {"tokens": f"not counted, that needs the base. {reason}"}
-    rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_words(checked.counts)}
-    rows |= tokens | _notices(checked)
+    rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_parts(checked)}
+    rows |= _words(checked.counts) | tokens | _notices(checked)
 
     # --- print, convert ---------------------------------------------------------------------------------------------
     print(f"{options.data}: no mistakes.")
@@ -130,6 +132,16 @@ def _tokenizer(recipe: Recipe, models: Path) -> "tuple[Tokenizer | None, str]":
 def _formats(checked: CheckedData) -> str:
     counts = checked.formats.most_common()
     return counts[0][0] if len(counts) == 1 else ", ".join(f"{count:,} {name}" for name, count in counts)
+
+
+def _parts(checked: CheckedData) -> dict[str, str]:
+    """The rows of each part of DATA, before and after it is drawn from; nothing for a single part that is not."""
+    if len(checked.parts) == 1 and checked.parts[0].read == checked.parts[0].used:
+        return {}
+    return {
+        f"part {n}": f"{part.text}: {part.read:,} rows read, {part.used:,} used ({part.used / (part.read or 1):.2f}x)"
+        for n, part in enumerate(checked.parts, 1)
+    }
 
 
 def _words(counts: Counts) -> dict[str, str]:
@@ -182,7 +194,7 @@ def _print_table(rows: dict[str, str]) -> None:
 
 def _print_example(conversation: Conversation, tokenizer: "Tokenizer", recipe: Recipe) -> None:
     """A conversation as the model reads it, with marks around the tokens that are trained on."""
-    before, after = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    before, after = ("\033[1;32m", "\033[0m") if understands_escapes() else ("⟦", "⟧")
     ids, mask = chat_template.render(conversation, tokenizer, recipe.template, recipe.mask, recipe.system)
     print(f"\n{conversation.location} as the model reads it, {before}trained on{after}:")
     print(mark(ids[: recipe.length], mask[: recipe.length], tokenizer, before, after))

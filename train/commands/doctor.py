@@ -19,7 +19,7 @@ from train.commands.findings import Report
 from train.common import commands
 from train.common.errors import UserError
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
-from train.config.recipe import Recipe, read_stages
+from train.config.recipe import Recipe, read_data, read_stages
 from train.config.stages import Stage, stage
 from train.data import conversations
 from train.data.data_row import ReadOptions
@@ -159,7 +159,7 @@ def _read_parts(options: Options) -> list[Part]:
     overrides = options.overrides | ({"model": options.model} if options.model else {})
     stages = read_stages(options.recipe)
     needs_data = not stages or any("data" not in values for values in stages)
-    data = options.data or (NO_DATA if needs_data else "")
+    data = options.data or (NO_DATA if needs_data and not read_data(options.recipe) else "")
     numbers = range(1, len(stages) + 1) if stages else [0]
     return [Part.of(stage(options.recipe, number, overrides, data, Path(), None)) for number in numbers]
 
@@ -305,7 +305,8 @@ def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -
 
 def _check_data(report: Report, recipe: Recipe | None, folder: Path | None, data: str) -> None:
     """Read all of it; with the base's tokenizer and a recipe also count its tokens, as training will."""
-    reading = report.attempt("rows", lambda: _read(data, recipe.columns if recipe else ""), _rows_text)
+    options = ReadOptions(recipe.columns, seed=recipe.seed) if recipe else ReadOptions()
+    reading = report.attempt("rows", lambda: _read(data, options), _rows_text)
     if reading is None or recipe is None or folder is None:
         return
     from train.data.training_set import count_tokens
@@ -322,8 +323,8 @@ def _rows_text(reading: conversations.CheckedData) -> str:
     return "; ".join([f"{len(reading.conversations):,} conversations", *reading.notices()])
 
 
-def _read(data: str, columns: str) -> conversations.CheckedData:
-    reading = conversations.check(data, options=ReadOptions(columns))
+def _read(data: str, options: ReadOptions) -> conversations.CheckedData:
+    reading = conversations.check(data, options=options)
     if reading.problems:
         more = f"\nAll of them: {commands.make('data', data=data)}" if len(reading.problems) > 3 else ""
         raise UserError(conversations.report(reading.problems, limit=3) + more)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from train.data.conversations import Conversation
+    from train.data.checked_data import Conversation
     from train.data.formats import Turn
 
 DIGEST = 16  # bytes
@@ -72,7 +72,8 @@ class Counts:
     digests: bytearray = field(default_factory=bytearray)  # DIGEST bytes of each conversation
     copies: int = 0  # exact copies of an earlier conversation, where `digests` are no longer there
 
-    def add(self, conversation: "Conversation") -> None:
+    def add(self, conversation: "Conversation", is_new: bool = True) -> None:
+        """is_new: False: the same row again, which is no copy of another."""
         turns = conversation.turns
         self.conversations += 1
         self.turns += len(turns)
@@ -81,7 +82,8 @@ class Counts:
         self.untrained += sum(not turn.trained for turn in turns)
         self.characters += sum(len(turn.text) for turn in turns)
         self.chinese += is_chinese(conversation)
-        self.digests += digest(conversation)
+        if is_new:
+            self.digests += digest(conversation)
         for name, odd in ODD_TEXTS.items():
             if match := odd.first(turns):
                 self._add_found(name, Found(1, match.group().strip(), conversation.location))

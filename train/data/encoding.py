@@ -15,8 +15,9 @@ import numpy as np
 
 from train.common.processes import cores, in_processes
 from train.data.chat_template import BatchEncoder, Encoder, render, render_batch
-from train.data.conversations import Conversation, StreamedConversations, of_block
+from train.data.conversations import Conversation, of_block
 from train.data.json_stream import Block
+from train.data.streamed import Streamed, in_batches
 
 BATCH = 256  # conversations that are encoded together
 MANY = 20_000_000  # characters from which several processes are worth their start
@@ -100,20 +101,14 @@ def encode_all(
     Raises:
         UserError: an unknown template or mask.
     """
-    items: Iterable[Any] = _batches(conversations)
+    items: Iterable[Any] = in_batches(iter(conversations), BATCH)
     processes = cores() if characters >= MANY and hasattr(tokenizer, "encode_batch") else 1
-    if processes > 1 and isinstance(conversations, StreamedConversations):
-        items = conversations.parts(BATCH)
+    if processes > 1 and isinstance(conversations, Streamed):
+        items = conversations.batches(BATCH)
     if processes == 1:
         yield from map(partial(encode_batch, tokenizer=tokenizer, template=Template.of(settings)), items)
     else:
         yield from in_processes(_encode_in_process, items, processes, _set_up, (tokenizer, Template.of(settings)))
-
-
-def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
-    left = iter(conversations)
-    while batch := list(itertools.islice(left, BATCH)):
-        yield batch
 
 
 _in_process: dict[str, Any] = {}  # of a process that encodes: its tokenizer and its template
@@ -125,7 +120,7 @@ def _set_up(tokenizer: Encoder, template: Template) -> None:
 
 def _encode_in_process(item: "Block | list[Conversation]") -> TokenArrays:
     conversations = of_block(item) if isinstance(item, Block) else item
-    return join([encode_batch(batch, **_in_process) for batch in _batches(conversations)])
+    return join([encode_batch(batch, **_in_process) for batch in in_batches(conversations, BATCH)])
 
 
 def encode_batch(conversations: Sequence[Conversation], tokenizer: Encoder, template: Template) -> TokenArrays:

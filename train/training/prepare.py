@@ -27,7 +27,7 @@ from train.data import training_set
 from train.data.batches import Schedule
 from train.data.data_row import ReadOptions
 from train.data.samples import Sample
-from train.data.sources import hash_data
+from train.data.sources import hash_data, pinned
 from train.model import lora
 from train.model.adapter_file import AdapterFile, read_adapter
 from train.model.decoder import Decoder
@@ -93,7 +93,7 @@ def prepare(
     tokenizer = load_tokenizer(base)
     hashes = hash_data(data)
     loaded, samples, summary = training_set.load_samples(
-        data, tokenizer, recipe, cache, ReadOptions(recipe.columns), hashes
+        data, tokenizer, recipe, cache, ReadOptions(recipe.columns, seed=recipe.seed), hashes
     )
     notes = [str(summary), *_without_labels(summary.unlearnable, recipe.unlearnable)]
     notes += [f"data: {notice}." for notice in loaded.notices()]
@@ -102,7 +102,7 @@ def prepare(
     notes += beyond_context(config, recipe.length, samples.lengths)
     rows = recipe.batch * recipe.accumulation * processes
     schedule = Schedule(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
-    inputs = _inputs(recipe, {"path": data, **hashes}, base, parent, rows, dtype)
+    inputs = _inputs(recipe, {"path": pinned(data), **hashes}, base, parent, rows, dtype)
     lineage = provenance.lineage(parent)
     prepared = PreparedRun(recipe, run, base, tokenizer, samples, schedule, inputs, parent, notes, lineage)
     check_unchanged(run, inputs, recipe_defaults=asdict(Recipe()))
@@ -122,7 +122,7 @@ def _read_base(recipe: Recipe, data: str, parent: Path | None, models: Path) -> 
     except UserError as error:
         message = str(error)
         try:
-            training_set.read(data, ReadOptions(recipe.columns))
+            training_set.read(data, ReadOptions(recipe.columns, seed=recipe.seed))
         except UserError as found:
             message = f"{found}\n{message}"
         raise UserError(message) from error
