@@ -41,6 +41,7 @@ class CheckedData:
     formats: Counter[str] = field(default_factory=Counter)  # name in FORMATS -> rows
     unused_keys: Counter[str] = field(default_factory=Counter)  # key that no format has -> rows
     unused_turn_keys: Counter[str] = field(default_factory=Counter)  # key of turns that is not read -> turns
+    keep_empty: bool = False  # rows with an empty text are among the conversations
 
     def notices(self) -> list[str]:
         """What a person should know of this data, one sentence each (see notices.py)."""
@@ -60,41 +61,41 @@ def training_data(record: dict[str, Any]) -> tuple[list[Conversation], str]:
         record: run.json.
     """
     data = record["data"]["path"]
-    name = short_name(data)
+    name, keep_empty = short_name(data), "empty" in str(record.get("recipe", {}).get("clean", "")).split(",")
     try:
-        return (load(data), name) if hash_data(data)["sha256"] == record["data"]["sha256"] else ([], name)
+        return (load(data, keep_empty), name) if hash_data(data)["sha256"] == record["data"]["sha256"] else ([], name)
     except UserError:  # a file is missing; or it was accepted when the run began, and this program is stricter now
         return [], name
 
 
-def load(data: str | Path) -> list[Conversation]:
-    """Every conversation of DATA (see `sources`), in order.
-
-    Raises:
-        UserError: no such file, or the report of all problems of all files.
-    """
-    return read(data).conversations
+def load(data: str | Path, keep_empty: bool = False) -> list[Conversation]:
+    """Every conversation of DATA (see `sources`), in order. Arguments and errors as of `read`."""
+    return read(data, keep_empty).conversations
 
 
-def read(data: str | Path) -> CheckedData:
+def read(data: str | Path, keep_empty: bool = False) -> CheckedData:
     """DATA without problems (see `sources`): its conversations, and what a person should know of them.
 
+    Args:
+        keep_empty: as in `check`.
     Raises:
         UserError: no such file, or the report of all problems of all files.
     """
-    checked = check(data)
+    checked = check(data, keep_empty=keep_empty)
     if checked.problems:
         raise UserError(report(checked.problems))
     return checked
 
 
-def check(data: str | Path, on_progress: OnProgress | None = None) -> CheckedData:
+def check(data: str | Path, on_progress: OnProgress | None = None, keep_empty: bool = False) -> CheckedData:
     """Read all files of DATA (see `sources`) and collect their conversations and their problems.
 
+    Args:
+        keep_empty: an empty text is no problem, because cleaning takes its row (data/cleaning.py).
     Raises:
         UserError: no such file.
     """
-    checked = CheckedData()
+    checked = CheckedData(keep_empty=keep_empty)
     for path in sources(data):
         _read_file(path, checked, on_progress)
     return checked
@@ -143,7 +144,7 @@ def _read_row(row: JsonRow, text: str, location: str, checked: CheckedData) -> l
     if not row.sound and not row.repaired:
         return problems
     parsed = ParsedRow(row.value)
-    if parsed.problems:
+    if parsed.problems and not (checked.keep_empty and all(p.is_empty_text for p in parsed.problems)):
         offsets = json_rows.offsets_of(text, row)
         reported = {p.offset for p in problems}  # a mistake in the text of a value is not also a wrong value
         wrong_values = [
