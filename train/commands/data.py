@@ -1,30 +1,36 @@
 """Check a data set and print its summary; with OUT=, also write it as OpenAI messages.
 
 make data DATA=file-or-folder [RECIPE=name] [MODEL=base] [OUT=new.jsonl] [ARGS="length=1024 overlong=skip …"]
+make data DATA=file CLEAN=exact_duplicates,near_duplicates HELD_OUT=0.05 OUT=new.jsonl
+
+CLEAN= leaves rows out, and HELD_OUT= sets questions aside, as training with the same keys does. Then OUT=new.jsonl has
+the conversations to train on, new.held_out.jsonl those to measure on, and new.removed.jsonl says why each other row is
+left out.
 
 Data with a mistake is refused with a list of all mistakes by file, line and column, and status 2. Tokens are counted
 with the tokenizer of the base and the template of the recipe. Without the base on this machine only these numbers are
 missing.
 """
 
-import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.common.errors import UserError
-from train.common.files import write_text
 from train.common.progress import bar
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
 from train.config.recipe import Recipe, load_recipe
 from train.data import chat_template, conversations
+from train.data.cleaning import named_steps
 from train.data.conversations import CheckedData, Conversation
+from train.data.selection import Selection, check_settings, keeps_empty, select, token_counter
 from train.data.sources import sources
+from train.data.writing import write_conversations, write_removed
 from train.model.folder import resolve
 
 if TYPE_CHECKING:
@@ -61,34 +67,42 @@ def run(options: Options) -> None:
     if not options.data:
         raise UserError("data: which file? Example: make data DATA=data/demo.jsonl")
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
-    if options.out:
-        _check_out(Path(options.out), options.data)
-    checked = _check(options.data)
+    check_settings(recipe)
+    for out in _outputs(options, recipe):
+        _check_out(out, options.data)
+    if options.out and (recipe.clean or recipe.held_out):
+        _check_apart(Path(options.out), options.data)
+    checked = _check(options.data, keeps_empty(recipe.clean))
     if checked.problems:
         raise UserError(conversations.report(checked.problems))
 
-    # --- count tokens -----------------------------------------------------------------------------------------------
-    rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_words(checked.conversations)}
+    # --- clean, set aside -------------------------------------------------------------------------------------------
     tokenizer, reason = _tokenizer(recipe, Path(options.models))
+    selection = _select(checked.conversations, recipe, tokenizer, reason)
+    trained = selection.trained
+
+    # --- count tokens -----------------------------------------------------------------------------------------------
+    rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_selected(selection)}
+    rows |= _words(trained)
     if tokenizer:
-        rows |= _tokens(_summary(checked.conversations, tokenizer, recipe), recipe)
+        rows |= _tokens(_summary(trained, tokenizer, recipe), recipe)
     else:
         rows["tokens"] = f"not counted, that needs the base. {reason}"
-    rows |= _notices(checked)
+    rows |= _notices(checked, trained)
 
     # --- print, convert ---------------------------------------------------------------------------------------------
     print(f"{options.data}: no mistakes.")
     _print_table(rows)
     if tokenizer:
-        _print_example(checked.conversations[0], tokenizer, recipe)
+        _print_example(trained[0], tokenizer, recipe)
     if options.out:
-        _convert(checked.conversations, options)
+        _write(selection, *_outputs(options, recipe))
 
 
 # Reading
 
 
-def _check(data: str) -> CheckedData:
+def _check(data: str, keep_empty: bool) -> CheckedData:
     files = sources(data)
     with _progress("reading", len(files), sum(path.stat().st_size for path in files)) as advance:
         shares: dict[str, float] = {}
@@ -97,7 +111,7 @@ def _check(data: str) -> CheckedData:
             advance(share - shares.get(file, 0.0))
             shares[file] = share
 
-        return conversations.check(data, progress)
+        return conversations.check(data, progress, keep_empty)
 
 
 @contextmanager
@@ -120,7 +134,14 @@ def _tokenizer(recipe: Recipe, models: Path) -> "tuple[Tokenizer | None, str]":
         return None, str(error).replace("\n", " ")
 
 
-def _summary(checked: list[Conversation], tokenizer: "Tokenizer", recipe: Recipe) -> "Summary":
+def _select(checked: Sequence[Conversation], recipe: Recipe, tokenizer: "Tokenizer | None", reason: str) -> Selection:
+    """The conversations to train on. reason: why there is no tokenizer."""
+    if tokenizer is None and "tokens" in named_steps(recipe):
+        raise UserError(f"clean=tokens counts with the base's tokenizer. {reason}")
+    return select(checked, recipe, token_counter(tokenizer, recipe) if tokenizer else None, show_progress=True)
+
+
+def _summary(checked: Sequence[Conversation], tokenizer: "Tokenizer", recipe: Recipe) -> "Summary":
     from train.data.samples import encode
 
     size = sum(len(turn.text) for conversation in checked for turn in conversation.turns)
@@ -145,7 +166,12 @@ def _formats(checked: CheckedData) -> str:
     return counts[0][0] if len(counts) == 1 else ", ".join(f"{count:,} {name}" for name, count in counts)
 
 
-def _words(checked: list[Conversation]) -> dict[str, str]:
+def _selected(selection: Selection) -> dict[str, str]:
+    rows = {"cleaned": str(selection.cleaned)} if selection.cleaned else {}
+    return rows | ({"held out": str(selection.split)} if selection.split else {})
+
+
+def _words(checked: Sequence[Conversation]) -> dict[str, str]:
     turns = [len(conversation.turns) // 2 for conversation in checked]
     several = sum(count > 1 for count in turns)
     chinese = sum(map(_is_chinese, checked)) / len(checked)
@@ -177,10 +203,11 @@ def _tokens(s: "Summary", recipe: Recipe) -> dict[str, str]:
     return rows
 
 
-def _notices(checked: CheckedData) -> dict[str, str]:
+def _notices(checked: CheckedData, trained: Sequence[Conversation]) -> dict[str, str]:
     rows = {}
-    if count := conversations.duplicates(checked.conversations):
-        rows["notice"] = f"{count:,} conversations are exact copies of an earlier one; they are kept"
+    if count := conversations.duplicates(trained):
+        kept = "they are kept (clean=exact_duplicates leaves them out)"
+        rows["notice"] = f"{count:,} conversations are exact copies of an earlier one; {kept}"
     for number, sentence in enumerate(checked.notices(), 1):
         rows[f"note {number}"] = sentence
     return rows
@@ -219,7 +246,14 @@ def mark(ids: list[int], mask: list[int], tokenizer: "Tokenizer", before: str, a
     return text.rstrip("\n") if start == len(ids) else f"{text}…"
 
 
-# Converting
+# Writing
+
+
+def _outputs(options: Options, recipe: Recipe) -> list[Path]:
+    """The files to write: the conversations to train on, those to measure on, the rows that are left out."""
+    out = Path(options.out)
+    names = ["held_out"] * bool(recipe.held_out) + ["removed"] * bool(recipe.clean)
+    return [out, *(out.with_name(f"{out.stem}.{name}.jsonl") for name in names)] if options.out else []
 
 
 def _check_out(out: Path, data: str) -> None:
@@ -240,16 +274,22 @@ def _check_out(out: Path, data: str) -> None:
         )
 
 
-def _convert(checked: list[Conversation], options: Options) -> None:
-    out = Path(options.out)
-    write_text(out, "".join(f"{as_messages(conversation)}\n" for conversation in checked))
-    print(f"\n{out}: {len(checked):,} conversations written, as OpenAI messages.")
+def _check_apart(out: Path, data: str) -> None:
+    """Refuse to write beside the files of a folder that was read: the next reading would take both for its data."""
+    folders = [Path(part.strip()) for part in ([data] if Path(data).exists() else data.split(","))]
+    if any(folder.is_dir() and folder.resolve() == out.resolve().parent for folder in folders):
+        raise UserError(
+            f"out={out} is in the folder that is read: give another, so that DATA={out.parent} stays as it is."
+        )
 
 
-def as_messages(conversation: Conversation) -> str:
-    """One line of OpenAI messages; it is read back as the same conversation."""
-    system = conversation.system
-    messages: list[dict[str, str | int]] = [] if system is None else [{"role": "system", "content": system}]
-    for turn in conversation.turns:
-        messages.append({"role": turn.role, "content": turn.text} | ({} if turn.trained else {"weight": 0}))
-    return json.dumps({"messages": messages}, ensure_ascii=False)
+def _write(selection: Selection, out: Path, *beside: Path) -> None:
+    write_conversations(out, selection.trained)
+    print(f"\n{out}: {len(selection.trained):,} conversations written, as OpenAI messages.")
+    files = iter(beside)
+    if selection.split:
+        write_conversations(path := next(files), selection.held_out, named=True)
+        print(f"{path}: {len(selection.held_out):,} conversations that are held out.")
+    if selection.cleaned:
+        write_removed(path := next(files), selection.cleaned.removed)
+        print(f"{path}: {len(selection.cleaned.removed):,} rows that are left out, each with the reason.")

@@ -122,7 +122,7 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
         raise UserError("train: which data? Example: make train DATA=data/demo.jsonl")
     stage = _stage(options)
     from train.training import devices  # seconds of imports, after mistakes in the words are reported
-    from train.training.prepare import agree_on_start
+    from train.training.same_start import agree_on_start
     from train.training.train_one import train_one
 
     chosen = devices.pick(options.gpus, stage.recipe, rank_info)
@@ -171,8 +171,10 @@ def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: i
     recipe, processes = stage.recipe, devices.processes
     if "accumulation" not in options.overrides:
         recipe = prepare.fitted(recipe, stage.run, processes)
-    models, dtype = Path(options.models), dtype_name(devices.dtype)
-    prepared = prepare.prepare(recipe, stage.data, stage.run, stage.parent, models, processes, dtype, later_stages)
+    models, dtype, show = Path(options.models), dtype_name(devices.dtype), _is_first(devices.rank_info)
+    prepared = prepare.prepare(
+        recipe, stage.data, stage.run, stage.parent, models, processes, dtype, later_stages, show
+    )
     if recipe.accumulation != stage.recipe.accumulation:
         rows = prepared.inputs["rows_per_step"]
         prepared.notes.append(f"accumulation={recipe.accumulation}: the run was begun with {rows} rows a step.")

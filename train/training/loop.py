@@ -20,7 +20,7 @@ from train.common.progress import Meter
 from train.config.recipe import Recipe
 from train.runs.losses import LossLog
 from train.runs.resume import resume_point
-from train.training import distributed, guard
+from train.training import distributed, guard, held_out_loss
 from train.training.async_save import Saver, write_together
 from train.training.deepspeed_engine import Engine
 from train.training.distributed import AgreedError
@@ -69,12 +69,16 @@ def _train_from(run: RunState, engine: Engine, first: int, stop: StopRequest, le
         output = _open_output(run, engine, first, closing)
         if first == 0 and run.recipe.guard == "skip":
             save(run, engine, 0, output.saver)  # the state to go back to from a bad step before the first checkpoint
+        before = _held_out(run, engine, output, "held_out_loss_before") if first == 0 else {}
         for step in range(first, len(run.schedule)):
             if step in left_out:
                 row, flags = _left_out_row(run, left_out[step]), Flags()  # the next step asks all processes
             else:
                 row, flags = _step(run, engine, step, stop, output.saver.failed)
-            output.write(row)
+            if held_out_loss.epoch_ends(run, step + 1):
+                row |= _held_out(run, engine, output, "held_out_loss")
+            output.write(row | before)
+            before = {}
             _save_if_due(run, engine, step + 1, flags, output.saver, stop)
             if flags.stop and step + 1 < len(run.schedule):
                 return False
@@ -208,6 +212,13 @@ class _Output:
                 self.meter.show(row)
 
 
+def _held_out(run: RunState, engine: Engine, output: _Output, key: str) -> dict[str, float]:
+    """The loss on the held-out conversations under `key`, for the row of a step; nothing where none are held out."""
+    if not run.held_out:
+        return {}
+    return {key: held_out_loss.measure(run, engine, output.meter.note if output.meter else None)}
+
+
 def _open_output(run: RunState, engine: Engine, first: int, closing: ExitStack) -> _Output:
     """Open everything that is written to. `closing` closes it in the reverse order, whatever ends the run."""
     log = meter = None
@@ -247,7 +258,7 @@ def _checkpoint_due(run: RunState, done: int) -> bool:
         return True
     if run.recipe.save_every:
         return done % run.recipe.save_every == 0
-    return run.schedule.epoch(done) != run.schedule.epoch(done - 1)
+    return held_out_loss.epoch_ends(run, done)
 
 
 def _wait_for_disk(run: RunState, saver: Saver, stop: StopRequest) -> None:
