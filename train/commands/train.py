@@ -21,6 +21,7 @@ from train.config.options import RecipeOptions, build_with_overrides, describe, 
 from train.config.recipe import Recipe, load_recipe, names_of
 from train.config.stages import Stage, count
 from train.config.stages import stage as stage_of_recipe
+from train.data.selection import check_settings
 from train.data.sources import sources
 from train.model.folder import find
 from train.model.names import hub_name
@@ -152,7 +153,9 @@ def _stage(options: Options) -> Stage:
     overrides = options.overrides | ({"model": options.model} if options.model else {})
     folder = below(options.runs, options.run or _default_name(options), "run")
     parent = adapter_source(options.from_run, Path(options.runs)) if options.from_run else None
-    return stage_of_recipe(options.recipe, options.stage, overrides, options.data, folder, parent)
+    stage = stage_of_recipe(options.recipe, options.stage, overrides, options.data, folder, parent)
+    check_settings(stage.recipe)
+    return stage
 
 
 def _default_name(options: Options) -> str:
