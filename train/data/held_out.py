@@ -1,9 +1,10 @@
 """Questions set aside to measure on: neither they nor near duplicates of them are trained on.
 
 The questions are chosen by a hash of their normalised text, so that the same conversations are set aside whatever the
-order of rows or files, the seed, and the machine. Conversations whose questions are the same or nearly the same are one
-group, and a group is on one side as a whole. So is a conversation that asks the first question of another in a later
-turn. Each conversation is read once, and its texts are not kept in memory.
+order of rows or files, the seed, and the machine. The question of a conversation is its first one. Conversations with
+the same question, or nearly the same, are one group, and a group is on one side as a whole. A question that another
+conversation asks in a later turn ("Why?") is always trained on. Each conversation is read once, and its texts are not
+kept in memory.
 """
 
 import hashlib
@@ -27,12 +28,14 @@ class Split:
 
     trained: list[int]
     held_out: list[int]
-    wanted: int  # conversations to set aside; there may be fewer, where groups are larger than what is left to choose
+    wanted: int  # conversations to set aside; there may be fewer, where no group fits that may be set aside
     groups: int  # of conversations with nearly the same question, of one or more
 
     def __str__(self) -> str:
         count, total = len(self.held_out), len(self.held_out) + len(self.trained)
-        fewer = f" ({self.wanted:,} wanted: the other groups of near duplicates are larger than what was missing)"
+        fewer = (
+            f" ({self.wanted:,} wanted: the others are in larger groups of near duplicates, or asked in later turns)"
+        )
         return f"{count:,} of {total:,} conversations{fewer if count < self.wanted else ''}"
 
 
@@ -67,8 +70,9 @@ def split(
     chosen = set(_choose(groups, wanted))
     if not chosen:
         raise UserError(
-            f"held_out={held_out:g}: no question can be set aside. All {total:,} conversations are in groups of near "
-            f"duplicates with more than {wanted:,} each. near=1 sets aside by the same words alone."
+            f"held_out={held_out:g}: no question can be set aside. Each of {total:,} conversations is in a group of "
+            f"near duplicates with more than {wanted:,}, or its question is asked in a later turn of another. near=1 "
+            "sets aside by the same words alone."
         )
     trained = [row for row in range(total) if row not in chosen]
     return Split(trained, sorted(chosen), wanted, len(groups))
@@ -85,14 +89,14 @@ def _choose(groups: dict[bytes, list[int]], wanted: int) -> Iterator[int]:
 
 
 class _Questions:
-    """The questions of a data set, each once: as a number, a hash, and whether a conversation begins with it."""
+    """The questions of a data set, each once: as a number, a hash, and where conversations ask it."""
 
     def __init__(self, near: float) -> None:
         self.near = near
         self.numbers: dict[bytes, int] = {}  # hash of a normalised question -> its number
         self.is_first = bytearray()  # by number
         self.first_of = array("q")  # by row: the number of its first question
-        self.later: dict[int, set[int]] = defaultdict(set)  # number of a later question -> first questions of its rows
+        self.is_later = bytearray()  # by number: whether a conversation with another first question asks it later
         self.parents = array("q")  # by number: another of its group, which leads to the group's root
         self.candidates = Candidates(near, EDITS)
 
@@ -101,8 +105,7 @@ class _Questions:
         self.is_first[first] = 1
         self.first_of.append(first)
         for number in later:
-            if number != first:
-                self.later[number].add(first)
+            self.is_later[number] |= number != first
 
     def _number(self, text: str) -> int:
         question = normalised(text)
@@ -110,19 +113,18 @@ class _Questions:
         number = self.numbers.setdefault(digest, len(self.numbers))
         if number == len(self.is_first):
             self.is_first.append(0)
+            self.is_later.append(0)
             self.parents.append(number)
             if self.near < 1:
                 self.candidates.add(question)
         return number
 
     def groups(self, on_progress: OnProgress | None) -> dict[bytes, list[int]]:
-        """The smallest hash of a group's first questions -> its rows."""
-        for number, firsts in self.later.items():
-            if self.is_first[number]:
-                self._join(number, firsts)
+        """The smallest hash of a group's first questions -> its rows; of groups that may be set aside."""
         if self.near < 1:
             self._join_near(on_progress)
         self.candidates.close()
+        trained = {self._root(number) for number, later in enumerate(self.is_later) if later and self.is_first[number]}
         keys: dict[int, bytes] = {}
         for digest, number in self.numbers.items():
             if self.is_first[number]:
@@ -130,25 +132,24 @@ class _Questions:
                 keys[root] = min(digest, keys.get(root, digest))
         rows: dict[bytes, list[int]] = defaultdict(list)
         for row, number in enumerate(self.first_of):
-            rows[keys[self._root(number)]].append(row)
+            if (root := self._root(number)) not in trained:
+                rows[keys[root]].append(row)
         return rows
 
     def _join_near(self, on_progress: OnProgress | None) -> None:
+        """Join the groups of near duplicates, and mark a question that nearly is one of a later turn."""
+        texts, first, later = self.candidates.texts, self.is_first, self.is_later
         for count, (one, other) in enumerate(self.candidates.pairs()):
             if on_progress and count % PAIRS_PER_CALL == 0:
                 on_progress("comparing questions", other)
-            if not (self.is_first[one] or self.is_first[other]):
-                continue
-            joined = self.is_first[one] and self.is_first[other] and self._root(one) == self._root(other)
-            if not joined and same_question(self.candidates.texts[one], self.candidates.texts[other], self.near):
-                for number, same in ((one, other), (other, one)):
-                    if self.is_first[number]:
-                        self._join(number, {same} if self.is_first[same] else self.later[same])
-
-    def _join(self, number: int, others: Iterable[int]) -> None:
-        for other in others:
-            one, two = sorted((self._root(number), self._root(other)))
-            self.parents[two] = one
+            joins = first[one] and first[other] and self._root(one) != self._root(other)
+            if not joins and later[one] == later[other]:
+                continue  # they are known to be the same, or both are only asked in later turns
+            if same_question(texts[one], texts[other], self.near):
+                if first[one] and first[other]:
+                    low, high = sorted((self._root(one), self._root(other)))
+                    self.parents[high] = low
+                later[one] = later[other] = later[one] | later[other]
 
     def _root(self, number: int) -> int:
         while self.parents[number] != number:
