@@ -206,7 +206,7 @@ def _facts_of_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     if held_out := record.get("held_out"):
         loss, count = held_out["loss"], held_out["conversations"]
         facts.append(
-            ("held-out loss before and after", f"{loss['before']:.4f}, {loss['last']:.4f}, of {count} questions")
+            ("held-out loss before and after", f"{loss['before']:.4f}, {loss['last']:.4f}, of {count} conversations")
         )
     return facts
 
