@@ -1,6 +1,7 @@
 """The loss on held-out conversations: its value, where it is written, and that it changes nothing of the training."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -85,21 +86,41 @@ def test_with_the_fused_passes_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in plain]
 
 
-def test_the_value_is_that_of_the_finished_adapter_without_dropout() -> None:
-    train(run="value", **HELD)
-    model = load_adapter(load(Path("models/tiny-Int4"), torch.float32), Path("runs/value/adapter"))
-    recipe = prepare.Recipe.from_record(read_json(Path("runs/value/run.json"))["recipe"])
-    prepared = prepare.prepare(recipe, "asked.jsonl", Path("runs/value"), None, Path("models"), 1, "float32")
+def plain_loss(run: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """The held-out loss of a finished run's adapter, sample by sample."""
+    model = load_adapter(load(Path("models/tiny-Int4"), dtype, device), Path("runs") / run / "adapter")
+    recipe = prepare.Recipe.from_record(read_json(Path("runs") / run / "run.json")["recipe"])
+    prepared = prepare.prepare(recipe, "asked.jsonl", Path("runs") / run, None, Path("models"), 1, "float32")
     total, count = 0.0, 0
     for sample in prepared.held_out:
-        ids = torch.tensor(sample.ids[None].tolist())
-        labels = torch.where(torch.tensor(sample.mask.tolist()).bool(), ids[0], -100)
+        ids = torch.tensor(sample.ids[None].tolist(), device=device)
+        labels = torch.where(torch.tensor(sample.mask.tolist(), device=device).bool(), ids[0], -100)
         with torch.no_grad():
             total += F.cross_entropy(model(input_ids=ids).logits[0, :-1], labels[1:], reduction="sum").item()
         count += sample.label_count
+    return total / count
+
+
+def test_the_value_is_that_of_the_finished_adapter_without_dropout() -> None:
+    train(run="value", **HELD)
     points = held_out(losses("value"))
-    assert points[-1] == (14, pytest.approx(total / count, rel=1e-4))
+    assert points[-1] == (14, pytest.approx(plain_loss("value"), rel=1e-4))
     assert points[0][1] > points[-1][1], "the base without adapter is worse"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [{}, {"embedding": "host", "checkpointing": "offload"}, {"graphs": "off"}], ids=str)
+def test_on_a_gpu_it_changes_no_byte_and_is_the_plain_loss(keys: dict[str, Any]) -> None:
+    keys = {**keys, "precision": "bf16", "zero": 2}
+    train(run="held-gpu", **HELD | keys)
+    train(run="rest-gpu", **KEYS | keys | {"data": "rest.jsonl"})
+    assert adapter("held-gpu") == adapter("rest-gpu")
+    assert without_held_out("held-gpu") == losses("rest-gpu")
+    assert held_out(losses("held-gpu"))[-1][1] == pytest.approx(
+        plain_loss("held-gpu", "cuda", torch.bfloat16), rel=1e-2
+    )
+    for run in ("held-gpu", "rest-gpu"):
+        shutil.rmtree(Path("runs") / run)
 
 
 def test_the_run_keeps_the_split_and_says_what_it_measured(
