@@ -11,7 +11,7 @@ CUDA ?=#             of the image: 11.8, or 12.8 for Blackwell cards
 BASE_IMAGE ?=#       of the image (default: NVIDIA's, by digest; ubuntu for Ubuntu's alone)
 TORCH ?=#            cu118 | cu128 | registry (default: the image by CUDA=, .venv by the card and its driver, which it says)
 PYTHON ?=#           interpreter for .venv: 3.10 or 3.11 (default: the first found)
-CA ?=#               certificates of a proxy that signs anew, for the image and its network
+CA ?=#               certificates of a proxy that re-signs TLS, for the image and its network
 PIP_INDEX_URL ?=#    mirror of the package registry
 TORCH_INDEX_URL ?=#  mirror of PyTorch's index
 APT_MIRROR ?=#       mirror of the base image's packages
@@ -61,10 +61,10 @@ test-all: setup ## every test that this machine can run; names and counts those 
 model: ## fetch and verify a base: MODEL= a name in data/models.lock, a hub id, or a folder
 	@docker/run model $(_pairs)
 
-data: ## check a data set and sum it up; errors with file, line and column: DATA= [CLEAN=] [HELD_OUT=] [OUT=]
+data: ## check a data set and sum it up; errors with file, line and column: DATA= [FIX=1: mend it] [CLEAN=] [HELD_OUT=] [OUT=]
 	@docker/run data $(_pairs)
 
-train: ## fine-tune, or go on where it was cut off: DATA= [MODEL=] [RECIPE=] [RUN=] [FROM=] [GPUS=]
+train: ## fine-tune, or continue an interrupted run: DATA= [MODEL=] [RECIPE=] [RUN=] [FROM=] [GPUS=]
 	@docker/run train $(_pairs)
 
 export: ## merged float weights, verified: RUN= [DTYPE=] [LAYOUT=] [ONTO=] [OUT=]
@@ -73,22 +73,22 @@ export: ## merged float weights, verified: RUN= [DTYPE=] [LAYOUT=] [ONTO=] [OUT=
 infer: ## chat, or answer once: [RUN= or MODEL=] [PROMPT=] [SYSTEM=] [ENGINE=stock TRUST_REMOTE_CODE=1]
 	@docker/run infer $(_pairs)
 
-compare: ## the same questions before and after: RUN=
+compare: ## ask the same questions before and after training: RUN=
 	@docker/run compare $(_pairs)
 
-verify: ## is a finished run still what its record says: RUN= [REPLAY=1: train it again and compare]
+verify: ## check a finished run against its record: RUN= [REPLAY=1: train it again and compare]
 	@docker/run verify $(_pairs)
 
-quantize: ## an Int4 folder, as Qwen publishes them, of a float model: MODEL= [OUT=]
+quantize: ## make an Int4 folder, as Qwen publishes them, from a float model: MODEL= [OUT=]
 	@docker/run quantize $(_pairs)
 
-plan: ## what training a base takes on a card, and the batch, length and checkpointing that fit: MODEL= GPU=8G [RECIPE=]
+plan: ## predict the memory of training; batch, length and checkpointing that fit a card: MODEL= GPU=8G [RECIPE=]
 	@docker/run plan $(_pairs)
 
 bench: setup ## our training step beside the published recipe's stack, on this card: [ARMS=] [MODEL=] [SHAPES=] [OUT=]
 	@$(PY) -m tests.bench $(_pairs)
 
-doctor: ## what here would fail, and the remedy: [DATA=] [MODEL=] [RECIPE=] [GPUS=]; why a run failed: LOG=
+doctor: ## find what would fail, and how to fix it: [DATA=] [MODEL=] [RECIPE=] [GPUS=]; why a run failed: LOG=
 	@docker/run doctor $(_pairs)
 
 shell: ## bash in the container, with its mounts and without a network

@@ -49,9 +49,11 @@ image_name() {
     echo "${name:-qwen-finetune:$(version)-$flavour}"
 }
 
-# source_hash: of everything that the image is built from, but for the base and the packages, which env.lock pins
+# source_hash: of everything that the image is built from, but for the base and the packages, which env.lock pins.
+# train/README.md is in the image, docker/README.md is not.
 source_hash() {
-    find train docker env.lock pyproject.toml data/models.lock data/samples -name __pycache__ -prune -o -type f -print0 |
+    find train docker env.lock pyproject.toml data/models.lock data/samples \
+        \( -name __pycache__ -o -path docker/README.md \) -prune -o -type f -print0 |
         LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16
 }
 
@@ -83,6 +85,9 @@ take_mirror() {
 # cuda: that the image's torch is built for
 cuda() { case $(flavour) in cu118) echo 11.8 ;; cu128) echo 12.8 ;; *) echo 12.6 ;; esac; }
 
+# project_name: of this checkout, for compose: two on one host do not stop each other's containers
+project_name() { echo "qwen-$(printf %s "$PWD" | sha256sum | cut -c1-8)"; }
+
 # write_env IMAGE SOURCE: .env for docker compose; one that a person wrote is left alone
 write_env() {
     local mark='# Written by make image; docker compose reads it.' key value
@@ -92,6 +97,7 @@ write_env() {
     fi
     {
         printf '%s\nIMAGE=%s\nSOURCE=%s\n' "$mark" "$1" "$2"
+        echo "COMPOSE_PROJECT_NAME=$(project_name)"
         printf 'USER_ID=%s\nGROUP_ID=%s\nACCELERATOR=%s\n' "$(id -u)" "$(id -g)" "$(accelerator)"
         for key in BASE_IMAGE CUDA TORCH CA; do # so that building again after a change of the source builds the same
             value=$(setting "$key")

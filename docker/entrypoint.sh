@@ -3,9 +3,13 @@
 # this image can use), each with its remedy, then hands over to `python -m train VERB key=value ...`. Keys may be in
 # capitals, as for make: DATA=x is data=x.
 #   ACCELERATOR=gpu   refuse to start without a GPU        cpu   hide it        auto (default)   take what is there
+#   KEEP=no           write to folders that are no mount, and vanish with the container
+# `bash`, `sh` and `python` as the first word are these programs.
 set -Eeuo pipefail
 
 work=${WORK_DIR:-/workspace} # tests have another
+mounts=${MOUNTS:-/proc/self/mountinfo}
+[ -z "${WORK_DIR:-}" ] || mounts=${MOUNTS:-}
 table=${APP_DIR:-/app}/train/verbs.txt
 problems=()
 words=()
@@ -34,6 +38,33 @@ elsewhere() {
         if [[ $word == "$1="* && ${word#*=} != "$1"/* && ${word#*=} != "$work/$1"/* ]]; then return 0; fi
     done
     return 1
+}
+
+# folder KEY: where the command writes: what the person names, else the usual one
+folder() {
+    local word found=$work/$1
+    for word in "${words[@]}"; do [[ $word != "$1="* ]] || found=${word#*=}; done
+    realpath -m -- "$found"
+}
+
+# kept PATH: does what is written there outlive the container? Not on its own disk (/), nor in memory (tmpfs).
+kept() {
+    local point best='' kind best_kind='' rest
+    while read -r _ _ _ _ point rest; do
+        kind=${rest##* - }
+        point=$(printf %b "$point") # a blank is written as \040
+        if [[ $1/ == "${point%/}"/* && ${#point} -ge ${#best} ]]; then best=$point best_kind=${kind%% *}; fi
+    done <"$mounts"
+    [[ $best != / && $best_kind != tmpfs ]]
+}
+
+lasting() {
+    local path
+    [ -r "$mounts" ] || return 0
+    path=$(folder "$1")
+    kept "$path" && return
+    [ "${KEEP:-}" != no ] || { echo "$path is no mount: what is written there vanishes with the container (KEEP=no)." >&2 && return; }
+    problem "$path is no mount: what is written there would vanish with the container." "-v \"\$PWD/$1:$work/$1\"; or -e KEEP=no, to try something out"
 }
 
 readable() {
@@ -72,10 +103,11 @@ check() {
     local name data models runs gpu
     while read -r name data models runs gpu _; do [ "$name" != "$1" ] || break; done <"$table"
     [ "$name" = "$1" ] || return 0
+    [ "$1" != demo ] || KEEP=no # what it shows is enough for a first look
     [ "$data" != read ] || elsewhere data || readable data
     [ "$models" != read ] || elsewhere models || readable models
-    [ "$models" != write ] || elsewhere models || elsewhere out || writable models
-    [ "$runs" != write ] || elsewhere runs || writable runs
+    [ "$models" != write ] || elsewhere out || { lasting models && { elsewhere models || writable models; }; }
+    [ "$runs" != write ] || { lasting runs && { elsewhere runs || writable runs; }; }
     if [ ${#problems[@]} -gt 0 ]; then
         printf 'error: %s\n' "${problems[@]}" >&2
         exit 2
@@ -83,11 +115,18 @@ check() {
     [ "$gpu" = - ] || gpu
 }
 
+# Plain `docker run` has a time limit of its own: compose.yaml has five minutes.
+note_stop() {
+    [ "$1" = train ] && [ "${COMMANDS_AS:-}" = docker ] || return 0
+    echo "docker stop kills after 10 seconds, unless this container was started with --stop-timeout 300: a step in hand and its checkpoint may take longer." >&2
+}
+
 main() {
     local verb=${1:-help}
+    case $verb in bash | sh | python) exec "$@" ;; esac
     [ $# -eq 0 ] || shift
     lower "$@"
-    case " ${words[*]-} " in *" --help "* | *" -h "* | *" help "*) ;; *) check "$verb" ;; esac
+    case " ${words[*]-} " in *" --help "* | *" -h "* | *" help "*) ;; *) check "$verb" && note_stop "$verb" ;; esac
     exec python -m train "$verb" "${words[@]}"
 }
 

@@ -146,7 +146,7 @@ def test_without_an_engine_it_runs_in_the_venv_and_says_why(project: Path) -> No
     (project / "docker").joinpath("docker").symlink_to("/bin/false")
     path = f"{project}/docker:{os.environ['PATH']}"
     command = ["make", "infer", "PY=./spy"]
-    for runtime, why in (("auto", "no Docker engine"), ("local", "as asked")):
+    for runtime, why in (("auto", "no Docker engine"), ("local", "as requested")):
         environment = {**os.environ, "PATH": path, "RUNTIME": runtime}
         done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stdout.splitlines()[0]) == (0, "set up"), done.stderr

@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.common import terminal
+from train.common import commands, terminal
 from train.common.errors import UserError, explain
 from train.config.options import build, describe, pairs
 from train.config.recipe import current_names
@@ -48,7 +48,7 @@ def run(verb: str, words: list[str]) -> None:
         raise UserError(f"unknown verb {verb!r}.\n{usage()}")
     module = importlib.import_module(f"train.commands.{verb}")
     if {"-h", "--help", "help"} & set(words):
-        print(f"{module.__doc__}\n\n{describe(module.Options)}")
+        print(commands.spelt(f"{module.__doc__}\n\n{describe(module.Options)}"))
         return
     parse = getattr(module, "parse", lambda values: build(module.Options, values))
     try:
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
             raise
         terminal.discard_output()
         if argv[:1] in (["train"], ["demo"]):  # work was under way
-            print("stopped: nobody reads the output any more. The same command continues.", file=sys.stderr)
+            print("stopped: the reader of the output has closed it. The same command continues.", file=sys.stderr)
         return terminal.CLOSED_PIPE
 
 
@@ -106,7 +106,7 @@ def _status(argv: list[str]) -> int:
     try:
         needs(argv[1:]) if argv[0] == "needs" else run(argv[0], argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {commands.spelt(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -114,7 +114,7 @@ def _status(argv: list[str]) -> int:
     except Exception as error:
         if (message := explain(error, argv[0])) is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {commands.spelt(message)}", file=sys.stderr)
         return 1
     return 0
 

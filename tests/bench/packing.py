@@ -33,7 +33,7 @@ class Options:
     tokenizer: str = option("", "folder of a base, for its tokenizer")
     model: str = option("1.8b", "shape: tiny, 0.5b, 1.8b, 7b")
     length: int = option(512, "tokens of a row")
-    batch: int = option(8, "rows a step")
+    batch: int = option(8, "rows per step")
     checkpointing: str = option("off", "recompute each block", ("off", "on", "offload"))
     dropout: float = option(0.0, "LoRA's dropout")
     warm: int = option(16, "steps that do not count: the first of each shape captures its graph")

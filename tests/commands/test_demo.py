@@ -127,9 +127,17 @@ def test_too_little_memory_is_reported(calls: list[list[str]], monkeypatch: Any)
     assert calls == []
 
 
-def test_another_folder_than_the_projects_is_reported(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="folder of the project"):
+def test_in_another_folder_the_data_is_the_programs_own(
+    calls: list[list[str]], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As in a container without mounts."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run(Options(models=str(tmp_path / "models"), runs=str(tmp_path / "runs")))
+    own = f"data={demo.ROOT / demo.DATA}"
+    assert [own in words for words in calls] == [False, False, True, True, False, False]
+    monkeypatch.setattr(demo, "ROOT", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="a whole checkout"):
         run(Options())
 
 
@@ -156,4 +164,4 @@ def test_a_closed_pipe_ends_the_demo_quietly(status: int, tmp_path: Path) -> Non
     process.stdout.close()
     said = process.stderr.read()
     assert process.wait(timeout=60) == CLOSED_PIPE, said
-    assert said == "stopped: nobody reads the output any more. The same command continues.\n"
+    assert said == "stopped: the reader of the output has closed it. The same command continues.\n"

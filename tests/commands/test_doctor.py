@@ -10,7 +10,10 @@ from tests.support.oracles import tiny_checkpoint, tiny_config
 from tests.support.questions import questions
 from train.__main__ import main
 from train.commands import doctor
+from train.commands.findings import Report
+from train.common.errors import UserError
 from train.host import machine
+from train.host.checks import Finding
 from train.host.machine import Card, Machine
 
 GB = 10**9
@@ -110,7 +113,7 @@ def test_a_card_too_small_for_the_recipe_but_not_for_its_rows(
     pretend(monkeypatch, replace(WITH_CARD, cards=(some,)), {"seen": 1, "errors": []})
     output = Output(capsys, *words)
     assert (output.status, output.state["card's memory"]) == (2, "fail")
-    remedy = output.text.split('in less: ARGS="')[1].split('"')[0].split()
+    remedy = output.text.split('in less memory: ARGS="')[1].split('"')[0].split()
     assert Output(capsys, "model=base-Int4", "length=8192", *remedy).state["card's memory"] in ("ok", "warn")
 
 
@@ -227,7 +230,7 @@ def test_a_base_that_is_damaged(workspace: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_rows_longer_than_the_base_was_made_for(capsys: pytest.CaptureFixture[str]) -> None:
-    output = Output(capsys, "model=base-Int4", "length=1000000")
+    output = Output(capsys, "model=base-Int4", "length=1024")
     assert (output.status, output.state["length"]) == (0, "warn")
 
 
@@ -296,6 +299,41 @@ def test_a_damaged_file_of_the_base_is_not_ok(workspace: Path, capsys: pytest.Ca
         assert (output.status, output.state[check]) == (2, "fail"), output.text
         assert name in output.text
         (base / name).unlink() if before is None else (base / name).write_bytes(before)
+
+
+# --- findings as they are printed
+
+
+def test_findings_are_printed_as_they_come_and_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report()
+    report.section("this machine")
+    report.add(Finding("card", "ok", "NVIDIA H100"))
+    report.add(Finding("Triton", "warn", "no C compiler", "apt-get install gcc"))
+    report.add(None)
+    report.end()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["this", "machine"],
+        ["ok", "card", "NVIDIA", "H100"],
+        ["warn", "Triton", "no", "C", "compiler"],
+    ]
+    assert "Remedy: apt-get install gcc" in lines[3]
+    assert lines[-1] == "2 checks: 1 ok, 1 warn, 0 fail"
+
+
+def test_a_failure_is_named_and_raised_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> str:
+        raise UserError("no such file")
+
+    report = Report()
+    assert report.attempt("folder", lambda: "models/x", str.upper) == "models/x"
+    assert report.attempt("rows", fail, str.upper) is None
+    assert report.failed == {"rows"}
+    with pytest.raises(UserError, match=r"1 of 2 checks fail\. Nothing was changed\."):
+        report.end()
+    out = capsys.readouterr().out
+    assert "MODELS/X" in out
+    assert "no such file" in out
 
 
 # --- logs, JSON, strict

@@ -47,7 +47,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("changes", [{"rank": 8}, {"learning_rate": 0.5}, {"accumulation": 3}])
 def test_changed_inputs_are_refused_and_named(changes: dict[str, Any]) -> None:
     train(run="first", steps=1)
-    with pytest.raises(UserError, match=r"begun with other inputs.*\n.*was.*now(.|\n)*RUN=.*FROM=first"):
+    with pytest.raises(UserError, match=r"started with other inputs.*\n.*was.*now(.|\n)*RUN=.*FROM=first"):
         train(run="first", steps=1, **changes)
 
 
@@ -75,7 +75,7 @@ def test_a_run_that_another_process_trains_is_left_alone() -> None:
 
 def test_gpus_on_a_machine_without_any_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
     train(run="no-gpus", steps=1, gpus=2)
-    assert "gpus=2: this machine has no GPU; the CPU computes, in processes=1." in capsys.readouterr().out
+    assert "gpus=2: this machine has no GPU: training runs on the CPU, with processes=1." in capsys.readouterr().out
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from train.common.commands import make
+from train.__main__ import VERBS
+from train.common import commands
+from train.common.commands import make, spelt
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
@@ -42,3 +44,29 @@ def test_what_is_usual_is_left_out_and_plain_words_stay_plain() -> None:
     assert make("export", run="demo", models="models", runs="runs", layout="") == "make export RUN=demo"
     assert make("train", ["batch=4"], data="…", model="Qwen/X") == 'make train DATA=… MODEL=Qwen/X ARGS="batch=4"'
     assert make("infer", run="数据-1") == "make infer RUN=数据-1"
+
+
+@pytest.mark.parametrize(
+    ("form", "command"),
+    [
+        ("make", 'make train DATA=a.jsonl RUN=x ARGS="epochs=2 length=64"'),
+        ("compose", "docker compose run --rm train DATA=a.jsonl RUN=x epochs=2 length=64"),
+        ("docker", "docker run … IMAGE train DATA=a.jsonl RUN=x epochs=2 length=64"),
+        ("unknown", 'make train DATA=a.jsonl RUN=x ARGS="epochs=2 length=64"'),
+    ],
+)
+def test_commands_are_spelt_as_the_program_was_started(
+    form: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMMANDS_AS", form)
+    assert make("train", ["epochs=2", "length=64"], data="a.jsonl", run="x") == command
+
+
+def test_targets_that_only_make_has_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMANDS_AS", "docker")
+    text = "make setup, make image CUDA=12.8, make modelling; make doctor names the rest"
+    assert spelt(text) == text.replace("make doctor", "docker run … IMAGE doctor")
+
+
+def test_every_verb_can_be_spelt() -> None:
+    assert set(commands.VERBS.split("|")) == set(VERBS)

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.data.mistakes import GOOD, QWEN, Mistake, assert_reported
+from tests.support.runs import tiny_run
 from train.common.errors import UserError
+from train.common.files import read_json
 from train.data import conversations, sources
 from train.data.formats import FORMATS
 
@@ -122,3 +124,14 @@ def test_the_demo_questions_are_half_seen_and_half_chinese() -> None:
     trained_on = {turn.text for conversation in conversations.load(DATA / "demo.jsonl") for turn in conversation.turns}
     assert [q["seen"] for q in asked] == [q["question"] in trained_on for q in asked]
     assert sum(q["seen"] for q in asked) == 4 and sum(q["language"] == "zh" for q in asked) == 4 and len(asked) == 8
+
+
+def test_training_data_is_used_only_if_it_is_unchanged(tmp_path: Path) -> None:
+    record = read_json(tiny_run(tmp_path) / "run.json")
+    loaded, name = conversations.training_data(record)
+    assert len(loaded) == 4 and name == "conversations.jsonl"
+    data = Path(record["data"]["path"])
+    data.write_text(data.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert conversations.training_data(record) == ([], "conversations.jsonl")
+    data.unlink()
+    assert conversations.training_data(record) == ([], "conversations.jsonl")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.mistakes import GOOD, problems_in
+from train.data.data_row import DataFile
+from train.data.file_kinds import kind_of
 
 CASES = Path(__file__).parents[1] / "assets" / "cases"
 CHINESE = '{"instruction": "你好", "output": "好"}\n'
@@ -21,23 +23,48 @@ def zipped(name: str) -> bytes:
 
 
 FILES: dict[str, tuple[bytes, str, str]] = {
-    "Excel": ((CASES / "excel.xlsx").read_bytes(), "an Excel workbook", "read_excel"),
-    "ZIP": (zipped("data.jsonl"), "a ZIP archive", "unpack"),
-    "Word": (zipped("word/document.xml"), "a Word document", ".jsonl"),
-    "Parquet": (b"PAR1\x15\x04" + bytes(range(256)), "a Parquet file", "read_parquet"),
+    "Word": (zipped("word/document.xml"), "a Word document", ".txt"),
+    "PowerPoint": (zipped("ppt/presentation.xml"), "a PowerPoint presentation", ".txt"),
+    "OpenDocument": (zipped("content.xml"), "an OpenDocument file", ".xlsx"),
+    "XLS": (b"\xd0\xcf\x11\xe0" + bytes(600), "an old Office file", ".xlsx"),
     "Arrow": (b"ARROW1\0\0" + bytes(64), "an Arrow file", "read_feather"),
-    "gzip": (gzip.compress(GOOD.encode()), "a gzip archive", "unpack"),
-    "PDF": (b"%PDF-1.7\n%\xe2\xe3", "a PDF", ".jsonl"),
+    "7-Zip": (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack"),
+    "RAR": (b"Rar!\x1a\x07", "a RAR archive", "unpack"),
+    "Zstandard": (b"\x28\xb5\x2f\xfd" + bytes(20), "a Zstandard archive", "unpack"),
+    "PDF": (b"%PDF-1.7\n%\xe2\xe3", "a PDF", ".csv"),
+    "RTF": (b"{\\rtf1\\ansi q}", "a document in RTF", ".txt"),
+    "SQLite": (b"SQLite format 3\0", "an SQLite database", "-csv"),
     "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS", "git lfs pull"),
     "a web page": (b"\n<!DOCTYPE html><html></html>", "a web page", "download"),
-    "CSV": (b"question,answer\nq,a\n", "a table of text (CSV)", "read_csv('OLD')"),
-    "TSV": (b"question\tanswer\nq\ta\n", "a table of text (TSV)", "sep='\\t'"),
     "UTF-16": (CHINESE.encode("utf-16"), "UTF-16", "iconv -f UTF-16 "),
     "UTF-16LE without BOM": (CHINESE.encode("utf-16-le"), "UTF-16LE", "iconv -f UTF-16LE "),
     "UTF-16BE without BOM": (f"[{GOOD}]".encode("utf-16-be"), "UTF-16BE", "iconv -f UTF-16BE "),
     "UTF-32": (GOOD.encode("utf-32"), "UTF-32", "iconv -f UTF-32 "),
     "UTF-32LE without BOM": (GOOD.encode("utf-32-le"), "UTF-32LE", "iconv -f UTF-32LE "),
 }  # fmt: skip
+READ: dict[str, tuple[str, bytes, str]] = {  # name of the file, bytes, kind
+    "the first bytes of a workbook": ("data.json", (CASES / "excel.xlsx").read_bytes(), "excel"),
+    "ZIP": ("data", zipped("data.jsonl"), "zip"),
+    "an empty ZIP": ("data.zip", b"PK\x05\x06" + bytes(18), "zip"),
+    "Parquet": ("data.csv", b"PAR1\x15\x04" + bytes(range(256)), "parquet"),
+    "gzip": ("data.json", gzip.compress(GOOD.encode()), "gzip"),
+    "tar": ("data", bytes(257) + b"ustar\0" + bytes(300), "tar"),
+    "CSV by name": ("data.csv", b"anything at all", "table"),
+    "CSV by content": ("data.txt", b"question,answer\nq,a\n", "table"),
+    "TSV by content": ("data", b"question\tanswer\nq\ta\n", "table"),
+    "text with commas": ("data.txt", "问：a, b\n答：c, d\n".encode(), "text"),
+    "text with brackets": ("data.md", "[问] a\n[答] b\n".encode(), "text"),
+    "JSON in a text file": ("data.txt", GOOD.encode(), "json"),
+    "broken JSON": ("data.json", b"'instruction': 1", "json"),
+    "a list of strings": ("data.txt", b'["a", "b"]', "json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_the_kind_is_told_by_the_content(name: str, tmp_path: Path) -> None:
+    file, raw, kind = READ[name]
+    (tmp_path / file).write_bytes(raw)
+    assert kind_of(DataFile.of(tmp_path / file)) == kind
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -17,16 +17,18 @@ ALPACA = {"instruction": "q", "output": "a"}
 CASES: dict[str, tuple[Any, int, str, str]] = {
     "conversations with role": ({"conversations": TURNS}, 19, 'the keys of "messages"', 'rename "conversations" to "messages"'),
     "messages with from": ({"messages": SHAREGPT}, 14, 'the keys of "conversations"', 'rename "messages" to "conversations"'),
-    "query and response": ({"query": "q", "response": "a", "history": [["b", "c"]]}, 1, '"query", "response"', '"query" to "instruction", "response" to "output"'),
-    "a key of another tool": ({"instruction": "q", "response": "a"}, 1, 'no "output"', 'rename "response" to "output"'),
-    "content in parts": ({"messages": [{"role": "user", "content": PARTS}, TURNS[1]]}, 43, "content in parts", 'write the text itself: "content"'),
+    "parts without text": ({"messages": [{"role": "user", "content": [{"type": "text"}]}, TURNS[1]]}, 43, "content in parts", 'write the text itself: "content"'),
     "pictures in parts": (
         {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, *PARTS]}, TURNS[1]]},
         43, "content in parts (image)", "only text can be trained on",
     ),
     "a call of a tool": (
-        {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]}]},
-        82, "a call of a tool", "calls of tools cannot be trained on",
+        {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, {"role": "tool", "content": "4"}, TURNS[1]]},
+        102, 'a call of a tool ("tool_calls")', "does not list tools",
+    ),
+    "a call and an observation of ShareGPT": (
+        {"conversations": [SHAREGPT[0], {"from": "function_call", "value": "{}"}, {"from": "observation", "value": "4"}, SHAREGPT[1]], "tools": "[]"},
+        62, 'the role "function_call"', "delete these rows",
     ),
     "a turn as a row": ({"role": "user", "content": "q"}, 1, "a turn", '{"messages": [ … ]}'),
     "a turn of ShareGPT as a row": ({"from": "human", "value": "q"}, 1, "a turn", '{"conversations": [ … ]}'),

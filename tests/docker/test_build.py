@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -90,6 +91,7 @@ def test_what_compose_needs_is_noted_and_building_again_builds_the_same(project:
     (tmp_path / "ca.pem").touch()
     build(project, TORCH="registry", BASE_IMAGE="my/base:1", CA=f"{tmp_path}/ca.pem", ACCELERATOR="cpu")
     noted = settings(project)
+    assert re.fullmatch("qwen-[0-9a-f]{8}", noted.pop("COMPOSE_PROJECT_NAME")), "of this checkout alone"
     assert noted | {"SOURCE": ""} == {
         "IMAGE": "qwen-finetune:0.1.0-registry",
         "SOURCE": "",

@@ -109,7 +109,7 @@ def test_a_gpu_is_reserved_where_a_driver_answers_and_the_host_is_fit(project: P
     script(project / "bin/nvidia-smi", "#!/bin/sh\nexit 0\n")
     assert "on the GPU" in run(project, "train", "data=x").splitlines()[0]
     assert containers(project)[-1]["ACCELERATOR"] == "gpu"
-    assert "as asked" in run(project, "train", "data=x", ACCELERATOR="cpu").splitlines()[0]
+    assert "as requested" in run(project, "train", "data=x", ACCELERATOR="cpu").splitlines()[0]
     assert containers(project)[-1]["ACCELERATOR"] == "cpu"
     # Make exports what was typed; the program itself counts the cards
     run(project, "train", "data=x", "gpus=2", GPUS="2")
@@ -163,6 +163,8 @@ def test_the_image_of_env_is_used_and_built_again_when_the_program_changed(proje
     (project / ".env").write_text(f"IMAGE=my:tag\nSOURCE={source}\nCUDA=12.8\n")
     run(project, "infer", FAKE_IMAGES="my:tag")
     assert containers(project)[-1]["IMAGE"] == "my:tag" and not (project / "built").exists()
+    (project / "docker/README.md").write_text("a page that is not in the image")
+    assert "has changed" not in run(project, "infer", FAKE_IMAGES="my:tag") and not (project / "built").exists()
     (project / "train/new.py").touch()
     assert "has changed" in run(project, "infer", FAKE_IMAGES="my:tag") and (project / "built").exists()
     (project / "built").unlink()
@@ -356,10 +358,10 @@ def test_a_signal_reaches_the_program_and_its_status_is_ours(project: Path, sent
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with compose's !reset."""
+    """YAML with compose's !override."""
 
 
-Loader.add_constructor("!reset", lambda loader, node: [])
+Loader.add_constructor("!override", lambda loader, node: [str(item.value) for item in node.value])
 
 
 def services() -> dict[str, dict[str, Any]]:
@@ -367,13 +369,14 @@ def services() -> dict[str, dict[str, Any]]:
 
 
 def test_every_verb_is_a_service_and_every_service_a_verb() -> None:
-    assert set(services()) - {"on-cpu", "on-gpu"} == set(VERBS) - {"demo"}
+    assert set(services()) - {"on-cpu", "on-gpu"} == set(VERBS)
     for name, service in services().items():
         if not name.startswith("on-"):
             assert service["entrypoint"] == ["/usr/bin/tini", "--", "/usr/local/bin/entrypoint.sh", name]
+            assert service["profiles"] == [name], "`docker compose up` alone starts none"
 
 
-@pytest.mark.parametrize("name", sorted(set(VERBS) - {"demo"}))
+@pytest.mark.parametrize("name", sorted(VERBS))
 def test_a_service_gets_what_its_verb_needs_and_no_more(name: str) -> None:
     """The verb table against compose.yaml: folders it writes to, a GPU, a network."""
     service, verb = services()[name], VERBS[name]

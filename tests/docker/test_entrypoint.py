@@ -125,3 +125,63 @@ def test_each_verb_is_checked_for_what_the_table_says(work: Path, verb: str) -> 
         must = getattr(VERBS[verb], folder) == "write"
         assert (done.returncode, "is not writable" in done.stderr) == ((2, True) if must else (0, False))
         (work / folder).mkdir()
+
+
+# --- a plain docker run
+
+
+def mountinfo(work: Path, *mounts: tuple[str, str]) -> str:
+    """A file as /proc/self/mountinfo: (mount point, type) a line, and the container's own disk."""
+    lines = [
+        f"{n} 1 0:{n} / {point} rw - {kind} source rw" for n, (point, kind) in enumerate([("/", "overlay"), *mounts])
+    ]
+    (work / "mountinfo").write_text("\n".join(lines) + "\n")
+    return str(work / "mountinfo")
+
+
+@pytest.mark.parametrize(("verb", "folder"), [("train", "runs"), ("export", "runs"), ("model", "models")])
+def test_what_would_vanish_with_the_container_is_refused(work: Path, verb: str, folder: str) -> None:
+    bare = mountinfo(work)
+    done = enter(work, verb, MOUNTS=bare)
+    assert done.returncode == 2
+    assert f"{work}/{folder} is no mount: what is written there would vanish with the container." in done.stderr
+    assert f'-v "$PWD/{folder}:{work}/{folder}"; or -e KEEP=no' in done.stderr
+    kept = enter(work, verb, MOUNTS=bare, KEEP="no")
+    assert kept.returncode == 0
+    assert "vanishes with the container (KEEP=no)" in kept.stderr
+
+
+@pytest.mark.parametrize(
+    ("point", "kind", "status"),
+    [
+        ("{work}/runs", "ext4", 0),
+        ("{work}", "ext4", 0),
+        ("{work}/runs", "tmpfs", 2),
+        ("{work}/run", "ext4", 2),
+        ("{work}/runs/deeper", "ext4", 2),
+    ],
+)
+def test_a_mount_keeps_what_lies_in_it(work: Path, point: str, kind: str, status: int) -> None:
+    assert enter(work, "train", MOUNTS=mountinfo(work, (point.format(work=work), kind))).returncode == status
+
+
+def test_another_folder_for_runs_must_be_a_mount_too(work: Path) -> None:
+    mounts = mountinfo(work, (f"{work}/my\\040runs", "ext4"))
+    assert enter(work, "train", f"runs={work}/my runs", MOUNTS=mounts).returncode == 0
+    assert enter(work, "train", "runs=/elsewhere", MOUNTS=mounts).returncode == 2
+
+
+def test_verbs_that_keep_nothing_need_no_mount(work: Path) -> None:
+    for verb in ("infer", "data", "doctor", "plan", "help"):
+        assert enter(work, verb, MOUNTS=mountinfo(work)).returncode == 0
+
+
+def test_bash_and_python_are_these_programs(work: Path) -> None:
+    assert enter(work, "bash", "-c", "echo a shell").stdout == "a shell\n"
+    assert enter(work, "python", "-V").stdout.startswith("<-V>")
+
+
+def test_a_plain_run_is_told_of_the_ten_seconds(work: Path) -> None:
+    assert "--stop-timeout 300" in enter(work, "train", COMMANDS_AS="docker").stderr
+    assert enter(work, "train", COMMANDS_AS="compose").stderr == ""
+    assert enter(work, "infer", COMMANDS_AS="docker").stderr == ""

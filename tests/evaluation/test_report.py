@@ -7,7 +7,6 @@ import pytest
 
 from tests.support.runs import tiny_run
 from train.common.files import read_json
-from train.data.conversations import training_data
 from train.evaluation.report import AnsweredQuestion, draw_losses, plot, smoothed, write_report
 
 LOSSES = [{"step": n, "loss": 4.0 / n, "learning_rate": 1e-4 / n} for n in range(1, 61)]
@@ -58,14 +57,3 @@ def test_the_report_has_every_answer_in_full_as_valid_markdown(tmp_path: Path) -
     assert "| a \\| b? | line<br>next &lt;b> \\`x\\` | " + "x" * 900 + " |" in text
     assert "| 新问题？ * | 前 | 后 |" in text and "](loss.png)" in text
     assert "rank: 4\n" in text and "make infer RUN=tiny" in text and "100.00% of 9 answer tokens" in text
-
-
-def test_training_data_is_used_only_if_it_is_unchanged(tmp_path: Path) -> None:
-    record = read_json(tiny_run(tmp_path) / "run.json")
-    conversations, name = training_data(record)
-    assert len(conversations) == 4 and name == "conversations.jsonl"
-    data = Path(record["data"]["path"])
-    data.write_text(data.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    assert training_data(record) == ([], "conversations.jsonl")
-    data.unlink()
-    assert training_data(record) == ([], "conversations.jsonl")

@@ -1,7 +1,6 @@
 """The verification of an export: one model at a time, on the run's own data, and a wrong merge is refused."""
 
 import gc
-import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def test_without_the_data_of_the_run_the_built_in_questions_are_used(tmp_path: P
 
 def test_too_little_memory_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
     folder = tiny_run(tmp_path)
-    monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**30))
+    monkeypatch.setattr(verify, "free_memory", lambda: 2**30)
     with pytest.raises(UserError, match=r"comparing needs 1\.0 GB of memory, 1\.1 GB are free"):
         export(folder)
     assert not (folder / "merged").exists()

@@ -212,9 +212,9 @@ pytest==9.2.0
 def test_packages_against_the_lock(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "PYTHON", python)
     old = {"3.10": "1.0", "3.11": "2.0"}[python]
-    assert check_lock(LOCK, {"here": "1.0", "numpy": "1.26.4", "old": old}).text == "3 as env.lock has them"
+    assert check_lock(LOCK, {"here": "1.0", "numpy": "1.26.4", "old": old}).text == "3, as pinned in env.lock"
     finding = check_lock(LOCK, {"here": "1.0", "numpy": "2.0", "old": old})
-    assert (finding.state, finding.text) == ("fail", "not as env.lock has them: numpy is 2.0, not 1.26.4")
+    assert (finding.state, finding.text) == ("fail", "do not match env.lock: numpy is 2.0, not 1.26.4")
     assert "here 1.0 is missing" in check_lock(LOCK, {}).text
     assert check_lock("", {}).state == "fail"
 
@@ -243,7 +243,7 @@ def test_without_triton_training_is_slower(machine: Machine, text: str, remedy: 
     assert finding
     assert finding.state == "warn"
     assert text in finding.text
-    assert finding.text.endswith("the slower plain path is taken")
+    assert finding.text.endswith("the slower PyTorch path is used")
     assert remedy in finding.remedy
 
 

@@ -7,9 +7,7 @@ import pytest
 
 from train.host import machine as machine_module
 from train.host.machine import (
-    CGROUP_FILES,
     Card,
-    free_memory,
     inspect_machine,
     installed_torch,
     installed_versions,
@@ -154,16 +152,6 @@ def test_another_vendor_or_another_class_of_device_is_no_card(machine: Path) -> 
         put(machine / f"sys/bus/pci/devices/{number}/vendor", vendor)
         put(machine / f"sys/bus/pci/devices/{number}/class", kind)
     assert not inspect_machine(machine).on_pci_bus
-
-
-@pytest.mark.parametrize("group", CGROUP_FILES)
-def test_a_container_has_the_memory_of_its_control_group(group: tuple[str, str], machine: Path) -> None:
-    limit, used = (machine / "sys/fs/cgroup" / name for name in group)
-    put(limit, f"{GIB}\n")
-    put(used, f"{GIB // 4}\n")
-    assert free_memory(machine) == GIB * 3 // 4
-    put(limit, "max\n")
-    assert free_memory(machine) == 2 * GIB
 
 
 def test_compiler_and_ptxas(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

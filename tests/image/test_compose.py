@@ -102,7 +102,7 @@ def test_make_train_with_files_elsewhere(house: House, tmp_path: Path) -> None:
     words = [f"DATA={there}/talk.jsonl", f"MODEL={there}/base", f"RECIPE={there}/own.yaml", *places]
     words.append("ARGS=" + " ".join(["steps=4", *LEARN[1:]]))
     said = make(house, "train", *words)
-    assert said.splitlines()[0].startswith(f"train in the container {house.image}, on the CPU: as asked")
+    assert said.splitlines()[0].startswith(f"train in the container {house.image}, on the CPU: as requested")
     assert "4/4" in said
     exported = make(house, "export", *places)
     assert "conversations of talk.jsonl" in exported
@@ -145,7 +145,7 @@ def inspect(empty: House, service: str) -> dict[str, Any]:
         subprocess.run(["docker", "rm", "-f", name], capture_output=True, check=True)
 
 
-@pytest.mark.parametrize("service", sorted(set(VERBS) - {"demo"}))
+@pytest.mark.parametrize("service", sorted(VERBS))
 def test_the_cage_is_the_engines_too(empty: House, service: str) -> None:
     """Not what compose.yaml says, but what the engine would start."""
     found = inspect(empty, service)
@@ -198,17 +198,18 @@ def test_no_way_out(house: House) -> None:
 
 def config(empty: House, **variables: str) -> dict[str, Any]:
     how = {**empty.how(), "env": {**empty.environment, **variables}, "stderr": None}
-    done = subprocess.run(["docker", "compose", "config", "--format", "json"], **how)  # type: ignore[call-overload]
+    done = subprocess.run(["docker", "compose", "--profile", "*", "config", "--format", "json"], **how)  # type: ignore[call-overload]
     assert done.returncode == 0
     return dict(json.loads(done.stdout)["services"])
 
 
-GPU_VERBS = {name for name, verb in VERBS.items() if verb.gpu != "-"} - {"demo"}
+GPU_VERBS = {name for name, verb in VERBS.items() if verb.gpu != "-"}
 
 
 def test_config_on_a_cpu_reserves_nothing(empty: House) -> None:
     services = config(empty, ACCELERATOR="cpu")
-    assert set(services) == set(VERBS) - {"demo"}
+    assert set(services) == set(VERBS) | {"on-cpu", "on-gpu"}
+    del services["on-gpu"]
     assert not any("deploy" in service for service in services.values())
     assert all(service["environment"]["ACCELERATOR"] == "cpu" for service in services.values())
 
@@ -216,7 +217,7 @@ def test_config_on_a_cpu_reserves_nothing(empty: House) -> None:
 @pytest.mark.parametrize(("gpus", "count"), [("", -1), ("2", 2)])
 def test_config_with_a_gpu_reserves_it_for_what_computes(empty: House, gpus: str, count: int) -> None:
     services = config(empty, ACCELERATOR="gpu", GPUS=gpus)
-    reserved = {name for name, service in services.items() if "deploy" in service}
+    reserved = {name for name, service in services.items() if "deploy" in service} - {"on-gpu"}
     assert reserved == GPU_VERBS
     for name in reserved:
         devices = services[name]["deploy"]["resources"]["reservations"]["devices"]
@@ -226,5 +227,5 @@ def test_config_with_a_gpu_reserves_it_for_what_computes(empty: House, gpus: str
 
 def test_another_accelerator_is_an_error(empty: House) -> None:
     how = {**empty.how(), "env": {**empty.environment, "ACCELERATOR": "tpu"}}
-    done = subprocess.run(["docker", "compose", "config"], **how)  # type: ignore[call-overload]
+    done = subprocess.run(["docker", "compose", "--profile", "*", "config"], **how)  # type: ignore[call-overload]
     assert done.returncode != 0 and "on-tpu" in done.stderr

@@ -13,8 +13,9 @@ from tests.support.runs import tiny_run
 from train.common.errors import UserError
 from train.common.files import write_json
 from train.inference.generate import answers
-from train.inference.trained import Source, find_source, load_run, load_trained, newest_run
+from train.inference.trained import Source, find_source, load_run, load_trained
 from train.model.tokenizer import load_tokenizer
+from train.runs.folder import newest_run
 
 DEFAULT = "Qwen/Qwen-1_8B-Chat-Int4"
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,10 +121,27 @@ def test_a_float_copy_is_kept_where_the_cpu_has_twice_the_memory(
     size = 4 * sum(p.numel() for p in loading.load(plain, torch.float32).parameters())
     cpu, kept = torch.device("cpu"), {}
     for free in (2 * size, 2 * size + 1):
-        monkeypatch.setattr(loading.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        monkeypatch.setattr(loading, "free_memory", lambda free=free: free)
         kept[free] = loading.keeps_float(int4, cpu)
     assert kept == {2 * size: False, 2 * size + 1: True}
     assert not loading.keeps_float(plain, cpu) and not loading.keeps_float(int4, torch.device("cuda"))
+
+
+def test_a_cpu_without_the_memory_refuses_before_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    int4 = tiny_checkpoint(tmp_path / "int4", tiny_config(), int4=True)
+    model = loading.load(int4, torch.float32)
+    size = sum(t.numel() * t.itemsize for t in model.state_dict().values())
+    if model.config.tie_word_embeddings:
+        size -= model.get_input_embeddings().weight.numel() * 4
+    assert loading.memory_needed(int4, torch.float32) == size
+    kept = loading.memory_needed(int4, torch.float32, keep_float=True) - size
+    assert kept == 4 * sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Int4Linear))
+    monkeypatch.setattr(loading, "free_memory", lambda: size)
+    loading.load(int4, torch.float32)
+    monkeypatch.setattr(loading, "free_memory", lambda: size - 1)
+    monkeypatch.setattr(loading, "_load_weights", None)
+    with pytest.raises(UserError, match=r"GB of memory are needed to load it, 0.0 GB are free"):
+        loading.load(int4, torch.float32)
 
 
 def test_a_float_model_fits_a_gpu_in_the_type_it_is_loaded_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

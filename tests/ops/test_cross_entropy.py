@@ -6,8 +6,14 @@ import torch.nn.functional as F
 
 from tests.support.interpreter import run_interpreted
 from tests.support.tensors import KERNEL_DTYPES, normal
+from train.data import batches
 from train.ops.cross_entropy import IGNORE, chunked_cross_entropy
 from train.ops.kernels.cross_entropy import cross_entropy
+
+
+def test_data_and_loss_agree_on_the_label_that_is_not_trained_on() -> None:
+    """data/ and ops/ may not import each other, so each has the constant; torch's own default is the same."""
+    assert batches.IGNORE == IGNORE == torch.nn.CrossEntropyLoss().ignore_index
 
 
 def case(rows: int, size: int, vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -43,8 +43,8 @@ def test_each_change_of_the_numbers_is_named() -> None:
     assert resume.changes(INPUTS, new, RECIPE) == [
         "from: another adapter to start from",
         "rank: was 4, now 8",
-        "batch × accumulation × processes: was 12 rows a step, now 6",
-        "computed in: was float32, now bfloat16 (precision= decides)",
+        "batch × accumulation × processes: was 12 rows per step, now 6",
+        "dtype: was float32, now bfloat16 (set by precision=)",
     ]
 
 
@@ -68,7 +68,7 @@ def test_other_inputs_are_refused_and_the_same_ones_are_not(tmp_path: Path) -> N
     checkpoint.write(run, snapshot(2), keep=1)
     assert resume.check_unchanged(run, changed(batch=4), RECIPE) == []
     with pytest.raises(
-        UserError, match=r"run 'mine' was begun with other inputs:\n  rank: was 4, now 8\n(.|\n)*FROM=mine"
+        UserError, match=r"run 'mine' was started with other inputs:\n  rank: was 4, now 8\n(.|\n)*FROM=mine"
     ):
         resume.check_unchanged(run, changed(rank=8), RECIPE)
 
@@ -83,7 +83,7 @@ def test_a_start_that_learnt_nothing_binds_nobody(leftover: str, tmp_path: Path)
     mended["data"]["sha256"] = "0"
     (note,) = resume.check_unchanged(run, mended, RECIPE)
     assert note.startswith(
-        "run 'mine' begins anew: an earlier start stopped before its first checkpoint (data: d.jsonl"
+        "run 'mine' starts again: an earlier start stopped before its first checkpoint (data: d.jsonl"
     )
     assert "rank: was 4, now 8" in note
     assert resume.check_unchanged(run, INPUTS, RECIPE) == [], "the same inputs"
@@ -92,7 +92,7 @@ def test_a_start_that_learnt_nothing_binds_nobody(leftover: str, tmp_path: Path)
     assert "inputs.json was damaged" in resume.check_unchanged(run, INPUTS, RECIPE)[0]
     write_json(run / "inputs.json", INPUTS)
     write_json(run / "run.json", {})
-    with pytest.raises(UserError, match="was begun with other inputs"):
+    with pytest.raises(UserError, match="was started with other inputs"):
         resume.check_unchanged(run, mended, RECIPE)
 
 
@@ -106,7 +106,7 @@ def test_a_folder_with_checkpoints_and_no_inputs_is_refused(tmp_path: Path) -> N
 def test_damaged_inputs_are_reported(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "inputs.json").write_bytes(content)
     with pytest.raises(UserError, match=r"inputs.json is damaged.*Restore it"):
-        resume.recorded(tmp_path)
+        resume.read_inputs(tmp_path)
 
 
 def test_the_accumulation_is_fitted_to_the_number_of_processes(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_the_accumulation_is_fitted_to_the_number_of_processes(tmp_path: Path) -
     write_json(tmp_path / "inputs.json", INPUTS)
     checkpoint.write(tmp_path, snapshot(2), keep=1)
     assert [resume.fitted_accumulation(tmp_path, 2, 6, n) for n in (1, 2, 3, 6)] == [6, 3, 2, 1]
-    message = r"12 rows a step, which 4 processes of batch=2 .*12 / \(2 × 4\).*1, 2, 3, 6 proc"
+    message = r"12 rows per step, which 4 processes of batch=2 .*12 / \(2 × 4\).*1, 2, 3, 6 proc"
     with pytest.raises(UserError, match=message):
         resume.fitted_accumulation(tmp_path, 2, 6, 4)
 

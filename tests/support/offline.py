@@ -106,7 +106,7 @@ def card(capability: int) -> Iterator[Card]:
     fakes: list[tuple[Any, str, Any]] = [
         (kernels, "usable", lambda device: True),
         (kernels, "generation", lambda device: capability // 10),
-        (gptq_tiles, "units", lambda device: UNITS),
+        (gptq_tiles, "multiprocessors", lambda device: UNITS),
         (gptq_tiles, "tensor_cores", lambda x: capability >= 80),
         (attention, "use_own_kernels", lambda q: capability == 90 and q.dtype != torch.float32),
         (attention, "use_torch_flash", lambda q: capability >= 80),

@@ -103,12 +103,16 @@ def wrap_step(monkeypatch: pytest.MonkeyPatch, wrapper: Callable[[Callable[[], A
 
 
 def signal_at_step(step: int, number: int, monkeypatch: pytest.MonkeyPatch, start: int = 0) -> list[int]:
-    """Send a signal to this process while `step` is computed, first after `start` steps; the list of steps computed."""
+    """Send a signal to this process at the end of `step`, first after `start` steps; the list of steps computed.
+
+    In the middle of a step it would end the step on a CPU.
+    """
 
     def wrapper(real: Callable[[], Any], engine: Any, now: int, count: int) -> Any:
+        result = real()
         if now == step and count > start:
             signal.raise_signal(number)
-        return real()
+        return result
 
     return wrap_step(monkeypatch, wrapper)
 

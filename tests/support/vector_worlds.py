@@ -40,7 +40,7 @@ def main(stage: str, folder: Path) -> None:
     assert learner.gather(keep=False) == ({}, {})
     if rank == 0:
         print(json.dumps({"rows": rows, "sum": float(sum(x.abs().sum() for x in masters.values()))}))
-    distributed.leave()
+    distributed.leave_process_group()
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ import sys
 from train.training import distributed
 distributed.join(distributed.detect(), cuda=False)
 assert distributed.all_gather(distributed.detect().rank) == [0, 1]
-distributed.leave()
+distributed.leave_process_group()
 import torch.distributed as dist
 groups = list(dist.distributed_c10d._world.pg_map)
 # removes the names; the groups themselves must survive it, or their threads could deadlock with this one
@@ -130,5 +130,5 @@ def test_the_nccl_group_of_one_process_is_destroyed(
     monkeypatch.setattr(dist, "get_backend", lambda: backend)
     monkeypatch.setattr(dist, "get_world_size", lambda: size)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
-    distributed.leave_alone()
+    distributed.destroy_single_process_group()
     assert bool(calls) == destroyed

@@ -31,6 +31,7 @@ from train.model.loading import load
 from train.model.lora import load_adapter
 from train.runs.losses import held_out, read
 from train.training import prepare
+from train.training.deepspeed_engine import Engine
 from train.training.signals import EXIT_INTERRUPTED
 
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -150,15 +151,47 @@ def test_the_run_keeps_the_split_and_says_what_it_measured(
     assert "held_out.jsonl is missing, or not what it was" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("step", [2, 6])
-def test_a_run_that_was_stopped_measures_the_same(step: int) -> None:
-    """Within an epoch, and in the step that ends one."""
-    if not Path("runs/whole/run.json").exists():
-        train(run="whole", **HELD)
+@pytest.fixture(scope="module")
+def whole(workspace: Path) -> str:
+    train(run="whole", **HELD)
+    return "whole"
+
+
+@pytest.mark.parametrize("step", [2, 6, 13])
+def test_a_run_that_was_stopped_measures_the_same(step: int, whole: str) -> None:
+    """Within an epoch, in the step that ends one, and in the last step."""
     stop(f"cut-{step}", step, **HELD)
     train(run=f"cut-{step}", **HELD)
-    assert losses(f"cut-{step}") == losses("whole")
-    assert adapter(f"cut-{step}") == adapter("whole")
+    assert losses(f"cut-{step}") == losses(whole)
+    assert adapter(f"cut-{step}") == adapter(whole)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_signal_ends_a_measurement_which_the_next_start_makes_up_for(
+    number: int, whole: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first step, after the first epoch, and at the end: a CPU may take minutes for it."""
+    run, real, calls = f"measured-{number}", Engine.evaluate, 0
+
+    def evaluate(self: Engine, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5 * number + 2:  # rows of 5 samples at most
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "evaluate", evaluate)
+        with pytest.raises(SystemExit) as stopped:
+            train(run=run, **HELD)
+    assert stopped.value.code == EXIT_INTERRUPTED
+    assert calls == 5 * number + 2 and not Path(f"runs/{run}/run.json").exists()
+    assert len(losses(run)) == 7 * number and len(held_out(losses(run))) == number
+    capsys.readouterr()
+    train(run=run, **HELD)
+    printed = capsys.readouterr().out
+    assert printed.count("which the last start did not finish") == (number > 0)
+    assert losses(run) == losses(whole) and adapter(run) == adapter(whole)
 
 
 def test_other_keys_do_not_continue_a_run() -> None:

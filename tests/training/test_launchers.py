@@ -21,7 +21,7 @@ from train.training import distributed
 ranks = distributed.detect()
 distributed.join(ranks, cuda=False)
 print(distributed.all_gather("met")[-1], flush=True)
-distributed.leave()
+distributed.leave_process_group()
 """
 
 
@@ -165,9 +165,9 @@ def test_a_launcher_that_decides_the_number_of_processes_is_named(
     asked: int, said: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_variables(monkeypatch, {})
-    note = launchers.gives_way("processes", asked, 2)
+    note = launchers.unused_option_note("processes", asked, 2)
     assert bool(note) == said
-    assert not said or note.startswith("processes=3 is not used: the launcher of this process has started 2")
+    assert not said or note.startswith("processes=3 is not used: the launcher has started 2")
 
 
 @pytest.mark.skipif(not with_own_host_name(), reason="this user may not give itself a host name of its own")

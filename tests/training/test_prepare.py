@@ -251,7 +251,7 @@ def test_a_run_begins_anew_after_a_start_that_learnt_nothing(
     write_rows(Path("mended.jsonl"), 5)
     train(run="mended", steps=1, rank=2, data="mended.jsonl")
     printed = capsys.readouterr().out
-    assert printed.count("run 'mended' begins anew: an earlier start stopped before its first checkpoint") == 1
+    assert printed.count("run 'mended' starts again: an earlier start stopped before its first checkpoint") == 1
     assert read_json(Path("runs/mended/inputs.json"))["recipe"]["rank"] == 2
 
 

@@ -1,6 +1,7 @@
 """A run that is interrupted and continued ends in the bytes of one that was not, and bad weights are never saved."""
 
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from train.config.recipe import Recipe
 from train.runs import checkpoint
 from train.training import deepspeed_engine, save_resume
 from train.training.async_save import Saver
+from train.training.deepspeed_engine import Engine
 from train.training.signals import EXIT_INTERRUPTED
 
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -66,6 +68,32 @@ def test_a_signal_ends_with_a_checkpoint_and_status_75(
     train(run=run, **LONG)
     assert losses(run) == uninterrupted[0]
     assert adapter(run) == uninterrupted[1]
+
+
+def test_a_signal_between_micro_batches_gives_the_step_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU a step may take longer than the ten seconds that `docker stop` leaves. Not one bit is lost."""
+    forward, calls = Engine.forward_backward, []
+
+    def counted(self: Engine, batch: Any, labels: int) -> Any:
+        calls.append(labels)
+        if len(calls) == 4 * 3 + 2:  # the second of the fourth step's micro batches
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, batch, labels)
+
+    keys = {**LONG, "batch": 1, "accumulation": 4}
+    train(run="whole-steps", **keys)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "forward_backward", counted)
+        with pytest.raises(SystemExit) as stopped:
+            train(run="given-up", **keys)
+    assert stopped.value.code == EXIT_INTERRUPTED
+    assert len(calls) == 4 * 3 + 2, "no further micro batch was computed"
+    newest, _ = checkpoint.newest(Path("runs/given-up"))
+    assert newest is not None
+    assert newest.name == "step-000003"
+    train(run="given-up", **keys)
+    assert losses("given-up") == losses("whole-steps")
+    assert adapter("given-up") == adapter("whole-steps")
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(

@@ -112,7 +112,9 @@ def test_the_first_signal_requests_a_stop_and_the_second_ctrl_c_ends(capfd: pyte
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.requested
-        assert capfd.readouterr().err.strip() == "finishing this step, then a checkpoint; Ctrl-C again ends at once"
+        assert (
+            capfd.readouterr().err.strip() == "finishing what is in hand, then a checkpoint; Ctrl-C again ends at once"
+        )
         signal.raise_signal(signal.SIGTERM)
         assert capfd.readouterr().err == "", "announced once"
         with pytest.raises(KeyboardInterrupt):
@@ -167,7 +169,7 @@ def test_a_signal_reaches_every_process() -> None:
     process.terminate()
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_INTERRUPTED, printed
-    assert printed.count("finishing this step, then a checkpoint\n") == 1
+    assert printed.count("finishing what is in hand, then a checkpoint\n") == 1
     assert "The same command continues from there" in printed
     assert checkpoint.newest(Path("runs/both-stopped"))[1] == []
 

@@ -1,15 +1,20 @@
-"""Check a data set and print its summary; with OUT=, also write it as OpenAI messages.
+"""Check a data set and print its summary; with OUT=, also write it as OpenAI messages. With FIX=1, mend broken JSON.
 
 make data DATA=file-or-folder [RECIPE=name] [MODEL=base] [OUT=new.jsonl] [ARGS="length=1024 overlong=skip …"]
 make data DATA=file CLEAN=exact_duplicates,near_duplicates HELD_OUT=0.05 OUT=new.jsonl
-
-CLEAN= leaves rows out, and HELD_OUT= sets questions aside, as training with the same keys does. Then OUT=new.jsonl has
-the conversations to train on, new.held_out.jsonl those to measure on, and new.removed.jsonl says why each other row is
-left out.
+make data DATA=broken.json FIX=1 [OUT=broken.fixed.jsonl] [PARTIAL=1] [OVERWRITE=1]
 
 Data with a mistake is refused with a list of all mistakes by file, line and column, and status 2. Tokens are counted
 with the tokenizer of the base and the template of the recipe. Without the base on this machine only these numbers are
 missing.
+
+FIX=1 corrects every mistake that can be corrected in one way only, into a new file, and shows each kind of change. The
+original stays as it is. What only a person can tell is listed by line and column, with status 2; then nothing is
+written, or with PARTIAL=1 all rows but these.
+
+CLEAN= leaves rows out, and HELD_OUT= sets questions aside, as training with the same keys does. Then OUT=new.jsonl has
+the conversations to train on, new.held_out.jsonl those to measure on, and new.removed.jsonl says why each other row is
+left out.
 """
 
 import re
@@ -25,9 +30,10 @@ from train.common.errors import UserError
 from train.common.progress import bar
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
 from train.config.recipe import Recipe, load_recipe
-from train.data import chat_template, conversations
+from train.data import chat_template, conversations, repair, repair_report
 from train.data.cleaning import named_steps
 from train.data.conversations import CheckedData, Conversation
+from train.data.data_row import ReadOptions
 from train.data.selection import Selection, check_settings, keeps_empty, select, token_counter
 from train.data.sources import sources
 from train.data.writing import write_conversations, write_removed
@@ -48,13 +54,18 @@ HAN, KANA, LETTER = re.compile("[\u3400-\u9fff\uf900-\ufaff]"), re.compile("[\u3
 class Options(RecipeOptions):
     """What to read, and for which run."""
 
-    data: str = option("", "file, folder of .json and .jsonl files, or several separated by commas")
+    data: str = option(
+        "", "a file (JSON, CSV, Excel, Parquet, text, archive), a folder, or several separated by commas"
+    )
     recipe: str = option(
         "qlora", "a name in train/recipes/, or the path of a .yaml file: template, length, tokens to train on"
     )
     model: str = option("", "base whose tokenizer counts; empty: the recipe's")
     out: str = option("", "write the conversations to this file, as OpenAI messages, one per line")
     models: str = option("models", "folder of bases")
+    fix: bool = option(False, "mend broken JSON into out=, or beside each file as NAME.fixed.jsonl")
+    partial: bool = option(False, "with fix: write although rows are left that only a person can mend, without these")
+    overwrite: bool = option(False, "with fix: replace an older file that has other content")
 
 
 def parse(values: dict[str, str]) -> Options:
@@ -68,13 +79,20 @@ def run(options: Options) -> None:
         raise UserError("data: which file? Example: make data DATA=data/demo.jsonl")
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
     check_settings(recipe)
+    if options.fix:
+        return _fix(options, recipe)
     for out in _outputs(options, recipe):
         _check_out(out, options.data)
     if options.out and (recipe.clean or recipe.held_out):
         _check_apart(Path(options.out), options.data)
-    checked = _check(options.data, keeps_empty(recipe.clean))
+    checked = _check(options.data, recipe)
     if checked.problems:
-        raise UserError(conversations.report(checked.problems))
+        hint = (
+            ""
+            if checked.problems[0].cell
+            else f"\nWhat has one correction only: make data DATA={shlex.quote(options.data)} FIX=1"
+        )
+        raise UserError(conversations.report(checked.problems) + hint)
 
     # --- clean, set aside -------------------------------------------------------------------------------------------
     tokenizer, reason = _tokenizer(recipe, Path(options.models))
@@ -102,7 +120,7 @@ def run(options: Options) -> None:
 # Reading
 
 
-def _check(data: str, keep_empty: bool) -> CheckedData:
+def _check(data: str, recipe: Recipe) -> CheckedData:
     files = sources(data)
     with _progress("reading", len(files), sum(path.stat().st_size for path in files)) as advance:
         shares: dict[str, float] = {}
@@ -111,7 +129,7 @@ def _check(data: str, keep_empty: bool) -> CheckedData:
             advance(share - shares.get(file, 0.0))
             shares[file] = share
 
-        return conversations.check(data, progress, keep_empty)
+        return conversations.check(data, progress, ReadOptions(recipe.columns, keeps_empty(recipe.clean)))
 
 
 @contextmanager
@@ -244,6 +262,46 @@ def mark(ids: list[int], mask: list[int], tokenizer: "Tokenizer", before: str, a
         text += f"{before}{part}{after}" if mask[start] else part
         start = stop
     return text.rstrip("\n") if start == len(ids) else f"{text}…"
+
+
+# Mending
+
+
+def _fix(options: Options, recipe: Recipe) -> None:
+    """Write what can be mended of DATA, or say what is left to a person.
+
+    Raises:
+        UserError: something is left, or the result would replace something else.
+    """
+    if recipe.clean or recipe.held_out:
+        raise UserError("fix=1 only mends: clean= and held_out= are for its result. Leave them out here.")
+    if options.out:
+        _check_out(Path(options.out), options.data)
+    targets = repair.targets(options.data, options.out)
+    for path in targets:
+        _check_out(path, options.data)
+    repairs = {path: [_repaired(source, recipe) for source in files] for path, files in targets.items()}
+    for one in (one for group in repairs.values() for one in group):
+        print("\n".join(repair_report.lines(one, colour=sys.stdout.isatty())))
+    left = [one for group in repairs.values() for one in group if one.left]
+    if left and not options.partial:
+        raise UserError(repair_report.refusal(left))
+    for path, group in repairs.items():
+        print(repair.write(group, path, options.overwrite))
+    if left:
+        raise UserError(repair_report.left_out(left))
+
+
+def _repaired(source: Path, recipe: Recipe) -> repair.Repair:
+    done = 0.0
+    with _progress(f"mending {source.name}", 1, source.stat().st_size) as advance:
+
+        def progress(share: float) -> None:
+            nonlocal done
+            advance(share - done)
+            done = share
+
+        return repair.repair(source, ReadOptions(recipe.columns), progress)
 
 
 # Writing

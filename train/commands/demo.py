@@ -14,10 +14,12 @@ from pathlib import Path
 from train.common import commands, terminal
 from train.common.errors import UserError
 from train.common.files import free_bytes
+from train.common.memory import free_memory
 from train.config.options import option
 
 BASE = "Qwen2.5-Coder-0.5B-Instruct"
 DATA = "data/demo.jsonl"
+ROOT = Path(__file__).parents[2]
 GB = 10**9
 # Measured at the end: float base 1.27, Int4 0.74, run with its checkpoints 0.24, merged model 1.27 GB. The download
 # (0.49 GB, twice that while its pieces are joined) is removed by then. The rest is for one more checkpoint and an
@@ -81,16 +83,21 @@ def run(options: Options) -> None:
 def demo_steps(options: Options, name: str) -> list[DemoStep]:
     """The commands, in order."""
     models, runs = ("models", options.models), ("runs", options.runs)
-    int4 = _int4(options)
+    int4, data = _int4(options), demo_data()
     layout = (("layout", options.layout),) if options.layout else ()
     return [
         DemoStep("Fetch the base and verify it", "model", (("model", BASE), models)),
         DemoStep("Round its weights to Int4", "quantize", (("model", BASE), *layout, models)),
-        DemoStep("Check the data", "data", (("data", DATA), ("recipe", "demo"), ("model", int4), models)),
-        DemoStep("Train", "train", (("data", DATA), ("model", int4), ("recipe", "demo"), ("run", name), models, runs)),
+        DemoStep("Check the data", "data", (("data", data), ("recipe", "demo"), ("model", int4), models)),
+        DemoStep("Train", "train", (("data", data), ("model", int4), ("recipe", "demo"), ("run", name), models, runs)),
         DemoStep("Merge into float weights and verify them", "export", (("run", name), models, runs)),
         DemoStep("Ask the same questions before and after", "compare", (("run", name), models, runs)),
     ]
+
+
+def demo_data() -> str:
+    """The demo's data in the working folder, else the program's own copy, as in a container without mounts."""
+    return DATA if Path(DATA).is_file() else str(ROOT / DATA)
 
 
 def _int4(options: Options) -> str:
@@ -113,10 +120,8 @@ def _check_room(options: Options, folder: Path) -> None:
     Raises:
         UserError: too little disk or memory, or another folder than the project's.
     """
-    import psutil
-
-    if not Path(DATA).is_file():
-        raise UserError(f"{DATA} is missing. Start the demo in the folder of the project (the one with the Makefile).")
+    if not Path(demo_data()).is_file():
+        raise UserError(f"{demo_data()} is missing. Start the demo in a whole checkout of the project.")
     results = [*(Path(options.models) / name for name in (BASE, _int4(options))), folder]
     present = sum(path.stat().st_size for result in results for path in result.rglob("*") if path.is_file())
     need, free = max(DISK - present, GB // 2), free_bytes(Path(options.models).absolute())
@@ -125,7 +130,7 @@ def _check_room(options: Options, folder: Path) -> None:
             f"the demo needs {need / GB:.1f} GB more disk, {free / GB:.1f} GB are free at {options.models}. "
             "Free some, or put MODELS= and RUNS= on another disk."
         )
-    memory = psutil.virtual_memory().available
+    memory = free_memory()
     if memory < MEMORY:
         raise UserError(
             f"the demo needs {MEMORY / GB:.1f} GB of memory, {memory / GB:.1f} GB are free. "
@@ -175,7 +180,7 @@ def _print_summary(options: Options, folder: Path, steps: Sequence[DemoStep], se
         "make infer RUN=mine": "chat with the result",
     }
     for command, purpose in examples.items():
-        console.print(f"  [cyan]{command:38}[/cyan]# {purpose}", soft_wrap=True)
+        console.print(f"  [cyan]{commands.spelt(command):38}[/cyan]# {purpose}", soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

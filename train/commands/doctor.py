@@ -1,8 +1,8 @@
-"""What on this machine, in this recipe, base and data would fail, and the remedy, before anything is loaded or written.
+"""Find what would fail with this machine, recipe, base and data, and how to fix it, before anything is loaded.
 
 make doctor [DATA=file] [MODEL=base] [RECIPE=name] [GPUS=n] [ARGS="key=value …"]
 
-One line a check: ok, warn (it runs, but not as you may expect) or fail. Status 0 when nothing fails, 2 when something
+One line per check: ok, warn (it runs, but not as you may expect) or fail. Status 0 when nothing fails, 2 when something
 does; STRICT=1: 2 for a warning too. JSON=1: one JSON object for a program. The machine is inspected without torch,
 which is then tried in a process of its own. make plan says what of a card's memory a step takes.
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train.commands.findings import Report
 from train.common import commands
 from train.common.errors import UserError
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
@@ -24,17 +25,17 @@ from train.config.stages import Stage, stage
 from train.data import conversations
 from train.data.cleaning import named_steps
 from train.data.conversations import Conversation
+from train.data.data_row import GUESS, ReadOptions
 from train.data.selection import check_settings, keeps_empty, select, token_counter
 from train.host import checks, failures, machine
 from train.host.checks import Finding
 from train.host.machine import Machine
-from train.host.report import Report
 from train.host.windows import check_windows, inspect_windows
 from train.model.architecture import Shape
 from train.model.folder import find, find_damage, is_hub_id, read_manifest
 from train.model.names import hub_name
 from train.model.published import read_folder_shape
-from train.training import memory_estimate, memory_plan
+from train.training import cpu_memory, memory_estimate, memory_plan
 from train.training.memory_estimate import Setting
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ LOCK = ROOT / "env.lock"
 MODELS = ROOT / "data" / "models.lock"
 # The machine's memory that a process with a card takes: 0.7 GB for torch and DeepSpeed, the rest for CUDA
 PROCESS_BYTES = 2 << 30
-NO_DATA = "?"  # stands for the data of a stage that nobody has named yet
+NO_DATA = "?"  # stands for the data of a stage that is not given yet
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Options(RecipeOptions):
     data: str = option("", "file, folder or several with commas between; empty: no data is checked")
     model: str = option("", "base; empty: the recipe's")
     recipe: str = option("qlora", "a name in train/recipes/, or the path of a .yaml file")
-    gpus: int = option(0, "GPUs that must be there; 0: whatever is there", interval="[0, 64]")
+    gpus: int = option(0, "GPUs that must be there; 0: any number", interval="[0, 64]")
     models: str = option("models", "folder of bases")
     runs: str = option("runs", "folder of runs")
     log: str = option("", "explain this log of a failed run instead; -: the standard input")
@@ -176,7 +177,7 @@ def _sum_up(part: Part) -> str:
     assert recipe is not None
     steps = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epochs"
     rows = recipe.batch * recipe.accumulation
-    step = f"a step {rows} × {recipe.length} tokens a process"
+    step = f"{rows} × {recipe.length} tokens per step and process"
     return f"r {recipe.rank} on {recipe.targets}, {steps}, {step}, ZeRO {recipe.zero}"
 
 
@@ -213,7 +214,7 @@ def _check_base_folder(report: Report, recipe: Recipe, models: Path) -> Path | N
 
 
 def _missing_base(model: str) -> Finding:
-    text, remedy = "not here yet", f"{commands.make('model', model=model)} fetches it; make train does so by itself"
+    text, remedy = "not here yet", f"{commands.make('model', model=model)} fetches it; `make train` also fetches it"
     if is_hub_id(model) or _download_bytes(model):
         return Finding("folder", "warn", text, remedy)
     return Finding("folder", "fail", f"{text}: no folder, no hub id (owner/name), no name in data/models.lock")
@@ -288,10 +289,11 @@ def _check_training_memory(
     card = max(here.cards, key=lambda card: card.free or 0, default=None)
     if card and card.total and card.free and memory_plan.can_plan(card.capability, recipe):
         return _check_planned_memory(recipe, shape, card.free, card.total)
-    needed = memory_plan.least_bytes(model, folder, recipe, parameters, on_card=bool(here.cards))
     if card and card.total and card.free is not None:
+        needed = memory_plan.least_bytes(model, folder, recipe, parameters)
         return checks.check_memory("card's memory", needed, card.free, card.total)
-    return checks.check_memory("memory", needed, here.free_memory)
+    needed = cpu_memory.training_bytes(folder, recipe, parameters)
+    return checks.check_memory("memory", needed, here.free_memory, qualifier="about")
 
 
 def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -> Finding:
@@ -303,7 +305,7 @@ def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -
         return finding
     if chosen is None:
         return replace(finding, remedy=f"{finding.remedy} What would fit: {commands.make('plan', model=recipe.model)}")
-    return replace(finding, remedy=f'The same rows a step, in less: ARGS="{chosen[0].as_text()}"')
+    return replace(finding, remedy=f'The same rows per step in less memory: ARGS="{chosen[0].as_text()}"')
 
 
 # --- the data
@@ -311,8 +313,8 @@ def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -
 
 def _check_data(report: Report, recipe: Recipe | None, folder: Path | None, data: str) -> None:
     """Read all of it; with the base's tokenizer and a recipe also count its tokens, as training will."""
-    keep_empty = recipe is not None and keeps_empty(recipe.clean)
-    reading = report.attempt("rows", lambda: _read(data, keep_empty), _rows_text)
+    options = ReadOptions(recipe.columns, keeps_empty(recipe.clean)) if recipe else GUESS
+    reading = report.attempt("rows", lambda: _read(data, options), _rows_text)
     if reading is None or recipe is None:
         return
     tokenizer = _tokenizer(folder)
@@ -353,8 +355,8 @@ def _rows_text(reading: conversations.CheckedData) -> str:
     return "; ".join([f"{len(reading.conversations):,} conversations", *reading.notices()])
 
 
-def _read(data: str, keep_empty: bool) -> conversations.CheckedData:
-    reading = conversations.check(data, keep_empty=keep_empty)
+def _read(data: str, options: ReadOptions) -> conversations.CheckedData:
+    reading = conversations.check(data, options=options)
     if reading.problems:
         more = f"\nAll of them: {commands.make('data', data=data)}" if len(reading.problems) > 3 else ""
         raise UserError(conversations.report(reading.problems, limit=3) + more)

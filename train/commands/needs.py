@@ -23,7 +23,9 @@ from typing import Any, Protocol
 
 from train.common.errors import UserError
 from train.common.files import read_json
+from train.config.options import SWITCH
 from train.config.recipe import load_recipe, read_stages
+from train.runs.folder import newest_run
 
 Record = tuple[str, str]
 RECORD_KINDS = {"write": "make", "may-write": "write", "read": "read"}  # by the word in the verb table
@@ -63,6 +65,9 @@ def _folders(verb: Verb, values: dict[str, str]) -> Iterator[Record]:
     out = values.get("out", "")
     if "/" in out or (out and verb.models != "write"):  # otherwise it is a name below models/
         yield "write", str(Path(out).parent)
+    elif SWITCH.get(values.get("fix", "").lower()):  # the result lies beside the data
+        parents = {str(Path(part).parent) for part in _data_paths(values.get("data", ""))}
+        yield from (("write", parent) for parent in sorted(parents))
 
 
 def _paths_to_read(name: str, values: dict[str, str]) -> Iterator[str]:
@@ -74,7 +79,7 @@ def _paths_to_read(name: str, values: dict[str, str]) -> Iterator[str]:
     parent = values.get("from_run") or values.get("from", "")
     if parent and not os.path.isdir(runs / parent):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
         yield parent
-    if run := runs / values["run"] if values.get("run") else _newest_run(runs) if name == "infer" else None:
+    if run := runs / values["run"] if values.get("run") else newest_run(runs) if name == "infer" else None:
         for path in (run, *sorted(run.glob("stages/*"))):
             yield from _run_paths(path)
 
@@ -93,12 +98,6 @@ def _recipe_paths(recipe: str) -> Iterator[str]:
         yield load_recipe(recipe, {}).model
         for stage in read_stages(recipe):
             yield from _data_paths(stage.get("data", ""))
-
-
-def _newest_run(runs: Path) -> Path | None:
-    """The finished run that `infer` takes without RUN= and MODEL=; as inference/trained.py does, but without torch."""
-    finished = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
-    return finished[-1].parent if finished else None
 
 
 def _run_paths(run: Path) -> Iterator[str]:

@@ -3,8 +3,8 @@
 make train DATA=file [MODEL=base] [RECIPE=name] [RUN=name] [FROM=run] [GPUS=n] [ARGS="key=value …"]
 
 Everything that can be wrong with the inputs is reported before anything is loaded or written. Ctrl-C or SIGTERM
-finishes the step, writes a checkpoint and ends with status 75; the same command continues from there, to the same bytes
-as if it had never stopped. SIGTERM before the first step ends with status 75 at once.
+finishes the step, writes a checkpoint and ends with status 75; the same command continues from there, and its result has
+the same bytes as without the stop. SIGTERM before the first step ends with status 75 at once.
 """
 
 import os
@@ -46,9 +46,9 @@ class Options(RecipeOptions):
     model: str = option("", "base; empty: the recipe's")
     recipe: str = option("qlora", "a name in train/recipes/, or the path of a .yaml file")
     run: str = option("", "name of the run folder below runs/; empty: data-recipe-model")
-    from_run: str = option("", "(or from=) the adapter to start from: that of a run, or in a folder, by any peft")
+    from_run: str = option("", "(or from=) the adapter to start from: name of a run, or a folder with a peft adapter")
     stage: int = option(0, "one stage of a recipe that has several; 0 = all, one after another", interval="[0, 1000]")
-    gpus: int = option(1, "GPUs of this machine to use, where there are any", interval="[1, 64]")
+    gpus: int = option(1, "how many GPUs of this machine to use, if it has any", interval="[1, 64]")
     models: str = option("models", "folder of bases")
     runs: str = option("runs", "folder of runs")
 
@@ -62,9 +62,10 @@ def parse(values: dict[str, str]) -> Options:
 
 
 def wanted_base(words: list[str]) -> str:
-    """The base that `make train WORDS` fetches first: that of a new run whose data is here and whose base is not.
+    """The base that `make train WORDS` must fetch first: the data of a new run exists here, its base does not.
 
-    Empty where the words are wrong: the command itself reports that.
+    Returns:
+        Its name; "" if nothing is to be fetched, or the arguments are wrong (the command itself reports that).
     """
     try:
         options = parse(pairs(words))
@@ -77,7 +78,7 @@ def wanted_base(words: list[str]) -> str:
 
 
 def run(options: Options) -> None:
-    """All stages of the recipe. Exits with status 75 if a signal or a full disk stopped it: the command continues it."""
+    """Train all stages of the recipe. A signal or a full disk ends it with status 75; the same command continues it."""
     from train.training.async_save import FullError
 
     rank_info = distributed.detect()
@@ -96,13 +97,13 @@ def run(options: Options) -> None:
             print(f"error on {socket.gethostname()}, process {rank_info.rank}: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
-        distributed.leave_alone()  # also after an error
+        distributed.destroy_single_process_group()  # also after an error
     if status:
         sys.exit(status)
 
 
 def _all_stages(options: Options, rank_info: RankInfo | None) -> int:
-    """Each stage of the recipe after the one before; a recipe without stages is one run. Returns the exit status."""
+    """Train the stages of the recipe in order; a recipe without stages is one run. Returns the exit status."""
     stages = count(options.recipe)
     numbers = range(1, stages + 1) if stages and not options.stage else [options.stage]
     _stage(replace(options, stage=numbers[-1]))  # a mistake in the last stage is reported before the first begins
@@ -112,7 +113,7 @@ def _all_stages(options: Options, rank_info: RankInfo | None) -> int:
         status = _one_stage(one, rank_info, later_stages=numbers[-1] - number)
         if status or not finished(_stage(one).run):  # under torchrun a worker that was stopped returns 0 too
             break
-    distributed.leave()
+    distributed.leave_process_group()
     return status
 
 
@@ -122,7 +123,7 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
     if not options.data and not options.stage:
         raise UserError("train: which data? Example: make train DATA=data/demo.jsonl")
     stage = _stage(options)
-    from train.training import devices  # seconds of imports, after mistakes in the words are reported
+    from train.training import devices  # these imports take seconds: mistakes in the arguments are reported before
     from train.training.same_start import agree_on_start
     from train.training.train_one import train_one
 
@@ -143,7 +144,7 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
     if rank_info is None and chosen.processes > 1:
         return _launch(options, prepared, chosen)
     if not train_one(prepared, chosen, checkpoint):
-        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_INTERRUPTED  # torchrun would take 75 for a failure
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_INTERRUPTED  # torchrun would treat 75 as a failure
     _say(rank_info, _next_commands(options, stage.run))
     return 0
 
@@ -159,7 +160,7 @@ def _stage(options: Options) -> Stage:
 
 
 def _default_name(options: Options) -> str:
-    """data-recipe-model, each without its folder; a run that was named after an earlier name of the recipe keeps it."""
+    """data-recipe-model, each without its folder; a run whose name has an earlier name of the recipe keeps that name."""
     model = options.model or load_recipe(options.recipe, options.overrides).model
     data = Path(options.data.split(",")[0]).stem
     names = ["-".join(filter(None, (data, recipe, Path(hub_name(model)).name))) for recipe in names_of(options.recipe)]
@@ -167,7 +168,7 @@ def _default_name(options: Options) -> str:
 
 
 def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: int) -> "PreparedRun":
-    """The checked run, with a note where it does not follow the user's words."""
+    """The checked run, with a note for each setting that differs from what the user asked for."""
     from train.common.device import dtype_name
     from train.training import prepare
 
@@ -180,21 +181,21 @@ def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: i
     )
     if recipe.accumulation != stage.recipe.accumulation:
         rows = prepared.inputs["rows_per_step"]
-        prepared.notes.append(f"accumulation={recipe.accumulation}: the run was begun with {rows} rows a step.")
+        prepared.notes.append(f"accumulation={recipe.accumulation}: the run was started with {rows} rows per step.")
     if options.gpus > 1 and devices.device.type == "cpu":
-        note = f"gpus={options.gpus}: this machine has no GPU; the CPU computes, in processes={processes}."
+        note = f"gpus={options.gpus}: this machine has no GPU: training runs on the CPU, with processes={processes}."
         prepared.notes.append(note)
-    prepared.notes.extend(filter(None, [_gives_way(options, recipe, devices)]))
+    prepared.notes.extend(filter(None, [_launcher_note(options, recipe, devices)]))
     return prepared
 
 
-def _gives_way(options: Options, recipe: Recipe, devices: "Devices") -> str:
-    """A note where a launcher has decided the number of processes, and the user asked for another; else empty."""
+def _launcher_note(options: Options, recipe: Recipe, devices: "Devices") -> str:
+    """A note if a launcher has set the number of processes and the user asked for a different number; else ""."""
     if devices.rank_info is None or distributed.SPAWNED in os.environ:
         return ""
     key, asked = ("gpus", options.gpus) if devices.device.type == "cuda" else ("processes", recipe.processes)
     typed = asked != 1 or "processes" in options.overrides
-    return launchers.gives_way(key, asked, devices.processes) if typed else ""
+    return launchers.unused_option_note(key, asked, devices.processes) if typed else ""
 
 
 def _launch(options: Options, prepared: "PreparedRun", devices: "Devices") -> int:
@@ -208,7 +209,7 @@ def _launch(options: Options, prepared: "PreparedRun", devices: "Devices") -> in
 
 
 def _is_first(rank_info: RankInfo | None) -> bool:
-    """Whether this process speaks for all."""
+    """Whether this process prints for all processes of the run."""
     return rank_info is None or rank_info.rank == 0
 
 

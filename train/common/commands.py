@@ -1,9 +1,16 @@
-"""Commands that are printed for a person to paste into a shell: quoted, with the folders that are not the usual ones."""
+"""Commands that are printed for a person to paste into a shell: quoted, with the folders that are not the usual ones.
 
+They are spelt as the person started the program: by make, by compose, or by a plain run of the image. COMMANDS_AS in the
+environment says which; the image and compose.yaml set it.
+"""
+
+import os
 import re
 import shlex
 from collections.abc import Sequence
 
+FORMS = {"make": "make", "compose": "docker compose run --rm", "docker": "docker run … IMAGE"}
+VERBS = "model|quantize|doctor|plan|data|train|export|infer|compare|verify|demo"  # targets of make that the others have
 USUAL = {"models": "models", "runs": "runs"}  # folders that a command need not name
 
 
@@ -15,7 +22,16 @@ def make(target: str, args: Sequence[str] = (), /, **keys: object) -> str:
     """
     given = {key: str(value) for key, value in keys.items() if str(value) != USUAL.get(key, "")}
     words = [f"{key.upper()}={_quote(value)}" for key, value in given.items()]
-    return " ".join(["make", target, *words, *([f"ARGS={_quote_args(args)}"] if args else [])])
+    return spelt(" ".join(["make", target, *words, *([f"ARGS={_quote_args(args)}"] if args else [])]))
+
+
+def spelt(text: str) -> str:
+    """`text`, with each `make VERB …` in it as the person would type it; ARGS="a=1 b=2" is a=1 b=2 without make."""
+    form = FORMS.get(os.environ.get("COMMANDS_AS", "make"), "make")
+    if form == "make":
+        return text
+    text = re.sub(rf"\bmake (?=(?:{VERBS})\b)", f"{form} ", text)
+    return re.sub(r"\bARGS=(?:\"([^\"]*)\"|'([^']*)')", lambda match: match[1] or match[2] or "", text)
 
 
 def _quote(value: str) -> str:

@@ -1,7 +1,7 @@
-"""Files that are either complete or not there: hashing, atomic writes, folders that are written aside.
+"""Files that are either complete or not there: hashing, atomic writes of files and folders.
 
-This module knows nothing of models or runs. Everything is written under a temporary name in the same folder, flushed to
-the disk and then renamed. That costs one fsync per file, and no reader ever sees half a file.
+Knows nothing of models or runs. Everything is written under a temporary name in the same folder, flushed to the disk
+and then renamed. That costs one fsync per file, and no reader ever sees half a file.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
-HASH_BLOCK = 1 << 23  # bytes. Each read releases Python's lock, so larger blocks give other threads longer turns
+HASH_BLOCK = 1 << 23  # bytes. Each read releases Python's GIL, so larger blocks let other threads run longer
 
 
 def sha256(path: Path) -> str:
@@ -165,8 +165,8 @@ def recover(folder: Path) -> None:
 def _is_running(pid: int) -> bool:
     """Whether another process with this number runs on this machine, under any user.
 
-    Our own number counts as ended: in a container each start gets the same few numbers, and this process has not
-    written anything yet.
+    Our own number counts as ended: in a container every start gets one of the same few numbers, so the name was left by
+    an earlier process; this one has not written anything yet.
     """
     if pid == os.getpid():
         return False

@@ -80,7 +80,7 @@ def readable_word(word: str, keys: tuple[str, ...] = ("prompt", "system")) -> st
 
 
 def is_closed_pipe(error: BaseException) -> bool:
-    """Whether `error` says that nobody reads our output any more; a connection that broke is another matter.
+    """Whether `error` says that the reader of our output has closed it; a connection that broke is another matter.
 
     rich's Console closes the output itself, and raises SystemExit from BrokenPipeError.
     """
@@ -90,7 +90,7 @@ def is_closed_pipe(error: BaseException) -> bool:
 
 
 def output_is_closed() -> bool:
-    """Whether nobody reads the standard output or the standard error any more."""
+    """Whether the reader of the standard output or standard error has closed it."""
     return any(_is_closed(stream) for stream in (sys.stdout, sys.stderr))
 
 

@@ -24,7 +24,7 @@ SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false
 
 @dataclass(frozen=True)
 class Interval:
-    """The numbers from `low` to `high`, with or without these two. NaN is in no interval."""
+    """The numbers from `low` to `high`; with_low, with_high: whether the ends belong to it. NaN is in no interval."""
 
     low: float
     high: float
@@ -64,9 +64,9 @@ def option(
 
     Args:
         help: its line in --help.
-        interval: the values of a number, as mathematicians write it: "[0, 1)" is from 0 to below 1. Every number has
+        interval: the values of a number, in mathematical notation: "[0, 1)" is from 0 to below 1. Every number has
             one, so that infinity, NaN and absurd sizes are refused before anything is loaded.
-        may_be_empty: of a text; None: if its default is empty.
+        may_be_empty: whether a text may be ""; None: only if its default is.
         each: the text is a list of these words, with commas between.
     """
     values = Interval.parse(interval) if interval else None
@@ -111,7 +111,7 @@ def build(cls: type[T], values: dict[str, str], where: str = "", bounded: bool =
 
     Args:
         where: the file or command that the values come from, for the error message.
-        bounded: refuse values outside their interval. False for the record of a run that has trained with them.
+        bounded: refuse values outside their interval. False to read the record of an old run, whatever it trained with.
     Raises:
         UserError: unknown keys, values of the wrong type and values out of range, all of them.
     """

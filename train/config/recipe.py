@@ -42,6 +42,7 @@ class Recipe:
     system: str = option(
         "You are a helpful assistant.", "system message of conversations without one; empty: none", may_be_empty=True
     )
+    columns: str = option("", "columns or keys of the data where the guess is wrong: columns=question:NAME,answer:NAME")
     clean: str = option("", "rows to leave out, by step, with commas between; empty: none", each=CLEANING_STEPS)
     near: float = option(
         0.9, "how alike near duplicates are, for clean= and held_out=; 1 = the same words", interval="[0.5, 1]"

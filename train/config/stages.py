@@ -1,7 +1,7 @@
 """Recipes with stages: for example a small data set for many epochs to teach a style, then a large one for few epochs.
 
 This module knows recipes and the names of folders, and nothing of training. Each stage is a run of its own that starts
-from the adapter of the stage before. Its schedule, its optimizer state and its checkpoints start anew, and whatever
+from the adapter of the stage before. Its schedule, its optimizer state and its checkpoints start from zero, and whatever
 holds for a run holds for each stage.
 """
 

@@ -19,7 +19,7 @@ from train.data.samples import Sample
 if TYPE_CHECKING:
     from torch import Tensor
 
-IGNORE = -100  # the label of a token that is not trained on, as in torch.nn.functional.cross_entropy
+IGNORE = -100  # the label of a token that is not trained on: torch's ignore_index, as in ops/cross_entropy.py
 
 
 class Schedule:

@@ -7,16 +7,16 @@ slower parser. Texts are kept exactly: nothing is stripped, replaced or left out
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from train.common.errors import UserError
-from train.data import json_mistakes, json_rows
+from train.data import json_mistakes, readers
+from train.data.data_row import GUESS, DataRow, ReadOptions
 from train.data.formats import FORMATS, ParsedRow, Turn
-from train.data.json_rows import JsonRow, Lines
 from train.data.notices import notices
-from train.data.problems import Problem, TextProblem, merge_kinds
+from train.data.problems import Problem, merge_kinds
 from train.data.sources import hash_data, short_name, sources
 
 MAX_LISTED = 50  # problems that a report lists
@@ -42,10 +42,11 @@ class CheckedData:
     unused_keys: Counter[str] = field(default_factory=Counter)  # key that no format has -> rows
     unused_turn_keys: Counter[str] = field(default_factory=Counter)  # key of turns that is not read -> turns
     keep_empty: bool = False  # rows with an empty text are among the conversations
+    notes: list[str] = field(default_factory=list)  # how files were read: columns, encoding, sheet; a sentence each
 
     def notices(self) -> list[str]:
         """What a person should know of this data, one sentence each (see notices.py)."""
-        return notices(self.conversations, self.unused_keys, self.unused_turn_keys)
+        return self.notes + notices(self.conversations, self.unused_keys, self.unused_turn_keys)
 
 
 OnProgress = Callable[[str, float], None]  # (file, fraction of it that is read, 0 to 1)
@@ -61,43 +62,46 @@ def training_data(record: dict[str, Any]) -> tuple[list[Conversation], str]:
         record: run.json.
     """
     data = record["data"]["path"]
-    name, keep_empty = short_name(data), "empty" in str(record.get("recipe", {}).get("clean", "")).split(",")
+    name = short_name(data)
     try:
-        return (load(data, keep_empty), name) if hash_data(data)["sha256"] == record["data"]["sha256"] else ([], name)
+        recipe = record["recipe"]
+        options = ReadOptions(recipe.get("columns", ""), keep_empty="empty" in recipe.get("clean", "").split(","))
+        return (load(data, options), name) if hash_data(data)["sha256"] == record["data"]["sha256"] else ([], name)
     except UserError:  # a file is missing; or it was accepted when the run began, and this program is stricter now
         return [], name
 
 
-def load(data: str | Path, keep_empty: bool = False) -> list[Conversation]:
-    """Every conversation of DATA (see `sources`), in order. Arguments and errors as of `read`."""
-    return read(data, keep_empty).conversations
+def load(data: str | Path, options: ReadOptions = GUESS) -> list[Conversation]:
+    """Every conversation of DATA (see `sources`), in order.
 
-
-def read(data: str | Path, keep_empty: bool = False) -> CheckedData:
-    """DATA without problems (see `sources`): its conversations, and what a person should know of them.
-
-    Args:
-        keep_empty: as in `check`.
     Raises:
         UserError: no such file, or the report of all problems of all files.
     """
-    checked = check(data, keep_empty=keep_empty)
+    return read(data, options).conversations
+
+
+def read(data: str | Path, options: ReadOptions = GUESS) -> CheckedData:
+    """DATA without problems (see `sources`): its conversations, and what a person should know of them.
+
+    Raises:
+        UserError: no such file, or the report of all problems of all files.
+    """
+    checked = check(data, options=options)
     if checked.problems:
         raise UserError(report(checked.problems))
     return checked
 
 
-def check(data: str | Path, on_progress: OnProgress | None = None, keep_empty: bool = False) -> CheckedData:
+def check(data: str | Path, on_progress: OnProgress | None = None, options: ReadOptions = GUESS) -> CheckedData:
     """Read all files of DATA (see `sources`) and collect their conversations and their problems.
 
-    Args:
-        keep_empty: an empty text is no problem, because cleaning takes its row (data/cleaning.py).
     Raises:
         UserError: no such file.
     """
-    checked = CheckedData(keep_empty=keep_empty)
-    for path in sources(data):
-        _read_file(path, checked, on_progress)
+    checked, files = CheckedData(keep_empty=options.keep_empty), sources(data)
+    options = replace(options, files=tuple(files))
+    for path in files:
+        _read_file(path, checked, on_progress, options)
     return checked
 
 
@@ -119,42 +123,41 @@ def report(problems: list[Problem], limit: int = MAX_LISTED) -> str:
     return "\n".join(lines)
 
 
-def _read_file(path: Path, checked: CheckedData, on_progress: OnProgress | None) -> None:
-    try:
-        text, problems = json_rows.decode(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
-    lines, count_before = Lines(text), len(checked.conversations)
-    unreadable = text == "" and problems
-    for number, row in enumerate(() if unreadable else json_rows.rows(text, lines)):
-        problems += _read_row(row, text, f"{path}:{lines.position(row.start)[0]}", checked)
+def _read_file(path: Path, checked: CheckedData, on_progress: OnProgress | None, options: ReadOptions) -> None:
+    problems: list[Problem] = []
+    count_before, read_elsewhere = len(checked.conversations), False
+    for number, row in enumerate(readers.rows(path, options)):
+        problems += _read_row(row, str(path), checked)
+        read_elsewhere = read_elsewhere or row.read_elsewhere
         if on_progress and number % ROWS_PER_CALL == 0:
-            on_progress(str(path), row.stop / len(text))
-    if not problems and len(checked.conversations) == count_before:
-        problems.append(json_mistakes.no_rows())
-    for p in merge_kinds(sorted(problems, key=lambda p: p.offset), "file_kind", "of this kind in the file"):
-        checked.problems.append(Problem(str(path), *lines.position(p.offset), p.found, p.expected, p.remedy))
+            on_progress(str(path), row.share)
+    if not problems and not read_elsewhere and len(checked.conversations) == count_before:
+        nothing = json_mistakes.no_rows()
+        problems.append(Problem(str(path), 1, 1, nothing.found, nothing.expected, nothing.remedy))
+    files = list(dict.fromkeys(p.file for p in problems))  # an archive has several
+    problems.sort(key=lambda p: (files.index(p.file), p.line, p.column))
+    checked.problems += merge_kinds(problems, "kind", "of this kind in the file")
     if on_progress:
         on_progress(str(path), 1.0)
 
 
-def _read_row(row: JsonRow, text: str, location: str, checked: CheckedData) -> list[TextProblem]:
+def _read_row(row: DataRow, file: str, checked: CheckedData) -> list[Problem]:
     """Add the conversation of a row to `checked`; return its problems: mistakes in the text, and wrong values."""
-    problems = merge_kinds(row.problems, "kind", "in this row")
-    if not row.sound and not row.repaired:
+    checked.notes += row.notes
+    problems = list(row.problems)
+    if not row.readable:
         return problems
     parsed = ParsedRow(row.value)
     if parsed.problems and not (checked.keep_empty and all(p.is_empty_text for p in parsed.problems)):
-        offsets = json_rows.offsets_of(text, row)
-        reported = {p.offset for p in problems}  # a mistake in the text of a value is not also a wrong value
-        wrong_values = [
-            TextProblem(json_rows.nearest_offset(offsets, p.path), p.found, p.expected, p.remedy, file_kind=p.kind)
-            for p in parsed.problems
-        ]
-        return problems + [p for p in wrong_values if p.offset not in reported]
-    if not problems:
-        checked.conversations.append(Conversation(parsed.turns, parsed.system, location))
-        checked.formats[parsed.format] += 1
+        reported = {(p.line, p.column) for p in problems}  # a mistake in the text of a value is not also a wrong value
+        for p in parsed.problems:
+            place = row.place_of(p.path)
+            if (place.line, place.column) not in reported:
+                where = (row.file or file, place.line, place.column)
+                problems.append(Problem(*where, p.found, p.expected, p.remedy, place.cell, p.kind))
+    elif not problems:
+        checked.conversations.append(Conversation(parsed.turns, parsed.system, row.location))
+        checked.formats[row.format or parsed.format] += 1
         checked.unused_keys.update(parsed.unused_keys)
         checked.unused_turn_keys.update(parsed.unused_turn_keys)
     return problems

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from train.data import loss_flags, other_rows
+from train.data import columns, loss_flags, other_rows, row_shapes
 from train.data.problems import KeyPath, ValueProblem
 
 FORMATS = {
@@ -63,29 +63,30 @@ class ParsedRow:
         self.problems: list[ValueProblem] = []
         if not isinstance(row, dict):
             self.problems = [other_rows.not_an_object(row, TYPE_NAMES[type(row)])]
-        elif other := other_rows.other_kind(row):
+            return
+        if other := other_rows.other_kind(row):
             self.problems = other
-        elif key := next((key for key in LISTS if key in row), ""):
+            return
+        shape = row_shapes.as_format(row)
+        if shape.problem:
+            self.problems = [shape.problem]
+            return
+        self._in_a_format(shape.row)
+        self.format = shape.name or self.format
+        self.problems = [replace(problem, path=shape.original(problem.path)) for problem in self.problems]
+
+    def _in_a_format(self, row: dict[str, Any]) -> None:
+        if key := next((key for key in LISTS if key in row), ""):
             self._messages(row, key, *LISTS[key])
         elif row.keys() & {"instruction", "input", "output"}:
             self._alpaca(row)
         elif turn := other_rows.turn_as_row(row):
             self.problems = [turn]
         else:
-            self._unknown(row)
+            self.problems = [_unknown(row)]
 
     def _problem(self, path: KeyPath, found: str, expected: str, remedy: str, kind: str = "") -> None:
         self.problems.append(ValueProblem(path, found, expected, remedy, kind))
-
-    def _unknown(self, row: dict[str, Any]) -> None:
-        """A row whose keys belong to no format: suggest new names, or the list inside it that holds the rows."""
-        names = {key: meant for key in row if (meant := _similar_key(key)) and meant != key}
-        renames = ", ".join(f'"{key}" to "{meant}"' for key, meant in names.items())
-        inner = next((key for key, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict)), "")
-        remedy = f"rename {renames}" if names else f'keep only the list of "{inner}": [ … ]' if inner else "see below"
-        found = f"a row with {_listed(row)}" if row else "an empty row"
-        kind = f"keys {sorted(row)}" if row else ""
-        self._problem((), found, "one of the four formats: Alpaca, Qwen, ShareGPT, OpenAI", remedy, kind)
 
     # Alpaca
 
@@ -128,7 +129,9 @@ class ParsedRow:
         self.unused_keys = row.keys() - {key, "id", "system"}
         self.system = self._text(row, (), "system", "the system message", may_be_empty=True, required=False)
         messages = row[key]
-        if other := other_rows.other_turns(key, role_key, text_key, messages):
+        if other := other_rows.other_turns(key, role_key, text_key, messages) or other_rows.tools_in(
+            key, role_key, messages
+        ):
             self.problems.append(other)
             return
         if not isinstance(messages, list) or not messages:
@@ -190,7 +193,7 @@ class ParsedRow:
         if name is None or name in ROLES:
             return name or ""
         near = difflib.get_close_matches(name.lower().strip(), ROLES, n=1)
-        other = "delete this turn, or the row: tools and other roles cannot be trained on here"
+        other = "delete this turn, or the row: other roles cannot be trained on here"
         self._problem((*path, key), f'the role "{name}"', known, f'write "{near[0]}"' if near else other)
         return ""
 
@@ -222,7 +225,7 @@ class ParsedRow:
     ) -> str | None:
         """The text of `key`; None if it is missing or not a text. A problem unless it may be missing, or empty."""
         if key in row and (required or row[key] is not None):
-            return self._value(row[key], (*path, key), meaning, may_be_empty, row)
+            return self._value(row[key], (*path, key), meaning, may_be_empty)
         if required:
             near = next((other for other in row if other not in KNOWN_KEYS and _similar_key(other, key) == key), "")
             remedy = f'rename "{near}" to "{key}"' if near else f'add "{key}"'
@@ -230,11 +233,11 @@ class ParsedRow:
             self._problem(path, f'no "{key}" among the keys {_listed(row)}', f'"{key}": {meaning}', remedy, kind)
         return None
 
-    def _value(
-        self, value: Any, path: KeyPath, meaning: str, may_be_empty: bool = False, turn: Any = None
-    ) -> str | None:
+    def _value(self, value: Any, path: KeyPath, meaning: str, may_be_empty: bool = False) -> str | None:
+        if isinstance(value, list) and (joined := other_rows.joined_parts(value)) is not None:
+            value = joined
         if not isinstance(value, str):
-            problem = other_rows.no_text(value, path, turn, TYPE_NAMES[type(value)], meaning)
+            problem = other_rows.no_text(value, path, TYPE_NAMES[type(value)], meaning)
             self.problems.append(replace(problem, is_empty_text=value is None and not problem.kind))
             return None
         if not may_be_empty and not value.strip():
@@ -244,6 +247,20 @@ class ParsedRow:
             found = f"\\u{ord(half.group()):04x}, half of a character"
             self._problem(path, found, "both halves", "write the character itself")
         return value
+
+
+def _unknown(row: dict[str, Any]) -> ValueProblem:
+    """A row whose keys belong to no format: suggest new names, or the list inside it that holds the rows."""
+    roles = {role: key for key in row if (role := columns.role_of(key))}
+    names = {key: meant for key in row if key not in roles.values() and (meant := _similar_key(key)) and meant != key}
+    renames = ", ".join(f'"{key}" to "{meant}"' for key, meant in names.items())
+    inner = next((key for key, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict)), "")
+    remedy = f"rename {renames}" if names else f'keep only the list of "{inner}": [ … ]' if inner else "see below"
+    if roles and not names:
+        remedy = f'add "{columns.lacking(roles)}"'
+    found = f"a row with {_listed(row)}" if row else "an empty row"
+    kind = f"keys {sorted(row)}" if row else ""
+    return ValueProblem((), found, "one of the four formats: Alpaca, Qwen, ShareGPT, OpenAI", remedy, kind)
 
 
 def misspelt(key: str) -> str:

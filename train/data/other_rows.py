@@ -14,6 +14,8 @@ REJECTED = ("rejected", "rejected_response", "response_rejected", "rejected_answ
 CHOSEN = ("chosen", "chosen_response", "response_chosen", "accepted", "chosen_answer")
 KTO = ("label", "kto_tag")  # true: a good answer, false: a rejected one (TRL, LLaMA-Factory)
 SEEN = ("weight", "loss", "train")  # whether something is learnt (OpenAI; ms-swift; Axolotl): 0 or false means no
+CALLS = ("tool_calls", "function_call")  # keys of an answer that calls a tool
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
 TURN_KEYS = {"from": "value", "role": "content"}  # key of the role -> key of the text
 
 
@@ -98,7 +100,31 @@ def other_turns(key: str, role_key: str, text_key: str, turns: Any) -> ValueProb
     return ValueProblem((key,), found, expected, f'rename "{key}" to "{other}" in every row', f"turns of {other}")
 
 
-def no_text(value: Any, path: KeyPath, turn: Any, type_name: str, meaning: str) -> ValueProblem:
+def joined_parts(value: list[Any]) -> str | None:
+    """The text of content in parts, [{"type": "text", "text": "…"}, …], as chat templates join it; None if not all are."""
+    if not value or not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        return None
+    texts = [part.get("text") for part in value]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+
+
+def tools_in(key: str, role_key: str, turns: Any) -> ValueProblem | None:
+    """The problem of a conversation in which a tool is called (OpenAI, ShareGPT), at its first call or answer."""
+    remedy = (
+        "delete these rows: the prompt that is trained on and exported here does not list tools, so the model would call "
+        "what nobody offers"
+    )
+    for n, turn in enumerate(turns if isinstance(turns, list) else ()):
+        role = turn.get(role_key) if isinstance(turn, dict) else None
+        call = next((name for name in CALLS if isinstance(turn, dict) and turn.get(name) and role == "assistant"), "")
+        if call or role in TOOL_ROLES:
+            found = f'a call of a tool ("{call}")' if call else f'a turn of a tool (the role "{role}")'
+            path = (key, n, call or role_key)
+            return ValueProblem(path, found, "questions and answers in text", remedy, "tools")
+    return None
+
+
+def no_text(value: Any, path: KeyPath, type_name: str, meaning: str) -> ValueProblem:
     """The problem of a value that is not a text: content in parts, a call of a tool, or something else."""
     expected, remedy, kind, found = f"text: {meaning}", "write a text in double quotes", "", type_name
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -109,7 +135,4 @@ def no_text(value: Any, path: KeyPath, turn: Any, type_name: str, meaning: str) 
         remedy = f'write the text itself: "{path[-1]}": "…"'
         if kinds:
             found, remedy = f"content in parts ({', '.join(kinds)})", "delete these rows: only text can be trained on"
-    elif isinstance(turn, dict) and (turn.get("tool_calls") or turn.get("function_call")):
-        kind = "tool calls"
-        found, remedy = "a call of a tool", "delete this turn, or the row: calls of tools cannot be trained on here"
     return ValueProblem(path, found, expected, remedy, kind)

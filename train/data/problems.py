@@ -4,8 +4,18 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 KeyPath = tuple[str | int, ...]  # from a row to a value inside it: ("conversations", 2, "value"); () is the row
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A correction of the JSON text: `text` in place of the characters from `start` to `stop`."""
+
+    start: int
+    stop: int
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -18,6 +28,8 @@ class TextProblem:
     remedy: str
     kind: str = ""  # problems of the same kind are reported once per row
     file_kind: str = ""  # problems of the same kind are reported once per file
+    change: str = ""  # the name of its correction, if there is but one; empty: only a person can tell what was meant
+    edits: tuple[Edit, ...] = ()  # that correction; a mistake between two rows needs none, each row is written anew
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,17 @@ class ValueProblem:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where in a file: line and column of a text, or row and column of a table; all count from 1."""
+
+    line: int
+    column: int
+    cell: str = ""  # in a table: 'sheet "Data", row 5, cell C5'
+
+
+@dataclass(frozen=True)
 class Problem:
-    """A mistake as the user reads it: where it is (line and column count from 1), and how to correct it."""
+    """A mistake as the user reads it: where it is (see Place), and how to correct it."""
 
     file: str
     line: int
@@ -42,9 +63,11 @@ class Problem:
     found: str
     expected: str
     remedy: str
+    cell: str = ""
+    kind: str = ""  # problems of the same kind are reported once per file
 
     def __str__(self) -> str:
-        where = f"{self.file}:{self.line}:{self.column}"
+        where = f"{self.file}: {self.cell}" if self.cell else f"{self.file}:{self.line}:{self.column}"
         return visible(f"{where}: found {self.found}; expected {self.expected}.\n    Remedy: {self.remedy}.")
 
 
@@ -62,7 +85,10 @@ def _name(character: str) -> str:
     return f"<U+{ord(character):04X}{f' {name}' if name else ''}>"
 
 
-def merge_kinds(problems: Sequence[TextProblem], attribute: str, where: str) -> list[TextProblem]:
+P = TypeVar("P", TextProblem, Problem)
+
+
+def merge_kinds(problems: Sequence[P], attribute: str, where: str) -> list[P]:
     """The first problem of each kind, with the number of the others: twelve single quotes are one mistake.
 
     Args:
@@ -70,7 +96,8 @@ def merge_kinds(problems: Sequence[TextProblem], attribute: str, where: str) -> 
         where: "in this row", or what the message says instead.
     """
     counts = Counter(getattr(p, attribute) for p in problems)
-    merged, reported = [], set()
+    merged: list[P] = []
+    reported: set[str] = set()
     for p in problems:
         kind = getattr(p, attribute)
         if kind in reported:

@@ -12,11 +12,12 @@ from typing import Any
 
 from train.common.errors import UserError
 from train.common.files import sha256
+from train.data.file_kinds import ARCHIVE_SUFFIXES, FOLDER_SUFFIXES
 from train.data.formats import LONE_SURROGATE
 
 
 def sources(data: str | Path) -> list[Path]:
-    """The files of DATA: a file, a folder (its *.json and *.jsonl, by name), or several of these separated by commas.
+    """The files of DATA: a file, a folder (its data files by name, see file_kinds.py), or several of these separated by commas.
 
     Raises:
         UserError: one of them does not exist, or a folder has no such file.
@@ -50,16 +51,18 @@ def _check_names(files: Iterable[Path]) -> None:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".json", ".jsonl") and p.is_file())
-    if not files:
-        raise UserError(f"{folder}: no *.json or *.jsonl file in this folder. Give the file itself: DATA=path/to/file")
-    return files
+    """The data files of a folder; its archives if it has no other data, so that nothing is read twice."""
+    for suffixes in (FOLDER_SUFFIXES, ARCHIVE_SUFFIXES):
+        if files := sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and p.is_file()):
+            return files
+    kinds = ", ".join(f"*{suffix}" for suffix in FOLDER_SUFFIXES)
+    raise UserError(f"{folder}: none of {kinds} in this folder. Give the file itself: DATA=path/to/file")
 
 
 def _missing(path: Path) -> str:
     neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, neighbours, n=1)
-    example = "Give the path of a .json or .jsonl file: DATA=data/demo.jsonl"
+    example = "Give the path of a data file: DATA=data/demo.jsonl"
     return f"data {str(path)!r}: no such file. " + (f"Did you mean {path.parent / near[0]}?" if near else example)
 
 

@@ -1,7 +1,7 @@
 """The same questions to the base and to the trained model: the questions, the two models, and the files of answers.
 
 Answers are greedy, so equal inputs give equal answers. answers.jsonl, loss.png and report.md go into the run's folder;
-compare.json, written last, holds the inputs that they came from. Options and tables are not its concern.
+compare.json, written last, holds the inputs of the comparison. Knows nothing of options and tables.
 """
 
 import json
@@ -40,7 +40,7 @@ DATA_QUESTIONS = 8  # questions taken from the training data when no file of que
 class ModelPair:
     """The two models that answer. `merged` is the verified export, or None for the adapter on its base.
 
-    `reason`: why an export that exists does not answer.
+    `reason`: why an existing export is not used.
     """
 
     base: Path
@@ -55,7 +55,7 @@ class ModelPair:
 
 
 def find_pair(run: Path, base: Path) -> ModelPair:
-    """The merged model answers if it is whole, was made of the run's present adapter, and the GPU has room for it."""
+    """The merged model is used if it is complete, was made from the run's present adapter, and fits the GPU."""
     merged, adapter = run / "merged", run / "adapter"
     check_present(adapter)
     manifest = read_manifest(merged) or {"inputs": {}, "files": {}}
@@ -191,7 +191,7 @@ def _json_line(path: Path, where: str, line: str) -> Any:
 
 
 def _question_of(value: Any, where: str) -> str:
-    """The question of a string, or of an object: its key in QUESTION_KEYS, or its first turn that asks."""
+    """The question of a string, or of an object: its key in QUESTION_KEYS, or its first turn of the user."""
     text = value
     if isinstance(value, dict):
         turns: list[Any] = next(
@@ -205,7 +205,7 @@ def _question_of(value: Any, where: str) -> str:
         first = {"question": asked[0].get("content", asked[0].get("value"))} if asked else value
         text = next((first[key] for key in QUESTION_KEYS if first.get(key)), None)
         if isinstance(text, str) and "instruction" in first and isinstance(first.get("input"), str) and first["input"]:
-            text = f"{text}\n{first['input']}"  # as the data of an Alpaca row is read
+            text = f"{text}\n{first['input']}"  # joined as in an Alpaca row of training data
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: no question. Expected a string, or an object such as {QUESTION_EXAMPLE}")
     return text.strip()
@@ -220,7 +220,7 @@ def answer_questions(
     batch: int,
     on_answers: Callable[[int], None],
 ) -> list[str]:
-    """Answers of the base, or of the trained model, which is in memory only meanwhile; one that is cut off ends in …
+    """Answers of the base or of the trained model, which is loaded for this call only. An answer that is cut ends with …
 
     A question that fills the model's context is not asked, and its answer says so.
 
@@ -286,7 +286,7 @@ def comparison_inputs(pair: ModelPair, questions: Sequence[str], max_tokens: int
 
 
 def read_answers(run: Path, inputs: dict[str, Any]) -> list[AnsweredQuestion] | None:
-    """The answers that the run's folder keeps, if they came from `inputs` and all files are there; else None."""
+    """The stored answers of the run, if they were made with the same `inputs` and all files exist; else None."""
     files = ("compare.json", "answers.jsonl", "loss.png", "report.md")
     if not all((run / name).is_file() for name in files):
         return None
@@ -294,7 +294,7 @@ def read_answers(run: Path, inputs: dict[str, Any]) -> list[AnsweredQuestion] | 
         if read_json(run / "compare.json") != inputs:
             return None
         answered = [AnsweredQuestion(**row) for row in read_json_lines(run / "answers.jsonl")]
-    except (ValueError, TypeError, RecursionError):  # damaged: they are asked again
+    except (ValueError, TypeError, RecursionError):  # damaged: the questions are asked again
         return None
     whole = all(isinstance(text, str) for one in answered for text in (one.question, one.before, one.after))
     return answered if whole and [one.question for one in answered] == inputs["questions"] else None

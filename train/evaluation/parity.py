@@ -1,9 +1,8 @@
-"""Do two models agree? With teacher forcing on real answers: the share of equal first choices, and the mean KL
-divergence.
+"""Do two models agree? Top-1 agreement and mean KL divergence, with teacher forcing on real answers.
 
-It is given models and rows of ids; folders and adapters are not its concern. What is kept of a model are its hidden
-states, and the heads of both are applied to a few of them at a time. So logits never exist for all tokens, and the
-first model can be freed before the second is loaded.
+Takes models and rows of ids; knows nothing of folders and adapters. Only hidden states of a model are stored; the heads
+of both models are applied to a few of them at a time. So logits never exist for all tokens, and the first model can be
+freed before the second is loaded.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ CHUNK_TOKENS = 64  # tokens whose logits are compared at once, float64 [64, V]
 # Measured on Qwen2.5-Coder-0.5B with 338 tokens, none of them trained on: float16 100 %, 6e-7 nats; bfloat16 99.4 %,
 # 1e-4 nats. bfloat16 keeps 8 bits of each weight: where the first two choices differ by less than that, either may win.
 MIN_AGREEMENT = {torch.float32: 0.999, torch.float16: 0.99, torch.bfloat16: 0.98}
-MAX_DIVERGENCE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # nats a token
+MAX_DIVERGENCE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # nats per token
 
 # For a run whose data is missing: plain questions that every Qwen answers
 BUILTIN_QUESTIONS = (
@@ -52,7 +51,7 @@ class AnswerStates:
 
 @dataclass(frozen=True)
 class Parity:
-    """The result of compare(): tokens compared, share of equal first choices, KL(reference ‖ other) in nats a token."""
+    """The result of compare(): tokens compared, share of equal top-1 tokens, KL(reference ‖ other) in nats per token."""
 
     tokens: int
     agreement: float

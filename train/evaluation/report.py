@@ -1,6 +1,6 @@
 """The report of a finished run: the loss as a picture and as a plot of characters, and report.md with the answers.
 
-Models are not its concern. The picture uses matplotlib's own font alone; a name with other letters is left out of its
+Knows nothing of models. The picture uses matplotlib's own font alone; a name with other letters is left out of its
 title.
 """
 

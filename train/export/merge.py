@@ -1,8 +1,8 @@
 """Merges an adapter into its base: one float checkpoint for stock tools, written block by block.
 
-Input are folders, output is a folder; runs and devices are not known here. Whether the result answers as the adapter did
-is measured in export/verify.py. Every weight that the adapter changes is W + (α/r)·B·A in float64, rounded once to the
-type that is written. That takes twice the time of float32, and no weight is off by more than one unit in the last place.
+Reads folders and writes a folder; knows nothing of runs or devices. Whether the result gives the adapter's answers is
+measured in export/verify.py. Every weight that the adapter changes is W + (α/r)·B·A in float64, rounded once to the
+type that is written. float64 takes twice the time of float32, and keeps every weight within one unit in the last place.
 At most a block and the tensors of one file are in memory.
 """
 
@@ -32,7 +32,8 @@ State = dict[str, Tensor]
 Delta = dict[str, tuple[Tensor, Tensor, float]]  # module -> (A [r, K], B [N, r], scale)
 
 GB = 10**9
-# Files of the base that do not fit the export: written anew, about Int4, about another model, the base's own prompt.
+# Files of the base that an export does not copy. In this order: written again, describes the Int4 format, describes the
+# base, the base's own prompt.
 NOT_COPIED = ("config.json", "quantize_config.json", "README.md", "chat_template.*")
 LEGAL = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
@@ -51,7 +52,7 @@ SAME_MODEL = (
 
 @dataclass(frozen=True)
 class MergeJob:
-    """What to merge, and how to write it. `weights`: the base that was trained on, or a float folder to merge onto."""
+    """What to merge, and how to write it. `weights`: the base of the training, or a float folder to merge onto."""
 
     weights: Path
     adapter: Path
@@ -79,7 +80,7 @@ def check_onto(base: Path, weights: Path) -> None:
 
 
 def check_space(job: MergeJob, out: Path) -> None:
-    """Raises UserError if the disk of `out` has too little room. An older export there is removed last, so it counts."""
+    """Raises UserError if the disk of `out` has too little room. An older export there is removed only at the end, so its bytes are not free yet."""
     needed, free = int(written_bytes(job) * 1.02) + 50 * 10**6, free_bytes(out)
     if free < needed:
         raise UserError(
@@ -165,7 +166,7 @@ def merged_blocks(job: MergeJob) -> Iterator[State]:
     untie = config.tie_word_embeddings and not convert_config(config, job.layout).tie_word_embeddings
     if config.tie_word_embeddings:
         files.pop("lm_head.weight", None)
-    _check_modules(delta, files, job)  # of a tied head too, which is the embedding: not a weight of its own
+    _check_modules(delta, files, job)  # also refuses an adapter on a tied head, which has no weight of its own
     for block in block_files(files, config):
         state = merge_block(dict(read_tensors(block)), delta, bits, job.dtype)
         if untie and embedding in state:
@@ -212,7 +213,8 @@ def dtype_keys(layout: str, dtype: torch.dtype) -> dict[str, Any]:
     """The keys of config.json for the type of the weights.
 
     `torch_dtype` is read by transformers 4 and 5 alike. Qwen-1's own code has three switches, of which one at most may be
-    on; all are off, as published, so that its users can choose: from_pretrained(…, bf16=True) would fail beside fp16.
+    on. All are off here, as Qwen publishes them, so that users can choose one: with fp16 on, from_pretrained(…, bf16=True)
+    fails.
     """
     keys: dict[str, Any] = {"torch_dtype": dtype_name(dtype)}
     return keys | (dict.fromkeys(("bf16", "fp16", "fp32"), False) if layout == "qwen" else {})

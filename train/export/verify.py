@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from train.common.device import dtype_name
 from train.common.errors import UserError
+from train.common.memory import free_memory
 from train.data.conversations import training_data
 from train.evaluation import parity
 from train.export.merge import GB, MergeJob, written_bytes
@@ -63,7 +63,7 @@ def placement(job: MergeJob) -> tuple[torch.device, torch.dtype]:
     Raises:
         UserError: neither the GPU nor the memory of the machine holds the merged model.
     """
-    free = {"cpu": psutil.virtual_memory().available}
+    free = {"cpu": free_memory()}
     if torch.cuda.is_available():
         free = {"cuda": torch.cuda.mem_get_info()[0], **free}
     size = written_bytes(job)

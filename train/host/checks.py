@@ -1,8 +1,8 @@
-"""What on a machine would fail, and the remedy: pure functions of what was inspected, one Finding each.
+"""Checks of a machine: what would make training fail, and how to fix it. Pure functions that return one Finding each.
 
-Holds the numbers that each CUDA and Triton need. Inspects nothing itself but the disk, and loads nothing. The
-trade-off: the numbers are those of torch 2.7.1 and change with its pin, and the check of a host outside a container
-repeats two of them.
+Holds the versions that each CUDA and Triton need. Checks values that machine.py has read, and itself looks only at the
+disk. Trade-off: the numbers are those of torch 2.7.1 and change with it, and the script that checks a host before a
+container starts repeats two of them.
 """
 
 import importlib.metadata
@@ -24,8 +24,8 @@ OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13"}  # that a CUDA of this major 
 LOWEST_CAPABILITY = {"11.8": (5, 0), "12.6": (5, 0), "12.8": (7, 5)}
 HIGHEST_CAPABILITY = {"11.8": (9, 0), "12.6": (9, 0), "12.8": (12, 1)}
 TRITON_CAPABILITY = (7, 0)  # the lowest that Triton compiles for
-TRITON_PTXAS_DRIVER = 525  # Triton assembles with CUDA 12's ptxas, whose output older drivers do not load
-SLOWER = "the slower plain path is taken"
+TRITON_PTXAS_DRIVER = 525  # Triton compiles with the ptxas of CUDA 12; older drivers cannot load its output
+SLOWER = "the slower PyTorch path is used"
 SETUP = "make setup"
 BLACKWELL = "make setup TORCH=cu128; an image: make image CUDA=12.8."
 OLDER = "make setup TORCH=cu118; an image: make image CUDA=11.8."
@@ -80,7 +80,7 @@ def _no_card(machine: Machine, wanted: int) -> Finding:
     """No card is visible: the finding, with its reason."""
     reason = _why_no_card(machine, wanted)
     if reason is None:
-        return Finding("card", "ok", "none: the CPU computes")
+        return Finding("card", "ok", "none: training runs on the CPU")
     return Finding("card", "fail" if wanted else "warn", *reason)
 
 
@@ -88,7 +88,7 @@ def _why_no_card(machine: Machine, wanted: int) -> tuple[str, str] | None:
     """Why no card is visible, and the remedy; None where none is expected."""
     error = " ".join(machine.nvidia_smi_error.split())[:200]
     if machine.nvidia_smi_error == HIDDEN:
-        text = "hidden by CUDA_VISIBLE_DEVICES: the CPU computes"
+        text = "hidden by CUDA_VISIBLE_DEVICES: training runs on the CPU"
         return text, "Unset it, or name the cards: CUDA_VISIBLE_DEVICES=0"
     if "version mismatch" in error:
         return error, "The driver was updated while it was in use: restart the machine."
@@ -98,7 +98,7 @@ def _why_no_card(machine: Machine, wanted: int) -> tuple[str, str] | None:
             "Install the NVIDIA container toolkit on the host and ask for the card (--gpus all); CPU: ACCELERATOR=cpu."
         )
     if machine.nvidia_smi_error not in (NO_NVIDIA_SMI, NO_DEVICES):
-        return f"nvidia-smi says: {error}", "Load the driver (modprobe nvidia) or install it anew, then restart."
+        return f"nvidia-smi says: {error}", "Load the driver (modprobe nvidia) or install it again, then restart."
     if machine.on_pci_bus:
         text = "an NVIDIA card is in this machine, but no driver answers"
         return text, "Install the driver (Ubuntu: ubuntu-drivers install) and restart."
@@ -135,7 +135,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def check_generation(machine: Machine) -> Finding | None:
-    """Has torch's build code for the cards?
+    """Does the installed torch contain code for the cards?
 
     Without it torch still reports that CUDA is available, and its first kernel fails.
     """
@@ -147,7 +147,11 @@ def check_generation(machine: Machine) -> Finding | None:
     if high > HIGHEST_CAPABILITY[machine.cuda]:
         return Finding("generation", "fail", text.format("no code for", *high) + " (Blackwell)", BLACKWELL)
     if low < LOWEST_CAPABILITY[machine.cuda]:
-        remedy = OLDER if low >= LOWEST_CAPABILITY["11.8"] else "No build of it has: another card, or ACCELERATOR=cpu."
+        remedy = (
+            OLDER
+            if low >= LOWEST_CAPABILITY["11.8"]
+            else "No build of torch supports this card. Use another card, or ACCELERATOR=cpu."
+        )
         return Finding("generation", "fail", text.format("no code for", *low), remedy)
     return Finding("generation", "ok", text.format("code for", *high))
 
@@ -190,8 +194,8 @@ def check_libraries(requirements: list[str], installed: dict[str, str]) -> Findi
     pins = {match[1]: match[2] for match in matches if match}
     wrong = [f"{name} {installed.get(name, 'is missing')}" for name, v in pins.items() if installed.get(name) != v]
     if wrong:
-        return Finding("CUDA libraries", "fail", f"torch asks for other ones: {_first(wrong)}", SETUP)
-    return Finding("CUDA libraries", "ok", f"all {len(pins)} that torch asks for" if pins else "torch asks for none")
+        return Finding("CUDA libraries", "fail", f"torch needs other versions: {_first(wrong)}", SETUP)
+    return Finding("CUDA libraries", "ok", f"all {len(pins)} that torch needs" if pins else "torch needs none")
 
 
 def check_lock(text: str, installed: dict[str, str]) -> Finding:
@@ -203,8 +207,8 @@ def check_lock(text: str, installed: dict[str, str]) -> Finding:
     wrong = [f"{n} is {installed[n]}, not {v}" for n, v in pins.items() if installed.get(n, v) != v]
     wrong += [f"{n} {v} is missing" for n, v in pins.items() if n not in installed]
     if wrong or not pins:
-        return Finding("packages", "fail", f"not as env.lock has them: {_first(wrong) or 'it pins nothing'}", SETUP)
-    return Finding("packages", "ok", f"{len(pins)} as env.lock has them")
+        return Finding("packages", "fail", f"do not match env.lock: {_first(wrong) or 'it pins nothing'}", SETUP)
+    return Finding("packages", "ok", f"{len(pins)}, as pinned in env.lock")
 
 
 def _first(problems: list[str]) -> str:
@@ -225,13 +229,15 @@ def _triton_problem(machine: Machine, cache: Path) -> tuple[str, str] | None:
     """What Triton lacks, and the remedy."""
     capabilities = [card.capability for card in machine.cards if card.capability]
     if capabilities and min(capabilities) < TRITON_CAPABILITY:
-        return "compute capability {}.{} is below its first, {}.{}".format(*min(capabilities), *TRITON_CAPABILITY), ""
+        return "compute capability {}.{} is below what Triton needs, {}.{}".format(
+            *min(capabilities), *TRITON_CAPABILITY
+        ), ""
     if not machine.compiler:
         return "no C compiler", "apt-get install gcc"
     if not machine.python_headers:
         return "no Python.h", f"apt-get install python{PYTHON}-dev"
     if _numbers(machine.driver) < (TRITON_PTXAS_DRIVER,) and not machine.ptxas:
-        text = f"driver {machine.driver} does not load what its own ptxas (CUDA 12) makes"
+        text = f"driver {machine.driver} cannot load the code of Triton's own ptxas (CUDA 12)"
         return text, "A newer driver, or TRITON_PTXAS_PATH= the ptxas of CUDA 11.8 (package nvidia-cuda-nvcc-cu11)"
     if not may_write(cache) or os.statvfs(nearest(cache)).f_flag & os.ST_NOEXEC:
         text = f"its cache, {cache}, cannot be written, or programs in it cannot be run"
@@ -246,13 +252,13 @@ def check_shared_memory(machine: Machine, wanted: int = 0) -> Finding:
     """NCCL passes data between several cards through /dev/shm, of which a container gets 64 MB by default."""
     text = f"{machine.shared_memory / GB:.2f} GB in /dev/shm"
     if max(len(machine.cards), wanted) > 1 and machine.shared_memory < 1 << 30:
-        text = f"{text}: little for several cards (NCCL)"
+        text = f"{text}: too little for several cards (NCCL)"
         return Finding("shared memory", "warn", text, "In a container: --shm-size=4g")
     return Finding("shared memory", "ok", text)
 
 
 def check_folder(name: str, folder: Path, needed: int = 0) -> Finding:
-    """May this user write below `folder`, and has its disk `needed` bytes free? Nothing is written to find out."""
+    """May this user write below `folder`, and does its disk have `needed` bytes free? Writes nothing."""
     if not may_write(folder):
         owner = nearest(folder).stat().st_uid
         text = f"{folder}: this user (uid {os.getuid()}) may not write there; it belongs to uid {owner}"
@@ -265,7 +271,7 @@ def check_folder(name: str, folder: Path, needed: int = 0) -> Finding:
 
 
 def check_memory(name: str, needed: int, free: int, total: int | None = None, qualifier: str = "at least") -> Finding:
-    """Is there memory for a run? With `total` a card's, else the machine's. `qualifier`: how `needed` is meant."""
+    """Is there memory for a run? With `total` a card's, else the machine's. `qualifier`: words before `needed`, such as "at least"."""
     text = f"{qualifier} {needed / GB:.1f} GB needed, {free / GB:.1f} GB free"
     if needed > (total or free):
         card = "A smaller or an Int4 base, or another card."
@@ -273,7 +279,7 @@ def check_memory(name: str, needed: int, free: int, total: int | None = None, qu
         return Finding(name, "fail", text, card if total else machine)
     if needed > free:
         text = f"{text}: other programs hold the rest"
-        return Finding(name, "fail", text, "End what uses the card; nvidia-smi lists it.")
+        return Finding(name, "fail", text, "Stop the programs that use the card; nvidia-smi lists them.")
     if needed > 0.9 * free:
         return Finding(name, "warn", text, "batch=1, a smaller length=, checkpointing=on")
     return Finding(name, "ok", text)

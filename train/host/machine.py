@@ -19,15 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.common.memory import free_memory
+
 NVIDIA_SMI_SECONDS = 20.0  # time limit: eight cards without the persistence daemon take ten
 PROBE_SECONDS = 180  # time limit of importing torch and computing on every card
 NO_NVIDIA_SMI = "absent"
 HIDDEN = "hidden"
 NO_DEVICES = "No devices were found"  # nvidia-smi's own text
-CGROUP_FILES = (  # the limit and the use of memory of a control group, version 2 and version 1
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
 PROBE_PROGRAM = """
 import json, torch
 seen, errors = torch.cuda.device_count() if torch.cuda.is_available() else 0, []
@@ -185,16 +183,6 @@ def installed_versions() -> dict[str, str]:
         if name := distribution.metadata["Name"]:
             versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution.version)
     return versions
-
-
-def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that a new process may take: what the machine has free, or less where its control group allows less."""
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text(), flags=re.M)
-    amounts = [int(match[1]) << 10] if match else []
-    for limit, used in ((root / "sys/fs/cgroup" / a, root / "sys/fs/cgroup" / b) for a, b in CGROUP_FILES):
-        if limit.is_file() and (most := limit.read_text().strip()).isdigit():
-            amounts.append(int(most) - int(used.read_text()))
-    return min(amounts, default=0)
 
 
 def probe_torch() -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""Decoding with a cache of constant size: a step is ten kernels a block, and on a GPU one CUDA graph.
+"""Decoding with a key/value cache of fixed size. A step runs ten kernels per block; on a GPU it is one CUDA graph.
 
-A `DecodeSession` holds keys and values [B, Hkv, capacity, D] of every block, the tables of rotary positions, and where
-each row begins. A long prompt goes through the decoder itself, whose cache is copied in; a short one through the step's
-own products. Positions, logn and dynamic NTK are the decoder's, in tables. The graph ends by writing the likeliest next
-tokens where the next step reads its input, so greedy decoding never waits for the host. Text and sampling are not its
-concern. Trade-off: memory for the whole answer is taken at its beginning. Without a GPU the same step runs eagerly on
-the plain definitions; only tests do that, because the growing cache is as fast there.
+A `DecodeSession` holds keys and values [B, Hkv, capacity, D] of every block, the rotary tables, and where each row
+begins. A long prompt runs through the decoder itself, whose cache is then copied into the session; a short prompt runs
+through the matrix products of the step (DecodeLayers). Positions, logn and dynamic NTK are those of the decoder,
+precomputed in tables. The last kernel of the graph writes the most likely tokens into the input of the next step, so
+greedy decoding never waits for the host. Knows nothing of text and sampling. Trade-off: memory for the whole answer is
+allocated at its start. Without a GPU the same step runs without a graph, in plain PyTorch; only tests do that, because
+on a CPU a growing cache is as fast.
 """
 
 import math
@@ -18,17 +19,18 @@ from torch import Tensor, nn
 from train.inference.decode_layers import DecodeLayers
 from train.model.decoder import ntk_alpha, rope_tables, rotate_heads, sdpa_mask
 from train.ops import decode_step
-from train.ops.kernels.runtime import units
+from train.ops.kernels.runtime import multiprocessors
 
 CAPACITY_STEP = 512  # capacities are multiples of it, so a longer answer seldom needs another graph
-SHORT_PROMPT = 256  # tokens of all prompts of a batch, up to which the step's products are faster than the decoder
+SHORT_PROMPT = 256  # up to this many tokens in a batch of prompts, the step's layers are faster than the decoder
 MIN_KEYS_PER_SPLIT = 64  # fewer are not worth another program
 
 
 class DecodeSession:
     """The decoding of one batch: `start` with the prompts, then `step` by step.
 
-    `token` [B] int64 is what the next step reads; `logits` [B, V] float32 are those of the token after it.
+    `token` [B] int64 is the input of the next step; `logits` [B, V] float32 predict the token after it. `slot` [1] is the
+    position in the cache that the next step writes; `pads` [B] counts the padding before each prompt.
     """
 
     @torch.inference_mode()
@@ -52,7 +54,7 @@ class DecodeSession:
             self._capture()
 
     def _rope_tables(self, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos and sin [1 or B, capacity, D/2] by position, with the alpha [B, 1] of dynamic NTK where it may act."""
+        """cos and sin [1 or B, capacity, D/2] by position, with alpha [B, 1] of dynamic NTK if the model uses it."""
         c, rows = self.layers.config, self.batch if self.rope_by_row else 1
         positions = torch.arange(self.capacity, device=self.layers.device).expand(rows, -1)
         cos, sin = rope_tables(
@@ -69,13 +71,13 @@ class DecodeSession:
         return (torch.log((positions + 1).double()) / math.log(c.seq_length)).clamp(min=1.0).float()
 
     def _attention_splits(self) -> int:
-        """Programs that share the keys of a head, a power of two: two for each multiprocessor, none with few keys."""
-        programs = 2 * units(self.layers.device) // (self.batch * self.heads)
+        """Into how many programs the keys of a head are split, a power of two: about two programs per multiprocessor."""
+        programs = 2 * multiprocessors(self.layers.device) // (self.batch * self.heads)
         splits = min(programs, self.capacity // MIN_KEYS_PER_SPLIT, 32)
         return 1 << max(splits, 1).bit_length() - 1
 
     def _capture(self) -> None:
-        """Run the step twice on another stream to compile its kernels, then record it; `start` resets all of it."""
+        """Run the step twice on another stream to compile its kernels, then capture it; `start` resets the tensors that this changes."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -89,15 +91,15 @@ class DecodeSession:
 
     @torch.inference_mode()
     def start(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        """Read the prompts ids [B, T], padding (mask 0) on the left. Returns the logits [B, V] float32 of the next
-        tokens.
+        """Read the prompts ids [B, T], padding (mask 0) on the left.
 
-        `token` then holds the likeliest.
+        Returns:
+            The logits [B, V] float32 of the next tokens; `token` then holds the most likely ones.
         """
         assert ids.shape[0] == self.batch and ids.shape[1] <= self.capacity, (ids.shape, self.batch, self.capacity)
         self.layers.refresh()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        prefill = self._prefill_by_products if ids.numel() <= SHORT_PROMPT else self._prefill_by_model
+        prefill = self._prefill_by_layers if ids.numel() <= SHORT_PROMPT else self._prefill_by_model
         logits = prefill(model, ids, mask, positions)
         self.pads.copy_(ids.shape[1] - mask.sum(-1))
         self.slot.fill_(ids.shape[1])
@@ -106,7 +108,7 @@ class DecodeSession:
         return self.logits
 
     def _prefill_by_model(self, model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """The prompts through the model itself, whose cache is copied in."""
+        """Run the prompts through the model itself, and copy its cache into the session."""
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, last_only=True)
         for n, (key, value, *_) in enumerate(out.past_key_values):
             self.keys[n, :, :, : ids.shape[1]].copy_(key)
@@ -115,8 +117,8 @@ class DecodeSession:
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def _prefill_by_products(self, model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """The prompts through the step's own products: fewer calls, so the answer begins sooner."""
+    def _prefill_by_layers(self, model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Run the prompts through the layers of the step: fewer calls, so the answer begins sooner."""
         c, (batch, width) = self.layers.config, ids.shape
         self._set_rope_alpha(ntk_alpha(mask.sum(-1, keepdim=True), c.seq_length) if width > c.seq_length else None)
         row = torch.arange(batch, device=ids.device)[:, None] if self.rope_by_row else torch.zeros_like(positions)
@@ -140,14 +142,14 @@ class DecodeSession:
         return logits
 
     def _set_rope_alpha(self, alpha: Tensor | None) -> None:
-        """Compute the rotary tables again for prompts whose dynamic NTK is alpha [B, 1]."""
+        """Compute the rotary tables again for prompts with the factor alpha [B, 1] of dynamic NTK."""
         if self.rope_by_row:
             for table, values in zip(self.rope, self._rope_tables(alpha)):
                 table.copy_(values)
 
     @torch.inference_mode()
     def step(self, chosen: Tensor | None = None) -> Tensor:
-        """Read `token`, or `chosen` [B] instead; logits [B, V] float32 of the next one, its likeliest in `token`."""
+        """Read `token`, or `chosen` [B] instead; returns the logits [B, V] float32 of the next token; the most likely is in `token`."""
         if chosen is not None:
             self.token.copy_(chosen)
         if self.graph is None:
@@ -163,7 +165,7 @@ class DecodeSession:
         self.slot += 1
 
     def _blocks(self, x: Tensor, attend: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """[M, H] through all blocks and the last norm; `attend` gets q, k, v in parts, and the block index."""
+        """[M, H] through all blocks and the last norm; `attend` gets q, k, v as split-K partial sums, and the block index."""
         layers, eps = self.layers, self.layers.config.rms_norm_eps
         next_norms = [block.norm1 for block in layers.blocks[1:]] + [layers.norm]
         x, h = decode_step.add_norm(x, None, layers.blocks[0].norm1, eps)

@@ -1,8 +1,8 @@
-"""A decoder's layers as a decoding step calls them: products of a few rows, each with its adapter.
+"""A decoder's layers as a decoding step calls them: matrix products of a few rows, each with its adapter.
 
-Int4 linears on a device with kernels become packed products that never write a float weight. Every other linear is
-called as a module: slower, and always right. Weights are used where they are; copies are made only of q, k, v that are
-separate in the checkpoint (they become one product), of weights in act-order (sorted by group), and of adapters in the
+Int4 linears on a device with kernels multiply with the packed weight directly, without a float copy of it. Every other
+linear is called as a module: slower, and always right. Weights are used where they are; copies are made only of q, k, v that are
+separate in the checkpoint (they are fused into one linear), of weights in act-order (sorted by group), and of adapters in the
 dtype of the activations, which `refresh` brings up to date.
 """
 
@@ -22,7 +22,7 @@ from train.ops.kernels import gptq_matmul
 from train.ops.kernels.decode_step import swiglu_parts
 from train.ops.kernels.gptq_matmul import NO_SEGMENT, SEGMENT_COLUMNS, LowRankSegments, PackedWeight, down_product
 
-Product = Callable[[Tensor], Tensor]  # x [M, K] -> [S, M, N], parts to be added in order
+Product = Callable[[Tensor], Tensor]  # x [M, K] -> [S, M, N], split-K partial sums, to be added in order
 LoraPair = tuple[Tensor, Tensor, float]  # A [r, K], B [N, r], alpha / r
 
 

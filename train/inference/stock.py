@@ -1,7 +1,7 @@
 """ENGINE=stock: transformers, optimum and auto-gptq, and the checkpoint's own code if the user allows it.
 
 The control that our decoder is compared with, and the only file of the program that may execute a checkpoint's code.
-Runs and terminals are not its concern. It is slow: on a CPU auto-gptq dequantises every weight for every token.
+Knows nothing of runs and terminals. It is slow: on a CPU auto-gptq dequantises every weight for every token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -125,7 +125,7 @@ def _remote_classes(path: Path) -> Iterator[str]:
     """module.Class of every auto_map entry in a config file; a list holds the slow and the fast tokenizer.
 
     Raises:
-        UserError: a damaged file, or an auto_map of another form: nobody can say which code it means.
+        UserError: a damaged file, or an auto_map of an unknown form.
     """
     entries = read_object(path).get("auto_map") or {} if path.exists() else {}
     if not isinstance(entries, dict):

@@ -20,7 +20,7 @@ from train.model import lora
 from train.model.folder import find_damage, read_manifest, resolve
 from train.model.loading import fits, keeps_float, load
 from train.model.tokenizer import Tokenizer, load_tokenizer
-from train.runs.folder import read_run
+from train.runs.folder import newest_run, read_run
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,6 @@ def find_source(
         return _source_of_run(newest, description, dtype, any_size)
     description = f"model {default_model}, the default base: there is no finished run below {runs}/ yet"
     return Source(resolve(default_model, models), description)
-
-
-def newest_run(runs: Path) -> Path | None:
-    """The folder of the run that finished last; None if none has."""
-    finished = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
-    return finished[-1].parent if finished else None
 
 
 def _source_of_run(folder: Path, description: str, dtype: str, any_size: bool) -> Source:

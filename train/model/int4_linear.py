@@ -15,7 +15,7 @@ class Int4Linear(nn.Linear):
     """A frozen linear layer whose weight is packed: y = x W + bias, in the dtype of x.
 
     A subclass of nn.Linear, so that peft wraps it with its own LoRA layer, but without a `weight`: peft reads the
-    device from `qweight`, and reading `weight`, as a merge does, raises an error that names the remedy. The buffers
+    device from `qweight`, and reading `weight`, as a merge does, raises an error that says what to do instead. The buffers
     have AutoGPTQ's names: qweight, qzeros, scales, g_idx, bias (None without one). Scales and bias keep the dtype of
     the file through .to(bfloat16): rounding them would change W.
     """
@@ -36,7 +36,7 @@ class Int4Linear(nn.Linear):
         self.register_buffer("g_idx", g_idx)
         self.register_buffer("bias", half(out_features) if bias else None)
         self._float_weight: Tensor | None = None
-        self._in_order: bool | None = None  # whether the groups are: asked at the first use, as it synchronises a GPU
+        self._in_order: bool | None = None  # whether g_idx is in order: computed at first use, as it synchronises a GPU
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; the gradient reaches x only."""
@@ -44,10 +44,10 @@ class Int4Linear(nn.Linear):
         return product
 
     def matrix(self, dtype: torch.dtype, out: Tensor | None = None, border: kernels.Border | None = None) -> Tensor:
-        """W [K, N] in `dtype`: the float weight if it is kept in that dtype, else dequantised now.
+        """W [K, N] in `dtype`: the stored float weight if it has that dtype, else dequantised now.
 
         Args:
-            out: [K, N], gets the result; its rows may be strided. border: written around `out`.
+            out: [K, N], gets the result; its rows may be strided. border: matrices to write around `out` (kernels.Border).
         """
         if self._float_weight is not None and self._float_weight.dtype == dtype:
             if out is not None and border is not None:
@@ -69,7 +69,7 @@ class Int4Linear(nn.Linear):
             self._float_weight = self.matrix(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int4Linear":
-        """Moves buffers as usual; scales and bias keep their dtype, and a kept float weight is computed anew."""
+        """Moves buffers as usual; scales and bias keep their dtype, and a kept float weight is computed again."""
         kept_dtype = None if self._float_weight is None else fn(self._float_weight[:0]).dtype
         self._float_weight = None
         exact = {name: getattr(self, name) for name in ("scales", "bias")}

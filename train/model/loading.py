@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from train.common.errors import UserError
+from train.common.memory import free_memory
 from train.model.base_files import DamagedFileError, check_all_json, open_safetensors, weight_files
 from train.model.decoder import Decoder
 from train.model.int4_linear import Int4Linear
@@ -49,7 +49,40 @@ def keeps_float(folder: Path, device: torch.device) -> bool:
         return False
     with torch.device("meta"):
         size = 4 * sum(p.numel() for p in Decoder(config).parameters())
-    return bool(2 * size < psutil.virtual_memory().available)
+    return bool(2 * size < free_memory())
+
+
+def memory_needed(folder: Path, dtype: torch.dtype, keep_float: bool = False) -> int:
+    """Bytes that the weights of `folder` take when they are loaded in `dtype`: Int4 as stored, and once more in floats.
+
+    Args:
+        keep_float: as for `load`.
+    """
+    model, files = load_structure(folder)
+    expected, _ = _match_tensors(model, files)
+    stored = sum(
+        tensor.numel()
+        * (dtype.itemsize if tensor.is_floating_point() and not name.endswith(".scales") else tensor.itemsize)
+        for name, tensor in expected.items()
+    )
+    copies = [m.in_features * m.out_features for m in model.modules() if keep_float and isinstance(m, Int4Linear)]
+    return stored + dtype.itemsize * sum(copies)
+
+
+def check_memory(folder: Path, dtype: torch.dtype, device: torch.device, keep_float: bool = False) -> None:
+    """Refuse to load on a CPU what does not fit into its free memory, before anything is read.
+
+    Raises:
+        UserError: what is needed and what is free.
+    """
+    if device.type != "cpu":
+        return
+    needed, free = memory_needed(folder, dtype, keep_float), free_memory()
+    if needed > free:
+        raise UserError(
+            f"{folder}: {needed / 1e9:.1f} GB of memory are needed to load it, {free / 1e9:.1f} GB are free. Take an Int4 or "
+            "a smaller base, close other programs, or raise the container's limit."
+        )
 
 
 def fits(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
@@ -184,9 +217,11 @@ def load(
             memory.
         embedding: device, or host: its table never goes to `device` (unless the head shares it).
     Raises:
-        UserError: an architecture, scheme or file that this program cannot read; tensors missing or left over.
+        UserError: an architecture, scheme or file that this program cannot read; tensors missing or left over; too
+            little memory on a CPU.
     """
     model, files = load_structure(folder)
+    check_memory(folder, dtype, torch.device(device), keep_float)
     host_embedding = embedding == "host" and not model.config.tie_word_embeddings
     _load_weights(model, files, dtype, torch.device(device), host_embedding)
     model.tie_weights()

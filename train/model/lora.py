@@ -192,7 +192,7 @@ def check_linears(adapter: AdapterFile, linears: dict[str, nn.Linear]) -> None:
 def check_start(adapter: AdapterFile, settings: AdapterSettings) -> None:
     """Check that training with `settings` computes what `adapter` does: one rank and one scale, and the same ones.
 
-    rsLoRA with alpha is the same as plain LoRA with alpha · sqrt(rank), so such an adapter goes on as plain LoRA.
+    rsLoRA with alpha is the same as plain LoRA with alpha · sqrt(rank), so training continues such an adapter as plain LoRA.
 
     Raises:
         UserError: what differs, and the values to give.

@@ -45,7 +45,7 @@ def generation_for(published: dict[str, Any], layout: str, tokenizer: Tokenizer,
     """The content of generation_config.json for a model in `layout` that was trained in `template`.
 
     Qwen-1's published code takes one stop token, not a list (StopWordsLogitsProcessor in qwen_generation_utils.py), and
-    model.chat wants to know the format.
+    model.chat needs the format.
     """
     end, stops = answer_end(tokenizer, template), token_ids(published.get("eos_token_id"))
     written = {

@@ -1,7 +1,7 @@
 """Text to ids and back: byte-level BPE from `qwen.tiktoken` (Qwen-1) or `tokenizer.json` (Qwen1.5, 2, 2.5, 3).
 
 Either file becomes one fast tokenizer of the `tokenizers` library, with the ids of the published one. The control tokens
-are kept outside its vocabulary, so text that a user types never becomes one. Conversations are not known here.
+are kept outside its vocabulary, so text that a user types never becomes one. Knows nothing of conversations.
 
 Recovering the merges of qwen.tiktoken takes about two seconds at each load; in return no second file can disagree with
 the published one. Letters and digits newer than Unicode 15 are split differently from tiktoken, because the library's

@@ -1,7 +1,7 @@
 """The files of a tokenizer with the prompt of a training, for tools that load it from a folder: peft's users, vLLM.
 
-The base's own files are copied as bytes; only tokenizer_config.json is written anew, because it holds the prompt. Nothing
-in them is run. Chat templates come as text: which prompt it is, and what it means, is not known here.
+The base's own files are copied as bytes; only tokenizer_config.json is rewritten, because it holds the prompt. Nothing
+in them is run. Chat templates are plain text here; this module does not interpret them.
 """
 
 import shutil

@@ -1,6 +1,7 @@
-"""What a decoding step computes besides its products: the definitions. The kernels are in ops/kernels/decode_step.py.
+"""The operations of a decoding step between its matrix products: the definitions. Kernels: ops/kernels/decode_step.py.
 
-A product may come in parts along K, [S, M, N], which are added in order. M rows are decoded at once, a new token each.
+A matrix product may arrive as split-K partial sums ("parts") [S, M, N], which are added in order. M rows are decoded at
+once, each with one new token.
 """
 
 import torch
@@ -35,10 +36,10 @@ def attend(
     heads: int,
     splits: int = 1,
 ) -> Tensor:
-    """Attention [M, Hq·D] of one new token a row; its key and value are written to the cache at `slot`.
+    """Attention [M, Hq·D] of one new token per row; its key and value are written to the cache at `slot`.
 
     Args:
-        qkv: [S, M, (Hq + 2 Hkv)·D] in parts, before rotary positions.
+        qkv: [S, M, (Hq + 2 Hkv)·D] partial sums, before rotary positions.
         cos, sin: float32 [1 or M, capacity, D / 2], by position.
         logn: float32 [capacity] by position, or None.
         pads: int32 [M], the first slot of each row: a token's position is its slot minus this.

@@ -25,8 +25,8 @@ class Scheme:
 
     bits: int = 4  # of one code: 2, 4 or 8
     group_size: int = 128  # rows of W [K, N] that share one scale and zero; -1: all K
-    desc_act: bool = False  # activation order: the rows of a group need not be neighbours (g_idx says which they are)
-    sym: bool = True  # symmetric: every zero is the middle code
+    desc_act: bool = False  # activation order: g_idx holds the group of each row, in any order
+    sym: bool = True  # symmetric: every zero point is the middle code
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8):
@@ -139,7 +139,7 @@ def dequantize(
     """`dequantize_plain`, by the Triton kernel where that runs (on a CUDA device); the same bits.
 
     Args:
-        g_idx: None where the groups are in order, which is faster. Not checked here: that would make a GPU wait.
+        g_idx: None where the groups are in order, which is faster. Not checked here: the check would synchronise the GPU.
         out: [K, N], gets the result; its rows may be strided. border: matrices to write around `out`, in the larger
             matrix that `out` is the upper left corner of.
     """
@@ -196,18 +196,18 @@ def quantize(weight: Tensor, scheme: Scheme, name: str = "a linear layer") -> di
     """Round a float weight [N, K] to the nearest code: {qweight, qzeros, scales, g_idx} as AutoGPTQ stores them.
 
     Symmetric: every zero is the middle code. The scale of a group is the candidate of `_divisors` with the least
-    squared error; codes are chosen against that scale as stored, in float16. Deterministic, in float32 on any device.
+    squared error; codes are rounded with the stored, float16 scale. Deterministic, in float32 on any device.
     A weight that the format can represent exactly is returned bit for bit by dequantize (bits <= 4).
 
     Raises:
-        UserError: K is not a multiple of the group, a weight is not finite, or the scheme asks for desc_act or zeros.
+        UserError: K is not a multiple of the group, a weight is not finite, or the scheme has desc_act or zero points.
     """
     assert weight.ndim == 2, weight.shape
     if not weight.isfinite().all():
         raise UserError(f"{name}: the weight has infinities or NaN. The file is damaged: fetch the model again.")
     if scheme.desc_act or not scheme.sym:
         raise UserError(
-            "Only desc_act=off, sym=on can be written: rounding to the nearest chooses neither an order nor zeros."
+            "Only desc_act=off, sym=on can be written: rounding to nearest needs neither an activation order nor zero points."
         )
     scheme.check(weight.shape[1], name)
     group, middle = scheme.rows(weight.shape[1]), 2 ** (scheme.bits - 1)
@@ -228,7 +228,8 @@ def quantize(weight: Tensor, scheme: Scheme, name: str = "a linear layer") -> di
 def _divisors(middle: int) -> list[float]:
     """A group's candidate scales are its largest |w| divided by these.
 
-    Every whole code that the largest |w| could have been, and finer steps about the middle, up to clipping by a third.
+    Each divisor is the code that the largest |w| gets: every whole code (2 and 4 bits), so that a weight that was quantised
+    before is found exactly, and 0.86 to 1.5 times the middle code. Above 1 the largest weights are clipped, by a third at most.
     """
     whole = range(1, middle + 1) if middle <= 8 else ()
     return sorted({*map(float, whole), *(middle * (0.86 + 0.04 * i) for i in range(17))})

@@ -68,7 +68,7 @@ class ActivationStack:
         self.in_flight: Tensor | None = None  # the tensor on the device that is being copied from or to
 
     def append(self, x: Tensor) -> None:
-        """Push x, which the caller may go on reading. The copy of the one before has ended, and its memory is free."""
+        """Push x, which the caller may still read. The copy of the previous tensor has ended, and its memory is free."""
         self._join()
         if self.size < len(self.slots):
             self.copies.copy(self.slots[self.size], x)

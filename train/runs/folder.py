@@ -48,6 +48,12 @@ def finished(run: Path) -> bool:
     return (run / RECORD).is_file()
 
 
+def newest_run(runs: Path) -> Path | None:
+    """The folder below `runs` whose run finished last; None if none has."""
+    records = sorted(runs.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
+    return records[-1].parent if records else None
+
+
 def read_run(run: Path) -> dict[str, Any]:
     """The record (run.json) of a finished run.
 
@@ -78,7 +84,7 @@ def begin(run: Path, recipe: dict[str, Any], inputs: dict[str, Any], lineage: st
     write_json(run / INPUTS, inputs)
     if lineage:
         write_text(run / LINEAGE, lineage)
-    else:  # an earlier start, which learnt nothing, may have had FROM=
+    else:  # an earlier start without a checkpoint may have had FROM=
         (run / LINEAGE).unlink(missing_ok=True)
 
 

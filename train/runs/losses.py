@@ -44,6 +44,14 @@ def rewind(run: Path, steps: int) -> None:
     write_text(run / LOSSES, "".join(f"{line}\n" for line, _ in list(_whole_lines(run))[:steps]))
 
 
+def amend(run: Path, step: int, values: dict[str, Any]) -> None:
+    """Add keys to the row of `step`, while nothing else has the file open."""
+    lines = [line for line, _ in _whole_lines(run)]
+    row = json.loads(lines[step - 1]) | values
+    lines[step - 1] = json.dumps(row, ensure_ascii=False)
+    write_text(run / LOSSES, "".join(f"{line}\n" for line in lines))
+
+
 def _whole_lines(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line of losses.jsonl as text and as a row, up to the first that is not the next step's."""
     path = run / LOSSES

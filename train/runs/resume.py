@@ -2,7 +2,7 @@
 
 Compares plain values with those in inputs.json, and checkpoints with losses.jsonl; knows nothing of recipes or
 training. Nothing is written here: a refused command leaves the folder as it was. A run that stopped before its first
-checkpoint has learnt nothing, so its folder begins anew with whatever inputs.
+checkpoint has no progress to lose, so its folder may be started again with any inputs.
 """
 
 from pathlib import Path
@@ -22,15 +22,15 @@ MAY_CHANGE_ON_RESUME = frozenset(
         # how fast and where the same values are computed
         *("batch", "accumulation", "processes", "zero", "checkpointing", "embedding"),
         *("save_every", "keep", "background"),  # how often the run is saved
-        *("guard", "spike", "unlearnable", "patience"),  # what to do about a fault; there was none so far
+        *("guard", "spike", "unlearnable", "patience"),  # what to do about a fault: no effect on steps without one
     }
 )
 
 CHOOSE_ROWS = ("clean", "near", "tokens_min", "tokens_max", "held_out")  # keys that choose rows of the data
 
 
-def recorded(run: Path) -> dict[str, Any] | None:
-    """The inputs that a run's folder belongs to; None for a folder that no run has begun.
+def read_inputs(run: Path) -> dict[str, Any] | None:
+    """inputs.json of a run's folder; None if no run was started in it.
 
     Raises:
         UserError: inputs.json is damaged.
@@ -48,22 +48,22 @@ def recorded(run: Path) -> dict[str, Any] | None:
     return inputs
 
 
-def has_learnt(run: Path) -> bool:
+def has_progress(run: Path) -> bool:
     """Whether a run's folder holds anything that a command could continue: a checkpoint, or the finished run."""
     return finished(run) or any((run / CHECKPOINTS).glob("step-*"))
 
 
 def check_unchanged(run: Path, inputs: dict[str, Any], recipe_defaults: dict[str, Any]) -> list[str]:
-    """A run's folder belongs to one set of inputs once it has learnt something: refuse others.
+    """Once a run has a checkpoint, its folder belongs to one set of inputs: refuse others.
 
     Returns:
-        A sentence if the folder begins anew, with other inputs than those of a start that learnt nothing; else none.
+        A sentence if the run starts again with other inputs, after a start that left no checkpoint; else none.
     Raises:
         UserError: every difference, in words; or a folder of a run without inputs.json.
     """
-    if (run / INPUTS).is_file() and not has_learnt(run):
+    if (run / INPUTS).is_file() and not has_progress(run):
         return _begins_anew(run, inputs, recipe_defaults)
-    old = recorded(run)
+    old = read_inputs(run)
     if old is None:
         if finished(run) or (run / CHECKPOINTS).is_dir():
             raise UserError(f"{run}: a run folder without {INPUTS}. Choose another RUN=, or remove it.")
@@ -71,7 +71,7 @@ def check_unchanged(run: Path, inputs: dict[str, Any], recipe_defaults: dict[str
     if differences := changes(old, inputs, recipe_defaults):
         listed = "\n  ".join(differences)
         raise UserError(
-            f"run {run.name!r} was begun with other inputs:\n  {listed}\n"
+            f"run {run.name!r} was started with other inputs:\n  {listed}\n"
             f"Nothing was changed. Start a new run with RUN=another-name, and FROM={run.name} to begin with the "
             "adapter of this one; or give the same inputs to continue it."
         )
@@ -79,15 +79,15 @@ def check_unchanged(run: Path, inputs: dict[str, Any], recipe_defaults: dict[str
 
 
 def _begins_anew(run: Path, inputs: dict[str, Any], recipe_defaults: dict[str, Any]) -> list[str]:
-    """What has changed since a start that learnt nothing, in one sentence; none if nothing has."""
+    """What has changed since a start that left no checkpoint, in one sentence; none if nothing has."""
     try:
-        differences = changes(recorded(run) or inputs, inputs, recipe_defaults)
+        differences = changes(read_inputs(run) or inputs, inputs, recipe_defaults)
     except UserError:
         differences = [f"{INPUTS} was damaged"]
     if not differences:
         return []
     listed = "; ".join(differences)
-    return [f"run {run.name!r} begins anew: an earlier start stopped before its first checkpoint ({listed})."]
+    return [f"run {run.name!r} starts again: an earlier start stopped before its first checkpoint ({listed})."]
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], recipe_defaults: dict[str, Any]) -> list[str]:
@@ -95,8 +95,8 @@ def changes(old: dict[str, Any], new: dict[str, Any], recipe_defaults: dict[str,
 
     Args:
         old: inputs.json as it was written. new: the inputs of this command.
-        recipe_defaults: every key of today's recipe and its default. A run of an older program has no value for a newer
-            key: it computed what the default computes, so the default stands in for it.
+        recipe_defaults: every key of today's recipe and its default. A run of an older version has no value for a newer
+            key: the default of a new key computes what the older version computed.
     """
     differences = []
     if old["data"]["sha256"] != new["data"]["sha256"]:
@@ -115,10 +115,10 @@ def changes(old: dict[str, Any], new: dict[str, Any], recipe_defaults: dict[str,
         if recipe.get(key) != new["recipe"][key]:
             differences.append(f"{key}: was {recipe.get(key)}, now {new['recipe'][key]}")
     if old["rows_per_step"] != new["rows_per_step"]:
-        rows = f"was {old['rows_per_step']} rows a step, now {new['rows_per_step']}"
+        rows = f"was {old['rows_per_step']} rows per step, now {new['rows_per_step']}"
         differences.append(f"batch × accumulation × processes: {rows}")
     if old["dtype"] != new["dtype"]:
-        differences.append(f"computed in: was {old['dtype']}, now {new['dtype']} (precision= decides)")
+        differences.append(f"dtype: was {old['dtype']}, now {new['dtype']} (set by precision=)")
     return differences
 
 
@@ -134,14 +134,14 @@ def fitted_accumulation(run: Path, batch: int, accumulation: int, processes: int
     Raises:
         UserError: these processes cannot share the rows of a step equally.
     """
-    old = recorded(run) if has_learnt(run) else None
+    old = read_inputs(run) if has_progress(run) else None
     if old is None or old["rows_per_step"] == batch * accumulation * processes:
         return accumulation
     rows, share = old["rows_per_step"], batch * processes
     if rows % share:
         able = [str(n) for n in range(1, rows // batch + 1) if rows % (batch * n) == 0]
         raise UserError(
-            f"run {run.name!r} was begun with {rows} rows a step, which {processes} processes of batch={batch} cannot "
+            f"run {run.name!r} was started with {rows} rows per step, which {processes} processes of batch={batch} cannot "
             f"share equally: {rows} / ({batch} × {processes}) is not a whole number. With this batch: "
             f"{', '.join(able) or 'none'} processes (GPUS=, processes=); or another batch=."
         )

@@ -1,7 +1,7 @@
 """DeepSpeed under one training step: forward, backward, the optimizer's update, and all of its state by parameter name.
 
 Knows gradients, AdamW's moments and loss scales; nothing of data, files or progress. Every private name of DeepSpeed
-that the program uses stands in this file. Only the adapters are trained: they are cast to the compute dtype and have
+that the program uses is in this file. Only the adapters are trained: they are cast to the compute dtype and have
 float32 masters in the optimizer, while the frozen base keeps its own dtype. The caller passes the learning rate at
 every step, so there is no scheduler whose state would have to be saved. On a GPU, DeepSpeed gets a single parameter,
 the vector of all adapters (graph_step.py): its Python work is per parameter and step, and for hundreds of small
@@ -27,7 +27,7 @@ from train.training.deepspeed_config import deepspeed_config, zero_stage
 from train.training.graph_step import GraphStep
 from train.training.state_buffers import StateBuffers
 
-MASTER = ""  # the key of the float32 masters, beside those of AdamW's moments
+MASTER = ""  # the key of the float32 master weights; the other keys are those of AdamW's moments
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_KEYS = (MASTER, *MOMENTS)
 VECTOR = "vector"  # the name of the one parameter that holds all adapters
@@ -42,8 +42,8 @@ Inspect = Callable[[str, dict[str, Tensor]], None]  # MASTER or a moment's key; 
 def import_deepspeed() -> Any:
     """DeepSpeed, imported without log lines, without nvcc, and without compiling a C++ extension in the home folder.
 
-    At import DeepSpeed asks each of its ops whether it could be built, and on a machine with a GPU but no CUDA toolkit
-    that question raises. No op is used here, so the accelerator is named explicitly and the GPU is hidden during the
+    At import DeepSpeed checks for each of its ops whether it could be compiled; on a machine with a GPU and no CUDA
+    toolkit this check raises an error. No op is used here, so the accelerator is named explicitly and the GPU is hidden during the
     import.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -96,9 +96,9 @@ def uses_fused_passes(recipe: Recipe, device: torch.device) -> bool:
 def _fix_gradient_norm(optimizer: Any) -> None:
     """Make ZeRO's gradient norm NaN for a gradient with NaN or infinity, and compute it in little memory.
 
-    ZeRO gives such a gradient a norm of −1, and the norm over all gradients then squares it to a healthy 1. It also
-    copies a whole gradient to float64; given chunks of NORM_CHUNK values, it adds them up as it adds up the norms of
-    several gradients.
+    ZeRO reports −1 as the norm of such a gradient; the norm over all gradients then squares it to a normal-looking 1. It also
+    copies a whole gradient to float64; given chunks of NORM_CHUNK values, it combines their norms as
+    it combines those of several gradients.
     """
     compute = getattr(optimizer, "get_grad_norm_direct", None)
     if compute is None:  # torch's own optimizer
@@ -123,7 +123,7 @@ class OptimizerState:
     def __init__(self, engine: Any, parameters: Mapping[str, Tensor]) -> None:
         """engine: DeepSpeed's. parameters: those of the optimizer, by name."""
         self.engine, self.optimizer, self.parameters = engine, engine.optimizer, parameters
-        # stage 0: DeepSpeed leaves torch's optimizer on the parameters themselves
+        # stage 0: DeepSpeed uses torch's optimizer directly, on the parameters themselves
         self.is_torch_optimizer = isinstance(self.optimizer, torch.optim.Optimizer)
         self._adamw: torch.optim.Optimizer = self.optimizer if self.is_torch_optimizer else self.optimizer.optimizer
 
@@ -226,7 +226,9 @@ class Engine:
         _fix_gradient_norm(self.engine.optimizer)
         self.engine.train()
         self.state.allocate()
-        self.state.write_masters(self._join(initial))  # in float32: DeepSpeed has made them from 16-bit roundings
+        self.state.write_masters(
+            self._join(initial)
+        )  # again, in float32: DeepSpeed has made the masters from 16-bit values
         self.state.set_updates(0)
         if self.fused:
             self.fused.bind()
@@ -241,7 +243,7 @@ class Engine:
         recipe = self.recipe
         return torch.optim.AdamW(
             list(trainable(module).values()),
-            lr=0.0,  # some ZeRO stages take a step at creation, to allocate the moments; it must not decay the weights
+            lr=0.0,  # some ZeRO stages make an update when they are created, to allocate the moments; it must not change the weights
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.epsilon,
             weight_decay=recipe.weight_decay,
@@ -256,7 +258,7 @@ class Engine:
         return config
 
     def close(self) -> None:
-        """Release model and optimizer, which DeepSpeed's hooks and tables would hold until the process ends."""
+        """Release model and optimizer: DeepSpeed's hooks and tables would keep them in memory until the process ends."""
         from deepspeed.runtime.zero import parameter_offload
 
         with redirect_stdout(io.StringIO()):
@@ -266,7 +268,7 @@ class Engine:
     # --- a step
 
     def to_device(self, batch: dict[str, Tensor]) -> Any:
-        """A collated batch on the device, as `forward_backward` reads it; made while the GPU is at the batch before."""
+        """A collated batch on the device, as `forward_backward` reads it; called while the GPU computes the previous batch."""
         if self.fused:
             return self.fused.to_device(batch)
         return {key: value.to(self.device) for key, value in batch.items()}
@@ -326,13 +328,14 @@ class Engine:
     def gather(
         self, inspect: Inspect | None = None, pinned: bool = False, keep: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Float32 masters by parameter name, and AdamW's moments as name/exp_avg and name/exp_avg_sq, whole on the CPU.
+        """Float32 masters by parameter name, and AdamW's moments as name/exp_avg and name/exp_avg_sq: unsharded, on the CPU.
 
         Args:
             inspect: called with MASTER and the masters, then with each moment's key and its tensors; with the fused
                 passes these are on the device.
             pinned: copy into the pinned buffers, which the next such call overwrites.
-            keep: False in a process that only takes part in the exchange: returns two empty dictionaries.
+            keep: False in a process that does not need the result, but must take part in the communication: returns two
+                empty dictionaries.
         """
         by_key: dict[str, dict[str, Tensor]] = {}
         for key in STATE_KEYS:
@@ -373,7 +376,7 @@ class Engine:
         return self.buffers.copy(f"{name}/{key}", value)
 
     def _split(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What DeepSpeed holds -> the adapters' parameters by name; views where it is the vector."""
+        """Tensors of DeepSpeed's parameters -> those of the adapters' parameters by name: views of the vector, if there is one."""
         return self.fused.layout.split(values[VECTOR]) if self.fused else values
 
     def _join(self, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -188,16 +188,16 @@ def reported_by_rank_0(error: UserError) -> bool:
     return isinstance(error, AgreedError) or SPAWNED in os.environ
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     """Leave the process group once every process has called this.
 
-    A gloo group is not destroyed: it stays until the process ends. Destroying it waits, while holding Python's lock,
-    for gloo's own threads; one of those may be releasing a Python tensor and wait for the same lock. That deadlock was
+    A gloo group is not destroyed: it stays until the process ends. Destroying it waits, while holding Python's GIL,
+    for gloo's own threads; one of those may be releasing a Python tensor and wait for the GIL. That deadlock was
     seen on a busy machine.
     """
     import torch.distributed as dist
 
-    leave_alone()
+    destroy_single_process_group()
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     dist.barrier()
@@ -208,8 +208,8 @@ def leave() -> None:
     time.sleep(SETTLE_SECONDS)
 
 
-def leave_alone() -> None:
-    """Destroy the NCCL group of a run of one process, which waits for nobody; PyTorch warns of one that is left."""
+def destroy_single_process_group() -> None:
+    """Destroy the NCCL group of a run of one process, for which no other waits; PyTorch warns if it is not destroyed."""
     dist = sys.modules.get("torch.distributed")  # not imported if a mistake was found before
     if dist and dist.is_initialized() and dist.get_world_size() == 1 and dist.get_backend() == "nccl":
         dist.destroy_process_group()

@@ -1,8 +1,8 @@
 """The decoder's forward and backward passes for training, written without autograd.
 
-Works on the modules of model/decoder.py, which is the definition: tests compare loss and gradients with it. Of a block
-it keeps the input, the rotated q, k and v, the output of the attention before and after its projection, and gate and
-up. The norms, SwiGLU and the dequantised Int4 weights are computed again in the backward pass. With checkpointing it
+Works on the modules of model/decoder.py, which is the definition: tests compare loss and gradients with it. For each
+block it saves the input, the rotated q, k and v, the output of the attention before and after its projection, and
+gate_up. The norms, SwiGLU and the dequantised Int4 weights are computed again in the backward pass. With checkpointing it
 keeps the block's input only.
 """
 
@@ -42,8 +42,10 @@ class SavedActivations:
 class FusedBlock:
     """The passes of one block.
 
-    Inputs, outputs and their gradients are [M, H]. A residual is added by the norm that reads the sum, so the output of
-    a block is a pair of tensors that the next norm adds.
+    Inputs, outputs and their gradients are [M, H]. A residual is not added by the block itself, but by the kernel of the
+    norm that follows it. So the output of a block is two tensors, (mlp_out, residual); the next norm adds them.
+
+    Some matrices have extra columns in memory for the adapters: see FusedLinear.
     """
 
     def __init__(self, block: nn.Module, config: Any, number: int) -> None:
@@ -65,7 +67,7 @@ class FusedBlock:
     def forward(
         self, x: Tensor, residual: Tensor | None, tokens: Tokens, rope_tables: RopeTables
     ) -> tuple[Tensor, Tensor, SavedActivations]:
-        """Two tensors whose sum is the output for x + residual, and what `backward` needs. x becomes x + residual."""
+        """Two tensors whose sum is the block's output, and what `backward` needs. The input is x + residual; x is set to it."""
         saved = self.attention_forward(x, tokens, rope_tables, residual)
         gate_up, gate_up_lora = self._gate_up_forward(saved.attn_out, x, tokens)
         mlp_out, down_lora = self._down_forward(gate_up, tokens)
@@ -73,7 +75,7 @@ class FusedBlock:
         return mlp_out, saved.attn_out, saved
 
     def forward_without_saving(self, x: Tensor, tokens: Tokens, rope_tables: RopeTables) -> Tensor:
-        """The output of the block; keeps nothing. The MLP runs in place on a part of the tokens at a time."""
+        """The output of the block; saves nothing. The MLP runs in place, on a part of the tokens at a time."""
         y = self.attention_forward(x, tokens, rope_tables).attn_out
         for rows, part in _mlp_parts(len(y), tokens):
             gate_up = self._gate_up_forward(y[rows], x[rows], part)[0]
@@ -84,7 +86,7 @@ class FusedBlock:
     def attention_forward(
         self, x: Tensor, tokens: Tokens, rope_tables: RopeTables, residual: Tensor | None = None
     ) -> SavedActivations:
-        """The first half of the block, before the MLP, and what `backward` needs of it; gate_up is None."""
+        """The first half of the block, up to the MLP. Returns what `backward` needs of it; gate_up is None."""
         h = self._norm(x, self.norm1, self.qkv, residual)
         qkv, qkv_lora = self.qkv.forward(h, tokens, add_bias=False)
         del h
@@ -125,7 +127,7 @@ class FusedBlock:
     def _attention_backward(
         self, grad: Tensor, saved: SavedActivations, tokens: Tokens, rope_tables: RopeTables
     ) -> tuple[Tensor, LowRankTerm | None]:
-        """The gradient of q, k and v before the rotary embedding, and its `lora_grad_term`, computed."""
+        """The gradient of q, k and v before the rotary embedding, and its `lora_grad_term`, already computed."""
         dy = grad[:, : self.out.out_features + self.out.extra_grad_columns]
         grad_context, grad_lora_a_out = self.out.backward(dy, tokens)
         dropout, context = self.out.input_dropout(tokens), saved.context.flatten(1)
@@ -160,7 +162,7 @@ class FusedBlock:
     def _mlp_part_backward(
         self, grad: Tensor, x: Tensor, gate_up: Tensor, lora_a_outs: Any, tokens: Tokens, add: bool = False
     ) -> None:
-        """The same for m tokens, of which x [m, H] is the sum that the norm read. Overwrites gate_up [m, 2 I].
+        """`_mlp_backward` for m tokens. x [m, H] is the input of the norm, attn_out + x. Overwrites gate_up [m, 2 I].
 
         add: add to the gradients of the adapters, instead of overwriting them.
         """
@@ -168,7 +170,7 @@ class FusedBlock:
         dy = grad[:, : self.down.out_features + self.down.extra_grad_columns]
         grad_activated, grad_lora_a_out = self.down.backward(dy, tokens)
         swiglu_backward(gate_up, grad_activated, self.down.input_dropout(tokens))
-        grad_gate_up, activated = gate_up, grad_activated  # swiglu_backward turned them into these, in place
+        grad_gate_up, activated = gate_up, grad_activated  # swiglu_backward has overwritten them with these
         self.down.accumulate_lora_grads(dy, grad_lora_a_out, activated, down_lora, add)
         del activated, grad_activated
         dy = view_with_extra(grad_gate_up, self.gate_up.extra_grad_columns)
@@ -209,7 +211,7 @@ class FusedBlock:
 
 
 def _mlp_parts(count: int, tokens: Tokens) -> Iterator[tuple[slice, Tokens]]:
-    """The rows that the MLP runs on at a time: two halves of many tokens, or all of few."""
+    """The rows that the MLP runs on at a time: two halves from HALVED_MLP_TOKENS tokens on, else all at once."""
     step = -(-count // 2) if count >= HALVED_MLP_TOKENS else count
     for start in range(0, count, step):
         yield slice(start, start + step), replace(tokens, first_row=start)
@@ -232,7 +234,7 @@ class FusedDecoder:
         return [linear for block in self.blocks for linear in block.linears]
 
     def ensure_length(self, length: int) -> bool:
-        """Make rope tables for rows of `length`; True if they are new, so that captured graphs read the old ones."""
+        """Make rope tables for rows of `length`. True if they are new: captured graphs still read the old ones."""
         if length <= len(self.rope_tables[0]):
             return False
         self.rope_tables = self._make_rope_tables(length)
@@ -241,8 +243,8 @@ class FusedDecoder:
     def forward(self, x: Tensor, tokens: Tokens, checkpointing: str) -> tuple[Tensor, Any]:
         """The hidden states, and what `backward` needs.
 
-        That is a stack with an entry for each block, SavedActivations or, with checkpointing, the block's input, and at
-        the top the input of the last norm.
+        That is a stack with one entry per block: SavedActivations, or with checkpointing the block's input. The top entry
+        is the input of the last norm.
 
         Args:
             x: [M, H], the embeddings; overwritten. checkpointing: off; on; or offload, to keep the inputs on the host.

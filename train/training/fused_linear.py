@@ -34,9 +34,9 @@ class FusedLinear:
     other; each adapter has its B [n, r]. `lora_a_out` is scale · dropout(h) Aᵀ [M, R], and `grad_lora_a_out` is
     scale · dy B [M, R]: both are kept for the gradients of A and B.
 
-    Where the rows of h have R extra columns in memory, one product computes y with the adapters' part:
+    If the rows of h have R extra columns in memory, one matrix product computes y including the adapters:
     [h, lora_a_out] @ [W; Bᵀ]. In the same way the backward pass computes [dy, grad_lora_a_out] @ [W, Aᵀ]ᵀ. That saves
-    reading and writing y and dh once more, which are as large as an activation.
+    reading and writing y and dh, which are as large as an activation, a second time.
     """
 
     def __init__(self, linears: Sequence[Any], layer_id: int) -> None:
@@ -54,8 +54,8 @@ class FusedLinear:
         self.scale = float(adapters[0].scaling["default"]) if adapters else 0.0
         self.dropout_rate = _dropout_rate(adapters[0]) if adapters else 0.0
         self.bias = self._concatenated_bias()
-        # How many extra columns h should have, and how many dy. With dropout the mask applies to the product of
-        # grad_lora_a_out with A, and not to that of dy with Wᵀ, so the two cannot be one product.
+        # How many extra columns h and dy should have. With dropout the mask applies to grad_lora_a_out @ A but not to
+        # dy @ Wᵀ, so the two cannot be one matrix product.
         self.extra_columns = self.rank if self.is_int4 else 0
         self.extra_grad_columns = 0 if self.dropout_rate else self.extra_columns
 

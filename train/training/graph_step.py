@@ -23,8 +23,8 @@ from train.training import step_sizes
 from train.training.fused_decoder import FusedDecoder
 from train.training.fused_linear import FusedLinear
 
-CONVERSATIONS = 8  # the number of conversations in cu_seqlens is padded to this times a power of two
-MOST_GRAPHS = 12  # shapes that are captured at most: the activations of each stay allocated in the shared memory pool
+CONVERSATIONS = 8  # cu_seqlens is padded to this many conversations, or 2, 4, 8 … times as many
+MAX_GRAPHS = 12  # shapes that are captured at most: the activations of each stay allocated in the shared memory pool
 TOKEN_TENSORS = ("positions", "segment_ids", "cu_seqlens", "seq_start", "seq_end", "seed")  # of Tokens
 
 
@@ -35,7 +35,7 @@ class FlatParameters:
         """names: of every trainable parameter, in the model's order."""
         self.linears, start = linears, 0
         self.offsets: dict[str, tuple[int, torch.Size]] = {}
-        self.parts: list[slice] = []  # of each of `linears`
+        self.parts: list[slice] = []  # the slice of the vector that belongs to each of `linears`
         for linear in linears:
             first = start
             for p in linear.parameters():
@@ -68,7 +68,7 @@ class FlatParameters:
 
 @dataclass
 class DeviceBatch:
-    """A micro batch of M = B · T tokens on the device, of which L have a label."""
+    """A micro batch of M = B · T tokens on the device; L positions predict a label."""
 
     input_ids: Tensor  # [M] int64
     tokens: Tokens
@@ -82,7 +82,7 @@ def flatten_batch(batch: dict[str, Tensor], row_length: int, rows: int = 0) -> d
 
     Args:
         batch: input_ids and labels [B, t]; position_ids and segment_ids if a row may hold several conversations.
-        row_length: T ≥ t, to which rows are padded. rows: to which B is padded, with rows of padding alone.
+        row_length: T ≥ t, to which rows are padded. rows: to which B is padded, with empty rows.
     Returns:
         The tensors of Tokens except the seed, and input_ids, labelled_positions and labels of DeviceBatch.
     """
@@ -109,7 +109,7 @@ def flatten_batch(batch: dict[str, Tensor], row_length: int, rows: int = 0) -> d
 
 
 def _boundaries(segment_ids: Tensor) -> Tensor:
-    """[B, T] -> the indices among the M tokens at which a conversation or a row begins, and M."""
+    """[B, T] -> the positions in the M flat tokens where a conversation or a row begins; the last entry is M."""
     begins = torch.ones_like(segment_ids, dtype=torch.bool)
     begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     return F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=segment_ids.numel())
@@ -140,7 +140,7 @@ class GraphStep(nn.Module):
                 that most batches have one shape: no other shape can use the memory of a graph's activations.
         """
         super().__init__()
-        self._decoder = [decoder]  # in a list, so that its parameters are not this module's
+        self._decoder = [decoder]  # in a list, so that nn.Module does not register its parameters
         self.fused_decoder = FusedDecoder(decoder, length)  # type: ignore[arg-type]
         self.layout = FlatParameters(self.fused_decoder.linears, names)
         self.graphs = graphs and next(iter(names)).is_cuda
@@ -243,7 +243,7 @@ class _GraphedPasses:
         self.backward_graph: Any = None
 
     def forward(self, batch: DeviceBatch, step: GraphStep) -> tuple[Tensor, Tensor]:
-        """hidden [M, H], and zeros of its shape for its gradient; the next call overwrites both."""
+        """hidden [M, H], and a zeroed tensor for its gradient; the next call overwrites both."""
         self.uses += 1
         if self.forward_graph is None and not self._may_capture(step):
             self.tokens = batch.tokens
@@ -261,9 +261,9 @@ class _GraphedPasses:
         return self.hidden, self.grad_hidden.zero_()
 
     def _may_capture(self, step: GraphStep) -> bool:
-        """Whether this shape was used before, and there are not too many graphs yet."""
+        """Whether this shape was used before, and fewer than MAX_GRAPHS are captured."""
         captured = [passes for passes in step.shapes.values() if passes.forward_graph is not None]
-        return step.graphs and self.uses >= 2 and len(captured) < MOST_GRAPHS
+        return step.graphs and self.uses >= 2 and len(captured) < MAX_GRAPHS
 
     def _capture_forward(self, batch: DeviceBatch, step: GraphStep) -> None:
         """Capture the forward pass over tensors of this object, which every replay reads and writes."""
@@ -278,7 +278,7 @@ class _GraphedPasses:
         """Write every adapter's gradient to step.grads, for `scale` times the gradient in `grad_hidden`."""
         if self.forward_graph is None:
             self.fused_decoder.backward(self.grad_hidden, self.saved, self.tokens, scale)
-            self.grad_hidden = self.saved = self.tokens = None  # a rare shape: free its memory
+            self.grad_hidden = self.saved = self.tokens = None  # not captured: free the memory of this batch
             return
         if self.backward_graph is None:
             self.scale = scale.clone()

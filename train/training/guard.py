@@ -18,8 +18,8 @@ from torch import Tensor
 WINDOW = 32  # steps whose median loss a jump is measured from
 MIN_HISTORY = 8  # steps before there is such a median; updates before a layer is judged
 ROUNDING = 2e-7  # of a float32 update, relative
-LEARNED = 1e-3  # nats: under this loss nothing is left to learn, and gradients fade in one layer before another
-FADED = 1e-2  # of a first moment: new gradients that add less are a collapse of the gradients of the whole model
+LEARNED = 1e-3  # nats: below this loss the data is learned; gradients then vanish, in some layers before others
+FADED = 1e-2  # if new gradients add less than this share of a first moment, the whole model's gradients have vanished
 UNDERFLOW = 1e-30  # sum of absolute values of a first moment that has decayed to rounding errors
 QUERY_KEY = (".q_proj.", ".k_proj.")  # the linears that choose between positions
 
@@ -29,7 +29,7 @@ class Guard:
     """The guard of one run.
 
     spike: how far over the median a loss counts as a jump, in nats; 0 = never. zero_grad_allowed: parts of the names of
-    layers whose gradient may be zero. recent_losses: of the last WINDOW steps that counted. first_moments: name of each
+    layers whose gradient may be zero. recent_losses: of the last WINDOW accepted steps. first_moments: name of each
     B -> (sum, sum of absolute values) of its exp_avg at the last check, which was after `updates` updates.
     """
 
@@ -40,7 +40,7 @@ class Guard:
     updates: int = 0
 
     def find_fault(self, loss: float, grad_norm: float | None, labels: int) -> str:
-        """Why a step must not count, in words; empty if it may.
+        """The fault of a step, in words; empty if it has none.
 
         Args:
             grad_norm: None where float16 overflowed: DeepSpeed has left that update out.
@@ -58,7 +58,7 @@ class Guard:
         return ""
 
     def accept(self, loss: float) -> None:
-        """A step counted."""
+        """Note the loss of a step without a fault."""
         self.recent_losses.append(loss)
 
     def layers_without_grad(self, first_moments: dict[str, Tensor], updates: int, beta1: float) -> list[str]:

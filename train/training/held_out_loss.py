@@ -13,9 +13,11 @@ import torch
 
 from train.data.batches import IGNORE, collate
 from train.data.packing import PackedRow, rows_of_epoch
+from train.runs import losses
 from train.training import distributed
 from train.training.deepspeed_engine import Engine
 from train.training.run_state import RunState
+from train.training.signals import StopRequest
 
 
 def epoch_ends(run: RunState, done: int) -> bool:
@@ -23,8 +25,28 @@ def epoch_ends(run: RunState, done: int) -> bool:
     return done == len(run.schedule) or run.schedule.epoch(done) != run.schedule.epoch(done - 1)
 
 
-def measure(run: RunState, engine: Engine, on_progress: Callable[[str], None] | None = None) -> float:
-    """The mean loss per labelled token of the held-out samples, in nats. Every process calls it.
+def complete(run: RunState, engine: Engine, done: int, stop: StopRequest) -> bool:
+    """Measure after `done` steps if a signal or a crash came between the end of that epoch and its measurement.
+
+    Called before losses.jsonl is opened. False if a signal asked to stop again.
+    """
+    if not run.held_out or not epoch_ends(run, done):
+        return True
+    if distributed.all_gather("held_out_loss" in losses.read(run.folder)[done - 1] if run.is_first else None)[0]:
+        return True
+    run.say(f"measures the held-out loss after step {done}, which the last start did not finish")
+    loss = measure(run, engine, stop)
+    if loss is not None and run.is_first:
+        losses.amend(run.folder, done, {"held_out_loss": loss})
+    return loss is not None
+
+
+def measure(
+    run: RunState, engine: Engine, stop: StopRequest, on_progress: Callable[[str], None] | None = None
+) -> float | None:
+    """The mean loss per labelled token of the held-out samples, in nats; None if a signal asked to stop.
+
+    Every process calls it.
 
     Args:
         on_progress: called with a sentence before each row.
@@ -33,6 +55,8 @@ def measure(run: RunState, engine: Engine, on_progress: Callable[[str], None] | 
     rows = _rows(run)
     world, own = run.rank_info.world_size, {}
     for at in range(0, len(rows), world):  # every process makes the same number of calls, as ZeRO 3 needs
+        if any(distributed.all_gather(stop.requested)):
+            return None
         if on_progress:
             on_progress(f"held-out loss: {at} of {len(rows)} rows")
         number = at + run.rank_info.rank

@@ -104,11 +104,11 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else nodes)
 
 
-def gives_way(key: str, value: int, world_size: int) -> str:
+def unused_option_note(key: str, value: int, world_size: int) -> str:
     """A note that `key` does not decide the number of processes; empty if it agrees with what was launched."""
     if value in (world_size, count("LOCAL_WORLD_SIZE")):
         return ""
-    return f"{key}={value} is not used: the launcher of this process has started {world_size}, and those train."
+    return f"{key}={value} is not used: the launcher has started {world_size} processes, and those train."
 
 
 def not_met(rank: int, world_size: int, seconds: float, error: Exception) -> str:

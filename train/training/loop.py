@@ -2,7 +2,7 @@
 
 Knows the schedule, the engine and the run's folder; nothing of models, layouts or how a conversation becomes tokens. A
 step is a pure function of the schedule, the weights and the generators, so a run that is stopped and continued ends in
-the same bytes. The price is one small all-reduce per step, for the loss and the wish to stop.
+the same bytes. The price is one small all-reduce per step, for the loss and the stop flag.
 """
 
 import math
@@ -18,6 +18,7 @@ from torch import Tensor
 from train.common.errors import first_few
 from train.common.progress import Meter
 from train.config.recipe import Recipe
+from train.runs import checkpoint
 from train.runs.losses import LossLog
 from train.runs.resume import resume_point
 from train.training import distributed, guard, held_out_loss
@@ -33,11 +34,15 @@ MAX_LEFT_OUT = 10  # steps that guard=skip leaves out of a run before it gives u
 
 
 class BadStep(Exception):  # noqa: N818  with guard=skip it is no error
-    """A step that must not count, found after the weights were updated: the run goes back and leaves it out."""
+    """A step with a fault, found after its update: the run goes back to a checkpoint and skips this step."""
 
     def __init__(self, step: int, fault: str, samples: list[str]) -> None:
         super().__init__(f"step {step + 1}: {fault}, in {first_few(samples)}.")
         self.step, self.fault, self.samples = step, fault, samples
+
+
+class StoppedWithinStep(Exception):  # noqa: N818  the run ends in order
+    """A signal asked to stop between two micro batches: the step is given up, and the state before it is whole."""
 
 
 class Flags(NamedTuple):
@@ -51,7 +56,7 @@ def train(run: RunState, engine: Engine, first: int) -> bool:
     """Take the steps from `first` to the end of the schedule; False if a signal asked to stop before the end.
 
     Raises:
-        AgreedError: a step that must not count, or a layer without gradient; the last checkpoint stays.
+        AgreedError: a bad step, or a layer without gradient; the last checkpoint stays.
         FullError: the disk stayed full.
     """
     left_out: dict[int, BadStep] = {}
@@ -64,23 +69,32 @@ def train(run: RunState, engine: Engine, first: int) -> bool:
 
 
 def _train_from(run: RunState, engine: Engine, first: int, stop: StopRequest, left_out: dict[int, BadStep]) -> bool:
-    """As `train`, up to a step that must not count, which is raised."""
+    """As `train`, but raises BadStep at a bad step."""
+    if first and not held_out_loss.complete(run, engine, first, stop):
+        return False
     with ExitStack() as closing:
         output = _open_output(run, engine, first, closing)
         if first == 0 and run.recipe.guard == "skip":
             save(run, engine, 0, output.saver)  # the state to go back to from a bad step before the first checkpoint
-        before = _held_out(run, engine, output, "held_out_loss_before") if first == 0 else {}
+        before = _held_out(run, engine, output, "held_out_loss_before", stop) if first == 0 else {}
+        if before is None:
+            return False
         for step in range(first, len(run.schedule)):
             if step in left_out:
-                row, flags = _left_out_row(run, left_out[step]), Flags()  # the next step asks all processes
+                row, flags = _left_out_row(run, left_out[step]), Flags()  # the next step exchanges them
             else:
-                row, flags = _step(run, engine, step, stop, output.saver.failed)
-            if held_out_loss.epoch_ends(run, step + 1):
-                row |= _held_out(run, engine, output, "held_out_loss")
-            output.write(row | before)
+                try:
+                    row, flags = _step(run, engine, step, stop, output.saver.failed)
+                except StoppedWithinStep:
+                    _save_before(run, engine, step, first, output.saver, stop)
+                    return False
+            ends = held_out_loss.epoch_ends(run, step + 1)
+            measured = _held_out(run, engine, output, "held_out_loss", stop) if ends else {}
+            flags = flags._replace(stop=flags.stop or measured is None)
+            output.write(row | (measured or {}) | before)
             before = {}
             _save_if_due(run, engine, step + 1, flags, output.saver, stop)
-            if flags.stop and step + 1 < len(run.schedule):
+            if measured is None or (flags.stop and step + 1 < len(run.schedule)):
                 return False
     return True
 
@@ -94,11 +108,12 @@ def _step(
     """One global step: its row for losses.jsonl, and what the processes report.
 
     Raises:
-        BadStep, or with guard=stop AgreedError: the step must not count.
+        BadStep, or with guard=stop AgreedError: the loss or the gradient has a fault.
+        StoppedWithinStep: a signal asked to stop, and the step has more micro batches.
     """
     began = time.monotonic()
     labels, rate = run.schedule.label_count(step), learning_rate(run.recipe, step, len(run.schedule))
-    loss_sums, grad_norm = _update(run, engine, step, max(labels, 1), rate)
+    loss_sums, grad_norm = _update(run, engine, step, max(labels, 1), rate, stop)
     loss_sum, flags = _all_reduce(loss_sums.sum(), Flags(stop.requested, save_failed))
     loss = loss_sum / max(labels, 1)
     if fault := run.guard.find_fault(loss, grad_norm, labels):
@@ -117,19 +132,35 @@ def _step(
     return row, flags
 
 
-def _update(run: RunState, engine: Engine, step: int, labels: int, rate: float) -> tuple[Tensor, float | None]:
+def _update(
+    run: RunState, engine: Engine, step: int, labels: int, rate: float, stop: StopRequest
+) -> tuple[Tensor, float | None]:
     """Forward and backward of this process's micro batches, then AdamW.
 
     Returns:
         The summed loss of each micro batch, float64 [accumulation], on the device; the norm of the gradient.
+    Raises:
+        StoppedWithinStep: the generators are as before the step.
     """
     sums: list[Tensor] = []
     grad_norm = None
+    generators = checkpoint.rng_state() if _may_give_up(run) else {}
     for micro in range(run.recipe.accumulation):
+        if micro and generators and stop.requested:
+            checkpoint.set_rng_state(generators)
+            raise StoppedWithinStep
         sums.append(engine.forward_backward(take(run, engine, step, micro), labels))
         prefetch(run, engine, step, micro)  # while the GPU computes this one
         grad_norm = engine.step(last=micro == run.recipe.accumulation - 1, rate=rate)
     return torch.stack([s.double() for s in sums]), grad_norm
+
+
+def _may_give_up(run: RunState) -> bool:
+    """Whether a signal ends a step between two of its micro batches. On a GPU a step takes seconds and is finished.
+
+    On a CPU it takes minutes, and a container is killed ten seconds after the signal. Several processes would have to agree first.
+    """
+    return run.device.type == "cpu" and run.rank_info.world_size == 1 and run.recipe.accumulation > 1
 
 
 def _all_reduce(loss_sum: Tensor, flags: Flags) -> tuple[float, Flags]:
@@ -154,7 +185,7 @@ def learning_rate(recipe: Recipe, step: int, total: int) -> float:
     return recipe.learning_rate * (floor + (1 - floor) * shapes[recipe.schedule])
 
 
-# --- a step that must not count ---------------------------------------------------------------------------------------
+# --- a bad step -------------------------------------------------------------------------------------------------------
 
 
 def _refuse(run: RunState, bad: BadStep) -> None:
@@ -199,7 +230,7 @@ def _left_out_row(run: RunState, bad: BadStep) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Output:
-    """Checkpoints; and in the first process, which alone has a log and a meter, the rows of the steps."""
+    """Where checkpoints go, and the rows of the steps: only the first process has a log and a meter."""
 
     saver: Saver
     log: LossLog | None
@@ -212,11 +243,12 @@ class _Output:
                 self.meter.show(row)
 
 
-def _held_out(run: RunState, engine: Engine, output: _Output, key: str) -> dict[str, float]:
-    """The loss on the held-out conversations under `key`, for the row of a step; nothing where none are held out."""
+def _held_out(run: RunState, engine: Engine, output: _Output, key: str, stop: StopRequest) -> dict[str, float] | None:
+    """The held-out loss under `key`, for the row of a step; {} where none is held out, None if a signal asked to stop."""
     if not run.held_out:
         return {}
-    return {key: held_out_loss.measure(run, engine, output.meter.note if output.meter else None)}
+    loss = held_out_loss.measure(run, engine, stop, output.meter.note if output.meter else None)
+    return None if loss is None else {key: loss}
 
 
 def _open_output(run: RunState, engine: Engine, first: int, closing: ExitStack) -> _Output:
@@ -230,7 +262,7 @@ def _open_output(run: RunState, engine: Engine, first: int, closing: ExitStack) 
     closing.callback(_add_timings, run, saver)
     if run.is_first:
         engine.allocate_pinned_buffers()
-    closing.callback(saver.join)  # first of all: what is being written is finished
+    closing.callback(saver.join)  # runs first: waits for the checkpoint that is being written
     return _Output(saver, log, meter)
 
 
@@ -240,15 +272,24 @@ def _add_timings(run: RunState, saver: Saver) -> None:
 
 
 def _save_if_due(run: RunState, engine: Engine, done: int, flags: Flags, saver: Saver, stop: StopRequest) -> None:
-    """A checkpoint after `done` steps if it is time for one; the last one is on the disk before the run ends."""
+    """Save after `done` steps if a checkpoint is due; the last one is on the disk before the run ends."""
     due = flags.stop or _checkpoint_due(run, done)
     if flags.save_failed or due:
         _wait_for_disk(run, saver, stop)
     if due:
         save(run, engine, done, saver)
-    elif done == guard.MIN_HISTORY:  # do not let a layer without gradient go on to the first checkpoint
+    elif done == guard.MIN_HISTORY:  # find a layer without gradient early: the first checkpoint may be hours away
         check_layers(run, engine, engine.full_state("exp_avg"))
     if flags.stop or done == len(run.schedule):
+        _wait_for_disk(run, saver, stop)
+
+
+def _save_before(run: RunState, engine: Engine, step: int, first: int, saver: Saver, stop: StopRequest) -> None:
+    """A checkpoint of the state before `step`, which was given up; none where this start has not finished a step."""
+    if step > first:
+        _wait_for_disk(run, saver, stop)
+        if not _checkpoint_due(run, step):  # else it is written already
+            save(run, engine, step, saver)
         _wait_for_disk(run, saver, stop)
 
 

@@ -83,14 +83,14 @@ def can_plan(capability: tuple[int, int] | None, recipe: Recipe) -> bool:
     return capability is not None and capability >= FLASH_CAPABILITY and recipe.precision != "fp32"
 
 
-def least_bytes(model: "Decoder", folder: Path, recipe: Recipe, adapter_parameters: int, on_card: bool) -> int:
-    """Weights, adapter and its optimizer: what training takes at least, where a step cannot be planned.
+def least_bytes(model: "Decoder", folder: Path, recipe: Recipe, adapter_parameters: int) -> int:
+    """Weights, adapter and its optimizer: what training takes at least on a card, where a step cannot be planned.
 
     Args:
         model: the base without contents, on the meta device. folder: its files, whose sizes are those of Int4 weights.
     """
     quantised = any(name.endswith("qweight") for name, _ in model.named_buffers())
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    width = 2 if on_card and recipe.precision != "fp32" else 4
+    width = 4 if recipe.precision == "fp32" else 2
     weights = width * sum(parameter.numel() for parameter in model.parameters())
     return ADAPTER_BYTES * adapter_parameters + (stored if quantised and stored else weights)

@@ -82,9 +82,9 @@ def prepare(
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
     check_settings(recipe)
-    keep_empty = keeps_empty(recipe.clean)
+    options = conversations.ReadOptions(recipe.columns, keeps_empty(recipe.clean))
     loaded, base, adapter = _run_all(
-        lambda: conversations.read(data, keep_empty),
+        lambda: conversations.read(data, options),
         lambda: resolve(recipe.model, models),
         lambda: _read_parent(recipe, parent),
     )

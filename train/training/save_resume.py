@@ -63,7 +63,7 @@ def check_layers(run: RunState, engine: Engine, first_moments: dict[str, Tensor]
     if not names:
         return
     layers = first_few([guard.layer_name(name) for name in names])
-    text = f"no gradient reached {layers} in {guard.MIN_HISTORY} updates or more: the adapter learns nothing there."
+    text = f"no gradient reached {layers} in {guard.MIN_HISTORY} updates or more: the adapter is not trained there."
     if run.recipe.guard == "skip":
         return run.say(f"{text} Training continues (guard=skip).")
     raise AgreedError(f"{text}\nLeave it out of targets=, or give guard=skip to train all the same.")

@@ -166,7 +166,7 @@ class StopRequest:
             raise KeyboardInterrupt
         if self.announce and not self.requested:
             again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-            _say(f"\nfinishing this step, then a checkpoint{again}\n")
+            _say(f"\nfinishing what is in hand, then a checkpoint{again}\n")
         _leave_lost_output(number)
         self.requested = True
 

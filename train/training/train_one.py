@@ -1,19 +1,23 @@
 """Train a prepared run in this process, alone or as one of several: load the model, train, write the record."""
 
+import os
 import time
 from contextlib import closing
 from pathlib import Path
 
-from train.model.loading import keeps_float
-from train.runs.checkpoint import sweep
+import torch
+
+from train.model import lora
+from train.model.loading import keeps_float, read_folder_config
+from train.runs.checkpoint import newest, sweep
 from train.runs.folder import ADAPTER, CHECKPOINTS, lock_run
-from train.training import distributed, loop, record, save_resume
+from train.training import cpu_memory, distributed, loop, record, save_resume
 from train.training.deepspeed_config import zero_stage
 from train.training.deepspeed_engine import Engine
 from train.training.devices import Devices
 from train.training.distributed import RankInfo
 from train.training.guard import Guard, layers_allowed_zero_grad
-from train.training.prepare import PreparedRun, begin, decisions, load_model
+from train.training.prepare import PreparedRun, adapter_parameters, begin, decisions, load_model
 from train.training.run_state import RunState
 
 
@@ -25,9 +29,19 @@ def train_one(prepared: PreparedRun, devices: Devices, checkpoint: Path | None) 
     rank_info = devices.rank_info or RankInfo()
     if rank_info.rank > 0:
         return _load_and_train(prepared, devices, rank_info, checkpoint)
+    if devices.device.type == "cpu":
+        _check_memory(prepared, devices.device, rank_info)
     with lock_run(prepared.folder):
         begin(prepared)
         return _load_and_train(prepared, devices, rank_info, checkpoint)
+
+
+def _check_memory(prepared: PreparedRun, device: torch.device, rank_info: RankInfo) -> None:
+    """Refuse, before anything is written or loaded, a run on the CPU that would be killed for want of memory."""
+    recipe, config = prepared.recipe, read_folder_config(prepared.base)[0]
+    parameters = adapter_parameters(config, lora.targets(config.layout, recipe.targets), recipe.rank)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", rank_info.world_size))  # processes on this machine
+    cpu_memory.check(prepared.base, recipe, parameters, keeps_float(prepared.base, device), here)
 
 
 def _load_and_train(prepared: PreparedRun, devices: Devices, rank_info: RankInfo, checkpoint: Path | None) -> bool:
@@ -63,8 +77,14 @@ def _train(prepared: PreparedRun, run: RunState, engine: Engine, notes: list[str
     done, start_notes = save_resume.start(run, engine, checkpoint)
     began = time.time()
     if not loop.train(run, engine, done):
-        run.say(f"stopped with a checkpoint in {run.folder / CHECKPOINTS}. The same command continues from there.")
+        run.say(_stopped(run.folder))
         return False
     if written := record.finish(prepared, run, engine, [*notes, *start_notes], began):
         print(f"{record.summary(written)}\nadapter: {run.folder / ADAPTER}", flush=True)
     return True
+
+
+def _stopped(folder: Path) -> str:
+    if newest(folder)[0] is None:
+        return "stopped before a step was done; the same command begins anew."
+    return f"stopped with a checkpoint in {folder / CHECKPOINTS}. The same command continues from there."

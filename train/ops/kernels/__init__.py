@@ -25,7 +25,7 @@ def usable(device: torch.device) -> bool:
         dequantize(word, word[:1, :1].contiguous(), torch.ones(1, 8, device=device), None, 4, torch.float32)
     # No compiler, an unknown card, a driver too old: Triton raises a different class for each
     except Exception as error:
-        print(f"Triton does not run here, the slower plain path is used: {error}", file=sys.stderr)
+        print(f"Triton does not run here, the slower PyTorch path is used: {error}", file=sys.stderr)
         return False
     return True
 

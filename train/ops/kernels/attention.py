@@ -1,9 +1,9 @@
 """Causal attention of packed conversations, forward and backward: FlashAttention-2's algorithm with tiles for Hopper.
 
 Source: Dao 2023, with two changes. Each token knows the start and the end of its conversation, so all tokens are one
-long row: the grid needs no dimension for conversations, no program is empty, and only blocks that the diagonal or the
-border of a conversation crosses are masked. The backward pass is one kernel for keys and one for queries, and each
-program is the only writer of its sums: the same bits every time.
+long row: the grid needs no dimension for conversations, no program is empty, and only blocks that contain the
+diagonal or the border of a conversation are masked. The backward pass is one kernel for keys and one for queries, and each
+program is the only writer of its sums, so every run gives the same bits.
 """
 
 import math
@@ -29,7 +29,7 @@ if triton is not None:
     def _block_and_head(  # type: ignore[no-untyped-def]
         blocks, rows, heads, LAST: tl.constexpr, HEADS_AT_ONCE: tl.constexpr
     ):
-        """The block and the head of this program. Blocks with the most work come first: with LAST a row's last ones."""
+        """The block and the head of this program. Blocks with the most work start first; LAST: these are a row's last ones."""
         program = tl.program_id(0)
         together = tl.minimum(HEADS_AT_ONCE, heads)
         group = program // (together * blocks)
@@ -63,7 +63,7 @@ if triton is not None:
 
     @triton.jit
     def _key_range(seq_start, m, total, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The first key that any query of m … m + BM sees, and the key from which on all of them see all up to m."""
+        """low: the first key that any query of m … m + BM attends to. border: from this key to m, all of them attend to all."""
         low = tl.load(seq_start + m) // BN * BN
         high = tl.load(seq_start + tl.minimum(m + BM, total) - 1)
         return low, tl.minimum(tl.maximum((high + BN - 1) // BN * BN, low), m)
@@ -73,7 +73,7 @@ if triton is not None:
         acc, top, norm, query, i, start, k, v, first, last, k_stride, v_stride, head, total, log2_scale,
         D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """Add keys first … last to the running softmax of a block of queries."""
+        """Add keys first … last to the online softmax of a block of queries: `top` is its running maximum, `norm` its sum."""
         for n in range(first, last, BN):
             j = n + tl.arange(0, BN)
             key = _load_tile(k, n, k_stride, head, total, BN, D, MASKED)
@@ -104,7 +104,9 @@ if triton is not None:
         norm = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, D), tl.float32)
         low, border = _key_range(seq_start, m, total, BM, BN)
-        for part in tl.static_range(3):  # keys of the border, keys that all queries see, keys on the diagonal
+        for part in tl.static_range(
+            3
+        ):  # masked: keys before the border; not masked: keys up to m; masked: keys on the diagonal
             acc, top, norm = _attend_to_keys(
                 acc, top, norm, query, i, start, k, v,
                 low if part == 0 else border if part == 1 else m,
@@ -229,7 +231,7 @@ def _tiles(table: Any, short: bool) -> tuple[int, int, dict[str, int]]:
 
 
 def _rows_to_order(total: int, row_length: int, block: int) -> int:
-    """How many rows the blocks are ordered within: the batch's, or one of all tokens if blocks cross the rows."""
+    """Rows of the batch, each of which has its blocks in order; 1 (all tokens are one row) if a block may cross rows."""
     return 1 if row_length % block else total // row_length
 
 
@@ -239,9 +241,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor, row_length: int, 
     Args:
         q: [M, Hq, D]; k, v: [M, Hkv, D]; rows may be strided, D is a power of two ≥ 16.
         seq_start: [M] int32, the first token of each token's conversation.
-        row_length: of the rows that the M tokens are; no conversation is in two. short: take the tiles for short rows.
+        row_length: tokens of a row of the batch; a conversation is within one row. short: use the tiles for short rows.
     Returns:
-        [M, Hq, D], and the logarithm to base 2 of the softmax's sums, [Hq, M] float32.
+        [M, Hq, D], and the log-sum-exp of the scores to base 2, [Hq, M] float32.
     """
     total, heads, size = q.shape
     out = torch.empty(total, heads, size, dtype=q.dtype, device=q.device)

@@ -1,7 +1,7 @@
-"""The kernels of a decoding step besides its products: residual sum with RMSNorm, SwiGLU, attention of one new token.
+"""The kernels of a decoding step between its matrix products: residual with RMSNorm, SwiGLU, attention of one new token.
 
-All of them read products that are still in parts along K, [S, M, N], and add the parts in order, so that a divided
-product needs no kernel of its own. Values are rounded where the decoder's separate layers round them. The definitions
+Their inputs are split-K partial sums ("parts") [S, M, N], which they add in order, so that a split matrix product needs
+no reduction kernel of its own. Values are rounded where the decoder's separate layers round them. The definitions
 are in ops/decode_step.py.
 """
 
@@ -36,7 +36,7 @@ if triton is not None:
     def _sum_parts(  # type: ignore[no-untyped-def]
         parts, batch, m, width, column, i, dtype: tl.constexpr, PARTS: tl.constexpr
     ):
-        """Columns `column` + i of row m of a product in parts, rounded to dtype, as float32."""
+        """Columns `column` + i of row m of split-K partial sums, rounded to dtype, as float32."""
         y = tl.zeros(i.shape, tl.float32)
         for s in tl.static_range(PARTS):
             y += tl.load(parts + (s * batch + m) * width + column + i).to(tl.float32)

@@ -1,7 +1,7 @@
 """Which values dropout keeps, as a hash of seed, layer, row and column: the same in every kernel and in ops/dropout.py.
 
-A hash of a dozen instructions is enough: a counter-based generator with the statistics of Philox takes a hundred a
-value, more than the product that reads the values.
+A hash of a dozen instructions is enough: a counter-based generator with the statistics of Philox takes a hundred
+per value, more time than the matrix product that reads the values.
 """
 
 from typing import Any

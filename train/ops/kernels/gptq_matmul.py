@@ -1,11 +1,11 @@
-"""A few rows times a packed weight: one row on ordinary lanes, several on tensor cores. W is never written as floats.
+"""Matrix product of a few rows and a packed weight: one row on CUDA cores, several on tensor cores. No float W is stored.
 
 A code q becomes a float without a conversion: its bits go into the mantissa of 2^23, and 2^23 is subtracted (as in Kim
 et al. 2022, "Who Says Elephants Can't Run"). The kernels get the bits of 2^23 as the argument `magic`: as a constant
-they would cost one more instruction a code. On ordinary lanes the zero of a group is subtracted once for a whole tile.
-For tensor cores each q − z is made, which every float type holds exactly, and the scale multiplies the sum of a group.
-A product comes in parts along K, which the next kernel adds in order. How a product is divided among programs is in
-gptq_tiles.py.
+they would cost one more instruction per code. On CUDA cores the zero of a group is subtracted once for a whole tile. For
+tensor cores each q − z is computed, which every float type holds exactly, and the scale multiplies the sum of a group.
+The result is split-K partial sums, which the next kernel adds in order. gptq_tiles.py decides how the product is divided
+among programs.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from train.ops.kernels.runtime import tl, triton
 
 MAGIC = 0x4B000000  # 2^23 as the bits of a float; an argument of the kernels, so that and-or is one instruction
 NO_SEGMENT = 1 << 30  # the start of a segment that does not exist: beyond all columns
-SEGMENT_COLUMNS = 64  # linears that stand side by side in one product begin at multiples of this
+SEGMENT_COLUMNS = 64  # linears that are fused into one matrix product begin at multiples of this
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class LowRankSegments:
-    """The adapters' part of a product of several linears.
+    """The adapters of several linears that are fused into one matrix product.
 
     down: float32 [S, M, L], x Aᵀ in S parts; each linear has R of the L columns. up: [N, R], the scaled B of each.
     starts: the columns of N at which the second and the third linear begin.

@@ -1,4 +1,4 @@
-"""How a product of a few rows with a packed weight is divided among programs: measured tiles, or a rule."""
+"""How the matrix product of a few rows and a packed weight is divided among Triton programs: measured tiles, or a rule."""
 
 import math
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from train.ops.kernels.runtime import triton, units
+from train.ops.kernels.runtime import multiprocessors, triton
 
-MAX_BATCH = 64  # rows of x; with more of them, one dequantised W and the library's product are faster
+MAX_BATCH = 64  # rows of x; with more rows, dequantising W and cuBLAS are faster
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's share of a product: a step reads `words` by `columns` packed words; K is cut in `splits` parts.
+    """A program's share of the matrix product: each step reads `words` × `columns` packed words; K is cut into `splits`.
 
     `warps` and `stages` are Triton's num_warps and num_stages.
     """
@@ -35,7 +35,7 @@ MEASURED: dict[tuple[bool, int, int], Tile] = {  # (one row of x, K, N) -> faste
 
 
 def rows_per_program(x: Tensor) -> int:
-    """Rows of x [M, K] in one program, as tensor cores take them; 1 where they take none of x.
+    """Rows of x [M, K] per program, a size that tensor cores accept; 1 if they are not used.
 
     That is a single row, float32 on a GPU, and any x below compute capability 8.0.
     """
@@ -67,7 +67,7 @@ def tile_for(batch: int, in_features: int, out_features: int, bits: int, device:
     # for 32 rows, 128 columns were the fastest in each of three shapes, by 17 to 49 %; in 8 bits they take more memory
     # than compute capability 8.6 has
     columns = 128 if bits == 4 and 16 < batch <= 32 else 64
-    ideal_splits = 2 * units(device) / triton.cdiv(out_features, columns)
+    ideal_splits = 2 * multiprocessors(device) / triton.cdiv(out_features, columns)
     rounded_splits = round(ideal_splits) if columns == 128 else math.ceil(ideal_splits)
     splits = max(1, min(rounded_splits, triton.cdiv(in_features, step_k) // 2, 8))
     warps = 8 if batch > 16 and columns == 64 else 4

@@ -18,7 +18,7 @@ from train.ops.kernels.runtime import INTERPRETED, tl, triton
 
 LEAST_ROWS = 8192  # from this many on, programs of ROWS rows fill the card
 ROWS, WARPS, STAGES = 64, 4, 4  # of a program: the fastest of a sweep on an H100
-MOST_RANK = 64  # of a product: sums of 128 columns do not fit into the registers
+MAX_RANK = 64  # columns of the low-rank matrix: sums of 128 columns do not fit into the registers
 
 if triton is not None:
 
@@ -132,7 +132,7 @@ def supports(qkv: tuple[Tensor, Tensor, Tensor], ranks: Sequence[int]) -> bool:
         and rows >= LEAST_ROWS
         and head_dim in (32, 64, 128)
         and len(set(ranks)) == 1
-        and ranks[0] <= MOST_RANK
+        and ranks[0] <= MAX_RANK
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
-def units(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     """The number of multiprocessors of a CUDA device; 128, a common one, for any other device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
 
