@@ -61,7 +61,7 @@ test-all: setup ## every test that this machine can run; names and counts those 
 model: ## fetch and verify a base: MODEL= a name in data/models.lock, a hub id, or a folder
 	@docker/run model $(_pairs)
 
-data: ## check a data set and sum it up; errors with file, line and column: DATA= [FIX=1: mend it] [CLEAN=] [HELD_OUT=] [OUT=]
+data: ## check a data set and sum it up; mistakes by line and column: DATA= [FIX=1: mend it] [CLEAN=] [HELD_OUT=] [OUT=]
 	@docker/run data $(_pairs)
 
 train: ## fine-tune, or continue an interrupted run: DATA= [MODEL=] [RECIPE=] [RUN=] [FROM=] [GPUS=]
