@@ -37,7 +37,7 @@ _refused = $(if $(_before),$(error $(_before) is set in the environment, where i
 Type it after the target (make $@ $(firstword $(_before))=…), or unset it (unset $(_before))))
 _pairs = $(_refused)$(foreach v,$(_typed),$(call _key,$(v))=$(call _quote,$(value $(v)))) $(value ARGS)
 
-.PHONY: help setup demo test test-all model data train export infer compare verify quantize plan bench doctor shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
+.PHONY: help setup demo test test-all model fetch data train export infer compare verify quantize plan bench doctor shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
 
 help: ## this list
 	@echo "make TARGET [KEY=value ...] [ARGS=\"key=value ...\"]        first: make demo        keys of a command: make TARGET ARGS=--help"
@@ -60,6 +60,9 @@ test-all: setup ## every test that this machine can run; names and counts those 
 
 model: ## fetch and verify a base: MODEL= a name in data/models.lock, a hub id, or a folder
 	@docker/run model $(_pairs)
+
+fetch: ## a data set of a hub to data/, so that no other command needs a network: DATA=hub:owner/name [UPDATE=1]
+	@docker/run fetch $(_pairs)
 
 data: ## check a data set and sum it up; mistakes by line and column: DATA= [FIX=1: mend it] [CLEAN=] [HELD_OUT=] [OUT=]
 	@docker/run data $(_pairs)

@@ -105,6 +105,8 @@ check() {
     [ "$name" = "$1" ] || return 0
     [ "$1" != demo ] || KEEP=no # what it shows is enough for a first look
     [ "$data" != read ] || elsewhere data || readable data
+    [ "$data" != write ] || writable data
+    [ "$data" != write ] || { lasting data && writable data; }
     [ "$models" != read ] || elsewhere models || readable models
     [ "$models" != write ] || elsewhere out || { lasting models && { elsewhere models || writable models; }; }
     [ "$runs" != write ] || { lasting runs && { elsewhere runs || writable runs; }; }

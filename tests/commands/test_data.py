@@ -116,6 +116,33 @@ def test_out_must_be_a_file(file: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "device").is_fifo()
 
 
+def test_notes_become_a_file_that_can_be_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes, out = tmp_path / "notes.txt", tmp_path / "notes.jsonl"
+    notes.write_text("感冒\n症状：发热、头痛\n治疗：休息\n\n流感\n症状：高热\n")
+    assert run(f"data={notes}", f"out={out}", f"models={tmp_path}") == 0
+    printed = capsys.readouterr().out
+    assert "3 (text)" in printed and "notes of symptoms" in printed and "3 conversations written" in printed
+    questions = [json.loads(line)["messages"][0]["content"] for line in out.read_text().splitlines()]
+    assert questions == ["感冒有哪些症状？", "感冒怎么治疗？", "流感有哪些症状？"]
+    assert [c.turns for c in conversations.load(out)] == [c.turns for c in conversations.load(notes)]
+
+
+def test_columns_are_shown_and_can_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "data.csv"
+    table.write_text("题干,question,answer,reply\nx,q,a,b\n")
+    assert run(f"data={table}", f"models={tmp_path}") == 2
+    error = capsys.readouterr().err
+    assert error.count("found ") == 1 and "columns=question:question,answer:answer" in error
+    assert run(f"data={table}", f"models={tmp_path}", "columns=question:题干,answer:reply") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert 'question from "题干", answer from "reply"; not used: "question", "answer"' in shown
+    assert run(f"data={table}", f"models={tmp_path}", "columns=question:quesion,answer:reply") == 2
+    error = capsys.readouterr().err
+    assert 'no column "quesion"' in error and "write columns=question:question" in error
+    assert run(f"data={table}", f"models={tmp_path}", "columns=题干") == 2
+    assert "is no ROLE:NAME" in capsys.readouterr().err
+
+
 def test_large_data_shows_progress(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "large.jsonl"
     row = json.dumps({"instruction": "q" * 900, "output": "a" * 100}) + "\n"

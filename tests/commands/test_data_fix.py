@@ -29,7 +29,7 @@ def test_the_result_lies_beside_the_original(file: Path, capsys: pytest.CaptureF
     fixed = file.with_name("mine.fixed.jsonl")
     assert fixed.read_text() == f"{GOOD}\n{NEXT}\n" and file.read_text() == BROKEN
     out = capsys.readouterr().out
-    assert f"{file}: 2 sound rows, 1 of them mended.\n  trailing comma deleted: 1\n" in out
+    assert f"{file}: 2 rows, 1 of them mended.\n  trailing comma deleted: 1\n" in out
     assert f"{fixed}: 2 rows written, and read back without a mistake.\n" in out
     assert sorted(path.name for path in file.parent.iterdir()) == ["mine.fixed.jsonl", "mine.json"]
 
@@ -55,7 +55,7 @@ def test_what_is_left_is_listed_and_nothing_is_written(tmp_path: Path, capsys: p
     printed = capsys.readouterr()
     assert "error: 1 row is left that only a person can mend; nothing was written." in printed.err
     assert f"{path}:2:32: found an empty text" in printed.err and "PARTIAL=1" in printed.err
-    assert "1 sound row, 1 of them mended; 1 row left for you." in printed.out
+    assert "1 row, 1 of them mended; 1 other left for you." in printed.out
     assert [p.name for p in tmp_path.iterdir()] == ["half.jsonl"]
 
 

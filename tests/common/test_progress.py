@@ -1,5 +1,7 @@
 """Progress in a log: lines now and then; speed and a steady time left for training."""
 
+import sys
+
 import pytest
 
 from train.common import progress
@@ -40,6 +42,22 @@ def test_the_speed_is_that_of_the_last_steps() -> None:
 
 def test_a_duration_is_written_in_two_units_at_most() -> None:
     assert [clock(s) for s in (7, 200, 7500)] == ["7 s", "3 min 20 s", "2 h 05 min"]
+
+
+@pytest.mark.parametrize("kind", ["dumb", "unknown"])
+def test_a_terminal_without_a_cursor_gets_the_lines_of_a_log(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", kind)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with Meter(2, 0) as meter:
+        meter.show(row(1, 1.0))
+        meter.show(row(2, 1.0))
+    with bar("fetching", 1e6, "MB", 1e6) as advance:
+        advance(1e6)
+    first, second, fetched = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 1/2 · loss 1.0000") and second.startswith("step 2/2")
+    assert fetched == "fetching: 1 of 1 MB"
 
 
 class Clock:

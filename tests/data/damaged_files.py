@@ -102,7 +102,7 @@ DAMAGE: dict[str, Damage] = {
     "block comment": Damage(f"[/* two\n lines */{GOOD}]", [(1, 2)], [GOOD]),
     "block comment without end": Damage(f"[{GOOD}, /* {NEXT}]", [(1, 39)], [GOOD, NEXT], left=[(1, 39)]),
     "comment that hides a row": Damage(f"[{GOOD}, // {NEXT}]\n", [(1, 39)], [GOOD, NEXT], left=[(1, 39)]),
-    "marks of a merge": Damage(f"<<<<<<< HEAD\n{GOOD}\n=======\n{NEXT}\n>>>>>>> mine\n", [(1, 1), (1, 9), (3, 1), (5, 1), (5, 9)], [GOOD, NEXT], left=[(1, 1), (1, 9), (3, 1), (5, 1), (5, 9)]),
+    "marks of a merge": Damage(f"<<<<<<< HEAD\n{GOOD}\n=======\n{NEXT}\n>>>>>>> mine\n", [(1, 1), (3, 1), (5, 1)], [GOOD, NEXT], left=[(1, 1), (3, 1), (5, 1)]),
     "numbered lines": Damage(f"1. {GOOD}\n2. {NEXT}\n", [(1, 1)], [], left=[(1, 1)]),
     "a word among lines": Damage(f"{GOOD}\nhello\n{NEXT}\n", [(2, 1)], [GOOD, NEXT], left=[(2, 1)]),
     "an ellipsis among rows": Damage(f"[{GOOD}, ..., {NEXT}]", [(1, 39)], [GOOD, NEXT], left=[(1, 39)]),

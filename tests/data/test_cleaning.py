@@ -85,6 +85,16 @@ def test_of_exact_copies_the_first_stays() -> None:
     assert result.removed[0].as_json() == {**line, "like_row": 1, "like_location": "data.jsonl:1"}
 
 
+def test_a_row_that_is_drawn_several_times_is_no_duplicate_of_itself() -> None:
+    """DATA=a.jsonl:2x. Its copies and near duplicates are left out, however often they are drawn."""
+    one, other = conversation("What would you say to them?", LONG), conversation("What would you say to her?", LONG)
+    copy = conversation(*(turn.text for turn in one.turns))
+    rows = [one, one, copy, other, copy, other, one]
+    result = clean(rows, settings("exact_duplicates,near_duplicates", near=0.8))
+    assert result.kept == [0, 1, 6]
+    assert result.counts == {"exact_duplicates": 2, "near_duplicates": 2}
+
+
 def test_a_near_duplicate_has_nearly_the_same_question_and_answer() -> None:
     question = "我的孩子从上个月起夜里咳嗽，应该先做哪项检查？"
     rows = numbered(

@@ -79,7 +79,7 @@ def test_folders_and_lists(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Did you mean .*a.jsonl"):
         conversations.load(tmp_path / "aa.jsonl")
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match=r"no \*.json"):
+    with pytest.raises(UserError, match=r"none of \*.json, "):
         conversations.load(tmp_path / "none")
     with pytest.raises(UserError, match="a comma with no file name"):
         conversations.load(f"{tmp_path / 'c.JSON'},")

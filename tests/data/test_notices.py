@@ -37,7 +37,7 @@ def test_what_a_person_should_know(row: dict[str, Any], sentence: str, tmp_path:
     assert any(sentence in notice for notice in notices(tmp_path, PLAIN, row)), notices(tmp_path, PLAIN, row)
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "tool_calls", "thinking", "name", "wieght"])
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "name", "wieght"])
 def test_keys_of_turns_are_counted(key: str, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "q", "id": 7}, {"role": "assistant", "content": "a", key: "text"}]
     assert notices(tmp_path, {"messages": turns}, {"messages": turns}) == [

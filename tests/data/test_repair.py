@@ -58,6 +58,16 @@ def test_of_a_lost_row_only_this_row_is_missing() -> None:
         assert found.rows == [GOOD, NEXT, GOOD] and found.left_rows == 1, lost
 
 
+def test_rows_behind_a_broken_one_are_found_wherever_they_are() -> None:
+    lost = '{"instruction" "q" "a"}'
+    for text in (f"{GOOD} {lost} {NEXT}", f"{GOOD}{lost}{NEXT}", f"[{GOOD},\n{lost}]}},\n{NEXT}]"):
+        found = mended(text.encode(), Path("x"))
+        assert found.rows == [GOOD, NEXT] and found.left, text
+    inner = '{"instruction": "q" x, "tools": [{"city": "a"}, {"city": "b"}], "output": "a"}'
+    found = mended(f"{inner}\n{NEXT}\n".encode(), Path("x"))
+    assert found.rows == [NEXT] and len(found.left) == 1  # objects within a row are no rows
+
+
 def test_two_missing_quotes_are_not_taken_for_quotes_inside_a_text() -> None:
     for text in (
         '{"instruction": "q, "input: "x", "output": "a"}',
@@ -87,6 +97,38 @@ def test_keys_that_the_user_names_are_renamed(tmp_path: Path) -> None:
     assert repair.repair(path).rows == [] and repair.repair(path).left
 
 
+def test_a_key_that_seems_to_swallow_a_row_is_left() -> None:
+    """Found by hypothesis."""
+    row = '{"id": "", "instruction": "r", "output": "b"}'
+    found = mended(f'[{{"instruction": "q", "output": "a", "id"\': 7}},{row}]'.encode(), Path("x"))
+    assert found.rows == [row] and found.left_rows == 1
+    text = "[{'instruction': 'q', 'output': 'a', 'id: 7}, {'id': '', 'instruction': 'r', 'output': 'b'}]"
+    found = mended(text.encode(), Path("x"))
+    assert found.left and not any("7}" in row for row in found.rows)
+
+
+def test_a_string_that_is_not_closed_before_a_windows_line_end() -> None:
+    """Found by atheris: the text that was looked at ended between \\r and \\n."""
+    found = mended(b'{"inst\r\r\r\none\r\n{"instruction": "q", two"\r\ntw"conten:', Path("x"))
+    assert found.rows == [] and found.left
+
+
+def test_a_tuple_that_is_closed_as_a_list_is_left() -> None:
+    """Found by atheris."""
+    for text in ('("b"]', '{"instruction": "q", "output": "a", "history": [("b", "c"]]}'):
+        found = mended(text.encode(), Path("x"))
+        assert found.rows == [] and found.left, text
+
+
+def test_zero_bytes_alone_do_not_make_a_file_utf16(tmp_path: Path) -> None:
+    """Found by atheris: these bytes are UTF-16 of a kind too, but the reader takes them for UTF-8."""
+    path = tmp_path / "data.json"
+    path.write_bytes(b'[\x00.":b \x00="a\xe8}, ' + f"{NEXT}]]".encode())
+    assert encodings.decode_wide(path.read_bytes()) is not None
+    found = repair.repair(path)
+    assert found.left and not any("UTF-16" in change.name for change in found.changes)
+
+
 def test_a_file_without_a_row_has_that_problem() -> None:
     found = mended(b"  \n", Path("x"))
     assert [problem.found for problem in found.left] == ["no row"]
@@ -102,7 +144,7 @@ def test_changes_are_counted_by_kind_with_the_first_examples() -> None:
     text = "{'instruction': 'q', 'output': 42}\n" * 2 + '{"instruction": "one\ttwo", "output": "a",}\n'
     lines = repair_report.lines(mended(text.encode(), Path("x.jsonl")), colour=False)
     assert lines == [
-        "x.jsonl: 3 sound rows, 3 of them mended.",
+        "x.jsonl: 3 rows, 3 of them mended.",
         "  single quotes to double quotes: 6",
         "      1:2       'instruction'  →  \"instruction\"",
         "      1:17      ction': 'q', 'outpu  →  ction': \"q\", 'outpu",

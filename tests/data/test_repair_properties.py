@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from train.common.errors import UserError
-from train.data import conversations, encodings, repair
+from train.data import conversations, encodings, file_kinds, repair
 from train.data.json_rows import LINE_END
 
 MINUTES = 10
@@ -204,7 +204,7 @@ def check(file: Damaged, folder: Path) -> str:
 
 def inside(problems: list[Any], file: Damaged) -> None:
     """Every place lies in the file, or just behind the end of its line."""
-    wide = encodings.decode_wide(file.raw)
+    wide = encodings.decode_wide(file.raw) if file_kinds.foreign(file.raw) else None
     lines = LINE_END.split(wide[0] if wide else encodings.decode(file.raw)[0])
     for problem in problems:
         assert 1 <= problem.line <= len(lines), problem

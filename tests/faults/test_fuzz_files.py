@@ -1,7 +1,8 @@
 """Each file of a base and of a run, missing, cut off, of another kind, and each key of its JSON with each wrong value.
 
 For every command: nothing but a UserError leaves the program, and status 0 means the result of the whole files. A short
-form of it runs by default; `pytest -m slow tests/faults/test_fuzz_files.py -s` runs all cases and prints how many.
+form of it runs by default; `pytest -m slow tests/faults/test_fuzz_files.py` runs all cases, and prints how far it is and
+how many there were.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import io
 import json
 import random
 import shutil
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ from train.training import prepare, train_one
 
 OLD = Path(__file__).parents[1] / "assets" / "old_runs"  # finished runs, one cut off, with everything that they leave
 IDS = torch.arange(2, 40)[None]
+EVERY = 10.0  # seconds between two lines about the progress
 
 
 @dataclass
@@ -48,14 +51,24 @@ class Outcome:
 
 @dataclass
 class Tally:
-    """Cases, how they ended, and what was wrong."""
+    """Cases, how they ended, and what was wrong. `say` is given a line about the progress every EVERY seconds."""
 
+    say: Callable[[str], None]
     ends: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    said: float = field(default_factory=time.monotonic)
+
+    def advance(self, changes: list[Change]) -> Iterator[Change]:
+        """Each change, with a line about those that are done now and then."""
+        for done, change in enumerate(changes):
+            if time.monotonic() - self.said > EVERY:
+                self.say(f"{done:,} of {len(changes):,} changes; {self}; {len(self.wrong)} wrong")
+                self.said = time.monotonic()
+            yield change
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{count} {end}" for end, count in sorted(self.ends.items()))
-        return f"{self.ends.total()} cases: {counts}"
+        counts = ", ".join(f"{count:,} {end}" for end, count in sorted(self.ends.items()))
+        return f"{self.ends.total():,} cases: {counts}"
 
 
 def call(words: list[str], result: Callable[[str], Any]) -> Outcome:
@@ -203,7 +216,7 @@ def fuzz_base(kind: str, share: int, tally: Tally) -> None:
         sound[name] = call(words, result)
         assert sound[name].status == 0, (name, sound[name])
         tree.restore()
-    for change in some(list(changes_of_base(base)), share):
+    for change in tally.advance(some(list(changes_of_base(base)), share)):
         ends = {}
         change.apply()
         for name, (words, result) in commands.items():
@@ -294,7 +307,7 @@ def fuzz_run(share: int, tally: Tally) -> None:
         sound[name] = call(words, result)
         assert sound[name].status == 0, (name, sound[name])
         tree.restore()
-    for change in some(list(changes_of_run()), share):
+    for change in tally.advance(some(list(changes_of_run()), share)):
         for name, (words, result) in commands_on(change).items():
             change.apply()
             end = call(words, result)
@@ -310,34 +323,44 @@ def unhashed(change: Change) -> bool:
     return change.path.name in (*NO_RESULT[:6], "run.json")
 
 
+@pytest.fixture
+def tally(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Tally:
+    """The tally of a test. The lines of a slow one are shown at once, though the test's output is captured."""
+    shown = capsys.disabled if request.node.get_closest_marker("slow") else contextlib.nullcontext
+
+    def say(line: str) -> None:
+        with shown():
+            print(f"\n{request.node.name}: {line}", end="", flush=True)
+
+    return Tally(say)
+
+
 def report(tally: Tally) -> None:
-    print(tally)
+    """Say how many cases there were; fail with those that were wrong."""
+    tally.say(str(tally))
+    assert tally.ends.total(), "no case"
     assert not tally.wrong, f"{tally}; {len(tally.wrong)} wrong:\n" + "\n".join(tally.wrong[:20])
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_a_base_with_any_file_damaged(kind: str) -> None:
-    tally = Tally()
+def test_a_base_with_any_file_damaged(kind: str, tally: Tally) -> None:
     fuzz_base(kind, 100, tally)
     report(tally)
 
 
-def test_a_run_with_any_file_damaged() -> None:
-    tally = Tally()
+def test_a_run_with_any_file_damaged(tally: Tally) -> None:
     fuzz_run(400, tally)
     report(tally)
 
 
 @pytest.mark.slow
-def test_a_run_with_every_file_damaged_in_every_way() -> None:
-    tally = Tally()
+def test_a_run_with_every_file_damaged_in_every_way(tally: Tally) -> None:
     fuzz_run(1, tally)
     report(tally)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BASES)
-def test_a_base_with_every_file_damaged_in_every_way(kind: str) -> None:
-    tally = Tally()
+def test_a_base_with_every_file_damaged_in_every_way(kind: str, tally: Tally) -> None:
     fuzz_base(kind, 1, tally)
     report(tally)

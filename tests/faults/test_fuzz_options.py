@@ -42,10 +42,12 @@ CUTS = (  # module, name
     ("train.commands.quantize", "write"),
     ("train.model.sources", "fetch_locked"),
     ("train.model.sources", "fetch_from_hub"),
+    ("train.data.hub_fetch", "fetch_split"),
     ("train.commands.demo", "call"),
 )
 WORDS = {  # a command line of each verb that reaches its checks
     "model": ("model=base-Int4",),
+    "fetch": ("data=hub:owner/name",),
     "quantize": ("model=float",),
     "doctor": ("data=conversations.jsonl", "model=base-Int4", "recipe=smoke"),
     "plan": ("model=base-Int4", "gpu=8G", "recipe=smoke"),

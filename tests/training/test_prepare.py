@@ -14,6 +14,7 @@ from tests.support.tiny_training import TINY, start, train, write_rows
 from train.common.errors import UserError
 from train.common.files import read_json, write_json
 from train.config.recipe import RECIPES, Recipe, load_recipe
+from train.data import conversations
 from train.model import lora
 from train.model.loading import load
 from train.runs import checkpoint
@@ -67,6 +68,27 @@ def test_the_parameters_of_an_adapter_are_counted_without_one() -> None:
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_records_its_columns_and_reads_its_data_again_by_them(workspace: Path) -> None:
+    (workspace / "t.csv").write_text("ask,reply,answer\n" + "".join(f"q{n},a{n},b{n}\n" for n in range(12)))
+    with pytest.raises(UserError, match='"reply" and "answer"'):
+        train(run="table", data="t.csv", steps=1)
+    train(run="table", data="t.csv", steps=1, columns="question:ask,answer:answer")
+    record = read_json(Path("runs/table/run.json"))
+    assert record["recipe"]["columns"] == "question:ask,answer:answer"
+    read, name = conversations.training_data(record)
+    assert [c.turns[1].text for c in read[:2]] == ["b0", "b1"] and name == "t.csv"
+    with pytest.raises(UserError, match="columns"):
+        train(run="table", data="t.csv", steps=1, columns="question:ask,answer:reply")
+
+
+def test_plain_text_is_trained_on_and_what_was_recognised_is_said(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workspace / "n.txt").write_text("\n".join(f"Q: q{n}\nA: a{n}" for n in range(12)))
+    train(run="text", data="n.txt", steps=1)
+    assert "n.txt is read as questions and answers with labels" in " ".join(capsys.readouterr().out.split())
 
 
 def test_conversations_without_labels_are_named(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

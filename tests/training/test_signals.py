@@ -1,25 +1,40 @@
-"""SIGINT and SIGTERM: before the first step, during training, to a launcher, and to all processes of a run."""
+"""SIGINT, SIGTERM, SIGHUP and lost output: before the first step, in training, to a launcher, to all processes of a run."""
 
 import os
 import pty
+import select
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support.tiny_training import LONG, losses, start
+from tests.support.checkout import make, make_checkout
+from tests.support.tiny_training import LONG, losses, options, start
 from train.runs import checkpoint
 from train.training import signals
 from train.training.signals import EXIT_INTERRUPTED, StopRequest
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def heed_signals() -> Iterator[None]:
+    """As in a terminal, whoever runs the tests: a job in the background ignores SIGINT, one under nohup SIGHUP."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 BEFORE_THE_FIRST_STEP = """
 import signal, threading
 from train.training import signals
@@ -96,6 +111,59 @@ open(sys.argv[1], "w").write("saved")
         assert saved.read_text() == "saved"
 
 
+OUTPUT_LOST = """
+import signal, sys, time
+from train.training.signals import StopRequest
+with StopRequest() as stop:
+    print("up", flush=True)
+    while sys.argv[2] == "signalled" and not stop.requested:
+        time.sleep(0.01)
+    print("ready", file=sys.stderr, flush=True)
+    sys.stdin.readline()
+    print("a line of the step", flush=True)
+    print("a line of the next step")
+    assert stop.requested
+open(sys.argv[1], "w").write("saved")
+print("after it")
+"""
+
+
+@pytest.mark.parametrize("signalled", [True, False], ids=["after SIGHUP", "without a signal"])
+def test_a_reader_of_the_pipe_that_ends_does_not_end_the_run(signalled: bool, tmp_path: Path) -> None:
+    """As tee, which ends with the connection, or when its own output is gone: the checkpoint is written all the same."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", OUTPUT_LOST, str(tmp_path / "saved"), "signalled" if signalled else "alone"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(words, env=env, text=True, **pipes)
+    assert process.stdin and process.stdout and process.stderr and process.stdout.readline() == "up\n"
+    if signalled:
+        process.send_signal(signal.SIGHUP)
+    said = ""
+    while not said.endswith("ready\n"):
+        said += process.stderr.readline()
+    process.stdout.close()
+    process.stdin.write("go on\n")
+    process.stdin.close()
+    said += process.stderr.read()
+    assert process.wait(timeout=20) == 0, said
+    assert (tmp_path / "saved").read_text() == "saved"
+    first = "" if signalled else "nobody reads the output any more: "
+    assert said.replace("ready\n", "").strip() == f"{first}finishing what is in hand, then a checkpoint"
+
+
+def test_other_errors_of_the_output_are_errors() -> None:
+    """A log on a full disk."""
+    with Path("/dev/full").open("w") as full, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with StopRequest(announce=False) as stop:
+            with pytest.raises(OSError, match="No space left"):
+                print("a line", flush=True)
+            assert not stop.requested
+            assert sys.stdout.name == "/dev/full" and not sys.stdout.isatty()
+        assert sys.stdout is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+
+
 def test_the_handlers_from_before_are_restored() -> None:
     received, threads = [], threading.active_count()
     before = signal.signal(signal.SIGTERM, lambda *_: received.append("ours"))
@@ -162,6 +230,11 @@ def train_in_two_processes(run: str) -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.fixture(scope="module")
+def checkout(workspace: Path) -> Path:
+    return make_checkout(workspace)
+
+
 @whole_run
 def test_a_signal_reaches_every_process() -> None:
     """SIGTERM to the command: both workers finish the step, one checkpoint is written, the status is 75."""
@@ -185,6 +258,110 @@ def test_a_signal_to_every_process_of_a_run_is_the_same() -> None:
     assert "The same command continues from there" in printed
     assert "Traceback" not in printed
     assert checkpoint.newest(Path("runs/all-stopped"))[1] == []
+
+
+def train_until_steps(run: str, processes: int, launcher: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+    """A long run that has done three steps, and writes no checkpoint of its own accord."""
+    keys = {**LONG, "run": run, "processes": processes, "accumulation": 2 // processes, "steps": 4000}
+    process = start({**keys, "save_every": 4000}, launcher)
+    wait_for_steps(run, 3, process)
+    return process
+
+
+def wait_for_steps(
+    run: str, count: int, process: "subprocess.Popen[str] | None" = None, terminal: int | None = None
+) -> None:
+    """`terminal`: is read from meanwhile, for a program may wait until what it printed is read."""
+    deadline, shown = time.monotonic() + 240, b""
+    while not Path(f"runs/{run}/losses.jsonl").is_file() or len(losses(run)) < count:
+        assert time.monotonic() < deadline, shown
+        assert process is None or process.poll() is None, process.communicate()
+        if terminal is not None and select.select([terminal], [], [], 0)[0]:
+            shown += os.read(terminal, 4096)
+        time.sleep(0.05)
+
+
+def everybody(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """The command, torchrun and the workers."""
+    command = psutil.Process(process.pid)
+    return [*command.children(recursive=True), command]
+
+
+@whole_run
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sighup_saves_and_ends_with_status_75(processes: int) -> None:
+    """To the command, as from a terminal that closes: torchrun and the workers have sessions of their own."""
+    run = f"hangup-{processes}"
+    process = train_until_steps(run, processes)
+    process.send_signal(signal.SIGHUP)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_INTERRUPTED, printed
+    assert printed.count("finishing what is in hand, then a checkpoint\n") == 1
+    assert "The same command continues from there" in printed and "Traceback" not in printed
+    saved, damaged = checkpoint.newest(Path(f"runs/{run}"))
+    assert saved is not None and damaged == []
+
+
+@whole_run
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("signalled", [True, False], ids=["after SIGHUP", "without a signal"])
+def test_a_run_whose_reader_ends_saves_and_ends_with_status_75(signalled: bool, processes: int) -> None:
+    """As `make train | tee log`, when the connection is gone."""
+    run = f"reader-{processes}-{signalled}"
+    process = train_until_steps(run, processes)
+    assert process.stdout is not None
+    if signalled:
+        process.send_signal(signal.SIGHUP)
+        while "finishing what is in hand" not in process.stdout.readline():
+            pass
+    process.stdout.close()
+    assert process.wait(timeout=120) == EXIT_INTERRUPTED
+    saved, damaged = checkpoint.newest(Path(f"runs/{run}"))
+    assert saved is not None and damaged == []
+
+
+@whole_run
+@pytest.mark.parametrize("processes", [1, 2])
+def test_under_nohup_a_run_goes_on(processes: int) -> None:
+    """SIGHUP to every process of it. SIGTERM then ends it as ever."""
+    run = f"nohup-{processes}"
+    process = train_until_steps(run, processes, ("nohup",))
+    below = everybody(process)
+    for one in below:
+        one.send_signal(signal.SIGHUP)
+    wait_for_steps(run, len(losses(run)) + 5, process)
+    assert all(one.is_running() for one in below)
+    process.terminate()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_INTERRUPTED, printed
+    assert "The same command continues from there" in printed
+    assert checkpoint.newest(Path(f"runs/{run}"))[1] == []
+
+
+@whole_run
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("shell", [True, False], ids=["of a shell", "of make itself"])
+def test_a_terminal_that_closes_leaves_a_checkpoint(shell: bool, processes: int, checkout: Path) -> None:
+    """`make train` the whole way. The kernel sends SIGHUP to the first process of the terminal, and as that ends, to all.
+
+    make does not end, and hands on no SIGHUP (`ssh -t host make train`); but output to the terminal fails.
+    """
+    run = f"terminal-{processes}-{shell}"
+    keys = {**LONG, "run": run, "processes": processes, "accumulation": 2 // processes, "steps": 4000}
+    words = [f"{key}={value}" for key, value in options(**keys | {"save_every": 4000}).items()]
+    child, terminal = pty.fork()
+    if not child:
+        os.chdir(checkout)
+        command = make("train", {}, tuple(words))
+        command = ["sh", "-c", f"{shlex.join(command)}; exit"] if shell else command
+        os.execvpe(command[0], command, os.environ | {"TERM": "xterm"})
+    wait_for_steps(run, 3, terminal=terminal)
+    below = psutil.Process(child).children(recursive=True)
+    os.close(terminal)
+    os.waitpid(child, 0)
+    assert psutil.wait_procs(below, timeout=120)[1] == []
+    saved, damaged = checkpoint.newest(Path(f"runs/{run}"))
+    assert saved is not None and damaged == []
 
 
 @whole_run

@@ -22,14 +22,15 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.common.errors import UserError
 from train.common.progress import bar
+from train.common.terminal import understands_escapes
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
-from train.config.recipe import Recipe, load_recipe
+from train.config.recipe import Recipe, load_recipe, read_data
 from train.data import chat_template, conversations, repair, repair_report
 from train.data.cleaning import named_steps
 from train.data.conversations import CheckedData, Conversation
@@ -55,7 +56,7 @@ class Options(RecipeOptions):
     """What to read, and for which run."""
 
     data: str = option(
-        "", "a file (JSON, CSV, Excel, Parquet, text, archive), a folder, or several separated by commas"
+        "", "a file (JSON, CSV, Excel, Parquet, text, archive), a folder, a set (data/README.md), or several: a,b"
     )
     recipe: str = option(
         "qlora", "a name in train/recipes/, or the path of a .yaml file: template, length, tokens to train on"
@@ -75,6 +76,7 @@ def parse(values: dict[str, str]) -> Options:
 
 def run(options: Options) -> None:
     # --- read and check ---------------------------------------------------------------------------------------------
+    options = replace(options, data=options.data or read_data(options.recipe))
     if not options.data:
         raise UserError("data: which file? Example: make data DATA=data/demo.jsonl")
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
@@ -100,8 +102,8 @@ def run(options: Options) -> None:
     trained = selection.trained
 
     # --- count tokens -----------------------------------------------------------------------------------------------
-    rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_selected(selection)}
-    rows |= _words(trained)
+    rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_parts(checked)}
+    rows |= _selected(selection) | _words(trained)
     if tokenizer:
         rows |= _tokens(_summary(trained, tokenizer, recipe), recipe)
     else:
@@ -129,7 +131,8 @@ def _check(data: str, recipe: Recipe) -> CheckedData:
             advance(share - shares.get(file, 0.0))
             shares[file] = share
 
-        return conversations.check(data, progress, ReadOptions(recipe.columns, keeps_empty(recipe.clean)))
+        options = ReadOptions(recipe.columns, keep_empty=keeps_empty(recipe.clean), seed=recipe.seed)
+        return conversations.check(data, progress, options)
 
 
 @contextmanager
@@ -182,6 +185,16 @@ def _summary(checked: Sequence[Conversation], tokenizer: "Tokenizer", recipe: Re
 def _formats(checked: CheckedData) -> str:
     counts = checked.formats.most_common()
     return counts[0][0] if len(counts) == 1 else ", ".join(f"{count:,} {name}" for name, count in counts)
+
+
+def _parts(checked: CheckedData) -> dict[str, str]:
+    """The rows of each part of DATA, before and after it is drawn from; nothing for a single part that is not."""
+    if len(checked.parts) == 1 and checked.parts[0].read == checked.parts[0].used:
+        return {}
+    return {
+        f"part {n}": f"{part.text}: {part.read:,} rows read, {part.used:,} used ({part.used / (part.read or 1):.2f}x)"
+        for n, part in enumerate(checked.parts, 1)
+    }
 
 
 def _selected(selection: Selection) -> dict[str, str]:
@@ -247,7 +260,7 @@ def _print_table(rows: dict[str, str]) -> None:
 
 def _print_example(conversation: Conversation, tokenizer: "Tokenizer", recipe: Recipe) -> None:
     """A conversation as the model reads it, with marks around the tokens that are trained on."""
-    before, after = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    before, after = ("\033[1;32m", "\033[0m") if understands_escapes() else ("⟦", "⟧")
     ids, mask = chat_template.render(conversation, tokenizer, recipe.template, recipe.mask, recipe.system)
     print(f"\n{conversation.location} as the model reads it, {before}trained on{after}:")
     print(mark(ids[: recipe.length], mask[: recipe.length], tokenizer, before, after))

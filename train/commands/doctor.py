@@ -20,7 +20,7 @@ from train.commands.findings import Report
 from train.common import commands
 from train.common.errors import UserError
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
-from train.config.recipe import Recipe, read_stages
+from train.config.recipe import Recipe, read_data, read_stages
 from train.config.stages import Stage, stage
 from train.data import conversations
 from train.data.cleaning import named_steps
@@ -164,7 +164,7 @@ def _read_parts(options: Options) -> list[Part]:
     overrides = options.overrides | ({"model": options.model} if options.model else {})
     stages = read_stages(options.recipe)
     needs_data = not stages or any("data" not in values for values in stages)
-    data = options.data or (NO_DATA if needs_data else "")
+    data = options.data or (NO_DATA if needs_data and not read_data(options.recipe) else "")
     numbers = range(1, len(stages) + 1) if stages else [0]
     parts = [Part.of(stage(options.recipe, number, overrides, data, Path(), None)) for number in numbers]
     for recipe in filter(None, (part.recipe for part in parts)):
@@ -313,7 +313,9 @@ def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -
 
 def _check_data(report: Report, recipe: Recipe | None, folder: Path | None, data: str) -> None:
     """Read all of it; with the base's tokenizer and a recipe also count its tokens, as training will."""
-    options = ReadOptions(recipe.columns, keeps_empty(recipe.clean)) if recipe else GUESS
+    options = GUESS
+    if recipe:
+        options = ReadOptions(recipe.columns, keep_empty=keeps_empty(recipe.clean), seed=recipe.seed)
     reading = report.attempt("rows", lambda: _read(data, options), _rows_text)
     if reading is None or recipe is None:
         return

@@ -24,7 +24,8 @@ from typing import Any, Protocol
 from train.common.errors import UserError
 from train.common.files import read_json
 from train.config.options import SWITCH
-from train.config.recipe import load_recipe, read_stages
+from train.config.recipe import load_recipe, read_data, read_stages
+from train.data.sources import named_paths
 from train.runs.folder import newest_run
 
 Record = tuple[str, str]
@@ -66,13 +67,13 @@ def _folders(verb: Verb, values: dict[str, str]) -> Iterator[Record]:
     if "/" in out or (out and verb.models != "write"):  # otherwise it is a name below models/
         yield "write", str(Path(out).parent)
     elif SWITCH.get(values.get("fix", "").lower()):  # the result lies beside the data
-        parents = {str(Path(part).parent) for part in _data_paths(values.get("data", ""))}
+        parents = {str(Path(part).parent) for part in named_paths(values.get("data", ""))}
         yield from (("write", parent) for parent in sorted(parents))
 
 
 def _paths_to_read(name: str, values: dict[str, str]) -> Iterator[str]:
     yield from (values[key] for key in PATH_KEYS if key in values)
-    yield from _data_paths(values.get("data", ""))
+    yield from named_paths(values.get("data", ""))
     if recipe := values.get("recipe", ""):
         yield from _recipe_paths(recipe)
     runs = Path(values.get("runs", "runs"))
@@ -84,20 +85,14 @@ def _paths_to_read(name: str, values: dict[str, str]) -> Iterator[str]:
             yield from _run_paths(path)
 
 
-def _data_paths(data: str) -> list[str]:
-    """A file or folder, or several with commas between; both readings, where the file is not visible."""
-    with suppress(OSError):  # a list of files may be longer than a name may be
-        if Path(data).exists():
-            return [data]
-    return [data, *(part.strip() for part in data.split(","))]
-
-
 def _recipe_paths(recipe: str) -> Iterator[str]:
     """The base of a recipe, and the data of its stages."""
     with suppress(UserError, OSError):
         yield load_recipe(recipe, {}).model
+        if data := read_data(recipe):
+            yield from named_paths(data)
         for stage in read_stages(recipe):
-            yield from _data_paths(stage.get("data", ""))
+            yield from named_paths(stage.get("data", ""))
 
 
 def _run_paths(run: Path) -> Iterator[str]:
@@ -106,8 +101,9 @@ def _run_paths(run: Path) -> Iterator[str]:
         inputs: dict[str, Any] = read_json(run / "inputs.json")
         base, data = str(inputs["base"]["name"]), str(inputs["data"]["path"])
         yield base
-        yield from _data_paths(data)
-        for path in (Path(part) for part in _data_paths(data) if Path(part).name):
+        data_paths = list(named_paths(data))
+        yield from data_paths
+        for path in (Path(part) for part in data_paths if Path(part).name):
             yield from (str(path.with_name(f"{path.stem}_questions{end}")) for end in (".txt", ".jsonl", ".json"))
     with suppress(OSError, ValueError, KeyError, TypeError):
         yield from (str(entry["run"]) for entry in read_json(run / "run.json")["lineage"])

@@ -22,7 +22,7 @@ from train.config.recipe import Recipe, load_recipe, names_of
 from train.config.stages import Stage, count
 from train.config.stages import stage as stage_of_recipe
 from train.data.selection import check_settings
-from train.data.sources import sources
+from train.data.sources import sources, stem
 from train.model.folder import find
 from train.model.names import hub_name
 from train.runs.folder import ADAPTER, RECIPE, adapter_source, finished, lock_run
@@ -42,7 +42,7 @@ __doc__ = f"{__doc__}\nEvery key of the recipe may be given too:\n{describe(Reci
 class Options(RecipeOptions):
     """What to train on what."""
 
-    data: str = option("", "file, folder of .json and .jsonl files, or several with commas between")
+    data: str = option("", "a file, a folder, a set (see data/README.md), or several with commas between")
     model: str = option("", "base; empty: the recipe's")
     recipe: str = option("qlora", "a name in train/recipes/, or the path of a .yaml file")
     run: str = option("", "name of the run folder below runs/; empty: data-recipe-model")
@@ -120,9 +120,9 @@ def _all_stages(options: Options, rank_info: RankInfo | None) -> int:
 def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) -> int:
     """Resolve, prepare, then launch several processes or train in this one. Returns the exit status."""
     # --- resolve ------------------------------------------------------------------------------------------------------
-    if not options.data and not options.stage:
-        raise UserError("train: which data? Example: make train DATA=data/demo.jsonl")
     stage = _stage(options)
+    if not stage.data:
+        raise UserError("train: which data? Example: make train DATA=data/demo.jsonl")
     from train.training import devices  # these imports take seconds: mistakes in the arguments are reported before
     from train.training.same_start import agree_on_start
     from train.training.train_one import train_one
@@ -162,7 +162,7 @@ def _stage(options: Options) -> Stage:
 def _default_name(options: Options) -> str:
     """data-recipe-model, each without its folder; a run whose name has an earlier name of the recipe keeps that name."""
     model = options.model or load_recipe(options.recipe, options.overrides).model
-    data = Path(options.data.split(",")[0]).stem
+    data = stem(options.data) if options.data else ""
     names = ["-".join(filter(None, (data, recipe, Path(hub_name(model)).name))) for recipe in names_of(options.recipe)]
     return next((name for name in names if (Path(options.runs) / name).is_dir()), names[0])
 

@@ -1,12 +1,16 @@
-"""Progress: a bar in a terminal, a line now and then in a log. `bar` is for any long task, `Meter` for training."""
+"""Progress: a bar in a terminal, a line now and then in a log. `bar` is for any long task, `Meter` for training.
 
-import sys
+A terminal that cannot move its cursor (TERM=dumb, as in an editor) gets the lines of a log: rich shows no bar there.
+"""
+
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from train.common.terminal import understands_escapes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
@@ -19,7 +23,7 @@ RECENT = 10  # steps from which the speed and the time left are computed
 @contextmanager
 def bar(title: str, total: float, unit: str = "", scale: float = 1.0) -> Iterator[Callable[[float], None]]:
     """Yield advance(amount). Amounts are shown divided by `scale`, with `unit`: bar("fetching", size, "MB", 1e6)."""
-    if not sys.stdout.isatty():
+    if not understands_escapes():
         yield _log_task(title, total, unit, scale)
         return
     from rich.progress import TextColumn, TimeRemainingColumn
@@ -54,7 +58,7 @@ class Meter:
         self._held_out: float | None = None  # the last held-out loss
         self._log = _Log(STEP_SECONDS)
         self._bar: Progress | None = None
-        if sys.stdout.isatty():
+        if understands_escapes():
             from rich.progress import MofNCompleteColumn, TextColumn
 
             self._bar = _terminal_bar("training", MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
@@ -77,15 +81,15 @@ class Meter:
         self._recent.append((row["tokens"], row["seconds"]))
         self._held_out = row.get("held_out_loss", row.get("held_out_loss_before", self._held_out))
         text = self.text(row)
-        if self._bar is not None:
+        if self._bar is not None and understands_escapes():
             self._bar.update(self._task, completed=row["step"], text=text)
-        else:
+        else:  # also a terminal that is gone: a line to it is an error, which training heeds; rich would say nothing
             at_once = self._shown == 1 or row["step"] == self.total or "held_out_loss" in row
             self._log.line(f"step {row['step']}/{self.total} · {text}", at_once)
 
     def note(self, text: str) -> None:
         """Show what is under way between two steps."""
-        if self._bar is not None:
+        if self._bar is not None and understands_escapes():
             self._bar.update(self._task, text=text)
         else:
             self._log.line(text, at_once=False)

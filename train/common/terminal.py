@@ -25,6 +25,11 @@ def set_up() -> None:
                 stream.reconfigure(errors=errors)
 
 
+def understands_escapes() -> bool:
+    """Whether the standard output is a terminal with colours and a cursor that moves."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
 class _Replacer:
     """Error handler of an encoder: bytes that came with a path go out as they are; what the encoding lacks becomes ?"""
 

@@ -127,9 +127,19 @@ def load_recipe(name: str, overrides: dict[str, str]) -> Recipe:
     Raises:
         UserError: no such recipe, an unknown key (the nearest is named), a value of the wrong type.
     """
-    values = _read_yaml(name)
-    values.pop("stages", None)
+    values = {key: value for key, value in _read_yaml(name).items() if key not in ("stages", "data")}
     return build(Recipe, {**_as_text(values), **overrides}, where=f"recipe {name}")
+
+
+def read_data(name: str) -> str:
+    """The data that a recipe names for itself, as DATA= is written; empty if it names none.
+
+    In YAML it may be a list, an entry a part: `- a.jsonl:0.3x`.
+
+    Raises:
+        UserError: no such recipe.
+    """
+    return str(_read_yaml(name).get("data") or "")
 
 
 def read_stages(name: str) -> list[dict[str, str]]:

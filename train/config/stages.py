@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.common.errors import UserError
-from train.config.recipe import Recipe, load_recipe, read_stages
+from train.config.recipe import Recipe, load_recipe, read_data, read_stages
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def stage(recipe: str, number: int, overrides: dict[str, str], data: str, run: P
 
     Args:
         overrides: keys from the command line; they take precedence over the values of the stage.
-        data: used by the stages that name no data.
+        data: used by the stages that name no data; empty: the recipe's own, if it names any.
         parent: the run whose adapter the first stage starts from, or None.
     Raises:
         UserError: no such stage, a stage without data, or data that no stage uses.
@@ -44,7 +44,7 @@ def stage(recipe: str, number: int, overrides: dict[str, str], data: str, run: P
     if not stages:
         if number:
             raise UserError(f"stage={number}: recipe {recipe} has no stages. Leave stage= out.")
-        return Stage(load_recipe(recipe, overrides), data, run, parent)
+        return Stage(load_recipe(recipe, overrides), data or read_data(recipe), run, parent)
     if not 1 <= number <= len(stages):
         raise UserError(f"stage={number}: recipe {recipe} has {len(stages)} stages, from 1.")
     if data and all("data" in values for values in stages):
@@ -52,7 +52,7 @@ def stage(recipe: str, number: int, overrides: dict[str, str], data: str, run: P
             f"data={data}: each stage of recipe {recipe} names its own. Leave DATA= out, or remove the data of a stage."
         )
     values = dict(stages[number - 1])
-    own_data = values.pop("data", data)
+    own_data = values.pop("data", data or read_data(recipe))
     if not own_data:
         raise UserError(f"stage {number} of recipe {recipe} names no data: give DATA=.")
     return Stage(

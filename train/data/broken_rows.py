@@ -18,8 +18,9 @@ from train.data.problems import KeyPath, TextProblem
 MAX_REFUSED = 100
 MAX_LENGTH = 1_000_000  # characters of a row of several lines, in a file of lines
 BEFORE_ROW = re.compile(rf"(?:[}}｝]\s*[,，]?\s*|[\r\n][ \t]*)(?={ROW.pattern})")
-LINE_OF_ROW = re.compile(rf"[\r\n][ \t]*(?={ROW.pattern})")
-FIRST_KEY = re.compile(r"\{\s*\"\w+\"")
+LINE_OF_ROW = re.compile(rf"(?:\r\n|\r|\n)[ \t]*(?={ROW.pattern})")
+FIRST_KEY = re.compile(r"\{\s*\"(\w+)\"")
+FIRST_KEYS = ("instruction", "conversations", "messages", "question", "prompt", "query", "input", "id")  # of most rows
 INDENT = re.compile(r"(?:\A|[\r\n])([ \t]*)\Z")
 
 
@@ -113,9 +114,10 @@ class RowReader:
                 continue
             row, at = self.row(at)
             yield row
-            if not row.readable:
+            if row.clear:
+                at = self.after_row(at)
+            elif (at := self.row_after(at, row.start)) < parser.stop and not self._seems_a_row(at, row.start):
                 break
-            at = self.after_row(at)
         yield JsonRow(at, at, problems=parser.take_problems())
 
     def after_row(self, at: int) -> int:
@@ -161,13 +163,20 @@ class RowReader:
             if indent is None or own is None or own <= indent:
                 yield match.end()
 
+    def _seems_a_row(self, at: int, broken: int) -> bool:
+        """Whether `{` at `at` begins a row, and no object within the broken row, in the same line as that begins."""
+        text = self.parser.text
+        first, other = FIRST_KEY.match(text, broken), FIRST_KEY.match(text, at)
+        if other is None:
+            return False
+        same = first is not None and first[1] == other[1]
+        return same or other[1] in FIRST_KEYS or text[broken:at].rstrip().endswith("}")
+
     def _is_sound(self, at: int, broken: int) -> bool:
         """Whether a sound row begins at `at`, within the text that the row at `broken` seemed to have."""
         text = self.parser.text
-        if _indent(text, at) is None:  # in the middle of a line: perhaps an object within the broken row
-            first, other = FIRST_KEY.match(text, broken), FIRST_KEY.match(text, at)
-            if first is None or other is None or first.group() != other.group():
-                return False
+        if _indent(text, at) is None and not self._seems_a_row(at, broken):
+            return False
         if self._refused >= MAX_REFUSED:
             return False
         try:

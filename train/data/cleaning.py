@@ -10,7 +10,7 @@ import re
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,12 +119,15 @@ def clean(
     """Which rows stay. Each row is read once, in order.
 
     Args:
+        conversations: an iterator is enough. In a list a row that is drawn several times (DATA=a.jsonl:2x) is the same
+            object again, and no duplicate of itself.
         count_tokens: of a whole conversation as the model reads it; needed for the step `tokens`.
     Raises:
         UserError: see `named_steps`; or no row stays.
     """
     steps = named_steps(settings)
-    checks, duplicates = _checks(steps, settings, count_tokens), _Duplicates(steps, settings.near)
+    checks = _checks(steps, settings, count_tokens)
+    duplicates = _Duplicates(steps, settings.near, conversations if isinstance(conversations, Sequence) else ())
     removed: dict[int, Removed] = {}
     row = -1
     for row, conversation in enumerate(conversations):
@@ -202,8 +205,9 @@ def _repeated(conversation: Conversation, near: float) -> str:
 class _Duplicates:
     """The rows so far as hashes and signatures."""
 
-    def __init__(self, steps: tuple[str, ...], near: float) -> None:
-        self.steps, self.near = steps, near
+    def __init__(self, steps: tuple[str, ...], near: float, listed: Sequence[Conversation]) -> None:
+        """listed: all rows where they are in memory anyway; else empty."""
+        self.steps, self.near, self.listed = steps, near, listed
         self.first: dict[bytes, int] = {}  # hash of a row -> its number
         self.locations: list[str] = []  # by row
         self.candidates = Candidates(near)
@@ -215,7 +219,7 @@ class _Duplicates:
         self.locations += [""] * (row - len(self.locations)) + [conversation.location]
         if "exact_duplicates" in self.steps:
             first = self.first.setdefault(_hash(conversation), row)
-            if first != row:
+            if first != row and not self._drawn_again(first, row):
                 where = self.locations[first]
                 reason = f"a copy of row {first + 1}"
                 return Removed(row + 1, conversation.location, "exact_duplicates", reason, first + 1, where)
@@ -225,6 +229,10 @@ class _Duplicates:
             self.systems.append(hash_of_text(conversation.system))
         return None
 
+    def _drawn_again(self, first: int, row: int) -> bool:
+        """Whether two rows are one row of a file, of which DATA takes a multiple."""
+        return bool(self.listed) and self.listed[first] is self.listed[row]
+
     def nearly_the_same(self, on_progress: OnProgress | None) -> Iterator[Removed]:
         """Rows that resemble an earlier one that stays."""
         gone: set[int] = set()
@@ -232,6 +240,8 @@ class _Duplicates:
             if on_progress and number % PAIRS_PER_CALL == 0:
                 on_progress("comparing", self.rows[later])
             if later in gone or earlier in gone or self.systems[earlier] != self.systems[later]:
+                continue
+            if self._drawn_again(self.rows[earlier], self.rows[later]):
                 continue
             texts = self.candidates.texts
             alike = _alike(texts[earlier], texts[later], self.near)

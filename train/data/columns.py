@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from train.common.errors import UserError
-from train.data.data_row import DataFile, DataRow
+from train.data.data_row import DataFile, DataRow, ReadOptions
 from train.data.problems import KeyPath, visible
 
 # Role -> names of it, in small letters; the role itself is the word of columns=
@@ -62,8 +62,38 @@ class Columns:
         role = next((role for role, key in KEYS.items() if key == path[0]), "messages")
         return (self.of_role[role], *path[1:]) if role in self.of_role else ()
 
+    def found_in(self, names: Sequence[str]) -> "Columns":
+        """These columns, all of which a table must have.
+
+        Raises:
+            ColumnError: as `check_names`.
+        """
+        check_names(self, names)
+        return self
+
     def __str__(self) -> str:
         return ", ".join(f'{role} from "{visible(name)}"' for role, name in self.of_role.items())
+
+
+@dataclass(frozen=True)
+class NamedColumns(Columns):
+    """Columns that a dataset_info.json names: the rows keep their names, which dataset_rows.py knows."""
+
+    def rename(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(values)
+
+    def original(self, path: KeyPath) -> KeyPath:
+        return path if path and path[0] in self.of_role.values() else ()
+
+    def found_in(self, names: Sequence[str]) -> "Columns":
+        """Those that the table has: question, answer and messages must be there, the others may be missing.
+
+        Raises:
+            ColumnError: as `check_names`.
+        """
+        there = {role: name for role, name in self.of_role.items() if role in NEEDED or name in names}
+        check_names(Columns(there), names)
+        return NamedColumns(there)
 
 
 def rename_keys(row: DataRow, file: DataFile, told: Columns) -> DataRow:
@@ -91,6 +121,11 @@ def list_key(turns: Any) -> str:
 
 
 # As told
+
+
+def told(options: ReadOptions) -> Columns | None:
+    """The columns of a table as a dataset_info.json names them, or as typed; None if they are to be guessed."""
+    return NamedColumns(options.named) if options.named else parse(options.columns)
 
 
 def parse(text: str) -> Columns | None:

@@ -26,7 +26,7 @@ def read(file: DataFile, options: ReadOptions) -> Iterator[DataRow]:
     if isinstance(encoding, Problem):
         yield only_problem(file, encoding)
     else:
-        yield from tables.read(table_of(file, encoding, columns.parse(options.columns)), options)
+        yield from tables.read(table_of(file, encoding, columns.told(options)), options)
 
 
 def table_of(file: DataFile, encoding: Encoding, told: Columns | None) -> Table:
@@ -75,12 +75,13 @@ def _rows(file: DataFile, encoding: Encoding, delimiter: str, skip: int) -> Iter
         lines = _Lines(iter(text))
         for _ in range(skip):
             next(lines, None)
-        number = skip
+        number, reader = skip, csv.reader(lines, delimiter=delimiter, strict=True)
         while True:
             number, start = number + 1, lines.begin_row()
             try:
-                cells = next(csv.reader(lines, delimiter=delimiter, strict=True), None)
+                cells = next(reader, None)
             except csv.Error:
+                reader = csv.reader(lines, delimiter=delimiter, strict=True)
                 index, bad = quote_mistake("".join(lines.held), delimiter)
                 lines.give_back_all_but_first()
                 yield TableRow(number, [], start, _share(raw.tell(), file), (index, bad))

@@ -1,6 +1,6 @@
 """The words that readers of data files share: a file to read, a row of it, and how the user asked for them to be read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,6 +62,8 @@ class ReadOptions:
     """How the user asked for files to be read."""
 
     columns: str = ""  # names of columns or keys, as typed: "question:症状,answer:建议"; empty: guessed
+    named: Mapping[str, str] | None = None  # role -> column, of a dataset_info.json: rows keep the names that they have
+    seed: int = 0  # of the recipe, for parts of DATA that are drawn from
     keep_empty: bool = False  # a row with an empty text is no mistake: cleaning takes it (data/cleaning.py)
     files: tuple[Path, ...] = ()  # all files of DATA, for those that are read together (questions with answers)
 

@@ -73,7 +73,7 @@ def _open(stream: BinaryIO, data_only: bool) -> Any:
 
 
 def _read_sheet(book: _Workbook, options: ReadOptions) -> Iterator[DataRow]:
-    told = columns.parse(options.columns)
+    told = columns.told(options)
     headers = {sheet.title: _header_of(book, sheet, told) for sheet in book.sheets}
     readable = [sheet for sheet in book.sheets if isinstance(headers[sheet.title], Header)]
     if not readable:

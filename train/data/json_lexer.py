@@ -125,9 +125,9 @@ class Lexer:
             elif character in "\r\n" and KEY_OR_CLOSING.match(self.text, at, self.stop):
                 return self._close_at_line_end(start, at)
             else:
-                at = self._control_character(at)
+                at = self._control_character(at, clear=not key)
         if inner:
-            clear = len(inner) % 2 == 0 and not KEY_AND_VALUE.search(self.text, start, at)
+            clear = not key and len(inner) % 2 == 0 and not KEY_AND_VALUE.search(self.text, start, at)
             self.add(mistakes.quotes_in_string(inner, clear))
         for offset, word, certain in json_strings.latex_commands(self.text[start:at]):
             self._latex.append(mistakes.latex_escape(start + offset, word, certain))
@@ -138,8 +138,9 @@ class Lexer:
         quote = self.text[start]
         for match in OTHER_QUOTES[quote].finditer(self.text, start + 1, self._end_of_line(start)):
             if match.group()[0] != "\\" and self._ends_string(match.end() - 1, key):
-                text = json_strings.python_text(self.text[start + 1 : match.start()])
-                clear = not KEY_AND_VALUE.search(self.text, start + 1, match.start())
+                body = self.text[start + 1 : match.start()]
+                text = json_strings.python_text(body)
+                clear = json_strings.KEY.fullmatch(body) if key else not KEY_AND_VALUE.search(body)
                 written = json_strings.written(text) if clear else ""
                 self.add(mistakes.other_quotes(start, text, quote, match.end(), written))
                 return text, match.end()
@@ -168,10 +169,10 @@ class Lexer:
         self._bad_escape = True
         return at + (2 if found[1:] > "\x1f" else 1)
 
-    def _control_character(self, at: int) -> int:
+    def _control_character(self, at: int, clear: bool) -> int:
         """The offset after the control character, or the Windows line end, at `at`."""
-        character = "\r\n" if self.text[at : at + 2] == "\r\n" else self.text[at]
-        self.add(mistakes.control_character(at, character))
+        character = "\r\n" if self.text[at : min(at + 2, self.stop)] == "\r\n" else self.text[at]
+        self.add(mistakes.control_character(at, character, clear))
         return at + len(character)
 
     def _ends_string(self, at: int, key: bool) -> bool:

@@ -156,10 +156,12 @@ def full_width_bracket(at: int, character: str, meant: str) -> TextProblem:
     return TextProblem(at, found, repr(meant), INPUT_METHOD, "full-width", "", "full-width bracket to ASCII", edits)
 
 
-def tuple_of_python(start: int, stop: int) -> TextProblem:
-    """A Python tuple: its brackets are at `start` and before `stop`."""
+def tuple_of_python(start: int, stop: int, closed: bool) -> TextProblem:
+    """A Python tuple: its brackets are at `start` and before `stop`. `closed`: the second one is a round one too."""
     edits = (Edit(start, start + 1, "["), Edit(stop - 1, stop, "]"))
-    return TextProblem(start, "'(', a tuple of Python", "a list in [ ]", "write [ ]", "tuple", "", "( ) to [ ]", edits)
+    return TextProblem(
+        start, "'(', a tuple of Python", "a list in [ ]", "write [ ]", "tuple", "", "( ) to [ ]" * closed, edits
+    )
 
 
 def extra_comma(at: int, expected: str) -> TextProblem:
@@ -214,6 +216,10 @@ def unfinished_row(at: int, comma: int | None, closing: str) -> TextProblem:
     edits = (Edit(at, at, closing),) if comma is None else (Edit(comma, comma + 1, closing),)
     expected, remedy = "the ] and } that close this one", "put them before it"
     return TextProblem(at, "the next row", expected, remedy, change=f"{closing} added", edits=edits)
+
+
+def unclear_row(at: int) -> TextProblem:
+    return TextProblem(at, "a row that is not JSON", "a row of one of the four formats", "write it anew")
 
 
 def too_deep(at: int, depth: int) -> TextProblem:
@@ -302,16 +308,13 @@ def latex_escape(at: int, word: str, clear: bool) -> TextProblem:
     return TextProblem(at, found, expected, r"write \\ for a backslash", "escape", "", change, (Edit(at, at, "\\"),))
 
 
-def control_character(at: int, character: str) -> TextProblem:
-    """`character`: a control character, or the two of a Windows line end."""
+def control_character(at: int, character: str, clear: bool) -> TextProblem:
+    """`character`: a control character, or the two of a Windows line end. `clear`: it is in a text, not in a key."""
     name = {"\n": "a line break", "\r": "a line break", "\t": "a tab"}.get(character[0], "a control character")
     written = {"\n": r"\n", "\r": r"\n", "\t": r"\t"}.get(character[0], f"\\u{ord(character[0]):04x}")
     remedy = f"write {written}, or close the string before it"
-    found, expected, change = (
-        f"{name} inside a string",
-        f"it written {written}",
-        f"{name} inside a text written as its escape",
-    )
+    found, expected = f"{name} inside a string", f"it written {written}"
+    change = f"{name} inside a text written as its escape" if clear else ""
     return TextProblem(at, found, expected, remedy, name, "", change, (Edit(at, at + len(character), written),))
 
 

@@ -178,23 +178,28 @@ def _assigned_array(text: str, first: int, start: int) -> Iterator[JsonRow]:
 
 
 def _arrays(reader: RowReader, at: int) -> Iterator[JsonRow]:
-    parser = reader.parser
+    parser, closed = reader.parser, True
     while True:
-        at = yield from _elements(reader, at)
+        at = yield from _elements(reader, at, closed)
         rest = parser.skip(at)
-        again = SECOND_ARRAY.match(parser.text, rest)
-        if again is None:
+        if again := SECOND_ARRAY.match(parser.text, rest):
+            parser.add(mistakes.second_array(again.end() - 1))
+            at, closed = parser.bracket(again.end() - 1), True
+        elif rest < parser.stop:
+            empty = BRACKETS.fullmatch(parser.text, rest) is not None
+            parser.add(mistakes.after_the_array(rest, parser.seen(rest), empty))
+            at, closed = reader.row_after(rest, at - 1), False  # the rows behind a ] that was one too many
+        if rest >= parser.stop or at >= parser.stop:
             break
-        parser.add(mistakes.second_array(again.end() - 1))
-        at = parser.bracket(again.end() - 1)
-    if rest < parser.stop:
-        empty = BRACKETS.fullmatch(parser.text, rest) is not None
-        parser.add(mistakes.after_the_array(rest, parser.seen(rest), empty))
-    yield JsonRow(rest, rest, problems=parser.take_problems())
+    yield JsonRow(parser.stop, parser.stop, problems=parser.take_problems())
 
 
-def _elements(reader: RowReader, start: int) -> Generator[JsonRow, None, int]:
-    """The rows of the array whose first one begins at `start`; returns the offset after the array."""
+def _elements(reader: RowReader, start: int, closed: bool) -> Generator[JsonRow, None, int]:
+    """The rows of the array whose first one begins at `start`; returns the offset after the array.
+
+    Args:
+        closed: it is to end with a bracket.
+    """
     parser = reader.parser
     at, comma = parser.skip(start), None
     while (character := parser.peek(at)) not in ("]", ""):
@@ -213,4 +218,4 @@ def _elements(reader: RowReader, start: int) -> Generator[JsonRow, None, int]:
         except LostError as lost:
             at, comma = reader.row_after(lost.at, row.start), None
     parser.new_row()
-    return parser.close(at, comma, "]", "the array")
+    return parser.close(at, comma, "]", "the array") if closed or character == "]" else at

@@ -14,6 +14,7 @@ QUOTED_KEY = re.compile(r"""["'“”‘’＂]\w+["'“”‘’＂]\s*[:：]""
 KEY_OR_CLOSING = re.compile(r"""\s*(?:["'“]\w+["'”]\s*[:：]|[}\]]\s*(?:[,}\]]|\Z))""")
 # A key with a value in quotes or brackets: a string that seems to hold these has probably swallowed them
 KEY_AND_VALUE = re.compile(rf"""[,，{{｛]\s*[{QUOTES}]?\w+[{QUOTES}]?\s*[:：]\s*[{QUOTES}\[{{]""")
+KEY = re.compile(r"[^{}\[\]:：\r\n]*")  # a key in other quotes; with more in it, it has probably swallowed something
 # What can follow a comma (the next value, key, comment or line), and what a string that is a value, or a key
 _AFTER_COMMA = (
     rf"""[uU]?[{OPENING}]|[)\]}}｝］#]|//|/\*|[\r\n]|\Z|[A-Za-z_]\w*[{QUOTES}]?\s*[:：]|[-+.]?\d[\w.+-]*\s*[,\]}}]"""

@@ -179,8 +179,9 @@ class LenientParser(Lexer):
             value, at = self.value(at, (*path, len(values)), depth + 1)
             values.append(value)
             at, comma = self.separator(at, "]")
+        if self.text[start] == "(":
+            self.add(mistakes.tuple_of_python(start, at + 1, closed=character == ")"))
         if self.text[start] == "(" and character == ")":
-            self.add(mistakes.tuple_of_python(start, at + 1))
             if comma is not None:
                 self.add(mistakes.trailing_comma(comma, ")"))
             return values, at + 1

@@ -18,7 +18,7 @@ def read(file: DataFile, options: ReadOptions) -> Iterator[DataRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    told = columns.parse(options.columns)
+    told = columns.told(options)
     with file.open() as stream:
         try:
             parquet = pq.ParquetFile(stream)

@@ -25,6 +25,7 @@ from train.data.text_lines import (
 )
 
 HEAD = 5000  # lines that the form is told from
+LINES_PER_LOOK = 200  # at how much of the file is read
 Form = Callable[[DataFile, Lines], Iterator[DataRow]]
 UNKNOWN = (
     "text in no form that is known here",
@@ -62,9 +63,12 @@ def read(file: DataFile, options: ReadOptions) -> Iterator[DataRow]:
 
 def _lines(file: DataFile, encoding: Encoding) -> Iterator[Line]:
     text, raw = open_text(file, encoding)
+    share = 0.0
     with text:
         for number, line in enumerate(text, 1):
-            yield Line(number, line.rstrip("\n"), min(raw.tell() / max(file.size, 1), 1.0))
+            if number % LINES_PER_LOOK == 0:
+                share = min(raw.tell() / max(file.size, 1), 1.0)
+            yield Line(number, line.rstrip("\n"), share)
 
 
 # Which form

@@ -75,8 +75,9 @@ def repair(path: Path, options: ReadOptions = GUESS, on_progress: OnProgress = l
             raw = stream.read()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
-    wide = encodings.decode_wide(raw)
-    if not wide and file_kinds.kind_of(file) != "json":
+    kind = file_kinds.kind_of(file)
+    wide = None if kind == "json" else encodings.decode_wide(raw)
+    if kind != "json" and not wide:
         checked = conversations.check(path, options=options)
         if checked.problems:
             raise UserError(f"{conversations.report(checked.problems)}\n{NOT_JSON}")
@@ -158,11 +159,11 @@ class _Builder:
 
     def _mend(self, row: JsonRow, problems: list[TextProblem]) -> None:
         piece = Piece.of(self.text, row.start, row.stop)
-        if problems:
+        if not row.sound:
             piece = piece.edited(_inside(row, problems))
             if not _is_sound(piece.text):  # two corrections that do not fit together
                 self.result.left_rows += 1
-                self.left += merge_kinds(problems, "kind", "in this row")
+                self.left += merge_kinds(problems or [json_mistakes.unclear_row(row.start)], "kind", "in this row")
                 return
         found = row_repair.repair(piece, self.told)
         self.result.rows += [one_line(piece.text) for piece in found.rows]
@@ -171,8 +172,10 @@ class _Builder:
             self._leave(found, problems)
             if not found.rows:
                 return
+        named = {change.at for change in found.changes}
         for problem in problems:
-            self._text_change(problem)
+            if problem.edits or problem.offset not in named:  # else the row's own change says it
+                self._text_change(problem)
         for change in found.changes:
             self._change(change.at, change.name, change.before, change.after)
         self.result.mended += bool(problems or found.changes)
@@ -287,16 +290,16 @@ def write(repairs: Sequence[Repair], out: Path, overwrite: bool) -> str:
         )
     if not rows:
         raise UserError(f"{names}: no row can be mended, so nothing was written.")
-    text = "".join(f"{row}\n" for row in rows)
+    text, written = "".join(f"{row}\n" for row in rows), f"{len(rows):,} row{'' if len(rows) == 1 else 's'}"
     if out.exists():
         if out.read_bytes() == text.encode():
-            return f"{out}: {len(rows):,} rows, which were there already."
+            return f"{out}: {written}, which were there already."
         if not overwrite:
             raise UserError(
                 f"{out}: a file with other content is there. Replace it: OVERWRITE=1. Or give OUT=another.jsonl"
             )
     _write_checked(text, len(rows), out)
-    return f"{out}: {len(rows):,} rows written, and read back without a mistake."
+    return f"{out}: {written} written, and read back without a mistake."
 
 
 def _write_checked(text: str, count: int, out: Path) -> None:

@@ -29,10 +29,10 @@ def lines(repair: Repair, colour: bool) -> list[str]:
 
 
 def _summary(repair: Repair) -> str:
-    left = f"; {counted(repair.left_rows, 'row')} left for you" if repair.left_rows else ""
+    left = f"; {counted(repair.left_rows, 'other')} left for you" if repair.left_rows else ""
     if not repair.changes and not repair.left:
         return f"{repair.path}: no mistakes, nothing to mend."
-    return f"{repair.path}: {counted(len(repair.rows), 'sound row')}, {repair.mended:,} of them mended{left}."
+    return f"{repair.path}: {counted(len(repair.rows), 'row')}, {repair.mended:,} of them mended{left}."
 
 
 def _example(change: Change, colour: bool) -> str:

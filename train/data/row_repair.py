@@ -86,6 +86,7 @@ class Step:
     name: str
     edits: tuple[Edit, ...] = ()
     rows: tuple[Piece, ...] = ()
+    single: bool = False  # its edits are one change
 
 
 def repair(piece: Piece, told: Columns | None = None) -> RepairedRow:
@@ -154,7 +155,7 @@ def _nearest(view: View | None, path: KeyPath) -> int:
 
 
 def _described(step: Step, piece: Piece) -> Iterator[RowChange]:
-    for edit in step.edits:
+    for edit in step.edits[:1] if step.single else step.edits:
         yield RowChange(piece.original(edit.start), step.name, piece.text[edit.start : edit.stop], edit.text)
     if not step.edits:
         yield RowChange(piece.original(0), step.name)
@@ -248,7 +249,8 @@ def _list_of_turns(view: View) -> Step | None:
     key = next((key for key, (role, text) in LISTS.items() if all({role, text} <= turn.keys() for turn in turns)), "")
     start, stop = view.span(())
     name = f'"{key}" around a list of turns'
-    return Step(name, (Edit(start, start, f'{{"{key}": '), Edit(stop, stop, "}"))) if key else None
+    edits = (Edit(start, start, f'{{"{key}": '), Edit(stop, stop, "}"))
+    return Step(name, edits, single=True) if key else None
 
 
 # Keys

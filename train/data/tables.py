@@ -80,7 +80,7 @@ def letter(index: int) -> str:
 def read(table: Table, options: ReadOptions) -> Iterator[DataRow]:
     """The rows of a table with a header among its first rows."""
     first = list(islice(table.rows, HEADER_ROWS))
-    header = find_header(table, first, columns.parse(options.columns))
+    header = find_header(table, first, columns.told(options))
     if isinstance(header, Problem):
         yield only_problem(table.file, header)
         return
@@ -142,8 +142,7 @@ def columns_of(names: Sequence[str], told: Columns | None) -> Columns:
     """
     if told is None:
         return columns.guess(names)
-    columns.check_names(told, names)
-    return told
+    return told.found_in(names)
 
 
 # Places

@@ -23,6 +23,7 @@ LABEL = re.compile(
     r"\s*(?:(?:\*\*|】|\])\s*[:：]?|[:：]\s*(?:\*\*)?)\s*(.*)",
     re.DOTALL,
 )
+HAS_LABEL_END = re.compile(r"[:：】\]]|\*\*")
 NUMBERED = re.compile(r"\s*(?:[(（](\d{1,6})[)）]|第?(\d{1,6})(?:[.、)）]|题[:：.、]?))\s*(\S.*)", re.DOTALL)
 SEPARATOR = re.compile(r"\s*(?:-{3,}|={3,}|\*{3,}|_{3,})\s*")
 HEADING = re.compile(r"\s*#{1,6}\s*(\S.*)")
@@ -81,6 +82,8 @@ class Lines:
 
 def label(text: str) -> tuple[str, str]:
     """("user", "assistant" or "system"; the text after it) of a line that begins with a label; else ("", "")."""
+    if not HAS_LABEL_END.search(text, 0, 64):  # most lines: spare them the whole expression
+        return "", ""
     match = LABEL.fullmatch(text)
     role = ROLE_OF.get(match[1].lower(), "") if match else ""
     return (role, match[2]) if match and role else ("", "")

@@ -4,6 +4,8 @@ Answers go to the standard output, all else to the standard error. Which model a
 concern: it is given a `ChatModel`.
 """
 
+import locale
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -94,19 +96,49 @@ def _raw_lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
-    try:
-        import readline  # noqa: F401  gives input() arrow keys and history
-    except ImportError:
-        notice("(no line editing: this Python has no readline)")
+    may_lose_bytes = _edit_lines()
     notice("Type a question, or /help. Ctrl-D ends.")
     while True:
         try:
-            yield input("\nyou> ")
+            line = input("\nyou> ")
         except KeyboardInterrupt:
             notice("\n(Ctrl-D or /quit ends)")
+            continue
         except EOFError:
             notice("")
             return
+        if may_lose_bytes and any("\udc80" <= character <= "\udcff" for character in line):
+            may_lose_bytes = False
+            _edit_bytes()
+            notice("(what this terminal sends is not UTF-8, and some of it may be lost: please type the line again)")
+            continue
+        yield line
+
+
+def _edit_lines() -> bool:
+    """Give input() arrow keys and history; whether it drops bytes of text that is not UTF-8 (as readline does).
+
+    readline reads the locale's encoding. Where that is ASCII (LC_ALL=C), it would take the bytes of UTF-8 for commands
+    to itself, and the question would be another one: it gets the C locale's UTF-8.
+    """
+    ascii_only = locale.nl_langinfo(locale.CODESET) in ("ANSI_X3.4-1968", "US-ASCII")
+    if ascii_only:
+        os.environ["LC_ALL"] = "C.UTF-8"  # readline sets its locale from the environment for each line
+    try:
+        import readline
+    except ImportError:
+        notice("(no line editing: this Python has no readline)")
+        return False
+    for setting in ("input-meta on", "output-meta on", "convert-meta off"):  # where there is no C.UTF-8
+        readline.parse_and_bind(f"set {setting}")
+    return ascii_only or locale.nl_langinfo(locale.CODESET).upper() == "UTF-8"
+
+
+def _edit_bytes() -> None:
+    """Let readline keep every byte; it then moves and deletes by bytes, not by characters."""
+    import readline
+
+    readline.parse_and_bind("set byte-oriented on")
 
 
 class Chat:

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from types import FrameType
+from typing import Any
 from uuid import uuid4
 
 from train.training.distributed import SPAWNED
@@ -56,13 +56,8 @@ def run_torchrun() -> None:
 
     logging.disable(logging.CRITICAL)
     terminate_with_parent()
-    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-
-    def terminate(signum: int, frame: FrameType | None) -> None:
-        if signum != signal.SIGHUP or not nohup:  # torchrun takes SIGHUP even where it was ignored
-            terminate_workers(signum, frame)
-
-    api._terminate_process_handler = terminate
+    api._terminate_process_handler = terminate_workers  # type: ignore[assignment]
+    _keep_ignored()
     try:
         main()
     except ChildFailedError as error:
@@ -72,3 +67,23 @@ def run_torchrun() -> None:
         sys.exit(failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode)
     except SignalException as error:
         sys.exit(128 + error.sigval)
+
+
+def _keep_ignored() -> None:
+    """What was ignored when torchrun began stays so, in the workers too: nohup ignores SIGHUP.
+
+    torchrun installs handlers before it starts its workers, and a program begins with the default action of what had a
+    handler: SIGHUP would end it.
+    """
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    ignored = [number for number in handled if signal.getsignal(number) == signal.SIG_IGN]
+    start = SubprocessHandler._popen
+
+    def start_worker(self: SubprocessHandler, *arguments: Any) -> "subprocess.Popen[bytes]":
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+        return start(self, *arguments)
+
+    SubprocessHandler._popen = start_worker  # type: ignore[assignment, method-assign]

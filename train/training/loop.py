@@ -19,6 +19,7 @@ from train.common.errors import first_few
 from train.common.progress import Meter
 from train.config.recipe import Recipe
 from train.runs import checkpoint
+from train.runs.folder import CHECKPOINTS
 from train.runs.losses import LossLog
 from train.runs.resume import resume_point
 from train.training import distributed, guard, held_out_loss
@@ -53,7 +54,7 @@ class Flags(NamedTuple):
 
 
 def train(run: RunState, engine: Engine, first: int) -> bool:
-    """Take the steps from `first` to the end of the schedule; False if a signal asked to stop before the end.
+    """Take the steps from `first` to the end of the schedule; False if a signal asked to stop before the end: this says so.
 
     Raises:
         AgreedError: a bad step, or a layer without gradient; the last checkpoint stays.
@@ -63,9 +64,19 @@ def train(run: RunState, engine: Engine, first: int) -> bool:
     with StopRequest(announce=run.is_first) as stop:
         while True:
             try:
-                return _train_from(run, engine, first, stop, left_out)
+                finished = _train_from(run, engine, first, stop, left_out)
             except BadStep as bad:
                 first = _go_back(run, engine, bad, left_out)
+                continue
+            if not finished:
+                run.say(_stopped(run.folder))
+            return finished
+
+
+def _stopped(folder: Path) -> str:
+    if checkpoint.newest(folder)[0] is None:
+        return "stopped before a step was done; the same command begins anew."
+    return f"stopped with a checkpoint in {folder / CHECKPOINTS}. The same command continues from there."
 
 
 def _train_from(run: RunState, engine: Engine, first: int, stop: StopRequest, left_out: dict[int, BadStep]) -> bool:

@@ -23,7 +23,7 @@ from train.data import conversations
 from train.data.batches import Schedule
 from train.data.samples import Sample, encode
 from train.data.selection import Selection, check_settings, keeps_empty, select, token_counter
-from train.data.sources import hash_data
+from train.data.sources import hash_data, pinned
 from train.data.writing import write_conversations, write_removed
 from train.model import lora
 from train.model.adapter_file import AdapterFile, read_adapter
@@ -82,7 +82,7 @@ def prepare(
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
     check_settings(recipe)
-    options = conversations.ReadOptions(recipe.columns, keeps_empty(recipe.clean))
+    options = conversations.ReadOptions(recipe.columns, seed=recipe.seed, keep_empty=keeps_empty(recipe.clean))
     loaded, base, adapter = _run_all(
         lambda: conversations.read(data, options),
         lambda: resolve(recipe.model, models),
@@ -224,7 +224,7 @@ def _inputs(recipe: Recipe, data: str, base: Path, parent: Path | None, rows: in
     """The content of inputs.json: all that decides the results of the run."""
     adapter = {"run": parent.name, "sha256": sha256(adapter_folder(parent) / lora.WEIGHTS)} if parent else None
     return {
-        "data": {"path": data, **hash_data(data)},
+        "data": {"path": pinned(data), **hash_data(data)},
         "base": {"name": recipe.model, "files": provenance.hash_folder(base)},
         "from": adapter,
         "recipe": asdict(recipe),

@@ -1,19 +1,23 @@
 """Signals that end a training process: finish the step, forward the signal, or exit before the first step.
 
 SIGHUP (the terminal or the ssh connection is gone), and the warnings of batch systems (SIGUSR1, SIGUSR2, SIGXCPU), are
-treated as SIGTERM, unless they are ignored: nohup ignores SIGHUP.
+treated as SIGTERM, unless they are ignored: nohup ignores SIGHUP. Output that nobody reads any more is treated so too:
+the reader of a pipe ends with the connection, a little before or after the signal, and without a terminal it is alone.
 """
 
 import ctypes
+import errno
 import os
 import select
 import signal
 import socket
 import stat
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 EXIT_INTERRUPTED = 75  # exit status (EX_TEMPFAIL of sysexits.h): stopped with a checkpoint; the same command continues
 PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
@@ -42,9 +46,41 @@ def _leave_lost_output(number: int) -> None:
             mode, poll = os.fstat(output).st_mode, select.poll()
             poll.register(output, 0)
             if stat.S_ISCHR(mode) or any(event & select.POLLERR for _, event in poll.poll(0)):
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, output)
-                os.close(null)
+                _discard(output)
+
+
+def _discard(output: int) -> None:
+    """Send what is written to this descriptor to /dev/null."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, output)
+    os.close(null)
+
+
+class _Output:
+    """A standard stream for which it is no error that nobody reads it any more: it calls `lost`, and discards the rest."""
+
+    def __init__(self, stream: Any, lost: Callable[[], None]) -> None:
+        self._stream, self._lost = stream, lost
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """The number of characters that were written or discarded."""
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[..., object], *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: of a terminal
+                raise
+            _discard(self._stream.fileno())  # what the stream still holds goes there too
+            self._lost()
 
 
 def terminate_with_parent() -> None:
@@ -154,29 +190,41 @@ def exit_on_sigterm(announce: bool) -> Iterator[None]:
 
 
 class StopRequest:
-    """Records SIGINT and those of LIKE_SIGTERM while its block runs, in `requested`. A second SIGINT raises KeyboardInterrupt."""
+    """While its block runs, SIGINT, those of LIKE_SIGTERM and output that nobody reads set `requested`.
+
+    A second SIGINT raises KeyboardInterrupt.
+    """
 
     def __init__(self, announce: bool = True) -> None:
-        """announce: whether this process prints that it received the signal."""
+        """announce: whether this process prints that it was asked to stop."""
         self.requested = False
         self.announce = announce
 
     def _record(self, number: int, _: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.announce and not self.requested:
-            again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-            _say(f"\nfinishing what is in hand, then a checkpoint{again}\n")
+        again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
+        self._request(f"finishing what is in hand, then a checkpoint{again}")
         _leave_lost_output(number)
+
+    def _output_lost(self) -> None:
+        self._request("nobody reads the output any more: finishing what is in hand, then a checkpoint")
+
+    def _request(self, text: str) -> None:
+        if self.announce and not self.requested:
+            _say(f"\n{text}\n")
         self.requested = True
 
     def __enter__(self) -> "StopRequest":
         self.wakeup = signal.set_wakeup_fd(-1)  # suspends `exit_on_sigterm`
         stopping = _not_ignored(signal.SIGINT, *LIKE_SIGTERM)
         self.before = {number: signal.signal(number, self._record) for number in stopping}
+        self.streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (stream and _Output(stream, self._output_lost) for stream in self.streams)
         return self
 
     def __exit__(self, *_: object) -> None:
+        sys.stdout, sys.stderr = self.streams
         for number, handler in self.before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.wakeup)

@@ -9,8 +9,8 @@ import torch
 
 from train.model import lora
 from train.model.loading import keeps_float, read_folder_config
-from train.runs.checkpoint import newest, sweep
-from train.runs.folder import ADAPTER, CHECKPOINTS, lock_run
+from train.runs.checkpoint import sweep
+from train.runs.folder import ADAPTER, lock_run
 from train.training import cpu_memory, distributed, loop, record, save_resume
 from train.training.deepspeed_config import zero_stage
 from train.training.deepspeed_engine import Engine
@@ -77,14 +77,7 @@ def _train(prepared: PreparedRun, run: RunState, engine: Engine, notes: list[str
     done, start_notes = save_resume.start(run, engine, checkpoint)
     began = time.time()
     if not loop.train(run, engine, done):
-        run.say(_stopped(run.folder))
         return False
     if written := record.finish(prepared, run, engine, [*notes, *start_notes], began):
         print(f"{record.summary(written)}\nadapter: {run.folder / ADAPTER}", flush=True)
     return True
-
-
-def _stopped(folder: Path) -> str:
-    if newest(folder)[0] is None:
-        return "stopped before a step was done; the same command begins anew."
-    return f"stopped with a checkpoint in {folder / CHECKPOINTS}. The same command continues from there."
