@@ -35,7 +35,8 @@ from tests.bench.spec import heading
 from train.common.files import write_json
 from train.config.options import build, describe, option, pairs
 from train.config.recipe import Recipe
-from train.data.training_set import load_samples
+from train.data.samples import samples_of
+from train.data.training_set import load_tokens
 from train.model.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +143,8 @@ def _load(options: Options) -> dict[str, Any]:
     tokenizer = load_tokenizer(Path(options.tokenizer))
     loading = time.monotonic() - began
     cache = Path(options.work, ".cache", "tokens")
-    checked, samples, summary = load_samples(options.data, tokenizer, RECIPE, cache)
+    checked, tokens = load_tokens(options.data, tokenizer, RECIPE, cache)
+    samples, summary = samples_of(tokens, RECIPE)
     seconds = time.monotonic() - began
     some = (
         {"ids": samples[n].ids.tolist(), "mask": samples[n].mask.tolist()} for n in range(min(COMPARED, len(samples)))

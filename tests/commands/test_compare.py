@@ -16,6 +16,7 @@ from tests.support.runs import DATA, tiny_run
 from train.commands import export
 from train.commands.compare import Options, run, shorten, table
 from train.common.errors import UserError
+from train.common.files import sha256
 from train.evaluation.report import AnsweredQuestion
 from train.inference.generate import answers
 from train.model import lora
@@ -106,6 +107,55 @@ def test_questions_come_from_a_file_beside_the_data(tmp_path: Path, capsys: Any)
     assert [(row["question"], row["seen"]) for row in rows] == [("你叫什么？", True), ("Never asked?", False)]
     output = capsys.readouterr().out
     assert "Never asked? *" in output and "* not asked in the training data" in output
+
+
+def set_aside(folder: Path) -> None:
+    """Make the run one that has held out the second question of its data, and cleaned away the fourth."""
+    held, removed = folder / "held_out.jsonl", folder / "removed.jsonl"
+    messages = [{"role": "user", "content": DATA[1][0]}, {"role": "assistant", "content": DATA[1][1]}]
+    held.write_text(json.dumps({"id": "conversations.jsonl:2", "messages": messages}))
+    removed.write_text(json.dumps({"row": 4, "location": "conversations.jsonl:4", "step": "tokens", "reason": "short"}))
+    record = json.loads((folder / "run.json").read_text())
+    loss = {"before": 4.0, "last": 2.5}
+    record["held_out"] = {"conversations": 1, "loss": loss, "sha256": sha256(held)}
+    record["cleaned"] = {"counts": {"tokens": 1}, "kept": 3, "sha256": sha256(removed)}
+    (folder / "run.json").write_text(json.dumps(record))
+    lines = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    lines[0]["held_out_loss_before"], lines[-1]["held_out_loss"] = 4.0, 2.5
+    (folder / "losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_held_out_questions_are_asked_first_and_marked(tmp_path: Path, capsys: Any) -> None:
+    """The questions of the data follow: those that were trained on, without the rows that were left out."""
+    folder = tiny_run(tmp_path)
+    set_aside(folder)
+    rows = compare(folder)
+    assert [row["question"] for row in rows] == [DATA[1][0], DATA[0][0], DATA[2][0]]
+    assert [row["seen"] for row in rows] == [False, True, True]
+    assert [row.get("held_out") for row in rows] == [True, None, None]
+    printed = capsys.readouterr().out
+    assert "Asking 3 questions (1 held out, then the first of conversations.jsonl)" in printed
+    assert f"{DATA[1][0]} †" in printed and "† held out: neither it nor a near duplicate was trained on" in printed
+    assert "* not asked" not in printed and "held-out loss: 4.00 after step 0, 2.50 after step 20" in printed
+    compare(folder)
+    assert "nothing to do" in (again := capsys.readouterr().out) and "† held out" in again
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert f"| {DATA[1][0]} † |" in report and "† = held out: neither it nor" in report
+    assert "| held-out loss before and after | 4.0000, 2.5000, of 1 conversations |" in report
+    assert "| rows left out by cleaning | tokens 1; 3 stay |" in report
+
+
+def test_a_question_of_a_file_is_marked_by_what_the_run_did_with_it(tmp_path: Path) -> None:
+    folder, questions = tiny_run(tmp_path), tmp_path / "q.txt"
+    set_aside(folder)
+    questions.write_text("".join(f"{question}\n" for question in QUESTIONS), encoding="utf-8")
+    rows = compare(folder, questions=str(questions))
+    assert [(row["seen"], row.get("held_out", False)) for row in rows] == [
+        (True, False),
+        (False, True),
+        (True, False),
+        (False, False),
+    ]
 
 
 def test_questions_by_name_and_without_data(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.oracles import small_tokenizer
+from tests.support.questions import questions
 from train.__main__ import main
 from train.commands import data
 from train.common.errors import UserError
@@ -172,3 +173,106 @@ def test_every_key_of_the_recipe_may_be_given() -> None:
     assert (options.data, options.out, options.overrides) == ("x", "y", {"length": "9"})
     with pytest.raises(UserError, match="Known keys"):
         data.parse({"zzzzzz": "1"})
+
+
+# Cleaning and held-out questions
+
+
+@pytest.fixture
+def dirty(tmp_path: Path) -> Path:
+    """20 questions, then a copy, a near duplicate, an empty answer, a missing one and a control character."""
+    rows = [{"instruction": text, "output": f"Answer {n}: {'x' * n}"} for n, text in enumerate(questions(20))]
+    rows += [rows[3], {**rows[4], "instruction": f"请问{rows[4]['instruction']}"}]
+    rows += [
+        {"instruction": "q", "output": ""},
+        {"instruction": "r", "output": None},
+        {"instruction": "s", "output": "bell\a"},
+    ]
+    path = tmp_path / "dirty.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+STEPS = "clean=near_duplicates,empty,control_characters,exact_duplicates"
+
+
+def test_cleaning_writes_what_stays_and_why_the_rest_does_not(
+    dirty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, before = tmp_path / "clean.jsonl", dirty.read_bytes()
+    assert run(f"data={dirty}", f"out={out}", STEPS, f"models={tmp_path}") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    counts = "empty 2, control_characters 1, exact_duplicates 1, near_duplicates 1; 20 of 25 rows stay"
+    assert f"conversations 25 (Alpaca) cleaned {counts}" in printed and "turns 20 questions" in printed
+    assert f"{out}: 20 conversations written" in printed and "clean.removed.jsonl: 5 rows that are left out" in printed
+    assert [one.turns[0].text for one in conversations.load(out)] == questions(20)
+    removed = [json.loads(line) for line in (tmp_path / "clean.removed.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["step"]) for row in removed] == [
+        (21, "exact_duplicates"),
+        (22, "near_duplicates"),
+        (23, "empty"),
+        (24, "empty"),
+        (25, "control_characters"),
+    ]
+    assert removed[1]["location"] == f"{dirty}:22" and removed[1]["like_location"] == f"{dirty}:5"
+    assert 0.9 < removed[1]["similarity"] < 1
+    assert dirty.read_bytes() == before
+
+
+def test_without_the_step_an_empty_answer_is_a_mistake(
+    dirty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"data={dirty}", "clean=exact_duplicates", f"models={tmp_path}") == 2
+    assert f"{dirty}:23:" in capsys.readouterr().err
+
+
+def test_held_out_writes_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "asked.jsonl", tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"instruction": text, "output": "a"}) + "\n" for text in questions(40)))
+    assert run(f"data={path}", f"out={out}", "held_out=0.1", f"models={tmp_path}") == 0
+    assert "held out 4 of 40 conversations" in " ".join(capsys.readouterr().out.split())
+    trained, held = conversations.load(out), conversations.load(tmp_path / "train.held_out.jsonl")
+    assert (len(trained), len(held)) == (36, 4)
+    assert {one.turns for one in trained + held} == {one.turns for one in conversations.load(path)}
+    assert not (tmp_path / "train.removed.jsonl").exists()
+
+
+def test_token_limits_count_with_the_tokenizer_of_the_base(
+    file: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (f"data={file}", "clean=tokens", "tokens_max=50", "system=")
+    assert run(*words, "model=bytes", f"models={models}") == 0
+    assert "cleaned tokens 1; 1 of 2 rows stay" in " ".join(capsys.readouterr().out.split())
+    assert run(*words, "model=org/absent", f"models={tmp_path}") == 2
+    assert "clean=tokens counts with the base's tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["clean=exact_duplicate"], "'exact_duplicate' is none of its words. Did you mean exact_duplicates?"),
+        (["clean=tokens"], "clean=tokens needs a limit"),
+        (["held_out=2.5"], "expected a share below 1 (0.05), or a whole number (200)"),
+        (["near=0.1"], "near=0.1: expected a number from 0.5 to 1"),
+        (["held_out=1", "out=SET/new.jsonl"], "is in the folder that is read"),
+    ],
+)
+def test_wrong_keys_are_refused_before_anything_is_written(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.json").write_text(json.dumps(ROWS))
+    words = [word.replace("SET", str(folder)) for word in words]
+    assert run(f"data={folder}", f"models={tmp_path}", *words) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["a.json"]
+
+
+def test_a_file_beside_the_result_that_is_read_is_not_overwritten(
+    dirty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dirty.rename(tmp_path / "new.removed.jsonl")
+    data = f"data={tmp_path / 'new.removed.jsonl'}"
+    assert run(data, "clean=empty", f"out={tmp_path / 'new.jsonl'}", f"models={tmp_path}") == 2
+    assert "new.removed.jsonl is a file that was read" in capsys.readouterr().err

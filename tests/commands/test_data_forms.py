@@ -85,7 +85,7 @@ def test_train_compare_and_verify(capsys: pytest.CaptureFixture[str], monkeypatc
 @pytest.mark.parametrize("change", [{"data": MIXED.replace("0.5x", "0.6x")}, {"data": "data.jsonl"}, {"seed": 7}])
 def test_a_run_with_another_draw_is_not_continued(change: dict[str, str]) -> None:
     train(data=MIXED, run="kept", steps=2)
-    with pytest.raises(UserError, match="was begun with other inputs"):
+    with pytest.raises(UserError, match="was started with other inputs"):
         train(**{"data": MIXED, "run": "kept", "steps": 2, **change})
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.oracles import tiny_checkpoint, tiny_config
+from tests.support.questions import questions
 from train.__main__ import main
 from train.commands import doctor
 from train.commands.findings import Report
@@ -388,3 +389,21 @@ def test_strict_fails_for_a_warning(capsys: pytest.CaptureFixture[str], monkeypa
     strict = Output(capsys, *words, "strict=on")
     assert strict.status == 2
     assert "strict=on asks for none" in strict.error or "checks fail" in strict.error
+
+
+def test_cleaning_and_held_out_questions_are_tried(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As training takes the rows; without the base only the limits of tokens are not checked."""
+    rows = [{"instruction": text, "output": text[::-1]} for text in questions(20)]
+    rows += [rows[0], {"instruction": "q", "output": ""}]
+    (workspace / "dirty.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("data=dirty.jsonl", "clean=empty,exact_duplicates", "held_out=4")
+    output = Output(capsys, "model=base-Int4", *words)
+    assert output.state["selection"] == "ok" and output.state["tokens"] == "ok", output.text
+    text = " ".join(output.text.split())
+    assert "cleaned: empty 1, exact_duplicates 1; 20 of 22 rows stay." in text
+    assert "held out: 4 of 20 conversations" in text and "16 conversations, 32 turns" in text
+    output = Output(capsys, "model=base-Int4", "data=dirty.jsonl", "clean=empty", "held_out=21")
+    assert output.state["selection"] == "fail" and "leaves none to train on" in output.text
+    output = Output(capsys, "model=org/absent", *words[:1], "clean=empty,tokens", "tokens_min=2")
+    assert output.state["selection"] == "warn"
+    assert Output(capsys, "model=base-Int4", *words, "tokens_min=2").state["keys"] == "fail"

@@ -97,7 +97,7 @@ def test_each_stage_is_a_run_that_starts_from_the_one_before(
     (workspace / "two.yaml").write_text((RECIPES / "smoke.yaml").read_text().replace("steps: 4", "steps: 9") + STAGES)
     keys = {"recipe": "two.yaml", "save_every": 2}
     with monkeypatch.context() as patch:
-        computed = signal_at_step(2, signal.SIGTERM, patch, start=6)
+        computed = signal_at_step(1, signal.SIGTERM, patch, start=6)  # seen in the step after it
         with pytest.raises(SystemExit):
             train(run="two", **keys)
     assert len(computed) == 9

@@ -122,7 +122,21 @@ def test_what_cannot_train_is_refused(words: str) -> None:
         build(Recipe, {key: text})
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("near_duplicate", "'near_duplicate' is none of its words. Did you mean near_duplicates[?]"),
+        ("empty,xyzzy", "'xyzzy' is none of its words. Known: empty, control_characters"),
+        ("on", "'on' is none of its words"),
+    ],
+)
+def test_a_word_that_a_list_does_not_know_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(Recipe, {"clean": text})
+
+
 def test_bounds_are_in_the_help_and_in_words() -> None:
+    assert "empty: none (empty, control_characters, repeated_question" in describe(Recipe)
     assert "LoRA: dropout before A (from 0, below 1)" in describe(Recipe)
     assert str(Interval.parse("(0, 1]")) == "above 0, at most 1"
 

@@ -31,6 +31,15 @@ def test_a_list_of_targets_is_joined(text: str, tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "mine.yaml"), {}).targets == "q_proj,v_proj"
 
 
+@pytest.mark.parametrize(
+    "text", ["\n  - empty\n  - tokens", " [empty, tokens]", " empty, tokens", " [empty, tokens, empty]"]
+)
+def test_a_list_of_cleaning_steps_is_joined(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"clean:{text}\n")
+    assert load_recipe(str(tmp_path / "mine.yaml"), {}).clean == "empty,tokens"
+    assert load_recipe(str(tmp_path / "mine.yaml"), {"clean": ""}).clean == ""
+
+
 def test_a_list_of_data_in_a_stage_is_joined(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("stages:\n  - &one {data: [a.jsonl, b.jsonl], epochs: 2}\n  - {<<: *one, epochs: 3, system: No}\n")

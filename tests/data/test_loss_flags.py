@@ -8,8 +8,8 @@ import pytest
 
 from tests.data.mistakes import problems_in
 from tests.support.oracles import small_tokenizer
-from train.commands.data import as_messages
 from train.data import chat_template, conversations
+from train.data.writing import as_messages
 from train.model.tokenizer import load_tokenizer
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from train.data.streamed import Streamed, in_batches, join, take
+from train.data.streamed import Streamed, in_batches, is_same, join, take
 
 
 def streamed(items: Sequence[int], walks: list[int]) -> Streamed[int]:
@@ -41,6 +41,8 @@ def test_rows_are_taken_in_any_order_in_as_few_walks_as_can_be() -> None:
         assert len(taken) == len(rows) and list(taken) == take(items, rows) == [items[row] for row in rows]
         runs = 1 + sum(later < row for row, later in itertools.pairwise(rows)) if rows else 0
         assert len(walks) == runs
+    assert isinstance(taken, Streamed)
+    assert [is_same(taken, 0, n) for n in range(80)] == [rows[0] == row for row in rows]
     walks = []
     assert list(take(streamed(items, walks), [4, 5])) == [104, 105] and walks == [6]
 
@@ -52,3 +54,11 @@ def test_parts_are_joined() -> None:
     assert isinstance(both, Streamed) and list(both) == [1, 2, 3, 4, 5, 1, 2, 3] and len(both) == 8
     assert list(both.batches(2)) == [[1, 2], [3], [4, 5], [1, 2], [3]]
     assert list(in_batches([1, 2, 3], 2)) == [[1, 2], [3]]
+
+
+def test_an_item_that_is_taken_twice_is_known_to_be_the_same() -> None:
+    one, other = ["a", "a", "b"], streamed([1, 1, 2], [])
+    assert not is_same(other, 0, 1) and is_same(other, 1, 1) and is_same(take(other, [1, 2, 1]), 0, 2)
+    both = join([take(other, [0, 0]), other, [object()]])
+    assert is_same(both, 0, 1) and not is_same(both, 0, 2) and is_same(both, 5, 5) and not is_same(both, 2, 5)
+    assert is_same(one, 0, 0) and is_same(take(["x" * 2, "y"], [0, 1, 0]), 0, 2)

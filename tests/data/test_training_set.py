@@ -21,8 +21,9 @@ from train.data import conversations, sample_cache, training_set
 from train.data.batches import Schedule, collate
 from train.data.data_row import ReadOptions
 from train.data.encoding import DTYPES
-from train.data.samples import Samples, Summary
-from train.data.training_set import load_samples
+from train.data.samples import Samples, Summary, encode, samples_of
+from train.data.selection import select
+from train.data.training_set import load_tokens
 
 RECIPE = Recipe(system="", length=60, batch=2, pack=True)
 
@@ -69,7 +70,8 @@ def loaded(
     """(what is said of the data, samples, summary)"""
     recipe = replace(RECIPE, **keys)
     options = ReadOptions(seed=recipe.seed)
-    checked, samples, summary = load_samples(str(data), tokenizer or Counted(), recipe, cache, options)
+    checked, tokens = load_tokens(str(data), tokenizer or Counted(), recipe, cache, options)
+    samples, summary = samples_of(tokens, recipe)
     counts = checked.counts
     said = [checked.notices(), checked.formats, counts.duplicates(), counts.turns, len(checked.conversations)]
     return [*said, list(checked.conversations[:2])], samples, summary
@@ -284,7 +286,7 @@ def test_data_that_change_while_they_are_read_are_not_kept(
 @pytest.mark.usefixtures("large")
 def test_counting_alone_says_the_same(data: Path, cache: Path) -> None:
     _, _, summary = loaded(data, cache)
-    assert training_set.count_tokens(conversations.read(data), Counted(), RECIPE) == summary
+    assert training_set.count_tokens(conversations.load(data), Counted(), RECIPE, 0) == summary
 
 
 @pytest.mark.usefixtures("large")
@@ -314,3 +316,25 @@ def test_drawn_parts_are_the_same_large_and_small(
     for said, samples, summary in large:
         assert (said, summary) == (small[0], small[2]) and contents(samples) == contents(small[1])
     assert kept.counts.duplicates() == conversations.duplicates(kept.conversations) == small[0][2]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_selection_takes_the_same_rows_of_large_and_of_small_data(
+    data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cleaned, and with questions set aside: the samples are those of the conversations that are chosen."""
+    recipe = replace(RECIPE, clean="exact_duplicates,repeated_question", held_out=0.1, near=1.0)
+    drawn = f"{data}:1.5x"
+    found = []
+    for small in (0, 0, 1 << 20):
+        monkeypatch.setattr(training_set, "SMALL", small)
+        monkeypatch.setattr(conversations, "KEPT", small)
+        checked, tokens = load_tokens(drawn, Counted(), recipe, cache)
+        selection = select(checked.conversations, recipe, None)
+        samples, summary = samples_of(tokens, recipe, selection.trained_rows)
+        held_out, _ = samples_of(tokens, recipe, selection.held_out_rows)
+        listed = list(selection.trained), list(selection.held_out), selection.digest()
+        assert (contents(samples), summary) == (contents(encode(listed[0], Counted(), recipe)[0]), summary)
+        assert contents(held_out) == contents(encode(listed[1], Counted(), recipe)[0])
+        found.append((*listed, summary, conversations.count(selection.trained)))
+    assert found[0] == found[1] == found[2] and len(found[0][0]) + len(found[0][1]) < len(checked.conversations)

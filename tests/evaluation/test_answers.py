@@ -109,12 +109,12 @@ def test_data_of_several_files_is_found_again(
     conversations, name = training_data(record)
     assert [c.turns[0].text for c in conversations] == ["ask a", "ask b"]
     assert name == ("set" if "," not in data else "a.jsonl, b.jsonl")
-    assert find_questions("", record) == (["ask a", "ask b"], f"the first of {name}")
-    seen = [one.seen for one in answers.answered_questions(["ask b", "other"], ["", ""], ["", ""], record)]
+    assert find_questions("", record, tmp_path) == (["ask a", "ask b"], f"the first of {name}")
+    seen = [one.seen for one in answers.answered_questions(["ask b", "other"], ["", ""], ["", ""], record, tmp_path)]
     assert seen == [True, False]
     (tmp_path / "set" / "b.jsonl").write_text(json.dumps({"instruction": "new", "output": "x"}))
     assert training_data(record) == ([], name)
-    assert "missing or has changed" in find_questions("", record)[1]
+    assert "missing or has changed" in find_questions("", record, tmp_path)[1]
     (tmp_path / "set" / "b.jsonl").unlink()
     assert training_data(record) == ([], name)
 
@@ -126,9 +126,9 @@ def test_each_of_several_files_may_have_its_questions(
     data = "set/a.jsonl,set/b.jsonl"
     record["data"] = {"path": data, **hash_data(data)}
     (tmp_path / "set" / "b_questions.txt").write_text("of b?")
-    assert find_questions("", record) == (["of b?"], "set/b_questions.txt")
+    assert find_questions("", record, tmp_path) == (["of b?"], "set/b_questions.txt")
     (tmp_path / "set" / "a_questions.json").write_text('["of a?"]')
-    assert find_questions("", record)[0] == ["of a?", "of b?"]
+    assert find_questions("", record, tmp_path)[0] == ["of a?", "of b?"]
 
 
 # Files of a comparison that are damaged

@@ -19,7 +19,7 @@ from train.data import conversations
 from train.model import lora
 from train.model.loading import load
 from train.runs import checkpoint
-from train.training import distributed, prepare
+from train.training import distributed, prepare, same_start
 
 ASSETS = Path(__file__).parents[1] / "assets"
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -149,10 +149,10 @@ def test_processes_that_would_start_from_different_things_do_not() -> None:
 def test_what_differs_between_machines_is_named() -> None:
     recipe = load_recipe("smoke", {"model": "tiny-Int4", "length": "96"})
     prepared = prepare.prepare(recipe, "data.jsonl", Path("runs/new"), None, Path("models"), 1, "float32")
-    summary = prepare.start_summary(prepared, None)
-    prepare.check_same_start([("a", summary), ("b", summary)])
+    summary = same_start.start_summary(prepared, None)
+    same_start.check_same_start([("a", summary), ("b", summary)])
     with pytest.raises(UserError, match=r"data: \w{12} on a, 0 on c\n") as error:
-        prepare.check_same_start([("a", summary), ("b", summary), ("c", {**summary, "data": "0"})])
+        same_start.check_same_start([("a", summary), ("b", summary), ("c", {**summary, "data": "0"})])
     assert "base:" not in str(error.value)
 
 

@@ -27,9 +27,10 @@ from train.evaluation.answers import (
     read_losses,
     write_answers,
 )
-from train.evaluation.report import AnsweredQuestion, plot, smoothed
+from train.evaluation.report import AnsweredQuestion, legend, plot, smoothed
 from train.model.folder import resolve
 from train.runs.folder import read_run
+from train.runs.losses import held_out
 
 MAX_WIDTH = 160  # columns of the table
 MAX_TORN_WORD = 16  # letters left out at most, so that a cut falls between two words
@@ -41,7 +42,9 @@ class Options:
 
     run: str = option("", "name of a finished run below runs/")
     questions: str = option(
-        "", "file, one question a line (or .jsonl); empty: DATA_questions.txt beside the data, or the data's first"
+        "",
+        "file, one question a line (or .jsonl); empty: the first held out, then DATA_questions.txt beside the data, or "
+        "the data's first",
     )
     max_tokens: int = option(64, "longest answer; a longer one is cut off and ends in …", interval="[1, 1048576]")
     batch: int = option(8, "questions answered at once", interval="[1, 4096]")
@@ -55,7 +58,7 @@ def run(options: Options) -> None:
         raise UserError("which run? RUN= names a folder below runs/. Example: make compare RUN=demo")
     folder = below(options.runs, options.run, "run")
     record = read_run(folder)
-    questions, source = find_questions(options.questions, record)
+    questions, source = find_questions(options.questions, record, folder)
     pair = find_pair(folder, resolve(Recipe.from_record(record["recipe"]).model, Path(options.models)))
     inputs = comparison_inputs(pair, questions, options.max_tokens)
 
@@ -66,7 +69,7 @@ def run(options: Options) -> None:
     else:
         print(f"Asking {len(questions)} questions ({source}): {pair.base.name}, then {pair.trained_name}")
         before, after = (_answers(title, options, record, pair, questions) for title in ("before", "after"))
-        answered = answered_questions(questions, before, after, record)
+        answered = answered_questions(questions, before, after, record, folder)
         write_answers(folder, record, answered, pair, inputs)
     _show(folder, answered, read_losses(folder, record))
 
@@ -85,10 +88,12 @@ def _show(folder: Path, answered: Sequence[AnsweredQuestion], rows: list[dict[st
     console.width = min(console.width, MAX_WIDTH)
     console.print()
     console.print(table(answered, console.width))
-    if not all(one.seen for one in answered):
-        console.print("* not asked in the training data", style="dim")
+    for mark, meaning in legend(answered).items():
+        console.print(f"{mark} {meaning}", style="dim")
     values = smoothed([row["loss"] for row in rows])
     console.print(f"\nloss of {len(values)} steps, running mean: {values[0]:.2f} → {values[-1]:.2f}")
+    if points := held_out(rows):
+        console.print("held-out loss: " + ", ".join(f"{loss:.2f} after step {step}" for step, loss in points[-8:]))
     lines = plot(values, width=min(64, console.width - 10))
     for label, line in zip([f"{max(values):.2f}", *[""] * (len(lines) - 2), "0"], lines, strict=True):
         console.print(f"{label:>6} [cyan]{line}[/cyan]")
@@ -107,7 +112,7 @@ def table(answered: Sequence[AnsweredQuestion], width: int) -> Any:
         grid.add_column(name, width=share, style=style, overflow="fold")
     for one in answered:
         cells = (
-            shorten(one.question, 3 * shares[0]) + ("" if one.seen else " *"),
+            shorten(one.question, 3 * shares[0]) + one.mark,
             shorten(one.before, 4 * shares[1]),
             shorten(one.after, 6 * shares[2]),
         )

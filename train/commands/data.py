@@ -1,6 +1,7 @@
 """Check a data set and print its summary; with OUT=, also write it as OpenAI messages. With FIX=1, mend broken JSON.
 
 make data DATA=file-or-folder [RECIPE=name] [MODEL=base] [OUT=new.jsonl] [ARGS="length=1024 overlong=skip …"]
+make data DATA=file CLEAN=exact_duplicates,near_duplicates HELD_OUT=0.05 OUT=new.jsonl
 make data DATA=broken.json FIX=1 [OUT=broken.fixed.jsonl] [PARTIAL=1] [OVERWRITE=1]
 
 Data with a mistake is refused with a list of all mistakes by file, line and column, and status 2. Tokens are counted
@@ -10,9 +11,12 @@ missing.
 FIX=1 corrects every mistake that can be corrected in one way only, into a new file, and shows each kind of change. The
 original stays as it is. What only a person can tell is listed by line and column, with status 2; then nothing is
 written, or with PARTIAL=1 all rows but these.
+
+CLEAN= leaves rows out, and HELD_OUT= sets questions aside, as training with the same keys does. Then OUT=new.jsonl has
+the conversations to train on, new.held_out.jsonl those to measure on, and new.removed.jsonl says why each other row is
+left out.
 """
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,19 +26,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.common.errors import UserError
-from train.common.files import write_lines
 from train.common.terminal import understands_escapes
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
 from train.config.recipe import Recipe, load_recipe, read_data
-from train.data import chat_template, repair, repair_report, training_set
+from train.data import chat_template, conversations, repair, repair_report, training_set
+from train.data.cleaning import named_steps
 from train.data.conversations import CheckedData, Conversation, ProblemsError
 from train.data.counts import Counts
 from train.data.data_row import ReadOptions
+from train.data.samples import samples_of
+from train.data.selection import Selection, check_settings, keeps_empty, select, token_counter
 from train.data.sources import sources
+from train.data.writing import write_conversations, write_removed
 from train.model.folder import resolve
 from train.runs.folder import TOKENS
 
 if TYPE_CHECKING:
+    from train.data.encoding import TokenArrays
     from train.data.samples import Summary
     from train.model.tokenizer import Tokenizer
 
@@ -73,35 +81,52 @@ def run(options: Options) -> None:
     if not options.data:
         raise UserError("data: which file? Example: make data DATA=data/demo.jsonl")
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
+    check_settings(recipe)
     if options.fix:
         return _fix(options, recipe)
-    if options.out:
-        _check_out(Path(options.out), options.data)
+    for out in _outputs(options, recipe):
+        _check_out(out, options.data)
+    if options.out and (recipe.clean or recipe.held_out):
+        _check_apart(Path(options.out), options.data)
+
     tokenizer, reason = _tokenizer(recipe, Path(options.models))
-    read_options = ReadOptions(recipe.columns, seed=recipe.seed)
+    read_options = ReadOptions(recipe.columns, seed=recipe.seed, keep_empty=keeps_empty(recipe.clean))
+    with _hint_of_fix(options.data):
+        checked, tokens = _load(options, recipe, read_options, tokenizer)
+
+    # --- clean, set aside -------------------------------------------------------------------------------------------
+    selection = _select(checked.conversations, recipe, tokenizer, reason)
+    trained = selection.trained
+    counts = conversations.count(trained) if selection.cleaned or selection.split else checked.counts
 
     # --- count tokens -----------------------------------------------------------------------------------------------
-    with _hint_of_fix(options.data):
-        if tokenizer:
-            cache = Path(options.runs, TOKENS)
-            checked, _, summary = training_set.load_samples(options.data, tokenizer, recipe, cache, read_options)
-            tokens = _tokens(summary, recipe)
-        else:
-            checked = training_set.read(options.data, read_options)
-            tokens = {"tokens": f"not counted, that needs the base. {reason}"}
     rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_parts(checked)}
-    rows |= _words(checked.counts) | tokens | _notices(checked)
+    rows |= _selected(selection) | _words(counts)
+    if tokens is not None:
+        rows |= _tokens(samples_of(tokens, recipe, selection.trained_rows)[1], recipe)
+    else:
+        rows["tokens"] = f"not counted, that needs the base. {reason}"
+    rows |= _notices(checked, counts)
 
     # --- print, convert ---------------------------------------------------------------------------------------------
     print(f"{options.data}: no mistakes.")
     _print_table(rows)
     if tokenizer:
-        _print_example(checked.conversations[0], tokenizer, recipe)
+        _print_example(trained[0], tokenizer, recipe)
     if options.out:
-        _convert(checked.conversations, options)
+        _write(selection, *_outputs(options, recipe))
 
 
 # Reading
+
+
+def _load(
+    options: Options, recipe: Recipe, read_options: ReadOptions, tokenizer: "Tokenizer | None"
+) -> "tuple[CheckedData, TokenArrays | None]":
+    """What is in the data, and their tokens where there is a tokenizer."""
+    if tokenizer is None:
+        return training_set.read(options.data, read_options), None
+    return training_set.load_tokens(options.data, tokenizer, recipe, Path(options.runs, TOKENS), read_options)
 
 
 @contextmanager
@@ -126,6 +151,13 @@ def _tokenizer(recipe: Recipe, models: Path) -> "tuple[Tokenizer | None, str]":
         return None, str(error).replace("\n", " ")
 
 
+def _select(checked: Sequence[Conversation], recipe: Recipe, tokenizer: "Tokenizer | None", reason: str) -> Selection:
+    """The conversations to train on. reason: why there is no tokenizer."""
+    if tokenizer is None and "tokens" in named_steps(recipe):
+        raise UserError(f"clean=tokens counts with the base's tokenizer. {reason}")
+    return select(checked, recipe, token_counter(tokenizer, recipe) if tokenizer else None, show_progress=True)
+
+
 # Rows of the table: title -> text
 
 
@@ -142,6 +174,11 @@ def _parts(checked: CheckedData) -> dict[str, str]:
         f"part {n}": f"{part.text}: {part.read:,} rows read, {part.used:,} used ({part.used / (part.read or 1):.2f}x)"
         for n, part in enumerate(checked.parts, 1)
     }
+
+
+def _selected(selection: Selection) -> dict[str, str]:
+    rows = {"cleaned": str(selection.cleaned)} if selection.cleaned else {}
+    return rows | ({"held out": str(selection.split)} if selection.split else {})
 
 
 def _words(counts: Counts) -> dict[str, str]:
@@ -169,10 +206,11 @@ def _tokens(s: "Summary", recipe: Recipe) -> dict[str, str]:
     return rows
 
 
-def _notices(checked: CheckedData) -> dict[str, str]:
+def _notices(checked: CheckedData, counts: Counts) -> dict[str, str]:
     rows = {}
-    if count := checked.counts.duplicates():
-        rows["notice"] = f"{count:,} conversations are exact copies of an earlier one; they are kept"
+    if count := counts.duplicates():
+        kept = "they are kept (clean=exact_duplicates leaves them out)"
+        rows["notice"] = f"{count:,} conversations are exact copies of an earlier one; {kept}"
     for number, sentence in enumerate(checked.notices(), 1):
         rows[f"note {number}"] = sentence
     return rows
@@ -220,6 +258,8 @@ def _fix(options: Options, recipe: Recipe) -> None:
     Raises:
         UserError: something is left, or the result would replace something else.
     """
+    if recipe.clean or recipe.held_out:
+        raise UserError("fix=1 only mends: clean= and held_out= are for its result. Leave them out here.")
     if options.out:
         _check_out(Path(options.out), options.data)
     targets = repair.targets(options.data, options.out)
@@ -242,7 +282,14 @@ def _repaired(source: Path, recipe: Recipe) -> repair.Repair:
         return repair.repair(source, ReadOptions(recipe.columns), lambda share: on_progress(source.name, share))
 
 
-# Converting
+# Writing
+
+
+def _outputs(options: Options, recipe: Recipe) -> list[Path]:
+    """The files to write: the conversations to train on, those to measure on, the rows that are left out."""
+    out = Path(options.out)
+    names = ["held_out"] * bool(recipe.held_out) + ["removed"] * bool(recipe.clean)
+    return [out, *(out.with_name(f"{out.stem}.{name}.jsonl") for name in names)] if options.out else []
 
 
 def _check_out(out: Path, data: str) -> None:
@@ -263,16 +310,22 @@ def _check_out(out: Path, data: str) -> None:
         )
 
 
-def _convert(checked: Sequence[Conversation], options: Options) -> None:
-    out = Path(options.out)
-    write_lines(out, map(as_messages, checked))
-    print(f"\n{out}: {len(checked):,} conversations written, as OpenAI messages.")
+def _check_apart(out: Path, data: str) -> None:
+    """Refuse to write beside the files of a folder that was read: the next reading would take both for its data."""
+    folders = [Path(part.strip()) for part in ([data] if Path(data).exists() else data.split(","))]
+    if any(folder.is_dir() and folder.resolve() == out.resolve().parent for folder in folders):
+        raise UserError(
+            f"out={out} is in the folder that is read: give another, so that DATA={out.parent} stays as it is."
+        )
 
 
-def as_messages(conversation: Conversation) -> str:
-    """One line of OpenAI messages; it is read back as the same conversation."""
-    system = conversation.system
-    messages: list[dict[str, str | int]] = [] if system is None else [{"role": "system", "content": system}]
-    for turn in conversation.turns:
-        messages.append({"role": turn.role, "content": turn.text} | ({} if turn.trained else {"weight": 0}))
-    return json.dumps({"messages": messages}, ensure_ascii=False)
+def _write(selection: Selection, out: Path, *beside: Path) -> None:
+    write_conversations(out, selection.trained)
+    print(f"\n{out}: {len(selection.trained):,} conversations written, as OpenAI messages.")
+    files = iter(beside)
+    if selection.split:
+        write_conversations(path := next(files), selection.held_out, named=True)
+        print(f"{path}: {len(selection.held_out):,} conversations that are held out.")
+    if selection.cleaned:
+        write_removed(path := next(files), selection.cleaned.removed)
+        print(f"{path}: {len(selection.cleaned.removed):,} rows that are left out, each with the reason.")

@@ -11,6 +11,7 @@ the standard input. Status 2 when the log shows a failure.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,10 @@ from train.config.options import RecipeOptions, build_with_overrides, describe, 
 from train.config.recipe import Recipe, read_data, read_stages
 from train.config.stages import Stage, stage
 from train.data import conversations
-from train.data.data_row import ReadOptions
+from train.data.cleaning import named_steps
+from train.data.conversations import Conversation
+from train.data.data_row import GUESS, ReadOptions
+from train.data.selection import check_settings, keeps_empty, select, token_counter
 from train.host import checks, failures, machine
 from train.host.checks import Finding
 from train.host.machine import Machine
@@ -36,6 +40,7 @@ from train.training.memory_estimate import Setting
 
 if TYPE_CHECKING:
     from train.model.decoder import Decoder
+    from train.model.tokenizer import Tokenizer
 
 __doc__ = f"{__doc__}\nEvery key of the recipe may be given too:\n{describe(Recipe)}\n\nKeys of this command:"
 
@@ -161,7 +166,10 @@ def _read_parts(options: Options) -> list[Part]:
     needs_data = not stages or any("data" not in values for values in stages)
     data = options.data or (NO_DATA if needs_data and not read_data(options.recipe) else "")
     numbers = range(1, len(stages) + 1) if stages else [0]
-    return [Part.of(stage(options.recipe, number, overrides, data, Path(), None)) for number in numbers]
+    parts = [Part.of(stage(options.recipe, number, overrides, data, Path(), None)) for number in numbers]
+    for recipe in filter(None, (part.recipe for part in parts)):
+        check_settings(recipe)
+    return parts
 
 
 def _sum_up(part: Part) -> str:
@@ -305,18 +313,45 @@ def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -
 
 def _check_data(report: Report, recipe: Recipe | None, folder: Path | None, data: str) -> None:
     """Read all of it; with the base's tokenizer and a recipe also count its tokens, as training will."""
-    options = ReadOptions(recipe.columns, seed=recipe.seed) if recipe else ReadOptions()
+    options = GUESS
+    if recipe:
+        options = ReadOptions(recipe.columns, keep_empty=keeps_empty(recipe.clean), seed=recipe.seed)
     reading = report.attempt("rows", lambda: _read(data, options), _rows_text)
-    if reading is None or recipe is None or folder is None:
+    if reading is None or recipe is None:
         return
-    from train.data.training_set import count_tokens
+    tokenizer = _tokenizer(folder)
+    trained = _check_selection(report, reading.conversations, recipe, tokenizer)
+    if tokenizer and trained:
+        from train.data.training_set import count_tokens
+
+        characters = reading.counts.characters
+        report.attempt("tokens", lambda: count_tokens(trained, tokenizer, recipe, characters), str)
+
+
+def _tokenizer(folder: Path | None) -> "Tokenizer | None":
+    """That of the base; None where it cannot be read, which is reported with the base."""
     from train.model.tokenizer import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(folder)
+        return load_tokenizer(folder) if folder else None
     except UserError:
-        return  # already reported with the base
-    report.attempt("tokens", lambda: count_tokens(reading, tokenizer, recipe), str)
+        return None
+
+
+def _check_selection(
+    report: Report, conversations: Sequence[Conversation], recipe: Recipe, tokenizer: "Tokenizer | None"
+) -> Sequence[Conversation] | None:
+    """The conversations that training takes; None where nothing would be left."""
+    if not (recipe.clean or recipe.held_out):
+        return conversations
+    if tokenizer is None and "tokens" in named_steps(recipe):
+        report.add(Finding("selection", "warn", "clean=tokens is not checked: it counts with the base's tokenizer"))
+        return None
+    counter = token_counter(tokenizer, recipe) if tokenizer else None
+    selection = report.attempt(
+        "selection", lambda: select(conversations, recipe, counter), lambda chosen: " ".join(chosen.notes())
+    )
+    return selection.trained if selection else None
 
 
 def _rows_text(reading: conversations.CheckedData) -> str:

@@ -21,6 +21,7 @@ from train.config.options import RecipeOptions, build_with_overrides, describe, 
 from train.config.recipe import Recipe, load_recipe, names_of
 from train.config.stages import Stage, count
 from train.config.stages import stage as stage_of_recipe
+from train.data.selection import check_settings
 from train.data.sources import sources, stem
 from train.model.folder import find
 from train.model.names import hub_name
@@ -123,7 +124,7 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
     if not stage.data:
         raise UserError("train: which data? Example: make train DATA=data/demo.jsonl")
     from train.training import devices  # these imports take seconds: mistakes in the arguments are reported before
-    from train.training.prepare import agree_on_start
+    from train.training.same_start import agree_on_start
     from train.training.train_one import train_one
 
     chosen = devices.pick(options.gpus, stage.recipe, rank_info)
@@ -153,7 +154,9 @@ def _stage(options: Options) -> Stage:
     overrides = options.overrides | ({"model": options.model} if options.model else {})
     folder = below(options.runs, options.run or _default_name(options), "run")
     parent = adapter_source(options.from_run, Path(options.runs)) if options.from_run else None
-    return stage_of_recipe(options.recipe, options.stage, overrides, options.data, folder, parent)
+    stage = stage_of_recipe(options.recipe, options.stage, overrides, options.data, folder, parent)
+    check_settings(stage.recipe)
+    return stage
 
 
 def _default_name(options: Options) -> str:
@@ -174,7 +177,16 @@ def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: i
         recipe = prepare.fitted(recipe, stage.run, processes)
     models, cache, dtype = Path(options.models), Path(options.runs, TOKENS), dtype_name(devices.dtype)
     prepared = prepare.prepare(
-        recipe, stage.data, stage.run, stage.parent, models, processes, dtype, later_stages, cache
+        recipe,
+        stage.data,
+        stage.run,
+        stage.parent,
+        models,
+        processes,
+        dtype,
+        later_stages,
+        show_progress=_is_first(devices.rank_info),
+        cache=cache,
     )
     if recipe.accumulation != stage.recipe.accumulation:
         rows = prepared.inputs["rows_per_step"]

@@ -26,7 +26,7 @@ from train.config.recipe import Recipe
 from train.data.sources import hash_data
 from train.model.folder import find, find_damage, read_manifest
 from train.runs import checkpoint, losses, provenance
-from train.runs.folder import read_run
+from train.runs.folder import HELD_OUT, REMOVED, read_run
 from train.runs.record_form import VERIFIED, find_problem
 
 TOLERANCE = 1e-5  # relative, where float32 is summed in another order
@@ -86,6 +86,8 @@ def _check_run(folder: Path, record: dict[str, Any]) -> Checks:
     """The run's own files."""
     keys = {"inputs.json": "inputs_sha256", "recipe.yaml": "recipe_sha256", "losses.jsonl": "losses_sha256"}
     files: Checks = [(name, _check_file(folder / name, record[key])) for name, key in keys.items()]
+    for name, key in ((HELD_OUT, "held_out"), (REMOVED, "cleaned")):
+        files += [(name, _check_file(folder / name, record[key]["sha256"]))] if key in record else []
     return [*files, ("adapter", _compare_hashes(provenance.hash_folder(folder / "adapter"), record["adapter"]))]
 
 

@@ -55,6 +55,7 @@ class Meter:
         self.total = total
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)  # (tokens, seconds) of the last steps
         self._shown = 0
+        self._held_out: float | None = None  # the last held-out loss
         self._log = _Log(STEP_SECONDS)
         self._bar: Progress | None = None
         if understands_escapes():
@@ -78,19 +79,28 @@ class Meter:
             self._recent.clear()
         self._shown += 1
         self._recent.append((row["tokens"], row["seconds"]))
+        self._held_out = row.get("held_out_loss", row.get("held_out_loss_before", self._held_out))
         text = self.text(row)
         if self._bar is not None and understands_escapes():
             self._bar.update(self._task, completed=row["step"], text=text)
         else:  # also a terminal that is gone: a line to it is an error, which training heeds; rich would say nothing
-            at_once = self._shown == 1 or row["step"] == self.total
+            at_once = self._shown == 1 or row["step"] == self.total or "held_out_loss" in row
             self._log.line(f"step {row['step']}/{self.total} · {text}", at_once)
 
+    def note(self, text: str) -> None:
+        """Show what is under way between two steps."""
+        if self._bar is not None and understands_escapes():
+            self._bar.update(self._task, text=text)
+        else:
+            self._log.line(text, at_once=False)
+
     def text(self, row: dict[str, Any]) -> str:
-        """`loss 2.3456 · epoch 1 · 1,234 tokens/s · 3 min 20 s left`."""
+        """`loss 2.3456 · epoch 1 · 1,234 tokens/s · 3 min 20 s left`; with the last held-out loss, where there is one."""
         tokens, seconds = zip(*self._recent, strict=True)
         left = median(seconds) * (self.total - row["step"])
         speed = f"{sum(tokens) / max(sum(seconds), 1e-9):,.0f} tokens/s"
-        return f"loss {row['loss']:.4f} · epoch {row['epoch'] + 1} · {speed} · {clock(left)} left"
+        held_out = "" if self._held_out is None else f" · held out {self._held_out:.4f}"
+        return f"loss {row['loss']:.4f}{held_out} · epoch {row['epoch'] + 1} · {speed} · {clock(left)} left"
 
 
 def clock(seconds: float) -> str:

@@ -58,6 +58,7 @@ def option(
     choices: tuple[str, ...] | None = None,
     interval: str = "",
     may_be_empty: bool | None = None,
+    each: tuple[str, ...] | None = None,
 ) -> Any:
     """A dataclass field that can be given as key=value.
 
@@ -66,10 +67,12 @@ def option(
         interval: the values of a number, in mathematical notation: "[0, 1)" is from 0 to below 1. Every number has
             one, so that infinity, NaN and absurd sizes are refused before anything is loaded.
         may_be_empty: whether a text may be ""; None: only if its default is.
+        each: the text is a list of these words, with commas between.
     """
     values = Interval.parse(interval) if interval else None
     empty = default == "" if may_be_empty is None else may_be_empty
-    return field(default=default, metadata={"help": help, "choices": choices, "interval": values, "empty": empty})
+    metadata = {"help": help, "choices": choices, "interval": values, "empty": empty, "each": each}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +163,7 @@ def describe(cls: type) -> str:
         default = {True: "on", False: "off"}[f.default] if isinstance(f.default, bool) else f.default
         choices = f" ({' | '.join(c for c in f.metadata['choices'] if c)})" if f.metadata["choices"] else ""
         choices = choices or (f" ({f.metadata['interval']})" if f.metadata["interval"] else "")
+        choices = choices or (f" ({', '.join(f.metadata['each'])})" if f.metadata["each"] else "")
         lines.append(f"  {f'{f.name}={default}':34} {f.metadata['help']}{choices}")
     return "\n".join(lines)
 
@@ -185,6 +189,8 @@ def _convert(text: str, kind: Any, metadata: Mapping[str, Any], bounded: bool) -
         if text.lower() not in SWITCH:
             raise ValueError("expected on or off")
         return SWITCH[text.lower()]
+    if metadata["each"]:
+        return _check_words(text, metadata["each"])
     if kind is str:
         return _check_text(text, metadata["empty"] or not bounded)
     try:
@@ -194,6 +200,17 @@ def _convert(text: str, kind: Any, metadata: Mapping[str, Any], bounded: bool) -
     if bounded and metadata["interval"] and value not in metadata["interval"]:
         raise ValueError(f"expected {'a whole number' if kind is int else 'a number'} {metadata['interval']}")
     return value
+
+
+def _check_words(text: str, known: tuple[str, ...]) -> str:
+    """A list of words with commas between, each once, without spaces."""
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    for word in words:
+        if word not in known:
+            near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}"
+            raise ValueError(f"{shown(word)!r} is none of its words. {hint}")
+    return ",".join(words)
 
 
 def _check_text(text: str, may_be_empty: bool) -> str:

@@ -17,6 +17,9 @@ from train.config.recipe_yaml import RecipeError, read_text_values
 RECIPES = Path(__file__).parents[1] / "recipes"
 RENAMED = {"voice": "two_stage"}  # an earlier name of a recipe -> its name today
 SAME_IN_ALL_STAGES = ("model", "template", "rank", "alpha", "targets", "precision", "processes")
+CLEANING_STEPS = (
+    *("empty", "control_characters", "repeated_question", "tokens", "exact_duplicates", "near_duplicates"),
+)
 STAGES_EXAMPLE = """stages:
   - data: style.jsonl
     epochs: 20
@@ -40,6 +43,17 @@ class Recipe:
         "You are a helpful assistant.", "system message of conversations without one; empty: none", may_be_empty=True
     )
     columns: str = option("", "columns or keys of the data where the guess is wrong: columns=question:NAME,answer:NAME")
+    clean: str = option("", "rows to leave out, by step, with commas between; empty: none", each=CLEANING_STEPS)
+    near: float = option(
+        0.9, "how alike near duplicates are, for clean= and held_out=; 1 = the same words", interval="[0.5, 1]"
+    )
+    tokens_min: int = option(0, "clean=tokens: fewest tokens of a conversation; 0 = any", interval="[0, 1048576]")
+    tokens_max: int = option(0, "clean=tokens: most tokens of a conversation; 0 = any", interval="[0, 1048576]")
+    held_out: float = option(
+        0.0,
+        "conversations set aside to measure on, by their question: a share (0.05) or a number (200); 0 = none",
+        interval="[0, 10000000]",
+    )
     length: int = option(512, "tokens in a row", interval="[2, 1048576]")
     overlong: str = option("cut", "conversations longer than a row", ("cut", "skip", "error"))
     pack: bool = option(True, "put several conversations in one row; each attends only to itself")

@@ -1,7 +1,7 @@
 """The YAML of recipes: every value is the text that is written, so `No` stays "No"; a key twice is an error.
 
 This module does not know which keys a recipe has. Anchors work; tags, nested mappings and lists elsewhere than in
-`stages` are no part of a recipe, but a list of plain values is joined with commas: `targets` and `data` take it.
+`stages` are no part of a recipe, but a list of plain values is joined with commas: `targets`, `clean` and `data` take it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import yaml
 
-LISTS = ("targets", "data")  # keys whose list of values is joined with commas
+LISTS = ("targets", "clean", "data")  # keys whose list of values is joined with commas
 
 
 class RecipeError(Exception):

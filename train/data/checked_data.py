@@ -10,7 +10,7 @@ from train.data.counts import Counts
 from train.data.data_row import DataRow
 from train.data.formats import FORMATS, ParsedRow, Turn
 from train.data.notices import notices
-from train.data.problems import Problem
+from train.data.problems import Problem, ValueProblem
 
 MAX_LISTED = 50  # problems that a report lists
 COUNTERS = ("formats", "unused_keys", "unused_turn_keys")  # of CheckedData
@@ -49,6 +49,7 @@ class CheckedData:
     parts: list[PartCount] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # how files were read: columns, encoding, sheet; a sentence each
     read_elsewhere: bool = False  # a file has no rows of its own: they are joined with those of another
+    keep_empty: bool = False  # rows with an empty text are among the conversations
 
     def notices(self) -> list[str]:
         """What a person should know of this data, one sentence each (see notices.py)."""
@@ -65,9 +66,11 @@ class CheckedData:
         problems = list(row.problems)
         if row.readable:
             parsed = parse(row.value)
-            if not problems and not parsed.problems:
+            only_empty = self.keep_empty and all(p.is_empty_text for p in parsed.problems)
+            wrong = [] if only_empty else parsed.problems
+            if not problems and not wrong:
                 return self._add_sound(Conversation(parsed.turns, parsed.system, row.location), parsed, row.format)
-            problems += _wrong_values(row, parsed, file)
+            problems += _wrong_values(row, wrong, file)
         self.problems += problems
         return None
 
@@ -124,11 +127,11 @@ def report(problems: list[Problem], limit: int = MAX_LISTED) -> str:
     return "\n".join(lines)
 
 
-def _wrong_values(row: DataRow, parsed: ParsedRow, file: str) -> list[Problem]:
-    """The values of a row that its format does not allow."""
+def _wrong_values(row: DataRow, wrong: Sequence[ValueProblem], file: str) -> list[Problem]:
+    """The values of a row that its format does not allow, with their places."""
     problems = []
     reported = {(p.line, p.column) for p in row.problems}  # a mistake in the text of a value is not also a wrong value
-    for p in parsed.problems:
+    for p in wrong:
         place = row.place_of(p.path)
         if (place.line, place.column) not in reported:
             where = (row.file or file, place.line, place.column)

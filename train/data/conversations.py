@@ -6,17 +6,15 @@ slower parser. Texts are kept exactly: nothing is stripped, replaced or left out
 memory: whoever walks through them reads the files again.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from train.common.errors import UserError
 from train.common.processes import cores, in_processes
-from train.data import counts, json_mistakes, mixture, readers
+from train.data import json_mistakes, mixture, readers
 from train.data.checked_data import (
     CheckedData,
     Conversation,
@@ -56,7 +54,8 @@ def training_data(record: dict[str, Any]) -> tuple[Sequence[Conversation], str]:
     name = short_name(data)
     try:
         recipe = record["recipe"]
-        options = ReadOptions(recipe.get("columns", ""), seed=recipe.get("seed", 0))
+        keep_empty = "empty" in recipe.get("clean", "").split(",")
+        options = ReadOptions(recipe.get("columns", ""), seed=recipe.get("seed", 0), keep_empty=keep_empty)
         return (load(data, options), name) if hash_data(data)["sha256"] == record["data"]["sha256"] else ([], name)
     except UserError:  # a file is missing; or it was accepted when the run began, and this program is stricter now
         return [], name
@@ -109,13 +108,27 @@ def check(data: str | Path, on_progress: OnProgress | None = None, options: Read
 def restore(data: str | Path, options: ReadOptions, stored: dict[str, Any]) -> CheckedData:
     """What reading DATA gave, from CheckedData.to_json; the files are known to be the same, and are not read yet."""
     checked, found = CheckedData.from_json(stored), parts(data)
-    all_options = _of_all_files(options, found)
-    if any(part.draws for part in found):
-        checked.conversations = Streamed(lambda: iter(load(data, options)), checked.counts.conversations)
-    else:
-        pairs = zip(found, checked.parts, strict=True)
-        checked.conversations = join([_PartReader(part, all_options).stream(count.read) for part, count in pairs])
+    all_options, used = _of_all_files(options, found), []
+    for part, count in zip(found, checked.parts, strict=True):
+        stream = _PartReader(part, all_options).stream(count.read)
+        used.append(_drawn_when_needed(stream, part, count.used, options.seed) if part.draws else stream)
+    checked.conversations = join(used)
     return checked
+
+
+def _drawn_when_needed(stream: Streamed[Conversation], part: Part, count: int, seed: int) -> Streamed[Conversation]:
+    """The rows that are drawn from a part. Which they are is only known when all of them have been read."""
+
+    @cache
+    def drawn() -> Sequence[Conversation]:
+        return take(stream, mixture.draw_rows(stream, part.draws, seed))
+
+    def number(row: int) -> Hashable:
+        found = drawn()
+        assert isinstance(found, Streamed)
+        return found.number(row)
+
+    return Streamed(lambda: iter(drawn()), count, number=number)
 
 
 def _of_all_files(options: ReadOptions, found: Sequence[Part]) -> ReadOptions:
@@ -130,25 +143,26 @@ def _draw(part: Part, one: CheckedData, seed: int) -> Sequence[Conversation]:
         if len(rows) and not len(drawn):
             raise UserError(f"data {part.text}: this takes none of its {len(rows):,} rows. Take more, or leave it out.")
         used = take(rows, drawn)
-        one.counts = _counts_of_drawn(used, drawn)
+        one.counts = count(used)
         one.parts.append(PartCount(part.text, len(rows), len(used)))
         return used
     one.parts.append(PartCount(part.text, len(rows), len(rows)))
     return rows
 
 
-def _counts_of_drawn(used: Sequence[Conversation], rows: np.ndarray) -> Counts:
-    """Counts of rows of which some are taken several times; that is no copy of another."""
-    found, seen = Counts(), np.zeros(int(rows.max(initial=-1)) + 1, bool)
-    for row, conversation in zip(rows.tolist(), used, strict=True):
-        found.add(conversation, is_new=not seen[row])
-        seen[row] = True
+def count(conversations: Sequence[Conversation]) -> Counts:
+    """Counts of conversations. A row that is taken several times is no copy of another."""
+    found, seen = Counts(), set[Hashable]()
+    for row, conversation in enumerate(conversations):
+        number = conversations.number(row) if isinstance(conversations, Streamed) else id(conversation)
+        found.add(conversation, is_new=number not in seen)
+        seen.add(number)
     return found
 
 
-def duplicates(conversations: Iterable[Conversation]) -> int:
+def duplicates(conversations: Sequence[Conversation]) -> int:
     """How many conversations are exact copies of an earlier one; a row that is drawn several times is one."""
-    return counts.of({id(one): one for one in conversations}.values()).duplicates()
+    return count(conversations).duplicates()
 
 
 # One part of DATA
@@ -200,7 +214,8 @@ class _PartReader:
             raise changed(*self.part.files)
 
     def _walk_file(self, path: Path) -> Iterator[Conversation]:
-        (options, reader), checked = self._layout(), CheckedData()
+        options, reader = self._layout()
+        checked = CheckedData(keep_empty=options.keep_empty)
         for row in readers.rows(path, options):
             conversation = checked.add(row, str(path), reader.parse if reader else ParsedRow)
             if checked.problems:
@@ -246,7 +261,7 @@ def _check_rows(
     Args:
         kept: takes the conversations; or None.
     """
-    checked = CheckedData()
+    checked = CheckedData(keep_empty=options.keep_empty)
     for number, row in enumerate(readers.rows(path, options)):
         conversation = checked.add(row, str(path), parse)
         if kept is not None and conversation:

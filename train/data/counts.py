@@ -118,13 +118,6 @@ class Counts:
         return cls(**{**values, "found": found, "digests": bytearray()})
 
 
-def of(conversations: Iterable["Conversation"]) -> Counts:
-    counts = Counts()
-    for conversation in conversations:
-        counts.add(conversation)
-    return counts
-
-
 def digest(conversation: "Conversation") -> bytes:
     """DIGEST bytes that are the same for conversations of equal turns and system message, wherever they are."""
     system = conversation.system

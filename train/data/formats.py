@@ -237,10 +237,12 @@ class ParsedRow:
         if isinstance(value, list) and (joined := other_rows.joined_parts(value)) is not None:
             value = joined
         if not isinstance(value, str):
-            self.problems.append(other_rows.no_text(value, path, TYPE_NAMES[type(value)], meaning))
+            problem = other_rows.no_text(value, path, TYPE_NAMES[type(value)], meaning)
+            self.problems.append(replace(problem, is_empty_text=value is None and not problem.kind))
             return None
         if not may_be_empty and not value.strip():
-            self._problem(path, "an empty text", meaning, "write it, or delete the row")
+            remedy = "write it, or delete the row"
+            self.problems.append(ValueProblem(path, "an empty text", meaning, remedy, is_empty_text=True))
         if half := LONE_SURROGATE.search(value):
             found = f"\\u{ord(half.group()):04x}, half of a character"
             self._problem(path, found, "both halves", "write the character itself")

@@ -41,6 +41,7 @@ class ValueProblem:
     expected: str
     remedy: str
     kind: str = ""  # problems of the same kind are reported once per file: all its rows have it for one reason
+    is_empty_text: bool = False  # an empty text or null: the cleaning step `empty` takes such rows
 
 
 @dataclass(frozen=True)

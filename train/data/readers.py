@@ -51,7 +51,11 @@ def blocks(path: Path, options: ReadOptions = GUESS) -> Iterator[Block] | None:
     """
     try:
         file = DataFile.of(path)
-        plain = file_kinds.kind_of(file) == "json" and not options.columns and not list(_renamed(file, "json"))
+        plain = (
+            file_kinds.kind_of(file) == "json"
+            and not (options.columns or options.keep_empty)
+            and not list(_renamed(file, "json"))
+        )
         return json_stream.blocks(path) if plain else None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error

@@ -173,28 +173,32 @@ def with_progress(parts: Iterable[TokenArrays], on_progress: Callable[[int], Non
         yield part
 
 
-def samples_of(whole: TokenArrays, settings: SampleSettings) -> tuple[Samples, Summary]:
+def samples_of(whole: TokenArrays, settings: SampleSettings, rows: np.ndarray | None = None) -> tuple[Samples, Summary]:
     """Whole conversations as samples: cut, skipped or refused where they are too long, with something to learn.
+
+    Args:
+        rows: int64, of the conversations that are meant; None: all.
 
     Raises:
         UserError: overlong=error and some are too long, or no token is left to train on.
     """
+    rows = np.arange(len(whole.lengths)) if rows is None else rows
     if settings.overlong == "error":
-        _check_lengths(whole, settings.length)
-    fits = whole.lengths <= settings.length
-    kept = Samples(whole, settings.length, np.flatnonzero(fits | (settings.overlong == "cut")))
+        _check_lengths(whole, rows, settings.length)
+    fits = whole.lengths[rows] <= settings.length
+    kept = Samples(whole, settings.length, rows[fits | (settings.overlong == "cut")])
     samples = kept.take(np.flatnonzero(kept.label_counts))
     if not len(samples):
         raise UserError(
-            f"no token to train on: {len(fits)} conversations, none with an answer within length={settings.length} "
+            f"no token to train on: {len(rows)} conversations, none with an answer within length={settings.length} "
             f"(overlong={settings.overlong}). Raise length=."
         )
     unlearnable = tuple(kept.location(index) for index in np.flatnonzero(kept.label_counts == 0))
-    return samples, _summary(whole, samples, unlearnable, settings)
+    return samples, _summary(whole, rows, samples, unlearnable, settings)
 
 
-def _check_lengths(whole: TokenArrays, length: int) -> None:
-    rows = np.flatnonzero(whole.lengths > length)
+def _check_lengths(whole: TokenArrays, rows: np.ndarray, length: int) -> None:
+    rows = rows[whole.lengths[rows] > length]
     if len(rows):
         named = Samples(whole, length, rows[:MAX_LISTED])
         listed = [f"{named.location(n)}: {whole.lengths[row]} tokens" for n, row in enumerate(rows[:MAX_LISTED])]
@@ -203,14 +207,17 @@ def _check_lengths(whole: TokenArrays, length: int) -> None:
         raise UserError("\n".join([first, *listed, *more]))
 
 
-def _summary(whole: TokenArrays, samples: Samples, unlearnable: tuple[str, ...], settings: SampleSettings) -> Summary:
-    overlong = whole.lengths[whole.lengths > settings.length].astype(np.int64)
-    rows, efficiency = _efficiency(samples.lengths, settings)
-    low, median, p95, high = (int(np.quantile(whole.lengths, q, method="higher")) for q in (0, 0.5, 0.95, 1))
+def _summary(
+    whole: TokenArrays, rows: np.ndarray, samples: Samples, unlearnable: tuple[str, ...], settings: SampleSettings
+) -> Summary:
+    lengths = whole.lengths[rows].astype(np.int64)
+    overlong = lengths[lengths > settings.length]
+    packed_rows, efficiency = _efficiency(samples.lengths, settings)
+    low, median, p95, high = (int(np.quantile(lengths, q, method="higher")) for q in (0, 0.5, 0.95, 1))
     return Summary(
-        conversations=len(whole.lengths),
-        turns=int(whole.turns.sum(dtype=np.int64)),
-        tokens=int(whole.lengths.sum(dtype=np.int64)),
+        conversations=len(lengths),
+        turns=int(whole.turns[rows].sum(dtype=np.int64)),
+        tokens=int(lengths.sum()),
         tokens_min=low,
         tokens_median=median,
         tokens_p95=p95,
@@ -222,7 +229,7 @@ def _summary(whole: TokenArrays, samples: Samples, unlearnable: tuple[str, ...],
         tokens_cut=int((overlong - settings.length).sum()) if settings.overlong == "cut" else 0,
         unlearnable=unlearnable,
         samples=len(samples),
-        rows=rows,
+        rows=packed_rows,
         efficiency=efficiency,
     )
 

@@ -3,7 +3,7 @@
 Small data are encoded at each start: that takes a second, and leaves nothing behind. Large data show their progress.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,11 +12,11 @@ from typing import Any, Protocol
 from train.common.progress import bar
 from train.data import conversations
 from train.data.chat_template import BatchEncoder
-from train.data.conversations import CheckedData, OnProgress
+from train.data.conversations import CheckedData, Conversation, OnProgress
 from train.data.data_row import GUESS, ReadOptions
 from train.data.encoding import Template, TokenArrays, encode_all, join
 from train.data.sample_cache import key_of, load_or_build
-from train.data.samples import Samples, SampleSettings, Summary, encode, samples_of, with_progress
+from train.data.samples import SampleSettings, Summary, samples_of, with_progress
 from train.data.sources import hash_data, sources
 
 SMALL = 32_000_000  # bytes of files up to which nothing is written
@@ -31,28 +31,26 @@ class CachedEncoder(BatchEncoder, Protocol):
         """A hash of all that decides its ids."""
 
 
-def load_samples(
+def load_tokens(
     data: str,
     tokenizer: CachedEncoder,
     settings: SampleSettings,
     cache: Path,
     options: ReadOptions = GUESS,
     hashes: dict[str, Any] | None = None,
-) -> tuple[CheckedData, Samples, Summary]:
-    """The conversations of DATA without problems, and their samples.
+) -> tuple[CheckedData, TokenArrays]:
+    """The conversations of DATA without problems, and their tokens; see `samples_of`.
 
     Args:
         cache: the folder of caches, which is made if the data are large.
         hashes: hash_data(data), if it is known.
     Raises:
-        UserError: no such file, the report of all problems, or whatever `samples_of` finds.
+        UserError: no such file, the report of all problems, or no space on the disk.
     """
     size = sum(path.stat().st_size for path in sources(data))
     if size <= SMALL:
         checked = read(data, options)
-        with _bar("counting tokens", len(checked.conversations), size) as done:
-            samples, summary = encode(checked.conversations, tokenizer, settings, done, checked.counts.characters)
-        return checked, samples, summary
+        return checked, join(list(_encoded(data, checked, tokenizer, settings, size)))
 
     def build() -> tuple[Iterable[TokenArrays], dict[str, Any]]:
         checked = read(data, options)
@@ -67,16 +65,18 @@ def load_samples(
         tokenizer=tokenizer.fingerprint(),
     )
     arrays, stored = load_or_build(cache, key, build, int(BYTES_PER_BYTE * size))
-    return (conversations.restore(data, options, stored), *samples_of(arrays, settings))
+    return conversations.restore(data, options, stored), arrays
 
 
-def count_tokens(checked: CheckedData, tokenizer: BatchEncoder, settings: SampleSettings) -> Summary:
-    """What `load_samples` says of the same data; no id is kept.
+def count_tokens(
+    checked: Sequence[Conversation], tokenizer: BatchEncoder, settings: SampleSettings, characters: int
+) -> Summary:
+    """What `samples_of` says of these conversations, of so many characters; no id is kept.
 
     Raises:
         UserError: whatever `samples_of` finds.
     """
-    parts = encode_all(checked.conversations, tokenizer, settings, checked.counts.characters)
+    parts = encode_all(checked, tokenizer, settings, characters)
     return samples_of(join([replace(part, ids=part.ids[:0]) for part in parts]), settings)[1]
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from train.common.device import pick_device, pick_dtype
 from train.common.errors import UserError
 from train.common.files import read_json, read_json_lines, sha256, split_lines, write_json, write_text
-from train.data.conversations import training_data
+from train.data import conversations
+from train.data.conversations import Conversation, training_data
 from train.evaluation.parity import BUILTIN_QUESTIONS
 from train.evaluation.report import AnsweredQuestion, draw_losses, write_report
 from train.inference.generate import answers
@@ -25,7 +26,7 @@ from train.model.loading import fits, keeps_float, load
 from train.model.lora import load_adapter
 from train.model.tokenizer import load_tokenizer
 from train.runs import losses
-from train.runs.folder import LOSSES
+from train.runs.folder import HELD_OUT, LOSSES, REMOVED
 from train.runs.record_form import PARITY, find_problem
 
 CUT = "…"  # ends an answer that was cut off
@@ -70,21 +71,61 @@ def find_pair(run: Path, base: Path) -> ModelPair:
     return ModelPair(base, adapter, merged)
 
 
-def find_questions(path: str, record: dict[str, Any]) -> tuple[list[str], str]:
+def find_questions(path: str, record: dict[str, Any], run: Path) -> tuple[list[str], str]:
     """The questions for a run, and where they are from.
 
-    They are those of the file `path`; without one, of DATA_questions.txt, .jsonl or .json beside the run's data (of
-    several files each may have its own); without that, the first of the data; and where the data is missing or has
-    changed, the built-in ones.
+    They are those of the file `path`. Without one, the first that were held out; then those of DATA_questions.txt, .jsonl or .json beside the run's data (of
+    several files each may have its own); without that, the first that were trained on; and where the data is missing
+    or has changed, the built-in ones.
     """
     if path:
         return read_questions(Path(path)), path
+    questions, source = _questions_of_data(record, run)
+    held_out = list(dict.fromkeys(c.turns[0].text for c in held_out_conversations(record, run)))[:DATA_QUESTIONS]
+    if held_out:
+        source = f"{len(held_out)} held out, then {source}"
+    return [*held_out, *(question for question in questions if question not in held_out)], source
+
+
+def _questions_of_data(record: dict[str, Any], run: Path) -> tuple[list[str], str]:
+    """Those beside the data, the first of it, or built-in ones; and where they are from."""
     if files := _questions_beside(record["data"]):
         return [question for file in files for question in read_questions(file)], ", ".join(map(str, files))
-    conversations, name = training_data(record)
-    if conversations:
-        return [c.turns[0].text for c in conversations[:DATA_QUESTIONS]], f"the first of {name}"
+    trained, name = trained_on(record, run)
+    if trained:
+        return [c.turns[0].text for c in trained[:DATA_QUESTIONS]], f"the first of {name}"
     return [question for question, _ in BUILTIN_QUESTIONS], f"built-in: {name} is missing or has changed"
+
+
+def held_out_conversations(record: dict[str, Any], run: Path) -> list[Conversation]:
+    """What a run has set aside; none for a run without held_out=.
+
+    Raises:
+        UserError: the file is missing or has changed.
+    """
+    if "held_out" not in record:
+        return []
+    return conversations.load(_unchanged(run / HELD_OUT, record["held_out"]["sha256"]))
+
+
+def trained_on(record: dict[str, Any], run: Path) -> tuple[list[Conversation], str]:
+    """The conversations of a run's data without those that it left out or set aside, and the name of the data.
+
+    None if a file of the data is missing or has changed.
+    """
+    rows, name = training_data(record)
+    left_out = set()
+    if "cleaned" in record:
+        left_out = {row["row"] - 1 for row in read_json_lines(_unchanged(run / REMOVED, record["cleaned"]["sha256"]))}
+    aside = {(one.turns, one.system) for one in held_out_conversations(record, run)}
+    kept = [one for row, one in enumerate(rows) if row not in left_out and (one.turns, one.system) not in aside]
+    return kept, name
+
+
+def _unchanged(path: Path, recorded: str) -> Path:
+    if not path.is_file() or sha256(path) != recorded:
+        raise UserError(f"{path} is missing, or not what it was when the run ended. Restore it from a copy.")
+    return path
 
 
 def _questions_beside(data: dict[str, Any]) -> list[Path]:
@@ -219,13 +260,14 @@ def _load_model(pair: ModelPair, trained: bool) -> nn.Module:
 
 
 def answered_questions(
-    questions: Sequence[str], before: Sequence[str], after: Sequence[str], record: dict[str, Any]
+    questions: Sequence[str], before: Sequence[str], after: Sequence[str], record: dict[str, Any], run: Path
 ) -> list[AnsweredQuestion]:
-    """Each question with both answers, and whether the run's training data contains it."""
-    conversations, _ = training_data(record)
-    asked = {turn.text.strip() for c in conversations for turn in c.turns if turn.role == "user"}
+    """Each question with both answers, and whether the run was trained on it or has set it aside."""
+    trained, _ = trained_on(record, run)
+    asked = {turn.text.strip() for c in trained for turn in c.turns if turn.role == "user"}
+    aside = {c.turns[0].text.strip() for c in held_out_conversations(record, run)}
     return [
-        AnsweredQuestion(question, one.strip(), other.strip(), question.strip() in asked)
+        AnsweredQuestion(question, one.strip(), other.strip(), question.strip() in asked, question.strip() in aside)
         for question, one, other in zip(questions, before, after, strict=True)
     ]
 
@@ -266,13 +308,17 @@ def write_answers(
     inputs: dict[str, Any],
 ) -> None:
     """answers.jsonl, loss.png, report.md, and last compare.json."""
-    lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answered]
-    write_text(run / "answers.jsonl", "".join(lines))
+    write_text(run / "answers.jsonl", "".join(f"{json.dumps(_row(one), ensure_ascii=False)}\n" for one in answered))
     rows = read_losses(run, record)
     draw_losses(rows, run.name, run / "loss.png")
     manifest = read_manifest(pair.merged) if pair.merged else None
     write_report(run / "report.md", record, rows, answered, pair.trained_name, manifest)
     write_json(run / "compare.json", inputs)
+
+
+def _row(one: AnsweredQuestion) -> dict[str, Any]:
+    """A line of answers.jsonl; `held_out` only where it is true, as in runs without such questions."""
+    return {key: value for key, value in asdict(one).items() if key != "held_out" or value}
 
 
 def read_losses(run: Path, record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,19 +14,36 @@ from typing import Any
 from train.common import commands
 from train.common.files import write_text
 from train.data.sources import short_name
+from train.runs.losses import held_out
 
 WINDOW_SHARE = 15  # the running mean reaches this share of all steps, 1 / 15, to either side
+LEGEND = {" *": "not asked in the training data", " †": "held out: neither it nor a near duplicate was trained on"}
 BRAILLE_DOTS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # bits of a cell: by column, dots from below
 
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """A question with the answers before and after training. `seen`: the training data asks it, word for word."""
+    """A question with the answers before and after training. `seen`: the training data asks it, word for word.
+
+    `held_out`: it was set aside, and neither it nor a near duplicate was trained on.
+    """
 
     question: str
     before: str
     after: str
     seen: bool
+    held_out: bool = False
+
+    @property
+    def mark(self) -> str:
+        """What stands behind the question in a table; LEGEND explains it."""
+        return " †" if self.held_out else "" if self.seen else " *"
+
+
+def legend(answered: Sequence[AnsweredQuestion]) -> dict[str, str]:
+    """The marks in a table of these questions, and what they mean."""
+    marks = {one.mark for one in answered}
+    return {mark.strip(): meaning for mark, meaning in LEGEND.items() if mark in marks}
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -49,6 +66,8 @@ def draw_losses(losses: Sequence[dict[str, Any]], name: str, path: Path) -> None
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=160, layout="constrained")
     axes.plot(steps, values, color="#8fb4d9", linewidth=1, label="loss of each step")
     axes.plot(steps, smoothed(values), color="#1f5a96", linewidth=2.2, label="running mean")
+    if points := held_out(losses):
+        axes.plot(*zip(*points), color="#2e8b57", linewidth=1.6, marker="o", markersize=4, label="held-out loss")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per labelled token)", ylim=(0, None))
     axes.set_title(f"{name}: loss" if name.isascii() else "loss", loc="left", fontweight="bold")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
@@ -137,9 +156,10 @@ def write_report(
 
 
 def _before_and_after(answered: Sequence[AnsweredQuestion], trained_name: str) -> list[str]:
-    rows = [(one.question + ("" if one.seen else " *"), one.before, one.after) for one in answered]
-    legend = f"Greedy answers of the base and of {trained_name}. * = not asked in the training data; … = cut off."
-    return [legend, "", *_table(("question", "before", "after"), rows)]
+    rows = [(one.question + one.mark, one.before, one.after) for one in answered]
+    marks = [f"{mark} = {meaning}" for mark, meaning in (legend(answered) or {"*": LEGEND[" *"]}).items()]
+    explained = f"Greedy answers of the base and of {trained_name}. {'; '.join([*marks, '… = cut off'])}."
+    return [explained, "", *_table(("question", "before", "after"), rows)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -160,6 +180,7 @@ def _facts(
         ("steps", str(losses[-1]["step"])),
         ("loss of the first and the last step", f"{losses[0]['loss']:.4f}, {losses[-1]['loss']:.4f}"),
     ]
+    facts += _facts_of_rows(record)
     seconds, machine = record["timings"]["steps_seconds"], record["machine"]
     facts += [
         ("training", f"{seconds:,.0f} s, {record['tokens'] / max(seconds, 1e-9):,.0f} tokens/s"),
@@ -173,6 +194,20 @@ def _facts(
             (f"export against {parity['against']}", _parity(parity)),
             ("for scale: the base without the adapter", _parity(without)),
         ]
+    return facts
+
+
+def _facts_of_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """What cleaning left out, and the loss on what was held out."""
+    facts = []
+    if cleaned := record.get("cleaned"):
+        counts = ", ".join(f"{step} {count}" for step, count in cleaned["counts"].items())
+        facts.append(("rows left out by cleaning", f"{counts}; {cleaned['kept']} stay"))
+    if held_out := record.get("held_out"):
+        loss, count = held_out["loss"], held_out["conversations"]
+        facts.append(
+            ("held-out loss before and after", f"{loss['before']:.4f}, {loss['last']:.4f}, of {count} conversations")
+        )
     return facts
 
 

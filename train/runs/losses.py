@@ -11,14 +11,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from train.common.files import write_text
 from train.runs.folder import LOSSES, TENSORBOARD
 
-CHARTED = ("loss", "learning_rate", "grad_norm")  # the curves in TensorBoard
+CHARTED = ("loss", "learning_rate", "grad_norm", "held_out_loss")  # the curves in TensorBoard
 
 
 def read(run: Path) -> list[dict[str, Any]]:
@@ -30,9 +30,26 @@ def read(run: Path) -> list[dict[str, Any]]:
     return [row for _, row in _whole_lines(run)]
 
 
+def held_out(rows: Iterable[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(steps done, loss) of each time that the held-out loss was measured; 0 steps: before training."""
+    points = []
+    for row in rows:
+        points += [(0, row["held_out_loss_before"])] if "held_out_loss_before" in row else []
+        points += [(row["step"], row["held_out_loss"])] if "held_out_loss" in row else []
+    return points
+
+
 def rewind(run: Path, steps: int) -> None:
     """Keep the lines of the first `steps` steps: those after the checkpoint are computed again."""
     write_text(run / LOSSES, "".join(f"{line}\n" for line, _ in list(_whole_lines(run))[:steps]))
+
+
+def amend(run: Path, step: int, values: dict[str, Any]) -> None:
+    """Add keys to the row of `step`, while nothing else has the file open."""
+    lines = [line for line, _ in _whole_lines(run)]
+    row = json.loads(lines[step - 1]) | values
+    lines[step - 1] = json.dumps(row, ensure_ascii=False)
+    write_text(run / LOSSES, "".join(f"{line}\n" for line in lines))
 
 
 def _whole_lines(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -98,7 +115,7 @@ class LossLog:
 
     def write(self, row: dict[str, Any]) -> None:
         self._losses.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        values = {key: row[key] for key in CHARTED if row[key] is not None}
+        values = {key: row[key] for key in CHARTED if row.get(key) is not None}
         self._tensorboard.write(_event(step=row["step"], values=values))
 
     def settle(self) -> None:

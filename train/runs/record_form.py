@@ -7,6 +7,7 @@ is read, with the key. Knows types only, not what the values mean.
 from typing import Any
 
 NUMBER, TEXT_OR_NONE = (int, float), (str, type(None))
+NUMBER_OR_NONE = (int, float, type(None))
 HASHES = {"*": str}  # file name -> sha256
 
 # A key that ends in ? may be missing; * stands for every key; a list holds the form of each entry.
@@ -24,6 +25,8 @@ RECORD: dict[str, Any] = {
     "adapter?": HASHES,
     "lineage?": list,
     "loss?": dict,
+    "held_out?": {"conversations": int, "loss": {"before": NUMBER_OR_NONE, "last": NUMBER_OR_NONE}, "sha256": str},
+    "cleaned?": {"counts": dict, "kept": int, "sha256": str},
 }
 # What `verify` needs besides: a finished run of any version has it.
 VERIFIED: dict[str, Any] = {
@@ -53,6 +56,7 @@ INPUTS: dict[str, Any] = {
     "from": (dict, type(None)),
     "recipe": dict,
     "rows_per_step": int,
+    "rows?": str,
     "dtype": str,
 }
 

@@ -26,6 +26,8 @@ MAY_CHANGE_ON_RESUME = frozenset(
     }
 )
 
+CHOOSE_ROWS = ("clean", "near", "tokens_min", "tokens_max", "held_out")  # keys that choose rows of the data
+
 
 def read_inputs(run: Path) -> dict[str, Any] | None:
     """inputs.json of a run's folder; None if no run was started in it.
@@ -104,6 +106,11 @@ def changes(old: dict[str, Any], new: dict[str, Any], recipe_defaults: dict[str,
     if (old["from"] or {}).get("sha256") != (new["from"] or {}).get("sha256"):
         differences.append("from: another adapter to start from")
     recipe = {**recipe_defaults, **old["recipe"]}
+    same_keys = all(recipe.get(key) == new["recipe"].get(key) for key in CHOOSE_ROWS)
+    if not differences and same_keys and old.get("rows", "") != new.get("rows", ""):
+        differences.append(
+            "rows: this program cleans, or holds out, other rows of the same data than an earlier one did"
+        )
     for key in sorted(new["recipe"].keys() - MAY_CHANGE_ON_RESUME):
         if recipe.get(key) != new["recipe"][key]:
             differences.append(f"{key}: was {recipe.get(key)}, now {new['recipe'][key]}")

@@ -305,6 +305,24 @@ class Engine:
             return None
         return norm if norm is not None else float(self.engine.get_global_grad_norm() or 0.0)
 
+    @torch.no_grad()
+    def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
+        """The SUM of a collated batch's token losses, 0-d, without dropout. It draws no random number.
+
+        The decoder's own passes compute it, also where the fused ones train: their adapters are the same memory.
+        """
+        dropouts = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.training]
+        for module in dropouts:
+            module.eval()
+        try:
+            moved = {key: value.to(self.device) for key, value in batch.items()}
+            # ZeRO 3 collects weights in the hooks of its own module
+            loss: Tensor = self.model(**moved).loss if self.fused else self.engine.module(moved)
+        finally:
+            for module in dropouts:
+                module.train()
+        return loss
+
     # --- all state, by the names of the adapters' parameters
 
     def gather(

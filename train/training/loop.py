@@ -22,7 +22,7 @@ from train.runs import checkpoint
 from train.runs.folder import CHECKPOINTS
 from train.runs.losses import LossLog
 from train.runs.resume import resume_point
-from train.training import distributed, guard
+from train.training import distributed, guard, held_out_loss
 from train.training.async_save import Saver, write_together
 from train.training.deepspeed_engine import Engine
 from train.training.distributed import AgreedError
@@ -81,10 +81,15 @@ def _stopped(folder: Path) -> str:
 
 def _train_from(run: RunState, engine: Engine, first: int, stop: StopRequest, left_out: dict[int, BadStep]) -> bool:
     """As `train`, but raises BadStep at a bad step."""
+    if first and not held_out_loss.complete(run, engine, first, stop):
+        return False
     with ExitStack() as closing:
         output = _open_output(run, engine, first, closing)
         if first == 0 and run.recipe.guard == "skip":
             save(run, engine, 0, output.saver)  # the state to go back to from a bad step before the first checkpoint
+        before = _held_out(run, engine, output, "held_out_loss_before", stop) if first == 0 else {}
+        if before is None:
+            return False
         for step in range(first, len(run.schedule)):
             if step in left_out:
                 row, flags = _left_out_row(run, left_out[step]), Flags()  # the next step exchanges them
@@ -94,9 +99,13 @@ def _train_from(run: RunState, engine: Engine, first: int, stop: StopRequest, le
                 except StoppedWithinStep:
                     _save_before(run, engine, step, first, output.saver, stop)
                     return False
-            output.write(row)
+            ends = held_out_loss.epoch_ends(run, step + 1)
+            measured = _held_out(run, engine, output, "held_out_loss", stop) if ends else {}
+            flags = flags._replace(stop=flags.stop or measured is None)
+            output.write(row | (measured or {}) | before)
+            before = {}
             _save_if_due(run, engine, step + 1, flags, output.saver, stop)
-            if flags.stop and step + 1 < len(run.schedule):
+            if measured is None or (flags.stop and step + 1 < len(run.schedule)):
                 return False
     return True
 
@@ -245,6 +254,14 @@ class _Output:
                 self.meter.show(row)
 
 
+def _held_out(run: RunState, engine: Engine, output: _Output, key: str, stop: StopRequest) -> dict[str, float] | None:
+    """The held-out loss under `key`, for the row of a step; {} where none is held out, None if a signal asked to stop."""
+    if not run.held_out:
+        return {}
+    loss = held_out_loss.measure(run, engine, stop, output.meter.note if output.meter else None)
+    return None if loss is None else {key: loss}
+
+
 def _open_output(run: RunState, engine: Engine, first: int, closing: ExitStack) -> _Output:
     """Open everything that is written to. `closing` closes it in the reverse order, whatever ends the run."""
     log = meter = None
@@ -293,7 +310,7 @@ def _checkpoint_due(run: RunState, done: int) -> bool:
         return True
     if run.recipe.save_every:
         return done % run.recipe.save_every == 0
-    return run.schedule.epoch(done) != run.schedule.epoch(done - 1)
+    return held_out_loss.epoch_ends(run, done)
 
 
 def _wait_for_disk(run: RunState, saver: Saver, stop: StopRequest) -> None:

@@ -5,10 +5,7 @@ gathered and raised at once. Knows nothing of engines. The whole data set is che
 large data in a cache on the disk.
 """
 
-import hashlib
-import json
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,8 +23,11 @@ from train.config.recipe import Recipe
 from train.data import training_set
 from train.data.batches import Schedule
 from train.data.data_row import ReadOptions
-from train.data.samples import Sample
+from train.data.encoding import TokenArrays
+from train.data.samples import Sample, samples_of
+from train.data.selection import Selection, check_settings, keeps_empty, select, token_counter
 from train.data.sources import hash_data, pinned
+from train.data.writing import write_conversations, write_removed
 from train.model import lora
 from train.model.adapter_file import AdapterFile, read_adapter
 from train.model.decoder import Decoder
@@ -38,9 +38,8 @@ from train.model.stops import no_chat_model
 from train.model.tokenizer import Tokenizer, load_tokenizer
 from train.runs import folder, provenance
 from train.runs.folder import CHECKPOINTS, adapter_folder
-from train.runs.resume import check_unchanged, fitted_accumulation, resume_point
-from train.training import distributed
-from train.training.distributed import AgreedError, RankInfo
+from train.runs.resume import check_unchanged, fitted_accumulation
+from train.training.distributed import RankInfo
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class PreparedRun:
     parent: Path | None
     notes: list[str]
     lineage: list[dict[str, Any]]
+    selection: Selection  # without the conversations that are trained on: those are samples now
+    held_out: Sequence[Sample]
 
     @property
     def finished(self) -> bool:
@@ -72,6 +73,7 @@ def prepare(
     processes: int,
     dtype: str,
     later_stages: int = 0,
+    show_progress: bool = False,
     cache: Path = Path("runs", folder.TOKENS),
 ) -> PreparedRun:
     """Check all that can be checked; nothing is written and no weights are loaded.
@@ -84,7 +86,9 @@ def prepare(
     Raises:
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
-    base, adapter = _read_base(recipe, data, parent, models)
+    check_settings(recipe)
+    options = ReadOptions(recipe.columns, seed=recipe.seed, keep_empty=keeps_empty(recipe.clean))
+    base, adapter = _read_base(recipe, data, options, parent, models)
     config, _ = read_folder_config(base)
     targets = lora.targets(config.layout, recipe.targets)
     if parent is not None and adapter is not None:
@@ -92,10 +96,11 @@ def prepare(
             lora.check_targets(adapter, recipe, config)
     tokenizer = load_tokenizer(base)
     hashes = hash_data(data)
-    loaded, samples, summary = training_set.load_samples(
-        data, tokenizer, recipe, cache, ReadOptions(recipe.columns, seed=recipe.seed), hashes
-    )
-    notes = [str(summary), *_without_labels(summary.unlearnable, recipe.unlearnable)]
+    loaded, tokens = training_set.load_tokens(data, tokenizer, recipe, cache, options, hashes)
+    selection = select(loaded.conversations, recipe, token_counter(tokenizer, recipe), show_progress)
+    samples, summary = samples_of(tokens, recipe, selection.trained_rows)
+    held_out = _held_out_samples(tokens, selection, recipe)
+    notes = [*selection.notes(), str(summary), *_without_labels(summary.unlearnable, recipe.unlearnable)]
     notes += [f"data: {notice}." for notice in loaded.notices()]
     notes += _parent_notes(recipe, adapter) if adapter else []
     notes += filter(None, [no_chat_model(base, tokenizer, recipe.template)])
@@ -103,15 +108,20 @@ def prepare(
     rows = recipe.batch * recipe.accumulation * processes
     schedule = Schedule(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
     inputs = _inputs(recipe, {"path": pinned(data), **hashes}, base, parent, rows, dtype)
-    lineage = provenance.lineage(parent)
-    prepared = PreparedRun(recipe, run, base, tokenizer, samples, schedule, inputs, parent, notes, lineage)
+    inputs |= {"rows": digest} if (digest := selection.digest()) else {}
+    lineage, selection = provenance.lineage(parent), replace(selection, trained=[])
+    prepared = PreparedRun(
+        recipe, run, base, tokenizer, samples, schedule, inputs, parent, notes, lineage, selection, held_out
+    )
     check_unchanged(run, inputs, recipe_defaults=asdict(Recipe()))
     if not prepared.finished:
         _check_disk(prepared, config, targets, later_stages)
     return prepared
 
 
-def _read_base(recipe: Recipe, data: str, parent: Path | None, models: Path) -> tuple[Path, AdapterFile | None]:
+def _read_base(
+    recipe: Recipe, data: str, options: ReadOptions, parent: Path | None, models: Path
+) -> tuple[Path, AdapterFile | None]:
     """The base's folder and the adapter to start from.
 
     Raises:
@@ -122,11 +132,21 @@ def _read_base(recipe: Recipe, data: str, parent: Path | None, models: Path) -> 
     except UserError as error:
         message = str(error)
         try:
-            training_set.read(data, ReadOptions(recipe.columns, seed=recipe.seed))
+            training_set.read(data, options)
         except UserError as found:
             message = f"{found}\n{message}"
         raise UserError(message) from error
     return base, adapter
+
+
+def _held_out_samples(tokens: TokenArrays, selection: Selection, recipe: Recipe) -> Sequence[Sample]:
+    """The samples to measure on; conversations without a token to measure on are left out."""
+    if not selection.held_out:
+        return []
+    try:
+        return samples_of(tokens, recipe, selection.held_out_rows)[0]
+    except UserError as error:
+        raise UserError(f"held_out={recipe.held_out:g}, the conversations set aside: {error}") from error
 
 
 def _run_all(*checks: Callable[[], Any]) -> list[Any]:
@@ -290,6 +310,20 @@ def begin(prepared: PreparedRun) -> None:
         print(note, flush=True)
     lineage = _lineage_text(prepared) if prepared.lineage else ""
     folder.begin(prepared.folder, asdict(prepared.recipe), prepared.inputs, lineage)
+    _write_selection(prepared.folder, prepared.selection)
+
+
+def _write_selection(run: Path, selection: Selection) -> None:
+    """held_out.jsonl and removed.jsonl, where the recipe asks for them; else those of an earlier start are removed."""
+    held_out, removed = run / folder.HELD_OUT, run / folder.REMOVED
+    if selection.split:
+        write_conversations(held_out, selection.held_out, named=True)
+    else:
+        held_out.unlink(missing_ok=True)
+    if selection.cleaned:
+        write_removed(removed, selection.cleaned.removed)
+    else:
+        removed.unlink(missing_ok=True)
 
 
 def _lineage_text(prepared: PreparedRun) -> str:
@@ -302,63 +336,6 @@ def _lineage_text(prepared: PreparedRun) -> str:
     steps, data = len(prepared.schedule), prepared.inputs["data"]["path"]
     own = f"{prepared.folder.as_posix()}: {steps} steps on {data}, learning rate {prepared.recipe.learning_rate}"
     return "".join(f"{line}\n" for line in [*lines, own])
-
-
-# --- several processes ------------------------------------------------------------------------------------------------
-
-
-def agree_on_start(prepared: PreparedRun, rank_info: RankInfo | None, device: torch.device) -> Path | None:
-    """The checkpoint to continue from, the same in all processes; None for a new run, and for a finished one.
-
-    Checkpoints that are not used are added to the notes. The processes meet here, if a launcher has started them.
-
-    Raises:
-        AgreedError: the processes would start from different things.
-    """
-    checkpoint, notes = (None, []) if prepared.finished else resume_point(prepared.folder)
-    prepared.notes.extend(notes)
-    if rank_info is not None:
-        distributed.join(rank_info, device.type == "cuda")
-        check_same_start(distributed.all_gather((socket.gethostname(), start_summary(prepared, checkpoint))))
-    return checkpoint
-
-
-def start_summary(prepared: PreparedRun, checkpoint: Path | None) -> dict[str, str]:
-    """What all processes of a run must have in common before the first step, each from its own disk; short texts."""
-    inputs = prepared.inputs
-    return {
-        "finished": "yes" if prepared.finished else "no",
-        "checkpoint": checkpoint.name if checkpoint else "none",
-        "data": inputs["data"]["sha256"][:12],
-        "base": _digest(inputs["base"]["files"]),
-        "adapter of FROM=": (inputs["from"] or {}).get("sha256", "none")[:12],
-        "recipe": _digest(inputs["recipe"]),
-        "rows per step": str(inputs["rows_per_step"]),
-        "computed in": inputs["dtype"],
-    }
-
-
-def _digest(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def check_same_start(starts: list[tuple[str, dict[str, str]]]) -> None:
-    """Refuse processes that would start from different things. `starts`: (machine, start_summary) of each.
-
-    Raises:
-        AgreedError: what differs, and between which machines.
-    """
-    host, first = starts[0]
-    other_host, other = next((start for start in starts if start[1] != first), (host, first))
-    differ = [
-        f"{key}: {value} on {host}, {other[key]} on {other_host}" for key, value in first.items() if value != other[key]
-    ]
-    if differ:
-        listed = "\n  ".join(differ)
-        raise AgreedError(
-            f"the processes would not start from the same:\n  {listed}\nNothing was changed. Put runs/, models/ and "
-            "the data in a folder that all machines share (runs=FOLDER models=FOLDER), or copy them to each."
-        )
 
 
 # --- decisions and model ----------------------------------------------------------------------------------------------

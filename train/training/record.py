@@ -14,7 +14,7 @@ from train.model import lora
 from train.model.stops import answer_end
 from train.model.tokenizer_files import write_tokenizer
 from train.runs import losses, provenance
-from train.runs.folder import ADAPTER, INPUTS, LOSSES, RECIPE, RECORD
+from train.runs.folder import ADAPTER, HELD_OUT, INPUTS, LOSSES, RECIPE, RECORD, REMOVED
 from train.training.async_save import write_together
 from train.training.deepspeed_engine import Engine
 from train.training.prepare import PreparedRun
@@ -81,9 +81,25 @@ def write(
         "label_tokens": sum(row["label_tokens"] for row in rows),
         "timings": {"steps_seconds": seconds, "began": began, "finished": time.time(), **run.timings},
         "adapter": provenance.hash_folder(folder / ADAPTER),
+        **_selection(prepared, rows),
     }
     write_json(folder / RECORD, record)
     return record
+
+
+def _selection(prepared: PreparedRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What cleaning took, and what was measured on the held-out conversations; nothing where neither was asked for."""
+    entries: dict[str, Any] = {}
+    selection, folder = prepared.selection, prepared.folder
+    if selection.cleaned:
+        cleaned = {"counts": selection.cleaned.counts, "kept": len(selection.cleaned.kept)}
+        entries["cleaned"] = {**cleaned, "sha256": sha256(folder / REMOVED)}
+    if selection.split:
+        points = dict(losses.held_out(rows))
+        loss = {"before": points.get(0), "last": points.get(len(rows))}
+        count = len(selection.held_out)
+        entries["held_out"] = {"conversations": count, "loss": loss, "sha256": sha256(folder / HELD_OUT)}
+    return entries
 
 
 def _write_prompt(prepared: PreparedRun, layout: str, folder: Path) -> None:
@@ -106,7 +122,12 @@ def summary(record: dict[str, Any]) -> str:
     loss, seconds = record["loss"], record["timings"]["steps_seconds"]
     speed = record["tokens"] / max(seconds, 1e-9)
     left_out = f", {len(record['left_out'])} left out" if record["left_out"] else ""
+    held_out = _held_out_text(record["held_out"]["loss"]) if "held_out" in record else ""
     return (
-        f"loss {loss['first']:.4f} -> {loss['last']:.4f} in {record['steps']} steps{left_out}, {seconds:,.0f} s, "
-        f"{speed:,.0f} tokens/s"
+        f"loss {loss['first']:.4f} -> {loss['last']:.4f}{held_out} in {record['steps']} steps{left_out}, "
+        f"{seconds:,.0f} s, {speed:,.0f} tokens/s"
     )
+
+
+def _held_out_text(loss: dict[str, float]) -> str:
+    return f", held out {loss['before']:.4f} -> {loss['last']:.4f}"

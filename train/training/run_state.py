@@ -34,6 +34,7 @@ class RunState:
     folder: Path
     rank_info: RankInfo
     device: torch.device
+    held_out: Sequence[Sample] = field(default_factory=list)  # measured on, not trained on
     guard: Guard = field(default_factory=Guard)
     timings: dict[str, float] = field(default_factory=dict)
     starts: list[dict[str, Any]] = field(default_factory=list)

@@ -61,7 +61,15 @@ def _run_state(prepared: PreparedRun, devices: Devices, rank_info: RankInfo) -> 
     samples, pad_id = prepared.samples, prepared.tokenizer.pad
     guard = Guard(prepared.recipe.spike, layers_allowed_zero_grad(sample.mask for sample in samples))
     return RunState(
-        prepared.recipe, prepared.schedule, samples, pad_id, prepared.folder, rank_info, devices.device, guard
+        prepared.recipe,
+        prepared.schedule,
+        samples,
+        pad_id,
+        prepared.folder,
+        rank_info,
+        devices.device,
+        prepared.held_out,
+        guard,
     )
 
 
