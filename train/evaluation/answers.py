@@ -95,7 +95,7 @@ def _questions_of_data(record: dict[str, Any], run: Path) -> tuple[list[str], st
     return [question for question, _ in BUILTIN_QUESTIONS], f"built-in: {name} is missing or has changed"
 
 
-def held_out_conversations(record: dict[str, Any], run: Path) -> list[Conversation]:
+def held_out_conversations(record: dict[str, Any], run: Path) -> Sequence[Conversation]:
     """What a run has set aside; none for a run without held_out=.
 
     Raises:
