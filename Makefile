@@ -31,7 +31,7 @@ endef
 _quote = '$(subst $(_newline),'$$'\n'',$(subst ','\'',$(1)))'
 _key = $(shell tr A-Z a-z <<<'$(patsubst FROM,FROM_RUN,$(1))')
 _typed = $(sort $(foreach v,$(filter-out $(settings) -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(v))),$(v))))
-_keys = DATA MODEL RECIPE RUN FROM STAGE GPUS GPU CLEAN HELD_OUT PROMPT SYSTEM QUESTIONS ENGINE DTYPE LAYOUT ONTO OUT REPLAY LOG MODELS RUNS
+_keys = DATA MODEL RECIPE RUN FROM STAGE GPUS GPU CLEAN HELD_OUT PROMPT SYSTEM QUESTIONS ANSWERS ENGINE DTYPE LAYOUT FORMAT ENCODING ONTO OUT REPLAY LOG MODELS RUNS
 _before = $(strip $(foreach k,$(_keys),$(if $(filter environment,$(origin $(k))),$(if $(value $(k)),$(k)))))
 _refused = $(if $(_before),$(error $(_before) is set in the environment, where it does not count. \
 Type it after the target (make $@ $(firstword $(_before))=…), or unset it (unset $(_before))))
@@ -70,10 +70,10 @@ data: ## check a data set and sum it up; mistakes by line and column: DATA= [FIX
 train: ## fine-tune, or continue an interrupted run: DATA= [MODEL=] [RECIPE=] [RUN=] [FROM=] [GPUS=]
 	@docker/run train $(_pairs)
 
-export: ## merged float weights, verified: RUN= [DTYPE=] [LAYOUT=] [ONTO=] [OUT=]
+export: ## merged float weights, verified: RUN= [DTYPE=] [LAYOUT=] [ONTO=] [OUT=]; FORMAT=gguf for llama.cpp, Ollama
 	@docker/run export $(_pairs)
 
-infer: ## chat, or answer once: [RUN= or MODEL=] [PROMPT=] [SYSTEM=] [ENGINE=stock TRUST_REMOTE_CODE=1]
+infer: ## chat, or answer: [RUN= or MODEL=] [PROMPT= or QUESTIONS=FILE [ANSWERS=FILE]] [SYSTEM=] [ENGINE=stock TRUST_REMOTE_CODE=1]
 	@docker/run infer $(_pairs)
 
 compare: ## ask the same questions before and after training: RUN=

@@ -169,23 +169,6 @@ def test_the_table_of_cards_says_what_plan_says() -> None:
             assert [f"{float(size):.1f}" for size in said.groups()] == [peak, of_the_card], words
 
 
-@pytest.mark.parametrize("name", FRONT)
-def test_the_modelfile_writes_chatml_as_it_was_trained_and_stops(name: str) -> None:
-    """The template with one system message, question and answer; Go's {{ if .System }} is true here."""
-    block = re.search(r"^    FROM (?:.*\n)(?:    .*\n)+", text_of(name), flags=re.M)
-    assert block is not None
-    modelfile = re.sub(r"^    ", "", block[0], flags=re.M)
-    template = re.search(r'^TEMPLATE """(.*?)"""', modelfile, flags=re.M | re.S)
-    assert template is not None
-    written = re.sub(r"\{\{ (?:if \.System|end) \}\}", "", template[1])
-    for key in ("System", "Prompt", "Response"):
-        written = written.replace(f"{{{{ .{key} }}}}", key)
-    turns = (("system", "System"), ("user", "Prompt"), ("assistant", "Response"))
-    assert written == "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
-    assert set(re.findall(r'^PARAMETER stop "(.*)"$', modelfile, flags=re.M)) == {"<|im_end|>", "<|endoftext|>"}
-    assert re.search(r'^SYSTEM """You are a helpful assistant\."""$', modelfile, flags=re.M)  # the recipe's default
-
-
 def test_ci_runs_the_readmes_test_command() -> None:
     assert "make test" in text_of("README.md")
     assert re.search(r"^step make test$", text_of(".ci/run"), flags=re.M)

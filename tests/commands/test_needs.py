@@ -57,6 +57,9 @@ def test_paths_of_the_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ]  # fmt: skip
     assert paths("data", data, ["data=c,d.jsonl", "out=x/y"]) == [("write", "x"), ("read", "c,d.jsonl")]
     assert paths("data", data, ["data=a, b"]) == [("read", "a, b"), ("read", "a"), ("read", "b")]
+    infer = VERBS["infer"]
+    assert paths("infer", infer, ["run=r", "questions=d/q.csv"]) == [("write", "d"), ("read", "d/q.csv")]
+    assert paths("infer", infer, ["run=r", "questions=d/q.csv", "answers=a.csv"])[0] == ("write", ".")
     assert paths("export", export, ["run=r", "onto=float", "out=/x/y"]) == [("write", "/x"), ("read", "float")]
     assert paths("quantize", VERBS["quantize"], ["model=m", "out=name"]) == [("read", "m")]
     assert paths("train", train, ["data=a", "runs=r", "--help"]) == []

@@ -2,10 +2,13 @@
 
 The default type is float16: the scales and biases of an Int4 base are float16, and it keeps three bits more of each weight
 than bfloat16. The very Int4 weights that were trained on are dequantised; `onto` takes a float checkpoint instead.
+
+format=gguf writes files for llama.cpp and Ollama to runs/RUN/gguf, with a Modelfile. Where the base is symmetric Int4
+without activation order, they are the base itself as Q4_0 and the adapter, without a loss; else the merged model.
 """
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,9 @@ from train.common.progress import bar
 from train.config.options import option
 from train.config.recipe import Recipe
 from train.evaluation.parity import Parity
-from train.export import manifest, merge, verify
+from train.export import gguf_export, manifest, merge, verify
+from train.export.gguf_export import GgufJob
+from train.export.gguf_tensors import why_not_q4_0
 from train.export.merge import GB, MergeJob
 from train.model.adapter_file import check_present
 from train.model.folder import missing_code, read_manifest, resolve, write_manifest
@@ -36,7 +41,13 @@ class Options:
     dtype: str = option("float16", "type of the weights", tuple(DTYPES))
     layout: str = option("", "empty: the base's; qwen2: loads without remote code everywhere", ("", "qwen", "qwen2"))
     onto: str = option("", "empty: the Int4 base that was trained on; or a float model or folder to merge onto")
-    out: str = option("", "folder to write; empty: runs/RUN/merged")
+    out: str = option("", "folder to write; empty: runs/RUN/merged, or runs/RUN/gguf")
+    format: str = option("hf", "hf: a folder of safetensors; gguf: files for llama.cpp and Ollama", ("hf", "gguf"))
+    encoding: str = option(
+        "auto",
+        "with format=gguf; auto: q4_0 where this is exact, else the merged model in dtype=; q8_0: the merged model",
+        ("auto", "q4_0", "q8_0", "float"),
+    )
     shard_size: float = option(4.0, "GB in one file, at most", interval="(0, 1000]")
     verify: int = option(
         30, "conversations of the run's own data on which the result is compared", interval="[1, 1000000]"
@@ -54,6 +65,10 @@ def run(options: Options) -> None:
     recipe = Recipe.from_record(record["recipe"])
     base = resolve(recipe.model, Path(options.models))
     manifest.check_base(record, base)
+    if options.format == "gguf":
+        return _export_gguf(options, folder, base, recipe)
+    if options.encoding != "auto":
+        raise UserError(f"encoding={options.encoding} is of GGUF files: add FORMAT=gguf.")
     job = _job(options, folder, base, recipe)
     out = Path(options.out) if options.out else folder / "merged"
 
@@ -80,6 +95,48 @@ def run(options: Options) -> None:
         verify.require_parity(measured, job.dtype)
         write_manifest(temporary, {"inputs": inputs, "parity": measured})
     _report(options, out, job, measured)
+
+
+def _export_gguf(options: Options, folder: Path, base: Path, recipe: Recipe) -> None:
+    """GGUF files: of the Int4 base and the adapter, or of the merged model, which is exported first."""
+    reason = f"ONTO={options.onto} is merged onto" if options.onto else why_not_q4_0(base)
+    if options.encoding == "q4_0" and reason:
+        raise UserError(f"encoding=q4_0 would lose precision: {reason}. Leave it out, or take encoding=q8_0.")
+    check_present(folder / "adapter")
+    exact = options.encoding in ("auto", "q4_0") and not reason
+    if not exact:
+        if options.encoding == "auto":
+            print(f"Q4_0 would lose precision: {reason}. Writing the merged model instead.")
+        run(replace(options, format="hf", encoding="auto", out=""))
+    weights = base if exact else folder / "merged"
+    encoding = "q4_0" if exact else "q8_0" if options.encoding == "q8_0" else gguf_export.float_encoding(weights)
+    job = GgufJob(folder.name, base, folder / "adapter", weights, encoding, recipe.system, recipe.template)
+    out = Path(options.out) if options.out else folder / "gguf"
+    recover(out)
+    if gguf_export.is_written(out, inputs := job.inputs()):
+        print(f"{out}: nothing to do, it was exported from these inputs before.")
+        return _report_gguf(out, job)
+    gguf_export.check_space(job, out)
+    size = gguf_export.size_of(job)
+    print(f"Writing {job.model_name}: {size / GB:.2f} GB" + (f"; {job.adapter_name}" if exact else ""))
+    with staged(out) as temporary:
+        with bar("writing", size, "MB", 1e6) as advance:
+            gguf_export.write(job, temporary, advance)
+        with bar("reading back", size, "MB", 1e6) as advance:
+            checked = gguf_export.check(job, temporary, advance)
+        write_manifest(temporary, {"inputs": inputs, "gguf": {"checked": checked}})
+    _report_gguf(out, job)
+
+
+def _report_gguf(out: Path, job: GgufJob) -> None:
+    """What was written, what was checked, and how the files are used."""
+    manifest = read_manifest(out) or {}
+    print(f"\n{out}: {job.model_name}{f', {job.adapter_name}' if job.adapter_name else ''}, {gguf_export.MODELFILE}")
+    print(f"  {manifest['gguf']['checked']}")
+    lora = f" --lora {shlex.quote(str(out / job.adapter_name))}" if job.adapter_name else ""
+    system = f" -sys {shlex.quote(job.system)}" if job.system else ""
+    print(f"  {'llama.cpp':14} llama-cli -m {shlex.quote(str(out / job.model_name))}{lora} --temp 0{system}")
+    print(f"  {'Ollama':14} cd {shlex.quote(str(out))} && ollama create {job.run} -f {gguf_export.MODELFILE}")
 
 
 def _job(options: Options, folder: Path, base: Path, recipe: Recipe) -> MergeJob:

@@ -48,7 +48,7 @@ def paths(name: str, verb: Verb, words: list[str]) -> list[Record]:
     values = dict(word.split("=", 1) for word in words if "=" in word)
     if {"-h", "--help", "help"} & set(words):
         return []
-    records = [*_folders(verb, values), *(("read", path) for path in _paths_to_read(name, values))]
+    records = [*_folders(name, verb, values), *(("read", path) for path in _paths_to_read(name, values))]
     order = ("make", "write", "read")
     return sorted({record: None for record in records if record[1]}, key=lambda record: order.index(record[0]))
 
@@ -59,11 +59,13 @@ def write(records: Iterable[Record]) -> None:
     sys.stdout.buffer.flush()
 
 
-def _folders(verb: Verb, values: dict[str, str]) -> Iterator[Record]:
+def _folders(name: str, verb: Verb, values: dict[str, str]) -> Iterator[Record]:
     for key, use in (("runs", verb.runs), ("models", verb.models)):
         if key in values and use in RECORD_KINDS:
             yield RECORD_KINDS[use], values[key]
     out = values.get("out", "")
+    if questions := values.get("questions", "") if name == "infer" else "":
+        yield "write", str(Path(values.get("answers") or questions).parent)
     if "/" in out or (out and verb.models != "write"):  # otherwise it is a name below models/
         yield "write", str(Path(out).parent)
     elif SWITCH.get(values.get("fix", "").lower()):  # the result lies beside the data

@@ -18,6 +18,7 @@ from train.data.text_encoding import Encoding, detect, open_text
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 MAX_LINES = 10_000  # of a cell: more is a quote that was not closed
 MAX_CELL = 1 << 24  # characters
+NO_DELIMITER = "\x1f"  # of a table of one column, whose texts may hold any other character
 
 
 def read(file: DataFile, options: ReadOptions) -> Iterator[DataRow]:
@@ -33,7 +34,7 @@ def table_of(file: DataFile, encoding: Encoding, told: Columns | None) -> Table:
     """The cells of a table of text."""
     delimiter, skip = find_delimiter(file, encoding, told)
     kind = "TSV" if delimiter == "\t" else "CSV"
-    table = Table(file, kind, _rows(file, encoding, delimiter, skip), ragged=True)
+    table = Table(file, kind, rows(file, encoding, delimiter, skip), ragged=True)
     if encoding.note:
         table.notes.append(encoding.note)
     if delimiter != "," and kind == "CSV":
@@ -56,6 +57,18 @@ def find_delimiter(file: DataFile, encoding: Encoding, told: Columns | None) -> 
     return max(scores, key=lambda delimiter: scores[delimiter]), 0
 
 
+def header_delimiter(file: DataFile, encoding: Encoding) -> tuple[str, int]:
+    """(delimiter, lines to skip) by the first line that is not blank: NO_DELIMITER if it names one column only."""
+    text, _ = open_text(file, encoding, newline="")
+    with text:
+        first = next((line for line in iter(lambda: text.readline(MAX_CELL), "") if line.strip()), "")
+    stated = first.strip().strip('"').removeprefix("\ufeff")
+    if stated.lower().startswith("sep=") and stated[4:] in DELIMITERS:
+        return stated[4:], 1
+    found = max(DELIMITERS, key=first.count)
+    return (found if found in first else NO_DELIMITER), 0
+
+
 def _score(line: str, delimiter: str, told: Columns | None) -> tuple[bool, int]:
     """(whether it gives known columns, number of cells) of a line."""
     try:
@@ -68,7 +81,8 @@ def _score(line: str, delimiter: str, told: Columns | None) -> tuple[bool, int]:
     return False, len(names)
 
 
-def _rows(file: DataFile, encoding: Encoding, delimiter: str, skip: int) -> Iterator[TableRow]:
+def rows(file: DataFile, encoding: Encoding, delimiter: str, skip: int) -> Iterator[TableRow]:
+    """The rows of a table of text below the first `skip` lines."""
     csv.field_size_limit(MAX_CELL)
     text, raw = open_text(file, encoding, newline="")
     with text:

@@ -35,7 +35,7 @@ def read(file: DataFile, options: ReadOptions) -> Iterator[DataRow]:
             return
         try:
             yield from _read_sheet(book, options)
-        except (zipfile.BadZipFile, SyntaxError, KeyError, EOFError, _DamagedError) as error:
+        except DAMAGE as error:
             yield only_problem(file, damaged(file, error))
 
 
@@ -50,6 +50,9 @@ def damaged(file: DataFile, error: BaseException) -> Problem:
 
 class _DamagedError(Exception):
     """A sheet that ends in the middle, or holds what openpyxl does not understand."""
+
+
+DAMAGE = (zipfile.BadZipFile, SyntaxError, KeyError, EOFError, _DamagedError)  # while the rows of a sheet are read
 
 
 class _Workbook:
@@ -85,6 +88,25 @@ def _read_sheet(book: _Workbook, options: ReadOptions) -> Iterator[DataRow]:
     table = _table(book, sheet)
     table.notes += _notes(book, sheet.title, [other.title for other in readable[1:]])
     yield from tables.read(table, options)
+
+
+def first_table(stream: BinaryIO, file: DataFile) -> Table | Problem:
+    """The first sheet that has a cell, of a workbook that stays open as long as its rows are read.
+
+    Raises:
+        One of DAMAGE, while rows are read.
+    """
+    try:
+        book = _Workbook(stream, file)
+    except Exception as error:  # whatever openpyxl meets in a damaged file
+        return damaged(file, error)
+    for sheet in book.sheets:
+        if any(value is not None for row in _table(book, sheet).rows for value in row.cells):
+            table = _table(book, sheet)
+            if len(book.sheets) > 1:
+                table.notes.append(f'{file.name}: sheet "{sheet.title}" is read, one of {len(book.sheets)}')
+            return table
+    return file.problem("no sheet with a cell", "a header and rows", "write questions to it")
 
 
 def _header_of(book: _Workbook, sheet: Any, told: Columns | None) -> Header | Problem:

@@ -268,6 +268,14 @@ def as_text(value: Any) -> str | BadCell:
     return BadCell(f"a {name or type(value).__name__} ({value!s:.40})", kind=name or "other")
 
 
+def shown(value: Any) -> str:
+    """A cell as a text for people, whatever it is: also a date, or a number in a format of its own."""
+    if isinstance(value, BadCell):
+        return ""
+    text = as_text(value)
+    return text if isinstance(text, str) else "" if value is None else str(value)
+
+
 def as_list(value: Any) -> list[Any] | BadCell:
     """A list of turns: as such, as JSON, or as Python prints one. Anything else stays, for ParsedRow to name."""
     if isinstance(value, list):

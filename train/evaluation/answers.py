@@ -14,9 +14,10 @@ from torch import nn
 
 from train.common.device import pick_device, pick_dtype
 from train.common.errors import UserError
-from train.common.files import read_json, read_json_lines, sha256, split_lines, write_json, write_text
+from train.common.files import read_json, read_json_lines, sha256, write_json, write_text
 from train.data import conversations
 from train.data.conversations import Conversation, training_data
+from train.data.questions import read as read_question_file
 from train.evaluation.parity import BUILTIN_QUESTIONS
 from train.evaluation.report import AnsweredQuestion, draw_losses, write_report
 from train.inference.generate import answers
@@ -30,9 +31,6 @@ from train.runs.folder import HELD_OUT, LOSSES, REMOVED
 from train.runs.record_form import PARITY, find_problem
 
 CUT = "…"  # ends an answer that was cut off
-QUESTION_KEYS = ("question", "instruction", "prompt", "query")
-QUESTION_EXAMPLE = '{"question": "Who are you?"}'
-QUESTIONS_EXAMPLE = '["Who are you?", "What can you do?"]'
 DATA_QUESTIONS = 8  # questions taken from the training data when no file of questions is given
 
 
@@ -97,7 +95,7 @@ def _questions_of_data(record: dict[str, Any], run: Path) -> tuple[list[str], st
     return [question for question, _ in BUILTIN_QUESTIONS], f"built-in: {name} is missing or has changed"
 
 
-def held_out_conversations(record: dict[str, Any], run: Path) -> list[Conversation]:
+def held_out_conversations(record: dict[str, Any], run: Path) -> Sequence[Conversation]:
     """What a run has set aside; none for a run without held_out=.
 
     Raises:
@@ -144,71 +142,12 @@ def _questions_beside(data: dict[str, Any]) -> list[Path]:
 
 
 def read_questions(path: Path) -> list[str]:
-    """A question a line. Lines of .jsonl, and the values of a JSON array, are strings or objects with the question.
+    """The questions of a file, one of each row: of a conversation its first.
 
     Raises:
-        UserError: no file, not UTF-8, a line without a question, no questions.
+        UserError: see questions.py.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"questions={path}: no such file. Write one question a line.") from None
-    except IsADirectoryError:
-        raise UserError(f"questions={path}: a folder. Give the file: one question a line.") from None
-    except OSError as error:
-        raise UserError(f"questions={path}: cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}). Save it as UTF-8, one question a line.") from None
-    questions = [_question_of(value, f"{path}, {where}") for where, value in _values(path, text)]
-    if not questions:
-        raise UserError(f"{path}: no questions in it. Write one a line.")
-    return questions
-
-
-def _values(path: Path, text: str) -> list[tuple[str, Any]]:
-    """(where, value) of each question: the values of a JSON array, or lines; of .jsonl each line is JSON."""
-    if path.suffix == ".json" or text.lstrip().startswith("["):
-        try:
-            array = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            if path.suffix == ".json":
-                raise UserError(
-                    f"{path}: not a JSON array of questions ({error}). Example: {QUESTIONS_EXAMPLE}"
-                ) from error
-        else:
-            return [
-                (f"question {n}", value) for n, value in enumerate(array if isinstance(array, list) else [array], 1)
-            ]
-    lines = [(f"line {n}", line.strip()) for n, line in enumerate(split_lines(text), 1) if line.strip()]
-    return [(where, _json_line(path, where, line)) for where, line in lines] if path.suffix == ".jsonl" else list(lines)
-
-
-def _json_line(path: Path, where: str, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, {where}: not JSON ({error}). Example of a line: {QUESTION_EXAMPLE}") from error
-
-
-def _question_of(value: Any, where: str) -> str:
-    """The question of a string, or of an object: its key in QUESTION_KEYS, or its first turn of the user."""
-    text = value
-    if isinstance(value, dict):
-        turns: list[Any] = next(
-            (value[key] for key in ("messages", "conversations") if isinstance(value.get(key), list)), []
-        )
-        asked = [
-            turn
-            for turn in turns
-            if isinstance(turn, dict) and {turn.get("role"), turn.get("from")} & {"user", "human"}
-        ]
-        first = {"question": asked[0].get("content", asked[0].get("value"))} if asked else value
-        text = next((first[key] for key in QUESTION_KEYS if first.get(key)), None)
-        if isinstance(text, str) and "instruction" in first and isinstance(first.get("input"), str) and first["input"]:
-            text = f"{text}\n{first['input']}"  # joined as in an Alpaca row of training data
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: no question. Expected a string, or an object such as {QUESTION_EXAMPLE}")
-    return text.strip()
+    return [question.first for question in read_question_file(path).questions]
 
 
 def answer_questions(

@@ -1,4 +1,4 @@
-"""Answers: batches of greedy ones, or one as a stream of text.
+"""Answers: batches of them, or one as a stream of text.
 
 Both use `tokens`, one loop over a model with a key/value cache: our decoder with or without an adapter, or any causal
 model of transformers. On a GPU our decoder goes through a decoding session (decode_graph.py), one step ahead of what is
@@ -50,26 +50,51 @@ def answers(
 ) -> list[str]:
     """The likeliest answer to each prompt (a question, or turns that end with the user's), in the order of the prompts.
 
-    Args:
-        batch: prompts computed at once, left-padded, those of similar length together; it changes answers by rounding.
-        on_progress: called with (answered, all) after each batch.
-        cut: appended to an answer that ends because of `max_new_tokens` or of the context.
-        name_too_long: the answer to a prompt that fills the context is a sentence that says so.
-    Raises:
-        UserError: a prompt that fills the context, without `name_too_long`.
+    Args: see answer_rows.
     """
     turns = [[Turn("user", p)] if isinstance(p, str) else p for p in prompts]
     rows = [prompt(conversation, tokenizer, system, template) for conversation in turns]
+    found = answer_rows(model, tokenizer, rows, Sampling(), max_new_tokens, batch, on_progress, cut, name_too_long)
+    sessions.release(model)
+    return found
+
+
+def answer_rows(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    rows: Sequence[Sequence[int]],
+    sampling: Sampling,
+    max_new_tokens: int = 128,
+    batch: int = 8,
+    on_progress: Callable[[int, int], None] | None = None,
+    cut: str = "",
+    name_too_long: bool = False,
+    first: int = 0,
+) -> list[str]:
+    """The answer to each prompt, in the order of the prompts. The model's decoding session is kept for the next call.
+
+    Args:
+        rows: the ids of each prompt.
+        batch: prompts computed at once, left-padded, those of similar length together; it changes answers by rounding
+            only.
+        on_progress: called with (answered, all) after each batch.
+        cut: appended to an answer that ends because of `max_new_tokens` or of the context.
+        name_too_long: the answer to a prompt that fills the context is a sentence that says so.
+        first: the number of the first prompt among all that are asked, for the draws of `sampling`.
+    Raises:
+        UserError: a prompt that fills the context, without `name_too_long`.
+    """
     texts = {n: _no_room(len(row), model) for n, row in enumerate(rows) if len(row) >= context_of(model)}
     if texts and not name_too_long:
         raise UserError(f"the prompt has {texts[min(texts)]}. Shorten it.")
     texts = {n: f"(not asked: the prompt has {text})" for n, text in texts.items()}
     order = sorted(set(range(len(rows))) - texts.keys(), key=lambda n: len(rows[n]))
-    for indices in _batches(order, rows, batch, context_of(model) - max_new_tokens):
-        texts |= zip(indices, _answer_batch([rows[n] for n in indices], model, tokenizer, max_new_tokens, cut))
+    for chosen in _batches(order, rows, batch, context_of(model) - max_new_tokens):
+        numbers = [first + n for n in chosen]
+        found = _answer_batch([rows[n] for n in chosen], model, tokenizer, sampling, numbers, max_new_tokens, cut)
+        texts |= zip(chosen, found)
         if on_progress:
             on_progress(len(texts), len(rows))
-    sessions.release(model)
     return [texts[n] for n in range(len(rows))]
 
 
@@ -82,17 +107,23 @@ def _batches(order: Sequence[int], rows: Sequence[Sequence[int]], batch: int, li
 
 
 def _answer_batch(
-    rows: list[list[int]], model: nn.Module, tokenizer: Tokenizer, max_new_tokens: int, cut: str
+    rows: Sequence[Sequence[int]],
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    numbers: Sequence[int],
+    max_new_tokens: int,
+    cut: str,
 ) -> list[str]:
     width = max(map(len, rows))
     steps = room(width, max_new_tokens, model)
     padding = [width - len(row) for row in rows]
-    ids = torch.tensor([[tokenizer.pad] * pad + row for pad, row in zip(padding, rows)])  # [B, T]
+    ids = torch.tensor([[tokenizer.pad] * pad + list(row) for pad, row in zip(padding, rows)])  # [B, T]
     mask = torch.tensor([[0] * pad + [1] * len(row) for pad, row in zip(padding, rows)])
     stop = torch.tensor(tokenizer.stop_ids)
     new_tokens: list[Tensor] = []
     ended = torch.zeros(len(rows), dtype=torch.bool)
-    for token in tokens(model, ids, mask, Sampling(), steps):
+    for token in tokens(model, ids, mask, sampling, steps, numbers):
         new_tokens.append(token.cpu())
         ended |= torch.isin(new_tokens[-1], stop)
         if ended.all():
@@ -162,16 +193,27 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def tokens(model: nn.Module, ids: Tensor, mask: Tensor, sampling: Sampling, steps: int) -> Iterator[Tensor]:
-    """The next token of each row, `steps` times. ids and mask [B, T], padding (mask 0) on the left; yields [B]."""
+def tokens(
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    steps: int,
+    numbers: Sequence[int] | None = None,
+) -> Iterator[Tensor]:
+    """The next token of each row, `steps` times. ids and mask [B, T], padding (mask 0) on the left; yields [B].
+
+    Args:
+        numbers: of each row, for its own draws; None: one generator for all rows.
+    """
     device = _device(model)
-    ids, mask, choose = ids.to(device), mask.to(device), chooser(sampling, device)
+    ids, mask = ids.to(device), mask.to(device)
+    choose = chooser(sampling, device, (mask == 0).sum(1), numbers)
     with sessions.borrow(model, ids.shape[0], ids.shape[1] + steps) as session:
         if session is None:
             yield from _by_growing_cache(model, ids, mask, choose, steps)
         else:
-            greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1.0
-            yield from _by_session(session, model, ids, mask, None if greedy else choose, steps)
+            yield from _by_session(session, model, ids, mask, None if sampling.likeliest else choose, steps)
 
 
 def _by_growing_cache(model: nn.Module, ids: Tensor, mask: Tensor, choose: Choose, steps: int) -> Iterator[Tensor]:

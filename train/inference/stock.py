@@ -195,6 +195,7 @@ def _settings(sampling: Sampling, tokenizer: StockTokenizer, max_new_tokens: int
         "eos_token_id": [tokenizer.im_end, tokenizer.endoftext],
         "pad_token_id": tokenizer.endoftext,
         "repetition_penalty": float(sampling.repetition_penalty),
+        "no_repeat_ngram_size": sampling.no_repeat_ngram_size,
         "do_sample": sampling.temperature > 0,
         **(drawn if sampling.temperature > 0 else {}),
     }

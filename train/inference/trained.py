@@ -15,6 +15,7 @@ from torch import nn
 from train.common import commands
 from train.common.device import pick_device, pick_dtype
 from train.common.errors import UserError
+from train.common.files import sha256
 from train.common.names import below
 from train.data.chat_template import Encoder
 from train.model import lora
@@ -111,6 +112,18 @@ def find_source(
         raise UserError(
             f"there is no finished run below {runs}/ yet. Train one: {train}\nOr chat with a base: {error}"
         ) from error
+
+
+def identity(source: Source) -> dict[str, Any]:
+    """What tells a model from any other, for a record of its answers: its name, and a hash that its weights decide."""
+    weights = source.folder / "adapter" / "adapter_model.safetensors" if source.adapter else None
+    if weights is not None and weights.is_file():
+        return {"model": str(source.folder), "weights": sha256(weights), "base": source.recipe["model"]}
+    manifest = source.folder / "manifest.json"
+    if manifest.is_file():
+        return {"model": str(source.folder), "weights": sha256(manifest)}
+    sizes = {path.name: path.stat().st_size for path in sorted(source.folder.iterdir()) if path.is_file()}
+    return {"model": str(source.folder), "weights": sizes}
 
 
 def _source_of_run(folder: Path, description: str, dtype: str, any_size: bool) -> Source:

@@ -75,6 +75,11 @@ class Tokenizer:
         """One more than the largest id. The embedding of a model may have more rows."""
         return max(self.backend.get_vocab_size(), max(self.control.values()) + 1)
 
+    @property
+    def added_tokens(self) -> Sequence[dict[str, Any]]:
+        """The entries of added_tokens in tokenizer.json, as published: id, content, special and flags."""
+        return self._entries
+
     def encode(self, text: str) -> list[int]:
         """Ids of NFC(text). Control tokens in `text` are plain text; lone surrogates become U+FFFD."""
         return self.backend.encode(_normalised(text), add_special_tokens=False).ids
