@@ -37,7 +37,7 @@ _refused = $(if $(_before),$(error $(_before) is set in the environment, where i
 Type it after the target (make $@ $(firstword $(_before))=…), or unset it (unset $(_before))))
 _pairs = $(_refused)$(foreach v,$(_typed),$(call _key,$(v))=$(call _quote,$(value $(v)))) $(value ARGS)
 
-.PHONY: help setup demo test test-all model fetch data train export infer compare verify quantize plan bench doctor shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
+.PHONY: help setup demo test test-all model fetch data train export infer compare report verify quantize plan bench doctor shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
 
 help: ## this list
 	@echo "make TARGET [KEY=value ...] [ARGS=\"key=value ...\"]        first: make demo        keys of a command: make TARGET ARGS=--help"
@@ -78,6 +78,9 @@ infer: ## chat, or answer once: [RUN= or MODEL=] [PROMPT=] [SYSTEM=] [ENGINE=sto
 
 compare: ## ask the same questions before and after training: RUN=
 	@docker/run compare $(_pairs)
+
+report: ## one page about a run, for the browser: RUN=
+	@docker/run report $(_pairs)
 
 verify: ## check a finished run against its record: RUN= [REPLAY=1: train it again and compare]
 	@docker/run verify $(_pairs)
