@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from train.common import commands
 from train.common.device import pick_device, pick_dtype
 from train.common.errors import UserError
 from train.common.names import below
@@ -103,7 +104,13 @@ def find_source(
         description = f"run {newest.name}, the newest that is finished (RUN= or MODEL= for another)"
         return _source_of_run(newest, description, dtype, any_size)
     description = f"model {default_model}, the default base: there is no finished run below {runs}/ yet"
-    return Source(resolve(default_model, models), description)
+    try:
+        return Source(resolve(default_model, models), description)
+    except UserError as error:
+        train = commands.make("train", data="mine.jsonl", run="mine")
+        raise UserError(
+            f"there is no finished run below {runs}/ yet. Train one: {train}\nOr chat with a base: {error}"
+        ) from error
 
 
 def _source_of_run(folder: Path, description: str, dtype: str, any_size: bool) -> Source:

