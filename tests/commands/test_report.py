@@ -51,7 +51,7 @@ def test_the_page_of_a_finished_run(runs: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_stopped_run_says_how_it_goes_on(runs: Path) -> None:
     assert "continues after step" in report("cut", runs).text
-    assert "7 / 20" in report("cut", runs).text
+    assert "7 / 20" in report("cut", runs).text and "make doctor LOG=train.log" in report("cut", runs).text
     with lock_run(runs / "cut"):
         assert is_locked(runs / "cut") and "Under way" in report("cut", runs).text
     assert not is_locked(runs / "cut") and not is_locked(runs / "none")

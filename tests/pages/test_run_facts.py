@@ -45,6 +45,13 @@ def test_a_stopped_run_and_one_under_way(runs: Path) -> None:
     assert facts.steps == 0 and facts.curves.loss == [] and facts.epoch == 0
 
 
+def test_the_line_that_is_being_written_is_no_damage(runs: Path) -> None:
+    with (runs / "cut/losses.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    facts = collect(runs / "cut")
+    assert facts.steps == 7 and facts.damage == []
+
+
 def test_a_continued_run_has_its_starts(runs: Path) -> None:
     state = runs / "cut/checkpoints/step-000007/state.json"
     starts = [{"after": 0, "processes": 1}, {"after": 4, "processes": 2}]

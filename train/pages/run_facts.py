@@ -158,7 +158,8 @@ def _note_torn_losses(
 ) -> None:
     path = run / LOSSES
     lines = len(path.read_bytes().splitlines()) if path.is_file() else 0
-    wanted = max(lines, int(record.get("steps", 0)) if record else 0)
+    torn = 0 if record else 1  # the line that is being written, or was when the process ended
+    wanted = max(lines - torn, int(record.get("steps", 0)) if record else 0)
     if len(rows) < wanted:
         damage.append(f"{LOSSES} has {len(rows):,} whole lines; {wanted:,} are expected.")
 

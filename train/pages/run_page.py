@@ -15,6 +15,7 @@ from train.pages.run_facts import Curves, RunFacts, as_text
 from train.runs.folder import REPORT
 
 TEMPLATE = "run.html"
+VERBS = ("infer", "export", "compare", "verify")  # what to do with a finished run
 GIB = 1 << 30
 
 
@@ -39,7 +40,7 @@ def write(run: Path) -> Path:
         starts=[{**start, "when": _when(start.get("began"))} for start in facts.starts],
         provenance=_provenance(facts),
         recipe={key: as_text(value) for key, value in facts.recipe.items()},
-        commands=[commands.make(verb, run=run.name) for verb in ("infer", "export", "compare", "verify")],
+        commands=[*(commands.make(verb, run=run.name) for verb in VERBS), commands.make("doctor", log="train.log")],
     )
     return path
 
