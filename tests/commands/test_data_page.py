@@ -114,13 +114,14 @@ def test_the_page_has_the_numbers_of_the_terminal(here: Path, capsys: pytest.Cap
 
 
 def test_mistakes_are_all_on_the_page_with_their_places(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [*['{"instruction": "q", "output": "a", "tag": 1}'] * 3, *['{"instruction": "q"}'] * 80]
+    rows = [*['{"instruction": "q", "output": "a", "tag": 1}'] * 3, *['{"instruction": "q"}'] * 80, '{"a": 1}']
     (here / "bad.jsonl").write_text("\n".join(rows) + "\n")
     assert run("data=bad.jsonl", "html=1", "model=bytes") == 2
     error = capsys.readouterr().err
     assert error.splitlines()[-1] == "runs/bad.data.html: the page of these problems, for a browser."
     reader = page_of(here / "runs/bad.data.html")
     assert "bad.jsonl:4:1" in reader.text and '"tag" (3 rows)' in reader.text and "sound conversations" in reader.text
+    assert "bad.jsonl:84:1" in reader.text and 'Alpaca: {"instruction": ' in reader.text
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from train.data.checked_data import CheckedData
 from train.data.cleaning import STEPS
+from train.data.formats import FORMATS
 from train.data.problems import Problem
 from train.data.samples import Samples, SampleSettings, Summary
 from train.data.selection import Selection
@@ -61,7 +62,6 @@ def write(
         cleaned=_steps(selection),
         split=selection.split,
         problems=[],
-        more_problems=0,
     )
 
 
@@ -70,7 +70,9 @@ def write_problems(path: Path, name: str, checked: CheckedData) -> None:
     problems = checked.problems
     more = max(0, len(problems) - MAX_PROBLEMS)
     shown = [_problem(one) for one in problems[:MAX_PROBLEMS]]
-    page.write(path, TEMPLATE, **_common(name, checked), facts=None, problems=shown, more_problems=more)
+    examples = FORMATS if any("four formats" in one["expected"] for one in shown) else {}
+    common = _common(name, checked)
+    page.write(path, TEMPLATE, **common, facts=None, problems=shown, more_problems=more, examples=examples)
 
 
 def _common(name: str, checked: CheckedData) -> dict[str, Any]:
