@@ -31,13 +31,13 @@ endef
 _quote = '$(subst $(_newline),'$$'\n'',$(subst ','\'',$(1)))'
 _key = $(shell tr A-Z a-z <<<'$(patsubst FROM,FROM_RUN,$(1))')
 _typed = $(sort $(foreach v,$(filter-out $(settings) -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(v))),$(v))))
-_keys = DATA MODEL RECIPE RUN FROM STAGE GPUS GPU CLEAN HELD_OUT PROMPT SYSTEM QUESTIONS ANSWERS ENGINE DTYPE LAYOUT FORMAT ENCODING ONTO OUT REPLAY LOG MODELS RUNS
+_keys = DATA MODEL RECIPE RUN FROM STAGE GPUS GPU CLEAN HELD_OUT PROMPT SYSTEM QUESTIONS ANSWERS ENGINE DTYPE LAYOUT FORMAT ENCODING ONTO OUT HTML REPLAY LOG MODELS RUNS
 _before = $(strip $(foreach k,$(_keys),$(if $(filter environment,$(origin $(k))),$(if $(value $(k)),$(k)))))
 _refused = $(if $(_before),$(error $(_before) is set in the environment, where it does not count. \
 Type it after the target (make $@ $(firstword $(_before))=…), or unset it (unset $(_before))))
 _pairs = $(_refused)$(foreach v,$(_typed),$(call _key,$(v))=$(call _quote,$(value $(v)))) $(value ARGS)
 
-.PHONY: help setup demo test test-all model fetch data train export infer compare verify quantize plan bench doctor shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
+.PHONY: help setup demo test test-all model fetch data train export infer compare report verify quantize plan bench doctor shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
 
 help: ## this list
 	@echo "make TARGET [KEY=value ...] [ARGS=\"key=value ...\"]        first: make demo        keys of a command: make TARGET ARGS=--help"
@@ -64,7 +64,7 @@ model: ## fetch and verify a base: MODEL= a name in data/models.lock, a hub id, 
 fetch: ## a data set of a hub to data/, so that no other command needs a network: DATA=hub:owner/name [UPDATE=1]
 	@docker/run fetch $(_pairs)
 
-data: ## check a data set and sum it up; mistakes by line and column: DATA= [FIX=1: mend it] [CLEAN=] [HELD_OUT=] [OUT=]
+data: ## check a data set, every mistake by line: DATA= [HTML=1: a page] [FIX=1: mend it] [CLEAN=] [HELD_OUT=] [OUT=]
 	@docker/run data $(_pairs)
 
 train: ## fine-tune, or continue an interrupted run: DATA= [MODEL=] [RECIPE=] [RUN=] [FROM=] [GPUS=]
@@ -78,6 +78,9 @@ infer: ## chat, or answer: [RUN= or MODEL=] [PROMPT= or QUESTIONS=FILE [ANSWERS=
 
 compare: ## ask the same questions before and after training: RUN=
 	@docker/run compare $(_pairs)
+
+report: ## one page about a run, for the browser: RUN=
+	@docker/run report $(_pairs)
 
 verify: ## check a finished run against its record: RUN= [REPLAY=1: train it again and compare]
 	@docker/run verify $(_pairs)

@@ -43,7 +43,9 @@ def test_before_is_the_base_and_after_is_the_adapter(tmp_path: Path, capsys: Any
     expected = [text.strip() for text in answers(adapted, tokenizer, QUESTIONS, max_new_tokens=6, cut="…")]
     assert [row["after"] for row in rows] == expected != [row["before"] for row in rows]
     assert "the adapter on its base" in capsys.readouterr().out
-    assert {"answers.jsonl", "compare.json", "loss.png", "report.md"} <= {p.name for p in folder.iterdir()}
+    assert {"answers.jsonl", "compare.json", "loss.png", "report.md", "report.html"} <= {
+        p.name for p in folder.iterdir()
+    }
 
 
 def test_a_question_longer_than_the_context_is_named_and_the_others_are_answered(tmp_path: Path) -> None:

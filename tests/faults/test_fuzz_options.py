@@ -56,6 +56,7 @@ WORDS = {  # a command line of each verb that reaches its checks
     "export": ("run=tiny",),
     "infer": ("run=tiny", "prompt=hi"),
     "compare": ("run=tiny",),
+    "report": ("run=tiny",),
     "verify": ("run=tiny",),
     "demo": (),
 }

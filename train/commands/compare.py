@@ -1,7 +1,8 @@
 """Ask the base and the trained model the same questions, and show the answers side by side.
 
 Greedy answers, so the same command shows the same table. After an export the merged model answers, before it the
-adapter on its base. Writes answers.jsonl, loss.png and report.md into the run's folder.
+adapter on its base. Writes answers.jsonl, loss.png, report.md and the page
+report.html into the run's folder.
 """
 
 import unicodedata
@@ -29,6 +30,7 @@ from train.evaluation.answers import (
 )
 from train.evaluation.report import AnsweredQuestion, legend, plot, smoothed
 from train.model.folder import resolve
+from train.pages import run_page
 from train.runs.folder import read_run
 from train.runs.losses import held_out
 
@@ -71,7 +73,8 @@ def run(options: Options) -> None:
         before, after = (_answers(title, options, record, pair, questions) for title in ("before", "after"))
         answered = answered_questions(questions, before, after, record, folder)
         write_answers(folder, record, answered, pair, inputs)
-    _show(folder, answered, read_losses(folder, record))
+    page = run_page.write(folder)
+    _show(folder, answered, read_losses(folder, record), page)
 
 
 def _answers(title: str, options: Options, record: dict[str, Any], pair: ModelPair, questions: list[str]) -> list[str]:
@@ -80,7 +83,7 @@ def _answers(title: str, options: Options, record: dict[str, Any], pair: ModelPa
         return answer_questions(pair, title == "after", questions, recipe, options.max_tokens, options.batch, advance)
 
 
-def _show(folder: Path, answered: Sequence[AnsweredQuestion], rows: list[dict[str, Any]]) -> None:
+def _show(folder: Path, answered: Sequence[AnsweredQuestion], rows: list[dict[str, Any]], page: Path) -> None:
     """Print the table, the loss as a plot, and where the files are."""
     from rich.console import Console
 
@@ -97,7 +100,9 @@ def _show(folder: Path, answered: Sequence[AnsweredQuestion], rows: list[dict[st
     lines = plot(values, width=min(64, console.width - 10))
     for label, line in zip([f"{max(values):.2f}", *[""] * (len(lines) - 2), "0"], lines, strict=True):
         console.print(f"{label:>6} [cyan]{line}[/cyan]")
-    console.print(f"\n{folder / 'report.md'}, {folder / 'loss.png'}, {folder / 'answers.jsonl'}", soft_wrap=True)
+    console.print(
+        f"\n{page}, {folder / 'report.md'}, {folder / 'loss.png'}, {folder / 'answers.jsonl'}", soft_wrap=True
+    )
 
 
 def table(answered: Sequence[AnsweredQuestion], width: int) -> Any:

@@ -2,6 +2,7 @@
 
 make data DATA=file-or-folder [RECIPE=name] [MODEL=base] [OUT=new.jsonl] [ARGS="length=1024 overlong=skip …"]
 make data DATA=file CLEAN=exact_duplicates,near_duplicates HELD_OUT=0.05 OUT=new.jsonl
+make data DATA=file HTML=1
 make data DATA=broken.json FIX=1 [OUT=broken.fixed.jsonl] [PARTIAL=1] [OVERWRITE=1]
 
 Data with a mistake is refused with a list of all mistakes by file, line and column, and status 2. Tokens are counted
@@ -15,8 +16,12 @@ written, or with PARTIAL=1 all rows but these.
 CLEAN= leaves rows out, and HELD_OUT= sets questions aside, as training with the same keys does. Then OUT=new.jsonl has
 the conversations to train on, new.held_out.jsonl those to measure on, and new.removed.jsonl says why each other row is
 left out.
+
+HTML=1 also writes a page for the browser: lengths, turns, languages, duplicates, ten samples with what is learnt in
+colour, every warning and every mistake. The last lines say where it is.
 """
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,8 +31,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.common.errors import UserError
+from train.common.files import make_folder
 from train.common.terminal import understands_escapes
-from train.config.options import RecipeOptions, build_with_overrides, describe, option
+from train.config.options import SWITCH, RecipeOptions, build_with_overrides, describe, option, shown
 from train.config.recipe import Recipe, load_recipe, read_data
 from train.data import chat_template, conversations, repair, repair_report, training_set
 from train.data.cleaning import named_steps
@@ -36,9 +42,10 @@ from train.data.counts import Counts
 from train.data.data_row import ReadOptions
 from train.data.samples import samples_of
 from train.data.selection import Selection, check_settings, keeps_empty, select, token_counter
-from train.data.sources import sources
+from train.data.sources import short_name, sources, stem
 from train.data.writing import write_conversations, write_removed
 from train.model.folder import resolve
+from train.pages import data_page
 from train.runs.folder import TOKENS
 
 if TYPE_CHECKING:
@@ -49,6 +56,8 @@ if TYPE_CHECKING:
 __doc__ = f"{__doc__}\nEvery key of the recipe can be given too:\n{describe(Recipe)}\n\nKeys of this command:"
 
 MAX_SHOWN = 1500  # characters of the example
+EXAMPLES = {"out": "messages.jsonl", "html": "data.html"}  # names of files that are written
+MAX_NAME = 60  # characters of the data's name in the name of its page
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class Options(RecipeOptions):
     )
     model: str = option("", "base whose tokenizer counts; empty: the recipe's")
     out: str = option("", "write the conversations to this file, as OpenAI messages, one per line")
+    html: str = option("", "1: also write a page for the browser, runs/NAME.data.html; or the name of another .html")
     models: str = option("models", "folder of bases")
     runs: str = option("runs", "folder of runs; the tokens of large data are kept below it, for `train`")
     fix: bool = option(False, "mend broken JSON into out=, or beside each file as NAME.fixed.jsonl")
@@ -84,37 +94,40 @@ def run(options: Options) -> None:
     check_settings(recipe)
     if options.fix:
         return _fix(options, recipe)
-    for out in _outputs(options, recipe):
-        _check_out(out, options.data)
-    if options.out and (recipe.clean or recipe.held_out):
-        _check_apart(Path(options.out), options.data)
-
+    html = _page_path(options)
+    _check_outputs(options, recipe)
     tokenizer, reason = _tokenizer(recipe, Path(options.models))
     read_options = ReadOptions(recipe.columns, seed=recipe.seed, keep_empty=keeps_empty(recipe.clean))
-    with _hint_of_fix(options.data):
+    with _hint_of_fix(options.data, html):
         checked, tokens = _load(options, recipe, read_options, tokenizer)
 
     # --- clean, set aside -------------------------------------------------------------------------------------------
     selection = _select(checked.conversations, recipe, tokenizer, reason)
-    trained = selection.trained
-    counts = conversations.count(trained) if selection.cleaned or selection.split else checked.counts
+    counts = conversations.count(selection.trained) if selection.cleaned or selection.split else checked.counts
 
-    # --- count tokens -----------------------------------------------------------------------------------------------
+    # --- count ------------------------------------------------------------------------------------------------------
     rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_parts(checked)}
     rows |= _selected(selection) | _words(counts)
+    samples = summary = None
     if tokens is not None:
-        rows |= _tokens(samples_of(tokens, recipe, selection.trained_rows)[1], recipe)
+        samples, summary = samples_of(tokens, recipe, selection.trained_rows)
+        rows |= _tokens(summary, recipe)
     else:
         rows["tokens"] = f"not counted, that needs the base. {reason}"
     rows |= _notices(checked, counts)
 
-    # --- print, convert ---------------------------------------------------------------------------------------------
+    # --- print, write -----------------------------------------------------------------------------------------------
     print(f"{options.data}: no mistakes.")
     _print_table(rows)
     if tokenizer:
-        _print_example(trained[0], tokenizer, recipe)
+        _print_example(selection.trained[0], tokenizer, recipe)
     if options.out:
         _write(selection, *_outputs(options, recipe))
+    if html:
+        counted = (tokens, samples, summary, tokenizer) if tokens and samples and summary and tokenizer else None
+        make_folder(html.parent)
+        data_page.write(html, short_name(options.data), checked, selection, recipe, counted, reason)
+        print(f"\n{html}: the page of this data, for a browser.")
 
 
 # Reading
@@ -130,15 +143,19 @@ def _load(
 
 
 @contextmanager
-def _hint_of_fix(data: str) -> Iterator[None]:
-    """Name FIX=1 below the report of problems, if they are in a text."""
+def _hint_of_fix(data: str, html: Path | None) -> Iterator[None]:
+    """Name FIX=1 below the report of problems, if they are in a text; write the page of them, if one is wanted."""
     try:
         yield
     except ProblemsError as error:
-        if error.problems[0].cell:
-            raise
-        hint = f"What has one correction only: make data DATA={shlex.quote(data)} FIX=1"
-        raise UserError(f"{error}\n{hint}") from error
+        hints = [str(error)]
+        if not error.problems[0].cell:
+            hints.append(f"What has one correction only: make data DATA={shlex.quote(data)} FIX=1")
+        if html:
+            make_folder(html.parent)
+            data_page.write_problems(html, short_name(data), error.checked)
+            hints.append(f"{html}: the page of these problems, for a browser.")
+        raise UserError("\n".join(hints)) from error
 
 
 def _tokenizer(recipe: Recipe, models: Path) -> "tuple[Tokenizer | None, str]":
@@ -260,6 +277,8 @@ def _fix(options: Options, recipe: Recipe) -> None:
     """
     if recipe.clean or recipe.held_out:
         raise UserError("fix=1 only mends: clean= and held_out= are for its result. Leave them out here.")
+    if options.html:
+        raise UserError("fix=1 only mends: html= is for its result. Leave it out here.")
     if options.out:
         _check_out(Path(options.out), options.data)
     targets = repair.targets(options.data, options.out)
@@ -292,22 +311,47 @@ def _outputs(options: Options, recipe: Recipe) -> list[Path]:
     return [out, *(out.with_name(f"{out.stem}.{name}.jsonl") for name in names)] if options.out else []
 
 
-def _check_out(out: Path, data: str) -> None:
+def _page_path(options: Options) -> Path | None:
+    """Where html= wants the page; None for no page.
+
+    Raises:
+        UserError: no switch and no name of a page; or it would replace something else.
+    """
+    is_on = SWITCH.get(options.html.lower())
+    if not options.html or is_on is False:
+        return None
+    if is_on:
+        name = re.sub(r"[^\w.-]+", "-", stem(options.data)).strip("-.")[:MAX_NAME]
+        return Path(options.runs, f"{name or 'data'}.data.html")
+    if not options.html.lower().endswith((".html", ".htm")):
+        raise UserError(f"html={shown(options.html)}: expected 1, or the name of a page: HTML=data.html")
+    _check_out(Path(options.html), options.data, "html")
+    return Path(options.html)
+
+
+def _check_out(out: Path, data: str, key: str = "out") -> None:
     """Refuse what would overwrite something else than an older result.
 
     Raises:
         UserError: a file that is read, a folder, a device, or a file in a folder that does not exist.
     """
     if out.resolve() in {path.resolve() for path in sources(data)}:
-        raise UserError(f"out={out} is a file that was read: give another name, so that the original stays.")
+        raise UserError(f"{key}={out} is a file that was read: give another name, so that the original stays.")
     if out.is_dir():
-        raise UserError(f"out={out}: this is a folder. Give the name of a file: OUT={out / 'messages.jsonl'}")
+        raise UserError(f"{key}={out}: this is a folder. Give the name of a file: {key.upper()}={out / EXAMPLES[key]}")
     if out.exists() and not out.is_file():
-        raise UserError(f"out={out}: this is a device. Give the name of a file: OUT=messages.jsonl")
+        raise UserError(f"{key}={out}: this is a device. Give the name of a file: {key.upper()}={EXAMPLES[key]}")
     if not out.parent.is_dir():
         raise UserError(
-            f"out={out}: there is no folder {out.parent}. Make it first: mkdir -p {shlex.quote(str(out.parent))}"
+            f"{key}={out}: there is no folder {out.parent}. Make it first: mkdir -p {shlex.quote(str(out.parent))}"
         )
+
+
+def _check_outputs(options: Options, recipe: Recipe) -> None:
+    for out in _outputs(options, recipe):
+        _check_out(out, options.data)
+    if options.out and (recipe.clean or recipe.held_out):
+        _check_apart(Path(options.out), options.data)
 
 
 def _check_apart(out: Path, data: str) -> None:

@@ -63,6 +63,8 @@ def _folders(name: str, verb: Verb, values: dict[str, str]) -> Iterator[Record]:
     for key, use in (("runs", verb.runs), ("models", verb.models)):
         if key in values and use in RECORD_KINDS:
             yield RECORD_KINDS[use], values[key]
+    if (page := values.get("html", "")) and page.lower() not in SWITCH:
+        yield "write", str(Path(page).parent)
     out = values.get("out", "")
     if questions := values.get("questions", "") if name == "infer" else "":
         yield "write", str(Path(values.get("answers") or questions).parent)

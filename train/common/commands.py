@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Sequence
 
 FORMS = {"make": "make", "compose": "docker compose run --rm", "docker": "docker run … IMAGE"}
-VERBS = "model|fetch|quantize|doctor|plan|data|train|export|infer|compare|verify|demo"  # targets of make that the others have
+VERBS = "model|fetch|quantize|doctor|plan|data|train|export|infer|compare|report|verify|demo"  # targets of make that the others have
 USUAL = {"models": "models", "runs": "runs"}  # folders that a command need not name
 
 

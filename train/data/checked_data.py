@@ -108,11 +108,12 @@ class CheckedData:
 
 
 class ProblemsError(UserError):
-    """The report of problems in data files."""
+    """The report of problems in data files. checked: all that was found there."""
 
-    def __init__(self, problems: list[Problem]) -> None:
-        super().__init__(report(problems))
-        self.problems = problems
+    def __init__(self, checked: CheckedData) -> None:
+        super().__init__(report(checked.problems))
+        self.problems = checked.problems
+        self.checked = checked
 
 
 def report(problems: list[Problem], limit: int = MAX_LISTED) -> str:

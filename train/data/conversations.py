@@ -81,7 +81,7 @@ def read(data: str | Path, options: ReadOptions = GUESS, on_progress: OnProgress
     """
     checked = check(data, on_progress, options)
     if checked.problems:
-        raise ProblemsError(checked.problems)
+        raise ProblemsError(checked)
     return checked
 
 

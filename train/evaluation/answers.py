@@ -5,6 +5,7 @@ compare.json, written last, holds the inputs of the comparison. Knows nothing of
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -271,7 +272,7 @@ def read_losses(run: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
     path = run / LOSSES
     if not path.is_file() or record.get("losses_sha256", digest := sha256(path)) != digest:
         raise UserError(f"{path} is missing, or not what it was when the run ended. Restore it from a copy.")
-    rows = [row for row in losses.read(run) if isinstance(row.get("loss"), float)]
+    rows = [row for row in losses.read(run) if isinstance(row.get("loss"), float) and math.isfinite(row["loss"])]
     if not rows:
         raise UserError(f"{path}: no step with a loss in it. Restore it from a copy.")
     return rows

@@ -8,6 +8,8 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,12 @@ def legend(answered: Sequence[AnsweredQuestion]) -> dict[str, str]:
 def smoothed(values: Sequence[float]) -> list[float]:
     """The running mean, centred: as many steps before as after each step, fewer towards the ends."""
     reach, means = max(1, len(values) // WINDOW_SHARE), []
+    sums = list(
+        accumulate(map(Fraction, values), initial=Fraction(0))
+    )  # exact, and a long run takes no time with the square of its steps
     for n in range(len(values)):
         side = min(reach, n, len(values) - 1 - n)
-        means.append(math.fsum(values[n - side : n + side + 1]) / (2 * side + 1))
+        means.append(float((sums[n + side + 1] - sums[n - side]) / (2 * side + 1)))
     return means
 
 

@@ -29,6 +29,8 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"  # step-000123/
 ADAPTER = "adapter"  # in the files that peft reads
 RECORD = "run.json"  # written last: its presence means that the run is finished
+ANSWERS = "answers.jsonl"  # before and after, by `compare`
+REPORT = "report.html"  # the page about the run
 
 TOKENS = ".cache/tokens"  # beside the runs: tokens of large data, which several runs share
 
@@ -88,6 +90,18 @@ def begin(run: Path, recipe: dict[str, Any], inputs: dict[str, Any], lineage: st
         write_text(run / LINEAGE, lineage)
     else:  # an earlier start without a checkpoint may have had FROM=
         (run / LINEAGE).unlink(missing_ok=True)
+
+
+def is_locked(run: Path) -> bool:
+    """Whether a process trains this run now."""
+    try:
+        with (run / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file; or a file system without locks
+        return False
+    return False
 
 
 @contextmanager

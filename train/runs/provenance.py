@@ -121,6 +121,16 @@ def versions() -> dict[str, str]:
     return installed | ({"torch": str(torch.__version__)} if torch else {})
 
 
+def peak_memory() -> dict[str, int | None]:
+    """The most memory that this process has had so far, in bytes: of the host, and allocated by torch on its GPU."""
+    import resource
+
+    import torch
+
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # Linux counts KiB
+    return {"host": host, "gpu": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None}
+
+
 def machine() -> dict[str, Any]:
     """The machine: processor, cores, memory in GB, GPUs."""
     import psutil

@@ -17,6 +17,7 @@ RECORD: dict[str, Any] = {
     "data": {"path": str, "sha256": str},
     "base": {"files": HASHES},
     "machine": {"gpus": [str], "cores": int, "memory_gb": NUMBER},
+    "peak_memory?": {"host": int, "gpu": (int, type(None))},
     "versions": HASHES,
     "code": {"version": str, "commit": TEXT_OR_NONE},
     "timings": {"steps_seconds": NUMBER},

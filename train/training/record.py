@@ -70,6 +70,7 @@ def write(
         "runtime": provenance.runtime(),
         "versions": provenance.versions(),
         "machine": provenance.machine(),
+        "peak_memory": provenance.peak_memory(),
         "device": str(run.device),
         "processes": run.rank_info.world_size,
         "starts": run.starts,
