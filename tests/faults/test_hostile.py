@@ -178,7 +178,7 @@ def test_weights_in_a_pickle_are_read_as_tensors_or_not_at_all() -> None:
     base = workspace()
     (base / "model.safetensors").unlink()
     (base / "pytorch_model.bin").write_bytes(bomb())
-    with pytest.raises(Exception, match=r"(?i)weights_only|unsupported|damaged|not read"):
+    with pytest.raises(Exception, match=r"not read: it names"):
         load(base, torch.float32)
     assert TRAP == []
 
