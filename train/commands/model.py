@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 CARDS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GiB of cards that are sold
+RECIPES = ("qlora", "8gb")  # of the list
 SOURCES = ("auto", "hub", "modelscope", "mirror", "wheels")
 
 
@@ -120,31 +121,34 @@ def _report(folder: Path, verify: bool) -> None:
 
 
 def _list() -> None:
-    """Print every model of the lock with its licence and sizes, and the smallest card that trains it."""
+    """Print every model of the lock with its licence and sizes, and the smallest card that trains it by two recipes."""
     from rich.console import Console
 
     _, published = catalogue.read_entries(catalogue.LOCK)
-    recipe = load_recipe("qlora", {})
-    Console(width=None if Console().is_terminal else 120).print(_table(published, recipe))
+    Console(width=None if Console().is_terminal else 120).print(_table(published))
     print(
-        "Sizes follow from the published architecture. Training: by the recipe qlora, with the batch, checkpointing and\n"
-        "place of the embedding that need least; make plan MODEL=… GPU=8G shows what is fastest on a card.\n"
-        "Fetch one: make model MODEL=Qwen/NAME"
+        "Sizes follow from the published architecture. The smallest card by each of two recipes, with the batch,\n"
+        "checkpointing and place of the embedding that need least: make plan MODEL=… GPU=8G shows what is fastest on one.\n"
+        "Fetch a model: make model MODEL=Qwen/NAME"
     )
 
 
-def _table(published: list[PublishedModel], recipe: Recipe) -> "Table":
+def _table(published: list[PublishedModel]) -> "Table":
     from rich.table import Table
 
+    recipes = {name: load_recipe(name, {}) for name in RECIPES}
     table = Table("model", "layout", "licence")
-    for heading in ("parameters", "on disk", "training", "card"):
+    for heading in ("parameters", "on disk", *(f"card: {name}" for name in recipes)):
         table.add_column(heading, justify="right")
     for model in published:
-        needed = least_card_bytes(model, recipe)
-        card = next((f"{size} GB" for size in CARDS if needed <= size * GIB), "none")
         sizes = (f"{model.shape.parameters / 1e9:.1f} B", f"{model.shape.stored_bytes / 1e9:.1f} GB")
-        table.add_row(model.name, model.shape.layout, model.license, *sizes, f"{needed / GIB:.1f} GiB", card)
+        cards = (_card(least_card_bytes(model, recipe)) for recipe in recipes.values())
+        table.add_row(model.name, model.shape.layout, model.license, *sizes, *cards)
     return table
+
+
+def _card(needed: int) -> str:
+    return next((f"{size} GB" for size in CARDS if needed <= size * GIB), "none")
 
 
 def least_card_bytes(model: PublishedModel, recipe: Recipe) -> int:

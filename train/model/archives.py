@@ -6,6 +6,7 @@ name: no path of an archive is followed. What it states of sizes is checked befo
 
 import fnmatch
 import lzma
+import os
 import tarfile
 import zipfile
 import zlib
@@ -30,7 +31,7 @@ DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFE
 
 def archive_name(model: str) -> str:
     """The name of the model in an archive: its file name without the suffix; empty if `model` is no archive."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # noqa: PTH111  # Path's own raises for a user who is not there
     suffix = max((s for s in SUFFIXES if path.name.lower().endswith(s)), key=len, default="")
     return path.name[: -len(suffix)] if suffix and path.is_file() else ""
 
