@@ -166,7 +166,9 @@ def published(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_hub_id_is_fetched_at_its_commit(tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_fetched_at_its_commit(
+    tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with serving(repository(published, "Some/Tiny")) as (address, server):
         monkeypatch.setenv("HF_ENDPOINT", address)
         folder = run(tmp_path, "Some/Tiny")
@@ -178,6 +180,7 @@ def test_a_hub_id_is_fetched_at_its_commit(tmp_path: Path, published: Path, monk
     requested = [path for path, _ in server.requests]
     assert requested[1].endswith("/config.json")  # before anything large
     assert not any("onnx" in path or ".bin" in path for path in requested)
+    assert "No hash of config.json" in capsys.readouterr().out, "this hub gives git's hash of no small file"
 
 
 def test_the_address_of_a_page_is_fetched_as_its_id(

@@ -108,7 +108,7 @@ def _receive_all(url: str, part: Path, size: int | None, headers: Mapping[str, s
         except SlowError:
             raise
         except BusyError as error:
-            wait = pause if error.wait is None else error.wait
+            wait = max(pause, error.wait or 0.0)  # longer each time, also where the server says "at once"
             patience, pause = patience - wait, 2 * pause
             if patience < 0 or (error.wait is None and pause > 2**RETRIES):
                 raise

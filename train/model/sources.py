@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train.common.download import UnreachableError, WrongFileError, fetch, from_wheels
-from train.common.errors import UserError
+from train.common.errors import UserError, first_few
 from train.common.files import free_bytes, staged, sync
 from train.common.hub import HubFile, hub_address
 from train.common.progress import bar
@@ -148,6 +148,8 @@ def _fetch_from_hub(kind: str, name: str, model: str, revision: str, models: Pat
     present = sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
     _check_space(models, sum(file.bytes or 0 for file in files) - present)
     fetch_files(listing, files, folder)
+    if unknown := [file.name for file in files if not (file.sha256 or file.blob)]:
+        print(f"No hash of {first_few(unknown)} at {listing.address}: only the size was checked.")
     for path in set(folder.iterdir()) - {folder / file.name for file in files}:
         path.unlink()  # of an attempt that another source began
     source = {"hub": model, "from": kind, "endpoint": listing.address}
