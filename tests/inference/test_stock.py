@@ -141,3 +141,11 @@ def test_code_of_a_tokenizer_needs_permission_too(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenization_own\.Own"):
         check_trust(tmp_path, False)
     check_trust(tmp_path, True)
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", tiny_config("qwen2"))
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": torch.ones(2)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle.*Use ENGINE=ours"):
+        load_stock(folder, False, torch.float32, torch.device("cpu"))

@@ -3,6 +3,8 @@
 import base64
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,10 +126,10 @@ def test_a_bin_that_is_an_lfs_pointer_truncated_or_empty(base: Path) -> None:
         (whole[: len(whole) // 2], "not a whole .bin file of torch.save"),
         (b"", "empty"),
         (b"weights", "not a whole .bin file"),
-        (base_files.TORCH_LEGACY + b"cut", "damaged, or not plain tensors"),
+        (base_files.TORCH_LEGACY + b"cut", "of the form before torch 1.6"),
     ):
         path.write_bytes(content)
-        for read in EVERYBODY if content[:1] != b"\x80" else (load_structure, describe):
+        for read in EVERYBODY:
             with pytest.raises(UserError, match=f"pytorch_model.bin: {message}"):
                 read(base)
 
@@ -139,11 +141,18 @@ def test_a_bin_of_anything_else_than_tensors_by_name_is_refused(base: Path, cont
         load_structure(base)
 
 
-@torch.no_grad()
-def test_a_bin_of_the_form_before_torch_1_6_is_read(base: Path) -> None:
-    expected, path = load(base, torch.float32)(IDS).logits, as_bin(base)
+def test_a_bin_of_the_form_before_torch_1_6_gets_the_command_that_converts_it(base: Path) -> None:
+    path = as_bin(base)
+    expected = load(base, torch.float32).state_dict()
     torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
-    assert torch.equal(load(base, torch.float32)(IDS).logits, expected)
+    with pytest.raises(
+        UserError, match=r"pytorch_model.bin: of the form before torch 1\.6, which is not read"
+    ) as error:
+        load(base, torch.float32)
+    code = str(error.value).split('python -c "')[1].removesuffix('"')
+    subprocess.run([sys.executable, "-c", code], cwd=base, check=True)
+    converted = load(base, torch.float32).state_dict()
+    assert converted.keys() == expected.keys() and all(torch.equal(converted[n], t) for n, t in expected.items())
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ Which files are a subset's split is decided by `datasets` 2.14.7, from the names
 of empty files: before anything large is fetched, and without running any code of the set.
 """
 
-import hashlib
 import logging
 import os
 import shutil
@@ -17,10 +16,10 @@ from typing import Any
 from train.common.download import UnreachableError, fetch
 from train.common.errors import UserError
 from train.common.files import free_bytes, make_folder, sha256, sync, write_json
-from train.common.hub import is_offline
+from train.common.hub import HubFile, Listing, difference, is_offline
 from train.data import hub_data
 from train.data.hub_data import MANIFEST, HubSet
-from train.data.hub_listing import HubFile, Listing, list_files, needs_login
+from train.data.hub_listing import list_files, needs_login
 
 README = "README.md"
 REMEDIES = (
@@ -124,7 +123,7 @@ def _fetch_files(wanted: HubSet, listing: Listing, folder: Path, names: Iterable
         make_folder(target.parent)
         if (cached := _in_cache(wanted, listing.commit, file.name)) and not target.is_file():
             shutil.copyfile(cached, target)
-        if not target.is_file() or _difference(target, file):
+        if not target.is_file() or difference(target, file):
             _fetch_file(wanted, listing, file, target)
         sync(target)
 
@@ -139,22 +138,9 @@ def _fetch_file(wanted: HubSet, listing: Listing, file: HubFile, target: Path) -
         if any(status in str(error) for status in ("401", "403")):
             raise UserError(needs_login(wanted)) from error
         raise
-    if difference := _difference(target, file):
+    if problem := difference(target, file):
         target.unlink()
-        raise UserError(f"{file.name} from {listing.address}: {difference}. The file has been removed: fetch it again.")
-
-
-def _difference(path: Path, file: HubFile) -> str:
-    """How a file differs from what the hub says of it; empty if it does not."""
-    if file.bytes is not None and path.stat().st_size != file.bytes:
-        return f"it has {path.stat().st_size:,} bytes, expected {file.bytes:,}"
-    if file.sha256 and sha256(path) != file.sha256:
-        return "it has another sha256 than published"
-    if file.blob:
-        content = path.read_bytes()
-        if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != file.blob:
-            return "its content is not the published one (git's hash differs)"
-    return ""
+        raise UserError(f"{file.name} from {listing.address}: {problem}. The file has been removed: fetch it again.")
 
 
 # The cache of huggingface_hub

@@ -6,14 +6,13 @@ repo of its API). This module writes no file.
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from train.common.download import TIMEOUT, UnreachableError
 from train.common.errors import UserError
-from train.common.hub import hub_address, modelscope_address
+from train.common.hub import HubFile, Listing, hub_address, modelscope_address
 from train.data.hub_data import HubSet
 
 PAGE = 200  # files that ModelScope lists at once
@@ -21,27 +20,6 @@ COMMIT = 40  # characters
 SCRIPTS_REASON = (
     "its rows are made by a script ({script}), and the code of a data set is never run here (no trust_remote_code)"
 )
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file of a data set's repository, as the hub describes it."""
-
-    name: str
-    bytes: int | None
-    sha256: str | None  # of the content, where the hub has it
-    blob: str | None  # git's SHA-1 of a small file: of "blob SIZE\\0" and the content
-    url: str
-
-
-@dataclass(frozen=True)
-class Listing:
-    """All files of a data set's repository at a commit."""
-
-    address: str
-    commit: str
-    files: dict[str, HubFile]
-    headers: Mapping[str, str]  # for requests of the files
 
 
 def list_files(wanted: HubSet) -> Listing:

@@ -16,7 +16,7 @@ import torch
 from train.common.errors import UserError
 from train.inference.generate import notice
 from train.inference.sampling import Sampling
-from train.model.base_files import read_object
+from train.model.base_files import read_object, weight_files
 from train.model.published import read_published
 
 
@@ -43,6 +43,7 @@ def load_stock(folder: Path, trust: bool, dtype: torch.dtype, device: torch.devi
         UserError: the checkpoint brings code and `trust` is off (the error names it), or transformers cannot load it.
     """
     check_trust(folder, trust)
+    _refuse_pickles(folder)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     int4 = "quantization_config" in read_published(folder)
@@ -53,7 +54,7 @@ def load_stock(folder: Path, trust: bool, dtype: torch.dtype, device: torch.devi
         else:
             device_map = {"device_map": str(device)} if int4 else {}
             model = AutoModelForCausalLM.from_pretrained(
-                folder, torch_dtype=dtype, trust_remote_code=trust, **device_map
+                folder, torch_dtype=dtype, trust_remote_code=trust, use_safetensors=True, **device_map
             )
     except (KeyError, ValueError, OSError, ImportError, TypeError) as error:
         raise UserError(
@@ -62,6 +63,20 @@ def load_stock(folder: Path, trust: bool, dtype: torch.dtype, device: torch.devi
             "without it, for the base's own code."
         ) from error
     return (model if int4 else model.to(device)).eval(), StockTokenizer(tokenizer)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Check that the weights are safetensors: transformers reads .bin files with torch.load, here below torch 2.10.
+
+    Raises:
+        UserError: they are not; or as `weight_files`.
+    """
+    pickled = [path.name for path in weight_files(folder) if path.suffix == ".bin"]
+    if pickled:
+        raise UserError(
+            f"{folder}: {pickled[0]} is a pickle, which ENGINE=stock would read with torch.load; that is not safe for a "
+            "damaged file before torch 2.10. Use ENGINE=ours, or fetch a revision with *.safetensors."
+        )
 
 
 def _gptq_on_cpu(folder: Path, trust: bool) -> Any:
@@ -75,6 +90,7 @@ def _gptq_on_cpu(folder: Path, trust: bool) -> Any:
             str(folder),
             device="cpu",
             torch_dtype=torch.float32,
+            use_safetensors=True,
             disable_exllama=True,
             disable_exllamav2=True,
             quantize_config=BaseQuantizeConfig(**{key: value for key, value in published.items() if key in known}),

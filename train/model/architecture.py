@@ -40,6 +40,23 @@ class Shape:
         """Width of queries, keys and values together."""
         return (self.heads + 2 * self.key_heads) * self.head_size
 
+    @property
+    def parameters(self) -> int:
+        """Weights and biases of the float model; shared embeddings once."""
+        blocks = sum(k * n for _, k, n in self.linears()) + self.qkv + 2 * self.hidden
+        embeddings = (1 if self.tied else 2) * self.vocabulary * self.hidden
+        return self.layers * blocks + embeddings + self.hidden
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the weights on disk: 16-bit floats, or in the blocks packed words with scales, zeros and g_idx."""
+        if self.bits == 16:
+            return 2 * self.parameters
+        linears = [(k, n) for _, k, n in self.linears()]
+        per_group = 16 + self.bits  # bits of scale and zero
+        packed = sum((k * n * self.bits + -(-k // self.group) * n * per_group) // 8 + 4 * k for k, n in linears)
+        return self.layers * packed + 2 * (self.parameters - self.layers * sum(k * n for k, n in linears))
+
     def groups(self) -> list[list[str]]:
         """Names of the linears of a block, those that read the same input together."""
         names = [name for name, _, _ in self.linears()]
@@ -60,6 +77,18 @@ PUBLISHED: dict[str, Shape] = {
     "Qwen-7B": Shape("qwen", 32, 4096, 32, 32, 128, 11_008, 151_936),
     "Qwen-14B": Shape("qwen", 40, 5120, 40, 40, 128, 13_696, 152_064),
     "Qwen-72B": Shape("qwen", 80, 8192, 64, 64, 128, 24_576, 152_064),
+    "Qwen1.5-0.5B": Shape("qwen2", 24, 1024, 16, 16, 64, 2816, 151_936, tied=True),
+    "Qwen1.5-1.8B": Shape("qwen2", 24, 2048, 16, 16, 128, 5504, 151_936),
+    "Qwen1.5-4B": Shape("qwen2", 40, 2560, 20, 20, 128, 6912, 151_936),
+    "Qwen1.5-7B": Shape("qwen2", 32, 4096, 32, 32, 128, 11_008, 151_936),
+    "Qwen1.5-14B": Shape("qwen2", 40, 5120, 40, 40, 128, 13_696, 152_064),
+    "Qwen1.5-32B": Shape("qwen2", 64, 5120, 40, 8, 128, 27_392, 152_064),
+    "Qwen1.5-72B": Shape("qwen2", 80, 8192, 64, 64, 128, 24_576, 152_064),
+    "Qwen1.5-110B": Shape("qwen2", 80, 8192, 64, 8, 128, 49_152, 152_064),
+    "Qwen2-0.5B": Shape("qwen2", 24, 896, 14, 2, 64, 4864, 151_936, tied=True),
+    "Qwen2-1.5B": Shape("qwen2", 28, 1536, 12, 2, 128, 8960, 151_936, tied=True),
+    "Qwen2-7B": Shape("qwen2", 28, 3584, 28, 4, 128, 18_944, 152_064),
+    "Qwen2-72B": Shape("qwen2", 80, 8192, 64, 8, 128, 29_568, 152_064),
     "Qwen2.5-0.5B": Shape("qwen2", 24, 896, 14, 2, 64, 4864, 151_936, tied=True),
     "Qwen2.5-1.5B": Shape("qwen2", 28, 1536, 12, 2, 128, 8960, 151_936, tied=True),
     "Qwen2.5-3B": Shape("qwen2", 36, 2048, 16, 2, 128, 11_008, 151_936, tied=True),
@@ -76,7 +105,7 @@ def published(name: str) -> Shape:
     Raises:
         UserError: the name of no model in PUBLISHED.
     """
-    last = hub_name(name).rpartition("/")[2].replace("-Coder", "")
+    last = hub_name(name).rpartition("/")[2].replace("-Coder", "").replace("-Math", "")
     key = max((key for key in PUBLISHED if last == key or last.startswith(f"{key}-")), key=len, default=None)
     if key is None:
         raise UserError(

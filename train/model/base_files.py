@@ -5,6 +5,7 @@ files, not what a model computes, and imports no torch, so that `plan` can use i
 """
 
 import json
+import re
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from train.common.errors import UserError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6 begins with this magic number
+CONVERT = "import torch; f = '{name}'; torch.save(torch.load(f, map_location='cpu', weights_only=True), f)"
 SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "quantize_config.json")
 # Weights by transformers' order: one file, or the files of an index; AutoGPTQ's own names are found by these patterns
 SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -202,16 +204,32 @@ def check_weights(path: Path) -> None:
     """Check one file of weights from the outside: header and size of safetensors, the archive of a .bin.
 
     Raises:
-        UserError: missing, empty, a pointer of Git LFS, cut off or damaged.
+        UserError: missing, empty, a pointer of Git LFS, cut off or damaged; a .bin of the form before torch 1.6.
     """
     check_present(path)
     if path.suffix != ".bin":
         with open_safetensors(path, "np"):
             return
     with path.open("rb") as file:
-        legacy = file.read(len(TORCH_LEGACY)) == TORCH_LEGACY
-    if not legacy and not zipfile.is_zipfile(path):
+        if file.read(len(TORCH_LEGACY)) == TORCH_LEGACY:
+            raise UserError(
+                f"{path}: of the form before torch 1.6, which is not read. If you trust its source, convert it in its "
+                f'folder, with torch 2.10 or newer:\n  python -c "{CONVERT.format(name=plain_name(path))}"'
+            )
+    if not _is_zip(path):
         raise DamagedFileError(path, "not a whole .bin file of torch.save: cut off or damaged")
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # an archive over several disks, by its damaged end
+        return False
+
+
+def plain_name(path: Path) -> str:
+    """The name of a file as it may stand in a command that is shown; FILE where a shell would take it apart."""
+    return path.name if re.fullmatch(r"[\w.-]+", path.name) else "FILE"
 
 
 def open_safetensors(path: Path, framework: str) -> Any:

@@ -74,7 +74,9 @@ def find(model: str, models: Path) -> Path | None:
     if folder is None:
         return _model_folder(models / f"models--{owner}--{last}") if owner else None
     manifest = read_manifest(folder)
-    if manifest and owner and owner != models.name and (origin := _origin(manifest)) not in ("", name):
+    if (
+        manifest and owner and owner != models.name and (origin := _origin(manifest)).lower() not in ("", name.lower())
+    ):  # a hub's ids are the same in capital letters
         raise UserError(
             f"model {model!r}: {folder} holds another model, {origin}. Use that one as MODEL={last}, or keep this one "
             f"in another folder of models: MODELS=path"

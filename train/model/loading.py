@@ -1,10 +1,9 @@
 """From a model folder to a frozen decoder: which file holds which tensor, which linear is Int4, which device and dtype.
 
-It reads safetensors, and old .bin files only through torch.load(weights_only=True). It never imports or runs a file of
-the folder. The files decide: a linear is Int4 if the folder has its qweight, and has a bias if the folder has its bias.
+It reads safetensors, and .bin files by a reader of its own (bin_weights.py). It never imports or runs a file of the
+folder. The files decide: a linear is Int4 if the folder has its qweight, and has a bias if the folder has its bias.
 """
 
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers import GenerationConfig
 from train.common.errors import UserError
 from train.common.memory import free_memory
 from train.model.base_files import DamagedFileError, check_all_json, open_safetensors, weight_files
+from train.model.bin_weights import read_bin
 from train.model.decoder import Decoder
 from train.model.int4_linear import Int4Linear
 from train.model.layouts import DecoderConfig, read_config
@@ -169,30 +169,10 @@ def open_tensors(file: Path) -> Iterator[Any]:
         UserError: a file that is cut off or damaged, or a .bin file that holds anything else than tensors.
     """
     if file.suffix == ".bin":
-        yield _BinFile(_read_bin(file))
+        yield _BinFile(read_bin(file))
         return
     with open_safetensors(file, "pt") as opened:
         yield _SafetensorsFile(opened)
-
-
-def _read_bin(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin file by name. Those of an archive stay on the disk until they are used."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (MemoryError, OSError):
-        raise
-    except Exception as error:  # the unpickler of torch raises any of a dozen
-        if "can't allocate memory" in str(error):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise DamagedFileError(
-            file, f"damaged, or not plain tensors, and nothing else is read ({reason:.200})"
-        ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(t, Tensor) for name, t in state.items()
-    ):
-        raise DamagedFileError(file, "not read: it does not hold tensors by name")
-    return state
 
 
 def read_tensors(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:

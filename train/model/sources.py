@@ -5,17 +5,19 @@ of it is there.
 """
 
 import fnmatch
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.common.download import TIMEOUT, UnreachableError, fetch, from_wheels
-from train.common.errors import UserError
+from train.common.download import UnreachableError, WrongFileError, fetch, from_wheels
+from train.common.errors import UserError, first_few
 from train.common.files import free_bytes, staged, sync
-from train.common.hub import hub_address
+from train.common.hub import HubFile, hub_address
 from train.common.progress import bar
+from train.model.fetch_files import fetch_files, remove_attempts
 from train.model.folder import COMPANIONS, WEIGHTS, write_manifest
+from train.model.listings import NotThereError, list_hub, list_modelscope
 
-LOCK = Path(__file__).parents[2] / "data" / "models.lock"
 REMEDIES = (
     "Remedies: HF_ENDPOINT=https://… (a mirror of the hub), https_proxy=http://… (a proxy), or copy the model's folder to "
     "this machine by other means and give its path: MODEL=path/to/folder"
@@ -35,17 +37,9 @@ def unknown_model(model: str, locked: list[str]) -> str:
             f"  make model MODEL={made_from}\n  make quantize MODEL={made_from}{layout}"
         )
     return (
-        f"model {model!r}: no folder with a config.json, no hub id (owner/name), and no name in data/models.lock. "
-        f"The names there: {', '.join(locked)}."
+        f"model {model!r}: no folder with a config.json, no archive, no hub id (owner/name), and no name in data/models.lock "
+        f"({', '.join(locked)}, and those that make model LIST=1 shows)."
     )
-
-
-def read_lock(path: Path) -> dict[str, Any]:
-    """Name of a model -> its entry: license, file, bytes, sha256, sources."""
-    import yaml
-
-    lock: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return lock
 
 
 def fetch_locked(name: str, entry: dict[str, Any], source: str, models: Path) -> None:
@@ -72,19 +66,19 @@ def fetch_locked(name: str, entry: dict[str, Any], source: str, models: Path) ->
 
 def _fetch_from_any(entry: dict[str, Any], requested: str, target: Path) -> str:
     """Fetch the entry's file from the first source that has it; returns which. Prints a line for each that does not."""
-    tried = []
+    tried, wrong = [], ""
     for source in entry["sources"]:
         ((kind, address),) = source.items()
         if requested not in ("auto", kind):
             continue
         try:
             return _fetch_from(kind, address, entry, target)
-        except UnreachableError as error:
+        except (UnreachableError, WrongFileError) as error:
             print(f"{kind}: {error}")
             tried.append(kind)
-    raise UserError(
-        f"{entry['file']}: no source answered ({', '.join(tried) or requested + ' is not among its sources'}).\n{REMEDIES}"
-    )
+            wrong += f"{error}\n" if isinstance(error, WrongFileError) else ""
+    names = ", ".join(tried) or f"{requested} is not among its sources"
+    raise UserError(f"{entry['file']}: no source answered ({names}).\n{wrong}{REMEDIES}")
 
 
 def _fetch_from(kind: str, address: Any, entry: dict[str, Any], target: Path) -> str:
@@ -110,48 +104,61 @@ def _check_space(models: Path, needed: int) -> None:
         )
 
 
-def fetch_from_hub(model: str, revision: str, models: Path) -> None:
-    """Fetch a hub id to models/.cache, check every file that has a published sha256, and move the complete folder to models.
+# A model of a hub
+
+
+def fetch_published(model: str, also: str, revision: str, source: str, models: Path) -> None:
+    """Fetch a model of a hub to models/.cache, check every file, and move the complete folder to models/NAME.
+
+    Args:
+        model: its id on the hub. also: its id on ModelScope, empty: that is asked only if `source` says so.
+        source: hub or modelscope; auto: the first that answers and has it.
+    Raises:
+        UserError: no source has it; a model that this program cannot use; too little space.
+    """
+    reasons = []
+    for kind, name in _hubs(model, also, source):
+        try:
+            return _fetch_from_hub(kind, name, model, revision, models)
+        except (UnreachableError, NotThereError, WrongFileError) as error:
+            reasons.append(f"{kind}: {error}")
+            print(reasons[-1], flush=True)
+    raise UserError(f"model {model!r}, revision {revision}: no source gave it.\n" + "\n".join([*reasons, REMEDIES]))
+
+
+def _hubs(model: str, also: str, source: str) -> list[tuple[str, str]]:
+    """(kind, id there) of the hubs to ask, in order.
 
     Raises:
-        UserError: the hub does not answer or has no such model; a model that this program cannot use; too little space.
+        UserError: `source` is one for files of data/models.lock.
     """
-    try:
-        endpoint = hub_address()
-        info = _model_info(endpoint, model, revision)
-        print(f"{model} at {endpoint}: {revision} is commit {info.sha}.")
-        folder = models / ".cache" / f"{Path(model).name}-{info.sha[:12]}"
-        files = _files_to_fetch({file.rfilename: file for file in info.siblings})
-        present = sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
-        _check_space(models, sum(file.size or 0 for file in files) - present)
-        for file in files:
-            _fetch_file(f"{endpoint}/{model}/resolve/{info.sha}/{file.rfilename}", folder, file)
-    except UnreachableError as error:
-        raise UserError(f"model {model!r}: {error}.\n{REMEDIES}") from error
-    source = {"hub": model, "endpoint": endpoint}
-    write_manifest(folder, {"name": model, "source": source, "revision": info.sha, "asked": revision})
+    hubs = {"hub": model, "modelscope": also or model}
+    if source == "auto":
+        return [(kind, name) for kind, name in hubs.items() if kind == "hub" or also]
+    if source not in hubs:
+        raise UserError(f"source={source}: {model} is a model of a hub: give hub, modelscope, or nothing.")
+    return [(source, hubs[source])]
+
+
+def _fetch_from_hub(kind: str, name: str, model: str, revision: str, models: Path) -> None:
+    listing = (list_hub if kind == "hub" else list_modelscope)(name, revision)
+    print(f"{name} at {listing.address}: {revision} is commit {listing.commit}.", flush=True)
+    folder = models / ".cache" / f"{Path(model).name}-{listing.commit[:12]}"
+    files = _files_to_fetch(listing.files)
+    present = sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
+    _check_space(models, sum(file.bytes or 0 for file in files) - present)
+    fetch_files(listing, files, folder)
+    if unknown := [file.name for file in files if not (file.sha256 or file.blob)]:
+        print(f"No hash of {first_few(unknown)} at {listing.address}: only the size was checked.")
+    for path in set(folder.iterdir()) - {folder / file.name for file in files}:
+        path.unlink()  # of an attempt that another source began
+    source = {"hub": model, "from": kind, "endpoint": listing.address}
+    write_manifest(folder, {"name": model, "source": source, "revision": listing.commit, "asked": revision})
+    remove_attempts(folder)
     _move(folder, models / Path(model).name)
 
 
-def _model_info(endpoint: str, model: str, revision: str) -> Any:
-    """The hub's list of files with sizes and hashes, at the commit that `revision` points to."""
-    import requests
-    from huggingface_hub import HfApi  # type: ignore[import-untyped]
-    from huggingface_hub.utils import HfHubHTTPError  # type: ignore[import-untyped]
-
-    try:
-        return HfApi(endpoint).model_info(model, revision=revision, timeout=TIMEOUT, files_metadata=True)  # type: ignore[arg-type]
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "?")
-        raise UserError(
-            f"model {model!r}, revision {revision}: {endpoint} answers {status}. Is the name spelt right (owner/name)? "
-            "A model that needs a login also needs HF_TOKEN."
-        ) from error
-    except requests.RequestException as error:
-        raise UnreachableError(f"{endpoint} does not answer ({type(error).__name__})") from error
-
-
-def _files_to_fetch(siblings: dict[str, Any]) -> list[Any]:
+def _files_to_fetch(listed: Mapping[str, HubFile]) -> list[HubFile]:
     """The files of a hub's list to fetch: config.json first, because it decides about the rest, and the weights last.
 
     safetensors are preferred to .bin. Files in folders are left out.
@@ -159,25 +166,14 @@ def _files_to_fetch(siblings: dict[str, Any]) -> list[Any]:
     Raises:
         UserError: no config.json, or no weights in either format.
     """
-    names = [name for name in siblings if "/" not in name]
+    names = [name for name in listed if "/" not in name]
     weights = next((matches for pattern in WEIGHTS[:2] if (matches := fnmatch.filter(names, pattern))), [])
     companions = {name for pattern in COMPANIONS for name in fnmatch.filter(names, pattern)}
     if "config.json" not in companions or not weights:
         raise UserError(
             "this repository has no config.json, or no safetensors or .bin weights: not a model for this program."
         )
-    return [siblings[name] for name in ("config.json", *sorted(companions - {"config.json"}), *sorted(weights))]
-
-
-def _fetch_file(url: str, folder: Path, file: Any) -> None:
-    from huggingface_hub.utils import build_hf_headers
-
-    from train.model.published import check_config_alone
-
-    digest = file.lfs.get("sha256") if file.lfs else None
-    fetch(url, folder / file.rfilename, file.size, digest, build_hf_headers())
-    if file.rfilename == "config.json":
-        check_config_alone(folder / file.rfilename)  # before gigabytes of weights that could not be used
+    return [listed[name] for name in ("config.json", *sorted(companions - {"config.json"}), *sorted(weights))]
 
 
 def _move(folder: Path, target: Path) -> None:
