@@ -1,4 +1,5 @@
-"""What an image holds, as one JSON object on stdout: docker/sbom.py runs this inside it, `python -I - [quick] < inventory.py`.
+"""What an image holds, as one JSON object on stdout: docker/sbom.py runs this inside it,
+`python -I - [quick] < inventory.py`.
 
 Looks at the files themselves: installed distributions and each of their files against the hash that its package brought
 along, Debian packages as dpkg knows them, the program's files. Standard library alone, since it runs in whatever is to

@@ -9,7 +9,7 @@ import json
 import stat
 import tarfile
 from collections.abc import Iterable
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 MANIFEST = "manifest.json"
 
@@ -57,36 +57,35 @@ def read_layer(file: IO[bytes]) -> Layer:
     return found
 
 
-def saved_layers(stream: IO[bytes], expected: set[str], wanted: list[str]) -> dict[str, Layer]:
+def saved_layers(stream: IO[bytes], digests: list[str], wanted: list[str]) -> dict[str, Layer]:
     """Digest -> content of the `wanted` layers of a `docker save` archive; stops as soon as it has them.
 
     Args:
-        stream: the archive. expected: digests of layers that need no reading. wanted: the image's digests (of the
-            unpacked layers) in their order, without the expected ones.
+        stream: the archive. digests: of all the image's layers, unpacked, in their order. A layer that an engine keeps
+            packed has another digest in the archive: manifest.json gives the order.
     """
     by_blob: dict[str, Layer] = {}
+    order: list[str] = []
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
-            blob = "sha256:" + member.name.rsplit("/", 1)[-1]
-            file = archive.extractfile(member) if member.isreg() else None
-            if file is None or blob in expected:
+            file, digest = archive.extractfile(member) if member.isreg() else None, _digest(member.name)
+            if file is None or (digest in digests and digest not in wanted):
                 continue
             if member.name == MANIFEST:
-                return _by_order(by_blob, json.loads(file.read()), wanted)
+                order = json.loads(file.read())[0]["Layers"]
+                continue
             try:
-                by_blob[member.name] = read_layer(file)
+                by_blob[digest] = read_layer(file)
             except tarfile.ReadError:
                 continue  # a manifest, a config; or a layer packed in a way that this Python does not know
-            ready = {f"sha256:{name.rsplit('/', 1)[-1]}": layer for name, layer in by_blob.items()}
-            if all(digest in ready for digest in wanted):
-                return ready
-    return {}
+            if all(digest in by_blob for digest in wanted):
+                return by_blob
+    renamed = zip(map(_digest, order), digests, strict=False)
+    return by_blob | {digest: by_blob[blob] for blob, digest in renamed if blob in by_blob and digest in wanted}
 
 
-def _by_order(by_blob: dict[str, Layer], manifest: list[dict[str, Any]], wanted: list[str]) -> dict[str, Layer]:
-    """Packed layers have other digests than unpacked ones: the manifest gives their order."""
-    names = [name for name in manifest[0]["Layers"] if name in by_blob]
-    return dict(zip(wanted, (by_blob[name] for name in names), strict=False))
+def _digest(name: str) -> str:
+    return "sha256:" + name.rsplit("/", 1)[-1]
 
 
 def merged(layers: Iterable[Layer]) -> Layer:
@@ -123,4 +122,5 @@ def _told(path: str, entry: Entry, wish: Entry | None) -> str:
         return "not as this checkout builds it" if entry.kind == "file" else f"leads to {entry.content}"
     if entry.mode != wish.mode:
         return f"mode {entry.mode:o}; {wish.mode:o} by this checkout"
-    return f"owner or attributes {entry.owner} {dict(entry.attributes)}; by this checkout {wish.owner} {dict(wish.attributes)}"
+    there, here = (f"{one.owner} {dict(one.attributes)}" for one in (entry, wish))
+    return f"owner or attributes {there}; by this checkout {here}"

@@ -3,7 +3,8 @@
     sbom.py write IMAGE [FOLDER]    look at the image, hold it against this checkout, and write sbom.cdx.json and
                                     provenance.json
 
-For an image that was just built here: it is asked from inside (inventory.py). verify.py asks an image nothing. FOLDER is .image/NAME-TAG by default. The SBOM is CycloneDX 1.6: a component a package of env.lock, with every hash that
+For an image that was just built here: it is asked from inside (inventory.py). verify.py asks an image nothing.
+FOLDER is .image/NAME-TAG by default. The SBOM is CycloneDX 1.6: a component a package of env.lock, with every hash that
 the lock allows it, and one a Debian package. The provenance is an in-toto statement with SLSA's predicate: sources by
 sha256, base, commit, settings, layers. Neither knows a clock, a builder's name or a random number: the same image gives
 the same bytes, and so does the same image in another kind of store: it is named by its layers and settings, since an
@@ -209,7 +210,9 @@ def look(image: str, quick: bool = False) -> tuple[Json, Json]:
     script = (ROOT / "docker/inventory.py").read_bytes()
     inspected: Json = json.loads(docker("image", "inspect", image))[0]
     cage = ["--rm", "-i", "--network", "none", "--read-only", "--cap-drop", "ALL"]
-    found: Json = json.loads(docker("run", *cage, "--entrypoint", PYTHON, image, "-I", "-", *["quick"] * quick, stdin=script))
+    found: Json = json.loads(
+        docker("run", *cage, "--entrypoint", PYTHON, image, "-I", "-", *["quick"] * quick, stdin=script)
+    )
     if not found["image"]:
         sys.exit(f"sbom.py: {image} holds no /app/image.json: not an image of this project.")
     return found, inspected

@@ -41,18 +41,19 @@ def build_reference(image: str) -> str:
     asked = {"TORCH": flavour[1]} if flavour else {}
     if flavour and flavour[1] != "registry":
         asked["CUDA"] = {"cu118": "11.8", "cu128": "12.8"}[flavour[1]]
-    environment = {**os.environ, **asked, "IMAGE": name, "LIKE": image, "BUILD_ONLY": "1"}
-    done = subprocess.run(["docker/build"], cwd=sbom.ROOT, env=environment, stdout=sys.stderr)
+    environment = {**os.environ, **asked, "IMAGE": name, "LIKE": image}
+    done = subprocess.run(["docker/build"], cwd=sbom.ROOT, env=environment, stdout=2)
     return "" if done.returncode else name
 
 
-def read_layers(image: str, expected: list[str], wanted: list[str]) -> dict[str, Layer]:
+def read_layers(image: str, digests: list[str], wanted: list[str]) -> dict[str, Layer]:
+    """Digest -> content of the `wanted` ones of an image's layers."""
     if not wanted:
         return {}
     with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saving:
         assert saving.stdout is not None
         try:
-            found: dict[str, Layer] = saved_layers(saving.stdout, set(expected), wanted)
+            found: dict[str, Layer] = saved_layers(saving.stdout, digests, wanted)
         finally:
             saving.kill()
     return found
@@ -67,11 +68,15 @@ def compare_layers(image: str, there: Json, reference: str, here: Json) -> list[
     if theirs == ours:
         return []
     odd, missing = [d for d in theirs if d not in ours], [d for d in ours if d not in theirs]
-    lines = [f"layer {n}: {digest} is not one that this checkout builds" for n, digest in enumerate(theirs) if digest in odd]
-    lines += [f"layer {n} of this checkout, {digest}: not in the image" for n, digest in enumerate(ours) if digest in missing]
+    lines = [
+        f"layer {n}: {digest} is not one that this checkout builds" for n, digest in enumerate(theirs) if digest in odd
+    ]
+    lines += [
+        f"layer {n} of this checkout, {digest}: not in the image" for n, digest in enumerate(ours) if digest in missing
+    ]
     if not odd and not missing:
         return ["layers: the same ones in another order, or one of them twice"]
-    found, wished = read_layers(image, ours, odd), read_layers(reference, theirs, missing)
+    found, wished = read_layers(image, theirs, odd), read_layers(reference, ours, missing)
     expected, seen = merged(wished.values()), set()
     for number, digest in enumerate(theirs):
         if digest in odd and digest not in found:
@@ -84,8 +89,8 @@ def compare_layers(image: str, there: Json, reference: str, here: Json) -> list[
 
 def compare_settings(there: Json, here: Json) -> list[str]:
     """What a container gets beside its files: environment, entrypoint, labels, user, health check, ..."""
-    flat = [flatten({**settings(one), **{key: one.get(key) or None for key in PLATFORM}}) for one in (there, here)]
-    return [f"setting {line}" for line in compare_flat(*flat, "in the image", "by this checkout")]
+    one, other = (flatten({**settings(side), **{key: side.get(key) for key in PLATFORM}}) for side in (there, here))
+    return [f"setting {line}" for line in compare_flat(one, other, "in the image", "by this checkout")]
 
 
 def flatten(value: Any, path: str = "") -> dict[str, str]:
@@ -97,10 +102,12 @@ def flatten(value: Any, path: str = "") -> dict[str, str]:
     else:
         return {path: "" if value is None else str(value)}
     found: dict[str, str] = {}
+    places: set[str] = set()
     for key, part in parts:
         place = f"{path}.{key}" if path else key
-        while place in found:
+        while place in places:
             place += "'"
+        places.add(place)
         found |= flatten(part, place)
     return found
 
@@ -137,7 +144,9 @@ def compare_documents(folder: Path, reference: str) -> list[str]:
         except ValueError:
             lines.append(f"{path.name}: not JSON")
             continue
-        lines += [f"{path.name}: {line}" for line in compare_flat(flatten(told), flatten(right), "there", "by this checkout")]
+        lines += [
+            f"{path.name}: {line}" for line in compare_flat(flatten(told), flatten(right), "there", "by this checkout")
+        ]
         if not lines and path.read_bytes() != render(right):
             lines.append(f"{path.name}: other bytes than this checkout writes")
     return lines
@@ -161,12 +170,16 @@ def check_signature(there: Json, folder: Path) -> tuple[list[str], str]:
     signer.append(f"^https://github\\.com/{re.escape(repository)}/\\.github/workflows/publish\\.yml@refs/tags/v")
     commands = [["cosign", "verify", *signer, published[0]]]
     for path in sorted(folder.glob("*.sigstore.json")):
-        commands.append(["cosign", "verify-blob", "--bundle", str(path), *signer, str(path).removesuffix(".sigstore.json")])
+        commands.append(
+            ["cosign", "verify-blob", "--bundle", str(path), *signer, str(path).removesuffix(".sigstore.json")]
+        )
     wrong = []
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            wrong.append(f"signature of {command[-1]}: {(done.stderr.strip().splitlines() or ['cosign refuses it'])[-1]}")
+            wrong.append(
+                f"signature of {command[-1]}: {(done.stderr.strip().splitlines() or ['cosign refuses it'])[-1]}"
+            )
     return wrong, "" if wrong else f"signed by {repository}'s publishing workflow"
 
 
@@ -190,7 +203,9 @@ def commit_note(there: Json, here: Json) -> list[str]:
     one, other = ((side["Config"].get("Labels") or {}).get(key, "") for side in (there, here))
     if one == other:
         return []
-    return [f"the image says that it is of commit {one or 'none'}, this checkout is {other or 'none'}: git checkout {one}"]
+    return [
+        f"the image says that it is of commit {one or 'none'}, this checkout is {other or 'none'}: git checkout {one}"
+    ]
 
 
 def verify(image: str, folder: Path) -> int:
