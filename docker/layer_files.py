@@ -79,9 +79,10 @@ def saved_layers(stream: IO[bytes], digests: list[str], wanted: list[str]) -> di
             except tarfile.ReadError:
                 continue  # a manifest, a config; or a layer packed in a way that this Python does not know
             if all(digest in by_blob for digest in wanted):
-                return by_blob
-    renamed = zip(map(_digest, order), digests, strict=False)
-    return by_blob | {digest: by_blob[blob] for blob, digest in renamed if blob in by_blob and digest in wanted}
+                break
+    blobs = dict(zip(digests, map(_digest, order), strict=False))
+    found = {digest: by_blob.get(digest, by_blob.get(blobs.get(digest, ""))) for digest in wanted}
+    return {digest: layer for digest, layer in found.items() if layer is not None}
 
 
 def _digest(name: str) -> str:

@@ -21,7 +21,7 @@ import sbom  # type: ignore[import-not-found]
 from differences import SBOM, render, settings  # type: ignore[import-not-found]
 from layer_files import Layer, merged, name_differences, saved_layers  # type: ignore[import-not-found]
 
-SHOWN = 60  # lines; a whole layer may differ
+SHOWN = 100  # lines; a whole layer may differ
 PLATFORM = ("Architecture", "Os", "Variant")
 ISSUER = "https://token.actions.githubusercontent.com"
 Json = dict[str, Any]

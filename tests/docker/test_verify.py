@@ -66,11 +66,11 @@ CONFIG = {
 
 @dataclass
 class Image:
-    """Layers as members of a tar, and a config; `packed`: as an image that was pulled."""
+    """Layers as members of a tar, and a config; `packed`: those that the engine keeps as they were pulled."""
 
     layers: list[list[tuple[tarfile.TarInfo, bytes]]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(CONFIG))
-    packed: bool = False
+    packed: frozenset[int] = frozenset()
 
     def tar(self, number: int) -> bytes:
         file = io.BytesIO()
@@ -86,7 +86,7 @@ class Image:
     def save(self) -> bytes:
         """As `docker save` has it: blobs, then manifest.json."""
         blobs = [self.tar(n) for n in range(len(self.layers))]
-        blobs = [gzip.compress(blob) for blob in blobs] if self.packed else blobs
+        blobs = [gzip.compress(blob) if n in self.packed else blob for n, blob in enumerate(blobs)]
         names = [f"blobs/sha256/{hashlib.sha256(blob).hexdigest()}" for blob in blobs]
         manifest = json.dumps([{"Config": "blobs/sha256/c", "RepoTags": [IMAGE], "Layers": names}]).encode()
         file = io.BytesIO()
@@ -285,11 +285,17 @@ def test_the_honest_image_passes_and_nothing_of_it_is_run_or_read(
     assert [line for line in asked if line.startswith("image rm qwen-finetune-reference")]
 
 
-def test_an_image_that_was_pulled_has_packed_layers(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("packed", [range(6), [0], [1], [0, 4]], ids=str)
+def test_layers_that_were_pulled_are_packed(
+    packed: list[int], bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base's are, of an image that was built here."""
     image = honest()
-    image.packed = True
+    image.packed = frozenset(packed)
+    bench.show("reference", image)
     image.place("usr/bin/tini", "evil", 1, 0o755)
-    assert "layer 1: /usr/bin/tini: not as" in told(bench, image, capsys)
+    said = told(bench, image, capsys)
+    assert "layer 1: /usr/bin/tini: not as" in said and len(said.splitlines()) < 10, said
 
 
 DOCUMENTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
