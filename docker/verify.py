@@ -95,6 +95,8 @@ def compare_settings(there: Json, here: Json) -> list[str]:
 
 def flatten(value: Any, path: str = "") -> dict[str, str]:
     """A nested value as path -> text. Members of a list go by their name where they have one, NAME=value by NAME."""
+    if value in ({}, []):
+        return {path: str(value)}
     if isinstance(value, dict):
         parts = [(str(key), part) for key, part in value.items()]
     elif isinstance(value, list):

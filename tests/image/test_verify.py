@@ -15,7 +15,7 @@ FILES = {  # what is done to the image -> what is said
     "a source": ("RUN echo >>/app/train/training/loop.py", "/app/train/training/loop.py: a file"),
     "byte code": ("RUN echo >>/app/train/training/__pycache__/loop.cpython-3*.pyc", "/app/train/training/__pycache__/loop.cpython-3"),
     "a source more": ("RUN touch /app/train/evil.py", "/app/train/evil.py"),
-    "a source less": ("RUN rm /app/train/training/loop.py", "/app/train/training/.wh.loop.py: takes a file away"),
+    "a source less": ("RUN rm /app/train/training/guard.py", "/app/train/training/.wh.guard.py: takes a file away"),
     "a mode": ("RUN chmod 666 /app/train/training/loop.py", "/app/train/training/loop.py: a file"),
     "an owner": ("RUN chown 1000 /app/env.lock", "/app/env.lock: a file"),
     "the lock": ("RUN echo >>/app/env.lock", "/app/env.lock: a file"),
@@ -61,7 +61,8 @@ def tampered(image: str, folder: Path, *lines: str) -> str:
     name = "qwen-finetune-tampered:test"
     end = [] if "USER 0" in lines else ["USER 1000:1000"]
     (folder / "Dockerfile").write_text("\n".join([f"FROM {image}", "USER 0", *lines, *end]) + "\n")
-    subprocess.run(["docker", "build", "-q", "-t", name, str(folder)], check=True, capture_output=True)
+    done = subprocess.run(["docker", "build", "-q", "-t", name, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return name
 
 
