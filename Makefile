@@ -110,8 +110,8 @@ image-test: setup ## what the image must do, each thing done in it; GPU=1: on th
 image-repro: ## build it again from other places and at other times: is it the same, to the bit?
 	@python3 tests/image/repro.py $(value ARGS)
 
-verify-image: ## is an image what its SBOM, its provenance and env.lock say? [IMAGE=]
-	@. docker/common.sh; python3 docker/sbom.py verify "$$(image_name)"
+verify-image: ## is an image, to the bit, what this checkout builds? [IMAGE=]
+	@. docker/common.sh; python3 docker/verify.py "$$(image_name)"
 
 bundle: ## one archive for hosts without a network: image, lock, source, base: [MODEL=] [OUT=]
 	@docker/bundle write $(_pairs)

@@ -62,6 +62,18 @@ keeps_both() { docker info --format '{{.DriverStatus}}' 2>/dev/null | grep -q io
 
 digest_of() { docker image inspect --format '{{.Id}}' "$1" 2>/dev/null; }
 
+# fingerprint IMAGE: eight groups to compare by telephone; of its layers and of what a container gets beside them, so it
+# is the same on every host, whatever its store
+fingerprint() {
+    docker image inspect --format '{{.Os}} {{.Architecture}}
+{{range .RootFS.Layers}}{{println .}}{{end}}{{with .Config}}user {{.User}}
+in {{.WorkingDir}} stop {{.StopSignal}}
+{{range .Env}}env {{println .}}{{end}}{{range .Entrypoint}}entry {{println .}}{{end}}{{range .Cmd}}word {{println .}}{{end}}
+{{range $k, $v := .Labels}}label {{$k}}={{println $v}}{{end}}{{range $k, $v := .Volumes}}volume {{println $k}}{{end}}
+{{range .OnBuild}}on build {{println .}}{{end}}{{with .Healthcheck}}health {{json .}}{{end}}{{end}}' "$1" |
+        sha256sum | cut -c1-32 | sed 's/..../& /g; s/ $//'
+}
+
 # accelerator: gpu or cpu, as asked; auto: by the host's driver
 accelerator() {
     case ${ACCELERATOR:-auto} in

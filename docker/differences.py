@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 SBOM = "sbom.cdx.json"
-SETTINGS = ("Env", "Entrypoint", "Cmd", "User", "WorkingDir", "StopSignal", "Labels", "ExposedPorts", "Volumes")
+SETTINGS = (
+    *("Env", "Entrypoint", "Cmd", "User", "WorkingDir", "StopSignal", "StopTimeout", "Labels", "ExposedPorts"),
+    *("Volumes", "Healthcheck", "OnBuild", "Shell"),
+)
 BUILT = ("/app/image.json",)  # files of the program that the build makes
 Json = dict[str, Any]
 
@@ -26,7 +29,7 @@ def sha256(data: bytes | Path) -> str:
 
 def settings(inspected: Json) -> Json:
     """What a container gets from the image beside its files."""
-    return {key: inspected["Config"].get(key) or None for key in SETTINGS}
+    return {key: value for key in SETTINGS if (value := inspected["Config"].get(key))}
 
 
 def differences(

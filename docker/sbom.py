@@ -1,15 +1,15 @@
-"""What an image was made of, and whether one still is that: SBOM, provenance, and the check against both.
+"""What an image was made of: SBOM and provenance.
 
     sbom.py write IMAGE [FOLDER]    look at the image, hold it against this checkout, and write sbom.cdx.json and
                                     provenance.json
-    sbom.py verify IMAGE [FOLDER]   look at the image again; exit status 1 and a line for every difference from the two
-                                    and from env.lock
 
+For an image that was just built here: it is asked from inside (inventory.py). verify.py asks an image nothing.
 FOLDER is .image/NAME-TAG by default. The SBOM is CycloneDX 1.6: a component a package of env.lock, with every hash that
 the lock allows it, and one a Debian package. The provenance is an in-toto statement with SLSA's predicate: sources by
 sha256, base, commit, settings, layers. Neither knows a clock, a builder's name or a random number: the same image gives
-the same bytes. Knows Docker by `image inspect` and one `run` without network (inventory.py); runs on a bare Python. The
-trade-off: verifying reads every file of the image, so it takes a minute.
+the same bytes, and so does the same image in another kind of store: it is named by its layers and settings, since an
+engine's own digest of it depends on how it stores it. Knows Docker by `image inspect` and one `run` without network;
+runs on a bare Python.
 """
 
 import json
@@ -145,7 +145,7 @@ def _debian(entry: str, system: Json) -> Json:
 
 
 def provenance(root: Path, found: Json, inspected: Json, bill: bytes) -> Json:
-    """An in-toto statement: which image (its digest and layers), of which sources, base, commit and settings."""
+    """An in-toto statement: which image (its layers and settings), of which sources, base, commit and settings."""
     build = {
         "buildType": "urn:qwen-finetune:dockerfile:1",
         "externalParameters": {key: found["image"][key] for key in PARAMETERS},
@@ -154,10 +154,15 @@ def provenance(root: Path, found: Json, inspected: Json, bill: bytes) -> Json:
     run = {"builder": {"id": "urn:qwen-finetune:make-image"}, "byproducts": _products(inspected, bill)}
     return {
         "_type": "https://in-toto.io/Statement/v1",
-        "subject": [{"name": "qwen-finetune", "digest": {"sha256": inspected["Id"].removeprefix("sha256:")}}],
+        "subject": [{"name": "qwen-finetune", "digest": {"layersAndSettings": identity(inspected)}}],
         "predicateType": "https://slsa.dev/provenance/v1",
         "predicate": {"buildDefinition": build, "runDetails": run},
     }
+
+
+def identity(inspected: Json) -> str:
+    """One number for the image, whatever store it is in."""
+    return sha256(render({"layers": inspected["RootFS"]["Layers"], "settings": settings(inspected)}))
 
 
 def _dependencies(root: Path, image: Json) -> list[Json]:
@@ -199,12 +204,15 @@ def docker(*words: str, stdin: bytes | None = None) -> str:
     return done.stdout.decode()
 
 
-def look(image: str) -> tuple[Json, Json]:
-    """The image's inventory, taken inside it without a network, and what the engine says of it."""
+def look(image: str, quick: bool = False) -> tuple[Json, Json]:
+    """The image's inventory, taken inside it without a network, and what the engine says of it. `quick`: no package's
+    files are read."""
     script = (ROOT / "docker/inventory.py").read_bytes()
     inspected: Json = json.loads(docker("image", "inspect", image))[0]
     cage = ["--rm", "-i", "--network", "none", "--read-only", "--cap-drop", "ALL"]
-    found: Json = json.loads(docker("run", *cage, "--entrypoint", PYTHON, image, "-I", "-", stdin=script))
+    found: Json = json.loads(
+        docker("run", *cage, "--entrypoint", PYTHON, image, "-I", "-", *["quick"] * quick, stdin=script)
+    )
     if not found["image"]:
         sys.exit(f"sbom.py: {image} holds no /app/image.json: not an image of this project.")
     return found, inspected
@@ -224,11 +232,16 @@ def check(found: Json, inspected: Json, bill: Json, origin: Json, locked: str) -
     return differences(found, inspected, bill, origin, versions, sha256(locked.encode()))
 
 
+def documents(found: Json, inspected: Json) -> tuple[Json, Json]:
+    """SBOM and provenance of an image of this checkout, by its inventory and what the engine says of it."""
+    bill = sbom(wanted((ROOT / "env.lock").read_text(encoding="utf-8"), found), found)
+    return bill, provenance(ROOT, found, inspected, render(bill))
+
+
 def write(image: str, folder: Path) -> int:
     found, inspected = look(image)
+    bill, origin = documents(found, inspected)
     locked = (ROOT / "env.lock").read_text(encoding="utf-8")
-    bill = sbom(wanted(locked, found), found)
-    origin = provenance(ROOT, found, inspected, render(bill))
     if report(image, check(found, inspected, bill, origin, locked), "this checkout"):
         return 1
     folder.mkdir(parents=True, exist_ok=True)
@@ -236,24 +249,6 @@ def write(image: str, folder: Path) -> int:
         (folder / f".{name}").write_bytes(render(document))
         (folder / f".{name}").replace(folder / name)
     print(f"{folder / SBOM}: {len(bill['components'])} components; {PROVENANCE} beside it")
-    return 0
-
-
-def verify(image: str, folder: Path) -> int:
-    missing = [name for name in (SBOM, PROVENANCE) if not (folder / name).is_file()]
-    if missing:
-        sys.exit(
-            f"sbom.py: {folder}: no {' and no '.join(missing)}. make image writes them; "
-            "they are published beside an image."
-        )
-    bill, origin = (json.loads((folder / name).read_bytes()) for name in (SBOM, PROVENANCE))
-    found, inspected = look(image)
-    locked = (ROOT / "env.lock").read_text(encoding="utf-8")
-    if report(image, check(found, inspected, bill, origin, locked), f"{folder} and env.lock"):
-        return 1
-    counts = f"{len(found['packages'])} packages, {len(found['apt'])} Debian packages"
-    counts += f", {len(found['files'])} files of the program"
-    print(f"{image}: {counts}: as in {folder}")
     return 0
 
 
@@ -267,11 +262,10 @@ def report(image: str, wrong: list[str], against: str) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    commands = {"write": write, "verify": verify}
-    if len(argv) not in (2, 3) or argv[0] not in commands:
+    if len(argv) not in (2, 3) or argv[0] != "write":
         print(__doc__, file=sys.stderr)
         return 2
-    return commands[argv[0]](argv[1], Path(argv[2]) if len(argv) == 3 else folder_of(argv[1]))
+    return write(argv[1], Path(argv[2]) if len(argv) == 3 else folder_of(argv[1]))
 
 
 if __name__ == "__main__":

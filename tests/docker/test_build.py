@@ -111,3 +111,9 @@ def test_a_persons_own_env_is_left_alone(project: Path) -> None:
     (project / ".env").write_text("HF_ENDPOINT=https://mirror\n")
     build(project)
     assert (project / ".env").read_text() == "HF_ENDPOINT=https://mirror\n"
+
+
+def test_an_image_to_compare_with_changes_no_setting(project: Path) -> None:
+    """docker/verify.py builds one beside the image LIKE."""
+    assert given(build(project, IMAGE="reference:1", LIKE="mine:1"), "--tag") == ["reference:1"]
+    assert not (project / ".env").exists()

@@ -1,6 +1,7 @@
 """make bundle and make unbundle with a real engine: what was saved here and removed is there again, and works without a
 network."""
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.docker.test_bundle import TAGS, about, blob, manifest_with, pack, promise, read, resum
 from tests.image.conftest import LEARN, ROOT, furnish
 from train.common.files import read_json
 
@@ -48,6 +50,50 @@ def test_an_image_comes_back_from_its_archive(small: str, tmp_path: Path) -> Non
     assert "Ready" in make(there, "unbundle", f"BUNDLE={tmp_path}/b.tar")
     assert docker("image", "inspect", "--format", "{{.Id}}", small) == before
     assert f"IMAGE={small}" in (there / ".env").read_text().splitlines()
+
+
+def names() -> set[str]:
+    return set(docker("image", "ls", "--no-trunc", "--format", "{{.Repository}}:{{.Tag}} {{.ID}}").split("\n"))
+
+
+FOREIGN = {
+    "a name of its own": lambda f: promise(f, image="debian:bookworm"),
+    "an index beside it": lambda f: f.update({"index.json": json.dumps(TAGS).encode()}),
+    "an archive of docker save": lambda f: f.update({"image.tar": f["saved"]}),
+    "a list of images": lambda f: manifest_with(f, lambda m: m.update(TAGS)),
+    "another fingerprint": lambda f: promise(f, fingerprint="1111 2222"),
+    "a layer that is not the config's": lambda f: swap_layer(f),
+}
+
+
+def swap_layer(files: dict[str, bytes]) -> None:
+    """Another layer, promised, in the manifest and named by its hash; only the config knows another."""
+    old = about(files)["layers"]
+    new = blob(files, files.pop(f"image/{old}")[:-512])
+    manifest_with(files, lambda m: m["layers"][0].update(digest=f"sha256:{new}", size=len(files[f"image/{new}"])))
+    promise(files, layers=new)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_hostile_bundle_changes_no_name_of_the_engine(name: str, small: str, tmp_path: Path) -> None:
+    here, there = clone(tmp_path / "here"), clone(tmp_path / "there")
+    make(here, "bundle", "MODEL=none", f"OUT={tmp_path}/b.tar", IMAGE=small)
+    files = read(tmp_path / "b.tar") | {"saved": subprocess.run(["docker", "save", small], capture_output=True).stdout}
+    docker("image", "rm", small)
+    before = names()
+    FOREIGN[name](files)
+    files.pop("saved")
+    resum(files)
+    pack(tmp_path / "b.tar", files)
+    done = subprocess.run(
+        ["make", "unbundle", f"BUNDLE={tmp_path}/b.tar"],
+        cwd=there,
+        env={key: value for key, value in os.environ.items() if key != "IMAGE"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and "othing was loaded" in done.stderr, done.stdout + done.stderr
+    assert names() == before and not (there / ".env").exists()
 
 
 @pytest.mark.slow
