@@ -73,7 +73,8 @@ def sdpa_mask(
     """Which keys each query may attend to: bools [B|1, 1, T, S], or None where causal attention over T = S is enough.
 
     Args:
-        attention_mask: [B, S], 0 = padding on either side. segment_ids: [B, T], the conversation of each token (no cache).
+        attention_mask: [B, S], 0 = padding on either side. segment_ids: [B, T], the conversation of each token; all of
+            them see the S − T tokens of the cache.
     A padding query attends to itself, so that its softmax has a term. Its output is not used.
     """
     if attention_mask is not None and bool(attention_mask.all()):
@@ -86,7 +87,8 @@ def sdpa_mask(
     if attention_mask is not None:
         allowed = allowed & attention_mask.bool()[:, None] | (key == query)
     if segment_ids is not None:
-        allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None])
+        same = segment_ids[:, :, None] == segment_ids[:, None]  # [B, T, T]
+        allowed = allowed & F.pad(same, (keys - tokens, 0), value=True)
     return allowed[:, None]
 
 

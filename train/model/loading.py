@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from train.common.errors import UserError
 from train.common.memory import free_memory
+from train.common.threads import on_cores
 from train.model.base_files import DamagedFileError, check_all_json, open_safetensors, weight_files
 from train.model.decoder import Decoder
 from train.model.int4_linear import Int4Linear
@@ -227,9 +228,9 @@ def load(
     if host_embedding:
         model.keep_embedding_on_host()
     model.requires_grad_(False).eval()
-    for module in model.modules():
-        if keep_float and isinstance(module, Int4Linear):
-            module.keep_float(dtype)
+    if keep_float:
+        packed = [module for module in model.modules() if isinstance(module, Int4Linear)]
+        on_cores(lambda linear: linear.keep_float(dtype), packed, most=None if model.device.type == "cpu" else 1)
     return model
 
 
