@@ -21,7 +21,9 @@ KEYS = "adapter adapter_config base dtype layout onto run shard_bytes system tem
 def inputs_of(folder: Path, **changes: Any) -> dict[str, Any]:
     base = folder.parent.parent / "models" / "base-Int4"
     values = {"dtype": torch.float16, "layout": "qwen2", "shard_bytes": 4 * 10**9, **changes}
-    return export_inputs("tiny", MergeJob(base, folder / "adapter", **values), base, onto=False, conversations=30)
+    return export_inputs(
+        "tiny", MergeJob(base, folder / "adapter", **values), weight_hashes(base), onto=False, conversations=30
+    )
 
 
 def test_a_complete_export_from_the_same_inputs_is_recognised(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_what_transformers_does_not_read_is_named(base: Path) -> None:
         json.dumps({"eos_token_id": 258, "early_stopping": 5, "max_new_tokens": 0})
     )
     with pytest.raises(UserError, match=r"generation_config.json: transformers does not read it"):
-        load_structure(base)
+        check_folder(base)
 
 
 def test_files_that_are_only_copied_are_checked_before_they_are(base: Path) -> None:

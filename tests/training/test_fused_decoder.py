@@ -35,7 +35,7 @@ def test_loss_and_gradients_equal_those_of_autograd(
     monkeypatch.setattr(fused_decoder, "HALVED_MLP_TOKENS", 100)  # three rows of 64: the MLP runs in two halves
     model = adapted_decoder(tmp_path, layout, int4, torch.float32, "cpu")
     if checkpointing:
-        model.get_base_model().gradient_checkpointing_enable()
+        model.get_base_model().set_checkpointing("on")
     batch = batch_of(lengths)
     expected_loss, expected = by_autograd(model, batch)
     loss, grads = by_fused_step(model, batch)
@@ -52,7 +52,7 @@ def test_with_dropout_the_gradient_is_that_of_the_loss_under_the_same_mask(
     monkeypatch.setattr(fused_decoder, "HALVED_MLP_TOKENS", 64)
     model = adapted_decoder(tmp_path, "qwen2", True, torch.float64, "cpu", dropout="0.3")
     if checkpointing:
-        model.get_base_model().gradient_checkpointing_enable()
+        model.get_base_model().set_checkpointing("on")
     batch, step = batch_of(PACKED), bound_step(model)
 
     def loss() -> Tensor:
@@ -89,7 +89,7 @@ def test_on_a_gpu_gradients_are_as_exact_as_those_of_autograd(
     exact_loss, exact = by_autograd(exact_model, batch)
     _, plain = by_autograd(model, batch)
     if checkpointing:
-        model.get_base_model().gradient_checkpointing_enable()
+        model.get_base_model().set_checkpointing("on")
     loss, grads = by_fused_step(model, batch, graphs=True, times=4)  # run, captured, replayed
     bound = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
     assert abs(float(loss) / float(exact_loss) - 1) < bound / 5

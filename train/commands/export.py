@@ -8,6 +8,7 @@ without activation order, they are the base itself as Q4_0 and the adapter, with
 """
 
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from train.export.gguf_export import GgufJob
 from train.export.gguf_tensors import why_not_q4_0
 from train.export.merge import GB, MergeJob
 from train.model.adapter_file import check_present
-from train.model.folder import missing_code, read_manifest, resolve, write_manifest
+from train.model.folder import describe_files, missing_code, read_manifest, resolve, write_manifest
 from train.model.loading import check_folder, read_folder_config
 from train.runs.folder import read_run
 
@@ -64,7 +65,7 @@ def run(options: Options) -> None:
     record = read_run(folder)
     recipe = Recipe.from_record(record["recipe"])
     base = resolve(recipe.model, Path(options.models))
-    manifest.check_base(record, base)
+    hashes = manifest.check_base(record, base)
     if options.format == "gguf":
         return _export_gguf(options, folder, base, recipe)
     if options.encoding != "auto":
@@ -73,7 +74,7 @@ def run(options: Options) -> None:
     out = Path(options.out) if options.out else folder / "merged"
 
     # is it there already?
-    inputs = manifest.export_inputs(options.run, job, base, bool(options.onto), options.verify)
+    inputs = manifest.export_inputs(options.run, job, hashes, bool(options.onto), options.verify)
     recover(out)
     if (measured := manifest.recorded_parity(out, inputs)) is not None:
         print(f"{out}: nothing to do, it was exported from these inputs before.")
@@ -91,9 +92,11 @@ def run(options: Options) -> None:
     with staged(out) as temporary:
         with bar("merging", size, "MB", 1e6) as advance:
             merge.write(job, temporary, advance)
-        measured = _compare(verify.prepare(record, base, job, options.verify), temporary)
+        with ThreadPoolExecutor(1) as pool:  # the disk works while the answers are compared
+            files = pool.submit(describe_files, temporary)
+            measured = _compare(verify.prepare(record, base, job, options.verify), temporary)
         verify.require_parity(measured, job.dtype)
-        write_manifest(temporary, {"inputs": inputs, "parity": measured})
+        write_manifest(temporary, {"inputs": inputs, "parity": measured}, files.result())
     _report(options, out, job, measured)
 
 
@@ -152,7 +155,8 @@ def _job(options: Options, folder: Path, base: Path, recipe: Recipe) -> MergeJob
     layout = options.layout or read_folder_config(weights)[0].layout
     shard_bytes = int(options.shard_size * GB)
     prompt = (recipe.system, recipe.template)
-    return MergeJob(weights, folder / "adapter", DTYPES[options.dtype], layout, shard_bytes, *prompt)
+    dtype, device = DTYPES[options.dtype], merge.merge_device()
+    return MergeJob(weights, folder / "adapter", dtype, layout, shard_bytes, *prompt, device)
 
 
 def _compare(comparison: verify.Comparison, written: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ freed before the second is loaded.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from train.data.chat_template import render
 from train.data.conversations import Conversation
 from train.data.formats import Turn
-from train.model.decoder import Decoder
+from train.model.decoder import Decoder, token_positions
 from train.model.tokenizer import Tokenizer
 
 MAX_ROW_TOKENS = 1024  # the rest of a longer conversation adds little to the comparison
@@ -119,34 +120,59 @@ def pack(rows: Sequence[MaskedRow]) -> list[list[MaskedRow]]:
 def answer_states(
     model: nn.Module, rows: Sequence[MaskedRow], on_rows: Callable[[int], None] = lambda count: None
 ) -> AnswerStates:
-    """Run every row through `model`, a Decoder or a PeftModel of one, and keep the states that predict its answer
-    tokens.
+    """Run every row through `model`, a Decoder or one with adapters, and keep the states that predict its answer tokens.
 
-    Rows that share a pass do not see each other: segment ids keep them apart.
+    Rows that share a pass do not see each other: segment ids keep them apart. What all of them begin with, as a rule the
+    system message, is computed once.
     """
     decoder: Any = model if isinstance(model, Decoder) else model.get_base_model()  # type: ignore[operator]
     head = decoder.lm_head.weight
-    states = []
-    for group in pack(rows):
+    shared, past, states = shared_tokens(rows, decoder.config.seq_length), None, []
+    if shared:
+        start = torch.tensor([rows[0][0][:shared]], device=head.device)
+        past = decoder.backbone(start, None, None, None, None, keep=True)[1]
+    for group in pack([(ids[shared:], mask[shared:]) for ids, mask in rows]):
         ids = torch.tensor([[i for row, _ in group for i in row]], device=head.device)  # [1, T]
         labelled = torch.tensor([n for _, mask in group for n in (0, *mask[1:])], device=head.device).bool()  # [T]
         segments = torch.tensor([[n for n, (row, _) in enumerate(group, 1) for _ in row]], device=head.device)
-        hidden, _ = decoder.backbone(ids, None, None, segments, None, keep=False)
+        positions = token_positions(None, segments, 0, ids) + shared
+        hidden, _ = decoder.backbone(ids, None, positions, segments, past, keep=False)
         states.append(hidden[0, :-1][labelled[1:]])
         on_rows(len(group))
     return AnswerStates(torch.cat(states), head.detach())
 
 
-@torch.inference_mode()
+def shared_tokens(rows: Sequence[MaskedRow], seq_length: int) -> int:
+    """How many tokens all rows begin with, before the state that predicts the first answer token of any of them.
+
+    0 for a single row, and where a row is longer than `seq_length`: dynamic NTK would act on it.
+    """
+    if len(rows) < 2 or max(len(ids) for ids, _ in rows) > seq_length:
+        return 0
+    first_answers = min(mask.index(1, 1) for _, mask in rows)
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*(ids for ids, _ in rows), strict=False))
+    return max(0, min(sum(1 for _ in same), first_answers - 1))
+
+
 def compare(reference: AnswerStates, other: AnswerStates) -> Parity:
     """First choices and KL(reference ‖ other) over the same tokens."""
     assert reference.hidden.shape[0] == other.hidden.shape[0], (reference.hidden.shape, other.hidden.shape)
-    count, equal, total = reference.hidden.shape[0], 0, 0.0
-    for start in range(0, count, CHUNK_TOKENS):
-        p, q = (_log_probabilities(s, start) for s in (reference, other))
-        equal += int((p.argmax(-1) == q.argmax(-1)).sum())
-        total += float((p.exp() * (p - q)).sum())
-    return Parity(count, equal / count, total / count)
+    return compare_all(reference, [other])[0]
+
+
+@torch.inference_mode()
+def compare_all(reference: AnswerStates, others: Sequence[AnswerStates]) -> list[Parity]:
+    """As `compare`, with each of `others`, which may have the first tokens of `reference` only."""
+    counts = [other.hidden.shape[0] for other in others]
+    equal, total = [0] * len(others), [0.0] * len(others)
+    for start in range(0, max(counts), CHUNK_TOKENS):
+        p = _log_probabilities(reference, start)
+        chosen, probabilities = p.argmax(-1), p.exp()
+        for n in (n for n, count in enumerate(counts) if start < count):
+            q = _log_probabilities(others[n], start)
+            equal[n] += int((chosen[: len(q)] == q.argmax(-1)).sum())
+            total[n] += float((probabilities[: len(q)] * (p[: len(q)] - q)).sum())
+    return [Parity(count, same / count, kl / count) for count, same, kl in zip(counts, equal, total, strict=True)]
 
 
 def _log_probabilities(states: AnswerStates, start: int) -> Tensor:

@@ -21,9 +21,11 @@ def weight_hashes(folder: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(folder.iterdir()) if is_weight_file(path.name)}
 
 
-def check_base(record: dict[str, Any], base: Path) -> None:
+def check_base(record: dict[str, Any], base: Path) -> dict[str, str]:
     """Check that `base` has the very weights that the run of `record` (its run.json) was trained on.
 
+    Returns:
+        Its weight_hashes.
     Raises:
         UserError: a file differs.
     """
@@ -35,18 +37,19 @@ def check_base(record: dict[str, Any], base: Path) -> None:
             f"{base} is not what run {record['run']!r} was trained on: {', '.join(different[:3])} differ. Fetch or "
             "quantise the base again as it was, or train again under another RUN=."
         )
+    return present
 
 
-def export_inputs(run: str, job: MergeJob, base: Path, onto: bool, conversations: int) -> dict[str, Any]:
+def export_inputs(run: str, job: MergeJob, base: dict[str, str], onto: bool, conversations: int) -> dict[str, Any]:
     """Everything that an export depends on, for its manifest.
 
     Args:
-        run: its name. base: the folder that was trained on. onto: whether job.weights is another one that was asked for.
+        run: its name. base: weight_hashes of the folder that was trained on. onto: whether job.weights is another one that was asked for.
         conversations: how many of them the comparison reads at most.
     """
     return {
         "run": run,
-        "base": weight_hashes(base),
+        "base": base,
         "onto": weight_hashes(job.weights) if onto else None,
         "adapter": sha256(job.adapter / "adapter_model.safetensors"),
         "adapter_config": sha256(job.adapter / "adapter_config.json"),

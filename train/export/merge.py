@@ -1,14 +1,16 @@
 """Merges an adapter into its base: one float checkpoint for stock tools, written block by block.
 
-Reads folders and writes a folder; knows nothing of runs or devices. Whether the result gives the adapter's answers is
-measured in export/verify.py. Every weight that the adapter changes is W + (α/r)·B·A in float64, rounded once to the
-type that is written. float64 takes twice the time of float32, and keeps every weight within one unit in the last place.
-At most a block and the tensors of one file are in memory.
+Reads folders and writes a folder; knows nothing of runs. Whether the result gives the adapter's answers is measured in
+export/verify.py. Every weight that the adapter changes is W + (α/r)·B·A in float64, rounded once to the type that is
+written. float64 takes twice the time of float32, and keeps every weight within one unit in the last place. Weights are
+computed in slices of their rows: on a GPU one after the other, on a CPU one slice a core. At most a block, the tensors of
+one file, and on a CPU a slice a core are in memory.
 """
 
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from train.common.device import dtype_name
 from train.common.errors import UserError
 from train.common.files import free_bytes, write_json
+from train.common.threads import on_cores
 from train.data.chat_template import DEFAULT_SYSTEM
 from train.export.prompt_files import write_prompt_files
 from train.model import lora
@@ -26,12 +29,15 @@ from train.model.folder import ShardWriter, copy_companions
 from train.model.layouts import DecoderConfig, Layout, convert_config, convert_tensors, write_config
 from train.model.loading import read_folder_config, read_tensors, tensor_files
 from train.model.tokenizer import load_tokenizer, write_qwen1_tokenizer
-from train.ops.gptq import Scheme, dequantize
+from train.ops.gptq import WORD, Scheme, dequantize
 
 State = dict[str, Tensor]
 Delta = dict[str, tuple[Tensor, Tensor, float]]  # module -> (A [r, K], B [N, r], scale)
 
 GB = 10**9
+GIB = 2**30
+CPU = torch.device("cpu")
+SLICE = {"cpu": 1 << 22, "cuda": 1 << 26}  # weights that are computed at once, in float64 32 MB and 512 MB
 # Files of the base that an export does not copy. In this order: written again, describes the Int4 format, describes the
 # base, the base's own prompt.
 NOT_COPIED = ("config.json", "quantize_config.json", "README.md", "chat_template.*")
@@ -61,6 +67,14 @@ class MergeJob:
     shard_bytes: int
     system: str = DEFAULT_SYSTEM  # of the prompt that the adapter was trained with
     template: str = "chatml"
+    device: torch.device = CPU  # that computes; the bytes are the same
+
+
+def merge_device() -> torch.device:
+    """The GPU if there is one with room for a few slices, else the CPU."""
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 3 * GIB:
+        return torch.device("cuda", torch.cuda.current_device())
+    return CPU
 
 
 def check_onto(base: Path, weights: Path) -> None:
@@ -97,31 +111,78 @@ def add_delta(weight: Tensor, delta: tuple[Tensor, Tensor, float] | None) -> Ten
     return weight.double().addmm_(B.double(), A.double(), alpha=scale)
 
 
-def merge_block(state: State, delta: Delta, bits: int, dtype: torch.dtype) -> State:
-    """The stored tensors, Int4 or float, as float tensors in `dtype` with the adapter's updates.
+def merge_block(state: State, delta: Delta, bits: int, dtype: torch.dtype, device: torch.device = CPU) -> State:
+    """The stored tensors, Int4 or float, as float tensors in `dtype` on the CPU with the adapter's updates.
 
     Raises:
         UserError: a value outside the range of `dtype`.
     """
     merged: State = {}
+    tasks: list[tuple[str, Callable[[], bool]]] = []
     for name, tensor in state.items():
         module, _, part = name.rpartition(".")
         if part == "qweight":
-            qweight, qzeros, scales, g_idx = (state[f"{module}.{key}"] for key in PACKED)
-            # exact: the product of a 5-bit difference and a float16 scale fits a float32
-            weight = dequantize(qweight, qzeros, scales, g_idx, bits, torch.float32).t()
-            merged[f"{module}.weight"] = add_delta(weight, delta.get(module)).to(dtype).contiguous()
-        elif part == "weight":
-            merged[name] = add_delta(tensor, delta.get(module)).to(dtype)
+            packed = [state[f"{module}.{key}"].to(device) for key in PACKED]
+            out = merged[f"{module}.weight"] = torch.empty(tensor.shape[1], len(packed[3]), dtype=dtype)
+            for rows in _slices(out, device):
+                tasks.append((f"{module}.weight", partial(_merge_packed, out, rows, packed, delta.get(module), bits)))
+        elif part == "weight" and module in delta:
+            out = merged[name] = torch.empty(tensor.shape, dtype=dtype)
+            for rows in _slices(out, device):
+                tasks.append((name, partial(_merge_float, out, rows, tensor, delta[module], device)))
         elif f"{module}.qweight" not in state or part == "bias":
             merged[name] = tensor.to(dtype)
-    _check_finite(merged, dtype)
+            tasks.append((name, partial(_is_finite, merged[name])))
+    _check_finite([name for name, _ in tasks], on_cores(lambda task: task[1](), tasks, most=_most(device)), dtype)
     return merged
 
 
-def _check_finite(state: State, dtype: torch.dtype) -> None:
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
+def _most(device: torch.device) -> int | None:
+    """How many slices are computed at once; None: as many as there are cores."""
+    return 1 if device.type == "cuda" else None
+
+
+def _slices(out: Tensor, device: torch.device) -> list[slice]:
+    """The rows of out [N, K] in parts of about SLICE weights. Each begins at a multiple of a packed word's columns."""
+    rows = max(WORD, SLICE[device.type] // out.shape[1] // WORD * WORD)
+    return [slice(start, min(start + rows, len(out))) for start in range(0, len(out), rows)]
+
+
+def _merge_packed(
+    out: Tensor, rows: slice, packed: list[Tensor], delta: tuple[Tensor, Tensor, float] | None, bits: int
+) -> bool:
+    """Write these rows of an Int4 weight with its update to out [N, K]; whether all values are finite."""
+    qweight, qzeros, scales, g_idx = packed
+    words = slice(rows.start * bits // WORD, -(-rows.stop * bits // WORD))
+    columns = (qweight[:, rows].contiguous(), qzeros[:, words].contiguous(), scales[:, rows].contiguous())
+    # exact: the product of a 5-bit difference and a float16 scale fits a float32
+    weight = dequantize(*columns, g_idx, bits, torch.float32).t()
+    return _write(out, rows, weight, delta)
+
+
+def _merge_float(
+    out: Tensor, rows: slice, tensor: Tensor, delta: tuple[Tensor, Tensor, float], device: torch.device
+) -> bool:
+    """As _merge_packed, of a float weight [N, K]."""
+    return _write(out, rows, tensor[rows].to(device), delta)
+
+
+def _write(out: Tensor, rows: slice, weight: Tensor, delta: tuple[Tensor, Tensor, float] | None) -> bool:
+    if delta is not None:
+        A, B, scale = delta
+        delta = (A.to(weight.device), B[rows].to(weight.device), scale)
+    merged = add_delta(weight, delta).to(out.dtype)
+    out[rows] = merged.contiguous() if merged.is_cuda else merged
+    return _is_finite(merged)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _check_finite(names: list[str], finite: list[bool], dtype: torch.dtype) -> None:
+    for name, is_finite in zip(names, finite, strict=True):
+        if not is_finite:
             remedy = (
                 "Export with DTYPE=bfloat16 or DTYPE=float32." if dtype is torch.float16 else "The base is damaged."
             )
@@ -168,7 +229,7 @@ def merged_blocks(job: MergeJob) -> Iterator[State]:
         files.pop("lm_head.weight", None)
     _check_modules(delta, files, job)  # also refuses an adapter on a tied head, which has no weight of its own
     for block in block_files(files, config):
-        state = merge_block(dict(read_tensors(block)), delta, bits, job.dtype)
+        state = merge_block(dict(read_tensors(block)), delta, bits, job.dtype, job.device)
         if untie and embedding in state:
             state["lm_head.weight"] = state[embedding].clone()
         yield convert_tensors(drop_zero_biases(state, config.names), config, job.layout)

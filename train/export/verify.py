@@ -23,6 +23,7 @@ from train.model.lora import load_adapter
 from train.model.tokenizer import load_tokenizer
 
 GIB = 2**30
+SCALE_ROWS = 8  # rows that the base computes without the adapter: enough to see by how much the adapter changes it
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Comparison:
 
     @property
     def passes(self) -> int:
-        """Rows that are computed in all: by the adapter on its base, without it, by the merged model, and on `onto`."""
-        return len(self.rows) * (4 if self.onto else 3)
+        """Rows that are computed in all: by the adapter on its base, by the merged model, on `onto`, and without it."""
+        return len(self.rows) * (3 if self.onto else 2) + min(len(self.rows), SCALE_ROWS)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ModelStates:
     """The states from which each model predicts the answer tokens of the rows."""
 
     on_int4: parity.AnswerStates  # the adapter on the base that was trained on
-    without: parity.AnswerStates  # this base alone
+    without: parity.AnswerStates  # this base alone, on the first SCALE_ROWS rows
     reference: parity.AnswerStates  # the adapter on what was merged onto
     merged: parity.AnswerStates
 
@@ -101,8 +102,8 @@ def answer_states(comparison: Comparison, written: Path, advance: Callable[[int]
         c.dtype is torch.float32
     )  # memory for the merged model in float32 is enough for the base's weights in it
 
-    def states(model: nn.Module) -> parity.AnswerStates:
-        return parity.answer_states(model, c.rows, advance)
+    def states(model: nn.Module, rows: int | None = None) -> parity.AnswerStates:
+        return parity.answer_states(model, c.rows[:rows], advance)
 
     def adapted(folder: Path) -> Any:
         return load_adapter(load(folder, c.dtype, c.device, keep_float=keep_float), c.job.adapter).eval()
@@ -114,27 +115,31 @@ def answer_states(comparison: Comparison, written: Path, advance: Callable[[int]
 
 
 def _with_and_without(
-    model: Any, states: Callable[[nn.Module], parity.AnswerStates]
+    model: Any, states: Callable[..., parity.AnswerStates]
 ) -> tuple[parity.AnswerStates, parity.AnswerStates]:
     adapted = states(model)
     with model.disable_adapter():
-        return adapted, states(model)
+        return adapted, states(model, SCALE_ROWS)
 
 
 def measure(comparison: Comparison, states: ModelStates) -> dict[str, Any]:
     """How well the merged model agrees, for the manifest: with `reference`, with the adapter on Int4, and for scale how
     well the adapter agrees with the base alone.
     """
-    measured = parity.compare(states.reference, states.merged).to_json()
-    on_int4 = parity.compare(states.on_int4, states.merged).to_json() if comparison.onto else measured
+    if comparison.onto:
+        merged = parity.compare(states.reference, states.merged)
+        on_int4, without = parity.compare_all(states.on_int4, [states.merged, states.without])
+    else:
+        merged, without = parity.compare_all(states.on_int4, [states.merged, states.without])
+        on_int4 = merged
     return {
         "against": f"the adapter on {comparison.job.weights.name}",
         "data": comparison.data,
         "rows": len(comparison.rows),
         "computed_in": dtype_name(comparison.dtype),
-        **measured,
-        "adapter_on_int4": on_int4,
-        "without_adapter": parity.compare(states.on_int4, states.without).to_json(),
+        **merged.to_json(),
+        "adapter_on_int4": on_int4.to_json(),
+        "without_adapter": without.to_json(),
     }
 
 

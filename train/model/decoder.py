@@ -1,13 +1,14 @@
 """One decoder for every Qwen from 1 to 2.5: RMSNorm, rotary positions, grouped attention, SwiGLU.
 
-It is a transformers `PreTrainedModel`, so `generate`, peft and DeepSpeed work on it. Its modules carry the names of the
-layout that it was built for. It does not deal with files, Int4 or LoRA: any module may stand under a linear's name. No
+A plain torch module: transformers and what it imports take longer to load than a small model. Its modules carry the
+names of the layout that it was built for. It does not deal with files, Int4 or LoRA: any module may stand under a linear's name. No
 code of a checkpoint is ever executed. Attention is torch's scaled_dot_product_attention, with an explicit mask where
 padding or packing needs one: a [B, 1, T, S] mask of bools is the price of one code path for all cases.
 """
 
 import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from train.model.layouts import LAYOUTS, DecoderConfig
 from train.ops.cross_entropy import chunked_cross_entropy
@@ -75,7 +73,8 @@ def sdpa_mask(
     """Which keys each query may attend to: bools [B|1, 1, T, S], or None where causal attention over T = S is enough.
 
     Args:
-        attention_mask: [B, S], 0 = padding on either side. segment_ids: [B, T], the conversation of each token (no cache).
+        attention_mask: [B, S], 0 = padding on either side. segment_ids: [B, T], the conversation of each token; all of
+            them see the S − T tokens of the cache.
     A padding query attends to itself, so that its softmax has a term. Its output is not used.
     """
     if attention_mask is not None and bool(attention_mask.all()):
@@ -88,7 +87,8 @@ def sdpa_mask(
     if attention_mask is not None:
         allowed = allowed & attention_mask.bool()[:, None] | (key == query)
     if segment_ids is not None:
-        allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None])
+        same = segment_ids[:, :, None] == segment_ids[:, None]  # [B, T, T]
+        allowed = allowed & F.pad(same, (keys - tokens, 0), value=True)
     return allowed[:, None]
 
 
@@ -242,6 +242,8 @@ class Backbone(nn.Module):
         The plain way, slow on a GPU. Where its kernels run, training/fused_decoder.py does this with copies that
         overlap the computation.
         """
+        from torch.utils.checkpoint import checkpoint  # imports sympy, which takes a second
+
         with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
             return checkpoint(partial(_hidden_states, block, inputs), x, use_reentrant=False)  # type: ignore[no-any-return]
 
@@ -273,19 +275,37 @@ class Backbone(nn.Module):
         return (torch.log((positions + 1).double()) / math.log(c.seq_length)).clamp(min=1.0).float()
 
 
-class Decoder(PreTrainedModel):
+@dataclass(frozen=True)
+class DecoderOutput:
+    """What a pass returns: either the loss, or logits [B, T, V] and, if they are wanted, the caches of all layers."""
+
+    loss: Tensor | None = None
+    logits: Any = None
+    past_key_values: tuple[Cache, ...] | None = None
+
+
+class Decoder(nn.Module):
     """The causal language model. Submodules: names.root (the backbone) and lm_head."""
 
-    config_class = DecoderConfig
-    supports_gradient_checkpointing = True
-    _tied_weights_keys = ("lm_head.weight",)
+    is_gradient_checkpointing = False  # stock peft asks, and would change the embedding if it did not know
 
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__(config)
-        self.base_model_prefix = config.names.root
+        super().__init__()
+        self.config = config
         self.add_module(config.names.root, Backbone(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head's weight the embedding's, where the config says so."""
+        if self.config.tie_word_embeddings:
+            embedding: Any = self.get_input_embeddings()
+            self.lm_head.weight = embedding.weight
+
+    @property
+    def device(self) -> torch.device:
+        """That of the head."""
+        return self.lm_head.weight.device
 
     @property
     def backbone(self) -> Backbone:
@@ -302,7 +322,7 @@ class Decoder(PreTrainedModel):
         labels: Tensor | None = None,
         last_only: bool = False,
         **ignored: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> DecoderOutput:
         """Logits in float32, or with labels the sum of the token losses.
 
         Args:
@@ -320,26 +340,9 @@ class Decoder(PreTrainedModel):
         hidden, caches = self.backbone(input_ids, attention_mask, position_ids, segment_ids, past_key_values, keep)
         if labels is not None:
             total = chunked_cross_entropy(hidden[:, :-1].flatten(0, 1), self.lm_head.weight, labels[:, 1:].flatten())
-            return CausalLMOutputWithPast(loss=total)
+            return DecoderOutput(loss=total)
         logits = self.lm_head(hidden[:, -1:] if last_only else hidden).float()
-        return CausalLMOutputWithPast(logits=logits, past_key_values=caches if keep else None)
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        if past_key_values is not None:
-            input_ids = input_ids[:, -1:]
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "use_cache": kwargs.get("use_cache", True),
-            "last_only": True,
-        }
-
-    @staticmethod
-    def _reorder_cache(past: tuple[Cache, ...], order: Tensor) -> tuple[Cache, ...]:
-        return tuple(tuple(x.index_select(0, order.to(x.device)) for x in layer) for layer in past)
+        return DecoderOutput(logits=logits, past_key_values=caches if keep else None)
 
     def get_input_embeddings(self) -> nn.Module:
         return getattr(self.backbone, self.config.names.embed)
@@ -355,22 +358,6 @@ class Decoder(PreTrainedModel):
         """Keep the embedding's table on the host from now on, whichever device the model is on or moves to."""
         embedding: Any = self.get_input_embeddings()
         self.set_input_embeddings(HostEmbedding(embedding.weight.cpu()))
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.lm_head = value
-
-    def _set_gradient_checkpointing(self, module: nn.Module, value: bool = False) -> None:
-        if isinstance(module, Backbone):
-            module.gradient_checkpointing = value
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.device.type != "meta":
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def linear_names(layout: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.common.errors import UserError
-from train.common.files import sha256, write_json
+from train.common.files import sha256, sync, write_json
 from train.model.base_files import DamagedFileError, read_object
 from train.model.names import hub_name
 
@@ -208,14 +208,23 @@ def copy_companions(source: Path, target: Path, without: Iterable[str] = ()) -> 
     return sorted(names)
 
 
-def write_manifest(folder: Path, about: dict[str, Any]) -> None:
+def write_manifest(folder: Path, about: dict[str, Any], files: dict[str, Any] | None = None) -> None:
     """Write manifest.json: `about` (where the folder comes from), and the size and sha256 of every other file.
 
     It is written last: a folder that has it is complete.
+
+    Args:
+        files: what describe_files gave after the last file was written; None: they are hashed now.
     """
-    paths = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
-    files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
-    write_json(folder / MANIFEST, {**about, "files": files})
+    write_json(folder / MANIFEST, {**about, "files": describe_files(folder) if files is None else files})
+
+
+def describe_files(folder: Path) -> dict[str, Any]:
+    """Name -> size and sha256 of every file but the manifest; each is flushed to the disk before."""
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST]
+    for path in paths:
+        sync(path)
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -6,12 +6,11 @@ heads. The decoder's modules carry the published names, so a state dict needs no
 that stock tools expect. This module opens no files, and it converts float tensors only, not Int4.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from train.common.errors import UserError
 from train.model.architecture import read_architecture
@@ -84,53 +83,33 @@ QWEN2 = Layout(
 LAYOUTS = {layout.name: layout for layout in (QWEN, QWEN2)}
 
 
-class DecoderConfig(PretrainedConfig):
+@dataclass(frozen=True)
+class DecoderConfig:
     """The config of the decoder, with the same names whichever layout it was read from.
 
     `intermediate_size` is the width of one SwiGLU branch. `seq_length` is the training context: logn attention and
     dynamic NTK act on longer inputs only, and in evaluation only.
     """
 
-    model_type = "qwen-decoder"
+    layout: str = "qwen2"
+    vocab_size: int = 151936
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 16
+    head_dim: int = 128
+    intermediate_size: int = 5504
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 8192
+    seq_length: int = 8192
+    use_dynamic_ntk: bool = False
+    use_logn_attn: bool = False
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
 
-    def __init__(
-        self,
-        layout: str = "qwen2",
-        vocab_size: int = 151936,
-        hidden_size: int = 2048,
-        num_hidden_layers: int = 24,
-        num_attention_heads: int = 16,
-        num_key_value_heads: int = 16,
-        head_dim: int = 128,
-        intermediate_size: int = 5504,
-        rms_norm_eps: float = 1e-6,
-        rope_theta: float = 10000.0,
-        max_position_embeddings: int = 8192,
-        seq_length: int = 8192,
-        use_dynamic_ntk: bool = False,
-        use_logn_attn: bool = False,
-        initializer_range: float = 0.02,
-        use_cache: bool = True,
-        tie_word_embeddings: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.layout = layout
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.intermediate_size = intermediate_size
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        self.max_position_embeddings = max_position_embeddings
-        self.seq_length = seq_length
-        self.use_dynamic_ntk = use_dynamic_ntk
-        self.use_logn_attn = use_logn_attn
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
     @property
     def names(self) -> Layout:
@@ -209,12 +188,15 @@ def convert_config(config: DecoderConfig, to: str) -> DecoderConfig:
     """
     if to == config.layout:
         return config
-    values = {k: v for k, v in config.to_dict().items() if k in DecoderConfig().to_dict() and k != "model_type"}
     if to == "qwen2":
-        values |= {"max_position_embeddings": config.seq_length, "use_dynamic_ntk": False, "use_logn_attn": False}
-    else:
-        values |= {"num_key_value_heads": config.num_attention_heads, "tie_word_embeddings": False}
-    return DecoderConfig(**{**values, "layout": to})
+        return replace(
+            config,
+            layout=to,
+            max_position_embeddings=config.seq_length,
+            use_dynamic_ntk=False,
+            use_logn_attn=False,
+        )
+    return replace(config, layout=to, num_key_value_heads=config.num_attention_heads, tie_word_embeddings=False)
 
 
 def convert_tensors(state: dict[str, Tensor], config: DecoderConfig, to: str) -> dict[str, Tensor]:

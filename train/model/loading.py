@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from train.common.errors import UserError
 from train.common.memory import free_memory
+from train.common.threads import on_cores
 from train.model.base_files import DamagedFileError, check_all_json, open_safetensors, weight_files
 from train.model.bin_weights import read_bin
 from train.model.decoder import Decoder
@@ -208,15 +208,21 @@ def load(
     if host_embedding:
         model.keep_embedding_on_host()
     model.requires_grad_(False).eval()
-    for module in model.modules():
-        if keep_float and isinstance(module, Int4Linear):
-            module.keep_float(dtype)
+    if keep_float:
+        packed = [module for module in model.modules() if isinstance(module, Int4Linear)]
+        on_cores(lambda linear: linear.keep_float(dtype), packed, most=None if model.device.type == "cpu" else 1)
     return model
 
 
-def _generation_config(folder: Path, generation: dict[str, Any]) -> GenerationConfig:
+def _check_generation(folder: Path) -> None:
+    """Raise a UserError if transformers does not read generation_config.json, which a copy of the folder gets."""
+    generation = read_generation(folder)
+    if not generation:
+        return
+    from transformers import GenerationConfig  # takes half a second, and only what copies a folder needs it
+
     try:
-        return GenerationConfig.from_dict(generation)
+        GenerationConfig.from_dict(generation)
     except Exception as error:  # transformers checks types and ranges of its own, each with another exception
         raise DamagedFileError(folder / GENERATION, f"transformers does not read it: {error!r:.200}") from error
 
@@ -238,8 +244,7 @@ def load_structure(folder: Path) -> tuple[Decoder, dict[str, Path]]:
     _match_linears(folder, model, files, published.get("quantization_config"))
     for name, tensor in _match_tensors(model, files)[0].items():
         _check_header(name, headers[name], tensor)
-    if generation := read_generation(folder):
-        model.generation_config = _generation_config(folder, generation)
+    read_generation(folder)
     return model, files
 
 
@@ -327,6 +332,7 @@ def check_folder(folder: Path) -> None:
     """
     check_all_json(folder)
     load_structure(folder)
+    _check_generation(folder)
     load_tokenizer(folder)
 
 

@@ -1,18 +1,16 @@
-"""Low-rank adapters (Hu et al. 2021) with peft's own layers on a frozen decoder, in files that stock peft reads.
+"""Low-rank adapters (Hu et al. 2021) on a frozen decoder, in files that stock peft reads.
 
 It knows the decoder's linears by name, and nothing of training, devices or Int4. A and B are float32 whatever the base
-is: peft casts the input to float32 and the result back. That costs two casts a layer, and small updates are not lost in
-rounding.
+is: the input is cast to float32 and the result back, as in peft. That costs two casts a layer, and small updates are
+not lost in rounding.
 """
 
 import math
 import zlib
-from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -21,8 +19,16 @@ from train.common.files import write_json
 from train.model.adapter_file import CONFIG, PREFIX, WEIGHTS, AdapterFile, read_adapter
 from train.model.decoder import Decoder, linear_names
 from train.model.layouts import DecoderConfig
+from train.model.lora_layers import NAME, AdaptedModel, LoraLinear, LoraSettings
 
 SAME_ALPHA = 1e-6  # relative: an alpha that was typed with seven digits is the same
+PEFT_FIELDS: dict[str, Any] = {
+    **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True},
+    **{"init_lora_weights": True, "fan_in_fan_out": False, "use_dora": False, "use_rslora": False},
+    **{"alpha_pattern": {}, "rank_pattern": {}, "loftq_config": {}, "megatron_core": "megatron.core"},
+    **dict.fromkeys(("auto_mapping", "layer_replication", "layers_pattern", "layers_to_transform")),
+    **dict.fromkeys(("megatron_config", "modules_to_save", "revision")),
+}
 PARTIAL = (
     "Training here adapts a linear of the blocks in all of them or in none (layers_to_transform and exclude_modules "
     "leave some out), and never the head. Merge this adapter into its base, and give the result as MODEL=."
@@ -70,26 +76,23 @@ def targets(layout: str, requested: str) -> list[str]:
     return names
 
 
-def attach(model: Decoder, settings: AdapterSettings) -> PeftModel:
+def attach(model: Decoder, settings: AdapterSettings) -> AdaptedModel:
     """The decoder with new adapters: A random, B zero, both float32 and trainable.
 
     The values of A depend on the seed and the parameter's name alone, not on the device or the state of any generator.
     """
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
-        lora_dropout=settings.dropout,
-        target_modules=targets(model.config.layout, settings.targets),
-        bias="none",
+    names = targets(model.config.layout, settings.targets)
+    base = Path(settings.model).name if Path(settings.model).is_absolute() else settings.model
+    scale, layers = settings.alpha / settings.rank, {}
+    for name, linear in linears(model).items():
+        if name.rpartition(".")[2] in names:
+            layers[name] = LoraLinear(linear, settings.rank, scale, settings.dropout)
+    adapted = AdaptedModel(
+        model, layers, LoraSettings(settings.rank, settings.alpha, settings.dropout, sorted(names), base)
     )
-    peft_model = get_peft_model(model, config)
-    config.base_model_name_or_path = Path(settings.model).name if Path(settings.model).is_absolute() else settings.model
-    for name, p in trainable(peft_model).items():
-        p.data = p.data.float()
-        if ".lora_A." in name:
-            p.data.copy_(initial_lora_a(name, p.shape, settings.seed))
-    return peft_model
+    for name, p in trainable(adapted).items():
+        p.data.copy_(initial_lora_a(name, p.shape, settings.seed) if ".lora_A." in name else torch.zeros(()))
+    return adapted
 
 
 def initial_lora_a(name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -104,7 +107,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_adapter(model: PeftModel, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
+def save_adapter(model: AdaptedModel, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
     """Write adapter_config.json and adapter_model.safetensors as stock peft does; equal adapters give equal bytes.
 
     Args:
@@ -114,7 +117,8 @@ def save_adapter(model: PeftModel, folder: Path, tensors: dict[str, Tensor] | No
     state = tensors if tensors is not None else dict(trainable(model))
     stock = {stock_name(name): state[name].detach().float().cpu().contiguous() for name in sorted(state)}
     (folder / WEIGHTS).write_bytes(save(stock, metadata={"format": "pt"}))
-    write_json(folder / CONFIG, _as_json(model.peft_config["default"]))
+    assert model.settings is not None, "an adapter that was read has its file already"
+    write_json(folder / CONFIG, _as_json(model.settings))
 
 
 def stock_name(parameter: str) -> str:
@@ -122,13 +126,11 @@ def stock_name(parameter: str) -> str:
     return parameter.replace(".default.", ".")
 
 
-def _as_json(config: LoraConfig) -> dict[str, Any]:
-    """peft's own fields as JSON values: sets sorted, and set to inference mode."""
-    values: dict[str, Any] = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
-    values |= {"inference_mode": True, "auto_mapping": None, "revision": None}
-    if float(values["lora_alpha"]).is_integer():
-        values["lora_alpha"] = int(values["lora_alpha"])
-    return values
+def _as_json(settings: LoraSettings) -> dict[str, Any]:
+    """The content of adapter_config.json: the fields of peft 0.12 in inference mode, which every later one reads."""
+    alpha = int(settings.alpha) if float(settings.alpha).is_integer() else settings.alpha
+    changed = {"base_model_name_or_path": settings.base, "r": settings.rank, "lora_alpha": alpha}
+    return PEFT_FIELDS | changed | {"lora_dropout": settings.dropout, "target_modules": settings.targets}
 
 
 def delta(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
@@ -140,31 +142,21 @@ def delta(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     return read_adapter(folder).load()
 
 
-def load_adapter(model: Decoder, folder: Path) -> PeftModel:
+def load_adapter(model: Decoder, folder: Path) -> AdaptedModel:
     """The decoder with the adapter of `folder`, of any peft; float32, frozen, in evaluation mode.
 
     Raises:
         UserError: no adapter in the folder, a damaged one, one that is not computed here, or one of another model.
     """
     adapter = read_adapter(folder)
-    check_linears(adapter, linears(model))
-    ranks = {name: update.rank for name, update in adapter.updates.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        inference_mode=True,
-        r=rank,
-        rank_pattern={name: r for name, r in ranks.items() if r != rank},  # peft compares each linear with each of them
-        target_modules=list(ranks),
-    )
-    loaded = get_peft_model(model, config)
+    at = linears(model)
+    check_linears(adapter, at)
+    layers = {name: LoraLinear(at[name], update.rank, update.scale) for name, update in adapter.updates.items()}
     for name, a, b in adapter.pairs():
-        layer = loaded.get_submodule(PREFIX + name)
-        for part, value in ((layer.lora_A, a), (layer.lora_B, b)):
-            weight = part["default"].weight
+        for part, value in ((layers[name].lora_A, a), (layers[name].lora_B, b)):
+            weight: Any = part[NAME].weight
             weight.data = value.to(weight.device)
-        layer.scaling["default"] = adapter.updates[name].scale
-    return loaded.eval()
+    return AdaptedModel(model, layers, None).requires_grad_(False).eval()
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -238,7 +230,7 @@ def check_targets(adapter: AdapterFile, settings: AdapterSettings, config: Decod
         raise UserError(f"its adapter is for other linears: {differ}. {hint}")
 
 
-def copy_adapter(adapter: AdapterFile, model: PeftModel) -> None:
+def copy_adapter(adapter: AdapterFile, model: AdaptedModel) -> None:
     """Give the trainable parameters of `model` the values of `adapter`, which check_start and check_targets accepted."""
     pairs = adapter.load()
     for name, p in trainable(model).items():

@@ -13,7 +13,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from train.model.word_cache import PATTERN, WordCache, fits
 
 MANY = 3_000_000  # characters from which it pays to make a WordCache, which takes a second
 TOKENIZERS = ("qwen.tiktoken", "tokenizer.json")  # the first that a folder has is read
+CHECKED_WITH = ("config.json", "generation_config.json")  # files of the model that the tokenizer has to fit
 QWEN_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)))
 
 
@@ -173,10 +174,27 @@ def byte_level_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]]) ->
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder: from its qwen.tiktoken, or else from its tokenizer.json.
 
+    A command that asks again gets the same object, unless one of the files has changed since.
+
     Raises:
         UserError: the folder has neither, or the file is damaged (with the line), or it is no byte-level BPE, or it has
             ids that the model has no row for.
     """
+    return _load(folder, tuple(_version(folder / name) for name in (*TOKENIZERS, *CHECKED_WITH)))
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written; empty if it cannot be read."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return ()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+@lru_cache(maxsize=2)
+def _load(folder: Path, versions: tuple[tuple[int, ...], ...]) -> Tokenizer:
+    """versions: of the files that are read, so that a changed file is read again."""
     for name, read in zip(TOKENIZERS, (_from_tiktoken, _from_json), strict=True):
         path = folder / name
         if path.exists() or path.is_symlink():

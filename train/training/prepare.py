@@ -395,6 +395,5 @@ def load_model(prepared: PreparedRun, device: torch.device, dtype: torch.dtype, 
     model = lora.attach(load(prepared.base, dtype, device, keep_float, recipe.embedding), recipe)
     if prepared.parent is not None:
         lora.copy_adapter(read_adapter(adapter_folder(prepared.parent)), model)
-    model.get_base_model().config.use_cache = False
     model.get_base_model().set_checkpointing(recipe.checkpointing)
     return model.to(device)

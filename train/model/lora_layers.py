@@ -1,0 +1,110 @@
+"""The layers of a low-rank adapter: modules with the names of peft's, so a run's files and parameters are named as there.
+
+Importing peft takes about two seconds (it brings accelerate, and that torch.distributed.fsdp), and every command that
+loads a model would wait for it. Tests hold these layers to stock peft. They know nothing of files.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAME = "default"  # of the one adapter, as peft names it
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What adapter_config.json says of an adapter that is trained here. targets: names of linears, sorted."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+    base: str  # the base's name
+
+
+class LoraLinear(nn.Module):
+    """y = base(x) + scale · B A dropout(x); A [r, K] and B [N, r] in float32 without initial values.
+
+    The input is cast to the dtype of A, and the result back to that of the base's. The attributes are those of peft's
+    layer that readers of an adapter use.
+    """
+
+    merged = False  # the base's weight is never changed
+    use_dora: Mapping[str, bool] = {}
+
+    def __init__(self, base_layer: nn.Linear, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base_layer, self.disable_adapters, self.active_adapters = base_layer, False, [NAME]
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.scaling = {NAME: scale}
+        device = next((t.device for t in (*base_layer.parameters(), *base_layer.buffers())), None)
+        self.lora_dropout = nn.ModuleDict({NAME: nn.Dropout(dropout) if dropout else nn.Identity()})
+        self.lora_A = nn.ModuleDict({NAME: _without_values(self.in_features, rank, device)})
+        self.lora_B = nn.ModuleDict({NAME: _without_values(rank, self.out_features, device)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        result: Tensor = self.base_layer(x)
+        if self.disable_adapters:
+            return result
+        down, up = self.lora_A[NAME], self.lora_B[NAME]
+        y = x.to(down.weight.dtype)
+        return (result + up(down(self.lora_dropout[NAME](y))) * self.scaling[NAME]).to(result.dtype)
+
+
+def _without_values(columns: int, rows: int, device: torch.device | None) -> nn.Linear:
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(torch.empty(rows, columns, dtype=torch.float32, device=device))
+    return linear
+
+
+class _Holder(nn.Module):
+    """Gives the base the name that it has in peft's files: base_model.model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+class AdaptedModel(nn.Module):
+    """A frozen model of which some linears are a LoraLinear now; called as the model itself.
+
+    settings: of an adapter made here; None for one that was read.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, LoraLinear], settings: LoraSettings | None) -> None:
+        """layers: by the name of the linear that each replaces."""
+        super().__init__()
+        model.requires_grad_(False)
+        for name, layer in layers.items():
+            layer.base_layer.requires_grad_(False)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+        self.base_model, self.settings, self._layers = _Holder(model), settings, list(layers.values())
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        return self.get_base_model()(*args, **inputs)
+
+    def get_base_model(self) -> Any:
+        """The model with its adapted linears."""
+        return self.base_model.model
+
+    @property
+    def config(self) -> Any:
+        """That of the model."""
+        return self.get_base_model().config
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block the model computes what it does without the adapter."""
+        for layer in self._layers:
+            layer.disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.disable_adapters = False
