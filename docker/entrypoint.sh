@@ -76,8 +76,19 @@ readable() {
 # By writing: a read-only mount, a full disk and another owner all leave the permission bits as they were.
 writable() {
     local path=$work/$1 probe
-    if probe=$(mktemp -p "$path" .probe-XXXXXX 2>/dev/null); then rm -f "$probe" && return; fi
+    if probe=$(mktemp -p "$path" .probe-XXXXXX 2>&1); then rm -f "$probe" && return; fi
+    if [[ $probe == *"Read-only file system"* ]]; then
+        problem "$path is mounted read-only." "mount it without :ro: -v \"\$PWD/$1:$path\""
+        return
+    fi
     problem "$path is not writable for user $(id -u)." "mount a folder of yours and run as yourself: -v \"\$PWD/$1:$path\" --user \"\$(id -u):\$(id -g)\"; is the disk full?"
+}
+
+# writable_tmp: HOME and every cache are there
+writable_tmp() {
+    local probe
+    if probe=$(mktemp 2>/dev/null); then rm -f "$probe" && return; fi
+    problem "${TMPDIR:-/tmp} is not writable." "--read-only needs --tmpfs /tmp:exec,mode=1777 beside it"
 }
 
 # Triton's own ptxas is of CUDA 12.8, and a driver before 525 does not load what it makes. The image for CUDA 11.8 has
@@ -103,6 +114,7 @@ check() {
     local name data models runs gpu
     while read -r name data models runs gpu _; do [ "$name" != "$1" ] || break; done <"$table"
     [ "$name" = "$1" ] || return 0
+    writable_tmp
     [ "$1" != demo ] || KEEP=no # what it shows is enough for a first look
     [ "$data" != read ] || elsewhere data || readable data
     [ "$data" != write ] || writable data

@@ -34,6 +34,11 @@ def inspect(image: str) -> Json:
     return json.loads(sbom.docker("image", "inspect", image))[0]  # type: ignore[no-any-return]
 
 
+def published(image: str) -> str:
+    """Name and digest of an image that a registry knows, else ''."""
+    return next((digest for digest in inspect(image).get("RepoDigests") or [] if "/" in digest), "") if image else ""
+
+
 def build_reference(image: str) -> str:
     """Name of the image of this checkout, built as `make image` builds it; '' where that fails."""
     name = f"qwen-finetune-reference:{os.getpid()}"
@@ -41,6 +46,8 @@ def build_reference(image: str) -> str:
     asked = {"TORCH": flavour[1]} if flavour else {}
     if flavour and flavour[1] != "registry":
         asked["CUDA"] = {"cu118": "11.8", "cu128": "12.8"}[flavour[1]]
+    if published(image) and "SOURCE_URL" not in os.environ and (repository := _repository()):
+        asked["SOURCE_URL"] = f"https://github.com/{repository}"
     environment = {**os.environ, **asked, "IMAGE": name, "LIKE": image}
     done = subprocess.run(["docker/build"], cwd=sbom.ROOT, env=environment, stdout=2)
     return "" if done.returncode else name
@@ -157,11 +164,10 @@ def compare_documents(folder: Path, reference: str) -> list[str]:
 # --- the signature
 
 
-def check_signature(there: Json, folder: Path) -> tuple[list[str], str]:
+def check_signature(image: str, folder: Path) -> tuple[list[str], str]:
     """Differences, and what was done: signed images have a digest in a registry, and cosign tells."""
-    digests = there.get("RepoDigests") or []
-    published = [digest for digest in digests if "/" in digest]
-    if not published:
+    digest = published(image)
+    if not digest:
         return [], "built or loaded here: no registry's signature"
     if not shutil.which("cosign"):
         return [], "signature not checked: cosign is not here"
@@ -170,7 +176,7 @@ def check_signature(there: Json, folder: Path) -> tuple[list[str], str]:
         return [], "signature not checked: this checkout has no origin at github.com to compare the signer with"
     signer = ["--certificate-oidc-issuer", ISSUER, "--certificate-identity-regexp"]
     signer.append(f"^https://github\\.com/{re.escape(repository)}/\\.github/workflows/publish\\.yml@refs/tags/v")
-    commands = [["cosign", "verify", *signer, published[0]]]
+    commands = [["cosign", "verify", *signer, digest]]
     for path in sorted(folder.glob("*.sigstore.json")):
         commands.append(
             ["cosign", "verify-blob", "--bundle", str(path), *signer, str(path).removesuffix(".sigstore.json")]
@@ -222,7 +228,7 @@ def verify(image: str, folder: Path) -> int:
         return 2
     try:
         here = inspect(reference)
-        signature, told = check_signature(there, folder)
+        signature, told = check_signature(image, folder)
         wrong = [
             *compare_settings(there, here),
             *compare_layers(image, there, reference, here),

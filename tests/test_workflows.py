@@ -22,6 +22,7 @@ FILES = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PINNED = {  # action -> (commit, version), each as many public repositories pin it
     "actions/checkout": ("de0fac2e4500dabe0009e67214ff5f5447ce83dd", "v6.0.2"),
     "actions/upload-artifact": ("043fb46d1a93c77aae656e7c1c64a875d1fc6a0a", "v7.0.1"),
+    "sigstore/cosign-installer": ("6f9f17788090df1f26f669e9d70d6ae9567deba6", "v4.1.2"),
 }
 APACHE = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"  # sha256 of the licence's text as Apache publishes it
 each = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -198,7 +199,7 @@ def test_version_commit_and_digest_are_published(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (folder / "summary").read_text() == f"image   {image}\ndigest  sha256:abc\ncommit  c0ffee\n"
     assert (folder / "sbom-cu118.cdx.json").read_text() == "sbom.cdx.json"
-    assert "image-cu118.txt sbom-cu118.cdx.json provenance-cu118.json" in (folder / "log").read_text()
+    assert "image-cu118.txt provenance-cu118.json sbom-cu118.cdx.json" in (folder / "log").read_text()
 
 
 # --- LICENSE and CHANGELOG
@@ -225,3 +226,41 @@ def test_the_changelog_begins_with_this_version() -> None:
         "Security",
         "Not run where this version was made",
     }
+
+
+def test_a_minor_version_has_a_tag_too(folder: Path) -> None:
+    """0.1-cu118, and for the default CUDA 0.1.0 and 0.1."""
+    base = {"GH_TOKEN": "x", "GITHUB_ACTOR": "me", "GITHUB_REF_NAME": "v0.1.0"}
+    for cuda, tags in (("11.8", ["0.1-cu118", "0.1.0", "0.1"]), ("12.8", ["0.1-cu128"])):
+        (folder / "log").unlink(missing_ok=True)
+        image = f"ghcr.io/me/qwen-finetune:0.1.0-cu{cuda.replace('.', '')}"
+        assert run("Push it", folder, **base, CUDA=cuda, IMAGE=image).returncode == 0
+        pushed = [
+            line.split()[-1] for line in (folder / "log").read_text().splitlines() if line.startswith("docker push")
+        ]
+        assert pushed == [image, *(f"ghcr.io/me/qwen-finetune:{tag}" for tag in tags)]
+
+
+def test_image_and_documents_are_signed_by_digest(folder: Path) -> None:
+    documents = folder / ".image/qwen-finetune-0.1.0-cu118"
+    documents.mkdir(parents=True)
+    for name in ("sbom.cdx.json", "provenance.json"):
+        (documents / name).write_text('{"predicate": {"a": 1}}')
+    (folder / "bin/cosign").write_text('#!/bin/sh\necho cosign "$@" >>"$LOG"\n')
+    (folder / "bin/cosign").chmod(0o755)
+    done = run("Sign image", folder, CUDA="11.8", IMAGE="ghcr.io/me/q:0.1.0-cu118")
+    assert done.returncode == 0, done.stderr
+    signed = [line for line in (folder / "log").read_text().splitlines() if line.startswith("cosign")]
+    assert [line.split()[1] for line in signed] == ["sign", "sign-blob", "sign-blob", "attest", "attest"]
+    assert all(line.endswith("ghcr.io/me/q@sha256:abc") for line in signed if "sign-blob" not in line)
+    job = jobs(ROOT / ".github/workflows/publish.yml")["image"]
+    assert job["permissions"]["id-token"] == "write" and job["env"]["BUILD"] == "1"
+
+
+def test_an_upload_never_has_the_name_of_an_earlier_try() -> None:
+    for path in FILES:
+        for step in steps(path):
+            if "upload-artifact" in step.get("uses", ""):
+                assert step["with"]["name"].endswith("${{ github.run_attempt }}")
+    gpu = (ROOT / ".github/workflows/gpu.yml").read_text()
+    assert "vars.CUDA" in gpu and "MODELS_DIR" in gpu and "if-no-files-found: warn" in gpu

@@ -69,6 +69,24 @@ def test_mistakes_of_several_files_are_one_report(tmp_path: Path) -> None:
     assert str(raised.value).startswith(f"2 problems in {tmp_path / 'a.json'}, {tmp_path / 'b.jsonl'}")
 
 
+def test_a_link_to_nothing_is_not_meant_to_be_itself(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match=r"a link to .*gone.jsonl, which is not there") as raised:
+        conversations.load(tmp_path / "a.jsonl")
+    assert "Did you mean" not in str(raised.value)
+
+
+def test_a_container_says_what_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    for form, said in (("compose", "It sees ./data as data/"), ("docker", 'mounted: -v "FOLDER:/workspace/data"')):
+        monkeypatch.setenv("COMMANDS_AS", form)
+        with pytest.raises(UserError, match="no such file in the container") as raised:
+            conversations.load("/nowhere-on-this-host/mine.jsonl")
+        assert said in str(raised.value)
+    monkeypatch.setenv("COMMANDS_AS", "make")
+    with pytest.raises(UserError, match=r"no such file\. Give the path"):
+        conversations.load("/nowhere-on-this-host/mine.jsonl")
+
+
 def test_folders_and_lists(tmp_path: Path) -> None:
     for name in ("b.json", "a.jsonl", "c.JSON"):
         (tmp_path / name).write_text(f"[{GOOD}]")

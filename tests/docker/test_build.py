@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.standin import ROOT, checkout, environment, log
+from tests.support.standin import ROOT, checkout, environment, log, script
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     project = checkout(tmp_path / "checkout")
-    shutil.copy(ROOT / "docker/build", project / "docker/build")
+    for name in ("build", "Dockerfile"):
+        shutil.copy(ROOT / "docker" / name, project / "docker" / name)
+    script(project / "bin/uname", "#!/bin/sh\necho ${FAKE_MACHINE:-x86_64}\n")
     shutil.copytree(ROOT / "docker/apt", project / "docker/apt")
     return project
 
@@ -47,7 +49,14 @@ def test_the_default_is_pinned_and_dated_by_its_packages(project: Path) -> None:
     words = build(project, "--no-cache")
     assert given(words, "--tag") == ["qwen-finetune:0.1.0-cu118"] and words[-2:] == ["--no-cache", "."]
     snapshot = (ROOT / "docker/apt/snapshot").read_text()
-    assert given(words, "--build-arg") == ["VERSION=0.1.0", f"SOURCE_DATE_EPOCH={epoch(snapshot)}"]
+    told = dict(word.split("=", 1) for word in given(words, "--build-arg"))
+    assert told.pop("BASE_DIGEST").startswith("sha256:")
+    assert told == {
+        "VERSION": "0.1.0",
+        "SOURCE_DATE_EPOCH": epoch(snapshot),
+        "BASE_NAME": "nvidia/cuda:11.8.0-base-ubuntu22.04",
+        "TORCH_CUDA": "11.8",
+    }
     assert {"--provenance=false", "--sbom=false"} <= set(words)
 
 
@@ -117,3 +126,48 @@ def test_an_image_to_compare_with_changes_no_setting(project: Path) -> None:
     """docker/verify.py builds one beside the image LIKE."""
     assert given(build(project, IMAGE="reference:1", LIKE="mine:1"), "--tag") == ["reference:1"]
     assert not (project / ".env").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "base", "cuda"),
+    [
+        ({"CUDA": "12.8"}, "ubuntu:22.04", "12.8"),
+        ({"BASE_IMAGE": "ubuntu"}, "ubuntu:22.04", "11.8"),
+        ({"BASE_IMAGE": "local/mine:1", "TORCH": "registry"}, "local/mine:1", "12.6"),
+    ],
+)
+def test_the_labels_name_the_base_and_the_cuda_of_torch(
+    project: Path, asked: dict[str, str], base: str, cuda: str
+) -> None:
+    told = given(build(project, **asked), "--build-arg")
+    assert {f"BASE_NAME={base}", f"TORCH_CUDA={cuda}"} <= set(told)
+    assert [word for word in told if word.startswith("BASE_DIGEST=sha256:")] != [] or base == "local/mine:1"
+
+
+def test_an_image_of_a_registry_is_pulled_unless_it_is_to_be_built(project: Path) -> None:
+    name = "registry.example/me/qwen-finetune:0.1.0-cu128"
+    said = build(project, IMAGE=name)[0]
+    assert "fingerprint" in said and "make verify-image" in said
+    assert ["pull", name] in [entry["words"] for entry in log(project)]
+    assert settings(project)["IMAGE"] == name and settings(project)["SOURCE"] == ""
+    assert given(build(project, IMAGE=name, BUILD="1"), "--tag") == [name]
+    (project / ".env").unlink()
+    assert "cannot be pulled" in build(project, status=2, IMAGE=name, FAKE_ENGINE="no such host")[0]
+    assert not (project / ".env").exists()
+
+
+def test_another_machine_is_told(project: Path) -> None:
+    assert "this host is aarch64: the image is for x86-64" in build(project, status=2, FAKE_MACHINE="aarch64")[0]
+
+
+def test_a_build_that_fails_says_what_is_out_of_reach(project: Path) -> None:
+    docker = project / "bin/docker"
+    refuse = 'if words[0] == "buildx" and words[1] in ("build", "imagetools"):\n    sys.exit(1)\nif words[0] in'
+    docker.write_text(docker.read_text().replace("if words[0] in", refuse, 1))
+    done = subprocess.run(["docker/build"], cwd=project, env=environment(project), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "nvidia/cuda:11.8.0-base-ubuntu22.04@sha256:" in done.stderr and "BASE_IMAGE=ubuntu" in done.stderr
+    assert "registry-mirrors" in done.stderr and "A hash mismatch" in done.stderr
+    env = environment(project, BASE_IMAGE="mine:1", FAKE_IMAGES="mine:1")
+    done = subprocess.run(["docker/build"], cwd=project, env=env, capture_output=True, text=True)
+    assert "out of reach" not in done.stderr and "the image was not built" in done.stderr

@@ -401,3 +401,43 @@ def test_the_templates_have_no_network_and_only_one_a_gpu() -> None:
 def test_the_default_image_is_of_this_version() -> None:
     version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
     assert version and f"qwen-finetune:{version[1]}-cu118" in str(services()["on-cpu"]["image"])
+
+
+# --- what a person mistypes, or an engine does
+
+
+def begun(project: Path, name: str = "container") -> None:
+    (project / "runs/mine").mkdir()
+    (project / "runs/mine/.runtime").write_text(name)
+
+
+def test_a_run_of_the_container_is_not_continued_elsewhere_unasked(project: Path) -> None:
+    script(project / "docker/setup", "#!/bin/sh\n")
+    away = {"FAKE_ENGINE": "permission denied while trying to connect", "RUNTIME": "auto", "PY": "true"}
+    begun(project)
+    said = run(project, "train", "data=data/x", "run=mine", status=2, **away)
+    assert "was begun in the container" in said and "permission denied" in said and "RUNTIME=local" in said
+    assert "docker (sudo usermod" not in run(
+        project, "train", "data=data/x", "run=mine", **{**away, "RUNTIME": "local"}
+    )
+    assert "train in .venv" in run(project, "train", "data=data/x", "run=other", **away)
+    (project / "runs/mine/run.json").touch()
+    assert "train in .venv" in run(project, "train", "data=data/x", "run=mine", **away)
+    (project / "runs/mine/run.json").unlink()
+    (project / "runs/mine/.runtime").write_text("local")
+    assert "train in .venv" in run(project, "train", "data=data/x", "run=mine", **away)
+
+
+def test_a_mistyped_data_dir_is_not_made(project: Path) -> None:
+    assert "no such folder" in run(project, "data", "data=x", status=2, DATA_DIR="dtaa")
+    assert not (project / "dtaa").exists()
+
+
+def test_an_image_of_another_version_is_said(project: Path) -> None:
+    assert "is of version 0.9.0, this checkout of 0.1.0" in run(project, "data", "data=x", FAKE_VERSION="0.9.0")
+    assert "of version" not in run(project, "data", "data=x", FAKE_VERSION="0.1.0")
+
+
+def test_memory_and_tmp_have_settings() -> None:
+    text = (ROOT / "compose.yaml").read_text()
+    assert "mem_limit: ${MEM_LIMIT:-0}" in text and "size=${TMP_SIZE:-50%}" in text

@@ -185,3 +185,18 @@ def test_a_plain_run_is_told_of_the_ten_seconds(work: Path) -> None:
     assert "--stop-timeout 300" in enter(work, "train", COMMANDS_AS="docker").stderr
     assert enter(work, "train", COMMANDS_AS="compose").stderr == ""
     assert enter(work, "infer", COMMANDS_AS="docker").stderr == ""
+
+
+def test_a_read_only_container_needs_a_tmp(work: Path) -> None:
+    done = enter(work, "infer", TMPDIR=f"{work}/none")
+    assert done.returncode == 2 and "--tmpfs /tmp:exec,mode=1777" in done.stderr
+    assert enter(work, "infer", "--help", TMPDIR=f"{work}/none").returncode == 0
+
+
+def test_a_folder_mounted_read_only_is_said_to_be(work: Path) -> None:
+    (work / "bin/mktemp").write_text(
+        '#!/bin/sh\ncase "$*" in *runs*) echo "mktemp: runs/x: Read-only file system" >&2; exit 1 ;; esac\nexec /usr/bin/mktemp "$@"\n'
+    )
+    (work / "bin/mktemp").chmod(0o755)
+    done = enter(work, "train")
+    assert done.returncode == 2 and "runs is mounted read-only." in done.stderr and "without :ro" in done.stderr

@@ -299,6 +299,11 @@ def quick(root: Path, image: str) -> int:
     return int(bool(lines) or digest != second)
 
 
+def image_name() -> str:
+    """IMAGE=, or what the last `make image` built."""
+    return run("bash", "-c", ". docker/common.sh; image_name", cwd=ROOT)
+
+
 def main(argv: list[str]) -> int:
     if argv not in ([], ["quick"]):
         print(__doc__, file=sys.stderr)
@@ -307,7 +312,7 @@ def main(argv: list[str]) -> int:
         say("note: HEAD is built, without your changes that are not committed")
     root = Path(tempfile.mkdtemp(prefix="repro-"))
     try:
-        return quick(root, os.environ.get("IMAGE") or "qwen-finetune:local") if argv else in_full(root)
+        return quick(root, image_name()) if argv else in_full(root)
     finally:
         shutil.rmtree(root)
 

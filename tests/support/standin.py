@@ -44,10 +44,14 @@ def load():
     assert {old[0]["Config"], *old[0]["Layers"]} < set(files)
     digests = [one["digest"].split(":")[1] for one in index["manifests"]]
     note({**loaded(), **dict(zip([name.split("/")[-1] for name in names], digests))})
-if words[0] == "version":
+if words[0] in ("version", "pull") and os.environ.get("FAKE_ENGINE"):
+    sys.exit(os.environ["FAKE_ENGINE"])
+elif words[0] == "version":
     print("28.0")
 elif words[:2] == ["image", "inspect"] and "RootFS" in str(words):
     print("one image, wherever it is")
+elif words[:2] == ["image", "inspect"] and "image.version" in str(words):
+    print(os.environ.get("FAKE_VERSION", ""))
 elif words[:2] == ["image", "inspect"] and words[-1] in loaded():
     print("sha256:" + loaded()[words[-1]])
 elif words[:2] == ["image", "inspect"]:

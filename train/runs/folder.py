@@ -21,6 +21,7 @@ from train.runs.record_form import find_problem
 LOCK = ".lock"  # held by the process that trains
 RECIPE = "recipe.yaml"  # the recipe after overrides
 INPUTS = "inputs.json"  # hashes of data, base and recipe: what this folder belongs to
+RUNTIME = ".runtime"  # container, where one began the run: docker/run does not continue it elsewhere unasked
 LINEAGE = "lineage.txt"  # for a person: the runs that this one starts from, one line each
 HELD_OUT = "held_out.jsonl"  # conversations that are measured on, not trained on; a data file
 REMOVED = "removed.jsonl"  # rows that cleaning took, with the reason
@@ -86,6 +87,8 @@ def begin(run: Path, recipe: dict[str, Any], inputs: dict[str, Any], lineage: st
     make_folder(run)
     write_text(run / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     write_json(run / INPUTS, inputs)
+    if runtime := os.environ.get("RUNTIME_NAME", "container" if "IMAGE_FILE" in os.environ else ""):
+        write_text(run / RUNTIME, runtime)
     if lineage:
         write_text(run / LINEAGE, lineage)
     else:  # an earlier start without a checkpoint may have had FROM=
