@@ -97,7 +97,7 @@ def _questions_of_data(record: dict[str, Any], run: Path) -> tuple[list[str], st
     return [question for question, _ in BUILTIN_QUESTIONS], f"built-in: {name} is missing or has changed"
 
 
-def held_out_conversations(record: dict[str, Any], run: Path) -> list[Conversation]:
+def held_out_conversations(record: dict[str, Any], run: Path) -> Sequence[Conversation]:
     """What a run has set aside; none for a run without held_out=.
 
     Raises:
@@ -108,7 +108,7 @@ def held_out_conversations(record: dict[str, Any], run: Path) -> list[Conversati
     return conversations.load(_unchanged(run / HELD_OUT, record["held_out"]["sha256"]))
 
 
-def trained_on(record: dict[str, Any], run: Path) -> tuple[list[Conversation], str]:
+def trained_on(record: dict[str, Any], run: Path) -> tuple[Sequence[Conversation], str]:
     """The conversations of a run's data without those that it left out or set aside, and the name of the data.
 
     None if a file of the data is missing or has changed.
