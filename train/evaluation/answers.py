@@ -107,7 +107,7 @@ def held_out_conversations(record: dict[str, Any], run: Path) -> Sequence[Conver
     return conversations.load(_unchanged(run / HELD_OUT, record["held_out"]["sha256"]))
 
 
-def trained_on(record: dict[str, Any], run: Path) -> tuple[list[Conversation], str]:
+def trained_on(record: dict[str, Any], run: Path) -> tuple[Sequence[Conversation], str]:
     """The conversations of a run's data without those that it left out or set aside, and the name of the data.
 
     None if a file of the data is missing or has changed.
