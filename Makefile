@@ -73,7 +73,7 @@ train: ## fine-tune, or continue an interrupted run: DATA= [MODEL=] [RECIPE=] [R
 export: ## merged float weights, verified: RUN= [DTYPE=] [LAYOUT=] [ONTO=] [OUT=]; FORMAT=gguf for llama.cpp, Ollama
 	@docker/run export $(_pairs)
 
-infer: ## chat, or answer: [RUN= or MODEL=] [PROMPT= or QUESTIONS=FILE [ANSWERS=FILE]] [SYSTEM=] [ENGINE=stock TRUST_REMOTE_CODE=1]
+infer: ## chat, or answer: [RUN= or MODEL=] [PROMPT=] [QUESTIONS= ANSWERS=] [SYSTEM=] [ENGINE=stock TRUST_REMOTE_CODE=1]
 	@docker/run infer $(_pairs)
 
 compare: ## ask the same questions before and after training: RUN=

@@ -100,17 +100,29 @@ cuda() { case $(flavour) in cu118) echo 11.8 ;; cu128) echo 12.8 ;; *) echo 12.6
 # project_name: of this checkout, for compose: two on one host do not stop each other's containers
 project_name() { echo "qwen-$(printf %s "$PWD" | sha256sum | cut -c1-8)"; }
 
+# rootless: does the engine run as a user? Then uid 0 of a container is that user, every other uid one of nobody's.
+rootless() {
+    docker info --format '{{.SecurityOptions}}' 2>/dev/null | grep -q name=rootless ||
+        [ "$(docker info --format '{{.Host.Security.Rootless}}' 2>/dev/null)" = true ] # podman under docker's name
+}
+
+# user_id [-g]: who a container runs as, so that what it writes is yours
+user_id() { if rootless; then echo 0; else id "${1:--u}"; fi; }
+
+# selinux: the label that lets a container see a folder, where SELinux is on; empty elsewhere
+selinux() { [ "$(getenforce 2>/dev/null)" != Enforcing ] || echo z; }
+
 # write_env IMAGE SOURCE: .env for docker compose; one that a person wrote is left alone
 write_env() {
     local mark='# Written by make image; docker compose reads it.' key value
     if [ -f .env ] && [ "$(head -n 1 .env)" != "$mark" ]; then
-        say ".env is your own: left alone. docker compose needs IMAGE=$1 USER_ID=$(id -u) GROUP_ID=$(id -g) ACCELERATOR=$(accelerator) in it."
+        say ".env is your own: left alone. docker compose needs IMAGE=$1 USER_ID=$(user_id) GROUP_ID=$(user_id -g) ACCELERATOR=$(accelerator) in it."
         return
     fi
     {
         printf '%s\nIMAGE=%s\nSOURCE=%s\n' "$mark" "$1" "$2"
         echo "COMPOSE_PROJECT_NAME=$(project_name)"
-        printf 'USER_ID=%s\nGROUP_ID=%s\nACCELERATOR=%s\n' "$(id -u)" "$(id -g)" "$(accelerator)"
+        printf 'USER_ID=%s\nGROUP_ID=%s\nACCELERATOR=%s\n' "$(user_id)" "$(user_id -g)" "$(accelerator)"
         for key in BASE_IMAGE CUDA TORCH CA; do # so that building again after a change of the source builds the same
             value=$(setting "$key")
             [ -z "$value" ] || echo "$key=$value"

@@ -137,27 +137,29 @@ def compare_flat(there: dict[str, str], here: dict[str, str], where: str, wish: 
     return lines
 
 
-def compare_documents(folder: Path, reference: str) -> list[str]:
-    """SBOM and provenance against those that this checkout gives; a missing one is said, and is no difference."""
-    documents = {SBOM: None, sbom.PROVENANCE: None}
-    paths = [folder / name for name in documents if (folder / name).is_file()]
-    if not paths:
-        return []
-    found, inspected = sbom.look(reference, quick=True)
-    bill, origin = sbom.documents(found, inspected)
-    lines = []
-    for path in paths:
-        right = bill if path.name == SBOM else origin
-        try:
-            told = json.loads(path.read_bytes())
-        except ValueError:
-            lines.append(f"{path.name}: not JSON")
+def check_reference(found: Json, inspected: Json) -> list[str]:
+    """Is what was built this checkout's? A builder may take a file of the same size and time for the one it has."""
+    locked = (sbom.ROOT / "env.lock").read_text(encoding="utf-8")
+    lines: list[str] = sbom.check(found, inspected, *sbom.documents(found, inspected), locked)
+    return lines
+
+
+def compare_documents(folder: Path, found: Json, inspected: Json) -> list[str]:
+    """SBOM and provenance, those that are there, against those that this checkout gives."""
+    lines: list[str] = []
+    for name, right in zip((SBOM, sbom.PROVENANCE), sbom.documents(found, inspected), strict=True):
+        if not (folder / name).is_file():
             continue
-        lines += [
-            f"{path.name}: {line}" for line in compare_flat(flatten(told), flatten(right), "there", "by this checkout")
-        ]
-        if not lines and path.read_bytes() != render(right):
-            lines.append(f"{path.name}: other bytes than this checkout writes")
+        data = (folder / name).read_bytes()
+        try:
+            told = flatten(json.loads(data))
+        except ValueError:
+            lines.append(f"{name}: not JSON")
+            continue
+        other = [f"{name}: {line}" for line in compare_flat(told, flatten(right), "there", "by this checkout")]
+        if not other and data != render(right):
+            other = [f"{name}: other bytes than this checkout writes"]
+        lines += other
     return lines
 
 
@@ -227,12 +229,19 @@ def verify(image: str, folder: Path) -> int:
         )
         return 2
     try:
-        here = inspect(reference)
+        found, here = sbom.look(reference, quick=True)
+        if stale := check_reference(found, here):
+            print(*stale, sep="\n", file=sys.stderr)
+            print(
+                "error: the builder made another image than this checkout's (above): docker builder prune",
+                file=sys.stderr,
+            )
+            return 2
         signature, told = check_signature(image, folder)
         wrong = [
             *compare_settings(there, here),
             *compare_layers(image, there, reference, here),
-            *compare_documents(folder, reference),
+            *compare_documents(folder, found, here),
             *signature,
         ]
     finally:

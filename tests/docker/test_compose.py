@@ -441,3 +441,22 @@ def test_an_image_of_another_version_is_said(project: Path) -> None:
 def test_memory_and_tmp_have_settings() -> None:
     text = (ROOT / "compose.yaml").read_text()
     assert "mem_limit: ${MEM_LIMIT:-0}" in text and "size=${TMP_SIZE:-50%}" in text
+
+
+@pytest.mark.parametrize("answer", ["[name=seccomp,profile=default name=rootless]", "true"], ids=["docker", "podman"])
+def test_under_a_rootless_engine_the_container_is_its_root(project: Path, answer: str) -> None:
+    """Podman answers the second question, Docker the first."""
+    asks = "Host.Security.Rootless" if answer == "true" else "SecurityOptions"
+    docker = project / "bin/docker"
+    engine = f'if words[0] == "info" and "{asks}" in str(words):\n    print("{answer}")\nelif words[0] == "version":'
+    docker.write_text(docker.read_text().replace('elif words[0] == "version":', engine.replace("if", "elif", 1)))
+    run(project, "data", "data=data/x")
+    assert containers(project)[-1]["USER_ID"] == "0"
+
+
+def test_selinux_gets_its_label_where_it_is_on(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text("{}")
+    assert mounts(project, "data", f"data={tmp_path}/mine.jsonl") == [f"{tmp_path}/mine.jsonl:{tmp_path}/mine.jsonl:ro"]
+    script(project / "bin/getenforce", "#!/bin/sh\necho Enforcing\n")
+    assert mounts(project, "data", f"data={tmp_path}/mine.jsonl")[0].endswith("mine.jsonl:ro,z")
+    assert "selinux: z" in (ROOT / "compose.yaml").read_text()

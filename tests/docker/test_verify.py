@@ -160,8 +160,20 @@ class Bench:
         (self.checkout / "docker/build").chmod(0o755)
         put(folder / "bin/docker", DOCKER.format(python=sys.executable, here=str(folder)))
         (folder / "bin/docker").chmod(0o755)
-        self.found = {"python": "3.10", "system": {"ID": "ubuntu", "VERSION_ID": "22.04"}, "apt": ["tini=0.19"]}
-        self.found["image"] = {**ABOUT, "source_date_epoch": 1}
+        self.found: dict[str, Any] = {
+            "python": "3.10",
+            "system": {"ID": "ubuntu", "VERSION_ID": "22.04"},
+            "apt": ["tini=0.19"],
+        }
+        self.found["image"] = {
+            **ABOUT,
+            "source_date_epoch": 1,
+            "lock_sha256": hashlib.sha256(LOCK.encode()).hexdigest(),
+        }
+        self.found["packages"] = {one.name: one.version for one in sbom.pinned(LOCK, "cu118", "3.10")}
+        self.found["apt_list"], self.found["altered"] = self.found["apt"], []
+        inside = sbom.sources(self.checkout).items()
+        self.found["files"] = {name: {"mode": "644", "sha256": sbom.sha256(path)} for name, path in inside}
         put(folder / "found.json", json.dumps(self.found))
         self.show("reference", honest())
 
@@ -339,6 +351,13 @@ def test_where_the_checkout_cannot_be_built_there_is_the_fingerprint(
     put(bench.checkout / "broken", "")
     said = told(bench, honest(), capsys, status=2)
     assert "is not proven" in said and "fingerprint is f00d" in said
+
+
+def test_a_builder_that_took_an_old_file_is_noticed(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the same size and time as this checkout's."""
+    put(bench.checkout / "train/loop.py", "l00p")
+    said = told(bench, honest(), capsys, status=2)
+    assert "file /app/train/loop.py" in said and "docker builder prune" in said
 
 
 # --- the signature

@@ -35,6 +35,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
         "state.json",
         "trainable.safetensors",
     ]
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
     found, notes = checkpoint.newest(tmp_path)
     assert found == folder
     assert not notes

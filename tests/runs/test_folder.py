@@ -21,6 +21,13 @@ def test_a_run_begins_with_its_recipe_inputs_and_lineage(tmp_path: Path) -> None
     assert (run / folder.LINEAGE).read_text() == "runs/first: 6 steps\n"
 
 
+def test_a_run_of_a_container_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docker/run reads it: where the engine is gone, .venv does not continue such a run unasked."""
+    monkeypatch.setenv("RUNTIME_NAME", "container")
+    folder.begin(tmp_path / "new", {}, {})
+    assert (tmp_path / "new" / folder.RUNTIME).read_text() == "container"
+
+
 def test_one_process_at_a_time_holds_a_run(tmp_path: Path) -> None:
     with (
         folder.lock_run(tmp_path / "busy"),

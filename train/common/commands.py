@@ -11,6 +11,10 @@ from collections.abc import Sequence
 
 FORMS = {"make": "make", "compose": "docker compose run --rm", "docker": "docker run … IMAGE"}
 VERBS = "model|fetch|quantize|doctor|plan|data|train|export|infer|compare|report|verify|demo"  # targets of make that the others have
+CONTAINER_SEES = {  # of the host, by how it was started
+    "compose": "It sees ./data as data/, and no other folder: put the file there, or DATA_DIR=FOLDER before the command.",
+    "docker": 'It sees what is mounted: -v "FOLDER:/workspace/data", and data=data/NAME.',
+}
 USUAL = {"models": "models", "runs": "runs"}  # folders that a command need not name
 
 

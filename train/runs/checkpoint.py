@@ -72,6 +72,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     """save_file, with OSError for an error of the disk: the library's own exception hides its number."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes files that only their owner may read
     except SafetensorError as error:
         if match := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error

@@ -21,7 +21,7 @@ from train.runs.record_form import find_problem
 LOCK = ".lock"  # held by the process that trains
 RECIPE = "recipe.yaml"  # the recipe after overrides
 INPUTS = "inputs.json"  # hashes of data, base and recipe: what this folder belongs to
-RUNTIME = ".runtime"  # container, where one began the run: docker/run does not continue it elsewhere unasked
+RUNTIME = ".runtime"  # container, where one began the run: it is not continued elsewhere unasked
 LINEAGE = "lineage.txt"  # for a person: the runs that this one starts from, one line each
 HELD_OUT = "held_out.jsonl"  # conversations that are measured on, not trained on; a data file
 REMOVED = "removed.jsonl"  # rows that cleaning took, with the reason
