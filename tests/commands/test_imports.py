@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.support.runs import tiny_run
 
 HEAVY = {
     "torch",
@@ -41,3 +44,10 @@ def test_a_whole_summary_of_data_and_a_plan_need_none_of_them() -> None:
     run = "from train.__main__ import main\nassert main({}) == 0"
     assert loaded(run.format(["data", "data=data/demo.jsonl"])) == set()
     assert loaded(run.format(["plan", "gpu=8G", "model=Qwen/Qwen-1_8B-Chat-Int4"])) == set()
+
+
+def test_a_whole_answer_of_a_run_needs_only_torch(tmp_path: Path) -> None:
+    """Building a model on the meta device has brought torch._dynamo and sympy before, and choosing a token transformers."""
+    run = tiny_run(tmp_path)
+    words = ["infer", "run=tiny", f"models={tmp_path / 'models'}", f"runs={run.parent}", "prompt=a", "max_tokens=2"]
+    assert loaded(f"from train.__main__ import main\nassert main({words}) == 0") <= LOADS_A_MODEL

@@ -38,6 +38,8 @@ class Sampling:
 
 def chooser(sampling: Sampling, device: torch.device) -> Choose:
     """A function that chooses: transformers' processors in transformers' order, and a generator of its own."""
+    if sampling.temperature == 0 and sampling.repetition_penalty == 1.0:
+        return lambda ids, logits: logits.argmax(-1)
     from transformers import generation as g
 
     process = g.LogitsProcessorList()
