@@ -22,6 +22,7 @@ from tests.support.oracles import tiny_checkpoint, tiny_config
 from train.common.errors import UserError
 from train.config.recipe import load_recipe
 from train.training import deepspeed_engine
+from train.training.distributed import RankInfo
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
@@ -323,6 +324,35 @@ def test_a_random_decoder_has_a_finite_loss(name: str) -> None:
     assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
 
 
+class FakeArm:
+    grad_norm = 1.25
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(6.0)
+
+    def close(self) -> None: ...
+
+
+def test_an_arm_measured_once_more_has_no_peak_and_every_row_a_gradient_norm(tmp_path: Path, monkeypatch: Any) -> None:
+    """Its graphs, and the memory that they took, are of its first measurement."""
+    monkeypatch.setattr(worker, "join", lambda device: RankInfo())
+    monkeypatch.setattr(worker, "build", lambda *_: FakeArm())
+    monkeypatch.setattr(worker, "LEAST_SECONDS", 0.0)
+    tiny = replace(SPEC, model="tiny", batch=1, length=8, warm=1, counted=1, keep=True)
+    one = worker.Worker(torch.device("cpu"), tmp_path / "rows")
+    assert one.do(tiny)
+    assert one.do(replace(tiny, keep=False, again=True))
+    first, again = map(json.loads, (tmp_path / "rows").read_text().splitlines())
+    assert first["peak_gib"] > 0
+    assert not set(worker.PEAKS) & set(again)
+    assert first["grad_norm"] == again["grad_norm"] == 1.25
+    drawn = table.make_table([first, again])
+    assert [next(iter(column.cells)) for column in drawn.columns][-2:] == [
+        f"{first['tokens_per_s']:,} · {first['peak_gib']:.2f} · |g| 1.25",
+        f"{again['tokens_per_s']:,} · |g| 1.25",
+    ]
+
+
 def test_the_weights_of_a_shape_are_those_of_its_name() -> None:
     billions = {name: shapes.weights(shapes.config(name)) / 1e9 for name in ("1.8b", "7b", "14b", "72b")}
     assert billions == pytest.approx({"1.8b": 1.525, "7b": 7.10, "14b": 13.39, "72b": 71.0}, rel=0.01)
@@ -499,6 +529,8 @@ def test_the_whole_benchmark_on_a_cpu(tmp_path: Path) -> None:
     (found,) = report["rows"]
     assert found["tokens_per_s"] > 0
     assert 0.1 < found["peak_gib"] < 8
+    assert 0 < found["grad_norm"] < 100
+    assert "gradient norm" in output
     assert 5.5 < found["loss"] < 8.0  # near log 512, the loss of random guessing
     assert report["versions"]["torch"] == torch.__version__
     assert "says nothing about speed" in output

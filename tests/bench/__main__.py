@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.bench.pool import WorkerPool
 from tests.bench.spec import Spec, heading, parse_shapes, smaller_refused
-from tests.bench.table import show
+from tests.bench.table import norm, show
 from train.common.errors import UserError
 from train.common.files import write_json
 from train.config.options import build, describe, option, pairs
@@ -147,9 +147,10 @@ def _measure(settings: list[list[Spec]], pool: WorkerPool, seconds: int, until: 
 
 def _print(row: dict[str, Any]) -> None:
     setting = f"checkpointing={row['checkpointing']} dropout={row['dropout']:g}"
+    peak = f"{row['peak_gib']:6.2f} GiB" if "peak_gib" in row else " " * 10
     result = (
         row.get("skipped")
-        or f"{row['tokens_per_s']:>8,} tokens/s  {row['peak_gib']:6.2f} GiB  {_card_state(row['card'])}"
+        or f"{row['tokens_per_s']:>8,} tokens/s  {peak}  gradient norm {norm(row)}  {_card_state(row['card'])}"
     )
     print(f"{row['arm']:10} {row['model']:5} {row['batch']}x{row['length']:<5} {setting:34} {result}", flush=True)
 

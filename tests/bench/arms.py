@@ -36,6 +36,8 @@ LEARNING_RATE = 1e-4
 class Arm(Protocol):
     """A model, ready to train, at one shape."""
 
+    grad_norm: float | None  # of the last step, before clipping; None where float16 overflowed
+
     def step(self, ids: Tensor) -> Tensor:
         """One step over ids [B, T] int64 on the CPU; returns the mean loss of this process's tokens, 0-d."""
         ...
@@ -54,6 +56,7 @@ class Ours:
         self.engine = self.engine_for(recipe, spec.model, rank_info, device)
         self.world_size = rank_info.world_size
         self.labels = spec.batch * (spec.length - 1) * rank_info.world_size
+        self.grad_norm: float | None = None
         self.next_batch: Any = None  # moved to the device while the GPU is at this batch, as in training
 
     @staticmethod
@@ -70,7 +73,7 @@ class Ours:
         batch = {"input_ids": ids, "labels": ids}
         total = self.engine.forward_backward(self.next_batch or self.engine.to_device(batch), self.labels)
         self.next_batch = self.engine.to_device(batch)
-        self.engine.step(last=True, rate=LEARNING_RATE)
+        self.grad_norm = self.engine.step(last=True, rate=LEARNING_RATE)
         return total * self.world_size / self.labels
 
     def close(self) -> None:
@@ -82,6 +85,7 @@ class Stock:
 
     def __init__(self, spec: Spec, rank_info: RankInfo, device: torch.device) -> None:
         self.device, self.lean = device, spec.arm == "stock-lean"
+        self.grad_norm: float | None = None
         dtype = (torch.bfloat16 if self.lean else torch.float16) if device.type == "cuda" else torch.float32
         base = stock_llama(shapes.config(spec.model), device, dtype)
         self.model = adapt(base, spec.rank, spec.dropout, spec.checkpointing == "on").train()
@@ -98,11 +102,13 @@ class Stock:
             loss = self.engine(input_ids=ids, labels=ids).loss
             self.engine.backward(loss)
             self.engine.step()
+            self.grad_norm = _number(self.engine.get_global_grad_norm())
             return loss.detach()  # type: ignore[no-any-return]
         with torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext():
             loss = self.model(input_ids=ids, labels=ids).loss
         loss.backward()
-        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.grad_norm = _number(nn.utils.clip_grad_norm_(parameters, 1.0))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()  # type: ignore[no-any-return]
@@ -111,6 +117,10 @@ class Stock:
         if self.engine is not None:
             with redirect_stdout(io.StringIO()):
                 self.engine.destroy()
+
+
+def _number(norm: Any) -> float | None:
+    return None if norm is None else float(norm)
 
 
 ARMS: dict[str, type[Ours] | type[Stock]] = {"ours": Ours, "stock": Stock, "stock-lean": Stock}

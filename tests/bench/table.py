@@ -56,7 +56,12 @@ def make_table(rows: list[Row]) -> Table:
     """Columns: the setting; tokens/s and GiB of every arm; the ratio after each other arm."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     table = Table(
-        "model", "shape", "ckpt", "dropout", title="tokens/s · peak GiB · × = ours over theirs", title_justify="left"
+        "model",
+        "shape",
+        "ckpt",
+        "dropout",
+        title="tokens/s · peak GiB · gradient norm · × = ours over theirs",
+        title_justify="left",
     )
     for arm in arms:
         table.add_column(arm, justify="right")
@@ -79,7 +84,14 @@ def _cell(row: Row | None) -> str:
         return ""
     if not row.get("tokens_per_s"):
         return "no room" if "fit" in row.get("skipped", "") else "–"
-    return f"{row['tokens_per_s']:,} · {row['peak_gib']:.2f}"
+    peak = f" · {row['peak_gib']:.2f}" if "peak_gib" in row else ""  # an arm measured once more has none of its own
+    return f"{row['tokens_per_s']:,}{peak}" + (f" · |g| {norm(row)}" if "grad_norm" in row else "")
+
+
+def norm(row: Row) -> str:
+    """The gradient's norm in the last step: a step that learns nothing shows here, not in its speed."""
+    value = row.get("grad_norm")
+    return "overflow" if value is None else f"{value:.3g}"
 
 
 def show(rows: list[Row]) -> None:

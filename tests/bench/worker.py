@@ -32,6 +32,7 @@ LEAK_BYTES = 256 << 20  # still allocated after a shape: from here on the next s
 ANOTHER_WORKER = 3  # exit status: the parent starts another worker for the remaining orders
 LEAST_SECONDS = 1.5  # that the counted steps take together: a card's clocks and power follow within tenths of a second
 MOST_STEPS = 200
+PEAKS = ("peak_gib", "at_rest_gib", "reserved_gib", "outside_gib")  # true of an arm that is built for the row only
 
 
 class Worker:
@@ -51,9 +52,11 @@ class Worker:
                 self._write(None)  # not begun: the parent gives the order to another worker
                 return False
         try:
-            warm = 2 if self.kept else spec.warm
-            arm = self.kept or build(spec, self.rank_info, self.device)
+            kept, warm = self.kept, 2 if self.kept else spec.warm
+            arm = kept or build(spec, self.rank_info, self.device)
             result = measure(arm, spec, warm, self.rank_info, self.device, self.sensor)
+            if kept:  # its graphs were captured in its first measurement, and their memory with them
+                result = {name: value for name, value in result.items() if name not in PEAKS}
         except Exception as error:
             traceback.print_exc()
             self._write(spec.row(skipped=describe_error(error)))
@@ -117,7 +120,7 @@ def build(spec: Spec, rank_info: RankInfo, device: torch.device) -> Arm:
 def measure(
     arm: Arm, spec: Spec, warm: int, rank_info: RankInfo, device: torch.device, sensor: card.Sensor | str
 ) -> dict[str, Any]:
-    """The measured part of a row: medians over `counted` steps or more, after `warm` steps.
+    """The measured part of a row: medians over `counted` steps or more, after `warm` steps; loss and norm of the last.
 
     The peak of memory counts from the first step on, in which graphs are captured.
     """
@@ -130,6 +133,7 @@ def measure(
         stopwatch.start()
         result["loss"] = round(float(arm.step(ids)), 3)
         seconds.append(stopwatch.stop())
+        result["grad_norm"] = None if arm.grad_norm is None else round(arm.grad_norm, 4)
 
     for _ in range(warm):
         step()

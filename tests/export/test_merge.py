@@ -12,12 +12,15 @@ from tests.support.exports import adapted, equal_logits, exact_merge, export, ha
 from tests.support.oracles import llama, modelscope_qwen, tiny_config
 from tests.support.runs import tiny_run
 from train.commands import quantize
+from train.common import threads
 from train.common.errors import UserError
 from train.common.files import read_json, sha256, write_json
 from train.export import merge
 from train.model import lora
 from train.model.layouts import DecoderConfig, read_config
 from train.model.loading import load
+from train.ops.gptq import Scheme
+from train.ops.gptq import quantize as quantize_weight
 
 TOKENIZER = {"qwen.tiktoken", "tokenizer_config.json"}
 FILES = {"config.json", "generation_config.json", "manifest.json", "model.safetensors", *TOKENIZER}
@@ -100,6 +103,46 @@ def test_the_other_layout_has_the_same_logits(tmp_path: Path, layout: str, other
     assert {p.name for p in out.iterdir()} == (FILES - {"qwen.tiktoken"}) | tokenizer
     stops = read_json(out / "generation_config.json")["eos_token_id"]
     assert stops == ([258, 256] if other == "qwen2" else 258)  # Qwen-1's code takes one id, no list
+
+
+def random_block(int4: bool, act_order: bool = False) -> tuple[merge.State, merge.Delta]:
+    """A linear of 288 rows with its adapter, and a norm."""
+    make = torch.Generator().manual_seed(5)
+    weight = torch.randn(288, 128, generator=make)
+    state = quantize_weight(weight, Scheme(group_size=32)) if int4 else {"weight": weight.half()}
+    if act_order:
+        state["g_idx"] = state["g_idx"][torch.randperm(128, generator=make)]
+    pair = torch.randn(8, 128, generator=make), torch.randn(288, 8, generator=make)
+    named = {f"up.{name}": tensor for name, tensor in state.items()} | {"norm.weight": torch.randn(128, generator=make)}
+    return named, {"up": (*pair, 0.05)}
+
+
+BLOCKS = pytest.mark.parametrize(
+    ("int4", "act_order"), [(True, False), (True, True), (False, False)], ids=["int4", "act-order", "float"]
+)
+
+
+@BLOCKS
+def test_slices_and_cores_change_no_byte(int4: bool, act_order: bool, monkeypatch: Any) -> None:
+    state, delta = random_block(int4, act_order)
+    whole = merge.merge_block(state, delta, 4, torch.float16)
+    monkeypatch.setitem(merge.SLICE, "cpu", 128 * 64)
+    monkeypatch.setattr(threads, "workers", lambda: 4)
+    assert len(merge._slices(whole["up.weight"], merge.CPU)) == 5
+    sliced = merge.merge_block(state, delta, 4, torch.float16)
+    assert list(sliced) == list(whole)
+    assert all(torch.equal(sliced[name], whole[name]) for name in whole)
+
+
+@pytest.mark.gpu
+@BLOCKS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_gpu_writes_the_bytes_of_the_cpu(int4: bool, act_order: bool, dtype: torch.dtype, monkeypatch: Any) -> None:
+    state, delta = random_block(int4, act_order)
+    expected = merge.merge_block(state, delta, 4, dtype)
+    monkeypatch.setitem(merge.SLICE, "cuda", 128 * 64)
+    found = merge.merge_block(state, delta, 4, dtype, torch.device("cuda"))
+    assert all(found[name].device == merge.CPU and torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_float_linears_merge_too(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.support.oracles import llama, modelscope_qwen, tiny_checkpoint, tiny_config, tiny_decoder
 from train.common.errors import UserError
+from train.common.files import read_json
 from train.config.recipe import Recipe
 from train.model import lora
 from train.model.decoder import Decoder, linear_names
@@ -144,6 +145,22 @@ def test_equal_adapters_are_equal_bytes_with_no_path_in_them(tmp_path: Path) -> 
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     assert '"base_model_name_or_path": "Qwen/tiny"' in (tmp_path / "one" / lora.CONFIG).read_text()
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == [lora.CONFIG, lora.WEIGHTS]
+
+
+@LAYOUT
+def test_the_config_has_the_fields_of_stock_peft(layout: str, tmp_path: Path) -> None:
+    """And the parameters are called as peft's, so checkpoints of runs that trained peft's layers still load."""
+    ours = lora.attach(tiny_decoder(tiny_config(layout)), recipe(dropout=0.1))
+    lora.save_adapter(ours, tmp_path)
+    keys = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": list(linear_names(layout))}
+    stock = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="Qwen/tiny", inference_mode=True, **keys)
+    expected = {name: sorted(v) if isinstance(v, set) else v for name, v in stock.to_dict().items()}
+    assert read_json(tmp_path / lora.CONFIG) == expected
+    theirs = get_peft_model(tiny_decoder(tiny_config(layout)), LoraConfig(**keys))
+    assert {name: p.shape for name, p in lora.trainable(theirs).items()} == {
+        name: p.shape for name, p in lora.trainable(ours).items()
+    }
+    assert list(lora.trainable(theirs)) == list(lora.trainable(ours))
 
 
 def test_delta_is_what_the_adapter_adds(tmp_path: Path) -> None:

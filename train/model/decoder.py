@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
+from train.model.empty_layers import EmptyEmbedding, EmptyLinear
 from train.model.layouts import LAYOUTS, DecoderConfig
 from train.ops.cross_entropy import chunked_cross_entropy
 from train.ops.offload import HostEmbedding
@@ -29,7 +30,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size).fill_(1.0))  # torch.ones imports sympy on the meta device
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,8 +115,8 @@ class Attention(nn.Module):
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         sizes = (q, kv, kv) if len(names.qkv) == 3 else (q + 2 * kv,)
         for name, size in zip(names.qkv, sizes, strict=True):
-            self.add_module(name, nn.Linear(hidden, size, bias=True))
-        self.add_module(names.out, nn.Linear(q, hidden, bias=False))
+            self.add_module(name, EmptyLinear(hidden, size, bias=True))
+        self.add_module(names.out, EmptyLinear(q, hidden, bias=False))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, H] -> q [B, Hq, T, D], k and v [B, Hkv, T, D]."""
@@ -155,9 +156,9 @@ class MLP(nn.Module):
         super().__init__()
         self.names = config.names
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.add_module(self.names.up, nn.Linear(hidden, inner, bias=False))
-        self.add_module(self.names.gate, nn.Linear(hidden, inner, bias=False))
-        self.add_module(self.names.down, nn.Linear(inner, hidden, bias=False))
+        self.add_module(self.names.up, EmptyLinear(hidden, inner, bias=False))
+        self.add_module(self.names.gate, EmptyLinear(hidden, inner, bias=False))
+        self.add_module(self.names.down, EmptyLinear(inner, hidden, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         up, gate, down = (getattr(self, name) for name in (self.names.up, self.names.gate, self.names.down))
@@ -198,7 +199,7 @@ class Backbone(nn.Module):
         super().__init__()
         names = config.names
         self.config, self.gradient_checkpointing, self.offload = config, False, False
-        self.add_module(names.embed, nn.Embedding(config.vocab_size, config.hidden_size))
+        self.add_module(names.embed, EmptyEmbedding(config.vocab_size, config.hidden_size))
         self.add_module(names.blocks, nn.ModuleList(DecoderBlock(config) for _ in range(config.num_hidden_layers)))
         self.add_module(names.norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
 
@@ -293,7 +294,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.add_module(config.names.root, Backbone(config))
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = EmptyLinear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:

@@ -11,6 +11,11 @@ from train.ops import kernels
 from train.ops.gptq import WORD, Scheme, dequantize, groups_in_order
 
 
+def _zeros(*size: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """torch.zeros, which imports sympy on the meta device: a second for nothing."""
+    return torch.empty(size, dtype=dtype, device=device).zero_()
+
+
 class Int4Linear(nn.Linear):
     """A frozen linear layer whose weight is packed: y = x W + bias, in the dtype of x.
 
@@ -27,13 +32,14 @@ class Int4Linear(nn.Linear):
         scheme.check(in_features)
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         groups, per = in_features // scheme.rows(in_features), WORD // scheme.bits
-        int32 = partial(torch.zeros, dtype=torch.int32, device=device)
-        half = partial(torch.zeros, dtype=torch.float16, device=device)
-        g_idx = torch.arange(in_features, dtype=torch.int32, device=device) // (in_features // groups)
+        int32 = partial(_zeros, dtype=torch.int32, device=device)
+        half = partial(_zeros, dtype=torch.float16, device=device)
         self.register_buffer("qweight", int32(in_features // per, out_features))
         self.register_buffer("qzeros", int32(groups, -(-out_features // per)))
         self.register_buffer("scales", half(groups, out_features))
-        self.register_buffer("g_idx", g_idx)
+        self.register_buffer("g_idx", int32(in_features))
+        if not self.g_idx.is_meta:  # a division there imports sympy
+            self.g_idx.copy_(torch.arange(in_features, device=device) // (in_features // groups))
         self.register_buffer("bias", half(out_features) if bias else None)
         self._float_weight: Tensor | None = None
         self._in_order: bool | None = None  # whether g_idx is in order: computed at first use, as it synchronises a GPU

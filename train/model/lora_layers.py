@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train.model.empty_layers import EmptyLinear
+
 NAME = "default"  # of the one adapter, as peft names it
 
 
@@ -57,7 +59,7 @@ class LoraLinear(nn.Module):
 
 
 def _without_values(columns: int, rows: int, device: torch.device | None) -> nn.Linear:
-    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear = EmptyLinear(columns, rows, bias=False, device="meta")
     linear.weight = nn.Parameter(torch.empty(rows, columns, dtype=torch.float32, device=device))
     return linear
 

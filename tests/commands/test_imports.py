@@ -1,0 +1,53 @@
+"""What each verb imports before it knows what it has to do: heavy packages that it never uses make everybody wait."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import tiny_run
+
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "pyarrow",
+    "openpyxl",
+    "sympy",
+    "triton",
+}
+LOADS_A_MODEL = {"torch", "triton"}  # torch brings the rest of what it needs; sympy and transformers are not among it
+ALLOWED: dict[str, set[str]] = {
+    **{verb: set[str]() for verb in ("data", "plan", "fetch", "model", "train", "demo")},
+    **dict.fromkeys(("infer", "compare", "export", "quantize", "doctor", "verify"), LOADS_A_MODEL),
+}
+
+
+def loaded(code: str) -> set[str]:
+    """The packages of HEAVY that a Python process has imported after `code`."""
+    script = f"{code}\nimport json, sys\nprint(json.dumps(sorted({HEAVY!r} & set(sys.modules))))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("verb", ALLOWED)
+def test_a_verb_imports_only_what_it_needs(verb: str) -> None:
+    assert loaded(f"import train.__main__, train.commands.{verb}") <= ALLOWED[verb]
+
+
+def test_a_whole_summary_of_data_and_a_plan_need_none_of_them() -> None:
+    run = "from train.__main__ import main\nassert main({}) == 0"
+    assert loaded(run.format(["data", "data=data/demo.jsonl"])) == set()
+    assert loaded(run.format(["plan", "gpu=8G", "model=Qwen/Qwen-1_8B-Chat-Int4"])) == set()
+
+
+def test_a_whole_answer_of_a_run_needs_only_torch(tmp_path: Path) -> None:
+    """Building a model on the meta device has brought torch._dynamo and sympy before, and choosing a token transformers."""
+    run = tiny_run(tmp_path)
+    words = ["infer", "run=tiny", f"models={tmp_path / 'models'}", f"runs={run.parent}", "prompt=a", "max_tokens=2"]
+    assert loaded(f"from train.__main__ import main\nassert main({words}) == 0") <= LOADS_A_MODEL
