@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from train.common import commands
 from train.common.errors import UserError
 from train.common.files import sha256
 from train.data import dataset_info, hub_data, mixture
@@ -31,10 +32,6 @@ from train.data.hub_data import HubSet
 from train.data.mixture import Draw
 
 SEPARATOR = ","
-CONTAINER = {  # what a container sees of the host, by how it was started
-    "compose": "It sees ./data as data/, and no other folder: put the file there, or DATA_DIR=FOLDER before the command.",
-    "docker": 'It sees what is mounted: -v "FOLDER:/workspace/data", and data=data/NAME.',
-}
 
 
 @dataclass(frozen=True)
@@ -280,8 +277,8 @@ def _missing(word: str, path: Path | None, registry: Path | None) -> str:
 def _missing_path(path: Path) -> str:
     if path.is_symlink():
         return f"{str(path)!r}: a link to {path.readlink()}, which is not there."
-    if path.is_absolute() and not path.parent.is_dir() and (form := os.environ.get("COMMANDS_AS", "")) in CONTAINER:
-        return f"{str(path)!r}: no such file in the container. {CONTAINER[form]}"
+    if path.is_absolute() and not path.parent.is_dir() and (sees := commands.container_sees()):
+        return f"{str(path)!r}: no such file in the container. {sees}"
     neighbours: list[str] = []
     with suppress(OSError):
         neighbours = [p.name for p in path.parent.iterdir()]

@@ -21,7 +21,7 @@ from train.runs.record_form import find_problem
 LOCK = ".lock"  # held by the process that trains
 RECIPE = "recipe.yaml"  # the recipe after overrides
 INPUTS = "inputs.json"  # hashes of data, base and recipe: what this folder belongs to
-RUNTIME = ".runtime"  # container, where one began the run: docker/run does not continue it elsewhere unasked
+RUNTIME = ".runtime"  # container, where one began the run: `make train` does not continue it elsewhere unasked
 LINEAGE = "lineage.txt"  # for a person: the runs that this one starts from, one line each
 LOSSES = "losses.jsonl"  # one line per step
 TENSORBOARD = "tensorboard"
