@@ -10,11 +10,11 @@ import shlex
 from collections.abc import Sequence
 
 FORMS = {"make": "make", "compose": "docker compose run --rm", "docker": "docker run … IMAGE"}
-VERBS = "model|fetch|quantize|doctor|plan|data|train|export|infer|compare|report|verify|demo"  # targets of make that the others have
-CONTAINER_SEES = {  # of the host, by how it was started
+CONTAINER = {  # what a container sees of the host, by how it was started
     "compose": "It sees ./data as data/, and no other folder: put the file there, or DATA_DIR=FOLDER before the command.",
     "docker": 'It sees what is mounted: -v "FOLDER:/workspace/data", and data=data/NAME.',
 }
+VERBS = "model|fetch|quantize|doctor|plan|data|train|export|infer|compare|report|verify|demo"  # targets of make that others have
 USUAL = {"models": "models", "runs": "runs"}  # folders that a command need not name
 
 
@@ -27,6 +27,11 @@ def make(target: str, args: Sequence[str] = (), /, **keys: object) -> str:
     given = {key: str(value) for key, value in keys.items() if str(value) != USUAL.get(key, "")}
     words = [f"{key.upper()}={_quote(value)}" for key, value in given.items()]
     return spelt(" ".join(["make", target, *words, *([f"ARGS={_quote_args(args)}"] if args else [])]))
+
+
+def container_sees() -> str:
+    """What this container sees of the host; empty outside one, and where make mounts what is named."""
+    return CONTAINER.get(os.environ.get("COMMANDS_AS", ""), "")
 
 
 def spelt(text: str) -> str:

@@ -277,8 +277,7 @@ def _missing(word: str, path: Path | None, registry: Path | None) -> str:
 def _missing_path(path: Path) -> str:
     if path.is_symlink():
         return f"{str(path)!r}: a link to {path.readlink()}, which is not there."
-    sees = commands.CONTAINER_SEES.get(os.environ.get("COMMANDS_AS", ""))
-    if sees and path.is_absolute() and not path.parent.is_dir():
+    if path.is_absolute() and not path.parent.is_dir() and (sees := commands.container_sees()):
         return f"{str(path)!r}: no such file in the container. {sees}"
     neighbours: list[str] = []
     with suppress(OSError):
