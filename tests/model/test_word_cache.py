@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 
 from tests.model.test_tokenizer import MATERIAL, lines, published  # noqa: F401  # a fixture
+from train.model import tokenizer as tokenizer_files
 from train.model import word_cache
 from train.model.tokenizer import MANY, Tokenizer, byte_level_bpe, load_tokenizer
 from train.model.word_cache import PATTERN, Borders, fits
@@ -101,6 +102,7 @@ def test_another_pattern_is_left_to_the_library(tokenizer: Tokenizer) -> None:
 
 
 def test_a_few_texts_do_not_wait_for_the_cache(published: Path) -> None:  # noqa: F811
+    tokenizer_files._load.cache_clear()  # another test may have loaded it
     fresh = load_tokenizer(published)
     assert as_lists(fresh.encode_batch(["hi", "说明"])) == [fresh.encode("hi"), fresh.encode("说明")]
     assert fresh._words is None

@@ -18,12 +18,15 @@ INSTALLERS = {
 FETCHES = re.compile(
     r"\b(curl|wget|npx|git clone|(?:uv )?pip3? (?:install|download)|pipx? run|npm (?:install|i|ci|exec)|"
     r"apt(?:-get)?\s+(?:-\S+\s+)*install|go install"
-    r"|cargo install|gem install|docker pull)\b"
+    r"|cargo install|gem install|docker pull(?! \"\$image\"))\b"
 )
 
 
 def commands(name: str, text: str) -> list[str]:
-    """Shell, make and RUN: nothing is fetched but by the two installers, and by them by hash or snapshot."""
+    """Shell, make and RUN: nothing is fetched but by the two installers, and by them by hash or snapshot.
+
+    The image that the user names with IMAGE= is theirs to pin.
+    """
     text = re.sub(r"\\\n\s*", " ", text)  # lines that go on
     found = []
     for line in text.splitlines():

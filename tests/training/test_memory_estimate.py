@@ -158,7 +158,8 @@ def test_billions_of_weights_are_those_of_the_names() -> None:
         embedding = memory_estimate.embedding_bytes(shape, Setting(1, 64, "off"))
         billions = (memory_estimate.block_weight_bytes(replace(shape, bits=16)) + embedding) / 2e9
         in_the_name = float(name.rpartition("-")[2].removesuffix("B").replace("_", "."))
-        assert in_the_name * 0.96 < billions < in_the_name * 1.13, (name, billions)
+        low = 0.92 if name.startswith("Qwen1.5-0.5B") else 0.96  # published with 464 million, and a tied head
+        assert in_the_name * low < billions < in_the_name * 1.13, (name, billions)
 
 
 def test_estimating_loads_no_torch() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.ops.test_offload import LateCopies
 from tests.support import memory
 from tests.support.fused_step import PACKED, RAGGED, adapted_decoder, batch_of, bound_step
-from tests.support.oracles import tiny_checkpoint, tiny_config
+from tests.support.oracles import tiny_checkpoint, tiny_config, tiny_decoder
 from train.commands import train as command
 from train.common.errors import UserError
 from train.config.options import build
@@ -140,7 +140,7 @@ def test_the_decoders_own_passes_send_each_blocks_input_to_the_host(monkeypatch:
     monkeypatch.setattr(decoder, "save_on_cpu", Counted)
     torch.manual_seed(0)
     config = tiny_config("qwen2")
-    model: Any = decoder.Decoder(config).train()
+    model: Any = tiny_decoder(config).train()
     model.lm_head.requires_grad_(False)
     ids, grads = torch.randint(0, 512, (2, 20)), []
     for checkpointing in ("on", "offload"):

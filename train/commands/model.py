@@ -125,7 +125,7 @@ def _list() -> None:
     from rich.console import Console
 
     _, published = catalogue.read_entries(catalogue.LOCK)
-    Console(width=None if Console().is_terminal else 120).print(_table(published))
+    Console(width=None if Console().is_terminal else 130).print(_table(published))
     print(
         "Sizes follow from the published architecture. The smallest card by each of two recipes, with the batch,\n"
         "checkpointing and place of the embedding that need least: make plan MODEL=… GPU=8G shows what is fastest on one.\n"
@@ -137,7 +137,10 @@ def _table(published: list[PublishedModel]) -> "Table":
     from rich.table import Table
 
     recipes = {name: load_recipe(name, {}) for name in RECIPES}
-    table = Table("model", "layout", "licence")
+    table = Table()
+    table.add_column("model", no_wrap=True)  # names are what people copy
+    table.add_column("layout")
+    table.add_column("licence")
     for heading in ("parameters", "on disk", *(f"card: {name}" for name in recipes)):
         table.add_column(heading, justify="right")
     for model in published:
