@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_two_blocks_of_a_published_shape_on_the_gpu(shape: str) -> None:
 
     torch.manual_seed(0)
     c = shapes.config(shape)
-    c.num_hidden_layers = 2
+    c = replace(c, num_hidden_layers=2)
     model = shapes.random_decoder(c, torch.device("cuda"), torch.bfloat16).eval()
     for batch, width in ((1, 300), (32, 40), (3, 300)):
         rows = differences(model, batch, width, 4, True)[1:].amin(0)

@@ -91,7 +91,9 @@ def plain_loss(run: str, device: str = "cpu", dtype: torch.dtype = torch.float32
     """The held-out loss of a finished run's adapter, sample by sample."""
     model = load_adapter(load(Path("models/tiny-Int4"), dtype, device), Path("runs") / run / "adapter")
     recipe = prepare.Recipe.from_record(read_json(Path("runs") / run / "run.json")["recipe"])
-    prepared = prepare.prepare(recipe, "asked.jsonl", Path("runs") / run, None, Path("models"), 1, "float32")
+    prepared = prepare.prepare(
+        recipe, "asked.jsonl", Path("runs") / run, None, Path("models"), 1, str(dtype).removeprefix("torch.")
+    )
     total, count = 0.0, 0
     for sample in prepared.held_out:
         ids = torch.tensor(sample.ids[None].tolist(), device=device)
@@ -112,16 +114,18 @@ def test_the_value_is_that_of_the_finished_adapter_without_dropout() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("keys", [{}, {"embedding": "host", "checkpointing": "offload"}, {"graphs": "off"}], ids=str)
 def test_on_a_gpu_it_changes_no_byte_and_is_the_plain_loss(keys: dict[str, Any]) -> None:
+    """Each run is a process of its own: NCCL and DeepSpeed start once in a process."""
     keys = {**keys, "precision": "bf16", "zero": 2}
-    train(run="held-gpu", **HELD | keys)
-    train(run="rest-gpu", **KEYS | keys | {"data": "rest.jsonl"})
+    for run, its_keys in (("held-gpu", HELD), ("rest-gpu", {**KEYS, "data": "rest.jsonl"})):
+        shutil.rmtree(Path("runs") / run, ignore_errors=True)
+        with start({"run": run, **its_keys, **keys}) as process:
+            output = process.communicate()[0]
+        assert process.returncode == 0, output
     assert adapter("held-gpu") == adapter("rest-gpu")
     assert without_held_out("held-gpu") == losses("rest-gpu")
     assert held_out(losses("held-gpu"))[-1][1] == pytest.approx(
         plain_loss("held-gpu", "cuda", torch.bfloat16), rel=1e-2
     )
-    for run in ("held-gpu", "rest-gpu"):
-        shutil.rmtree(Path("runs") / run)
 
 
 def test_the_run_keeps_the_split_and_says_what_it_measured(

@@ -200,9 +200,12 @@ def leave_process_group() -> None:
     destroy_single_process_group()
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    dist.barrier()
     if dist.get_backend() == "nccl":
+        import torch
+
+        dist.barrier(device_ids=[torch.cuda.current_device()])  # PyTorch warns if it has to choose the card itself
         return dist.destroy_process_group()
+    dist.barrier()
     for group in dist.distributed_c10d._world.pg_map:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # never freed: the interpreter's exit would destroy it too
     time.sleep(SETTLE_SECONDS)
