@@ -173,7 +173,7 @@ def _datasets(options: Options) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     load_tokenizer(Path(options.tokenizer)).save(folder)
     stock = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    datasets.disable_progress_bars()
+    datasets.disable_progress_bar()
     began = time.monotonic()
     rows = datasets.load_dataset(
         "json", data_files=options.data, split="train", cache_dir=str(Path(options.work, "datasets"))

@@ -19,6 +19,7 @@ from train.common.files import read_json, read_json_lines, sha256, write_json, w
 from train.data import conversations
 from train.data.conversations import Conversation, training_data
 from train.data.questions import read as read_question_file
+from train.data.streamed import take
 from train.evaluation.parity import BUILTIN_QUESTIONS
 from train.evaluation.report import AnsweredQuestion, draw_losses, write_report
 from train.inference.generate import answers
@@ -117,8 +118,10 @@ def trained_on(record: dict[str, Any], run: Path) -> tuple[Sequence[Conversation
     if "cleaned" in record:
         left_out = {row["row"] - 1 for row in read_json_lines(_unchanged(run / REMOVED, record["cleaned"]["sha256"]))}
     aside = {(one.turns, one.system) for one in held_out_conversations(record, run)}
-    kept = [one for row, one in enumerate(rows) if row not in left_out and (one.turns, one.system) not in aside]
-    return kept, name
+    kept = [
+        row for row, one in enumerate(rows) if row not in left_out and (one.turns, one.system) not in aside
+    ]  # numbers only: large data stays on the disk
+    return take(rows, kept), name
 
 
 def _unchanged(path: Path, recorded: str) -> Path:

@@ -1,4 +1,4 @@
-"""Many texts to ids at once, several times as fast as the library, with the same ids.
+"""Many texts to ids at once, faster than the library, with the same ids.
 
 Text has few different words, so each is encoded once and then looked up. Chinese has no spaces, and most of its runs
 of characters are new. But two neighbours can only be merged if some token of the vocabulary spans them; between all
