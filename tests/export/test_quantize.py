@@ -11,6 +11,7 @@ from train.commands import quantize as command
 from train.common.errors import UserError
 from train.common.files import read_json
 from train.config.options import build
+from train.export import quantize as quantization
 from train.export.quantize import pack_linear
 from train.model import loading
 from train.model.int4_linear import Int4Linear
@@ -117,6 +118,16 @@ def test_a_linear_that_does_not_fit_the_groups_leaves_nothing_behind(tmp_path: P
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.down_proj: 96 inputs"):
         command.run(command.Options(model=str(source), models=str(tmp_path), group_size=64))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_without_the_memory_it_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_checkpoint(tmp_path / "base", tiny_config(), int4=False)
+    monkeypatch.setattr(quantization, "free_memory", lambda: 10**8)
+    with pytest.raises(UserError, match=r"0\.\d GB of memory are needed to make it Int4, 0\.1 GB are free"):
+        quantized(tmp_path, source)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_the_reported_error_is_that_of_the_weights(tmp_path: Path) -> None:
