@@ -129,6 +129,7 @@ def _list() -> None:
     print(
         "Sizes follow from the published architecture. The smallest card by each of two recipes, with the batch,\n"
         "checkpointing and place of the embedding that need least: make plan MODEL=… GPU=8G shows what is fastest on one.\n"
+        "The licence that counts is the LICENSE file that comes with a model.\n"
         "Fetch a model: make model MODEL=Qwen/NAME"
     )
 
