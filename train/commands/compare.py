@@ -17,7 +17,6 @@ from train.common.progress import bar
 from train.config.options import option
 from train.config.recipe import Recipe
 from train.evaluation.answers import (
-    CUT,
     ModelPair,
     answer_questions,
     answered_questions,
@@ -29,6 +28,7 @@ from train.evaluation.answers import (
     write_answers,
 )
 from train.evaluation.report import AnsweredQuestion, legend, plot, smoothed
+from train.inference.generate import CUT
 from train.model.folder import resolve
 from train.pages import run_page
 from train.runs.folder import read_run

@@ -23,9 +23,9 @@ from train.data.chat_template import DEFAULT_SYSTEM
 from train.data.formats import Turn
 from train.data.questions import read as read_questions
 from train.inference.answer_file import AnswerFile, default_path
-from train.inference.ask_file import CUT, ask, inputs_of
+from train.inference.ask_file import ask, inputs_of
 from train.inference.chat import Chat, chat_model, print_answer, stock_chat_model, typed_lines
-from train.inference.generate import notice
+from train.inference.generate import CUT, notice
 from train.inference.sampling import Sampling
 from train.inference.stock import load_stock
 from train.inference.trained import TrainedModel, find_source, identity, load_trained

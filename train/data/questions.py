@@ -213,14 +213,14 @@ def _read_workbook(path: Path, file: DataFile) -> QuestionFile:
 
 def _of_table(table: Table) -> tuple[tuple[str, ...], list[Question], str]:
     """(names of the columns, the questions, which column they are from)."""
-    rows = (row for row in table.rows if row.broken or not all(map(_blank, row.cells)))
+    rows = (row for row in table.rows if row.broken or not all(map(tables.blank, row.cells)))
     header = next(rows, None)
     if header is None:
         return (), [], ""
     if header.broken:
         raise UserError(str(tables.cell_problem(table, header, *header.broken)))
     cells = list(header.cells)
-    while cells and _blank(cells[-1]):
+    while cells and tables.blank(cells[-1]):
         cells.pop()
     names = _unique([tables.shown(cell) or tables.letter(n) for n, cell in enumerate(cells)])
     roles = {columns.role_of(name): index for index, name in reversed(list(enumerate(names)))}
@@ -241,10 +241,6 @@ def _unique(names: Sequence[str]) -> tuple[str, ...]:
             number += 1
         seen.append(other)
     return tuple(seen)
-
-
-def _blank(cell: Any) -> bool:
-    return cell is None or (isinstance(cell, str) and not cell.strip())
 
 
 def _listed(problems: Sequence[Problem]) -> str:
@@ -274,9 +270,9 @@ class _RowReader:
         if index is None:
             return ""
         cell = row.cells[index] if index < len(row.cells) else None
-        if _blank(cell) and (why := self.table.why_empty(row.number, index)):
+        if tables.blank(cell) and (why := self.table.why_empty(row.number, index)):
             cell = why
-        text = "" if _blank(cell) else tables.as_text(cell) if not isinstance(cell, BadCell) else cell
+        text = "" if tables.blank(cell) else tables.as_text(cell) if not isinstance(cell, BadCell) else cell
         if isinstance(text, BadCell):
             self.problems.append(tables.cell_problem(self.table, row, index, text, self.names))
         elif needed and not text.strip():
@@ -286,7 +282,7 @@ class _RowReader:
 
     def _history(self, row: TableRow) -> tuple[Turn, ...]:
         index = self.roles.get("history")
-        if row.broken or index is None or index >= len(row.cells) or _blank(row.cells[index]):
+        if row.broken or index is None or index >= len(row.cells) or tables.blank(row.cells[index]):
             return ()
         pairs = tables.as_list(row.cells[index])
         turns = () if isinstance(pairs, BadCell) else tuple(turn for pair in _pairs(pairs) for turn in pair)

@@ -93,7 +93,7 @@ def read_below(table: Table, header: Header) -> Iterator[DataRow]:
     reader = _RowReader(table, header)
     yield DataRow(_first_location(table), file=table.file.name, notes=(*table.notes, reader.note()))
     for row in table.rows:
-        if row.broken or any(not _blank(cell) for cell in row.cells):
+        if row.broken or any(not blank(cell) for cell in row.cells):
             yield reader.row(row)
     if reader.numbers:
         yield DataRow(_first_location(table), file=table.file.name, notes=(reader.numbers_note(),))
@@ -103,7 +103,8 @@ def _first_location(table: Table) -> str:
     return f"{table.file.name}: {table.prefix}row 1"
 
 
-def _blank(cell: Any) -> bool:
+def blank(cell: Any) -> bool:
+    """Whether a cell shows nothing."""
     return cell is None or (isinstance(cell, str) and not cell.strip())
 
 
@@ -215,7 +216,7 @@ class _RowReader:
     def _value(self, role: str, value: Any, row: TableRow, index: int) -> Any:
         if isinstance(value, BadCell):
             return value
-        if _blank(value):
+        if blank(value):
             reason = self.table.why_empty(row.number, index)
             return reason or (value or "" if role in REQUIRED else None)
         if role in LISTS:
@@ -236,7 +237,7 @@ def shape_problems(table: Table, row: TableRow, count: int) -> Iterator[Problem]
         remedy = "write the missing cell, or the delimiters of an empty one"
         bad = BadCell(f"a row of {_counted(row.cells)}", expected, remedy, "too few cells")
         yield cell_problem(table, row, len(row.cells), bad)
-    elif table.ragged and any(not _blank(cell) for cell in row.cells[count:]):
+    elif table.ragged and any(not blank(cell) for cell in row.cells[count:]):
         remedy = 'put a text that holds the delimiter into double quotes: "…"'
         yield cell_problem(
             table, row, count, BadCell(f"a row of {_counted(row.cells)}", expected, remedy, "too many cells")

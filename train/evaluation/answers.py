@@ -22,7 +22,7 @@ from train.data.questions import read as read_question_file
 from train.data.streamed import take
 from train.evaluation.parity import BUILTIN_QUESTIONS
 from train.evaluation.report import AnsweredQuestion, draw_losses, write_report
-from train.inference.generate import answers
+from train.inference.generate import CUT, answers
 from train.model.adapter_file import check_present
 from train.model.folder import find_damage, read_manifest
 from train.model.loading import fits, keeps_float, load
@@ -32,7 +32,6 @@ from train.runs import losses
 from train.runs.folder import HELD_OUT, LOSSES, REMOVED
 from train.runs.record_form import PARITY, find_problem
 
-CUT = "…"  # ends an answer that was cut off
 DATA_QUESTIONS = 8  # questions taken from the training data when no file of questions is given
 
 

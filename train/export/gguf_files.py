@@ -15,13 +15,14 @@ from torch import Tensor
 
 from train.data.chat_template import chat_template
 from train.export.gguf_tensors import OutTensor, gguf_name
+from train.model.gguf_reader import CONTROL, NORMAL, USER_DEFINED
 from train.model.layouts import DecoderConfig, convert_config, convert_tensors
 from train.model.loading import read_folder_config
 from train.model.stops import answer_end
 from train.model.tokenizer import Tokenizer
 
 FILE_TYPES = {"q4_0": 2, "f16": 1, "q8_0": 7, "bf16": 32, "f32": 0}  # general.file_type
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+UNUSED = 5  # tokenizer.ggml.token_type: a row of the embedding without a token
 CONTEXT = 4096  # num_ctx of a Modelfile, at most: Ollama keeps memory for all of it
 
 

@@ -13,11 +13,10 @@ from train.data.chat_template import prompt
 from train.data.questions import QuestionFile
 from train.inference import sessions
 from train.inference.answer_file import AnswerFile
-from train.inference.generate import answer_rows
+from train.inference.generate import CUT, answer_rows
 from train.inference.sampling import Sampling
 from train.inference.trained import TrainedModel
 
-CUT = "…"  # ends an answer that was cut off
 WINDOW = 4  # batches
 
 

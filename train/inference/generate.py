@@ -24,6 +24,8 @@ from train.inference.sampling import Choose, Sampling, chooser
 from train.model.decoder import Decoder
 from train.model.tokenizer import Tokenizer
 
+CUT = "…"  # ends an answer that was cut off
+
 
 def notice(text: str) -> None:
     """Print `text` on the standard error, apart from answers."""
