@@ -184,7 +184,6 @@ def decoding(
     from train.inference.decode_graph import SHORT_PROMPT, DecodeSession
     from train.inference.decode_layers import DecodeLayers
     from train.model import lora
-    from train.ops.kernels import l2_prefetch
 
     shape = replace(shapes.SHAPES[model], layers=layers, vocabulary=512)
     base = shapes.random_decoder(shapes.decoder_config(shape), torch.device("cpu"), half_dtype(capability)).eval()
@@ -195,7 +194,6 @@ def decoding(
     if ids.numel() <= SHORT_PROMPT:
         session.start(wrapped, ids, torch.ones_like(ids))
     session.step()
-    l2_prefetch.prefetch(l2_prefetch.table([base.get_input_embeddings().weight]), 4)
 
 
 def formats(capability: int) -> None:

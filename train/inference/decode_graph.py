@@ -20,12 +20,10 @@ from train.inference.decode_layers import DecodeLayers
 from train.inference.prompt_graph import WIDTHS, PromptGraphs, pad_left, padded_width, prompt_mask
 from train.model.decoder import ntk_alpha, rope_tables, rotate_heads, sdpa_mask
 from train.ops import decode_step
-from train.ops.kernels import l2_prefetch
 from train.ops.kernels.runtime import multiprocessors
 
 CAPACITY_STEP = 512  # capacities are multiples of it, so a longer answer seldom needs another graph
 SHORT_PROMPT = 4096  # up to this many tokens in a batch of prompts, the step's layers serve: fewer calls, more memory
-PREFETCH_PROGRAMS = 4  # for each weight; so few that they leave the multiprocessors to the block that computes
 MIN_KEYS_PER_SPLIT = 64  # fewer are not worth another program
 
 
@@ -59,8 +57,6 @@ class DecodeSession:
         self.splits = self._attention_splits()
         self.arrivals = torch.zeros(batch, self.heads, dtype=torch.int32, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        can_prefetch = device.type == "cuda" and all(block.read_once is not None for block in layers.blocks)
-        self.beside = torch.cuda.Stream() if can_prefetch and PREFETCH_PROGRAMS else None
         self.prompt_graphs: PromptGraphs | None = None
         if use_graph and device.type == "cuda":
             self._capture()
@@ -184,35 +180,17 @@ class DecodeSession:
         return self.logits
 
     def _step(self) -> None:
-        h = self._blocks(F.embedding(self.token, self.layers.embed), self._attend, self._prefetch)
-        if self.beside is not None:
-            torch.cuda.current_stream().wait_stream(self.beside)
+        h = self._blocks(F.embedding(self.token, self.layers.embed), self._attend)
         self.logits.copy_(self.layers.head(h))
         self.token.copy_(self.logits.argmax(-1))
         self.slot += 1
 
-    def _prefetch(self, n: int) -> None:
-        """Bring the weights of the block after block n into the GPU's cache, beside what computes block n."""
-        weights = self.layers.blocks[n + 1].read_once if n + 1 < len(self.layers.blocks) else None
-        if self.beside is None or weights is None:
-            return
-        self.beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.beside):
-            l2_prefetch.prefetch(weights, PREFETCH_PROGRAMS)
-
-    def _blocks(
-        self, x: Tensor, attend: Callable[[Tensor, int], Tensor], before: Callable[[int], None] = lambda n: None
-    ) -> Tensor:
-        """[M, H] through all blocks and the last norm.
-
-        Args:
-            attend: gets q, k, v as split-K partial sums, and the block index. before: is called with each block index.
-        """
+    def _blocks(self, x: Tensor, attend: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """[M, H] through all blocks and the last norm; `attend` gets q, k, v as split-K partial sums, and the block index."""
         layers, eps = self.layers, self.layers.config.rms_norm_eps
         next_norms = [block.norm1 for block in layers.blocks[1:]] + [layers.norm]
         x, h = decode_step.add_norm(x, None, layers.blocks[0].norm1, eps)
         for n, (block, next_norm) in enumerate(zip(layers.blocks, next_norms)):
-            before(n)
             x, h = decode_step.add_norm(x, block.out(attend(block.qkv(h), n)), block.norm2, eps)
             x, h = decode_step.add_norm(x, block.down(block.swiglu(h)), next_norm, eps)
         return h

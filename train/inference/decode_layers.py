@@ -23,7 +23,6 @@ from train.ops.kernels import gptq_matmul
 from train.ops.kernels.decode_step import swiglu_parts
 from train.ops.kernels.gptq_matmul import NO_SEGMENT, SEGMENT_COLUMNS, LowRankSegments, PackedWeight, down_product
 from train.ops.kernels.gptq_tiles import MAX_BATCH
-from train.ops.kernels.l2_prefetch import table
 
 Product = Callable[[Tensor], Tensor]  # x [M, K] -> [S, M, N], split-K partial sums, to be added in order
 LoraPair = tuple[Tensor, Tensor, float]  # A [r, K], B [N, r], alpha / r
@@ -176,7 +175,6 @@ class DecodeBlock:
     norm2: Tensor
     swiglu: Product
     down: Product
-    read_once: Tensor | None  # the packed weights and adapters, as a table for ops/kernels/l2_prefetch.py
 
 
 class DecodeLayers:
@@ -204,7 +202,6 @@ class DecodeLayers:
     def _block(self, block: nn.Module) -> DecodeBlock:
         names = self.config.names
         attention, mlp = getattr(block, names.attention), getattr(block, names.mlp)
-        self.large = list[Tensor]()
         return DecodeBlock(
             getattr(block, names.norm1).weight,
             self._product([getattr(attention, name) for name in names.qkv]),
@@ -212,16 +209,14 @@ class DecodeLayers:
             getattr(block, names.norm2).weight,
             self._swiglu(getattr(mlp, names.gate), getattr(mlp, names.up)),
             self._product([getattr(mlp, names.down)]),
-            table(self.large) if self.large and self.device.type == "cuda" else None,
         )
 
     def _adapter(self, linears: Sequence[nn.Module]) -> StackedAdapter | None:
         """The adapters that act on `linears`, kept for `refresh`; None if there are none."""
         if not any(map(active_pairs, linears)):
             return None
-        self.adapters.append(adapter := StackedAdapter(linears, self.dtype))
-        self.large += [adapter.down, adapter.up]
-        return adapter
+        self.adapters.append(StackedAdapter(linears, self.dtype))
+        return self.adapters[-1]
 
     def _product(self, linears: list[nn.Module]) -> Product:
         """The product of one input with several linears, their columns side by side."""
@@ -229,7 +224,6 @@ class DecodeLayers:
         if weights is None or any(w.out_features % SEGMENT_COLUMNS for w in weights[:-1]):
             return lambda x: torch.cat([_call(linear, x) for linear in linears], dim=-1)[None]
         weight, adapter = concatenate(weights), self._adapter(linears)
-        self.large.append(weight.qweight)
         second = weights[0].out_features if len(weights) > 1 else NO_SEGMENT
         third = second + weights[1].out_features if len(weights) > 2 else NO_SEGMENT
 
@@ -246,7 +240,6 @@ class DecodeLayers:
         if weights is None or (weights[0].bias is None) != (weights[1].bias is None):
             return lambda x: _call(up, x) * F.silu(_call(gate, x))
         gate_weight, up_weight = weights
-        self.large += [gate_weight.qweight, up_weight.qweight]
         adapter = self._adapter([gate, up])
         starts = (gate_weight.out_features, NO_SEGMENT)
         arrivals = torch.zeros(-(-gate_weight.out_features // 32), dtype=torch.int32, device=self.device)
