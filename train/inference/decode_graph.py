@@ -80,8 +80,8 @@ class DecodeSession:
         return (torch.log((positions + 1).double()) / math.log(c.seq_length)).clamp(min=1.0).float()
 
     def _attention_splits(self) -> int:
-        """Into how many programs the keys of a head are split, a power of two: about two programs per multiprocessor."""
-        programs = 2 * multiprocessors(self.layers.device) // (self.batch * self.heads)
+        """Into how many programs the keys of a head are split, a power of two: about four programs per multiprocessor."""
+        programs = 4 * multiprocessors(self.layers.device) // (self.batch * self.heads)
         splits = min(programs, self.capacity // MIN_KEYS_PER_SPLIT, 32)
         return 1 << max(splits, 1).bit_length() - 1
 

@@ -50,7 +50,8 @@ class PromptGraphs:
     def __call__(self, ids: Tensor, mask: Tensor) -> None:
         """ids and mask [B, T] on the GPU, T one of WIDTHS or any other width."""
         width = ids.shape[1]
-        if width not in self.seen or padded_width(width, self.batch) not in WIDTHS:
+        graph_pays = width in WIDTHS and width * self.batch <= MAX_TOKENS
+        if width not in self.seen or not graph_pays:
             self.seen.add(width)
             self.read(ids, mask)
             return

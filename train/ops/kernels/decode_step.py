@@ -10,8 +10,6 @@ from torch import Tensor
 
 from train.ops.kernels.runtime import tl, triton
 
-KEYS, STAGES, WARPS = 0, 1, 4
-
 if triton is not None:
 
     @triton.jit(do_not_specialize=["batch"])
@@ -65,7 +63,6 @@ if triton is not None:
         qkv, cos, sin, logn, pads, slot, keys, values, sums, stats, arrivals, out,
         batch, heads, key_heads, capacity, rope_stride, scale,
         PARTS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, LOGN: tl.constexpr,
-        STAGES: tl.constexpr,
     ):  # fmt: skip
         """One query head of one row over one split of the cached keys.
 
@@ -111,7 +108,7 @@ if triton is not None:
         split_length = tl.cdiv(tl.cdiv(new - pad, SPLITS), BLOCK) * BLOCK
         start = pad + split * split_length
         end = tl.minimum(start + split_length, new)
-        for block in tl.range(start, end, BLOCK, num_stages=STAGES):
+        for block in tl.range(start, end, BLOCK, num_stages=2):
             n = block + tl.arange(0, BLOCK)
             mask = (n < end)[:, None]
             key1 = tl.load(keys + cache + n[:, None] * D + i[None], mask=mask, other=0.0).to(tl.float32)
@@ -208,7 +205,7 @@ def attend(
     _attend[(batch * heads, splits)](
         qkv, cos, sin, cos if logn is None else logn, pads, slot, keys, values, sums, stats, arrivals, out,
         batch, heads, key_heads, capacity, cos.stride(0) if len(cos) > 1 else 0, width**-0.5,
-        PARTS=len(qkv), HALF=width // 2, BLOCK=KEYS or (32 if width > 64 else 64), SPLITS=splits, LOGN=logn is not None,
-        STAGES=STAGES, num_warps=WARPS,
+        PARTS=len(qkv), HALF=width // 2, BLOCK=32 if width > 64 else 64, SPLITS=splits,
+        LOGN=logn is not None, num_warps=2,
     )  # fmt: skip
     return out
