@@ -54,6 +54,13 @@ class Recipe:
         "conversations set aside to measure on, by their question: a share (0.05) or a number (200); 0 = none",
         interval="[0, 10000000]",
     )
+    measure_every: int = option(
+        0, "steps between measurements of the held-out loss; 0 = at the end of each epoch", interval="[0, 1000000]"
+    )
+    keep_best: bool = option(False, "the adapter is that with the least held-out loss, not that of the last step")
+    stop_after: int = option(
+        0, "end when the held-out loss has not fallen in this many measurements; 0 = never", interval="[0, 1000]"
+    )
     length: int = option(512, "tokens in a row", interval="[2, 1048576]")
     overlong: str = option("cut", "conversations longer than a row", ("cut", "skip", "error"))
     pack: bool = option(True, "put several conversations in one row; each attends only to itself")
@@ -119,6 +126,16 @@ class Recipe:
         known = {f.name for f in dataclasses.fields(cls)}
         kept = {key: value for key, value in values.items() if key in known}
         return build(cls, _as_text(kept), where="the recipe in the record of the run", bounded=False)
+
+
+def check_measured(recipe: Recipe) -> None:
+    """Raises UserError for keys that need held-out conversations, where none are held out."""
+    values = {"measure_every": recipe.measure_every, "keep_best": recipe.keep_best, "stop_after": recipe.stop_after}
+    if not recipe.held_out and (asked := [key for key, value in values.items() if value]):
+        raise UserError(
+            f"{', '.join(asked)}: decided by conversations that are set aside, and held_out= is 0. "
+            "Add held_out=0.05 for one conversation in twenty."
+        )
 
 
 def load_recipe(name: str, overrides: dict[str, str]) -> Recipe:

@@ -19,7 +19,7 @@ from torch import nn
 from train.common.device import dtype_name
 from train.common.errors import UserError, first_few
 from train.common.files import free_bytes, sha256
-from train.config.recipe import Recipe
+from train.config.recipe import Recipe, check_measured
 from train.data import training_set
 from train.data.batches import Schedule
 from train.data.data_row import ReadOptions
@@ -87,6 +87,7 @@ def prepare(
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
     check_settings(recipe)
+    check_measured(recipe)
     options = ReadOptions(recipe.columns, seed=recipe.seed, keep_empty=keeps_empty(recipe.clean))
     base, adapter = _read_base(recipe, data, options, parent, models)
     config, _ = read_folder_config(base)
