@@ -236,7 +236,7 @@ def check_supported(recipe: Recipe, device: str) -> None:
     """Refuse combinations that DeepSpeed would refuse only after minutes of loading. `device`: cpu or cuda."""
     if recipe.precision == "fp16" and device == "cpu":
         raise UserError("precision=fp16 needs a GPU: on a CPU DeepSpeed refuses it. Give precision=fp32 or bf16.")
-    if recipe.zero == 3 and recipe.checkpointing != "off":
+    if recipe.zero == 3 and recipe.checkpointing not in ("off", "auto"):
         raise UserError(
             f"zero=3 removes weights that checkpointing={recipe.checkpointing} needs to compute blocks again. Give "
             "checkpointing=off, or zero=2: the base is frozen, so stage 2 shards all that the optimizer keeps (and "
