@@ -594,3 +594,23 @@ def test_a_random_base_on_the_disk_is_one_that_loads(tmp_path: Path) -> None:
     model = load(tmp_path / "base", torch.float32, torch.device("cpu"))
     logits = model(input_ids=torch.arange(8)[None]).logits
     assert logits.shape == (1, 8, 512) and logits.isfinite().all()
+
+
+def test_the_memory_table_takes_what_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, in a shape that it can compute."""
+    from tests.bench import memory_table
+
+    assert memory_table.choose("Qwen-14B", 8) is None
+    name, recipe = memory_table.choose("Qwen-7B", 8) or ("", load_recipe("smoke", {}))
+    assert name == "8gb" and recipe.batch * recipe.accumulation == 16 and recipe.embedding == "host"
+    monkeypatch.setitem(memory_table.PUBLISHED, "tiny", shapes.SHAPES["tiny"])
+    monkeypatch.setattr(memory_table, "COUNTED", 1)
+    few = {"length": "64", "rows_per_step": "2"}
+    monkeypatch.setattr(memory_table, "choose", lambda *cell, real=memory_table.choose: real(*cell, few))
+    real_ids = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda low, high, size: real_ids(low, min(high, 500), size))
+    row = memory_table.run_cell("tiny", 8)
+    assert row["tokens_per_s"] > 0 and row["grad_norm"] > 0 and (row["batch"], row["checkpointing"]) == (2, "off")
+    assert "8 GiB" in memory_table.text(row) and "nothing fits" in memory_table.text(
+        memory_table.run_cell("Qwen-14B", 8)
+    )
