@@ -614,3 +614,28 @@ def test_the_memory_table_takes_what_auto_takes(monkeypatch: pytest.MonkeyPatch)
     assert "8 GiB" in memory_table.text(row) and "nothing fits" in memory_table.text(
         memory_table.run_cell("Qwen-14B", 8)
     )
+
+
+def test_commands_are_timed_in_turns(tmp_path: Path) -> None:
+    from tests.bench import commands
+
+    root = Path(__file__).parents[1]
+    assert commands.main([str(tmp_path / "out.json"), str(root), "only=plan", "times=1"]) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["command"], row["arm"]) for row in report["rows"]] == [("plan", "control"), ("plan", "here")]
+    assert all(row["seconds"] > 0 and row["peak_gb"] > 0 for row in report["rows"])
+    assert report["medians"]["plan"]["with_control"]["seconds"] > 0
+    with pytest.raises(UserError, match=r"train data .*status 2"):
+        commands.measure(root, ["data", "data=no-such-file"])
+
+
+def test_medians_of_commands() -> None:
+    from tests.bench.commands import medians
+
+    rows = [
+        {"command": "train", "arm": arm, "seconds": seconds, "first_step_seconds": seconds / 2, "weights": {"a": arm}}
+        for arm, seconds in (("control", 4.0), ("here", 1.0), ("control", 8.0), ("here", 3.0), ("here", 2.0))
+    ]
+    found = medians(rows)["train"]
+    assert found["control"]["seconds"] == 6 and found["here"] == {"seconds": 2, "first_step_seconds": 1}
+    assert found["with_control"] == {"seconds": 0.333, "first_step_seconds": 0.333} and not found["equal_weights"]
