@@ -65,12 +65,10 @@ def run(options: Options) -> None:
     console.print(_peak_table(chosen[1]))
     if needed := memory_estimate.host_bytes(shape, chosen[0]):
         print(f"Of the machine's own memory it keeps {needed / GIB:.2f} GiB for the card.")
-    if step_setting.is_open(asked):
-        command = _train_command(options, recipe, {})
-        print(f"`make train` chooses the same where batch, accumulation and checkpointing are auto: {command}")
-    else:
-        print(_recipe_unchanged(shape, recipe, card))
-        print(_suggestion(options, recipe, chosen[0]))
+    if step_setting.is_open(asked):  # make train chooses the same
+        recipe = replace(recipe, **chosen[0].overrides())  # type: ignore[arg-type]
+    print(_recipe_unchanged(shape, recipe, card))
+    print(_suggestion(options, recipe, chosen[0]))
     print(_longest_rows(shape, chosen[0], card))
 
 
