@@ -580,3 +580,62 @@ def test_packing_overrides_the_recipe_for_each_arm() -> None:
         "accumulation": "1",
     }
     assert packing._overrides(packing.Options(only="padded"))["pack"] == "off"
+
+
+def test_a_random_base_on_the_disk_is_one_that_loads(tmp_path: Path) -> None:
+    from tests.bench import random_base, shapes
+    from tests.support.oracles import small_tokenizer
+    from train.model.loading import load
+
+    (tmp_path / "tokenizer").mkdir()
+    small_tokenizer(tmp_path / "tokenizer")
+    random_base.write(tmp_path / "base", shapes.config("tiny"), tmp_path / "tokenizer", torch.device("cpu"))
+    assert (tmp_path / "base" / "qwen.tiktoken").is_file()
+    model = load(tmp_path / "base", torch.float32, torch.device("cpu"))
+    logits = model(input_ids=torch.arange(8)[None]).logits
+    assert logits.shape == (1, 8, 512) and logits.isfinite().all()
+
+
+def test_the_memory_table_takes_what_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, in a shape that it can compute."""
+    from tests.bench import memory_table
+
+    assert memory_table.choose("Qwen-14B", 8) is None
+    name, recipe = memory_table.choose("Qwen-7B", 8) or ("", load_recipe("smoke", {}))
+    assert name == "8gb" and recipe.batch * recipe.accumulation == 16 and recipe.embedding == "host"
+    monkeypatch.setitem(memory_table.PUBLISHED, "tiny", shapes.SHAPES["tiny"])
+    monkeypatch.setattr(memory_table, "COUNTED", 1)
+    few = {"length": "64", "rows_per_step": "2"}
+    monkeypatch.setattr(memory_table, "choose", lambda *cell, real=memory_table.choose: real(*cell, few))
+    real_ids = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda low, high, size: real_ids(low, min(high, 500), size))
+    row = memory_table.run_cell("tiny", 8)
+    assert row["tokens_per_s"] > 0 and row["grad_norm"] > 0 and (row["batch"], row["checkpointing"]) == (2, "off")
+    assert "8 GiB" in memory_table.text(row) and "nothing fits" in memory_table.text(
+        memory_table.run_cell("Qwen-14B", 8)
+    )
+
+
+def test_commands_are_timed_in_turns(tmp_path: Path) -> None:
+    from tests.bench import commands
+
+    root = Path(__file__).parents[1]
+    assert commands.main([str(tmp_path / "out.json"), str(root), "only=plan", "times=1"]) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["command"], row["arm"]) for row in report["rows"]] == [("plan", "control"), ("plan", "here")]
+    assert all(row["seconds"] > 0 and row["peak_gb"] > 0 for row in report["rows"])
+    assert report["medians"]["plan"]["with_control"]["seconds"] > 0
+    with pytest.raises(UserError, match=r"train data .*status 2"):
+        commands.measure(root, ["data", "data=no-such-file"])
+
+
+def test_medians_of_commands() -> None:
+    from tests.bench.commands import medians
+
+    rows = [
+        {"command": "train", "arm": arm, "seconds": seconds, "first_step_seconds": seconds / 2, "weights": {"a": arm}}
+        for arm, seconds in (("control", 4.0), ("here", 1.0), ("control", 8.0), ("here", 3.0), ("here", 2.0))
+    ]
+    found = medians(rows)["train"]
+    assert found["control"]["seconds"] == 6 and found["here"] == {"seconds": 2, "first_step_seconds": 1}
+    assert found["with_control"] == {"seconds": 0.333, "first_step_seconds": 0.333} and not found["equal_weights"]

@@ -1,99 +1,134 @@
 """Whole commands by the clock, beside an earlier checkout of this program: how long a person waits.
 
-    python -m tests.bench.commands OUT.json CONTROL run=RUN [models=FOLDER] [runs=FOLDER] [times=5] [only=infer,export]
+    python -m tests.bench.commands OUT.json CONTROL run=RUN [data=FILE model=BASE] [models=FOLDER] [runs=FOLDER]
+                                   [times=5] [only=data,plan,infer,export,train]
 
-CONTROL is the root of another checkout. The two take turns, so that what else the machine does falls on both. Of each
-command: seconds by the clock and of the processor, their medians, the peak of memory, and for `export` the sha256 of the
-weights that it wrote, which have to be equal. `with_control` is the ratio of the medians, less than 1 where this is faster.
+CONTROL is the root of another checkout, or - for none. The two take turns, so that what else the machine does falls on
+both. A row: seconds by the clock and of the processor, the peak of memory; of `train` also the seconds to the end of the
+first step; of `export` the sha256 of the weights that it wrote, which have to be equal. `train` is one epoch of `data` on
+`model` in a new folder each time; its first row starts without a cache of what it made. `medians` has the ratio of the
+medians, less than 1 where this is faster.
 """
 
 import hashlib
-import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from tests.bench.spec import heading
 from train.common.errors import UserError
+from train.common.files import write_json
 
 HERE = Path(__file__).parents[2]
 QUESTION = "Who are you?"
+FIRST_STEP = "step 1/"  # how the line begins that a command prints after its first step
+MEASURED = ("seconds", "first_step_seconds", "cpu_seconds", "peak_gb")
 
 
-def commands(run: str, models: str, runs: str, out: str) -> dict[str, list[str]]:
+def commands(settings: dict[str, str], out: str) -> dict[str, list[str]]:
     """Name -> words after `python -m train`."""
-    folders = [f"models={models}", f"runs={runs}"]
+    models, runs = (str(Path(settings.get(key, key)).resolve()) for key in ("models", "runs"))
+    run, model, folders = settings.get("run", ""), settings.get("model", ""), [f"models={models}", f"runs={runs}"]
+    train = [f"data={settings.get('data', '')}", f"model={model}", "recipe=qlora", "epochs=1", "run=measured"]
     return {
         "data": ["data", f"data={HERE / 'data/demo.jsonl'}", f"models={models}", "recipe=demo"],
         "plan": ["plan", "gpu=8G", "model=Qwen/Qwen-1_8B-Chat-Int4", f"models={models}"],
         "infer": ["infer", f"run={run}", f"prompt={QUESTION}", "max_tokens=32", *folders],
         "export": ["export", f"run={run}", f"out={out}", *folders],
+        "train": ["train", *train, f"models={models}", f"runs={out}"],
     }
 
 
 def measure(root: Path, words: list[str]) -> dict[str, Any]:
-    """One command of the checkout `root`, in a process of its own: seconds, peak memory, output."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        start = time.monotonic()
-        child = subprocess.Popen([sys.executable, "-m", "train", *words], cwd=root, stdout=output, stderr=output)
-        _, status, used = os.wait4(child.pid, 0)
-        seconds = time.monotonic() - start
-        child.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        text = output.read()
+    """One command of the checkout `root`, in a process of its own: seconds, peak memory."""
+    lines: list[str] = []
+    first: list[float] = []
+    start = time.monotonic()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "train", *words],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+
+    def read() -> None:
+        assert child.stdout is not None
+        for line in child.stdout:
+            lines.append(line)
+            if line.startswith(FIRST_STEP) and not first:
+                first.append(time.monotonic() - start)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    _, status, used = os.wait4(child.pid, 0)
+    seconds = time.monotonic() - start
+    child.returncode = os.waitstatus_to_exitcode(status)
+    reader.join()
     if child.returncode:
-        raise UserError(f"{root}: train {' '.join(words)}: status {child.returncode}:\n{text}")
-    processor = used.ru_utime + used.ru_stime
-    peak = used.ru_maxrss * 1024 / 1e9
-    return {"seconds": round(seconds, 2), "cpu_seconds": round(processor, 2), "peak_gb": round(peak, 2)}
+        raise UserError(f"{root}: train {' '.join(words)}: status {child.returncode}:\n{''.join(lines[-40:])}")
+    row = {"seconds": round(seconds, 2), "cpu_seconds": round(used.ru_utime + used.ru_stime, 2)}
+    step = {"first_step_seconds": round(first[0], 2)} if first else {}
+    return {**row, **step, "peak_gb": round(used.ru_maxrss * 1024 / 1e9, 2)}
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
 
 
-def compare(control: Path, settings: dict[str, str]) -> dict[str, Any]:
-    """name of a command -> its rows here and in the control, medians and their ratio."""
-    models, runs = (str(Path(settings.get(key, key)).resolve()) for key in ("models", "runs"))
-    report: dict[str, Any] = {}
+def compare(control: Path | None, settings: dict[str, str]) -> list[dict[str, Any]]:
+    """A row for each command that ran, in turns with the control."""
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch, "out")
         for name in settings.get("only", "data,plan,infer,export").split(","):
-            out, rows = Path(scratch, "out"), {"here": [], "control": []}
             for _ in range(int(settings.get("times", "5"))):
                 for arm, root in (("control", control), ("here", HERE)):
+                    if root is None:
+                        continue
                     shutil.rmtree(out, ignore_errors=True)
-                    row = measure(root, commands(settings["run"], models, runs, str(out))[name])
-                    rows[arm].append(row | ({"weights": weight_hashes(out)} if name == "export" else {}))
-                    print(name, arm, row, flush=True)
-            report[name] = _summary(rows)
+                    row = {"command": name, "arm": arm, **measure(root, commands(settings, str(out))[name])}
+                    rows.append(row | ({"weights": weight_hashes(out)} if name == "export" else {}))
+                    print(row, flush=True)
+    return rows
+
+
+def medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each command: the medians of each arm, their ratio, and whether an export wrote the same weights each time."""
+    report: dict[str, Any] = {}
+    for name in dict.fromkeys(row["command"] for row in rows):
+        own = [row for row in rows if row["command"] == name]
+        arms = {arm: _median([row for row in own if row["arm"] == arm]) for arm in ("control", "here")}
+        shared = [key for key in MEASURED if key in arms["control"] and key in arms["here"]]
+        ratios = {key: round(arms["here"][key] / arms["control"][key], 3) for key in shared if arms["control"][key]}
+        hashes = [row["weights"] for row in own if "weights" in row]
+        equal = {"equal_weights": all(each == hashes[0] for each in hashes)} if hashes else {}
+        report[name] = {**{arm: values for arm, values in arms.items() if values}, "with_control": ratios, **equal}
     return report
 
 
-def _summary(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    keys = ("seconds", "cpu_seconds", "peak_gb")
-    medians = {arm: {key: statistics.median(row[key] for row in many) for key in keys} for arm, many in rows.items()}
-    ratios = {key: round(medians["here"][key] / medians["control"][key], 3) for key in keys}
-    hashes = [row["weights"] for many in rows.values() for row in many if "weights" in row]
-    equal = {"equal_weights": all(each == hashes[0] for each in hashes)} if hashes else {}
-    return {"medians": medians, "with_control": ratios, **equal, "rows": rows}
+def _median(rows: list[dict[str, Any]]) -> dict[str, float]:
+    values = {key: [row[key] for row in rows if key in row] for key in MEASURED}
+    return {key: statistics.median(many) for key, many in values.items() if many}
 
 
 def main(arguments: list[str]) -> int:
     if len(arguments) < 3 or any("=" not in word for word in arguments[2:]):
         print(__doc__, file=sys.stderr)
         return 2
-    out, control, settings = (
-        Path(arguments[0]),
-        Path(arguments[1]).resolve(),
-        dict(w.split("=", 1) for w in arguments[2:]),
-    )
-    report = {"cores": os.cpu_count(), "times": settings.get("times", "5"), "commands": compare(control, settings)}
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    settings = dict(word.split("=", 1) for word in arguments[2:])
+    control = None if arguments[1] == "-" else Path(arguments[1]).resolve()
+    rows = compare(control, settings)
+    report = {**heading(), "cores": len(os.sched_getaffinity(0)), "medians": medians(rows), "rows": rows}
+    write_json(Path(arguments[0]), report)
     return 0
 
 

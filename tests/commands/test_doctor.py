@@ -272,7 +272,9 @@ def test_training_notes_what_doctor_says_of_the_data(workspace: Path) -> None:
     from train.training.prepare import prepare
 
     (workspace / "typo.json").write_text('[{"instruction": "q", "output": "a", "histroy": []}]')
-    recipe = Recipe(model="base-Int4", length=64, rank=4)
+    recipe = Recipe(
+        model="base-Int4", length=64, rank=4, batch=2, accumulation=8, checkpointing="on", embedding="device"
+    )
     prepared = prepare(recipe, "typo.json", workspace / "runs" / "new", None, Path("models"), 1, "float32")
     assert any('"histroy" (1 row; did you mean "history"?)' in note for note in prepared.notes)
 

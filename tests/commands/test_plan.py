@@ -37,7 +37,12 @@ def print_plan(capsys: pytest.CaptureFixture[str], **values: str) -> str:
 
 def test_the_command_to_type_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     out = print_plan(capsys, model="Qwen/Qwen-1_8B-Chat-Int4", gpu="8G")
-    assert 'make train DATA=… MODEL=Qwen/Qwen-1_8B-Chat-Int4 ARGS="batch=4 accumulation=4 checkpointing=off"' in out
+    chosen = "batch=4 accumulation=4 checkpointing=off embedding=device"
+    assert f"The recipe as it is ({chosen}) fits" in out
+    assert "It is also the quickest that fits: make train DATA=… MODEL=Qwen/Qwen-1_8B-Chat-Int4\n" in out
+    typed = {"batch": "2", "accumulation": "8", "checkpointing": "on", "embedding": "device"}
+    out = print_plan(capsys, model="Qwen/Qwen-1_8B-Chat-Int4", gpu="8G", **typed)
+    assert 'Quickest that fits: make train DATA=… MODEL=Qwen/Qwen-1_8B-Chat-Int4 ARGS="batch=4' in out
     assert "CUDA's own context" in out
     assert "its published shape" in out
     assert "no room" in out
@@ -61,7 +66,7 @@ def test_copying_over_the_bus_is_offered_only_where_nothing_else_fits(capsys: py
     assert "offload " not in large.replace("with offload.", "")
     assert "host" not in large
     small = print_plan(capsys, model=model, gpu="7G", rank="16")
-    assert re.search(r"Quickest that fits: .*embedding=host", small)
+    assert re.search(r"The recipe as it is .*embedding=host\) fits", small)
     assert "Of the machine's own memory it keeps" in small
 
 

@@ -12,6 +12,7 @@ from tests.support.tiny_training import adapter, losses, options, signal_at_step
 from train.commands import train as command
 from train.common.errors import UserError
 from train.common.files import read_json
+from train.config.options import AUTO
 from train.config.recipe import RECIPES, Recipe, load_recipe
 from train.model import lora
 from train.runs.folder import lock_run
@@ -184,6 +185,7 @@ def test_every_recipe_is_a_complete_run_with_each_key_explained(path: Path) -> N
     assert all("  # " in line for line in lines)
     recipe = load_recipe(path.stem, {})
     assert all(
-        key in ("alpha", "stages") or getattr(recipe, key) in (value, {True: "on", False: "off"}.get(value, value))
+        key in ("alpha", "stages")
+        or getattr(recipe, key) in (value, {True: "on", False: "off", "auto": AUTO}.get(value, value))
         for key, value in yaml.safe_load(path.read_text()).items()
     )

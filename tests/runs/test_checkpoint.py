@@ -113,7 +113,7 @@ def test_the_hashes_are_those_of_sha256sum(tmp_path: Path) -> None:
 def test_an_error_of_the_disk_is_raised_as_an_oserror(tmp_path: Path) -> None:
     """The library's own exception hides its error number."""
     with pytest.raises(FileNotFoundError) as error:
-        checkpoint._save({"a": torch.zeros(1)}, tmp_path / "nowhere" / "x.safetensors")
+        checkpoint.save_tensors({"a": torch.zeros(1)}, tmp_path / "nowhere" / "x.safetensors")
     assert error.value.filename == str(tmp_path / "nowhere" / "x.safetensors")
 
 

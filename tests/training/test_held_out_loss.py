@@ -138,7 +138,9 @@ def test_the_run_keeps_the_split_and_says_what_it_measured(
     assert out.count("cleaned: exact_duplicates 0, near_duplicates 1; 30 of 31 rows stay.") == 1
     assert "· held out " in out and ", held out " in out
     record, points = read_json(Path("runs/kept/run.json")), held_out(losses("kept"))
-    assert record["held_out"]["loss"] == {"before": points[0][1], "last": points[-1][1]}
+    best = min(loss for _, loss in points[1:])
+    assert record["held_out"]["loss"] == {"before": points[0][1], "last": points[-1][1], "best": best}
+    assert record["held_out"]["adapter_step"] == points[-1][0]
     assert record["held_out"]["conversations"] == 5
     assert record["cleaned"]["counts"] == {"exact_duplicates": 0, "near_duplicates": 1}
     assert "held_out_seconds" in record["timings"] and any("held out: 5 of 30" in note for note in record["decisions"])

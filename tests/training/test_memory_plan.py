@@ -11,8 +11,9 @@ from train.config.recipe import Recipe, load_recipe
 from train.model.architecture import PUBLISHED, Shape
 from train.training import memory_estimate, memory_plan
 from train.training.memory_estimate import GIB, Setting
+from train.training.step_setting import by_default
 
-RECIPE = load_recipe("qlora", {})
+RECIPE = by_default(load_recipe("qlora", {}))
 
 
 def test_the_choice_fits_and_no_faster_one_does() -> None:

@@ -35,7 +35,7 @@ from train.model.architecture import Shape
 from train.model.folder import find, find_damage, is_hub_id, read_manifest
 from train.model.names import hub_name
 from train.model.published import read_folder_shape
-from train.training import cpu_memory, memory_estimate, memory_plan
+from train.training import cpu_memory, memory_estimate, memory_plan, step_setting
 from train.training.memory_estimate import Setting
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def run(options: Options) -> None:
     # --- the base, the data
     folder = _check_base_folder(report, recipes[0], Path(options.models)) if recipes else None
     if folder and torch_starts:
-        largest = max(recipes, key=lambda recipe: recipe.batch * recipe.length)
+        concrete = [step_setting.by_default(recipe) for recipe in recipes]
+        largest = max(concrete, key=lambda recipe: recipe.batch * recipe.length)
         _check_base(report, largest, folder, here, Path(options.runs))
     else:
         report.add(checks.check_folder("runs", Path(options.runs)))
@@ -176,7 +177,7 @@ def _sum_up(part: Part) -> str:
     recipe = part.recipe
     assert recipe is not None
     steps = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epochs"
-    rows = recipe.batch * recipe.accumulation
+    rows = step_setting.rows_of_a_process(recipe, 1)
     step = f"{rows} × {recipe.length} tokens per step and process"
     return f"r {recipe.rank} on {recipe.targets}, {steps}, {step}, ZeRO {recipe.zero}"
 

@@ -20,7 +20,7 @@ from train.model import architecture
 from train.model.architecture import Shape
 from train.model.folder import find
 from train.model.published import check_without_torch, read_folder_shape
-from train.training import memory_estimate, memory_plan
+from train.training import memory_estimate, memory_plan, step_setting
 from train.training.memory_estimate import CONTEXT, GIB, Estimate, Setting
 from train.training.step_sizes import ROW_MULTIPLE
 
@@ -56,7 +56,8 @@ def run(options: Options) -> None:
 
     # --- what it takes, and what to say to make train
     print(f"{recipe.model} ({source}), recipe {options.recipe}, rank {recipe.rank}, {card / GIB:.1f} GiB on the card")
-    chosen = memory_plan.choose(shape, recipe, card)
+    asked, recipe = recipe, step_setting.by_default(recipe)
+    chosen = _choose(shape, asked, card)
     console.print(_ways_table(shape, recipe, card, chosen[0] if chosen else None))
     if chosen is None:
         raise UserError(_too_small(options, shape, recipe, card))
@@ -64,9 +65,19 @@ def run(options: Options) -> None:
     console.print(_peak_table(chosen[1]))
     if needed := memory_estimate.host_bytes(shape, chosen[0]):
         print(f"Of the machine's own memory it keeps {needed / GIB:.2f} GiB for the card.")
+    if step_setting.is_open(asked):  # make train chooses the same
+        recipe = replace(recipe, **chosen[0].overrides())  # type: ignore[arg-type]
     print(_recipe_unchanged(shape, recipe, card))
     print(_suggestion(options, recipe, chosen[0]))
     print(_longest_rows(shape, chosen[0], card))
+
+
+def _choose(shape: Shape, asked: Recipe, card: int) -> "tuple[Setting, Estimate] | None":
+    """What `make train` chooses for a recipe that leaves it open; else the fastest way that fits; None if none does."""
+    if not step_setting.is_open(asked):
+        return memory_plan.choose(shape, asked, card)
+    ways = step_setting.candidates(asked, 1, shape)
+    return next((way for way in ways if memory_plan.has_room(way[1], card)), None)
 
 
 def _find_shape(model: str, models: Path) -> tuple[Shape, str]:

@@ -23,10 +23,13 @@ from train.config.stages import Stage, count
 from train.config.stages import stage as stage_of_recipe
 from train.data.selection import check_settings
 from train.data.sources import sources, stem
+from train.model.architecture import Shape
 from train.model.folder import find
 from train.model.names import hub_name
+from train.model.published import read_folder_shape
 from train.runs.folder import ADAPTER, RECIPE, TOKENS, adapter_source, finished, lock_run
 from train.runs.provenance import check_adapter
+from train.runs.resume import has_progress
 from train.training import distributed, launch, launchers, signals
 from train.training.distributed import RankInfo
 from train.training.signals import EXIT_INTERRUPTED
@@ -170,12 +173,17 @@ def _default_name(options: Options) -> str:
 def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: int) -> "PreparedRun":
     """The checked run, with a note for each setting that differs from what the user asked for."""
     from train.common.device import dtype_name
-    from train.training import prepare
+    from train.training import prepare, step_setting
+    from train.training.devices import place as pick_place
 
-    recipe, processes = stage.recipe, devices.processes
+    processes, models = devices.processes, Path(options.models)
+    begun = stage.run if has_progress(stage.run) else None
+    place = pick_place(devices, stage.recipe)
+    recipe, choice = step_setting.resolve(stage.recipe, place, _shape(stage.recipe.model, models), begun)
+    stage = replace(stage, recipe=recipe)
     if "accumulation" not in options.overrides:
         recipe = prepare.fitted(recipe, stage.run, processes)
-    models, cache, dtype = Path(options.models), Path(options.runs, TOKENS), dtype_name(devices.dtype)
+    cache, dtype = Path(options.runs, TOKENS), dtype_name(devices.dtype)
     prepared = prepare.prepare(
         recipe,
         stage.data,
@@ -188,6 +196,7 @@ def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: i
         show_progress=_is_first(devices.rank_info),
         cache=cache,
     )
+    prepared.notes.extend(filter(None, [choice]))
     if recipe.accumulation != stage.recipe.accumulation:
         rows = prepared.inputs["rows_per_step"]
         prepared.notes.append(f"accumulation={recipe.accumulation}: the run was started with {rows} rows per step.")
@@ -196,6 +205,15 @@ def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: i
         prepared.notes.append(note)
     prepared.notes.extend(filter(None, [_launcher_note(options, recipe, devices)]))
     return prepared
+
+
+def _shape(model: str, models: Path) -> Shape | None:
+    """The shape of a base that is here; None where `prepare` will report what is wrong with it."""
+    try:
+        folder = find(model, models)
+        return None if folder is None else read_folder_shape(folder)
+    except UserError:
+        return None
 
 
 def _launcher_note(options: Options, recipe: Recipe, devices: "Devices") -> str:

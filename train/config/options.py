@@ -19,6 +19,7 @@ R = TypeVar("R", bound="RecipeOptions")
 MAX_SHOWN = 80  # characters of a value in a message
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # a byte of the command line that is not UTF-8
 SEEDS = "[-9007199254740991, 9007199254740991]"  # whole numbers that every reader of JSON keeps (2^53 - 1)
+AUTO, AUTO_WORD = 0, "auto"  # a number that the program chooses, and how it is written
 SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
 
 
@@ -59,6 +60,7 @@ def option(
     interval: str = "",
     may_be_empty: bool | None = None,
     each: tuple[str, ...] | None = None,
+    auto: bool = False,
 ) -> Any:
     """A dataclass field that can be given as key=value.
 
@@ -68,10 +70,11 @@ def option(
             one, so that infinity, NaN and absurd sizes are refused before anything is loaded.
         may_be_empty: whether a text may be ""; None: only if its default is.
         each: the text is a list of these words, with commas between.
+        auto: `auto` may be given instead of a number; its value is then AUTO.
     """
     values = Interval.parse(interval) if interval else None
     empty = default == "" if may_be_empty is None else may_be_empty
-    metadata = {"help": help, "choices": choices, "interval": values, "empty": empty, "each": each}
+    metadata = {"help": help, "choices": choices, "interval": values, "empty": empty, "each": each, "auto": auto}
     return field(default=default, metadata=metadata)
 
 
@@ -161,6 +164,7 @@ def describe(cls: type) -> str:
     lines = []
     for f in _options(cls).values():
         default = {True: "on", False: "off"}[f.default] if isinstance(f.default, bool) else f.default
+        default = AUTO_WORD if f.metadata["auto"] and default == AUTO else default
         choices = f" ({' | '.join(c for c in f.metadata['choices'] if c)})" if f.metadata["choices"] else ""
         choices = choices or (f" ({f.metadata['interval']})" if f.metadata["interval"] else "")
         choices = choices or (f" ({', '.join(f.metadata['each'])})" if f.metadata["each"] else "")
@@ -193,6 +197,8 @@ def _convert(text: str, kind: Any, metadata: Mapping[str, Any], bounded: bool) -
         return _check_words(text, metadata["each"])
     if kind is str:
         return _check_text(text, metadata["empty"] or not bounded)
+    if metadata["auto"] and text.lower() == AUTO_WORD:
+        return AUTO
     try:
         value = kind(text)
     except ValueError:

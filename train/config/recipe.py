@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from train.common.errors import UserError
-from train.config.options import SEEDS, build, option, shown
+from train.config.options import AUTO, SEEDS, build, option, shown
 from train.config.recipe_yaml import RecipeError, read_text_values
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -54,6 +54,13 @@ class Recipe:
         "conversations set aside to measure on, by their question: a share (0.05) or a number (200); 0 = none",
         interval="[0, 10000000]",
     )
+    measure_every: int = option(
+        0, "steps between measurements of the held-out loss; 0 = at the end of each epoch", interval="[0, 1000000]"
+    )
+    keep_best: bool = option(False, "the adapter is that with the least held-out loss, not that of the last step")
+    stop_after: int = option(
+        0, "end when the held-out loss has not fallen in this many measurements; 0 = never", interval="[0, 1000]"
+    )
     length: int = option(512, "tokens in a row", interval="[2, 1048576]")
     overlong: str = option("cut", "conversations longer than a row", ("cut", "skip", "error"))
     pack: bool = option(True, "put several conversations in one row; each attends only to itself")
@@ -63,8 +70,23 @@ class Recipe:
     targets: str = option("all", "LoRA: all linear layers of the blocks, or names separated by commas")
     epochs: float = option(5.0, "passes over the data", interval="(0, 10000]")
     steps: int = option(0, "optimizer steps; 0 = as many as epochs= needs", interval="[0, 1000000]")
-    batch: int = option(2, "rows that a process computes at once (a micro batch)", interval="[1, 65536]")
-    accumulation: int = option(8, "micro batches in an optimizer step", interval="[1, 65536]")
+    rows_per_step: int = option(
+        16,
+        "rows of an optimizer step, over all processes; not used where batch and accumulation are numbers",
+        interval="[1, 4294967296]",
+    )
+    batch: int = option(
+        AUTO,
+        "rows that a process computes at once (a micro batch); auto: the fastest that fits the card",
+        interval="[1, 65536]",
+        auto=True,
+    )
+    accumulation: int = option(
+        AUTO,
+        "micro batches in an optimizer step; auto: as many as rows_per_step needs",
+        interval="[1, 65536]",
+        auto=True,
+    )
     learning_rate: float = option(3e-4, "peak learning rate", interval="(0, 1]")
     warmup: float = option(
         0.01, "linear warm-up: a fraction of all steps, or a number of steps if 1 or more", interval="[0, 1000000]"
@@ -81,12 +103,15 @@ class Recipe:
         "auto", "auto: bf16 from sm_80, fp16 below, fp32 on a CPU", ("auto", "bf16", "fp16", "fp32")
     )
     checkpointing: str = option(
-        "on",
-        "recompute each block in the backward pass: less memory, more work; offload: block inputs in host memory",
-        ("off", "on", "offload"),
+        "auto",
+        "recompute each block in the backward pass: less memory, more work; offload: block inputs in host memory; "
+        "auto: the fastest that fits the card",
+        ("auto", "off", "on", "offload"),
     )
     embedding: str = option(
-        "device", "where the embedding table is; in host memory it takes none of the GPU's", ("device", "host")
+        "auto",
+        "where the embedding table is; in host memory it takes none of the GPU's; auto: there only if nothing else fits",
+        ("auto", "device", "host"),
     )
     graphs: bool = option(True, "on a GPU: replay CUDA graphs where the shapes of batches repeat")
     zero: int = option(2, "DeepSpeed ZeRO stage (train/training/deepspeed/zeroN.json)", interval="[0, 3]")
@@ -119,6 +144,16 @@ class Recipe:
         known = {f.name for f in dataclasses.fields(cls)}
         kept = {key: value for key, value in values.items() if key in known}
         return build(cls, _as_text(kept), where="the recipe in the record of the run", bounded=False)
+
+
+def check_measured(recipe: Recipe) -> None:
+    """Raises UserError for keys that need held-out conversations, where none are held out."""
+    values = {"measure_every": recipe.measure_every, "keep_best": recipe.keep_best, "stop_after": recipe.stop_after}
+    if not recipe.held_out and (asked := [key for key, value in values.items() if value]):
+        raise UserError(
+            f"{', '.join(asked)}: decided by conversations that are set aside, and held_out= is 0. "
+            "Add held_out=0.05 for one conversation in twenty."
+        )
 
 
 def load_recipe(name: str, overrides: dict[str, str]) -> Recipe:

@@ -213,6 +213,9 @@ def _facts_of_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(
             ("held-out loss before and after", f"{loss['before']:.4f}, {loss['last']:.4f}, of {count} conversations")
         )
+        if loss.get("best") is not None:
+            kept = "; the adapter is that one" if held_out["adapter_step"] == held_out["best_step"] else ""
+            facts.append(("least held-out loss", f"{loss['best']:.4f} after step {held_out['best_step']}{kept}"))
     return facts
 
 

@@ -56,8 +56,7 @@ def write(run: Path, snapshot: Snapshot, keep: int) -> Path:
     folder = folder_of(run, snapshot.step)
     with staged(folder) as aside:
         for name in TENSORS:
-            tensors = {key: t.detach().cpu().contiguous() for key, t in sorted(getattr(snapshot, name).items())}
-            _save(tensors, aside / f"{name}.safetensors")
+            save_tensors(getattr(snapshot, name), aside / f"{name}.safetensors")
         write_json(aside / "state.json", {**snapshot.state, "step": snapshot.step})
         write_text(aside / SUMS, checksums(aside))
     written = folders(run)
@@ -68,10 +67,11 @@ def write(run: Path, snapshot: Snapshot, keep: int) -> Path:
     return folder
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """save_file, with OSError for an error of the disk: the library's own exception hides its number."""
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """save_file in the order of the names, with OSError for an error of the disk: the library's own hides its number."""
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        ordered = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(tensors.items())}
+        save_file(ordered, path, metadata={"format": "pt"})
         path.chmod(0o644)  # safetensors makes files that only their owner may read
     except SafetensorError as error:
         if match := re.search(r"os error (\d+)", str(error)):

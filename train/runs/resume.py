@@ -20,7 +20,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     {
         *("model",),  # its name; its files are compared by hash
         # how fast and where the same values are computed
-        *("batch", "accumulation", "processes", "zero", "checkpointing", "embedding"),
+        *("rows_per_step", "batch", "accumulation", "processes", "zero", "checkpointing", "embedding"),
         *("save_every", "keep", "background"),  # how often the run is saved
         *("guard", "spike", "unlearnable", "patience"),  # what to do about a fault: no effect on steps without one
     }

@@ -9,7 +9,9 @@ from train.common.errors import UserError
 from train.config.recipe import Recipe
 from train.training import distributed
 from train.training.distributed import RankInfo
+from train.training.memory_plan import can_plan
 from train.training.prepare import check_supported
+from train.training.step_setting import Place
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,15 @@ class Devices:
     dtype: torch.dtype
     processes: int
     rank_info: RankInfo | None
+
+
+def place(devices: Devices, recipe: Recipe) -> Place:
+    """What computes the steps, for step_setting.py. Of several cards of this machine the smallest counts."""
+    cards = range(torch.cuda.device_count()) if devices.device.type == "cuda" else []
+    if not all(can_plan(torch.cuda.get_device_capability(n), recipe) for n in cards):
+        return Place(devices.processes)
+    sizes = [torch.cuda.get_device_properties(n).total_memory for n in cards]
+    return Place(devices.processes, min(sizes, default=0))
 
 
 def pick(gpus: int, recipe: Recipe, rank_info: RankInfo | None) -> Devices:

@@ -14,23 +14,18 @@ import torch
 from train.data.batches import IGNORE, collate
 from train.data.packing import PackedRow, rows_of_epoch
 from train.runs import losses
-from train.training import distributed
+from train.training import distributed, early_stop
 from train.training.deepspeed_engine import Engine
 from train.training.run_state import RunState
 from train.training.signals import StopRequest
 
 
-def epoch_ends(run: RunState, done: int) -> bool:
-    """Whether `done` steps complete an epoch, or the run."""
-    return done == len(run.schedule) or run.schedule.epoch(done) != run.schedule.epoch(done - 1)
-
-
 def complete(run: RunState, engine: Engine, done: int, stop: StopRequest) -> bool:
-    """Measure after `done` steps if a signal or a crash came between the end of that epoch and its measurement.
+    """Measure after `done` steps if a signal or a crash came between that step and its measurement.
 
     Called before losses.jsonl is opened. False if a signal asked to stop again.
     """
-    if not run.held_out or not epoch_ends(run, done):
+    if not run.held_out or not early_stop.due(run, done):
         return True
     if distributed.all_gather("held_out_loss" in losses.read(run.folder)[done - 1] if run.is_first else None)[0]:
         return True

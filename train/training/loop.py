@@ -22,7 +22,7 @@ from train.runs import checkpoint
 from train.runs.folder import CHECKPOINTS
 from train.runs.losses import LossLog
 from train.runs.resume import resume_point
-from train.training import distributed, guard, held_out_loss
+from train.training import distributed, early_stop, guard, held_out_loss
 from train.training.async_save import Saver, write_together
 from train.training.deepspeed_engine import Engine
 from train.training.distributed import AgreedError
@@ -83,6 +83,11 @@ def _train_from(run: RunState, engine: Engine, first: int, stop: StopRequest, le
     """As `train`, but raises BadStep at a bad step."""
     if first and not held_out_loss.complete(run, engine, first, stop):
         return False
+    early_stop.read_points(run, first)
+    if first and run.points and run.points[-1][0] == first:  # the last start may have been cut off before it kept them
+        early_stop.keep_best(run, engine, stop)
+    if early_stop.ended(run.recipe, run.points):
+        return True
     with ExitStack() as closing:
         output = _open_output(run, engine, first, closing)
         if first == 0 and run.recipe.guard == "skip":
@@ -99,12 +104,19 @@ def _train_from(run: RunState, engine: Engine, first: int, stop: StopRequest, le
                 except StoppedWithinStep:
                     _save_before(run, engine, step, first, output.saver, stop)
                     return False
-            ends = held_out_loss.epoch_ends(run, step + 1)
-            measured = _held_out(run, engine, output, "held_out_loss", stop) if ends else {}
+            due = early_stop.due(run, step + 1)
+            measured = _held_out(run, engine, output, "held_out_loss", stop) if due else {}
             flags = flags._replace(stop=flags.stop or measured is None)
+            if measured:
+                run.points.append((step + 1, measured["held_out_loss"]))
+                early_stop.keep_best(run, engine, stop)
             output.write(row | (measured or {}) | before)
             before = {}
-            _save_if_due(run, engine, step + 1, flags, output.saver, stop)
+            last = step + 1 == len(run.schedule) or early_stop.ended(run.recipe, run.points)
+            _save_if_due(run, engine, step + 1, flags, output.saver, stop, last)
+            if last and step + 1 < len(run.schedule):
+                run.say(early_stop.stop_note(run, step + 1))
+                return True
             if measured is None or (flags.stop and step + 1 < len(run.schedule)):
                 return False
     return True
@@ -282,16 +294,21 @@ def _add_timings(run: RunState, saver: Saver) -> None:
         run.timings[key] = run.timings.get(key, 0) + value
 
 
-def _save_if_due(run: RunState, engine: Engine, done: int, flags: Flags, saver: Saver, stop: StopRequest) -> None:
-    """Save after `done` steps if a checkpoint is due; the last one is on the disk before the run ends."""
-    due = flags.stop or _checkpoint_due(run, done)
+def _save_if_due(
+    run: RunState, engine: Engine, done: int, flags: Flags, saver: Saver, stop: StopRequest, last: bool
+) -> None:
+    """Save after `done` steps if a checkpoint is due; the last one is on the disk before the run ends.
+
+    last: the run ends with this step.
+    """
+    due = flags.stop or last or _checkpoint_due(run, done)
     if flags.save_failed or due:
         _wait_for_disk(run, saver, stop)
     if due:
         save(run, engine, done, saver)
     elif done == guard.MIN_HISTORY:  # find a layer without gradient early: the first checkpoint may be hours away
         check_layers(run, engine, engine.full_state("exp_avg"))
-    if flags.stop or done == len(run.schedule):
+    if flags.stop or last:
         _wait_for_disk(run, saver, stop)
 
 
@@ -310,7 +327,7 @@ def _checkpoint_due(run: RunState, done: int) -> bool:
         return True
     if run.recipe.save_every:
         return done % run.recipe.save_every == 0
-    return held_out_loss.epoch_ends(run, done)
+    return early_stop.epoch_ends(run, done)
 
 
 def _wait_for_disk(run: RunState, saver: Saver, stop: StopRequest) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from train.config.recipe import Recipe
 from train.model.architecture import Shape
-from train.training.memory_estimate import ADAPTER_BYTES, Estimate, Setting, estimate
+from train.training.memory_estimate import ADAPTER_BYTES, GIB, Estimate, Setting, estimate
 from train.training.step_sizes import ROW_MULTIPLE
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FLASH_CAPABILITY = (8, 0)  # the first compute capability with flash attention and bfloat16
 MARGIN = 0.02  # share of a card that a plan leaves free
+RESERVE = GIB  # what `auto` leaves for CUDA's context, NCCL and a desktop: 1.29 GiB were outside torch on an H100
 # What a micro batch costs however small it is, in tokens' worth of time: from the speeds at 512, 2048 and 8192 tokens
 MICRO_BATCH_TOKENS = 600
 # How many times longer a step takes. Recomputing is a third of all work (1.32 measured, 7B at 1 × 2048). Copies during
@@ -63,6 +64,11 @@ def choose(shape: Shape, recipe: Recipe, card: int) -> tuple[Setting, Estimate] 
 
 def fits(needed: Estimate, card: int) -> bool:
     return needed.with_context <= card * (1 - MARGIN)
+
+
+def has_room(needed: Estimate, card: int) -> bool:
+    """As `fits`, with RESERVE left: for a choice that nobody looks at."""
+    return needed.held + RESERVE <= card
 
 
 def longest_length(shape: Shape, setting: Setting, card: int) -> int:

@@ -19,7 +19,7 @@ from torch import nn
 from train.common.device import dtype_name
 from train.common.errors import UserError, first_few
 from train.common.files import free_bytes, sha256
-from train.config.recipe import Recipe
+from train.config.recipe import Recipe, check_measured
 from train.data import training_set
 from train.data.batches import Schedule
 from train.data.data_row import ReadOptions
@@ -87,6 +87,7 @@ def prepare(
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
     check_settings(recipe)
+    check_measured(recipe)
     options = ReadOptions(recipe.columns, seed=recipe.seed, keep_empty=keeps_empty(recipe.clean))
     base, adapter = _read_base(recipe, data, options, parent, models)
     config, _ = read_folder_config(base)
@@ -235,7 +236,7 @@ def check_supported(recipe: Recipe, device: str) -> None:
     """Refuse combinations that DeepSpeed would refuse only after minutes of loading. `device`: cpu or cuda."""
     if recipe.precision == "fp16" and device == "cpu":
         raise UserError("precision=fp16 needs a GPU: on a CPU DeepSpeed refuses it. Give precision=fp32 or bf16.")
-    if recipe.zero == 3 and recipe.checkpointing != "off":
+    if recipe.zero == 3 and recipe.checkpointing not in ("off", "auto"):
         raise UserError(
             f"zero=3 removes weights that checkpointing={recipe.checkpointing} needs to compute blocks again. Give "
             "checkpointing=off, or zero=2: the base is frozen, so stage 2 shards all that the optimizer keeps (and "

@@ -15,8 +15,10 @@ from train.model.stops import answer_end
 from train.model.tokenizer_files import write_tokenizer
 from train.runs import losses, provenance
 from train.runs.folder import ADAPTER, HELD_OUT, INPUTS, LOSSES, RECIPE, RECORD, REMOVED
+from train.training import early_stop
 from train.training.async_save import write_together
 from train.training.deepspeed_engine import Engine
+from train.training.early_stop import FinalWeights
 from train.training.prepare import PreparedRun
 from train.training.run_state import RunState
 from train.training.signals import StopRequest
@@ -37,7 +39,8 @@ def finish(
 
     def attempt() -> Exception | None:
         try:
-            written.append(write(prepared, run, engine, masters, notes, began))
+            final = early_stop.final_weights(run, masters, len(losses.read(run.folder)))
+            written.append(write(prepared, run, engine, final, notes, began))
         except OSError as error:
             return error
         return None
@@ -48,12 +51,12 @@ def finish(
 
 
 def write(
-    prepared: PreparedRun, run: RunState, engine: Engine, masters: dict[str, Any], notes: list[str], began: float
+    prepared: PreparedRun, run: RunState, engine: Engine, final: FinalWeights, notes: list[str], began: float
 ) -> dict[str, Any]:
-    """Write the adapter, then run.json; returns its content. Arguments as in `finish`; masters: float32, by name."""
+    """Write the adapter `final`, then run.json; returns its content. The other arguments as in `finish`."""
     folder = run.folder
     with staged(folder / ADAPTER) as aside:
-        lora.save_adapter(engine.model, aside, masters)  # type: ignore[arg-type]
+        lora.save_adapter(engine.model, aside, final.masters)  # type: ignore[arg-type]
         _write_prompt(prepared, engine.model.get_base_model().config.layout, aside)  # type: ignore[operator, union-attr]
     rows = losses.read(folder)
     seconds = sum(row["seconds"] for row in rows)
@@ -74,7 +77,7 @@ def write(
         "device": str(run.device),
         "processes": run.rank_info.world_size,
         "starts": run.starts,
-        "decisions": notes,
+        "decisions": [*notes, *final.notes],
         "steps": len(rows),
         "loss": _loss([row for row in rows if row["loss"] is not None]),
         "left_out": [{k: v for k, v in row.items() if k != "seconds"} for row in rows if row["loss"] is None],
@@ -82,13 +85,13 @@ def write(
         "label_tokens": sum(row["label_tokens"] for row in rows),
         "timings": {"steps_seconds": seconds, "began": began, "finished": time.time(), **run.timings},
         "adapter": provenance.hash_folder(folder / ADAPTER),
-        **_selection(prepared, rows),
+        **_selection(prepared, rows, final.step),
     }
     write_json(folder / RECORD, record)
     return record
 
 
-def _selection(prepared: PreparedRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _selection(prepared: PreparedRun, rows: list[dict[str, Any]], adapter_step: int) -> dict[str, Any]:
     """What cleaning took, and what was measured on the held-out conversations; nothing where neither was asked for."""
     entries: dict[str, Any] = {}
     selection, folder = prepared.selection, prepared.folder
@@ -97,9 +100,11 @@ def _selection(prepared: PreparedRun, rows: list[dict[str, Any]]) -> dict[str, A
         entries["cleaned"] = {**cleaned, "sha256": sha256(folder / REMOVED)}
     if selection.split:
         points = dict(losses.held_out(rows))
-        loss = {"before": points.get(0), "last": points.get(len(rows))}
+        found = early_stop.best(list(points.items()))
+        loss = {"before": points.get(0), "last": points.get(len(rows)), "best": found and found[1]}
         count = len(selection.held_out)
-        entries["held_out"] = {"conversations": count, "loss": loss, "sha256": sha256(folder / HELD_OUT)}
+        steps = {"best_step": found and found[0], "adapter_step": adapter_step}
+        entries["held_out"] = {"conversations": count, "loss": loss, **steps, "sha256": sha256(folder / HELD_OUT)}
     return entries
 
 
@@ -123,12 +128,15 @@ def summary(record: dict[str, Any]) -> str:
     loss, seconds = record["loss"], record["timings"]["steps_seconds"]
     speed = record["tokens"] / max(seconds, 1e-9)
     left_out = f", {len(record['left_out'])} left out" if record["left_out"] else ""
-    held_out = _held_out_text(record["held_out"]["loss"]) if "held_out" in record else ""
+    held_out = _held_out_text(record["held_out"]) if "held_out" in record else ""
     return (
         f"loss {loss['first']:.4f} -> {loss['last']:.4f}{held_out} in {record['steps']} steps{left_out}, "
         f"{seconds:,.0f} s, {speed:,.0f} tokens/s"
     )
 
 
-def _held_out_text(loss: dict[str, float]) -> str:
-    return f", held out {loss['before']:.4f} -> {loss['last']:.4f}"
+def _held_out_text(held_out: dict[str, Any]) -> str:
+    loss, best_step = held_out["loss"], held_out["best_step"]
+    kept = ", which is kept" if held_out["adapter_step"] == best_step else ""
+    best = f" (least: {loss['best']:.4f} after step {best_step}{kept})" if loss["best"] != loss["last"] else ""
+    return f", held out {loss['before']:.4f} -> {loss['last']:.4f}{best}"

@@ -22,6 +22,7 @@ from train.training.guard import Guard
 class RunState:
     """What is trained on which samples, in which process, into which folder.
 
+    points: (steps done, held-out loss) of each measurement so far; 0 steps: before training.
     timings: seconds and counts of this start, for run.json. starts: each start of the command that steps of this run
     come from: after which step, when, in how many processes, on what. prefetched: the next micro batch on the device,
     by (step, number of the micro batch).
@@ -35,6 +36,7 @@ class RunState:
     rank_info: RankInfo
     device: torch.device
     held_out: Sequence[Sample] = field(default_factory=list)  # measured on, not trained on
+    points: list[tuple[int, float]] = field(default_factory=list)
     guard: Guard = field(default_factory=Guard)
     timings: dict[str, float] = field(default_factory=dict)
     starts: list[dict[str, Any]] = field(default_factory=list)

@@ -69,7 +69,7 @@ def _run_state(prepared: PreparedRun, devices: Devices, rank_info: RankInfo) -> 
         rank_info,
         devices.device,
         prepared.held_out,
-        guard,
+        guard=guard,
     )
 
 
