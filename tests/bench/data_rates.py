@@ -20,6 +20,7 @@ import json
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -110,6 +111,7 @@ def _measured(options: Options, arm: str) -> dict[str, Any]:
         ]
         command += [f"length={RECIPE.length}", f"overlong={RECIPE.overlong}"]
     began, peak = time.monotonic(), 0
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
             peak = max(peak, _resident(process.pid))
@@ -118,8 +120,10 @@ def _measured(options: Options, arm: str) -> dict[str, Any]:
     if process.returncode:
         raise SystemExit(f"{arm} failed with status {process.returncode}")
     wall = round(time.monotonic() - began, 2)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2)
     found = json.loads(printed.splitlines()[-1]) if arm != "data" else {"seconds": wall}
-    return {"arm": arm, "peak_mb": round(peak / 1e6), "wall_seconds": wall, **found}
+    return {"arm": arm, "peak_mb": round(peak / 1e6), "wall_seconds": wall, "cpu_seconds": cpu, **found}
 
 
 def _resident(pid: int) -> int:

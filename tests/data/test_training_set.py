@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from tests.data.mistakes import GOOD
 from tests.data.samples import Letters
 from train.common.errors import UserError
 from train.config.recipe import Recipe
-from train.data import conversations, sample_cache, training_set
+from train.data import conversations, one_pass, sample_cache, training_set
 from train.data.batches import Schedule, collate
 from train.data.data_row import ReadOptions
 from train.data.encoding import DTYPES
+from train.data.one_pass import OnePass
 from train.data.samples import Samples, Summary, encode, samples_of
 from train.data.selection import select
 from train.data.training_set import load_tokens
@@ -57,6 +59,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_set, "SMALL", 0)
     monkeypatch.setattr(conversations, "KEPT", 0)
     monkeypatch.setattr(conversations, "cores", lambda: 1)
+    monkeypatch.setattr(one_pass, "cores", lambda: 1)
 
 
 @pytest.fixture
@@ -90,6 +93,7 @@ def no_reading(monkeypatch: pytest.MonkeyPatch) -> Any:
             raise AssertionError("the data are read")
 
         monkeypatch.setattr(training_set, "read", fail)
+        monkeypatch.setattr(OnePass, "arrays", fail)
 
     return forbid
 
@@ -217,15 +221,16 @@ def test_a_half_written_cache_is_not_used(data: Path, cache: Path) -> None:
 
 def _load(data: Path, cache: Path, built: Any) -> None:
     training_set.SMALL = 0
-    read = training_set.read
+    one_pass.cores = lambda: 1  # type: ignore[attr-defined]
+    arrays = OnePass.arrays
 
     def counting(*arguments: Any) -> Any:
         with built.get_lock():
             built.value += 1
         time.sleep(0.5)
-        return read(*arguments)
+        return arrays(*arguments)
 
-    training_set.read = counting
+    OnePass.arrays = counting  # type: ignore[method-assign]
     loaded(data, cache)
 
 
@@ -266,21 +271,36 @@ def test_problems_are_reported_and_leave_no_cache(data: Path, cache: Path) -> No
 
 
 @pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(("owner", "name"), [(OnePass, "arrays"), (training_set, "read")], ids=["one pass", "two"])
 def test_data_that_change_while_they_are_read_are_not_kept(
-    data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
-    read = training_set.read
+    read = getattr(owner, name)
 
     def then_changed(*arguments: Any) -> Any:
+        def grow() -> None:
+            with data.open("a") as file:
+                file.write(GOOD + "\n")
+
+        if owner is OnePass:
+            return grow_after_the_first(read(*arguments), grow)
         checked = read(*arguments)
-        with data.open("a") as file:
-            file.write(GOOD + "\n")
+        grow()
         return checked
 
-    monkeypatch.setattr(training_set, "read", then_changed)
+    monkeypatch.setattr(owner, name, then_changed)
+    if owner is not OnePass:
+        monkeypatch.setattr(OnePass, "of", lambda *_: None)
     with pytest.raises(UserError, match="changed while this command ran"):
         loaded(data, cache)
     assert not caches(cache)
+
+
+def grow_after_the_first(parts: Iterator[Any], grow: Callable[[], None]) -> Iterator[Any]:
+    for number, part in enumerate(parts):
+        if number == 0:
+            grow()
+        yield part
 
 
 @pytest.mark.usefixtures("large")

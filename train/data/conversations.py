@@ -235,14 +235,24 @@ def of_block(block: Block) -> list[Conversation]:
     Raises:
         UserError: it has some now.
     """
-    checked = CheckedData()
     try:
-        found = [conversation for row in block.rows() if (conversation := checked.add(row, str(block.path)))]
+        checked, found = check_block(block)
     except NotPlainError:
         raise changed(block.path) from None
     if checked.problems:
         raise changed(block.path)
     return found
+
+
+def check_block(block: Block) -> tuple[CheckedData, list[Conversation]]:
+    """What was found in a part of a file, and its sound conversations.
+
+    Raises:
+        NotPlainError: a line that needs a careful look.
+    """
+    checked = CheckedData()
+    found = [conversation for row in block.rows() if (conversation := checked.add(row, str(block.path)))]
+    return checked, found
 
 
 def changed(*files: Path) -> UserError:
@@ -291,13 +301,10 @@ def _check_blocks(path: Path, options: ReadOptions, on_progress: OnProgress | No
 
 def _check_block(block: Block) -> tuple[float, CheckedData | None]:
     """(share of the file that is read after the block, what was found in it)"""
-    checked = CheckedData()
     try:
-        for row in block.rows():
-            checked.add(row, str(block.path))
+        return block.share, check_block(block)[0]
     except NotPlainError:
         return block.share, None
-    return block.share, checked
 
 
 def _finish(path: Path, checked: CheckedData) -> None:

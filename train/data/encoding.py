@@ -108,18 +108,23 @@ def encode_all(
     if processes == 1:
         yield from map(partial(encode_batch, tokenizer=tokenizer, template=Template.of(settings)), items)
     else:
-        yield from in_processes(_encode_in_process, items, processes, _set_up, (tokenizer, Template.of(settings)))
+        yield from in_processes(_encode_item, items, processes, set_up, (tokenizer, Template.of(settings)))
 
 
 _in_process: dict[str, Any] = {}  # of a process that encodes: its tokenizer and its template
 
 
-def _set_up(tokenizer: Encoder, template: Template) -> None:
+def set_up(tokenizer: Encoder, template: Template) -> None:
+    """Once in each process that encodes."""
     _in_process.update(tokenizer=tokenizer, template=template)
 
 
-def _encode_in_process(item: "Block | list[Conversation]") -> TokenArrays:
-    conversations = of_block(item) if isinstance(item, Block) else item
+def _encode_item(item: "Block | list[Conversation]") -> TokenArrays:
+    return encode_in_process(of_block(item) if isinstance(item, Block) else item)
+
+
+def encode_in_process(conversations: Sequence[Conversation]) -> TokenArrays:
+    """Their tokens, with what `set_up` was given."""
     return join([encode_batch(batch, **_in_process) for batch in in_batches(conversations, BATCH)])
 
 

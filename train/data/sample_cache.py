@@ -39,12 +39,13 @@ def key_of(**inputs: Any) -> str:
 
 
 def load_or_build(
-    root: Path, key: str, build: Callable[[], tuple[Iterable[TokenArrays], dict[str, Any]]], expected: int
+    root: Path, key: str, build: Callable[[], tuple[Iterable[TokenArrays], Callable[[], dict[str, Any]]]], expected: int
 ) -> tuple[TokenArrays, dict[str, Any]]:
     """The arrays of a cache, mapped into memory, and what was stored beside them; built first where there is none.
 
     Args:
-        build: gives the arrays in parts, and what is stored beside them (as JSON has it).
+        build: gives the arrays in parts, and a function that gives what is stored beside them (as JSON has it) when
+            all of them have been taken.
         expected: bytes, roughly.
     Raises:
         UserError: no space on the disk. Whatever `build` raises.
@@ -132,7 +133,7 @@ def _mapped(folder: Path, manifest: dict[str, Any]) -> tuple[TokenArrays, dict[s
 # Writing
 
 
-def _write(folder: Path, parts: Iterable[TokenArrays], beside: dict[str, Any]) -> None:
+def _write(folder: Path, parts: Iterable[TokenArrays], beside: Callable[[], dict[str, Any]]) -> None:
     with staged(folder) as aside, ExitStack() as stack:
         files = {name: stack.enter_context((aside / name).open("wb")) for name in DTYPES}
         written = dict.fromkeys(DTYPES, (0, 0))  # bytes, CRC-32
@@ -146,7 +147,7 @@ def _write(folder: Path, parts: Iterable[TokenArrays], beside: dict[str, Any]) -
                 size, crc = written[name]
                 written[name] = size + len(raw), zlib.crc32(raw, crc)
         stack.close()
-        content = {"places": list(places), "beside": beside}
+        content = {"places": list(places), "beside": beside()}
         checks = {"files": written, "content": _crc_of(*content.values()), "format": FORMAT}
         write_json(aside / MANIFEST, content | checks)
 

@@ -15,12 +15,15 @@ from train.data.chat_template import BatchEncoder
 from train.data.conversations import CheckedData, Conversation, OnProgress
 from train.data.data_row import GUESS, ReadOptions
 from train.data.encoding import Template, TokenArrays, encode_all, join
+from train.data.json_stream import NotPlainError
+from train.data.one_pass import OnePass
 from train.data.sample_cache import key_of, load_or_build
 from train.data.samples import SampleSettings, Summary, samples_of, with_progress
 from train.data.sources import hash_data, sources
 
 SMALL = 32_000_000  # bytes of files up to which nothing is written
 SHOWN = 2_000_000  # bytes of files from which progress is shown
+Built = tuple[Iterable[TokenArrays], Callable[[], dict[str, Any]]]  # what `load_or_build` wants
 BYTES_PER_BYTE = 1.5  # of tokens for a byte of data: 4 for each of 0.3 tokens, and some to spare
 
 
@@ -52,9 +55,15 @@ def load_tokens(
         checked = read(data, options)
         return checked, join(list(_encoded(data, checked, tokenizer, settings, size)))
 
-    def build() -> tuple[Iterable[TokenArrays], dict[str, Any]]:
+    def build() -> Built:
         checked = read(data, options)
-        return _encoded(data, checked, tokenizer, settings, size), checked.to_json()
+        return _encoded(data, checked, tokenizer, settings, size), checked.to_json
+
+    def build_in_one_pass() -> Built:
+        one_pass = OnePass.of(data, options)
+        if one_pass is None:
+            return build()
+        return _in_one_pass(one_pass, tokenizer, settings, size), one_pass.checked.to_json
 
     hashes = hashes or hash_data(data)
     key = key_of(
@@ -64,7 +73,10 @@ def load_tokens(
         template=asdict(Template.of(settings)),
         tokenizer=tokenizer.fingerprint(),
     )
-    arrays, stored = load_or_build(cache, key, build, int(BYTES_PER_BYTE * size))
+    try:
+        arrays, stored = load_or_build(cache, key, build_in_one_pass, int(BYTES_PER_BYTE * size))
+    except NotPlainError:
+        arrays, stored = load_or_build(cache, key, build, int(BYTES_PER_BYTE * size))
     return conversations.restore(data, options, stored), arrays
 
 
@@ -89,6 +101,13 @@ def read(data: str, options: ReadOptions = GUESS) -> CheckedData:
     files = sources(data)
     with share_bar("reading", len(files), sum(path.stat().st_size for path in files)) as on_progress:
         return conversations.read(data, options, on_progress)
+
+
+def _in_one_pass(
+    one_pass: OnePass, tokenizer: CachedEncoder, settings: SampleSettings, size: int
+) -> Iterator[TokenArrays]:
+    with share_bar("reading and counting tokens", len(one_pass.options.files), size) as on_progress:
+        yield from one_pass.arrays(tokenizer, Template.of(settings), on_progress)
 
 
 def _encoded(

@@ -144,7 +144,7 @@ def _keys(raw: bytes, starts: np.ndarray) -> np.ndarray:
     """uint64 [2, P]: the bytes of each piece, of which different pieces have different ones; LONG for a longer piece."""
     lengths = np.diff(starts, append=len(raw))
     padded = raw + bytes(2 * WORD)
-    at = np.ndarray((len(raw) + WORD,), "<u8", padded, strides=(1,))  # eight bytes from each byte on
+    at: np.ndarray = np.ndarray((len(raw) + WORD,), "<u8", padded, strides=(1,))  # eight bytes from each byte on
     keys = np.empty((2, len(starts)), np.uint64)
     keys[0] = at[starts] & MASKS[np.minimum(lengths, WORD)]
     keys[1] = at[starts + WORD] & MASKS[np.clip(lengths - WORD, 0, WORD)]
