@@ -5,8 +5,10 @@ that two different ones of a million share one has a chance of 1 to 10²⁶.
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +20,9 @@ if TYPE_CHECKING:
 
 DIGEST = 16  # bytes
 LOOKED_AT = 2000  # characters of the answers, to tell the language
-HAN, KANA = re.compile("[\u3400-\u9fff\uf900-\ufaff]+"), re.compile("[\u3040-\u30ff]")
-LETTERS = re.compile(r"[^\W\d_]+")
+HAN, KANA = re.compile("[\u3400-\u9fff\uf900-\ufaff]+"), re.compile("[\u3040-\u30ff]+")
+LETTER = re.compile(r"[^\W\d_]+")
+IS_HAN, IS_LETTER, IS_KANA = 1, 2, 4
 EMPTY_WORDS = ("nan", "none", "null", "undefined", "n/a", "[object object]")  # an empty cell, written as a text
 
 
@@ -36,8 +39,11 @@ class OddText:
     answers: bool = False  # look at answers only
 
     def first(self, turns: "Iterable[Turn]") -> "re.Match[str] | None":
-        texts = (turn.text for turn in turns if not self.answers or turn.role == "assistant")
-        return next((match for text in texts if self.hint in text and (match := self.search(text))), None)
+        for turn in turns:
+            looked_at = self.hint in turn.text and (not self.answers or turn.role == "assistant")
+            if looked_at and (match := self.search(turn.text)):
+                return match
+        return None
 
 
 ODD_TEXTS = {
@@ -79,8 +85,9 @@ class Counts:
         self.turns += len(turns)
         self.several += len(turns) // 2 > 1
         self.most = max(self.most, len(turns) // 2)
-        self.untrained += sum(not turn.trained for turn in turns)
-        self.characters += sum(len(turn.text) for turn in turns)
+        for turn in turns:
+            self.untrained += not turn.trained
+            self.characters += len(turn.text)
         self.chinese += is_chinese(conversation)
         if is_new:
             self.digests += digest(conversation)
@@ -129,10 +136,21 @@ def digest(conversation: "Conversation") -> bytes:
 def is_chinese(conversation: "Conversation") -> bool:
     """A rough guess: three in ten letters of the answers are Han characters, and there is no kana."""
     text = "".join(turn.text for turn in conversation.turns if turn.role == "assistant")[:LOOKED_AT]
-    if text.isascii() or KANA.search(text):
+    if text.isascii():
         return False
-    return _length(HAN, text) > 0.3 * _length(LETTERS, text)
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    kinds = np.bincount(_kinds()[codes], minlength=8).tolist()  # numbers of characters, by their bits
+    han, letters, kana = (sum(kinds[n] for n in range(8) if n & bit) for bit in (IS_HAN, IS_LETTER, IS_KANA))
+    return not kana and bool(han > 0.3 * letters)
 
 
-def _length(pattern: "re.Pattern[str]", text: str) -> int:
-    return sum(map(len, pattern.findall(text)))
+@cache
+def _kinds() -> np.ndarray:
+    """uint8 [code points]: what a character is; a bit each."""
+    codes = np.arange(sys.maxunicode + 1, dtype=np.uint32)
+    text = codes.tobytes().decode("utf-32", "surrogatepass")
+    kinds = np.zeros(len(codes), np.uint8)
+    for bit, pattern in ((IS_HAN, HAN), (IS_LETTER, LETTER), (IS_KANA, KANA)):
+        for match in pattern.finditer(text):
+            kinds[slice(*match.span())] |= bit
+    return kinds
