@@ -94,7 +94,7 @@ def run(options: Options, work: Path) -> None:
         same = _compare(work)
     size, count = data.stat().st_size, arms[0]["rows"]
     ours, control = ([one for one in arms if one["arm"] == arm] for arm in ("cold", "datasets"))
-    report = {**heading(), "machine": _machine(), "options": asdict(options), "bytes": size, "rows": arms}
+    report = {**heading(), "machine": machine(), "options": asdict(options), "bytes": size, "rows": arms}
     report["rows_compared"] = same
     pairs_of = list(zip(ours, control, strict=True))
     report["times_the_control"] = [round(b["map_seconds"] / a["seconds"], 2) for a, b in pairs_of]
@@ -111,7 +111,7 @@ def _line(arm: dict[str, Any]) -> str:
     )
 
 
-def _machine() -> str:
+def machine() -> str:
     """The processor and the memory."""
     names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     return f"{names[0] if names else 'unknown'}, {psutil.virtual_memory().total / 1e9:.0f} GB"

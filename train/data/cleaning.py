@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from train.common.errors import UserError
 from train.data.conversations import Conversation
+from train.data.locations import Locations
 from train.data.near_duplicates import Candidates, normalised, similarity
 from train.data.streamed import is_same
 
@@ -210,14 +211,16 @@ class _Duplicates:
         """listed: all rows, where they are a sequence; else empty."""
         self.steps, self.near, self.listed = steps, near, listed
         self.first: dict[bytes, int] = {}  # hash of a row -> its number
-        self.locations: list[str] = []  # by row
+        self.locations = Locations()  # by row; empty for rows that are left out before
         self.candidates = Candidates(near)
         self.rows = array("q")  # of each text in `candidates`
         self.systems = array("Q")  # a hash of the system message of each text in `candidates`
 
     def add(self, row: int, conversation: Conversation) -> Removed | None:
         """Note a row; what it is if it copies an earlier one."""
-        self.locations += [""] * (row - len(self.locations)) + [conversation.location]
+        while len(self.locations) < row:
+            self.locations.add("")
+        self.locations.add(conversation.location)
         if "exact_duplicates" in self.steps:
             first = self.first.setdefault(_hash(conversation), row)
             if first != row and not self._drawn_again(first, row):

@@ -5,7 +5,6 @@ object for each token or sample would take more memory than the data.
 """
 
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +16,11 @@ from train.common.processes import cores, in_processes
 from train.data.chat_template import BatchEncoder, Encoder, render, render_batch
 from train.data.conversations import Conversation, of_block
 from train.data.json_stream import Block
+from train.data.locations import Locations
 from train.data.streamed import Streamed, in_batches
 
 BATCH = 256  # conversations that are encoded together
 MANY = 20_000_000  # characters from which several processes are worth their start
-NUMBER = re.compile(r"(?:0|[1-9][0-9]{0,17})\Z")  # at the end of a location: a line, a row
 
 
 class TemplateSettings(Protocol):
@@ -136,16 +135,18 @@ def encode_batch(conversations: Sequence[Conversation], tokenizer: Encoder, temp
     counts = np.diff(np.concatenate([[0], np.cumsum(counted, dtype=np.int64)])[starts])
     packed = [np.packbits(mask[start:stop]) for start, stop in itertools.pairwise(starts.tolist())]
     turns = np.array([len(conversation.turns) for conversation in conversations], np.int32)
-    places, place, number = _locations(conversations)
+    locations = Locations()
+    for conversation in conversations:
+        locations.add(conversation.location)
     return TokenArrays(
         lengths=np.array(lengths, np.int32),
         label_counts=counts.astype(np.int32),
         turns=turns,
         ids=ids,
         mask=np.concatenate(packed),
-        place=place,
-        number=number,
-        places=places,
+        place=np.array(locations.place, np.int32),
+        number=np.array(locations.number, np.int64),
+        places=locations.places,
     )
 
 
@@ -158,16 +159,3 @@ def _render(
     rendered = [render(conversation, tokenizer, *settings) for conversation in conversations]
     ids, mask = (np.concatenate([np.array(row[part]) for row in rendered]) for part in (0, 1))
     return [len(row[0]) for row in rendered], ids.astype(np.int32), mask.astype(np.uint8)
-
-
-def _locations(conversations: Sequence[Conversation]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """(places, place int32 [N], number int64 [N]) of TokenArrays."""
-    places: dict[str, int] = {}
-    place, number = np.zeros(len(conversations), np.int32), np.full(len(conversations), -1, np.int64)
-    for row, conversation in enumerate(conversations):
-        text = conversation.location
-        digits = len(text) - len(text.rstrip("0123456789"))
-        if digits and NUMBER.match(text[-digits:]):
-            number[row], text = int(text[-digits:]), text[:-digits]
-        place[row] = places.setdefault(text, len(places))
-    return list(places), place, number

@@ -9,9 +9,10 @@ kept in memory.
 
 import hashlib
 from array import array
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 from train.common.errors import UserError
 from train.data.cleaning import PAIRS_PER_CALL, ROWS_PER_CALL, OnProgress
@@ -19,6 +20,7 @@ from train.data.conversations import Conversation
 from train.data.near_duplicates import Candidates, normalised, similarity
 
 EDITS = 2  # deleted or inserted characters: one other character, or 请问 in front, makes no other question …
+DIGEST = 16  # bytes of the hash of a question
 LEAST_CHARACTERS = 4  # … of a question with at least this many
 
 
@@ -67,25 +69,35 @@ def split(
     wanted = int(held_out) if held_out >= 1 else max(1, int(held_out * total + 0.5))
     if wanted >= total:
         raise UserError(f"held_out={held_out:g} of {total:,} conversations leaves none to train on. Set fewer aside.")
-    chosen = set(_choose(groups, wanted))
-    if not chosen:
+    is_chosen = np.isin(groups.of_row, _choose(groups, wanted))
+    if not is_chosen.any():
         raise UserError(
             f"held_out={held_out:g}: no question can be set aside. Each of {total:,} conversations is in a group of "
             f"near duplicates with more than {wanted:,}, or its question is asked in a later turn of another. near=1 "
             "sets aside by the same words alone."
         )
-    trained = [row for row in range(total) if row not in chosen]
-    return Split(trained, sorted(chosen), wanted, len(groups))
+    trained, chosen = (np.flatnonzero(which).tolist() for which in (~is_chosen, is_chosen))
+    return Split(trained, chosen, wanted, len(groups.names))
 
 
-def _choose(groups: dict[bytes, list[int]], wanted: int) -> Iterator[int]:
-    """Rows of the groups with the smallest hashes; a group that is larger than what is still wanted is passed over."""
-    for _, rows in sorted(groups.items()):
-        if len(rows) <= wanted:
-            wanted -= len(rows)
-            yield from rows
+@dataclass(frozen=True)
+class _Groups:
+    """Conversations with nearly the same question: those groups that may be set aside, by their smallest hashes."""
+
+    names: np.ndarray  # int64 [G]: a number for each
+    of_row: np.ndarray  # int64 [N]: the name of the group that a conversation is in
+
+
+def _choose(groups: _Groups, wanted: int) -> list[int]:
+    """The first of the groups; one that is larger than what is still wanted is passed over."""
+    sizes, chosen = np.bincount(groups.of_row), []
+    for name in map(int, groups.names):
+        if sizes[name] <= wanted:
+            wanted -= int(sizes[name])
+            chosen.append(name)
         if not wanted:
-            return
+            break
+    return chosen
 
 
 class _Questions:
@@ -109,7 +121,7 @@ class _Questions:
 
     def _number(self, text: str) -> int:
         question = normalised(text)
-        digest = hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        digest = hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=DIGEST).digest()
         number = self.numbers.setdefault(digest, len(self.numbers))
         if number == len(self.is_first):
             self.is_first.append(0)
@@ -119,22 +131,19 @@ class _Questions:
                 self.candidates.add(question)
         return number
 
-    def groups(self, on_progress: OnProgress | None) -> dict[bytes, list[int]]:
-        """The smallest hash of a group's first questions -> its rows; of groups that may be set aside."""
+    def groups(self, on_progress: OnProgress | None) -> _Groups:
+        """The groups of first questions."""
         if self.near < 1:
             self._join_near(on_progress)
         self.candidates.close()
-        trained = {self._root(number) for number, later in enumerate(self.is_later) if later and self.is_first[number]}
-        keys: dict[int, bytes] = {}
-        for digest, number in self.numbers.items():
-            if self.is_first[number]:
-                root = self._root(number)
-                keys[root] = min(digest, keys.get(root, digest))
-        rows: dict[bytes, list[int]] = defaultdict(list)
-        for row, number in enumerate(self.first_of):
-            if (root := self._root(number)) not in trained:
-                rows[keys[root]].append(row)
-        return rows
+        count = len(self.numbers)
+        roots = np.fromiter(map(self._root, range(count)), np.int64, count)
+        first, later = (np.frombuffer(bytes(marks), np.uint8) > 0 for marks in (self.is_first, self.is_later))
+        digests = np.frombuffer(b"".join(self.numbers), f"S{DIGEST}")  # by number
+        by_digest = roots[np.flatnonzero(first)[np.argsort(digests[first], kind="stable")]]
+        names, places = np.unique(by_digest, return_index=True)
+        names = names[np.argsort(places)]
+        return _Groups(names[~np.isin(names, roots[first & later])], roots[np.frombuffer(self.first_of, np.int64)])
 
     def _join_near(self, on_progress: OnProgress | None) -> None:
         """Join the groups of near duplicates, and mark a question that nearly is one of a later turn."""

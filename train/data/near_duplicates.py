@@ -1,7 +1,7 @@
 """Texts that are nearly the same, found among many without comparing each with each.
 
-A MinHash of a text's character 5-grams (rensa) stands for it: 512 bytes in memory, while the text itself waits in a
-temporary file. Two texts with an equal pair of neighbouring values are candidates, and the caller confirms a candidate
+A MinHash of a text's character 5-grams (rensa) stands for it: 512 bytes, which wait in a temporary file, as the text
+itself does. Two texts with an equal pair of neighbouring values are candidates, and the caller confirms a candidate
 with `similarity`. This module does not know conversations. What it finds depends on the set of texts, not on their
 order. Character grams need no words, so Chinese is found like English. MinHash may miss a pair: of texts with a fifth
 of their grams in common, which is what one other character leaves of five, 93 in 100 become candidates; with a third
@@ -85,7 +85,7 @@ class Candidates:
         self.texts = TextStore()
         self._lengths = array("q")
         self._waiting: list[list[str]] = []  # grams of texts whose signatures are not computed yet
-        self._signatures = bytearray()  # uint32 [N, SLOTS]
+        self._signatures = tempfile.TemporaryFile()  # noqa: SIM115  # uint32 [N, SLOTS]; closed by `close`
 
     def add(self, text: str) -> int:
         """Add a normalised text; returns its number, from 0."""
@@ -101,7 +101,7 @@ class Candidates:
         from rensa import RMinHash
 
         matrix = RMinHash.digest_matrix_from_token_sets(self._waiting, SLOTS, SEED)
-        self._signatures += np.array(matrix.to_rows(), np.uint32).tobytes()
+        self._signatures.write(np.array(matrix.to_rows(), np.uint32).tobytes())
         self._waiting.clear()
 
     def pairs(self) -> Iterator[tuple[int, int]]:
@@ -110,7 +110,11 @@ class Candidates:
 
         if self._waiting:
             self._sign()
-        signatures = np.frombuffer(self._signatures, np.uint32).reshape(-1, SLOTS)
+        self._signatures.flush()
+        shape = (len(self.texts), SLOTS)
+        signatures = (
+            np.memmap(self._signatures, np.uint32, "r", shape=shape) if shape[0] else np.empty(shape, np.uint32)
+        )
         count = len(signatures)
         codes, unsorted = np.empty(0, np.int64), []
         for band in range(SLOTS // 2):
@@ -137,8 +141,9 @@ class Candidates:
                 yield np.maximum(a, b), np.minimum(a, b)
 
     def close(self) -> None:
-        """Remove the file of texts."""
+        """Remove the files."""
         self.texts.close()
+        self._signatures.close()
 
 
 def _groups(signatures: "np.ndarray", numbers: "np.ndarray", band: int, depth: int = 1) -> "Iterator[np.ndarray]":
