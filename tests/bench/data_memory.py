@@ -14,6 +14,7 @@ times a second; `anonymous` is the part of it that no file backs, which the syst
 up, with a seed: ROW_BYTES each, half of them Chinese, one in fifty a copy and one in fifty nearly one.
 """
 
+import itertools
 import json
 import random
 import subprocess
@@ -28,6 +29,7 @@ import psutil
 
 from tests.bench.data_rates import machine
 from tests.bench.spec import heading
+from tests.data.samples import write_shared_workbook
 from train.common.files import write_json
 from train.config.options import build, describe, option, pairs
 from train.config.recipe import Recipe
@@ -153,17 +155,10 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def write_workbook(source: Path, path: Path) -> None:
-    """The first EXCEL_ROWS rows as Excel saves them, each text once in the table of shared strings."""
-    from openpyxl import Workbook
-
-    book = Workbook()
-    sheet = book.active
-    assert sheet is not None
-    sheet.append(["question", "answer"])
+    """The first EXCEL_ROWS rows, as Excel saves them."""
     with source.open(encoding="utf-8") as lines:
-        for line, _ in zip(lines, range(EXCEL_ROWS), strict=False):
-            sheet.append(list(json.loads(line).values()))
-    book.save(path)
+        rows = (list(json.loads(line).values()) for line, _ in zip(lines, range(EXCEL_ROWS), strict=False))
+        write_shared_workbook(path, itertools.chain([["question", "answer"]], rows))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import pytest
 
 from tests.support.questions import EDITS, questions
 from train.data import near_duplicates
-from train.data.near_duplicates import Candidates, TextStore, normalised, similarity
+from train.data.near_duplicates import Candidates, normalised, similarity
+from train.data.text_store import TextStore
 
 
 @pytest.mark.parametrize(

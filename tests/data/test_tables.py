@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.data import conversations
+from tests.data.samples import write_shared_workbook
+from train.data import conversations, excel_table
 from train.data.conversations import CheckedData
 from train.data.data_row import ReadOptions
 from train.data.formats import Turn
+from train.data.text_store import TextStore
 
 HEADERS = [
     ("question", "answer"),
@@ -95,6 +97,26 @@ def test_workbooks(seed: int, tmp_path: Path) -> None:
     checked = read(tmp_path / "data.xlsx")
     assert pairs(checked) == counted and checked.formats == {"Excel": len(rows)}
     assert ('sheet "Data" is read' in " ".join(checked.notes)) == (seed % 3 == 0)
+
+
+def test_texts_of_a_workbook_wait_in_a_file(tmp_path: Path) -> None:
+    """Excel writes each text once, and cells name it by its number."""
+    _, rows = sample(3)
+    write_shared_workbook(tmp_path / "data.xlsx", [("question", "answer"), *rows, *rows])
+    assert pairs(read(tmp_path / "data.xlsx")) == [*rows, *rows]
+    with (tmp_path / "data.xlsx").open("rb") as stream:
+        sheet = excel_table._open(stream, data_only=True).worksheets[0]
+        assert isinstance(sheet._shared_strings, TextStore) and len(sheet._shared_strings) <= 2 + 2 * len(rows)
+
+
+@pytest.mark.parametrize("number", ["999", "-1", "x"])
+def test_a_cell_that_names_no_text_is_damage(tmp_path: Path, number: str) -> None:
+    whole, path = tmp_path / "whole.xlsx", tmp_path / "data.xlsx"
+    write_shared_workbook(whole, [("question", "answer"), ("q", "a")])
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as archive:
+        for name in source.namelist():
+            archive.writestr(name, source.read(name).replace(b"<v>3</v>", f"<v>{number}</v>".encode()))
+    assert "damaged or cut off Excel workbook" in str(read(path).problems)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -9,13 +9,14 @@ import zipfile
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from train.data import columns, tables
 from train.data.columns import Columns
 from train.data.data_row import DataFile, DataRow, ReadOptions, only_problem
 from train.data.problems import Problem
 from train.data.tables import BadCell, Header, Table, TableRow
+from train.data.text_store import TextStore
 from train.data.unpacking import UnpackedTooMuchError, check_zip
 
 LAST_ROW = 1_048_576  # of a sheet of Excel
@@ -67,9 +68,35 @@ class _Workbook:
 
 
 def _open(stream: BinaryIO, data_only: bool) -> Any:
-    from openpyxl import load_workbook
+    from openpyxl.reader.excel import ExcelReader
+    from openpyxl.xml.constants import SHARED_STRINGS
 
-    return load_workbook(stream, read_only=True, data_only=data_only, keep_links=False)
+    class Reader(ExcelReader):
+        """openpyxl's reader; but the texts of the workbook, a list in memory there, wait in a temporary file."""
+
+        def read_strings(self) -> None:
+            if (part := self.package.find(SHARED_STRINGS)) is not None:
+                with self.archive.open(part.PartName[1:]) as source:
+                    self.shared_strings = _shared_texts(source)
+
+    reader = Reader(stream, read_only=True, data_only=data_only, keep_links=False)
+    reader.read()
+    return reader.wb
+
+
+def _shared_texts(source: IO[bytes]) -> TextStore:
+    """The texts of a workbook, each once, as openpyxl.reader.strings reads them."""
+    from openpyxl.cell.text import Text
+    from openpyxl.xml.constants import SHEET_MAIN_NS
+    from openpyxl.xml.functions import iterparse
+
+    texts, table = TextStore(), None
+    for event, node in iterparse(source, ("start", "end")):
+        table = node if table is None else table
+        if event == "end" and node.tag == f"{{{SHEET_MAIN_NS}}}si":
+            texts.add(Text.from_tree(node).content.replace("x005F_", ""))
+            table.clear()
+    return texts
 
 
 # The sheet

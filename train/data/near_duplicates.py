@@ -8,13 +8,14 @@ of their grams in common, which is what one other character leaves of five, 93 i
 in common all but 1 in 1,000.
 """
 
-import os
 import re
 import tempfile
 import unicodedata
 from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from train.data.text_store import TextStore
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,31 +50,6 @@ def similarity(one: str, other: str, at_least: float = 0.0) -> float:
     from rapidfuzz.distance import Indel
 
     return Indel.normalized_similarity(one, other, score_cutoff=at_least)
-
-
-class TextStore:
-    """Texts by number, in a temporary file: 8 bytes in memory for each."""
-
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed by `close`
-        self._ends = array("q", [0])
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def add(self, text: str) -> int:
-        """Keep `text`; returns its number."""
-        self._ends.append(self._ends[-1] + self._file.write(text.encode("utf-8", "surrogatepass")))
-        return len(self) - 1
-
-    def __getitem__(self, number: int) -> str:
-        self._file.flush()
-        start, end = self._ends[number], self._ends[number + 1]
-        return os.pread(self._file.fileno(), end - start, start).decode("utf-8", "surrogatepass")
-
-    def close(self) -> None:
-        """Remove the file."""
-        self._file.close()
 
 
 class Candidates:
