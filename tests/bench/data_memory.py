@@ -33,11 +33,13 @@ from tests.data.samples import write_shared_workbook
 from train.common.files import write_json
 from train.config.options import build, describe, option, pairs
 from train.config.recipe import Recipe
-from train.data import conversations, excel_table, training_set
-from train.data.cleaning import clean
-from train.data.data_row import GUESS, DataFile
-from train.data.held_out import split
-from train.data.sources import hash_data
+from train.data.checked import conversations
+from train.data.choice.cleaning import clean
+from train.data.choice.held_out import split
+from train.data.files import excel_table
+from train.data.origins.sources import hash_data
+from train.data.rows.data_row import GUESS, DataFile
+from train.data.tokens import training_set
 
 ROOT = Path(__file__).parents[2]
 ARMS = ("reading", "cleaning", "near", "held_out", "again", "excel")

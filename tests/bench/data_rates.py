@@ -38,8 +38,8 @@ from tests.bench.spec import heading
 from train.common.files import write_json
 from train.config.options import build, describe, option, pairs
 from train.config.recipe import Recipe
-from train.data.samples import samples_of
-from train.data.training_set import load_tokens
+from train.data.tokens.samples import samples_of
+from train.data.tokens.training_set import load_tokens
 from train.model.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,9 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from train.data.conversations import Conversation
-from train.data.formats import Turn
-from train.data.samples import Sample
+from train.data.checked.conversations import Conversation
+from train.data.rows.formats import Turn
+from train.data.tokens.samples import Sample
 
 
 @dataclass
