@@ -11,7 +11,8 @@ from train.data.choice.cleaning import STEPS
 from train.data.choice.selection import Selection
 from train.data.rows.formats import FORMATS
 from train.data.rows.problems import Problem
-from train.data.tokens.samples import Samples, SampleSettings, Summary
+from train.data.tokens.samples import Samples, Summary
+from train.data.tokens.settings import SampleSettings
 from train.pages import charts, data_facts, page
 from train.pages.data_facts import FactSettings
 from train.pages.token_text import Decoder

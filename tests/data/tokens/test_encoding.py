@@ -16,8 +16,9 @@ from train.data.rows.formats import Turn
 from train.data.streams.streamed import Streamed
 from train.data.tokens import encoding
 from train.data.tokens.chat_template import render
-from train.data.tokens.encoding import Template, TokenArrays, encode_all, join
+from train.data.tokens.encoding import TokenArrays, encode_all, join
 from train.data.tokens.samples import Samples
+from train.data.tokens.settings import Template
 from train.model.tokenizer import Tokenizer, load_tokenizer
 
 WAYS = [

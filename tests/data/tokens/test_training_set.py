@@ -20,6 +20,7 @@ from train.common.errors import UserError
 from train.config.recipe import Recipe
 from train.data.checked import conversations
 from train.data.choice.selection import select
+from train.data.json_text import json_stream
 from train.data.rows.data_row import ReadOptions
 from train.data.tokens import one_pass, sample_cache, training_set
 from train.data.tokens.batches import Schedule, collate
@@ -359,3 +360,38 @@ def test_a_selection_takes_the_same_rows_of_large_and_of_small_data(
         assert contents(held_out) == contents(encode(listed[1], Counted(), recipe)[0])
         found.append((*listed, summary, conversations.count(selection.trained)))
     assert found[0] == found[1] == found[2] and len(found[0][0]) + len(found[0][1]) < len(checked.conversations)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_several_files_in_one_pass_are_what_they_are_in_two(
+    data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """Also beside an array, which is read in two."""
+    other, array = tmp_path / "other.jsonl", tmp_path / "array.json"
+    other.write_text("\ufeff" + "\r\n".join([GOOD, "", GOOD]))
+    array.write_text(f"[{GOOD}]")
+    small = [loaded(Path(some), cache) for some in (f"{data},{other}", f"{data},{array}")]
+    for module, name, value in ((training_set, "SMALL", 0), (conversations, "KEPT", 0), (json_stream, "BLOCK", 900)):
+        monkeypatch.setattr(module, name, value)
+    for module in (conversations, one_pass):
+        monkeypatch.setattr(module, "cores", lambda: processes)
+    assert OnePass.of(f"{data},{other}", ReadOptions()) and not OnePass.of(f"{data},{array}", ReadOptions())
+    for some, expected in zip((f"{data},{other}", f"{data},{array}"), small, strict=True):
+        said, samples, summary = loaded(Path(some), cache)
+        assert (said, summary) == (expected[0], expected[2]) and contents(samples) == contents(expected[1])
+
+
+@pytest.mark.usefixtures("large")
+def test_a_mistake_after_many_sound_rows_has_the_report_of_small_data(
+    data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with data.open("a") as file:
+        file.write('{"instruction": "q", "output": 1}\n' + GOOD + "\n" + GOOD[:-1] + "\n")
+    monkeypatch.setattr(json_stream, "BLOCK", 900)
+    with pytest.raises(UserError) as in_one_pass:
+        loaded(data, cache)
+    monkeypatch.setattr(training_set, "SMALL", 1 << 20)
+    with pytest.raises(UserError) as small:
+        loaded(data, cache)
+    assert str(in_one_pass.value) == str(small.value) and "2 problems" in str(small.value)
+    assert not caches(cache)

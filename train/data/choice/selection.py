@@ -18,6 +18,7 @@ from train.data.choice.cleaning import Cleaned, CleaningSettings, CountTokens, O
 from train.data.choice.held_out import Split, check_held_out, split
 from train.data.streams.streamed import take
 from train.data.tokens import chat_template
+from train.data.tokens.settings import TemplateSettings
 
 if TYPE_CHECKING:
     from train.data.tokens.chat_template import Encoder
@@ -30,19 +31,6 @@ class SelectionSettings(CleaningSettings, Protocol):
 
     @property
     def held_out(self) -> float: ...
-
-
-class TemplateSettings(Protocol):
-    """The keys that decide how many tokens a conversation has."""
-
-    @property
-    def template(self) -> str: ...
-
-    @property
-    def mask(self) -> str: ...
-
-    @property
-    def system(self) -> str: ...
 
 
 @dataclass(frozen=True)

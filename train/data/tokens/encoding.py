@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,35 +18,10 @@ from train.data.json_text.json_stream import Block
 from train.data.streams.locations import Locations
 from train.data.streams.streamed import Streamed, in_batches
 from train.data.tokens.chat_template import BatchEncoder, Encoder, render, render_batch
+from train.data.tokens.settings import Template, TemplateSettings
 
 BATCH = 256  # conversations that are encoded together
 MANY = 20_000_000  # characters from which several processes are worth their start
-
-
-class TemplateSettings(Protocol):
-    """The keys of a recipe that decide the ids and the mask of a conversation."""
-
-    @property
-    def template(self) -> str: ...
-
-    @property
-    def mask(self) -> str: ...
-
-    @property
-    def system(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Template:
-    """The values of these keys."""
-
-    template: str
-    mask: str
-    system: str
-
-    @classmethod
-    def of(cls, settings: TemplateSettings) -> "Template":
-        return cls(settings.template, settings.mask, settings.system)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from train.data.origins.sources import Part, parts
 from train.data.rows.data_row import ReadOptions
 from train.data.tokens import encoding
 from train.data.tokens.chat_template import BatchEncoder
-from train.data.tokens.encoding import Template, TokenArrays
+from train.data.tokens.encoding import TokenArrays
+from train.data.tokens.settings import Template
 
 
 @dataclass

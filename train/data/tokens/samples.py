@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,39 +16,12 @@ from train.common.errors import UserError
 from train.data.checked.conversations import Conversation
 from train.data.tokens.encoding import TokenArrays, encode_all, join
 from train.data.tokens.packing import pack_epoch
+from train.data.tokens.settings import SampleSettings
 
 if TYPE_CHECKING:
     from train.data.tokens.chat_template import Encoder
 
 MAX_LISTED = 20  # overlong conversations that an error lists
-
-
-class SampleSettings(Protocol):
-    """How conversations become samples: the keys of a recipe that are needed here, so that data/ needs no config/."""
-
-    @property
-    def template(self) -> str: ...
-
-    @property
-    def mask(self) -> str: ...
-
-    @property
-    def system(self) -> str: ...
-
-    @property
-    def length(self) -> int: ...
-
-    @property
-    def overlong(self) -> str: ...
-
-    @property
-    def pack(self) -> bool: ...
-
-    @property
-    def batch(self) -> int: ...
-
-    @property
-    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from train.data.json_text.json_stream import NotPlainError
 from train.data.origins.sources import hash_data, sources
 from train.data.rows.data_row import GUESS, ReadOptions
 from train.data.tokens.chat_template import BatchEncoder
-from train.data.tokens.encoding import Template, TokenArrays, encode_all, join
+from train.data.tokens.encoding import TokenArrays, encode_all, join
 from train.data.tokens.one_pass import OnePass
 from train.data.tokens.sample_cache import key_of, load_or_build
-from train.data.tokens.samples import SampleSettings, Summary, samples_of, with_progress
+from train.data.tokens.samples import Summary, samples_of, with_progress
+from train.data.tokens.settings import SampleSettings, Template
 
 SMALL = 32_000_000  # bytes of files up to which nothing is written
 SHOWN = 2_000_000  # bytes of files from which progress is shown
