@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from tests.bench.data_rates import machine
+from tests.bench.data_rates import machine, said
 from tests.bench.spec import heading
 from tests.data.samples import write_shared_workbook
 from train.common.files import write_json
@@ -77,7 +77,7 @@ def main(words: list[str]) -> int:
         for arm in options.arms.split(","):
             rows.append(_measured(options, arm))
             print(rows[-1], flush=True)
-    write_json(Path(options.out), {**heading(), "machine": machine(), "options": asdict(options), "rows": rows})
+    write_json(Path(options.out), {**heading(), "machine": machine(), "options": said(options), "rows": rows})
     return 0
 
 
@@ -94,7 +94,7 @@ def _measured(options: Options, arm: str) -> dict[str, Any]:
         raise SystemExit(f"{arm} failed with status {process.returncode}")
     seconds = round(time.monotonic() - began, 1)
     found = json.loads(said.splitlines()[-1])
-    return {"arm": arm, "peak_mb": peak >> 20, "anonymous_mb": anonymous >> 20, "seconds": seconds, **found}
+    return {"arm": arm, "peak_mib": peak >> 20, "anonymous_mib": anonymous >> 20, "seconds": seconds, **found}
 
 
 def _memory(pid: int) -> tuple[int, int]:

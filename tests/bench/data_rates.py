@@ -94,7 +94,7 @@ def run(options: Options, work: Path) -> None:
         same = _compare(work)
     size, count = data.stat().st_size, arms[0]["rows"]
     ours, control = ([one for one in arms if one["arm"] == arm] for arm in ("cold", "datasets"))
-    report = {**heading(), "machine": machine(), "options": asdict(options), "bytes": size, "rows": arms}
+    report = {**heading(), "machine": machine(), "options": said(options), "bytes": size, "rows": arms}
     report["rows_compared"] = same
     pairs_of = list(zip(ours, control, strict=True))
     report["times_the_control"] = [round(b["map_seconds"] / a["seconds"], 2) for a, b in pairs_of]
@@ -109,6 +109,11 @@ def _line(arm: dict[str, Any]) -> str:
     return (
         f"  {arm['arm']:10} {arm['seconds']:8.1f} s  {arm['cpu_seconds']:8.1f} CPU s  {arm['peak_mb']:7,.0f} MB  {rate}"
     )
+
+
+def said(options: Any) -> dict[str, Any]:
+    """Options without the folders of this machine."""
+    return {key: Path(value).name if isinstance(value, str) else value for key, value in asdict(options).items()}
 
 
 def machine() -> str:
