@@ -24,7 +24,19 @@ MAY_IMPORT = {
     "ops": "common",
     "common": "",
 }
+PARTS_OF_DATA = [
+    "mending",
+    "choice",
+    "tokens",
+    "checked",
+    "origins",
+    "files",
+    "json_text",
+    "rows",
+    "streams",
+]  # each imports those after it
 FOLDERS = list(MAY_IMPORT)
+PACKAGES = {"", *FOLDERS, *(f"data.{part}" for part in PARTS_OF_DATA), "ops.kernels"}
 FILES = sorted(TRAIN.rglob("*.py"))
 MAX_LINES = 400  # of a module
 MAX_CLASS_LINES = 200
@@ -53,7 +65,7 @@ def imports(path: Path) -> set[str]:
     for node in _run_time_nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "train":
             inner = node.module.removeprefix("train").lstrip(".")
-            modules |= {f"{inner}.{a.name}".lstrip(".") for a in node.names} if inner in ("", *FOLDERS) else {inner}
+            modules |= {f"{inner}.{a.name}".lstrip(".") for a in node.names} if inner in PACKAGES else {inner}
         if isinstance(node, ast.Import):
             modules |= {a.name.removeprefix("train.") for a in node.names if a.name.startswith("train.")}
     return modules - {"__version__"}
@@ -83,6 +95,17 @@ def test_the_table_allows_only_folders_below() -> None:
         assert set(below.split()) <= set(FOLDERS[position + 1 :]), folder
 
 
+def test_the_packages_are_those_that_are_there() -> None:
+    found = {".".join(path.parent.relative_to(TRAIN).parts) for path in TRAIN.rglob("__init__.py")}
+    assert found == PACKAGES
+
+
+@pytest.mark.parametrize("path", sorted(TRAIN.glob("data/*/*.py")), ids=lambda p: str(p.relative_to(TRAIN)))
+def test_imports_run_downwards_within_data(path: Path) -> None:
+    below = PARTS_OF_DATA[PARTS_OF_DATA.index(path.parent.name) :]
+    assert {module.split(".")[1] for module in imports(path) if module.startswith("data.")} <= set(below)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(TRAIN)))
 def test_imports_run_downwards(path: Path) -> None:
     if folder_of(path):
@@ -96,9 +119,9 @@ def test_every_form_of_import_is_seen_except_for_type_checking(tmp_path: Path) -
     importer.write_text(
         "from train.model import loading\nfrom train.export.merge import write\n"
         "def later():\n    import train.runs.folder\n"
-        "if TYPE_CHECKING:\n    from train.__main__ import Verb\nelse:\n    import train.data.packing\n"
+        "if TYPE_CHECKING:\n    from train.__main__ import Verb\nelse:\n    import train.data.tokens.packing\n"
     )
-    assert imports(importer) == {"model.loading", "export.merge", "runs.folder", "data.packing"}
+    assert imports(importer) == {"model.loading", "export.merge", "runs.folder", "data.tokens.packing"}
 
 
 def test_upward_imports_and_commands_of_commands_are_refused() -> None:

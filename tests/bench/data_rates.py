@@ -1,13 +1,14 @@
 """How fast data become packed tokens, in how much memory, beside `datasets` and a fast tokenizer of transformers.
 
-    python -m tests.bench.data_rates tokenizer=FOLDER [rows=1000000] [out=FILE.json] [work=FOLDER]
+    python -m tests.bench.data_rates tokenizer=FOLDER [rows=1000000] [rounds=1] [out=FILE.json] [work=FOLDER]
 
 cold       this program: rows checked, tokenised into the cache, packed
 warm       the same again: the cache is found
 data       `python -m train data` on the same file, cache found: the whole command
 datasets   load_dataset("json"), then map() in batches with PreTrainedTokenizerFast: template, mask and ids alone
 
-Every arm has a process of its own, one after another, on PROCESSES cores. Memory is the largest sum of the resident
+Every arm has a process of its own, one after another, on PROCESSES cores; `cold` and `datasets` take turns, ROUNDS times,
+because other programs may use the machine too. CPU seconds are those of the arm and its children, start included. Memory is the largest sum of the resident
 sets of a process and its children, sampled ten times a second; pages that they share count twice, and so do pages of
 files that are mapped. The first rows of the control are compared with ours: ids and mask have to be equal.
 
@@ -20,6 +21,8 @@ import json
 import os
 import random
 import re
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,8 +38,8 @@ from tests.bench.spec import heading
 from train.common.files import write_json
 from train.config.options import build, describe, option, pairs
 from train.config.recipe import Recipe
-from train.data.samples import samples_of
-from train.data.training_set import load_tokens
+from train.data.tokens.samples import samples_of
+from train.data.tokens.training_set import load_tokens
 from train.model.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +57,7 @@ class Options:
     tokenizer: str = option("", "folder of a base, for its tokenizer")
     rows: int = option(1_000_000, "rows to make up", interval="[100, 100000000]")
     data: str = option("", "measure on this file instead")
+    rounds: int = option(1, "times that cold and datasets take turns", interval="[1, 100]")
     processes: int = option(2, "cores that an arm may use")
     out: str = option("data_rates.json", "the report")
     work: str = option("", "folder for the data and the caches, which is removed; empty: a temporary one")
@@ -80,17 +84,42 @@ def run(options: Options, work: Path) -> None:
     if not options.data:
         write_rows(data, options.rows, load_tokenizer(Path(options.tokenizer)))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.processes])
-    arms = [_measured(replace(options, data=str(data), work=str(work)), arm) for arm in ARMS]
-    same = _compare(work)
+    arms, same = [], 0
+    for number in range(options.rounds):
+        shutil.rmtree(work / ".cache", ignore_errors=True)
+        shutil.rmtree(work / "datasets", ignore_errors=True)
+        for arm in ("cold", "datasets", *(("warm", "data") if number == options.rounds - 1 else ())):
+            arms.append({"round": number + 1, **_measured(replace(options, data=str(data), work=str(work)), arm)})
+            print(_line(arms[-1]), flush=True)
+        same = _compare(work)
     size, count = data.stat().st_size, arms[0]["rows"]
-    report = {**heading(), "options": asdict(options), "bytes": size, "arms": arms, "rows_compared": same}
-    report["times_the_control"] = round(arms[3]["map_seconds"] / arms[0]["seconds"], 2)
+    ours, control = ([one for one in arms if one["arm"] == arm] for arm in ("cold", "datasets"))
+    report = {**heading(), "machine": machine(), "options": said(options), "bytes": size, "rows": arms}
+    report["rows_compared"] = same
+    pairs_of = list(zip(ours, control, strict=True))
+    report["times_the_control"] = [round(b["map_seconds"] / a["seconds"], 2) for a, b in pairs_of]
+    report["times_the_control_in_cpu"] = [round(b["cpu_seconds"] / a["cpu_seconds"], 2) for a, b in pairs_of]
     write_json(Path(options.out), report)
     print(f"{count:,} rows, {size / 1e9:.2f} GB; {same:,} rows of both have equal ids and masks")
-    for arm in arms:
-        rate = f"{arm['rows'] / arm['seconds']:,.0f} rows/s" if "rows" in arm else ""
-        print(f"  {arm['arm']:10} {arm['seconds']:8.1f} s  {arm['peak_mb']:7,.0f} MB  {rate}")
-    print(f"  {report['times_the_control']} times as fast as map() alone")
+    print(f"times as fast as map() alone: {report['times_the_control']}, in CPU {report['times_the_control_in_cpu']}")
+
+
+def _line(arm: dict[str, Any]) -> str:
+    rate = f"{arm['rows'] / arm['seconds']:,.0f} rows/s" if "rows" in arm else ""
+    return (
+        f"  {arm['arm']:10} {arm['seconds']:8.1f} s  {arm['cpu_seconds']:8.1f} CPU s  {arm['peak_mb']:7,.0f} MB  {rate}"
+    )
+
+
+def said(options: Any) -> dict[str, Any]:
+    """Options without the folders of this machine."""
+    return {key: Path(value).name if isinstance(value, str) else value for key, value in asdict(options).items()}
+
+
+def machine() -> str:
+    """The processor and the memory."""
+    names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    return f"{names[0] if names else 'unknown'}, {psutil.virtual_memory().total / 1e9:.0f} GB"
 
 
 def _measured(options: Options, arm: str) -> dict[str, Any]:
@@ -110,6 +139,7 @@ def _measured(options: Options, arm: str) -> dict[str, Any]:
         ]
         command += [f"length={RECIPE.length}", f"overlong={RECIPE.overlong}"]
     began, peak = time.monotonic(), 0
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
             peak = max(peak, _resident(process.pid))
@@ -118,8 +148,10 @@ def _measured(options: Options, arm: str) -> dict[str, Any]:
     if process.returncode:
         raise SystemExit(f"{arm} failed with status {process.returncode}")
     wall = round(time.monotonic() - began, 2)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2)
     found = json.loads(printed.splitlines()[-1]) if arm != "data" else {"seconds": wall}
-    return {"arm": arm, "peak_mb": round(peak / 1e6), "wall_seconds": wall, **found}
+    return {"arm": arm, "peak_mb": round(peak / 1e6), "wall_seconds": wall, "cpu_seconds": cpu, **found}
 
 
 def _resident(pid: int) -> int:

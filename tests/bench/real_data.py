@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from train.config.recipe import Recipe
-from train.data.batches import Schedule
-from train.data.samples import Sample, Summary
+from train.data.tokens.batches import Schedule
+from train.data.tokens.samples import Sample, Summary
 
 
 def run_arms(module: str, arms: Sequence[str], options: Any) -> list[dict[str, Any]]:
@@ -31,8 +31,8 @@ class Conversations:
 
     def __init__(self, data: str, tokenizer: Path, recipe: Recipe, steps: int, seed: int) -> None:
         """seed: of the order of the samples."""
-        from train.data import conversations
-        from train.data.samples import encode
+        from train.data.checked import conversations
+        from train.data.tokens.samples import encode
         from train.model.tokenizer import load_tokenizer
 
         self.tokenizer = load_tokenizer(tokenizer)
@@ -43,6 +43,6 @@ class Conversations:
 
     def batch(self, step: int, width: int | None = None) -> dict[str, Any]:
         """The batch of a step; its rows are padded to the longest of them, or to `width`."""
-        from train.data.batches import collate
+        from train.data.tokens.batches import collate
 
         return collate(self.schedule.rows(step), self.samples, self.tokenizer.pad, width)

@@ -11,7 +11,7 @@ from tests.support.questions import questions
 from train.__main__ import main
 from train.commands import data
 from train.common.errors import UserError
-from train.data import conversations
+from train.data.checked import conversations
 from train.model.tokenizer import load_tokenizer
 
 SHIPPED = Path(__file__).parents[2] / "data"

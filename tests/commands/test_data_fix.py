@@ -7,7 +7,7 @@ import pytest
 from tests.data.damaged_files import GOOD, NEXT
 from train.__main__ import VERBS, main
 from train.commands.needs import paths
-from train.data import conversations
+from train.data.checked import conversations
 
 BROKEN = f"[{GOOD[:-1]},}},\n{NEXT}"  # a trailing comma, and no ] at the end
 HALF = f'{GOOD[:-1]},}}\n{{"instruction": "r", "output": ""}}\n'  # the second row has no answer

@@ -13,8 +13,8 @@ from tests.support.runs import tiny_run
 from train.commands.export import Options, run
 from train.common.errors import UserError
 from train.common.files import read_json, write_json
-from train.data.chat_template import prompt
-from train.data.formats import Turn
+from train.data.rows.formats import Turn
+from train.data.tokens.chat_template import prompt
 from train.inference.trained import find_source
 from train.model import lora
 from train.model.folder import QWEN1_CODE

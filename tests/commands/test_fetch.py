@@ -12,8 +12,9 @@ from tests.support.data_hub import Hub, commit_of, data_hub
 from train.commands import fetch
 from train.common.errors import UserError
 from train.common.files import read_json
-from train.data import conversations, hub_data
-from train.data.sources import hash_data, pinned, short_name, sources, stem
+from train.data.checked import conversations
+from train.data.origins import hub_data
+from train.data.origins.sources import hash_data, pinned, short_name, sources, stem
 
 
 def jsonl(*names: str) -> bytes:

@@ -22,7 +22,7 @@ from train.common.errors import UserError
 from train.common.files import write_json
 from train.common.terminal import CLOSED_PIPE
 from train.config.options import build
-from train.data.formats import Turn
+from train.data.rows.formats import Turn
 from train.inference.generate import answers
 from train.inference.trained import load_run
 from train.model.loading import load

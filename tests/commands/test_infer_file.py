@@ -264,7 +264,7 @@ def test_a_record_that_is_damaged_or_ahead_of_its_file_is_refused(tmp_path: Path
 
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path, place: Path) -> None:
-    from train.data.questions import read
+    from train.data.files.questions import read
     from train.inference.answer_file import AnswerFile
 
     questions = read(write(tmp_path / "q.txt"))

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from train.data import conversations
-from train.data.problems import Problem
+from train.data.checked import conversations
+from train.data.rows.problems import Problem
 
 # A text, and for every problem (line, column, part of `found`, part of `remedy`)
 Mistake = tuple[str | bytes, list[tuple[int, int, str, str]]]

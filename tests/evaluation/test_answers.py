@@ -10,8 +10,8 @@ from tests.support.exports import export
 from tests.support.runs import tiny_run
 from train.common.errors import UserError
 from train.common.files import read_json, sha256, write_json
-from train.data.conversations import training_data
-from train.data.sources import hash_data
+from train.data.checked.conversations import training_data
+from train.data.origins.sources import hash_data
 from train.evaluation import answers
 from train.evaluation.answers import find_questions, read_questions
 from train.evaluation.report import AnsweredQuestion

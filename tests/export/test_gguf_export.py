@@ -16,8 +16,8 @@ from tests.support.exports import exact_merge, export, merged_state
 from tests.support.runs import tiny_run
 from train.common.errors import UserError
 from train.common.files import read_json, write_json
-from train.data.chat_template import chat_template, prompt
-from train.data.formats import Turn
+from train.data.rows.formats import Turn
+from train.data.tokens.chat_template import chat_template, prompt
 from train.export import gguf_export
 from train.export.gguf_files import ModelCard, modelfile, write_adapter
 from train.export.gguf_tensors import why_not_q4_0

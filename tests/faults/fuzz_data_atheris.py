@@ -15,11 +15,12 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["train.data"]):
-    from train.data import file_kinds, repair  # noqa: F401  # instrumented
+    from train.data.files import file_kinds
+    from train.data.mending import repair  # noqa: F401  # instrumented
 
 from tests.data.damaged_files import DAMAGE
-from tests.data.test_repair_properties import Damaged, check
-from train.data.data_row import DataFile
+from tests.data.mending.test_repair_properties import Damaged, check
+from train.data.rows.data_row import DataFile
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-data-", dir="/dev/shm"))
 

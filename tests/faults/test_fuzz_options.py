@@ -42,7 +42,7 @@ CUTS = (  # module, name
     ("train.commands.quantize", "write"),
     ("train.model.sources", "fetch_locked"),
     ("train.model.sources", "fetch_published"),
-    ("train.data.hub_fetch", "fetch_split"),
+    ("train.data.origins.hub_fetch", "fetch_split"),
     ("train.commands.demo", "call"),
 )
 WORDS = {  # a command line of each verb that reaches its checks

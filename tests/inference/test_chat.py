@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from train.data.formats import Turn
+from train.data.rows.formats import Turn
 from train.inference.chat import Chat, ChatModel
 
 

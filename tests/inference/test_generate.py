@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tests.support.oracles import small_tokenizer, tiny_config, tiny_decoder
 from train.common.errors import UserError
-from train.data.chat_template import prompt
-from train.data.formats import Turn
+from train.data.rows.formats import Turn
+from train.data.tokens.chat_template import prompt
 from train.inference.generate import answers, stream
 from train.inference.sampling import Sampling
 from train.model.decoder import Decoder

@@ -7,8 +7,8 @@ import pytest
 
 from tests.support.oracles import small_tokenizer, tiny_checkpoint, tiny_config
 from train.common.files import read_json, write_json
-from train.data.chat_template import chat_template, prompt
-from train.data.formats import Turn
+from train.data.rows.formats import Turn
+from train.data.tokens.chat_template import chat_template, prompt
 from train.model.stops import answer_end
 from train.model.tokenizer import load_tokenizer
 from train.model.tokenizer_files import SETTINGS, write_tokenizer

@@ -1,5 +1,6 @@
 """Batches of texts have the ids that each text has alone: in Qwen's published vocabulary, on nasty texts."""
 
+import itertools
 import json
 import pickle
 import random
@@ -8,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import Regex, pre_tokenizers
 
 from tests.model.test_tokenizer import MATERIAL, lines, published  # noqa: F401  # a fixture
 from train.model import tokenizer as tokenizer_files
 from train.model import word_cache
+from train.model.text_pieces import PATTERN, Borders, Words
 from train.model.tokenizer import MANY, Tokenizer, byte_level_bpe, load_tokenizer
-from train.model.word_cache import PATTERN, Borders, fits
+from train.model.word_cache import fits
 
 NASTY = [
     "",
@@ -74,7 +77,7 @@ def _is_text(raw: bytes) -> bool:
 
 
 def test_the_cache_is_emptied_and_goes_on(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_cache, "MAX_WORDS", 50)
+    monkeypatch.setattr(word_cache, "MAX_PIECES", 50)
     texts = lines(300, seed=3)
     again = pickle.loads(pickle.dumps(tokenizer))
     for _ in range(2):
@@ -87,9 +90,34 @@ def test_tokens_that_begin_or_end_within_a_character_count() -> None:
     borders = Borders(
         [bytes([n]) for n in range(256)] + [first + second, second + first[:1], second[2:] + "中".encode()]
     )
-    assert borders.cut(["数学学数国国中", "ab国数"]) == [["数学学数", "国", "国中"], ["ab国", "数"]]
+    assert cut(borders, "数学学数国国中 ab国数") == ["数学学数", "国", "国中 ab国", "数"]
     wild = Borders([first[1:] + second[:2]])  # nothing is known of either character but these bytes
-    assert wild.cut(["国学"]) == [["国学"]] and wild.cut(["国数"]) == [["国", "数"]]
+    assert cut(wild, "国学") == ["国学"] and cut(wild, "国数") == ["国", "数"]
+
+
+def cut(borders: Borders, text: str) -> list[str]:
+    return split(text, borders.cuts(codes_of(text)))
+
+
+def codes_of(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def split(text: str, begins: np.ndarray) -> list[str]:
+    places = [*np.flatnonzero(begins[1:]) + 1, len(text)]
+    return [text[start:stop] for start, stop in itertools.pairwise([0, *places])]
+
+
+def test_words_are_those_of_the_published_pattern() -> None:
+    """Random runs of the characters that the pattern tells apart, many texts at once."""
+    library, words, draw = pre_tokenizers.Split(Regex(PATTERN), "isolated"), Words(), random.Random(8)
+    alphabet = "aé中sStTrReEvVlLmdDſ\u212a12½'\"(.,。 \t\r\n\u3000\xa0\u0301"
+    some = ["".join(draw.choices(alphabet, k=draw.randrange(1, 12))) for _ in range(60_000)]
+    some += ["".join(draw.choices(" \n\r\t.a'", k=draw.randrange(1, 9))) for _ in range(60_000)]
+    for texts in (some[n : n + 500] for n in range(0, len(some), 500)):
+        joined = "".join(f"{text}\0" for text in texts)
+        expected = [word for text in texts for word in (*(word for word, _ in library.pre_tokenize_str(text)), "\0")]
+        assert split(joined, words.begins(codes_of(joined))) == expected
 
 
 def test_another_pattern_is_left_to_the_library(tokenizer: Tokenizer) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.support.interpreter import run_interpreted
 from tests.support.tensors import KERNEL_DTYPES, normal
-from train.data import batches
+from train.data.tokens import batches
 from train.ops.cross_entropy import IGNORE, chunked_cross_entropy
 from train.ops.kernels.cross_entropy import cross_entropy
 

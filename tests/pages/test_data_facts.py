@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from train.data.checked_data import Conversation
-from train.data.formats import Turn
-from train.data.streamed import Streamed
+from train.data.checked.checked_data import Conversation
+from train.data.rows.formats import Turn
+from train.data.streams.streamed import Streamed
 from train.pages import data_facts
 from train.pages.data_facts import collect, evenly_spaced, language
 

@@ -1,7 +1,7 @@
 """Conversations as pages show them: tokens, characters of several tokens, what is trained on, what is left out."""
 
-from train.data.checked_data import Conversation
-from train.data.formats import Turn
+from train.data.checked.checked_data import Conversation
+from train.data.rows.formats import Turn
 from train.pages.token_text import Shown, Stretch, of_texts, of_tokens
 
 

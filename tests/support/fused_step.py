@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tests.support.oracles import tiny_checkpoint, tiny_config
 from train.config.recipe import load_recipe
-from train.data.batches import collate
-from train.data.samples import Sample
+from train.data.tokens.batches import collate
+from train.data.tokens.samples import Sample
 from train.model import lora
 from train.model.loading import load
 from train.training.graph_step import GraphStep

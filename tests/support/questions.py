@@ -4,8 +4,8 @@ import random
 import unicodedata
 from collections.abc import Callable
 
-from train.data.conversations import Conversation
-from train.data.formats import Turn
+from train.data.checked.conversations import Conversation
+from train.data.rows.formats import Turn
 
 ZH = {
     "who": [

@@ -25,7 +25,7 @@ from train.__main__ import main
 from train.common.errors import UserError
 from train.common.files import read_json
 from train.common.progress import Meter
-from train.data import conversations
+from train.data.checked import conversations
 from train.evaluation.report import draw_losses
 from train.model.loading import load
 from train.model.lora import load_adapter

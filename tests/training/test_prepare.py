@@ -15,7 +15,7 @@ from tests.support.tiny_training import TINY, start, train, write_rows
 from train.common.errors import UserError
 from train.common.files import read_json, write_json
 from train.config.recipe import RECIPES, Recipe, load_recipe
-from train.data import conversations
+from train.data.checked import conversations
 from train.model import lora
 from train.model.loading import load
 from train.runs import checkpoint

@@ -7,7 +7,7 @@ import pytest
 from tests.support.tiny_training import train
 from train.common.errors import UserError
 from train.common.files import read_json
-from train.data.chat_template import chat_template
+from train.data.tokens.chat_template import chat_template
 from train.model import lora
 from train.model.tokenizer import load_tokenizer
 from train.runs.provenance import hash_folder

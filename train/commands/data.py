@@ -35,22 +35,24 @@ from train.common.files import make_folder
 from train.common.terminal import understands_escapes
 from train.config.options import SWITCH, RecipeOptions, build_with_overrides, describe, option, shown
 from train.config.recipe import Recipe, load_recipe, read_data
-from train.data import chat_template, conversations, repair, repair_report, training_set
-from train.data.cleaning import named_steps
-from train.data.conversations import CheckedData, Conversation, ProblemsError
-from train.data.counts import Counts
-from train.data.data_row import ReadOptions
-from train.data.samples import samples_of
-from train.data.selection import Selection, check_settings, keeps_empty, select, token_counter
-from train.data.sources import short_name, sources, stem
-from train.data.writing import write_conversations, write_removed
+from train.data.checked import conversations
+from train.data.checked.conversations import CheckedData, Conversation, ProblemsError
+from train.data.checked.counts import Counts
+from train.data.choice.cleaning import named_steps
+from train.data.choice.selection import Selection, check_settings, keeps_empty, select, token_counter
+from train.data.choice.writing import write_conversations, write_removed
+from train.data.mending import repair, repair_report
+from train.data.origins.sources import short_name, sources, stem
+from train.data.rows.data_row import ReadOptions
+from train.data.tokens import chat_template, training_set
+from train.data.tokens.samples import samples_of
 from train.model.folder import resolve
 from train.pages import data_page
 from train.runs.folder import TOKENS
 
 if TYPE_CHECKING:
-    from train.data.encoding import TokenArrays
-    from train.data.samples import Summary
+    from train.data.tokens.encoding import TokenArrays
+    from train.data.tokens.samples import Summary
     from train.model.tokenizer import Tokenizer
 
 __doc__ = f"{__doc__}\nEvery key of the recipe can be given too:\n{describe(Recipe)}\n\nKeys of this command:"

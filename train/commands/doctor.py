@@ -22,11 +22,11 @@ from train.common.errors import UserError
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
 from train.config.recipe import Recipe, read_data, read_stages
 from train.config.stages import Stage, stage
-from train.data import conversations
-from train.data.cleaning import named_steps
-from train.data.conversations import Conversation
-from train.data.data_row import GUESS, ReadOptions
-from train.data.selection import check_settings, keeps_empty, select, token_counter
+from train.data.checked import conversations
+from train.data.checked.conversations import Conversation
+from train.data.choice.cleaning import named_steps
+from train.data.choice.selection import check_settings, keeps_empty, select, token_counter
+from train.data.rows.data_row import GUESS, ReadOptions
 from train.host import checks, failures, machine
 from train.host.checks import Finding
 from train.host.machine import Machine
@@ -323,7 +323,7 @@ def _check_data(report: Report, recipe: Recipe | None, folder: Path | None, data
     tokenizer = _tokenizer(folder)
     trained = _check_selection(report, reading.conversations, recipe, tokenizer)
     if tokenizer and trained:
-        from train.data.training_set import count_tokens
+        from train.data.tokens.training_set import count_tokens
 
         characters = reading.counts.characters
         report.attempt("tokens", lambda: count_tokens(trained, tokenizer, recipe, characters), str)

@@ -19,9 +19,9 @@ from pathlib import Path
 from train.common import commands
 from train.common.errors import UserError
 from train.config.options import option
-from train.data import hub_data
-from train.data.hub_data import FetchedSplit
-from train.data.sources import hub_sets
+from train.data.origins import hub_data
+from train.data.origins.hub_data import FetchedSplit
+from train.data.origins.sources import hub_sets
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def run(options: Options) -> None:
             f"data {options.data}: nothing of it is on a hub: nothing to fetch. The form is {hub_data.FORM}"
         )
     for one in wanted:
-        from train.data.hub_fetch import fetch_split
+        from train.data.origins.hub_fetch import fetch_split
 
         _report(fetch_split(one, options.update))
     print(f"Next: {commands.make('data', data=options.data)}")

@@ -19,9 +19,9 @@ from train.common.errors import UserError
 from train.common.progress import bar
 from train.config.options import SEEDS, option
 from train.config.recipe import Recipe
-from train.data.chat_template import DEFAULT_SYSTEM
-from train.data.formats import Turn
-from train.data.questions import read as read_questions
+from train.data.files.questions import read as read_questions
+from train.data.rows.formats import Turn
+from train.data.tokens.chat_template import DEFAULT_SYSTEM
 from train.inference.answer_file import AnswerFile, default_path
 from train.inference.ask_file import ask, inputs_of
 from train.inference.chat import Chat, chat_model, print_answer, stock_chat_model, typed_lines

@@ -25,7 +25,7 @@ from train.common.errors import UserError
 from train.common.files import read_json
 from train.config.options import SWITCH
 from train.config.recipe import load_recipe, read_data, read_stages
-from train.data.sources import named_paths
+from train.data.origins.sources import named_paths
 from train.runs.folder import newest_run
 
 Record = tuple[str, str]

@@ -21,8 +21,8 @@ from train.config.options import RecipeOptions, build_with_overrides, describe, 
 from train.config.recipe import Recipe, load_recipe, names_of
 from train.config.stages import Stage, count
 from train.config.stages import stage as stage_of_recipe
-from train.data.selection import check_settings
-from train.data.sources import sources, stem
+from train.data.choice.selection import check_settings
+from train.data.origins.sources import sources, stem
 from train.model.architecture import Shape
 from train.model.folder import find
 from train.model.names import hub_name

@@ -23,7 +23,7 @@ from train.common.files import sha256
 from train.common.names import below
 from train.config.options import option
 from train.config.recipe import Recipe
-from train.data.sources import hash_data
+from train.data.origins.sources import hash_data
 from train.model.folder import find, find_damage, read_manifest
 from train.runs import checkpoint, losses, provenance
 from train.runs.folder import HELD_OUT, REMOVED, read_run

@@ -16,10 +16,10 @@ from torch import nn
 from train.common.device import pick_device, pick_dtype
 from train.common.errors import UserError
 from train.common.files import read_json, read_json_lines, sha256, write_json, write_text
-from train.data import conversations
-from train.data.conversations import Conversation, training_data
-from train.data.questions import read as read_question_file
-from train.data.streamed import take
+from train.data.checked import conversations
+from train.data.checked.conversations import Conversation, training_data
+from train.data.files.questions import read as read_question_file
+from train.data.streams.streamed import take
 from train.evaluation.parity import BUILTIN_QUESTIONS
 from train.evaluation.report import AnsweredQuestion, draw_losses, write_report
 from train.inference.generate import CUT, answers

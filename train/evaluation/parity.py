@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.data.chat_template import render
-from train.data.conversations import Conversation
-from train.data.formats import Turn
+from train.data.checked.conversations import Conversation
+from train.data.rows.formats import Turn
+from train.data.tokens.chat_template import render
 from train.model.decoder import Decoder, token_positions
 from train.model.tokenizer import Tokenizer
 

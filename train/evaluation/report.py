@@ -15,7 +15,7 @@ from typing import Any
 
 from train.common import commands
 from train.common.files import write_text
-from train.data.sources import short_name
+from train.data.origins.sources import short_name
 from train.runs.losses import held_out
 
 WINDOW_SHARE = 15  # the running mean reaches this share of all steps, 1 / 15, to either side

@@ -13,7 +13,7 @@ import gguf
 import torch
 from torch import Tensor
 
-from train.data.chat_template import chat_template
+from train.data.tokens.chat_template import chat_template
 from train.export.gguf_tensors import OutTensor, gguf_name
 from train.model.gguf_reader import CONTROL, NORMAL, USER_DEFINED
 from train.model.layouts import DecoderConfig, convert_config, convert_tensors

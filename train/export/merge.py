@@ -21,7 +21,7 @@ from train.common.device import dtype_name
 from train.common.errors import UserError
 from train.common.files import free_bytes, write_json
 from train.common.threads import on_cores
-from train.data.chat_template import DEFAULT_SYSTEM
+from train.data.tokens.chat_template import DEFAULT_SYSTEM
 from train.export.prompt_files import write_prompt_files
 from train.model import lora
 from train.model.decoder import Decoder

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.common.files import write_json
-from train.data.chat_template import chat_template
+from train.data.tokens.chat_template import chat_template
 from train.model.base_files import read_object
 from train.model.stops import GENERATION, answer_end, generation_for, read_generation
 from train.model.tokenizer import Tokenizer

@@ -21,7 +21,7 @@ from train.common.errors import UserError
 from train.common.files import free_bytes, sha256, staged, write_json
 from train.common.memory import free_memory
 from train.common.progress import bar
-from train.data.chat_template import DEFAULT_SYSTEM, chat_template
+from train.data.tokens.chat_template import DEFAULT_SYSTEM, chat_template
 from train.export.prompt_files import write_stops
 from train.model.folder import (
     MANIFEST,

@@ -15,7 +15,7 @@ from torch import nn
 from train.common.device import dtype_name
 from train.common.errors import UserError
 from train.common.memory import free_memory
-from train.data.conversations import training_data
+from train.data.checked.conversations import training_data
 from train.evaluation import parity
 from train.export.merge import GB, MergeJob, written_bytes
 from train.model.loading import load, read_folder_config

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from train.common.errors import UserError
 from train.common.files import read_json, read_json_lines, sync, write_json, write_text
-from train.data.questions import Question, QuestionFile
+from train.data.files.questions import Question, QuestionFile
 
 KINDS = {".txt": "text", ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".xlsx": "xlsx"}
 WHOLE = ("json", "xlsx")  # kinds that are written when all answers are there

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from train.common.files import sha256
-from train.data.chat_template import prompt
-from train.data.questions import QuestionFile
+from train.data.files.questions import QuestionFile
+from train.data.tokens.chat_template import prompt
 from train.inference import sessions
 from train.inference.answer_file import AnswerFile
 from train.inference.generate import CUT, answer_rows

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.common.terminal import readable
-from train.data.chat_template import prompt
-from train.data.formats import Turn
+from train.data.rows.formats import Turn
+from train.data.tokens.chat_template import prompt
 from train.inference.generate import context_of, notice, room, stream
 from train.inference.sampling import Sampling
 from train.inference.stock import stock_stream

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from train.common.errors import UserError
-from train.data.chat_template import DEFAULT_SYSTEM, prompt
-from train.data.formats import Turn
+from train.data.rows.formats import Turn
+from train.data.tokens.chat_template import DEFAULT_SYSTEM, prompt
 from train.inference import sessions
 from train.inference.decode_graph import DecodeSession
 from train.inference.prompt_graph import padded_width

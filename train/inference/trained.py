@@ -17,7 +17,7 @@ from train.common.device import pick_device, pick_dtype
 from train.common.errors import UserError
 from train.common.files import sha256
 from train.common.names import below
-from train.data.chat_template import Encoder
+from train.data.tokens.chat_template import Encoder
 from train.model import lora
 from train.model.folder import find_damage, read_manifest, resolve
 from train.model.loading import fits, keeps_float, load

@@ -24,7 +24,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from train.common.errors import UserError
 from train.common.files import write_json, write_text
 from train.model.base_files import DamagedFileError, check_present, read_object
-from train.model.word_cache import PATTERN, WordCache, fits
+from train.model.text_pieces import PATTERN
+from train.model.word_cache import WordCache, fits
 
 MANY = 3_000_000  # characters from which it pays to make a WordCache, which takes a second
 TOKENIZERS = ("qwen.tiktoken", "tokenizer.json")  # the first that a folder has is read

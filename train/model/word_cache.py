@@ -1,37 +1,29 @@
 """Many texts to ids at once, faster than the library, with the same ids.
 
-Text has few different words, so each is encoded once and then looked up. Chinese has no spaces, and most of its runs
-of characters are new. But two neighbours can only be merged if some token of the vocabulary spans them; between all
-others a run is cut, and the pieces are old acquaintances again. The library still encodes every new piece. Whatever
-this module does not know (another pattern, another kind of model, rare characters) is encoded by the library alone.
+Text has few different pieces (see text_pieces.py), so each is encoded once and then looked up: most of them in a hash
+table of numpy, all pieces of a batch in a few calls, so that no Python object is made for them. Whatever this module
+does not know (another pattern, another kind of model, rare characters) is encoded by the library alone.
 `Tokenizer.encode` is the definition, and a test compares.
 """
 
-import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, pre_tokenizers
 
-# Published with Qwen-1 (tokenization_qwen.py, PAT_STR) and with Qwen2: the pattern of cl100k, but digits one by one.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# The same for Python's re; {L}, {N} and {S}: letters, numbers and spaces of the library's tables
-SAME_IN_RE = (
-    "'(?:[sStTmMdD\u017f]|[rR][eE]|[vV][eE]|[lL][lL])|[^\r\n{L}{N}]?[{L}]+|[{N}]| ?[^{S}{L}{N}]+[\r\n]*"
-    "|[{S}]*[\r\n]+|[{S}]+(?![^{S}])|[{S}]+"
-)
-EMOJI = (0x1F000, 0x1FB00)  # known beside the first 2¹⁶ characters: range of code points
+from train.model.text_pieces import PATTERN, Borders, Words
+
 UNKNOWN = re.compile("[\0\ud800-\udfff\U00010000-\U0001efff\U0001fb00-\U0010ffff]")  # a text with one: library alone
-NUL = "\0"  # between the words that are handed to the library; no word has it
-MAX_WORDS, MAX_CHARACTERS = 300_000, 8_000_000  # that are kept
-CHARACTER_BYTES = {0: 1, 1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 1, 7: 1, 12: 2, 13: 2, 14: 3, 15: 4}  # by the top four bits
+NUL = "\0"  # between texts, and between the pieces that are handed to the library; no piece has it
+MAX_PIECES, MAX_BYTES = 500_000, 16_000_000  # that are kept
+WORD = 8  # bytes of an unsigned integer
+SLOT_BITS = 18  # of the number of slots of the hash table
+MASKS = np.array([(1 << 8 * count) - 1 for count in range(WORD + 1)], np.uint64)  # of the first `count` bytes
+LONG = np.uint64(2**64 - 1)  # no UTF-8 has such bytes: a piece of more than two words is in no slot
+MIXERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))  # odd; golden ratio, xxHash's second prime
 
 
 class WordCache:
@@ -42,12 +34,10 @@ class WordCache:
         Args:
             backend: a tokenizer for which `fits` is true. token_bytes: the bytes of each of its ids.
         """
-        self._library = _words_only(backend)
-        self._separator = self._library.encode(NUL, add_special_tokens=False).ids
-        self._find = _pattern().findall
-        self._borders = Borders(token_bytes)
-        self._words: dict[str, bytes] = {}
-        self._characters = 0
+        self._library = _pieces_only(backend)
+        self._separator = self._library.encode(NUL, add_special_tokens=False).ids[0]
+        self._words, self._borders = Words(), Borders(token_bytes)
+        self._pieces = _Pieces()
 
     def encode_batch(self, texts: Sequence[str], encode: Callable[[str], list[int]]) -> list[bytes]:
         """Ids (int32) of each text, as bytes.
@@ -56,74 +46,130 @@ class WordCache:
             encode: one text, by the library alone.
         """
         known = [_normalised(text) for text in texts]
-        words = [self._find(text) if text is not None else [] for text in known]
-        self._learn(list(set().union(*words) - self._words.keys()))
-        lookup = self._words.__getitem__
-        encoded = [
-            b"".join(map(lookup, found)) if text is not None else np.array(encode(original), np.int32).tobytes()
-            for original, text, found in zip(texts, known, words, strict=True)
-        ]
-        if len(self._words) > MAX_WORDS or self._characters > MAX_CHARACTERS:
-            self._words.clear()
-            self._characters = 0
+        joined = "".join([f"{text or ''}{NUL}" for text in known])
+        codes = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
+        begins = self._words.begins(codes)
+        if not joined.isascii():
+            begins |= self._borders.cuts(codes)
+        firsts = np.flatnonzero(begins)  # NULs are pieces too, without ids
+        ids, counts = self._encode(joined.encode(), _byte_offsets(codes, joined)[firsts])
+        stops = 4 * np.cumsum(counts)[codes[firsts] == 0]
+        raw, stop = ids.tobytes(), 0
+        encoded = []
+        for text, original, end in zip(known, texts, stops.tolist(), strict=True):
+            start, stop = stop, end
+            encoded.append(raw[start:stop] if text is not None else np.array(encode(original), np.int32).tobytes())
         return encoded
 
-    def _learn(self, words: list[str]) -> None:
-        """Add words that are new: from their pieces, of which only new ones are encoded."""
-        if not words:
-            return
-        pieces = self._borders.cut(words)
-        self._encode(list(set(itertools.chain.from_iterable(pieces)) - self._words.keys()))
-        for word, parts in zip(words, pieces, strict=True):
-            self._words[word] = b"".join([self._words[part] for part in parts])
-        self._characters += sum(map(len, words))
-
-    def _encode(self, pieces: list[str]) -> None:
-        """Add pieces, in one call of the library."""
-        if not pieces:
-            return
-        ids = np.array(self._library.encode(NUL.join(pieces), add_special_tokens=False).ids, np.int32)
-        stops = [*np.flatnonzero(ids == self._separator[0]).tolist(), len(ids)]
-        raw, start = ids.tobytes(), 0
-        for piece, stop in zip(pieces, stops, strict=True):
-            self._words[piece] = raw[4 * start : 4 * stop]
-            start = stop + 1
-        self._characters += sum(map(len, pieces))
+    def _encode(self, raw: bytes, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32 of all pieces, how many each has, int64 [P]) of the pieces of `raw` that begin at `starts`."""
+        keys = _keys(raw, starts)
+        offsets, counts, missing = self._pieces.find(keys)
+        if len(missing):
+            stops = np.append(starts[1:], len(raw))[missing].tolist()
+            names = [raw[start:stop] for start, stop in zip(starts[missing].tolist(), stops, strict=True)]
+            firsts: dict[bytes, int] = {}
+            for name, place in zip(names, missing.tolist(), strict=True):
+                if name not in self._pieces.numbers:
+                    firsts.setdefault(name, place)
+            if firsts:
+                new = NUL.encode().join(firsts).decode()
+                ids = np.array(self._library.encode(new, add_special_tokens=False).ids, np.int32)
+                self._pieces.add(list(firsts), keys[:, list(firsts.values())], ids, self._separator)
+            offsets[missing], counts[missing] = self._pieces.named(names)
+        ids = self._pieces.ids_at(offsets, counts)
+        self._pieces.empty_if_full()
+        return ids, counts
 
 
-class Borders:
-    """Where a word can be cut with the same ids: between two characters that no token spans, not even in part.
+class _Pieces:
+    """The ids of the pieces that are known: all of them by their bytes, those of at most two words in a hash table too.
 
-    A merge makes a token of the vocabulary, so without such a token none crosses the border, and both sides merge as
-    they would alone. A token may begin or end within a character; the character on its other side then counts as one
-    that is never cut from its neighbours.
+    A slot holds one piece, the first that came; the others of that slot are found by their bytes. Slot 0, of the key
+    (0, 0), is that of NUL, which has no ids: an empty slot looks like it.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes]) -> None:
-        pairs, left_any, right_any = _spanned(token_bytes)
-        characters = sorted({ord(character) for pair in pairs for character in pair})
-        self._class = np.zeros(0x110000, np.uint16)  # of a character that is in a pair, from 1
-        self._class[characters] = np.arange(1, len(characters) + 1)
-        self._spanned = np.zeros((len(characters) + 1,) * 2, bool)
-        ends = np.array([[ord(first), ord(second)] for first, second in pairs], np.int64).reshape(-1, 2)
-        self._spanned[self._class[ends[:, 0]], self._class[ends[:, 1]]] = True
-        self._left_any, self._right_any = np.zeros(0x110000, bool), np.zeros(0x110000, bool)
-        self._left_any[left_any], self._right_any[right_any] = True, True
-        self._left_any[:0x80] = self._right_any[:0x80] = True  # words in ASCII repeat: they are kept whole
+    def __init__(self) -> None:
+        self.numbers: dict[bytes, int] = {}
+        self._ids, self._used = np.empty(1 << 16, np.int32), 0  # of all pieces, one after another
+        self._offsets, self._counts = np.zeros(1 << 16, np.int64), np.zeros(1 << 16, np.int64)  # by number
+        self._keys = np.zeros((2, 1 << SLOT_BITS), np.uint64)
+        self._slots = np.zeros((2, 1 << SLOT_BITS), np.int64)  # offset and count
+        self._bytes = 0
 
-    def cut(self, words: Sequence[str]) -> list[list[str]]:
-        """The pieces of each word."""
-        text = "".join(words)
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        before, after = codes[:-1], codes[1:]
-        whole = self._left_any[before] | self._right_any[after]
-        whole |= self._spanned[self._class[before], self._class[after]]
-        cuts = np.flatnonzero(~whole) + 1
-        ends = np.cumsum([len(word) for word in words])
-        cuts = np.union1d(cuts, ends)
-        pieces = [text[start:stop] for start, stop in itertools.pairwise([0, *cuts.tolist()])]
-        lasts = [0, *(np.searchsorted(cuts, ends) + 1).tolist()]
-        return [pieces[first:last] for first, last in itertools.pairwise(lasts)]
+    def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(offsets, counts, the places of those that are in no slot), each int64."""
+        slots = _slots(keys)
+        found = (self._keys[0][slots] == keys[0]) & (self._keys[1][slots] == keys[1])
+        return self._slots[0][slots], self._slots[1][slots], np.flatnonzero(~found)
+
+    def named(self, names: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """(offsets, counts) of pieces that are known."""
+        numbers = np.array([self.numbers[name] for name in names], np.int64)
+        return self._offsets[numbers], self._counts[numbers]
+
+    def add(self, names: Sequence[bytes], keys: np.ndarray, ids: np.ndarray, separator: int) -> None:
+        """Add new pieces. ids: of all of them, with the separator's between."""
+        stops = np.append(np.flatnonzero(ids == separator), len(ids))
+        counts = np.diff(stops, prepend=-1) - 1
+        ids = ids[ids != separator]
+        first, self._used = self._used, self._used + len(ids)
+        self._ids = _with_room(self._ids, self._used)
+        self._ids[first : self._used] = ids
+        here = slice(len(self.numbers), len(self.numbers) + len(names))
+        self._offsets, self._counts = _with_room(self._offsets, here.stop), _with_room(self._counts, here.stop)
+        self._offsets[here], self._counts[here] = first + np.cumsum(counts) - counts, counts
+        self.numbers |= zip(names, range(here.start, here.stop), strict=True)
+        self._bytes += sum(map(len, names))
+        slots, firsts = np.unique(_slots(keys), return_index=True)
+        free = (self._keys[0][slots] == 0) & (keys[0][firsts] != LONG) & (slots > 0)
+        slots, firsts = slots[free], firsts[free]
+        self._keys[:, slots] = keys[:, firsts]
+        self._slots[0][slots], self._slots[1][slots] = self._offsets[here][firsts], counts[firsts]
+
+    def ids_at(self, offsets: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """The ids of pieces, one after another."""
+        stops = np.cumsum(counts)
+        places = np.repeat(offsets - stops + counts, counts)
+        places += np.arange(len(places))
+        return self._ids[places]
+
+    def empty_if_full(self) -> None:
+        if len(self.numbers) > MAX_PIECES or self._bytes > MAX_BYTES:
+            self.numbers.clear()
+            self._keys[:], self._slots[:], self._used, self._bytes = 0, 0, 0, 0
+
+
+def _keys(raw: bytes, starts: np.ndarray) -> np.ndarray:
+    """uint64 [2, P]: the bytes of each piece, of which different pieces have different ones; LONG for a longer piece."""
+    lengths = np.diff(starts, append=len(raw))
+    padded = raw + bytes(2 * WORD)
+    at: np.ndarray = np.ndarray((len(raw) + WORD,), "<u8", padded, strides=(1,))  # eight bytes from each byte on
+    keys = np.empty((2, len(starts)), np.uint64)
+    keys[0] = at[starts] & MASKS[np.minimum(lengths, WORD)]
+    keys[1] = at[starts + WORD] & MASKS[np.clip(lengths - WORD, 0, WORD)]
+    keys[0, lengths > 2 * WORD] = LONG
+    return keys
+
+
+def _slots(keys: np.ndarray) -> np.ndarray:
+    mixed = (keys[0] ^ (keys[0] >> np.uint64(29))) * MIXERS[0] ^ (keys[1] ^ (keys[1] >> np.uint64(32))) * MIXERS[1]
+    return (mixed >> np.uint64(64 - SLOT_BITS)).view(np.int64)
+
+
+def _byte_offsets(codes: np.ndarray, text: str) -> np.ndarray:
+    """Where each character begins in UTF-8."""
+    if text.isascii():
+        return np.arange(len(codes))
+    sizes = (codes >= 0x80).astype(np.uint8)
+    sizes += codes >= 0x800
+    sizes += codes >= 0x10000
+    return np.cumsum(sizes, dtype=np.int64) - sizes + np.arange(len(codes))
+
+
+def _with_room(array: np.ndarray, size: int) -> np.ndarray:
+    """The same, with at least `size` entries."""
+    return array if size <= len(array) else np.concatenate([array, np.empty(max(size, len(array)), array.dtype)])
 
 
 def fits(backend: tokenizers.Tokenizer) -> bool:
@@ -143,8 +189,8 @@ def fits(backend: tokenizers.Tokenizer) -> bool:
     )
 
 
-def _words_only(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same model behind another first step: what is between two NUL is a word."""
+def _pieces_only(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same model behind another first step: what is between two NUL is one piece."""
     content = json.loads(backend.to_str())
     content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"String": NUL}
     return tokenizers.Tokenizer.from_str(json.dumps(content))
@@ -157,71 +203,3 @@ def _normalised(text: str) -> str | None:
     if UNKNOWN.search(text):
         return None
     return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
-
-
-def _pattern() -> "re.Pattern[str]":
-    """PATTERN for Python's re, on the characters that UNKNOWN does not match."""
-    classes = {name: _ranges(members) for name, members in (("L", r"\p{L}"), ("N", r"\p{N}"), ("S", r"\s"))}
-    pattern = SAME_IN_RE
-    for name, members in classes.items():
-        pattern = pattern.replace(f"{{{name}}}", members)
-    return re.compile(pattern)
-
-
-def _ranges(members: str) -> str:
-    """A class of the library's regular expressions as ranges for Python's, from the library's own Unicode tables."""
-    only = pre_tokenizers.Split(Regex(f"[^{members}]+"), "removed")
-    blocks = ("".join(map(chr, range(1, 0xD800))), "".join(map(chr, range(0xE000, 0x10000))))
-    emoji = "".join(map(chr, range(*EMOJI)))
-    found = [run for block in (*blocks, emoji) for run, _ in only.pre_tokenize_str(block)]
-    return "".join(f"{re.escape(run[0])}-{re.escape(run[-1])}" for run in found)
-
-
-def _spanned(token_bytes: Sequence[bytes]) -> tuple[set[tuple[str, str]], list[int], list[int]]:
-    """Pairs of characters that a token spans; and code points that may be spanned with anything after, or before."""
-    pairs: set[tuple[str, str]] = set()
-    left_any: set[int] = set()
-    right_any: set[int] = set()
-    for token in token_bytes:
-        if len(token) < 2 or token.isascii():
-            continue
-        for left, right in _sides(token):
-            one, other = _character(left), _character(right)
-            if one and other:
-                pairs.add((one, other))
-            elif one:
-                left_any.add(ord(one))
-            elif other:
-                right_any.add(ord(other))
-            else:
-                right_any.update(_beginning_with(right))
-    return pairs, sorted(left_any), sorted(right_any)
-
-
-def _sides(token: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """At each border of characters within a token: the bytes of the character before it, and after it.
-
-    Either may lack bytes: those before the token, or after it.
-    """
-    borders = [n for n in range(len(token)) if token[n] & 0xC0 != 0x80]
-    for n, border in enumerate(borders):
-        if border:
-            start = borders[n - 1] if n else 0
-            yield token[start:border], token[border : borders[n + 1] if n + 1 < len(borders) else len(token)]
-
-
-def _character(raw: bytes) -> str:
-    """The character of these bytes; empty for a part of one."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return ""
-
-
-def _beginning_with(raw: bytes) -> range:
-    """Code points whose UTF-8 begins with these bytes of a character that is cut off."""
-    missing = CHARACTER_BYTES[raw[0] >> 4] - len(raw)
-    bits: Any = raw[0] & (0x7F >> CHARACTER_BYTES[raw[0] >> 4])
-    for byte in raw[1:]:
-        bits = bits << 6 | byte & 0x3F
-    return range(bits << 6 * missing, (bits + 1) << 6 * missing)

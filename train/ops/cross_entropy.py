@@ -13,7 +13,7 @@ from torch import Tensor
 from train.ops import kernels
 from train.ops.kernels.cross_entropy import cross_entropy
 
-IGNORE = -100  # the label of a token that is not trained on: torch's ignore_index, as in data/batches.py
+IGNORE = -100  # the label of a token that is not trained on: torch's ignore_index, as in data/tokens/batches.py
 # Rows of logits at once. 256 × 151,936 in float32 are 156 MB, and about three such tensors are alive together.
 CHUNK = 256
 

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from train.data.checked_data import Conversation
-from train.data.cleaning import Removed, clean
-from train.data.counts import LOOKED_AT, is_chinese
-from train.data.samples import Samples
-from train.data.streamed import Streamed, take
+from train.data.checked.checked_data import Conversation
+from train.data.checked.counts import LOOKED_AT, is_chinese
+from train.data.choice.cleaning import Removed, clean
+from train.data.streams.streamed import Streamed, take
+from train.data.tokens.samples import Samples
 from train.pages import token_text
 from train.pages.token_text import Decoder, Shown
 
 if TYPE_CHECKING:
-    from train.data.encoding import TokenArrays
+    from train.data.tokens.encoding import TokenArrays
 
 SAMPLED = 20_000
 SHOWN = 10  # samples

@@ -6,18 +6,19 @@ Knows what the command has found, and the names of the template; nothing of opti
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from train.data.checked_data import CheckedData
-from train.data.cleaning import STEPS
-from train.data.formats import FORMATS
-from train.data.problems import Problem
-from train.data.samples import Samples, SampleSettings, Summary
-from train.data.selection import Selection
+from train.data.checked.checked_data import CheckedData
+from train.data.choice.cleaning import STEPS
+from train.data.choice.selection import Selection
+from train.data.rows.formats import FORMATS
+from train.data.rows.problems import Problem
+from train.data.tokens.samples import Samples, Summary
+from train.data.tokens.settings import SampleSettings
 from train.pages import charts, data_facts, page
 from train.pages.data_facts import FactSettings
 from train.pages.token_text import Decoder
 
 if TYPE_CHECKING:
-    from train.data.encoding import TokenArrays
+    from train.data.tokens.encoding import TokenArrays
 
 TEMPLATE = "data.html"
 MAX_PROBLEMS = 2000  # on a page; a browser shows no more rows of a table at once

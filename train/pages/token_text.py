@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
-from train.data.conversations import Conversation
+from train.data.checked.conversations import Conversation
 
 MAX_TOKENS = 400  # of a conversation that are shown
 MAX_CHARACTERS = 2000  # of a turn, where there are no tokens

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from train.data.batches import IGNORE, collate
-from train.data.packing import PackedRow, rows_of_epoch
+from train.data.tokens.batches import IGNORE, collate
+from train.data.tokens.packing import PackedRow, rows_of_epoch
 from train.runs import losses
 from train.training import distributed, early_stop
 from train.training.deepspeed_engine import Engine

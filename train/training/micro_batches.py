@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from train.data.batches import IGNORE, collate
-from train.data.packing import PackedRow
+from train.data.tokens.batches import IGNORE, collate
+from train.data.tokens.packing import PackedRow
 from train.training import distributed
 from train.training.deepspeed_engine import Engine
 from train.training.run_state import RunState

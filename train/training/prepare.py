@@ -20,14 +20,14 @@ from train.common.device import dtype_name
 from train.common.errors import UserError, first_few
 from train.common.files import free_bytes, sha256
 from train.config.recipe import Recipe, check_measured
-from train.data import training_set
-from train.data.batches import Schedule
-from train.data.data_row import ReadOptions
-from train.data.encoding import TokenArrays
-from train.data.samples import Sample, samples_of
-from train.data.selection import Selection, check_settings, keeps_empty, select, token_counter
-from train.data.sources import hash_data, pinned
-from train.data.writing import write_conversations, write_removed
+from train.data.choice.selection import Selection, check_settings, keeps_empty, select, token_counter
+from train.data.choice.writing import write_conversations, write_removed
+from train.data.origins.sources import hash_data, pinned
+from train.data.rows.data_row import ReadOptions
+from train.data.tokens import training_set
+from train.data.tokens.batches import Schedule
+from train.data.tokens.encoding import TokenArrays
+from train.data.tokens.samples import Sample, samples_of
 from train.model import lora
 from train.model.adapter_file import AdapterFile, read_adapter
 from train.model.decoder import Decoder

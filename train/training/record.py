@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.common.files import sha256, staged, write_json
-from train.data.chat_template import chat_template
+from train.data.tokens.chat_template import chat_template
 from train.model import lora
 from train.model.stops import answer_end
 from train.model.tokenizer_files import write_tokenizer

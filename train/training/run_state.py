@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from train.config.recipe import Recipe
-from train.data.batches import Schedule
-from train.data.samples import Sample
+from train.data.tokens.batches import Schedule
+from train.data.tokens.samples import Sample
 from train.training.distributed import RankInfo
 from train.training.guard import Guard
 
