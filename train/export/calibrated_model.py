@@ -37,7 +37,7 @@ class CalibratedModel:
         start = _embedded(table, rows.held_out)
         self.held_out: dict[str, Hidden] = {name: list(start) for name in MODELS}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def pack_block(self, number: int, state: State) -> tuple[dict[str, State], dict[str, float]]:
         """Quantise block `number`, and take all rows through it.
 
@@ -108,7 +108,7 @@ class CalibratedModel:
             for hidden, one in zip(self.held_out[model], inputs, strict=True)
         ]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def perplexities(self, norm: nn.Module, head: Tensor) -> dict[str, float]:
         """exp of the mean loss of the answer tokens of the held-out rows, of each of MODELS, after all blocks.
 
