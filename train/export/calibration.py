@@ -80,7 +80,8 @@ def read_rows(calibration: Calibration, tokenizer: Encoder, context: int) -> Row
     rows = _draw(load(c.data), c, tokenizer, min(c.length, context))
     if len(rows) < 2:
         raise UserError(f"data {c.data}: {len(rows)} different conversations with an answer, expected 2 or more.")
-    held_out = min(c.held_out, max(1, len(rows) // 5))
+    enough = len(rows) == c.rows + c.held_out
+    held_out = c.held_out if enough else min(c.held_out, max(1, len(rows) // 5))
     kept, rest = rows[:held_out], rows[held_out : held_out + c.rows]
     counts = {
         "rows": len(rest),

@@ -45,11 +45,11 @@ class CardSource:
 
 def base_id(base: Path) -> str:
     """The id on a hub of the model in a folder, or of the float model that it was made from; else the folder's name."""
-    origin = (read_manifest(base) or {}).get("source", {}).get("hub", "")
-    if origin:
-        return str(origin)
+    origin = (read_manifest(base) or {}).get("source", {})
+    if "hub" in origin:
+        return str(origin["hub"])
     entries, published = read_entries(LOCK)
-    if found := find_published(base.name, published):
+    if "folder" not in origin and (found := find_published(base.name, published)):  # not one that was made here
         return found.hub
     name = MADE_HERE.sub("", base.name)
     if converted := re.search(r"-Qwen[12]-", base.name):  # the hub's model has other names of its linears
