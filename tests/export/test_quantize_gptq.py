@@ -287,3 +287,16 @@ def test_stock_auto_gptq_gives_the_same_logits(tmp_path: Path, bits: str) -> Non
             torch.testing.assert_close(stock(x), ours(x), rtol=1e-4, atol=1e-4)
             checked += 1
     assert checked == 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_gpu_gives_as_good_codes(tmp_path: Path, bits: int) -> None:
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    x, scheme = correlated(2048, 512), Scheme(bits, 128)
+    here = quantize_linears({"a": weight}, [x], scheme, CPU)["a"]
+    there = quantize_linears({"a": weight}, [x.cuda()], scheme, torch.device("cuda"))["a"]
+    errors = [output_error(weight, packed, x, bits) for packed in (here, there)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    source = tiny_checkpoint(tmp_path / "Tiny", tiny_config("qwen2"))
+    assert read_json(gptq(tmp_path, source, bits=str(bits)) / "manifest.json")["device"] == "cuda"
