@@ -201,6 +201,8 @@ def test_an_export_is_calibrated_in_its_own_prompt_and_data_without_gptq_is_refu
     )
     found = command._calibration(options, source)
     assert found is not None and (found.system, found.template) == ("Be brief.", "plain")
+    folder = gptq(tmp_path, source, layout="qwen")
+    assert read_json(folder / "manifest.json")["inputs"] == {"system": "Be brief.", "template": "plain"}
     with pytest.raises(UserError, match="Add METHOD=gptq"):
         command.run(command.Options(model=str(source), models=str(tmp_path), data="x"))
 

@@ -17,8 +17,8 @@ from train.common.names import below
 from train.config.options import SEEDS, option
 from train.data.chat_template import DEFAULT_SYSTEM
 from train.export.calibration import Calibration
-from train.export.quantize import QuantizeJob, Result, is_done, write
-from train.model.folder import display_name, missing_code, read_manifest, resolve
+from train.export.quantize import QuantizeJob, Result, is_done, trained_prompt, write
+from train.model.folder import display_name, missing_code, resolve
 from train.model.loading import check_folder, read_folder_config
 from train.ops.gptq import Scheme
 
@@ -75,7 +75,7 @@ def _calibration(options: Options, source: Path) -> Calibration | None:
         return None
     if not options.data:
         print("No DATA= is given: calibrating on the demo's few conversations. Your own data gives a better model.")
-    prompt = (read_manifest(source) or {}).get("inputs", {})
+    prompt = trained_prompt(source)
     numbers = (options.rows, options.length, options.held_out, options.seed)
     system, template = prompt.get("system", DEFAULT_SYSTEM), prompt.get("template", "chatml")
     return Calibration(options.data or _demo_data(), *numbers, system, template)

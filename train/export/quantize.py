@@ -144,7 +144,14 @@ def write(job: QuantizeJob) -> Result:
 def _finish(job: QuantizeJob, folder: Path, about: dict[str, Any]) -> None:
     write_json(folder / "config.json", _config(job))
     _write_tokenizer(job, folder)
-    write_manifest(folder, {**job.about(), **about})
+    prompt = trained_prompt(job.source)
+    write_manifest(folder, {**job.about(), **about, **({"inputs": prompt} if prompt else {})})
+
+
+def trained_prompt(source: Path) -> dict[str, str]:
+    """System message and template that an export was trained with, which `infer` reads; empty for other folders."""
+    inputs = (read_manifest(source) or {}).get("inputs", {})
+    return {key: inputs[key] for key in ("system", "template") if key in inputs}
 
 
 def _write_calibrated(job: QuantizeJob, calibration: Calibration, files: dict[str, Path]) -> Result:
@@ -333,10 +340,10 @@ def _write_tokenizer(job: QuantizeJob, folder: Path) -> None:
     copy_companions(job.source, folder, without=("config.json", *(TOKENIZER_FILES if job.converts else ())))
     if not job.converts:
         return
-    tokenizer = load_tokenizer(job.source)
+    tokenizer, prompt = load_tokenizer(job.source), trained_prompt(job.source)
     if job.layout == "qwen":
         write_qwen1_tokenizer(tokenizer, folder, model_max_length=job.config.seq_length)
     else:
-        tokenizer.save(folder, chat_template(DEFAULT_SYSTEM))
-    template = "plain" if no_chat_model(job.source, tokenizer, "chatml") else "chatml"
+        tokenizer.save(folder, chat_template(prompt.get("system", DEFAULT_SYSTEM), prompt.get("template", "chatml")))
+    template = prompt.get("template") or ("plain" if no_chat_model(job.source, tokenizer, "chatml") else "chatml")
     write_stops(job.source, folder, job.layout, tokenizer, template)
