@@ -85,7 +85,7 @@ report: ## one page about a run, for the browser: RUN=
 verify: ## check a finished run against its record: RUN= [REPLAY=1: train it again and compare]
 	@docker/run verify $(_pairs)
 
-quantize: ## make an Int4 folder, as Qwen publishes them, from a float model: MODEL= [OUT=]
+quantize: ## make an Int4 folder, as Qwen publishes them, from a float model: MODEL= [OUT=] [METHOD=gptq DATA=] [BITS=8]
 	@docker/run quantize $(_pairs)
 
 plan: ## predict the memory of training; batch, length and checkpointing that fit a card: MODEL= GPU=8G [RECIPE=]

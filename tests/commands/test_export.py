@@ -34,8 +34,8 @@ def test_the_prompt_of_the_training_is_the_export_s(
     record["recipe"] |= {"template": template, "system": system}
     write_json(folder / "run.json", record)
     out = export(folder, layout=other)
-    assert not (out / "chat_template.jinja").exists()
     settings = read_json(out / "tokenizer_config.json")
+    assert (out / "chat_template.jinja").read_text(encoding="utf-8") == settings["chat_template"]
     assert other or settings["model_max_length"] == 77
     turns = [Turn("user", "One?\nTwo\nthree"), Turn("assistant", "Yes."), Turn("user", "四?")]
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]

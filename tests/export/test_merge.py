@@ -23,7 +23,8 @@ from train.ops.gptq import Scheme
 from train.ops.gptq import quantize as quantize_weight
 
 TOKENIZER = {"qwen.tiktoken", "tokenizer_config.json"}
-FILES = {"config.json", "generation_config.json", "manifest.json", "model.safetensors", *TOKENIZER}
+WRITTEN = {"README.md", "chat_template.jinja"}
+FILES = {"config.json", "generation_config.json", "manifest.json", "model.safetensors", *TOKENIZER, *WRITTEN}
 
 
 def ulp(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

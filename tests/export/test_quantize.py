@@ -125,7 +125,7 @@ def test_without_the_memory_it_is_refused_before_anything_is_read(
 ) -> None:
     source = tiny_checkpoint(tmp_path / "base", tiny_config(), int4=False)
     monkeypatch.setattr(quantization, "free_memory", lambda: 10**8)
-    with pytest.raises(UserError, match=r"0\.\d GB of memory are needed to make it Int4, 0\.1 GB are free"):
+    with pytest.raises(UserError, match=r"0\.\d GB of memory are needed to quantise it, 0\.1 GB are free"):
         quantized(tmp_path, source)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 

@@ -1,10 +1,16 @@
 """Merge a run's adapter into its base and write float weights for stock tools. A folder gets its name once it is verified.
 
 The default type is float16: the scales and biases of an Int4 base are float16, and it keeps three bits more of each weight
-than bfloat16. The very Int4 weights that were trained on are dequantised; `onto` takes a float checkpoint instead.
+than bfloat16. ONTO=int4: the very Int4 weights that were trained on are dequantised; ONTO=FOLDER takes a float
+checkpoint of the same model instead. README.md is a model card.
 
 format=gguf writes files for llama.cpp and Ollama to runs/RUN/gguf, with a Modelfile. Where the base is symmetric Int4
 without activation order, they are the base itself as Q4_0 and the adapter, without a loss; else the merged model.
+
+format=gptq writes the Int4 base with its very codes to runs/RUN/gptq/base and the adapter to runs/RUN/gptq/adapter, for
+vLLM. They have Qwen2's names, into which a Qwen-1 base is cut without a change of its codes; layout=qwen keeps its own.
+
+format=adapter writes the adapter alone to runs/RUN/peft, with the base's id on the hub.
 """
 
 import shlex
@@ -24,14 +30,19 @@ from train.common.progress import bar
 from train.config.options import option
 from train.config.recipe import Recipe
 from train.evaluation.parity import Parity
-from train.export import gguf_export, manifest, merge, verify
+from train.export import adapter_export, gguf_export, gptq_export, manifest, merge, verify
+from train.export.adapter_export import AdapterJob, adapter_rank
 from train.export.gguf_export import GgufJob
 from train.export.gguf_tensors import why_not_q4_0
+from train.export.gptq_export import GptqJob
 from train.export.merge import GB, MergeJob
+from train.export.model_card import CardSource, base_id, write_card
 from train.model.adapter_file import check_present
 from train.model.folder import describe_files, missing_code, read_manifest, resolve, write_manifest
 from train.model.loading import check_folder, read_folder_config
 from train.runs.folder import read_run
+
+INT4 = "int4"  # ONTO= of the base itself
 
 
 @dataclass(frozen=True)
@@ -41,9 +52,13 @@ class Options:
     run: str = option("", "name of a finished run below runs/")
     dtype: str = option("float16", "type of the weights", tuple(DTYPES))
     layout: str = option("", "empty: the base's; qwen2: loads without remote code everywhere", ("", "qwen", "qwen2"))
-    onto: str = option("", "empty: the Int4 base that was trained on; or a float model or folder to merge onto")
-    out: str = option("", "folder to write; empty: runs/RUN/merged, or runs/RUN/gguf")
-    format: str = option("hf", "hf: a folder of safetensors; gguf: files for llama.cpp and Ollama", ("hf", "gguf"))
+    onto: str = option(INT4, "int4: the base that was trained on; or a float model or folder to merge onto")
+    out: str = option("", "folder to write; empty: runs/RUN/ and merged, gguf, gptq or peft, by format")
+    format: str = option(
+        "hf",
+        "hf: merged; gguf: for llama.cpp and Ollama; gptq: Int4 base and adapter for vLLM; adapter: for peft",
+        ("hf", "gguf", "gptq", "adapter"),
+    )
     encoding: str = option(
         "auto",
         "with format=gguf; auto: q4_0 where this is exact, else the merged model in dtype=; q8_0: the merged model",
@@ -55,6 +70,11 @@ class Options:
     )
     models: str = option("models", "folder of the models")
     runs: str = option("runs", "folder of the runs")
+
+    @property
+    def float_model(self) -> str:
+        """What is merged onto instead of the base; empty for the base."""
+        return "" if self.onto == INT4 else self.onto
 
 
 def run(options: Options) -> None:
@@ -70,11 +90,13 @@ def run(options: Options) -> None:
         return _export_gguf(options, folder, base, recipe)
     if options.encoding != "auto":
         raise UserError(f"encoding={options.encoding} is of GGUF files: add FORMAT=gguf.")
+    if options.format != "hf":
+        return _export_beside(options, folder, base, recipe, record)
     job = _job(options, folder, base, recipe)
     out = Path(options.out) if options.out else folder / "merged"
 
     # is it there already?
-    inputs = manifest.export_inputs(options.run, job, hashes, bool(options.onto), options.verify)
+    inputs = manifest.export_inputs(options.run, job, hashes, bool(options.float_model), options.verify)
     recover(out)
     if (measured := manifest.recorded_parity(out, inputs)) is not None:
         print(f"{out}: nothing to do, it was exported from these inputs before.")
@@ -92,6 +114,7 @@ def run(options: Options) -> None:
     with staged(out) as temporary:
         with bar("merging", size, "MB", 1e6) as advance:
             merge.write(job, temporary, advance)
+        write_card(temporary, CardSource(record, base, "merged", _typed(options, job), _uses(job.layout)))
         with ThreadPoolExecutor(1) as pool:  # the disk works while the answers are compared
             files = pool.submit(describe_files, temporary)
             measured = _compare(verify.prepare(record, base, job, options.verify), temporary)
@@ -102,7 +125,7 @@ def run(options: Options) -> None:
 
 def _export_gguf(options: Options, folder: Path, base: Path, recipe: Recipe) -> None:
     """GGUF files: of the Int4 base and the adapter, or of the merged model, which is exported first."""
-    reason = f"ONTO={options.onto} is merged onto" if options.onto else why_not_q4_0(base)
+    reason = f"ONTO={options.onto} is merged onto" if options.float_model else why_not_q4_0(base)
     if options.encoding == "q4_0" and reason:
         raise UserError(f"encoding=q4_0 would lose precision: {reason}. Leave it out, or take encoding=q8_0.")
     check_present(folder / "adapter")
@@ -142,9 +165,84 @@ def _report_gguf(out: Path, job: GgufJob) -> None:
     print(f"  {'Ollama':14} cd {shlex.quote(str(out))} && ollama create {job.run} -f {gguf_export.MODELFILE}")
 
 
+def _export_beside(options: Options, folder: Path, base: Path, recipe: Recipe, record: dict[str, Any]) -> None:
+    """The adapter, alone or beside the base that it was trained on. Neither is merged, so the base cannot be another."""
+    if options.float_model:
+        raise UserError(f"ONTO={options.onto} is for merged models: leave it out with FORMAT={options.format}.")
+    check_present(folder / "adapter")
+    if options.format == "adapter":
+        return _export_adapter(options, folder, base, record)
+    layout = options.layout or "qwen2"
+    gptq_export.check_base(base, layout)
+    prompt = (recipe.system, recipe.template)
+    size = int(options.shard_size * GB)
+    job = GptqJob(folder.name, base, folder / "adapter", layout, size, *prompt, base_id(base))
+    out = Path(options.out) if options.out else folder / "gptq"
+    recover(out)
+    if gptq_export.is_written(out, inputs := job.inputs()):
+        print(f"{out}: nothing to do, it was exported from these inputs before.")
+        return _report_gptq(out, job)
+    gptq_export.check_space(job, out)
+    size = gptq_export.size_of(job)
+    print(f"Writing {base.name} in layout {layout} and its adapter: {size / GB:.2f} GB")
+    with staged(out) as temporary:
+        with bar("writing", size, "MB", 1e6) as advance:
+            gptq_export.write(job, temporary, advance)
+        with bar("reading back", size, "MB", 1e6) as advance:
+            checked = gptq_export.check(job, temporary, advance)
+        use = {"vLLM, in this folder": gptq_export.vllm_command("", job.run, adapter_rank(job.adapter))}
+        write_card(temporary, CardSource(record, base, "packed", {"format": "gptq", "layout": options.layout}, use))
+        write_manifest(temporary, {"inputs": inputs, "gptq": {"checked": checked}})
+    _report_gptq(out, job)
+
+
+def _report_gptq(out: Path, job: GptqJob) -> None:
+    checked = (read_manifest(out) or {})["gptq"]["checked"]
+    print(f"\n{out}: {gptq_export.BASE}/ and {gptq_export.ADAPTER}/, layout {job.layout}")
+    print(f"  {checked}")
+    print(f"  {'vLLM':14} {gptq_export.vllm_command(str(out), job.run, adapter_rank(job.adapter))}")
+
+
+def _export_adapter(options: Options, folder: Path, base: Path, record: dict[str, Any]) -> None:
+    """The adapter alone."""
+    job = AdapterJob(folder.name, base, folder / "adapter", base_id(base))
+    out = Path(options.out) if options.out else folder / "peft"
+    recover(out)
+    if adapter_export.is_written(out, inputs := job.inputs()):
+        print(f"{out}: nothing to do, it was exported from these inputs before.")
+        return
+    with staged(out) as temporary:
+        adapter_export.write(job, temporary)
+        load = f'model = AutoModelForCausalLM.from_pretrained("{job.base_id}")\nmodel = PeftModel.from_pretrained(model, ".")'
+        write_card(
+            temporary, CardSource(record, base, "adapter", {"format": "adapter"}, {"peft, in this folder": load})
+        )
+        write_manifest(temporary, {"inputs": inputs, "adapter": {"base": job.base_id}})
+    print(f"{out}: the adapter, for {job.base_id}")
+
+
+def _typed(options: Options, job: MergeJob) -> dict[str, str]:
+    """The options of an export that its model card repeats."""
+    default = Options()
+    own = {"layout": options.layout, "dtype": options.dtype if options.dtype != default.dtype else ""}
+    onto = job.weights.name if options.float_model else ""
+    return {key: value for key, value in {**own, "onto": onto}.items() if value}
+
+
+def _uses(layout: str) -> dict[str, str]:
+    """How programs use a merged model, for its card: title -> commands in its folder."""
+    trust = ", trust_remote_code=True" if layout == "qwen" else ""
+    load = [
+        f'tokenizer = AutoTokenizer.from_pretrained("."{trust})',
+        f'model = AutoModelForCausalLM.from_pretrained("."{trust})',
+    ]
+    served = "vllm serve ." + (" --trust-remote-code" if layout == "qwen" else "")
+    return {"transformers, in this folder": "\n".join(load), "vLLM, in this folder": served}
+
+
 def _job(options: Options, folder: Path, base: Path, recipe: Recipe) -> MergeJob:
-    weights = resolve(options.onto, Path(options.models)) if options.onto else base
-    if options.onto:
+    weights = resolve(options.float_model, Path(options.models)) if options.float_model else base
+    if options.float_model:
         merge.check_onto(base, weights)
     check_folder(weights)
     check_present(folder / "adapter")
@@ -179,7 +277,7 @@ def _report(options: Options, out: Path, job: MergeJob, measured: dict[str, Any]
     without, int4 = measured["without_adapter"], measured["adapter_on_int4"]
     print(f"\n{out}: {size:.2f} GB, {dtype_name(job.dtype)}, layout {job.layout}, {count} of weights")
     print(f"  against {measured['against']}, computed in {measured['computed_in']}: {Parity.from_json(measured)}")
-    if options.onto:
+    if options.float_model:
         print(f"  against the adapter on the Int4 base: {Parity.from_json(int4)}")
     print(f"  for scale, the base without the adapter: {Parity.from_json(without)}")
     if without["divergence"] < 1e-6:

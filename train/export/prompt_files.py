@@ -8,11 +8,13 @@ a chat model has <|endoftext|> in all of them, and a model trained on it in Chat
 from pathlib import Path
 from typing import Any
 
-from train.common.files import write_json
+from train.common.files import write_json, write_text
 from train.data.tokens.chat_template import chat_template
 from train.model.base_files import read_object
 from train.model.stops import GENERATION, answer_end, generation_for, read_generation
 from train.model.tokenizer import Tokenizer
+
+TEMPLATE = "chat_template.jinja"  # newer tools read the template here first, and the same in tokenizer_config.json
 
 
 def write_prompt_files(
@@ -26,7 +28,9 @@ def write_prompt_files(
     """
     write_stops(source, folder, layout, tokenizer, template)
     settings = read_object(folder / "tokenizer_config.json")
-    write_json(folder / "tokenizer_config.json", {**settings, "chat_template": chat_template(system, template)})
+    text = chat_template(system, template)
+    write_json(folder / "tokenizer_config.json", {**settings, "chat_template": text})
+    write_text(folder / TEMPLATE, text)
 
 
 def write_stops(source: Path, folder: Path, layout: str, tokenizer: Tokenizer, template: str) -> None:

@@ -216,12 +216,20 @@ def quantize(weight: Tensor, scheme: Scheme, name: str = "a linear layer") -> di
     parts = [_round(rows.float().view(-1, groups, group), middle) for rows in weight.split(chunk)]
     scales = torch.cat([scale for scale, _ in parts])  # [N, G]
     codes = torch.cat([code for _, code in parts]).flatten(1)  # [N, K]
-    zeros = torch.full((groups, len(weight)), middle - 1, dtype=torch.int32, device=weight.device)
+    return pack_codes(codes, scales, scheme.bits)
+
+
+def pack_codes(codes: Tensor, scales: Tensor, bits: int = 4) -> dict[str, Tensor]:
+    """Symmetric codes [N, K] int32 and scales [N, G], groups in order -> {qweight, qzeros, scales, g_idx} as stored."""
+    rows, width = codes.shape
+    groups = scales.shape[1]
+    assert width % groups == 0 and len(scales) == rows, (codes.shape, scales.shape)
+    zeros = torch.full((groups, rows), 2 ** (bits - 1) - 1, dtype=torch.int32, device=codes.device)
     return {
-        "qweight": pack_rows(codes.t(), scheme.bits).contiguous(),
-        "qzeros": pack_columns(zeros, scheme.bits),
-        "scales": scales.t().contiguous(),
-        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device) // group,
+        "qweight": pack_rows(codes.t(), bits).contiguous(),
+        "qzeros": pack_columns(zeros, bits),
+        "scales": scales.half().t().contiguous(),
+        "g_idx": torch.arange(width, dtype=torch.int32, device=codes.device) // (width // groups),
     }
 
 
@@ -237,6 +245,12 @@ def _divisors(middle: int) -> list[float]:
 
 def _round(weight: Tensor, middle: int) -> tuple[Tensor, Tensor]:
     """Groups [n, G, g] float32 -> scales [n, G] float16, codes [n, G, g] int32."""
+    scales = search_scales(weight, middle)
+    return scales.half(), _nearest(weight, scales, middle).add_(middle).int()
+
+
+def search_scales(weight: Tensor, middle: int) -> Tensor:
+    """Groups [n, G, g] float32 -> the scales [n, G] of least squared error, float32 with values that a float16 has."""
     largest = weight.abs().amax(-1)
     best = torch.full_like(largest, math.inf)
     scales = torch.ones_like(largest)
@@ -246,7 +260,7 @@ def _round(weight: Tensor, middle: int) -> tuple[Tensor, Tensor]:
         better = error < best
         best = torch.where(better, error, best)
         scales = torch.where(better, scale, scales)
-    return scales.half(), _nearest(weight, scales, middle).add_(middle).int()
+    return scales
 
 
 def _nearest(weight: Tensor, scale: Tensor, middle: int) -> Tensor:
