@@ -14,10 +14,6 @@ from train.serving.request import Request
 CHUNK = 512  # tokens of a prompt that are read at once, as inference/slot_session.py has it
 
 
-class QueueFullError(Exception):
-    """As many requests wait as may."""
-
-
 @dataclass(frozen=True)
 class Reading:
     """Tokens start … end of the prompt of `request`."""
@@ -52,15 +48,14 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order in which they came
 
-    def add(self, *requests: Request) -> None:
-        """Let all of these wait for a slot.
+    @property
+    def room(self) -> int:
+        """How many more requests may come."""
+        return self.queue + len(self.free) - len(self.waiting)
 
-        Raises:
-            QueueFullError: not all have a place, so none is taken.
-        """
-        if len(self.waiting) + len(requests) > self.queue + len(self.free):
-            raise QueueFullError
-        self.waiting.extend(requests)
+    def add(self, request: Request) -> None:
+        """Let it wait for a slot."""
+        self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
         """Its answer is complete, or nobody wants it any more. Removing it again does nothing."""
