@@ -1,6 +1,5 @@
 """Answers that must be JSON, or fit a JSON schema: which tokens may come next, by llguidance."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
