@@ -221,7 +221,7 @@ def test_an_error_of_a_step_reaches_everybody(tokenizer: Tokenizer, monkeypatch:
     layers = {"base": DecodeLayers(model)}
     engine = Engine(SlotSession(layers["base"], 1, 512), layers, tokenizer, Scheduler(1, 4))
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    monkeypatch.setattr(engine.session, "step", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine.session, "step_slots", lambda *_: 1 / 0)
     engine.start()
     both = [Asked(engine, [1, 2], 9), Asked(engine, [1, 2], 9)]
     for one in both:

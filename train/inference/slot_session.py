@@ -72,7 +72,7 @@ class SlotSession(DecodeSession):
     # --- a step
 
     @torch.inference_mode()
-    def step(self, layers: DecodeLayers, slots: Sequence[int]) -> Tensor:
+    def step_slots(self, layers: DecodeLayers, slots: Sequence[int]) -> Tensor:
         """One token for each of `slots`; returns their logits [rows, V] float32, until the next call.
 
         The likeliest token of each is in `token` already, as the input of its next step.
@@ -200,7 +200,7 @@ class SlotSession(DecodeSession):
         """Compile kernels and capture the graphs of a step; those of prompts are captured when they are needed."""
         if self.use_graphs:
             for rows in (rows for rows in ROWS if rows <= self.rows_for(self.slots)):
-                self.step(layers, [self.slots] * rows)
+                self.step_slots(layers, [self.slots] * rows)
             self.read_prompt(layers, PromptPiece(self.slots, [0] * WIDTHS[2], 0, WIDTHS[2]))
             torch.cuda.synchronize()
 

@@ -7,7 +7,7 @@ on a CPU, which would gain nothing. Requests of one adapter share a step; those 
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from train.inference.sampling import generator_of
 from train.inference.slot_session import PromptPiece, SlotSession
 from train.serving.chances import Chances, chances_of, prompt_chances
 from train.serving.draw import Penalties, draw
-from train.serving.request import Piece, Request, TokenChance
+from train.serving.request import Choosing, Piece, Request, TokenChance
 from train.serving.scheduler import Plan, Reading, Scheduler
 from train.serving.text_stream import TextStream
 
@@ -27,7 +27,8 @@ from train.serving.text_stream import TextStream
 class Vocabulary(Protocol):
     """What the engine needs of a tokenizer."""
 
-    stop_ids: tuple[int, ...]
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
 
     def bytes_of(self, token_id: int) -> bytes: ...
 
@@ -219,7 +220,7 @@ class Engine:
         return self._choose([request], logits[-1:]) if reading.is_last else None
 
     def _step(self, group: list[Request]) -> _Issued:
-        logits = self.session.step(self.layers[group[0].model], [request.slot for request in group])
+        logits = self.session.step_slots(self.layers[group[0].model], [request.slot for request in group])
         self.counters.steps += 1
         self.counters.rows += len(group)
         return self._choose(group, logits)
@@ -245,8 +246,8 @@ class Engine:
         """Put the tokens of requests that draw, or have penalties or a grammar, into the session."""
         logits, rows = logits.clone(), [request.choosing for request in requests]
         for n, request in enumerate(requests):
-            if request.grammar is not None:
-                request.grammar.mask(logits[n])
+            if request.grammar is not None and not self._try(request, request.grammar.mask, logits[n]):
+                rows[n] = Choosing()
         punished = [n for n, row in enumerate(rows) if row.has_penalties]
         if punished:
             logits[punished] = self.penalties.apply(logits[punished], slots[punished], [rows[n] for n in punished])
@@ -258,6 +259,15 @@ class Engine:
         self.session.token.index_copy_(0, slots, tokens)
         if punished:
             self.penalties.add(slots[punished], tokens[punished])
+
+    def _try(self, request: Request, step: Callable[..., None], value: object) -> bool:
+        """Whether a step of the request's grammar succeeded; if not, this request alone has failed."""
+        try:
+            step(value)
+        except Exception:
+            self._end(request, "error")
+            return False
+        return True
 
     # --- what came back
 
@@ -278,8 +288,8 @@ class Engine:
         answer.tokens += 1
         self.counters.answer_tokens += 1
         ended = token in self.vocabulary.stop_ids
-        if request.grammar is not None and not ended:
-            request.grammar.take(token)
+        if request.grammar is not None and not ended and not self._try(request, request.grammar.take, token):
+            return
         if chance is not None and not ended:
             answer.chances += (chance,)
         if ended:

@@ -19,9 +19,6 @@ class GrammarError(ValueError):
 class Tokens(Protocol):
     """What this module needs of a tokenizer."""
 
-    endoftext: int
-    stop_ids: tuple[int, ...]
-
     @property
     def vocab_size(self) -> int: ...
 
@@ -53,7 +50,6 @@ class Grammars:
     def __init__(self, tokens: Tokens, rows: int, end: int) -> None:
         wrapper = llguidance.TokenizerWrapper(_Words(tokens, end))
         self.tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=rows, eos_token=end)
-        self.rows = rows
         self._compiled = lru_cache(maxsize=32)(llguidance.LLMatcher.grammar_from_json_schema)
 
     def json_schema(self, schema: str) -> "Grammar":
@@ -70,20 +66,22 @@ class Grammars:
             raise GrammarError(str(error).splitlines()[0]) from None
         if matcher.is_error():
             raise GrammarError(matcher.get_error().splitlines()[0])
-        return Grammar(matcher, self.rows)
+        return Grammar(matcher, self.tokenizer.vocab_size)
 
 
 class Grammar:
     """Where one answer stands in its grammar."""
 
-    def __init__(self, matcher: Any, rows: int) -> None:
-        self.matcher, self.rows = matcher, rows
-        self.bits = allocate_token_bitmask(1, rows)
+    def __init__(self, matcher: Any, vocabulary: int) -> None:
+        self.matcher = matcher
+        self.bits = allocate_token_bitmask(1, vocabulary)
 
     def mask(self, logits: Tensor) -> None:
         """Set the logits [V] of tokens that may not come next to -inf."""
         fill_next_token_bitmask(self.matcher, self.bits)
-        allowed = np.unpackbits(self.bits.view(np.uint8), bitorder="little")[: len(logits)].astype(bool)
+        bits = np.unpackbits(self.bits.view(np.uint8), bitorder="little")[: len(logits)]
+        allowed = np.zeros(len(logits), bool)
+        allowed[: len(bits)] = bits
         logits.masked_fill_(~torch.from_numpy(allowed).to(logits.device), float("-inf"))
 
     def take(self, token: int) -> None:

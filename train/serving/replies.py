@@ -2,9 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from starlette.responses import StreamingResponse
 
 from train.serving import answers
 from train.serving.answers import Head, Tokens
@@ -16,8 +18,7 @@ from train.serving.schema import ChatBody, CompletionBody
 from train.serving.tools import OPEN, find_calls
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 @dataclass
@@ -173,13 +174,14 @@ def _before_calls(text: str, ended: bool) -> str:
     return text[: len(text) - kept].rstrip()
 
 
-class EventReply:
+class EventReply(StreamingResponse):
     """An ASGI response of events. A client that hangs up, or takes nothing for `seconds`, ends it and frees its slots."""
 
     def __init__(self, reply: Reply, seconds: float) -> None:
+        super().__init__(reply.events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
         self.reply, self.seconds = reply, seconds
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Receive, send: Any) -> None:
         sent = asyncio.create_task(self._send(send))
         gone = asyncio.create_task(hang_up(self.reply.inbox, receive))
         try:
@@ -193,9 +195,9 @@ class EventReply:
             await asyncio.gather(sent, gone, return_exceptions=True)
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            async for data in self.reply.events():
+            async for data in self.body_iterator:
                 await self._in_time(send({"type": "http.response.body", "body": data, "more_body": True}))
             await send({"type": "http.response.body", "body": b""})
         except (HungUpError, asyncio.TimeoutError):

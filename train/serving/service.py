@@ -25,8 +25,10 @@ class Tokens(Protocol):
     im_start: int
     im_end: int
     endoftext: int
-    stop_ids: tuple[int, ...]
     control: dict[str, int]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
 
     @property
     def vocab_size(self) -> int: ...
