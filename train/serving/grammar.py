@@ -9,6 +9,9 @@ import torch
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from torch import Tensor
 
+# Between the parts of a JSON text: a line end and an indent at most. Without a limit, a model that once begins with
+# white space may write nothing else until its tokens are used up.
+WHITE_SPACE = r"[ ]{1,16}|\n[ ]{0,16}"
 MAX_SCHEMA = 100_000  # characters of a schema: llguidance compiles it before the answer begins
 
 
@@ -50,7 +53,7 @@ class Grammars:
     def __init__(self, tokens: Tokens, rows: int, end: int) -> None:
         wrapper = llguidance.TokenizerWrapper(_Words(tokens, end))
         self.tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=rows, eos_token=end)
-        self._compiled = lru_cache(maxsize=32)(llguidance.LLMatcher.grammar_from_json_schema)
+        self._compiled = lru_cache(maxsize=32)(_compile)
 
     def json_schema(self, schema: str) -> "Grammar":
         """For answers that fit the schema, a JSON text.
@@ -67,6 +70,10 @@ class Grammars:
         if matcher.is_error():
             raise GrammarError(matcher.get_error().splitlines()[0])
         return Grammar(matcher, self.tokenizer.vocab_size)
+
+
+def _compile(schema: str) -> str:
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE})
 
 
 class Grammar:
