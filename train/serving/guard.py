@@ -23,7 +23,8 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 OPEN_PATHS = frozenset(("/health",))  # without a key: says only whether the server is ready
-PATHS = ("/health", "/metrics", "/openapi.json", "/v1/models", "/v1/chat/completions", "/v1/completions")
+WITH_BODY = ("/v1/chat/completions", "/v1/completions")
+PATHS = ("/health", "/metrics", "/openapi.json", "/v1/models", *WITH_BODY)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,11 @@ class Guard:
             raise ApiError(403, "pages of other sites are not answered.", code="cross_site")
         if self.limits.key and scope["path"] not in OPEN_PATHS and not self._has_key(headers.get("authorization", "")):
             raise ApiError(401, "a key is needed: Authorization: Bearer KEY.", code="invalid_api_key")
-        if scope["method"] == "POST" and headers.get("content-type", "").split(";")[0].strip() != "application/json":
+        if (
+            scope["method"] == "POST"
+            and scope["path"] in WITH_BODY
+            and headers.get("content-type", "").split(";")[0].strip() != "application/json"
+        ):
             raise ApiError(415, "expected Content-Type: application/json.", code="content_type")
 
     def _has_key(self, header: str) -> bool:

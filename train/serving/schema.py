@@ -2,14 +2,22 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
+
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 6.0 is the integer 6."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=1000)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = Annotated[Integer, Field(ge=0, lt=2**31)]
 
 
 class Body(BaseModel):
@@ -69,12 +77,12 @@ class Common(Body):
     """What both kinds of answers take. None: the model's own value, of its generation_config.json."""
 
     model: str = Field(max_length=1000)
-    max_tokens: int | None = Field(default=None, ge=0)
+    max_tokens: Integer | None = Field(default=None, ge=0)
     temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(default=None, ge=-1, le=10_000_000)
-    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    top_k: Integer | None = Field(default=None, ge=-1, le=10_000_000)
+    n: Integer | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    seed: Integer | None = None  # of any size: it is hashed
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -88,9 +96,9 @@ class ChatBody(Common):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: Integer | None = Field(default=None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: Integer | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -106,6 +114,6 @@ class CompletionBody(Common):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
     )
     echo: bool | None = None
-    logprobs: int | None = Field(default=None, ge=0, le=20)
+    logprobs: Integer | None = Field(default=None, ge=0, le=20)
     suffix: str | None = None
-    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    best_of: Integer | None = Field(default=None, ge=1, le=MAX_CHOICES)
