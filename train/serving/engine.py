@@ -7,21 +7,19 @@ on a CPU, which would gain nothing. Requests of one adapter share a step; those 
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from train.inference.decode_layers import DecodeLayers
-from train.inference.sampling import generator_of
 from train.inference.slot_session import PromptPiece, SlotSession
-from train.serving.chances import Chances, chances_of, prompt_chances
-from train.serving.draw import Penalties, draw
-from train.serving.request import Choosing, Piece, Request, TokenChance
+from train.serving.chances import prompt_chances
+from train.serving.request import Piece, Request, TokenChance
 from train.serving.scheduler import Plan, Reading, Scheduler
 from train.serving.text_stream import TextStream
+from train.serving.token_choice import Issued, TokenChoice, with_grammar
 
 
 class Vocabulary(Protocol):
@@ -48,20 +46,9 @@ class _Answer:
     """The host's side of a request that has a slot."""
 
     text: TextStream
-    generator: torch.Generator
     tokens: int = 0
     chances: tuple[TokenChance, ...] = ()  # not sent yet
     prompt: tuple[TokenChance, ...] = ()
-
-
-@dataclass
-class _Issued:
-    """Tokens on their way to the host: of `requests`, [M]."""
-
-    requests: list[Request]
-    tokens: Tensor
-    chances: Chances | None
-    copied: torch.cuda.Event | None
 
 
 @dataclass
@@ -87,8 +74,7 @@ class Engine:
     ) -> None:
         """layers: of each model that can be asked for."""
         self.session, self.layers, self.vocabulary, self.scheduler = session, dict(layers), vocabulary, scheduler
-        self.device = session.layers.device
-        self.penalties = Penalties(session.slots, session.layers.config.vocab_size, self.device)
+        self.choice = TokenChoice(session)
         self.answers: dict[Request, _Answer] = {}
         self.counters, self.failure = Counters(), ""
         self._ahead = session.use_graphs
@@ -156,13 +142,13 @@ class Engine:
             raise
 
     def _loop(self) -> None:
-        before: list[_Issued] = []
+        before: list[Issued] = []
         while self._take_news(wait=not before):
             plan = self.scheduler.plan()
             if any(request.grammar for request in self.scheduler.running):
                 self._finish(before)
+                self._finish(self._begin(plan))
                 before = []
-                self._begin_and_finish(plan)
                 continue
             issued = self._begin(plan)
             self._finish(before)
@@ -171,10 +157,6 @@ class Engine:
                 self._finish(before)
                 before = []
         self._finish(before)
-
-    def _begin_and_finish(self, plan: Plan) -> None:
-        alive = [[request for request in group if not request.done] for group in plan.groups]
-        self._finish(self._begin(Plan(plan.readings, [group for group in alive if group])))
 
     def _take_news(self, wait: bool) -> bool:
         """Take in new requests and forget those that are not wanted; False when it is time to end.
@@ -200,84 +182,40 @@ class Engine:
                 self._end(request, "length")
         return True
 
-    def _begin(self, plan: Plan) -> list[_Issued]:
+    def _begin(self, plan: Plan) -> list[Issued]:
         issued = [self._read(reading) for reading in plan.readings if not reading.request.done]
         issued += [self._step(group) for group in plan.groups]
         return [one for one in issued if one is not None]
 
-    def _read(self, reading: Reading) -> _Issued | None:
+    def _read(self, reading: Reading) -> Issued | None:
         request, start, end = reading.request, reading.start, reading.end
         if start == 0:
-            generator = generator_of(request.choosing.seed, request.choosing.number)
-            self.answers[request] = _Answer(TextStream(request.stop), generator)
-            if request.choosing.has_penalties:
-                self.penalties.start(request.slot, request.ids)
+            self.answers[request] = _Answer(TextStream(request.stop))
+            self.choice.start(request)
         piece = PromptPiece(request.slot, request.ids[start:end], start, len(request.ids))
         logits = self.session.read_prompt(self.layers[request.model], piece, every=request.prompt_chances)
         self.counters.prompt_tokens += end - start
         if request.prompt_chances:
             self.answers[request].prompt += prompt_chances(logits, request, start, end)
-        return self._choose([request], logits[-1:]) if reading.is_last else None
+        return self.choice.issue([request], logits[-1:]) if reading.is_last else None
 
-    def _step(self, group: list[Request]) -> _Issued:
+    def _step(self, group: list[Request]) -> Issued:
         logits = self.session.step_slots(self.layers[group[0].model], [request.slot for request in group])
         self.counters.steps += 1
         self.counters.rows += len(group)
-        return self._choose(group, logits)
-
-    def _choose(self, requests: list[Request], logits: Tensor) -> _Issued:
-        """The tokens of logits [M, V]: the likeliest is in the session's `token` already, others are put there."""
-        slots = torch.tensor([request.slot for request in requests]).to(self.device, non_blocking=True)
-        special = [n for n, r in enumerate(requests) if r.grammar is not None or not r.choosing.likeliest]
-        if special:
-            self._choose_special([requests[n] for n in special], logits[special], slots[special])
-        tokens = self.session.token[slots]
-        wanted = [n for n, request in enumerate(requests) if request.top is not None]
-        chances = chances_of(logits, tokens, wanted, [requests[n].top or 0 for n in wanted]) if wanted else None
-        if not tokens.is_cuda:
-            return _Issued(requests, tokens, chances, None)
-        on_host = torch.empty(len(tokens), dtype=torch.int64, pin_memory=True)
-        on_host.copy_(tokens, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        return _Issued(requests, on_host, chances, copied)
-
-    def _choose_special(self, requests: Sequence[Request], logits: Tensor, slots: Tensor) -> None:
-        """Put the tokens of requests that draw, or have penalties or a grammar, into the session."""
-        logits, rows = logits.clone(), [request.choosing for request in requests]
-        for n, request in enumerate(requests):
-            if request.grammar is not None and not self._try(request, request.grammar.mask, logits[n]):
-                rows[n] = Choosing()
-        punished = [n for n, row in enumerate(rows) if row.has_penalties]
-        if punished:
-            logits[punished] = self.penalties.apply(logits[punished], slots[punished], [rows[n] for n in punished])
-        tokens = logits.argmax(-1)
-        drawn = [n for n, row in enumerate(rows) if row.temperature > 0]
-        if drawn:
-            generators = [self.answers[requests[n]].generator for n in drawn]
-            tokens[drawn] = draw(logits[drawn], [rows[n] for n in drawn], generators)
-        self.session.token.index_copy_(0, slots, tokens)
-        if punished:
-            self.penalties.add(slots[punished], tokens[punished])
-
-    def _try(self, request: Request, step: Callable[..., None], value: object) -> bool:
-        """Whether a step of the request's grammar succeeded; if not, this request alone has failed."""
-        try:
-            step(value)
-        except Exception:
-            self._end(request, "error")
-            return False
-        return True
+        return self.choice.issue(group, logits)
 
     # --- what came back
 
-    def _finish(self, issued: list[_Issued]) -> None:
+    def _finish(self, issued: list[Issued]) -> None:
         for one in issued:
             if one.copied is not None:
                 one.copied.synchronize()
             chances = one.chances.rows() if one.chances is not None else {}
             for n, (request, token) in enumerate(zip(one.requests, one.tokens.tolist())):
-                if not request.done:
+                if request.failed and not request.done:
+                    self._end(request, "error")
+                elif not request.done:
                     self._take_token(request, token, chances.get(n))
 
     def _take_token(self, request: Request, token: int, chance: TokenChance | None) -> None:
@@ -288,7 +226,8 @@ class Engine:
         answer.tokens += 1
         self.counters.answer_tokens += 1
         ended = token in self.vocabulary.stop_ids
-        if request.grammar is not None and not ended and not self._try(request, request.grammar.take, token):
+        if request.grammar is not None and not ended and not with_grammar(request, request.grammar.take, token):
+            self._end(request, "error")
             return
         if chance is not None and not ended:
             answer.chances += (chance,)

@@ -80,6 +80,7 @@ class Request:
     slot: int = -1
     read: int = 0  # tokens of the prompt that were given to the model
     issued: int = 0  # tokens of the answer whose computation has begun
+    failed: bool = False  # its grammar cannot go on
     done: bool = False
     cancelled: bool = False
 
