@@ -74,6 +74,12 @@ def test_slots_equal_the_growing_cache(tmp_path: Path, layout: str, int4: bool) 
     assert difference(adapted(model)) < 5e-6
 
 
+def test_rows_that_are_not_wanted_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a graph for a fixed number of rows, which may be more than there are slots."""
+    monkeypatch.setattr(SlotSession, "rows_for", lambda self, count: 1 << (count + 1).bit_length())
+    assert difference(tiny_model(tmp_path, "qwen", True, **LONG_CONTEXT)) < 5e-6
+
+
 def interpreted(folder: str) -> float:
     model = tiny_model(Path(folder), "qwen", True, **LONG_CONTEXT)
     return difference(adapted(model), (7,), steps=1)

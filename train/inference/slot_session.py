@@ -20,7 +20,7 @@ from torch import Tensor
 from train.inference.decode_graph import DecodeSession
 from train.inference.decode_layers import DecodeLayers
 from train.model.decoder import ntk_alpha, rope_tables, rotate_heads
-from train.ops import decode_step
+from train.ops import decode_step, kernels
 
 CHUNK = 512  # tokens of a prompt that are read at once; capacities are multiples of it
 WIDTHS = (32, 64, 128, 256, CHUNK)  # of the graphs that read the first chunk of a prompt: padded on the right
@@ -62,9 +62,11 @@ class SlotSession(DecodeSession):
         super().__init__(layers, slots + 1, capacity, use_graph=False)
         device = layers.device
         self.slots = slots
-        self.use_graphs = device.type == "cuda"
+        self.use_graphs = device.type == "cuda" and kernels.usable(device)
         self.position = torch.zeros(slots + 1, dtype=torch.int32, device=device)
-        self.no_pads = torch.zeros(slots + 1, dtype=torch.int32, device=device)
+        rows = self.rows_for(slots)
+        self.no_pads = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.logits = torch.zeros(rows, layers.config.vocab_size, device=device)
         self.prompt_logits = torch.zeros(1, layers.config.vocab_size, device=device)
         self.graphs: dict[tuple[int, str, int], _Graph] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
@@ -81,7 +83,7 @@ class SlotSession(DecodeSession):
         rows = self.rows_for(len(slots))
         numbers = torch.tensor([*slots, *[self.slots] * (rows - len(slots))])
         if not self.use_graphs:
-            return self._step_rows(numbers)
+            return self._step_rows(numbers.to(self.layers.device))[: len(slots)]
         key = (id(layers), "step", rows)
         if key not in self.graphs:
             self.graphs[key] = self._capture_graph((numbers.to(self.layers.device),), self._step_rows)
@@ -197,11 +199,12 @@ class SlotSession(DecodeSession):
     # --- graphs
 
     def warm_up(self, layers: DecodeLayers) -> None:
-        """Compile kernels and capture the graphs of a step; those of prompts are captured when they are needed."""
+        """Compile all kernels and capture all graphs: later, a capture would make every running answer wait."""
         if self.use_graphs:
             for rows in (rows for rows in ROWS if rows <= self.rows_for(self.slots)):
                 self.step_slots(layers, [self.slots] * rows)
-            self.read_prompt(layers, PromptPiece(self.slots, [0] * WIDTHS[2], 0, WIDTHS[2]))
+            for width in WIDTHS:
+                self.read_prompt(layers, PromptPiece(self.slots, [0] * width, 0, width))
             torch.cuda.synchronize()
 
     def _capture_graph(self, inputs: tuple[Tensor, ...], function: Callable[..., Tensor]) -> _Graph:
