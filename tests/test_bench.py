@@ -580,3 +580,17 @@ def test_packing_overrides_the_recipe_for_each_arm() -> None:
         "accumulation": "1",
     }
     assert packing._overrides(packing.Options(only="padded"))["pack"] == "off"
+
+
+def test_a_random_base_on_the_disk_is_one_that_loads(tmp_path: Path) -> None:
+    from tests.bench import random_base, shapes
+    from tests.support.oracles import small_tokenizer
+    from train.model.loading import load
+
+    (tmp_path / "tokenizer").mkdir()
+    small_tokenizer(tmp_path / "tokenizer")
+    random_base.write(tmp_path / "base", shapes.config("tiny"), tmp_path / "tokenizer", torch.device("cpu"))
+    assert (tmp_path / "base" / "qwen.tiktoken").is_file()
+    model = load(tmp_path / "base", torch.float32, torch.device("cpu"))
+    logits = model(input_ids=torch.arange(8)[None]).logits
+    assert logits.shape == (1, 8, 512) and logits.isfinite().all()

@@ -3,6 +3,7 @@
 No float copy of a linear is ever made, so a 72B shape takes as much memory as its Int4 file. Knows nothing of training.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ SHAPES: dict[str, Shape] = {
 
 
 def config(name: str) -> DecoderConfig:
-    return decoder_config(SHAPES[name])
+    """Of a short name above, or of a published one."""
+    return decoder_config(SHAPES.get(name) or PUBLISHED[name])
 
 
 def decoder_config(shape: Shape) -> DecoderConfig:
@@ -54,8 +56,8 @@ def weights(c: DecoderConfig) -> int:
     return sum(m.in_features * m.out_features for m in linears)
 
 
-def random_decoder(c: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """A decoder of that shape, frozen, in training mode."""
+def meta_decoder(c: DecoderConfig) -> Decoder:
+    """A decoder of that shape with Int4 linears, all tensors on the meta device."""
     scheme = Scheme(group_size=group_of(c))
     with torch.device("meta"):
         model = Decoder(c)
@@ -64,19 +66,26 @@ def random_decoder(c: DecoderConfig, device: torch.device, dtype: torch.dtype) -
         bias = linear.bias is not None
         int4 = Int4Linear(linear.in_features, linear.out_features, bias, scheme, device="meta")
         setattr(model.get_submodule(parent), child, int4)
-    _fill(model, device, dtype)
+    return model
+
+
+def random_decoder(c: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """A decoder of that shape, frozen, in training mode."""
+    model = meta_decoder(c)
+    for module in model.modules():
+        for name, tensor in random_tensors(module, device, dtype):
+            setattr(module, name, nn.Parameter(tensor) if name in module._parameters else tensor)
     model.tie_weights()
     return model.requires_grad_(False).train()
 
 
-def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace the tensors on the meta device by real ones, a module at a time."""
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            value = torch.ones(p.shape, dtype=dtype, device=device)
-            setattr(module, name, nn.Parameter(value if p.dim() == 1 else value.normal_(std=0.02)))
-        for name, b in list(module.named_buffers(recurse=False)):
-            setattr(module, name, random_part(name, torch.empty(b.shape, dtype=b.dtype, device=device), module))
+def random_tensors(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Name and random values of each tensor of a module on the meta device, without those of its children."""
+    for name, p in list(module.named_parameters(recurse=False)):
+        value = torch.ones(p.shape, dtype=dtype, device=device)
+        yield name, value if p.dim() == 1 else value.normal_(std=0.02)
+    for name, b in list(module.named_buffers(recurse=False)):
+        yield name, random_part(name, torch.empty(b.shape, dtype=b.dtype, device=device), module)
 
 
 def random_part(name: str, buffer: Tensor, module: Any) -> Tensor:

@@ -17,6 +17,7 @@ from train.inference.decode_layers import DecodeLayers
 from train.model import lora
 from train.model.decoder import Decoder
 from train.model.loading import load
+from train.ops.kernels.gptq_tiles import MAX_BATCH
 
 LONG_CONTEXT = {"use_dynamic_ntk": True, "use_logn_attn": True, "seq_length": 6}  # both act on prompts of 9 tokens
 WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 384}  # groups of 128
@@ -103,6 +104,8 @@ def check_kernels(folder: Path) -> None:
         for batch, width in ((1, 9), (2, 5)):
             assert difference(model, batch, width, steps=2) < 5e-6
         assert difference(adapted(model), 2, 9, steps=1) < 5e-6
+        for wrapped in (model, adapted(model)):  # a prompt of more rows than the packed products take
+            assert difference(wrapped, 1, MAX_BATCH + 5, steps=1) < 5e-6
 
 
 def test_the_kernels_of_a_step_equal_the_decoder_through_the_interpreter(tmp_path: Path) -> None:

@@ -30,9 +30,14 @@ def check_attention(device: str) -> None:
         expected_cache = [t.clone() for t in cache]
         expected = decode_step.attend_plain(qkv, *rope, logn, pads, slot, *expected_cache, heads)
         for splits in (1, 2, 4):
-            kernel_cache = [t.clone() for t in cache]
-            out = decode_step_kernels.attend(qkv, *rope, logn, pads, slot, *kernel_cache, heads, splits)
-            assert torch.allclose(out, expected, atol=2e-5), (batch, splits)
+            kernel_cache, arrivals = (
+                [t.clone() for t in cache],
+                torch.zeros(batch, heads, dtype=torch.int32, device=device),
+            )
+            for _ in range(2):  # the count of programs is at zero again for the second
+                out = decode_step_kernels.attend(qkv, *rope, logn, pads, slot, *kernel_cache, heads, splits, arrivals)
+                assert torch.allclose(out, expected, atol=2e-5), (batch, splits)
+                assert not arrivals.any()
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(kernel_cache, expected_cache))
 
 

@@ -1,9 +1,9 @@
 """Decoding with a key/value cache of fixed size. A step runs ten kernels per block; on a GPU it is one CUDA graph.
 
 A `DecodeSession` holds keys and values [B, Hkv, capacity, D] of every block, the rotary tables, and where each row
-begins. A long prompt runs through the decoder itself, whose cache is then copied into the session; a short prompt runs
-through the matrix products of the step (DecodeLayers). Positions, logn and dynamic NTK are those of the decoder,
-precomputed in tables. The last kernel of the graph writes the most likely tokens into the input of the next step, so
+begins. A prompt runs through the matrix products of the step (DecodeLayers), up to 512 tokens as a graph of its own; a
+very long one through the decoder itself, whose cache is then copied into the session. Positions, logn and dynamic NTK
+are those of the decoder, precomputed in tables. The last kernel of the graph writes the most likely tokens into the input of the next step, so
 greedy decoding never waits for the host. Knows nothing of text and sampling. Trade-off: memory for the whole answer is
 allocated at its start. Without a GPU the same step runs without a graph, in plain PyTorch; only tests do that, because
 on a CPU a growing cache is as fast.
@@ -17,13 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.inference.decode_layers import DecodeLayers
+from train.inference.prompt_graph import WIDTHS, PromptGraphs, pad_left, padded_width, prompt_mask
 from train.model.decoder import ntk_alpha, rope_tables, rotate_heads, sdpa_mask
 from train.ops import decode_step
 from train.ops.kernels.runtime import multiprocessors
 
 CAPACITY_STEP = 512  # capacities are multiples of it, so a longer answer seldom needs another graph
-SHORT_PROMPT = 256  # up to this many tokens in a batch of prompts, the step's layers are faster than the decoder
+SHORT_PROMPT = 4096  # up to this many tokens in a batch of prompts, the step's layers serve: fewer calls, more memory
 MIN_KEYS_PER_SPLIT = 64  # fewer are not worth another program
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """[B, T], from zero at each row's first token."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 class DecodeSession:
@@ -49,9 +55,12 @@ class DecodeSession:
         self.rope = self._rope_tables(None)
         self.logn = self._logn_table()
         self.splits = self._attention_splits()
+        self.arrivals = torch.zeros(batch, self.heads, dtype=torch.int32, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.prompt_graphs: PromptGraphs | None = None
         if use_graph and device.type == "cuda":
             self._capture()
+            self.prompt_graphs = PromptGraphs(self._read_prompt, batch)
 
     def _rope_tables(self, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos and sin [1 or B, capacity, D/2] by position, with alpha [B, 1] of dynamic NTK if the model uses it."""
@@ -71,8 +80,8 @@ class DecodeSession:
         return (torch.log((positions + 1).double()) / math.log(c.seq_length)).clamp(min=1.0).float()
 
     def _attention_splits(self) -> int:
-        """Into how many programs the keys of a head are split, a power of two: about two programs per multiprocessor."""
-        programs = 2 * multiprocessors(self.layers.device) // (self.batch * self.heads)
+        """Into how many programs the keys of a head are split, a power of two: about four programs per multiprocessor."""
+        programs = 4 * multiprocessors(self.layers.device) // (self.batch * self.heads)
         splits = min(programs, self.capacity // MIN_KEYS_PER_SPLIT, 32)
         return 1 << max(splits, 1).bit_length() - 1
 
@@ -97,15 +106,27 @@ class DecodeSession:
             The logits [B, V] float32 of the next tokens; `token` then holds the most likely ones.
         """
         assert ids.shape[0] == self.batch and ids.shape[1] <= self.capacity, (ids.shape, self.batch, self.capacity)
+        if ids.numel() > SHORT_PROMPT:
+            self.layers.refresh()
+            self._begin(ids, mask, self._prefill_by_model(model, ids, mask, _positions(mask)))
+        elif self.prompt_graphs is None:
+            self._read_prompt(ids, mask)
+        else:
+            width = padded_width(ids.shape[1], self.batch)
+            self.prompt_graphs(*pad_left(ids, mask, width if width <= self.capacity else ids.shape[1]))
+        return self.logits
+
+    def _read_prompt(self, ids: Tensor, mask: Tensor) -> None:
+        """Read the prompts by the layers of the step."""
         self.layers.refresh()
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        prefill = self._prefill_by_layers if ids.numel() <= SHORT_PROMPT else self._prefill_by_model
-        logits = prefill(model, ids, mask, positions)
+        self._begin(ids, mask, self._prefill_by_layers(ids, mask, _positions(mask)))
+
+    def _begin(self, ids: Tensor, mask: Tensor, logits: Tensor) -> None:
+        """Set what the next step reads."""
         self.pads.copy_(ids.shape[1] - mask.sum(-1))
         self.slot.fill_(ids.shape[1])
         self.logits.copy_(logits)
         self.token.copy_(self.logits.argmax(-1))
-        return self.logits
 
     def _prefill_by_model(self, model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Run the prompts through the model itself, and copy its cache into the session."""
@@ -117,14 +138,14 @@ class DecodeSession:
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def _prefill_by_layers(self, model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def _prefill_by_layers(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Run the prompts through the layers of the step: fewer calls, so the answer begins sooner."""
         c, (batch, width) = self.layers.config, ids.shape
         self._set_rope_alpha(ntk_alpha(mask.sum(-1, keepdim=True), c.seq_length) if width > c.seq_length else None)
         row = torch.arange(batch, device=ids.device)[:, None] if self.rope_by_row else torch.zeros_like(positions)
         cos, sin = (torch.cat([table[row, positions]] * 2, dim=-1) for table in self.rope)  # [B, T, D]
         logn = None if self.logn is None else self.logn[positions]
-        bias = sdpa_mask(mask, None, width, width, ids.device)
+        allowed = prompt_mask(mask) if width <= WIDTHS[-1] else sdpa_mask(mask, None, width, width, ids.device)
 
         def attend(qkv: Tensor, n: int) -> Tensor:
             by_head = qkv.sum(0).to(self.keys.dtype).view(batch, width, -1, c.head_dim).transpose(1, 2)  # [B, H, T, D]
@@ -134,7 +155,7 @@ class DecodeSession:
             if logn is not None:
                 q = q * logn[:, None, :, None].to(q.dtype)
             k, v = (t.repeat_interleave(self.heads // c.num_key_value_heads, dim=1) for t in (k, v))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and width > 1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None)
             return y.transpose(1, 2).reshape(batch * width, -1)
 
         h = self._blocks(F.embedding(ids.flatten(), self.layers.embed), attend)
@@ -177,5 +198,5 @@ class DecodeSession:
     def _attend(self, qkv: Tensor, n: int) -> Tensor:
         keys, values = self.keys[n], self.values[n]
         return decode_step.attend(
-            qkv, *self.rope, self.logn, self.pads, self.slot, keys, values, self.heads, self.splits
+            qkv, *self.rope, self.logn, self.pads, self.slot, keys, values, self.heads, self.splits, self.arrivals
         )

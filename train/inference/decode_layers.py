@@ -1,6 +1,7 @@
 """A decoder's layers as a decoding step calls them: matrix products of a few rows, each with its adapter.
 
-Int4 linears on a device with kernels multiply with the packed weight directly, without a float copy of it. Every other
+Int4 linears on a device with kernels multiply with the packed weight directly, without a float copy of it, up to
+MAX_BATCH rows; more rows, those of a prompt, multiply with a float copy that lives as long as the product. Every other
 linear is called as a module: slower, and always right. Weights are used where they are; copies are made only of q, k, v that are
 separate in the checkpoint (they are fused into one linear), of weights in act-order (sorted by group), and of adapters in the
 dtype of the activations, which `refresh` brings up to date.
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from train.model.decoder import Decoder
 from train.model.int4_linear import Int4Linear
 from train.ops import kernels
-from train.ops.gptq import groups_in_order, pack_rows, unpack_rows
+from train.ops.gptq import dequantize, groups_in_order, pack_rows, unpack_rows
 from train.ops.kernels import gptq_matmul
 from train.ops.kernels.decode_step import swiglu_parts
 from train.ops.kernels.gptq_matmul import NO_SEGMENT, SEGMENT_COLUMNS, LowRankSegments, PackedWeight, down_product
+from train.ops.kernels.gptq_tiles import MAX_BATCH
 
 Product = Callable[[Tensor], Tensor]  # x [M, K] -> [S, M, N], split-K partial sums, to be added in order
 LoraPair = tuple[Tensor, Tensor, float]  # A [r, K], B [N, r], alpha / r
@@ -128,6 +130,35 @@ def concatenate(weights: list[PackedWeight]) -> PackedWeight:
     )
 
 
+def product_of_many_rows(x: Tensor, weights: Sequence[PackedWeight], adapter: StackedAdapter | None) -> Tensor:
+    """x [M, K] times weights that read the same input, with biases and adapters: [M, N of all weights].
+
+    Values are rounded where the decoder's separate layers round them.
+    """
+    sizes = [weight.out_features for weight in weights]
+    floats = torch.empty(x.shape[1], sum(sizes), dtype=x.dtype, device=x.device)
+    for weight, columns in zip(weights, floats.split(sizes, dim=1)):
+        dequantize(weight.qweight, weight.qzeros, weight.scales, None, weight.bits, x.dtype, columns)
+    first = weights[0]
+    y = torch.mm(x if first.perm is None else x[:, first.perm.long()], floats)
+    for weight, columns in zip(weights, y.split(sizes, dim=1)):
+        if weight.bias is not None:
+            columns += weight.bias
+    if adapter is not None:
+        down = torch.mm(x, adapter.down.t()).split(adapter.rank, dim=1)
+        start = 0
+        for part, up in zip(down, adapter.ups):
+            y[:, start : start + len(up)].addmm_(part, up.t())
+            start += len(up)
+    return y
+
+
+def _low_rank(x: Tensor, adapter: StackedAdapter | None, starts: tuple[int, int]) -> LowRankSegments | None:
+    if adapter is None:
+        return None
+    return LowRankSegments(down_product(x, adapter.down), adapter.up, starts)
+
+
 def _call(linear: nn.Module, x: Tensor) -> Tensor:
     """A module on x [M, K], given as rows of one token each."""
     y: Tensor = linear(x[:, None])
@@ -193,13 +224,15 @@ class DecodeLayers:
         if weights is None or any(w.out_features % SEGMENT_COLUMNS for w in weights[:-1]):
             return lambda x: torch.cat([_call(linear, x) for linear in linears], dim=-1)[None]
         weight, adapter = concatenate(weights), self._adapter(linears)
-        if adapter is None:
-            return lambda x: gptq_matmul.product(x, weight)
         second = weights[0].out_features if len(weights) > 1 else NO_SEGMENT
         third = second + weights[1].out_features if len(weights) > 2 else NO_SEGMENT
-        return lambda x: gptq_matmul.product(
-            x, weight, LowRankSegments(down_product(x, adapter.down), adapter.up, (second, third))
-        )
+
+        def call(x: Tensor) -> Tensor:
+            if len(x) > MAX_BATCH:
+                return product_of_many_rows(x, [weight], adapter)[None]
+            return gptq_matmul.product(x, weight, _low_rank(x, adapter, (second, third)))
+
+        return call
 
     def _swiglu(self, gate: nn.Module, up: nn.Module) -> Product:
         """x -> silu(gate) · up [M, I]."""
@@ -208,12 +241,17 @@ class DecodeLayers:
             return lambda x: _call(up, x) * F.silu(_call(gate, x))
         gate_weight, up_weight = weights
         adapter = self._adapter([gate, up])
-        if adapter is None:
-            return lambda x: swiglu_parts(gptq_matmul.product(x, gate_weight, None, up_weight), x.dtype)
         starts = (gate_weight.out_features, NO_SEGMENT)
+        arrivals = torch.zeros(-(-gate_weight.out_features // 32), dtype=torch.int32, device=self.device)
 
         def call(x: Tensor) -> Tensor:
-            term = LowRankSegments(down_product(x, adapter.down), adapter.up, starts)
-            return swiglu_parts(gptq_matmul.product(x, gate_weight, term, up_weight), x.dtype)
+            if len(x) > MAX_BATCH:
+                return swiglu_parts(product_of_many_rows(x, [gate_weight, up_weight], adapter)[None], x.dtype)
+            low_rank = _low_rank(x, adapter, starts)
+            if len(x) == 1:
+                y = torch.empty(1, gate_weight.out_features, dtype=x.dtype, device=x.device)
+                gptq_matmul.product(x, gate_weight, low_rank, up_weight, None, y, arrivals)
+                return y
+            return swiglu_parts(gptq_matmul.product(x, gate_weight, low_rank, up_weight), x.dtype)
 
         return call

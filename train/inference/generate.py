@@ -20,6 +20,7 @@ from train.data.chat_template import DEFAULT_SYSTEM, prompt
 from train.data.formats import Turn
 from train.inference import sessions
 from train.inference.decode_graph import DecodeSession
+from train.inference.prompt_graph import padded_width
 from train.inference.sampling import Choose, Sampling, chooser
 from train.model.decoder import Decoder
 from train.model.tokenizer import Tokenizer
@@ -211,7 +212,7 @@ def tokens(
     device = _device(model)
     ids, mask = ids.to(device), mask.to(device)
     choose = chooser(sampling, device, (mask == 0).sum(1), numbers)
-    with sessions.borrow(model, ids.shape[0], ids.shape[1] + steps) as session:
+    with sessions.borrow(model, ids.shape[0], padded_width(ids.shape[1], ids.shape[0]) + steps) as session:
         if session is None:
             yield from _by_growing_cache(model, ids, mask, choose, steps)
         else:

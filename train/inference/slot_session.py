@@ -67,6 +67,7 @@ class SlotSession(DecodeSession):
         rows = self.rows_for(slots)
         self.no_pads = torch.zeros(rows, dtype=torch.int32, device=device)
         self.logits = torch.zeros(rows, layers.config.vocab_size, device=device)
+        self.arrivals = torch.zeros(rows, self.heads, dtype=torch.int32, device=device)
         self.prompt_logits = torch.zeros(1, layers.config.vocab_size, device=device)
         self.graphs: dict[tuple[int, str, int], _Graph] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
@@ -103,7 +104,7 @@ class SlotSession(DecodeSession):
             cache = (self.keys[n], self.values[n])
             return decode_step.attend(
                 qkv, *self.rope, self.logn, self.no_pads[:rows], positions, *cache, self.heads, splits,
-                cache_rows=cache_rows,
+                self.arrivals[:rows], cache_rows,
             )  # fmt: skip
 
         h = self._blocks(F.embedding(self.token[slots], self.layers.embed), attend)

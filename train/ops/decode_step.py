@@ -35,6 +35,7 @@ def attend(
     values: Tensor,
     heads: int,
     splits: int = 1,
+    arrivals: Tensor | None = None,
     cache_rows: Tensor | None = None,
 ) -> Tensor:
     """Attention [M, Hq·D] of one new token per row; its key and value are written to the cache at `slot`.
@@ -46,12 +47,13 @@ def attend(
         pads: int32 [M], the first slot of each row: a token's position is its slot minus this.
         slot: int32 [1], or [M] where every row has a slot of its own.
         keys, values: [M, Hkv, capacity, D] in the dtype of the result, filled in slots pads … slot − 1.
-        splits: programs that share the keys of a head, a power of two; the kernel's, without effect on the definition.
+        splits, arrivals: the kernel's, without effect on the definition. Programs that share the keys of a head, a power
+            of two; and int32 zeros [M, Hq] to count them with, which are zeros again afterwards.
         cache_rows: int32 [M], the row of keys, values, cos and sin that each of the M rows uses; None: its own number.
     """
     if use_kernel(keys):
         return decode_step_kernels.attend(
-            qkv, cos, sin, logn, pads, slot, keys, values, heads, splits, cache_rows=cache_rows
+            qkv, cos, sin, logn, pads, slot, keys, values, heads, splits, arrivals, cache_rows
         )
     if cache_rows is not None or len(slot) > 1:
         return attend_rows_plain(qkv, cos, sin, logn, pads, slot, keys, values, heads, cache_rows)

@@ -113,6 +113,15 @@ def check_gate_and_up(device: str, dtype: torch.dtype, batches: tuple[int, ...] 
             expected = torch.nn.functional.silu(gate_out) * up_out
             tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
             check_close(swiglu_parts(parts, dtype), expected, tolerance)
+            if batch == 1:
+                y, arrivals = (
+                    torch.empty_like(parts[0, :, :192], dtype=dtype),
+                    torch.zeros_like(parts[0, 0], dtype=torch.int32),
+                )
+                for _ in range(2):  # the count of programs is at zero again for the second
+                    product(x, gate, adapter, up, swiglu=y, arrivals=arrivals)
+                    assert torch.equal(y, swiglu_parts(parts, dtype))
+                assert not arrivals.any()
 
 
 def adapters(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -139,7 +148,7 @@ def test_products_equal_their_definition_through_the_interpreter() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
 
-POINTERS = ("x", "scales", "bias", "up", "scales2", "bias2")  # those to activations
+POINTERS = ("x", "scales", "bias", "up", "scales2", "bias2", "swiglu")  # those to activations
 
 
 def compile_for(capability: int, rows: int) -> None:
@@ -154,10 +163,10 @@ def compile_for(capability: int, rows: int) -> None:
     constants = {"BITS": 4, "WORDS": tile.words, "TM": rows, "TN": tile.columns, "PERM": True, "BIAS": True, "RANK": 64}
     constants |= {"DOWN_SPLITS": 4, "ONE_GROUP": True, "STAGES": tile.stages}
     types = dict.fromkeys(POINTERS, "*fp16") | dict.fromkeys(("down", "out"), "*fp32")
-    types |= dict.fromkeys(("qweight", "qzeros", "perm", "qweight2", "qzeros2"), "*i32")
+    types |= dict.fromkeys(("qweight", "qzeros", "perm", "qweight2", "qzeros2", "arrivals"), "*i32")
     kernel = gptq_matmul._product
     for pair in (False, True):
-        values = {**constants, "PAIR": pair}
+        values = {**constants, "PAIR": pair, "SWIGLU_SPLITS": tile.splits if pair and rows == 1 else 0}
         signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in kernel.arg_names}
         by_index = {(n,): values[name] for n, name in enumerate(kernel.arg_names) if name in values}
         target, options = GPUTarget("cuda", capability, 32), {"num_warps": tile.warps}

@@ -42,9 +42,25 @@ if triton is not None:
             y += tl.load(parts + (s * batch + m) * width + column + i).to(tl.float32)
         return y.to(dtype).to(tl.float32)
 
+    @triton.jit
+    def _combine_splits(  # type: ignore[no-untyped-def]
+        sums, stats, out, row, rows, D: tl.constexpr, SPLITS: tl.constexpr
+    ):
+        """The attention of one head over all keys from the unnormalised sums, maxima and denominators of its splits.
+
+        Read past the multiprocessor's own cache, since other programs have just written them.
+        """
+        s, d = tl.arange(0, SPLITS), tl.arange(0, D)
+        split_max = tl.load(stats + (s * rows + row) * 2, cache_modifier=".cg")
+        factor = tl.exp(split_max - tl.max(split_max, axis=0))
+        row_sum = tl.sum(tl.load(stats + (s * rows + row) * 2 + 1, cache_modifier=".cg") * factor, axis=0)
+        parts = tl.load(sums + (s * rows + row)[:, None] * D + d[None], cache_modifier=".cg")
+        y = tl.sum(parts * factor[:, None], axis=0)
+        tl.store(out + row * D + d, (y / row_sum).to(out.dtype.element_ty))
+
     @triton.jit(do_not_specialize=["batch", "rope_stride", "slot_stride"])
     def _attend(  # type: ignore[no-untyped-def]
-        qkv, cos, sin, logn, pads, slot, keys, values, out, stats,
+        qkv, cos, sin, logn, pads, slot, keys, values, sums, stats, arrivals, out,
         batch, heads, key_heads, capacity, rope_stride, scale, cache_rows, slot_stride, CACHE_ROWS: tl.constexpr,
         PARTS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, LOGN: tl.constexpr,
     ):  # fmt: skip
@@ -93,7 +109,7 @@ if triton is not None:
         split_length = tl.cdiv(tl.cdiv(new - pad, SPLITS), BLOCK) * BLOCK
         start = pad + split * split_length
         end = tl.minimum(start + split_length, new)
-        for block in range(start, end, BLOCK):
+        for block in tl.range(start, end, BLOCK, num_stages=2):
             n = block + tl.arange(0, BLOCK)
             mask = (n < end)[:, None]
             key1 = tl.load(keys + cache + n[:, None] * D + i[None], mask=mask, other=0.0).to(tl.float32)
@@ -110,21 +126,14 @@ if triton is not None:
         if SPLITS == 1:
             tl.store(out + (m * heads + head) * D + d, (y / row_sum).to(dtype))
         else:
-            row = (split * batch + m) * heads + head
-            tl.store(out + row * D + d, y)
-            tl.store(stats + row * 2, row_max)
-            tl.store(stats + row * 2 + 1, row_sum)
-
-    @triton.jit
-    def _combine_splits(sums, stats, out, rows, D: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The attention of one head over all keys from the unnormalised sums, maxima and denominators of its splits."""
-        row = tl.program_id(0)
-        s, d = tl.arange(0, SPLITS), tl.arange(0, D)
-        split_max = tl.load(stats + (s * rows + row) * 2)
-        factor = tl.exp(split_max - tl.max(split_max, axis=0))
-        row_sum = tl.sum(tl.load(stats + (s * rows + row) * 2 + 1) * factor, axis=0)
-        y = tl.sum(tl.load(sums + (s * rows + row)[:, None] * D + d[None]) * factor[:, None], axis=0)
-        tl.store(out + row * D + d, (y / row_sum).to(out.dtype.element_ty))
+            row, rows = m * heads + head, batch * heads
+            tl.store(sums + (split * rows + row) * D + d, y)
+            tl.store(stats + (split * rows + row) * 2, row_max)
+            tl.store(stats + (split * rows + row) * 2 + 1, row_sum)
+            tl.debug_barrier()  # all of the program's stores come before it is counted
+            if tl.atomic_add(arrivals + row, 1) == SPLITS - 1:  # the last program of this head
+                tl.store(arrivals + row, 0)
+                _combine_splits(sums, stats, out, row, rows, D, SPLITS)
 
     @triton.jit(do_not_specialize=["batch"])
     def _swiglu_parts(  # type: ignore[no-untyped-def]
@@ -181,21 +190,25 @@ def attend(
     values: Tensor,
     heads: int,
     splits: int,
+    arrivals: Tensor | None = None,
     cache_rows: Tensor | None = None,
 ) -> Tensor:
-    """ops/decode_step.attend for contiguous caches; D and `splits` are powers of two."""
+    """ops/decode_step.attend for contiguous caches; D and `splits` are powers of two.
+
+    The program of a head that ends last adds up the splits, in their order, so the result does not depend on which it is.
+    """
     batch, (_, key_heads, capacity, width) = qkv.shape[1], keys.shape
     assert keys.is_contiguous() and values.is_contiguous() and qkv.is_contiguous(), "the cache of one layer, whole"
     out = torch.empty(batch, heads * width, dtype=keys.dtype, device=keys.device)
-    sums = out if splits == 1 else torch.empty(splits, batch, heads, width, dtype=torch.float32, device=keys.device)
+    if arrivals is None:
+        arrivals = torch.zeros(batch, heads, dtype=torch.int32, device=keys.device)
+    sums = torch.empty(splits, batch, heads, width, dtype=torch.float32, device=keys.device)
     stats = torch.empty(splits, batch, heads, 2, dtype=torch.float32, device=keys.device)
     _attend[(batch * heads, splits)](
-        qkv, cos, sin, cos if logn is None else logn, pads, slot, keys, values, sums, stats, batch, heads, key_heads,
-        capacity, cos.stride(0) if len(cos) > 1 else 0, width**-0.5, slot if cache_rows is None else cache_rows,
-        int(len(slot) > 1), CACHE_ROWS=cache_rows is not None,
-        PARTS=len(qkv), HALF=width // 2, BLOCK=32 if width > 64 else 64, SPLITS=splits, LOGN=logn is not None,
-        num_warps=4,
+        qkv, cos, sin, cos if logn is None else logn, pads, slot, keys, values, sums, stats, arrivals, out,
+        batch, heads, key_heads, capacity, cos.stride(0) if len(cos) > 1 else 0, width**-0.5,
+        slot if cache_rows is None else cache_rows, int(len(slot) > 1), CACHE_ROWS=cache_rows is not None,
+        PARTS=len(qkv), HALF=width // 2, BLOCK=32 if width > 64 else 64, SPLITS=splits,
+        LOGN=logn is not None, num_warps=2,
     )  # fmt: skip
-    if splits > 1:
-        _combine_splits[(batch * heads,)](sums, stats, out, batch * heads, D=width, SPLITS=splits, num_warps=1)
     return out

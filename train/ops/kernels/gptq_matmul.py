@@ -200,17 +200,36 @@ if triton is not None:
         else:
             return tl.dot(t.to(up.dtype.element_ty), tl.trans(b), input_precision="ieee")
 
+    @triton.jit
+    def _swiglu(  # type: ignore[no-untyped-def]
+        parts, out, width, n, n_mask, SPLITS: tl.constexpr
+    ):
+        """silu(gate) · up of one row at the columns n, rounded as ops/kernels/decode_step.py rounds.
+
+        Read past the multiprocessor's own cache, since other programs have just written them.
+        """
+        dtype = out.dtype.element_ty
+        gate = tl.zeros(n.shape, tl.float32)
+        up = tl.zeros(n.shape, tl.float32)
+        for s in tl.static_range(SPLITS):
+            gate += tl.load(parts + 2 * s * width + n, mask=n_mask, other=0.0, cache_modifier=".cg")
+            up += tl.load(parts + (2 * s + 1) * width + n, mask=n_mask, other=0.0, cache_modifier=".cg")
+        gate = gate.to(dtype).to(tl.float32)
+        silu = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
+        tl.store(out + n, (silu * up.to(dtype).to(tl.float32)).to(dtype), mask=n_mask)
+
     @triton.jit(do_not_specialize=["batch", "steps", "down_columns", "start2", "start3"])
     def _product(  # type: ignore[no-untyped-def]
-        x, qweight, qzeros, scales, bias, qweight2, qzeros2, scales2, bias2, perm, down, up, out,
+        x, qweight, qzeros, scales, bias, qweight2, qzeros2, scales2, bias2, perm, down, up, out, arrivals, swiglu,
         batch, in_features, out_features, zero_words, group, steps, down_columns, start2, start3, magic,
         BITS: tl.constexpr, WORDS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr,
         BIAS: tl.constexpr, PAIR: tl.constexpr, RANK: tl.constexpr, DOWN_SPLITS: tl.constexpr,
-        ONE_GROUP: tl.constexpr, STAGES: tl.constexpr,
+        ONE_GROUP: tl.constexpr, STAGES: tl.constexpr, SWIGLU_SPLITS: tl.constexpr,
     ):  # fmt: skip
         """One part of y[:, n …], `steps` steps of K; the first part adds the bias and the adapter.
 
         PAIR: the second half of the programs computes with the second weight, whose columns of y follow the first's.
+        SWIGLU_SPLITS: of a single row and a pair, the parts; the last program of these columns writes silu(gate) · up.
         """
         split = tl.program_id(1)
         block = tl.program_id(0)
@@ -247,6 +266,11 @@ if triton is not None:
                 )
         pointers = out + (split * batch + m)[:, None].to(tl.int64) * out_columns + offset + n[None]
         tl.store(pointers, y, mask=(m < batch)[:, None] & n_mask[None])
+        if SWIGLU_SPLITS > 0:
+            tl.debug_barrier()  # all of the program's stores come before it is counted
+            if tl.atomic_add(arrivals + block, 1) == 2 * SWIGLU_SPLITS - 1:
+                tl.store(arrivals + block, 0)
+                _swiglu(out, swiglu, out_features, n, n_mask, SWIGLU_SPLITS)
 
     @triton.jit(do_not_specialize=["batch"])
     def _down_product(  # type: ignore[no-untyped-def]
@@ -283,12 +307,17 @@ def product(
     adapter: LowRankSegments | None = None,
     second: PackedWeight | None = None,
     tile: Tile | None = None,
+    swiglu: Tensor | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """x [M, K] @ W + bias + the adapters' part, as [S, M, N] float32 whose S parts are to be added in order.
 
     `second` is a weight of the same shape, bits, groups and order, with a bias where the first has one: its columns
     follow the first's, [S, M, 2 N].
+    swiglu: [1, N] gets silu(first) · second, for a single row. arrivals: int32 zeros [ceil(N / 32)] to count programs
+    with, which are zeros again afterwards; the program that ends last adds the parts in their order.
     """
+    assert swiglu is None or (second and arrivals is not None and len(x) == 1), "swiglu is of a pair and a single row"
     assert x.is_contiguous() and x.shape[1] == weight.in_features, (x.shape, weight.in_features)
     other, count = second or weight, 2 if second else 1
     assert other.qweight.shape == weight.qweight.shape and (other.bias is None) == (weight.bias is None), "unequal pair"
@@ -302,12 +331,12 @@ def product(
         x, weight.qweight, weight.qzeros, weight.scales, bias, other.qweight, other.qzeros, other.scales, bias2,
         weight.perm if weight.perm is not None else x,
         adapter.down if adapter else x, adapter.up if adapter else x, out,
-        len(x), weight.in_features, weight.out_features, weight.qzeros.shape[1], weight.group, steps,
+        x if arrivals is None else arrivals, x if swiglu is None else swiglu, len(x), weight.in_features, weight.out_features, weight.qzeros.shape[1], weight.group, steps,
         adapter.down.shape[2] if adapter else 0, *(adapter.starts if adapter else (0, 0)), MAGIC,
         BITS=weight.bits, WORDS=tile.words, TM=rows, TN=tile.columns, PERM=weight.perm is not None,
         BIAS=weight.bias is not None, PAIR=second is not None, RANK=adapter.up.shape[1] if adapter else 0,
         DOWN_SPLITS=len(adapter.down) if adapter else 0, ONE_GROUP=weight.group % (tile.words * 32 // weight.bits) == 0,
-        STAGES=tile.stages, num_warps=tile.warps,
+        STAGES=tile.stages, SWIGLU_SPLITS=0 if swiglu is None else tile.splits, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
