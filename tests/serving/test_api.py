@@ -247,6 +247,7 @@ def test_a_stream_is_well_formed(served: Served) -> None:
 
 
 def test_metrics_and_document(served: Served) -> None:
+    served.wait_idle()
     text = served.raw("/metrics")[1]
     for name in (
         "serve_running 0.0",

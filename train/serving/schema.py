@@ -77,11 +77,11 @@ class Common(Body):
     """What both kinds of answers take. None: the model's own value, of its generation_config.json."""
 
     model: str = Field(max_length=1000)
-    max_tokens: Integer | None = Field(default=None, ge=0)
+    max_tokens: Annotated[Integer, Field(ge=0)] | None = None
     temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    top_k: Integer | None = Field(default=None, ge=-1, le=10_000_000)
-    n: Integer | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    top_k: Annotated[Integer, Field(ge=-1, le=10_000_000)] | None = None
+    n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Integer | None = None  # of any size: it is hashed
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     presence_penalty: Penalty | None = None
@@ -96,12 +96,12 @@ class ChatBody(Common):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: Integer | None = Field(default=None, ge=1)
+    max_completion_tokens: Annotated[Integer, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Integer | None = Field(default=None, ge=0, le=20)
+    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto"] | None = None  # a call cannot be forced
 
 
 class CompletionBody(Common):
@@ -114,6 +114,6 @@ class CompletionBody(Common):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
     )
     echo: bool | None = None
-    logprobs: Integer | None = Field(default=None, ge=0, le=20)
+    logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
     suffix: str | None = None
-    best_of: Integer | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    best_of: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None

@@ -89,8 +89,6 @@ class Service:
         card = self.card(body.model)
         _refuse_bias(body)
         offered = body.tools or [] if body.tool_choice != "none" else []
-        if body.tool_choice not in (None, "none", "auto"):
-            raise bad("tool_choice: expected none or auto; a call cannot be forced.", "tool_choice", "unsupported")
         if body.top_logprobs and not body.logprobs:
             raise bad("top_logprobs needs logprobs=true.", "top_logprobs")
         ids = chat_ids(body.messages, self.tokens, card.system, card.template, offered, self.has_tools)
