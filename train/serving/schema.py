@@ -13,11 +13,11 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Integer = Annotated[int, BeforeValidator(_whole)]
+WHOLE = BeforeValidator(_whole)
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=1000)]
-TokenId = Annotated[Integer, Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
 
 
 class Body(BaseModel):
@@ -77,12 +77,12 @@ class Common(Body):
     """What both kinds of answers take. None: the model's own value, of its generation_config.json."""
 
     model: str = Field(max_length=1000)
-    max_tokens: Annotated[Integer, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
     temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    top_k: Annotated[Integer, Field(ge=-1, le=10_000_000)] | None = None
-    n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
-    seed: Integer | None = None  # of any size: it is hashed
+    top_k: Annotated[int, Field(ge=-1, le=10_000_000), WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
+    seed: Annotated[int, WHOLE] | None = None  # of any size: it is hashed
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -96,9 +96,9 @@ class ChatBody(Common):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: Annotated[Integer, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = None  # a call cannot be forced
@@ -114,6 +114,6 @@ class CompletionBody(Common):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
     )
     echo: bool | None = None
-    logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     suffix: str | None = None
-    best_of: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
