@@ -16,6 +16,7 @@ PIP_INDEX_URL ?=#    mirror of the package registry
 TORCH_INDEX_URL ?=#  mirror of PyTorch's index
 APT_MIRROR ?=#       mirror of the base image's packages
 HF_ENDPOINT ?=#      mirror of the model hub
+API_KEY ?=#          key that clients of `make serve` must send; needed for HOST= other than 127.0.0.1
 UPGRADE ?=#          1: `make lock` takes the newest of everything
 
 SHELL := /bin/bash
@@ -31,13 +32,13 @@ endef
 _quote = '$(subst $(_newline),'$$'\n'',$(subst ','\'',$(1)))'
 _key = $(shell tr A-Z a-z <<<'$(patsubst FROM,FROM_RUN,$(1))')
 _typed = $(sort $(foreach v,$(filter-out $(settings) -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(v))),$(v))))
-_keys = DATA MODEL RECIPE RUN FROM STAGE GPUS GPU CLEAN HELD_OUT PROMPT SYSTEM QUESTIONS ANSWERS ENGINE DTYPE LAYOUT FORMAT ENCODING ONTO OUT HTML REPLAY LOG MODELS RUNS
+_keys = DATA MODEL RECIPE RUN FROM STAGE GPUS GPU CLEAN HELD_OUT PROMPT SYSTEM QUESTIONS ANSWERS ENGINE DTYPE LAYOUT FORMAT ENCODING ONTO OUT HTML REPLAY LOG PORT SLOTS LENGTH QUEUE MODELS RUNS
 _before = $(strip $(foreach k,$(_keys),$(if $(filter environment,$(origin $(k))),$(if $(value $(k)),$(k)))))
 _refused = $(if $(_before),$(error $(_before) is set in the environment, where it does not count. \
 Type it after the target (make $@ $(firstword $(_before))=…), or unset it (unset $(_before))))
 _pairs = $(_refused)$(foreach v,$(_typed),$(call _key,$(v))=$(call _quote,$(value $(v)))) $(value ARGS)
 
-.PHONY: help setup demo test test-all model fetch data train export infer compare report verify quantize plan bench doctor shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
+.PHONY: help setup demo test test-all model fetch data train export infer serve compare report verify quantize plan bench doctor shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
 
 help: ## this list
 	@echo "make TARGET [KEY=value ...] [ARGS=\"key=value ...\"]        first: make demo        keys of a command: make TARGET ARGS=--help"
@@ -75,6 +76,9 @@ export: ## merged float weights, verified: RUN= [DTYPE=] [LAYOUT=] [ONTO=] [OUT=
 
 infer: ## chat, or answer: [RUN= or MODEL=] [PROMPT=] [QUESTIONS= ANSWERS=] [SYSTEM=] [ENGINE=stock TRUST_REMOTE_CODE=1]
 	@docker/run infer $(_pairs)
+
+serve: ## OpenAI's API on 127.0.0.1: [RUN= names with commas, or MODEL=] [PORT=8000] [SLOTS=] [LENGTH=] [QUEUE=]
+	@docker/run serve $(_pairs)
 
 compare: ## ask the same questions before and after training: RUN=
 	@docker/run compare $(_pairs)

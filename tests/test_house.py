@@ -10,8 +10,9 @@ import pytest
 TRAIN = Path(__file__).parents[1] / "train"
 # A folder -> the folders that it may import: rows below its own only.
 MAY_IMPORT = {
-    "commands": "pages export evaluation training inference model data runs host config ops common",
+    "commands": "pages serving export evaluation training inference model data runs host config ops common",
     "pages": "evaluation runs data common",
+    "serving": "inference data common",
     "export": "evaluation inference runs model data ops common",
     "evaluation": "inference runs model data common",
     "training": "runs model data ops config common",

@@ -57,8 +57,11 @@ def synchronize() -> None:
 
 def ours(model: str, adapter: bool) -> nn.Module:
     base = shapes.random_decoder(shapes.config(model), DEVICE, torch.bfloat16).eval()
-    if not adapter:
-        return base
+    return with_adapter(base) if adapter else base
+
+
+def with_adapter(base: Any) -> Any:
+    """The base with an adapter of rank 64 on every linear, large enough to act."""
     wrapped = lora.attach(base, load_recipe("qlora", {"dropout": "0"})).eval()
     for name, p in wrapped.named_parameters():
         if ".lora_B." in name:

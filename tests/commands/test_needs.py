@@ -17,7 +17,7 @@ USES = {
     "models": {"-", "read", "write", "may-write"},
     "runs": {"-", "read", "write", "may-write"},
     "gpu": {"-", "use", "may-use"},
-    "network": {"-", "yes", "base"},
+    "network": {"-", "yes", "base", "port"},
 }
 
 

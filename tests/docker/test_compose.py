@@ -362,6 +362,7 @@ class Loader(yaml.SafeLoader):
 
 
 Loader.add_constructor("!override", lambda loader, node: [str(item.value) for item in node.value])
+Loader.add_constructor("!reset", lambda loader, node: None)
 
 
 def services() -> dict[str, dict[str, Any]]:
@@ -389,6 +390,31 @@ def test_a_service_gets_what_its_verb_needs_and_no_more(name: str) -> None:
     }  # a later one takes an earlier one's place
     for folder in ("data", "models", "runs"):
         assert writable[f"{WORK}/{folder}"] is (getattr(verb, folder) in ("write", "may-write")), folder
+
+
+def test_the_server_is_published_on_loopback_alone_and_its_network_leads_nowhere() -> None:
+    port = "${SERVE_PORT:-8000}"
+    assert [name for name, service in services().items() if "ports" in service] == ["serve"]
+    assert services()["serve"]["ports"] == [f"127.0.0.1:{port}:{port}"]
+    assert services()["serve"]["networks"] == ["serve"]
+    assert [name for name, service in services().items() if "networks" in service] == ["serve"]
+    networks = yaml.load((ROOT / "compose.yaml").read_text(), Loader)["networks"]
+    assert set(networks) == {"serve"}
+    assert set(networks["serve"]["driver_opts"].values()) == {"false"}
+    assert [
+        name for name, service in services().items() if "SERVE_BEHIND_LOOPBACK" in service.get("environment", {})
+    ] == ["serve"]
+    assert "SERVE_BEHIND_LOOPBACK" not in (ROOT / "docker/Dockerfile").read_text()
+
+
+def test_the_server_listens_where_it_is_published(project: Path) -> None:
+    run(project, "serve", "model=x", "port=9000")
+    assert "--service-ports" in str(log(project))
+    assert containers(project)[-1]["words"] == ["serve", "model=x", "port=9000"]
+    run(project, "serve", "model=x", SERVE_PORT="9100")
+    assert containers(project)[-1]["words"] == ["serve", "model=x", "port=9100"]
+    run(project, "data", "data=data/x")
+    assert "--service-ports" not in str(log(project))
 
 
 def test_the_templates_have_no_network_and_only_one_a_gpu() -> None:

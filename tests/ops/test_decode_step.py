@@ -41,11 +41,41 @@ def check_attention(device: str) -> None:
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(kernel_cache, expected_cache))
 
 
+def check_rows(device: str) -> None:
+    """Rows that stand at slots of their own, in other rows of the cache and of the rotary tables."""
+    from train.ops.kernels import decode_step as decode_step_kernels
+
+    generator = torch.Generator().manual_seed(2)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    heads, key_heads, head_dim, capacity = 4, 2, 16, 128
+    slots = torch.tensor([100, 3, 0], dtype=torch.int32, device=device)
+    rows = torch.tensor([2, 0, 4], dtype=torch.int32, device=device)
+    pads = torch.zeros(3, dtype=torch.int32, device=device)
+    qkv = random(2, 3, (heads + 2 * key_heads) * head_dim)
+    keys, values = random(5, key_heads, capacity, head_dim), random(5, key_heads, capacity, head_dim)
+    for tables in (1, 5):
+        angles = random(tables, capacity, head_dim // 2)
+        args = (qkv, angles.cos(), angles.sin(), None, pads, slots)
+        expected_cache, cache = [keys.clone(), values.clone()], [keys.clone(), values.clone()]
+        expected = decode_step.attend_rows_plain(*args, *expected_cache, heads, rows)
+        for splits in (1, 2):
+            out = decode_step_kernels.attend(*args, *cache, heads, splits, cache_rows=rows)
+            assert torch.allclose(out, expected, atol=2e-5), (tables, splits)
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(cache, expected_cache))
+        alone = decode_step.attend_plain(
+            qkv[:, 1:2], angles[:1].cos(), angles[:1].sin(), None, pads[:1], slots[1:2], keys[:1], values[:1], heads
+        )
+        assert torch.equal(expected[1:2], alone)
+
+
 def test_attention_in_splits_through_the_interpreter() -> None:
     """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
     code = (
         "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
-        "from tests.ops.test_decode_step import check_attention\ncheck_attention('cpu')"
+        "from tests.ops.test_decode_step import check_attention, check_rows\ncheck_attention('cpu'); check_rows('cpu')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
@@ -53,6 +83,7 @@ def test_attention_in_splits_through_the_interpreter() -> None:
 @pytest.mark.gpu
 def test_attention_in_splits_on_the_gpu() -> None:
     check_attention("cuda")
+    check_rows("cuda")
 
 
 def test_padding_and_empty_slots_are_not_read() -> None:

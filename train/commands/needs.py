@@ -84,7 +84,8 @@ def _paths_to_read(name: str, values: dict[str, str]) -> Iterator[str]:
     parent = values.get("from_run") or values.get("from", "")
     if parent and not os.path.isdir(runs / parent):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
         yield parent
-    if run := runs / values["run"] if values.get("run") else newest_run(runs) if name == "infer" else None:
+    newest = newest_run(runs) if name in ("infer", "serve") and not values.get("run") else None
+    for run in [newest] if newest else [runs / one for one in values.get("run", "").split(",") if one]:
         for path in (run, *sorted(run.glob("stages/*"))):
             yield from _run_paths(path)
 

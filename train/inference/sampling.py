@@ -113,13 +113,19 @@ def _draw_together(seed: int, device: torch.device) -> Callable[[Tensor], Tensor
 
 def _draw_apart(seed: int, rows: Sequence[int]) -> Callable[[Tensor], Tensor]:
     """The inverse of the cumulative distribution at a number of each row's own generator, which is on the host."""
-    digests = [hashlib.sha256(f"{seed}:{row}".encode()).digest() for row in rows]
-    generators = [torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1) for digest in digests]
+    generators = [generator_of(seed, row) for row in rows]
+    return lambda shares: draw_rows(shares, generators)
 
-    def draw(shares: Tensor) -> Tensor:
-        drawn = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
-        sums = shares.double().cumsum(-1)
-        below = torch.cat(drawn).to(shares.device)[:, None] * sums[:, -1:]
-        return (sums <= below).sum(-1).clamp(max=shares.shape[-1] - 1)
 
-    return draw
+def generator_of(seed: int, row: int) -> torch.Generator:
+    """The generator of one row among all that are asked with a seed."""
+    digest = hashlib.sha256(f"{seed}:{row}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def draw_rows(shares: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """A token of each row [B] by its own generator: where the cumulative shares [B, V] pass a random number."""
+    drawn = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
+    sums = shares.double().cumsum(-1)
+    below = torch.cat(drawn).to(shares.device)[:, None] * sums[:, -1:]
+    return (sums <= below).sum(-1).clamp(max=shares.shape[-1] - 1)

@@ -36,6 +36,7 @@ def attend(
     heads: int,
     splits: int = 1,
     arrivals: Tensor | None = None,
+    cache_rows: Tensor | None = None,
 ) -> Tensor:
     """Attention [M, Hq·D] of one new token per row; its key and value are written to the cache at `slot`.
 
@@ -44,13 +45,18 @@ def attend(
         cos, sin: float32 [1 or M, capacity, D / 2], by position.
         logn: float32 [capacity] by position, or None.
         pads: int32 [M], the first slot of each row: a token's position is its slot minus this.
-        slot: int32 [1].
+        slot: int32 [1], or [M] where every row has a slot of its own.
         keys, values: [M, Hkv, capacity, D] in the dtype of the result, filled in slots pads … slot − 1.
         splits, arrivals: the kernel's, without effect on the definition. Programs that share the keys of a head, a power
             of two; and int32 zeros [M, Hq] to count them with, which are zeros again afterwards.
+        cache_rows: int32 [M], the row of keys, values, cos and sin that each of the M rows uses; None: its own number.
     """
     if use_kernel(keys):
-        return decode_step_kernels.attend(qkv, cos, sin, logn, pads, slot, keys, values, heads, splits, arrivals)
+        return decode_step_kernels.attend(
+            qkv, cos, sin, logn, pads, slot, keys, values, heads, splits, arrivals, cache_rows
+        )
+    if cache_rows is not None or len(slot) > 1:
+        return attend_rows_plain(qkv, cos, sin, logn, pads, slot, keys, values, heads, cache_rows)
     return attend_plain(qkv, cos, sin, logn, pads, slot, keys, values, heads)
 
 
@@ -85,6 +91,31 @@ def attend_plain(
         attn_mask=visible[:, None, None],
     )
     return y.flatten(1)
+
+
+def attend_rows_plain(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    logn: Tensor | None,
+    pads: Tensor,
+    slot: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+    cache_rows: Tensor | None,
+) -> Tensor:
+    """The definition of attend for rows with slots and cache rows of their own: one row after another."""
+    numbers = list(range(qkv.shape[1])) if cache_rows is None else cache_rows.tolist()
+    slots = slot.expand(len(numbers))
+    rope_row = (lambda row: row) if len(cos) > 1 else (lambda row: 0)
+    outputs = []
+    for m, row in enumerate(numbers):
+        here, r = slice(m, m + 1), rope_row(row)
+        tables = (cos[r : r + 1], sin[r : r + 1])
+        cache = (keys[row : row + 1], values[row : row + 1])  # views: the new key and value are written into them
+        outputs.append(attend_plain(qkv[:, here], *tables, logn, pads[here], slots[here], *cache, heads))
+    return torch.cat(outputs)
 
 
 def _apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

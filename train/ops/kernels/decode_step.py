@@ -58,10 +58,10 @@ if triton is not None:
         y = tl.sum(parts * factor[:, None], axis=0)
         tl.store(out + row * D + d, (y / row_sum).to(out.dtype.element_ty))
 
-    @triton.jit(do_not_specialize=["batch", "rope_stride"])
+    @triton.jit(do_not_specialize=["batch", "rope_stride", "slot_stride"])
     def _attend(  # type: ignore[no-untyped-def]
         qkv, cos, sin, logn, pads, slot, keys, values, sums, stats, arrivals, out,
-        batch, heads, key_heads, capacity, rope_stride, scale,
+        batch, heads, key_heads, capacity, rope_stride, scale, cache_rows, slot_stride, CACHE_ROWS: tl.constexpr,
         PARTS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, LOGN: tl.constexpr,
     ):  # fmt: skip
         """One query head of one row over one split of the cached keys.
@@ -75,9 +75,10 @@ if triton is not None:
         key_head = head // heads_per_key
         width = (heads + 2 * key_heads) * D
         i = tl.arange(0, HALF)
-        new, pad = tl.load(slot), tl.load(pads + m)
-        c = tl.load(cos + m * rope_stride + (new - pad) * HALF + i)
-        s = tl.load(sin + m * rope_stride + (new - pad) * HALF + i)
+        cache_row = tl.load(cache_rows + m) if CACHE_ROWS else m
+        new, pad = tl.load(slot + m * slot_stride), tl.load(pads + m)
+        c = tl.load(cos + cache_row * rope_stride + (new - pad) * HALF + i)
+        s = tl.load(sin + cache_row * rope_stride + (new - pad) * HALF + i)
 
         # the new token's query, key and value
         first = _sum_parts(qkv, batch, m, width, head * D, i, dtype, PARTS)
@@ -94,7 +95,7 @@ if triton is not None:
         k2 = (second * c + first * s).to(dtype)
         d = tl.arange(0, D)
         v = _sum_parts(qkv, batch, m, width, column + key_heads * D, d, dtype, PARTS)
-        cache = (m * key_heads + key_head).to(tl.int64) * capacity * D
+        cache = (cache_row * key_heads + key_head).to(tl.int64) * capacity * D
         if split == 0 and head % heads_per_key == 0:
             tl.store(keys + cache + new * D + i, k1)
             tl.store(keys + cache + new * D + HALF + i, k2)
@@ -189,13 +190,14 @@ def attend(
     values: Tensor,
     heads: int,
     splits: int,
-    arrivals: Tensor | None,
+    arrivals: Tensor | None = None,
+    cache_rows: Tensor | None = None,
 ) -> Tensor:
     """ops/decode_step.attend for contiguous caches; D and `splits` are powers of two.
 
     The program of a head that ends last adds up the splits, in their order, so the result does not depend on which it is.
     """
-    batch, key_heads, capacity, width = keys.shape
+    batch, (_, key_heads, capacity, width) = qkv.shape[1], keys.shape
     assert keys.is_contiguous() and values.is_contiguous() and qkv.is_contiguous(), "the cache of one layer, whole"
     out = torch.empty(batch, heads * width, dtype=keys.dtype, device=keys.device)
     if arrivals is None:
@@ -205,6 +207,7 @@ def attend(
     _attend[(batch * heads, splits)](
         qkv, cos, sin, cos if logn is None else logn, pads, slot, keys, values, sums, stats, arrivals, out,
         batch, heads, key_heads, capacity, cos.stride(0) if len(cos) > 1 else 0, width**-0.5,
+        slot if cache_rows is None else cache_rows, int(len(slot) > 1), CACHE_ROWS=cache_rows is not None,
         PARTS=len(qkv), HALF=width // 2, BLOCK=32 if width > 64 else 64, SPLITS=splits,
         LOGN=logn is not None, num_warps=2,
     )  # fmt: skip

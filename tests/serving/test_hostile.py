@@ -1,0 +1,329 @@
+"""Hang-ups, slow clients, wrong keys, other sites, huge and broken bodies; loading and stopping."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.server import ROOT, RUN, Served, serving, start, wait_ready
+from train.commands import serve as command
+from train.common.errors import UserError
+
+LONG = {"model": RUN, "prompt": "a", "max_tokens": 490, "temperature": 1.5, "stream": True}
+SHORT = {"model": RUN, "prompt": "a", "max_tokens": 2, "temperature": 0}
+KEY = "a-key-of-some-length"
+
+
+def connect(served: Served) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", served.port), timeout=30)
+
+
+def http(body: Any, path: str = "/v1/completions", length: int | None = None, **headers: str) -> bytes:
+    data = json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    lines += [f"Content-Length: {len(data) if length is None else length}", *(f"{k}: {v}" for k, v in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + data
+
+
+def read_all(connection: socket.socket) -> bytes:
+    parts = []
+    while part := connection.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def is_well(served: Served) -> None:
+    """It still answers, and no slot is lost."""
+    assert served.ask("/v1/completions", SHORT)[0] == 200
+    served.wait_idle()
+
+
+def test_hang_ups_free_their_slots(served: Served) -> None:
+    before = served.metric("serve_cancelled_total")
+    for stream in (True, False):
+        connections = []
+        for _ in range(12):  # more than there are slots: some wait
+            connection = connect(served)
+            connection.sendall(http({**LONG, "stream": stream}))
+            connections.append(connection)
+        time.sleep(0.2)
+        assert not served.is_idle()
+        for connection in connections:
+            connection.close()
+        served.wait_idle(10)
+    assert served.metric("serve_cancelled_total") > before
+    is_well(served)
+
+
+def test_64_concurrent_streams_lose_none(served: Served) -> None:
+    async def one(number: int) -> str:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        body = {**LONG, "max_tokens": 20 + number % 7, "temperature": 0}
+        writer.write(http({**body, "stream_options": {"include_usage": True}}, Connection="close"))
+        text = (await reader.read()).decode()
+        writer.close()
+        return text
+
+    async def all_at_once() -> list[str]:
+        return await asyncio.gather(*(one(n) for n in range(64)))
+
+    for n, text in enumerate(asyncio.run(all_at_once())):
+        assert text.count("data: [DONE]") == 1
+        assert f'"completion_tokens":{20 + n % 7}' in text
+    served.wait_idle()
+
+
+def test_a_full_queue_is_said(served: Served) -> None:
+    bodies = [http({**LONG, "n": 54}) for _ in range(3)]
+    connections = [connect(served) for _ in bodies]
+    for connection, body in zip(connections, bodies):
+        connection.sendall(body)
+    time.sleep(0.5)
+    status, reply, headers = served.raw("/v1/completions", {**SHORT, "n": 54})
+    assert status == 429
+    assert json.loads(reply)["error"]["type"] == "rate_limit_error"
+    assert headers["retry-after"] == "1"
+    for connection in connections:
+        connection.close()
+    is_well(served)
+    assert served.ask("/v1/completions", {**SHORT, "n": 120})[0] == 400
+
+
+def test_long_bodies_are_refused_before_they_are_read(served: Served) -> None:
+    body = {"model": RUN, "prompt": "x" * 10_000_000}
+    for data in (http(body), http({}, length=10_000_000)):
+        connection = connect(served)
+        try:
+            connection.sendall(data)
+        except OSError:
+            pass  # it was closed while we were sending
+        else:
+            assert b" 413 " in connection.recv(100)
+        connection.close()
+    with connect(served) as connection:  # in chunks, without a length
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(head)
+        chunks = (b"%x\r\n%s\r\n" % (100_000, b"x" * 100_000) for _ in range(200))
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            connection.sendall(b"".join(chunks))
+    status, reply = served.ask("/v1/completions", {"model": RUN, "prompt": "x" * 3_000_000})
+    assert status == 400
+    assert reply["error"]["code"] == "context_length_exceeded"
+    is_well(served)
+
+
+def test_slow_clients_are_disconnected(served: Served) -> None:
+    slow = [b"POST /v1/comp", http({}, length=50)[:-2]]  # headers, and a body, that do not end
+    for data in (b"", *slow):
+        with connect(served) as connection:
+            connection.sendall(data)
+            start = time.monotonic()
+            reply = read_all(connection)
+            assert time.monotonic() - start < 8
+            assert b" 408 " in reply or not reply
+    is_well(served)
+
+
+def test_a_client_that_does_not_read_holds_no_slot(served: Served) -> None:
+    with connect(served) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.sendall(http({**LONG, "n": 8, "logprobs": 20}))
+        time.sleep(0.3)
+        served.wait_idle(30)
+    is_well(served)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "localhost.evil.example:80"}, 403),
+        ({"Host": "evil.example@localhost"}, 403),
+        ({"Host": "[::"}, 403),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec_Fetch_Site": "cross-site"}, 403),
+        ({"Content_Type": "text/plain"}, 415),
+        ({"Content_Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Host": "localhost:1"}, 200),
+    ],
+)
+def test_pages_of_other_sites_are_not_answered(served: Served, headers: dict[str, str], status: int) -> None:
+    found, reply, sent = served.raw("/v1/completions", SHORT, **headers)
+    assert found == status
+    assert not [name for name in sent if name.lower().startswith("access-control")]
+    if status != 200:
+        assert json.loads(reply)["error"]["message"]
+
+
+def test_the_own_origin_is_answered_and_a_preflight_is_not(served: Served) -> None:
+    own = {"Origin": served.url, "Sec_Fetch_Site": "same-origin"}
+    assert served.raw("/v1/completions", SHORT, **own)[0] == 200
+    with connect(served) as connection:
+        connection.sendall(
+            b"OPTIONS /v1/completions HTTP/1.1\r\nHost: localhost\r\nOrigin: https://evil.example\r\n"
+            b"Access-Control-Request-Method: POST\r\nConnection: close\r\n\r\n"
+        )
+        reply = read_all(connection)
+    assert b" 403 " in reply.split(b"\r\n")[0]
+    assert b"access-control" not in reply.lower()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"model": "tiny", "prompt": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"model": "tiny", "prompt": NaN}',
+        b'{"model": "tiny", "prompt": "a", "temperature": NaN}',
+        b'{"model": "tiny", "prompt": "a", "temperature": 1e999}',
+        b'{"model": "tiny", "prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+        b'{"model": "tiny", "prompt": []}',
+        b'{"model": "tiny", "prompt": [[]]}',
+        b'{"model": "tiny", "prompt": [99999999]}',
+        b'{"model": "tiny", "prompt": ["a", 1]}',
+    ],
+)
+def test_broken_bodies_get_an_error_in_openai_form(served: Served, body: bytes) -> None:
+    status, reply = served.ask("/v1/completions", body)
+    assert status in (200, 400), reply
+    if status == 400:
+        assert set(reply["error"]) == {"message", "type", "param", "code"}
+        assert len(reply["error"]["message"]) < 1000
+    is_well(served)
+
+
+def test_unknown_paths_and_methods(served: Served) -> None:
+    for path in ("/", "/docs", "/v1/../../etc/passwd", "/v1/embeddings"):
+        status, reply = served.ask(path)
+        assert status == 404
+        assert reply["error"]["type"] == "invalid_request_error"
+    assert served.ask("/v1/models", SHORT)[0] == 405
+
+
+def test_a_key_is_asked_for_and_never_logged(folder: Path) -> None:
+    with serving(folder, API_KEY=KEY) as served:
+        assert served.ask("/v1/models")[0] == 200
+        assert served.ask("/v1/models", Host="any.example")[0] == 200  # a page elsewhere does not know the key
+        for wrong in ("", "Bearer", "Bearer x", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer \xff\xfe"):
+            for path in ("/v1/models", "/metrics", "/v1/completions"):
+                status, reply, headers = served.raw(path, SHORT if "comp" in path else None, Authorization=wrong)
+                assert status == 401, wrong
+                assert json.loads(reply)["error"]["type"] == "authentication_error"
+                assert headers["www-authenticate"] == "Bearer"
+        assert served.raw("/health", Authorization="")[0] == 200
+        assert KEY not in Path(f"/proc/{served.process.pid}/cmdline").read_text()
+    assert KEY not in served.log.read_text()
+
+
+def test_other_addresses_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("API_KEY", command.BEHIND_LOOPBACK):
+        monkeypatch.delenv(name, raising=False)
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
+        assert command._address(command.Options(host=host), "") == host
+    for host in ("0.0.0.0", "::", "192.168.1.2"):
+        with pytest.raises(UserError, match="API_KEY="):
+            command._address(command.Options(host=host), "")
+        assert command._address(command.Options(host=host), KEY) == host
+    with pytest.raises(UserError, match="expected an address"):
+        command._address(command.Options(host="here.example"), KEY)
+    for key in ("short", "with a space in it", "schlüssel-schlüssel"):
+        with pytest.raises(UserError, match="API_KEY"):
+            command._limits(command.Options(), key)
+    monkeypatch.setenv(command.BEHIND_LOOPBACK, "1")
+    assert command._address(command.Options(), "") == "0.0.0.0"
+    assert "localhost" in command._limits(command.Options(), "").hosts
+
+
+def test_while_it_loads_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.serving import guard, routes
+
+    state = routes.State(guard.Limits())
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(SHORT).encode()}
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+    asyncio.run(routes.application(state)(scope, receive, send))
+    assert sent[0]["status"] == 503
+    assert json.loads(sent[1]["body"])["error"]["code"] == "loading"
+
+
+def test_what_cannot_be_served_is_said_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("API_KEY", raising=False)
+    for options, said in (
+        ({"run": "none"}, "does not exist"),
+        ({"model": "none"}, "no folder with a config.json"),
+        ({"run": "tiny", "model": "base-Int4"}, "give one of them"),
+        ({"host": "0.0.0.0"}, "Set a key first"),
+    ):
+        with pytest.raises(UserError, match=said):
+            command.run(command.Options(**options))
+
+
+def test_what_cannot_be_loaded_ends_it(folder: Path) -> None:
+    served = start(folder, "length=100000")
+    assert served.process.wait(60) == 2
+    assert "the model's context has 512 tokens" in served.log.read_text()
+
+
+def test_a_taken_port_is_said(folder: Path, served: Served) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "train", "serve", f"port={served.port}"]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 2
+    assert "another program listens there" in done.stderr
+
+
+def test_sigterm_lets_answers_end_and_cuts_the_rest(folder: Path) -> None:
+    for seconds in (20, 0):
+        with serving(folder, f"stop_seconds={seconds}") as served:
+            drawn = [{**LONG, "stream": False, "seed": seed} for seed in range(20)]
+            body = next(one for one in drawn if tokens_of(served, one) > 250)
+            with connect(served) as connection:
+                more = {"stream": True, "stream_options": {"include_usage": True}}
+                connection.sendall(http({**body, **more}, Connection="close"))
+                assert connection.recv(10)
+                whole = tokens_of(served, body) if seconds else 10_000
+                served.process.send_signal(signal.SIGTERM)
+                text = read_all(connection).decode()
+            assert "data: [DONE]" in text
+            cut = int(text.split('"completion_tokens":')[1].split(",")[0])
+            assert cut == whole if seconds else cut < 490
+            assert served.process.wait(30) == 0
+            assert "stopped" in served.log.read_text()
+
+
+def tokens_of(served: Served, body: Any) -> int:
+    return int(served.ask("/v1/completions", body)[1]["usage"]["completion_tokens"])
+
+
+def test_a_second_signal_does_not_wait(folder: Path) -> None:
+    served = start(folder, "stop_seconds=600")
+    wait_ready(served)
+    with connect(served) as connection:
+        connection.sendall(http(LONG))
+        assert connection.recv(10)
+        for _ in range(2):
+            served.process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        assert served.process.wait(10) == 0
