@@ -43,8 +43,8 @@ def infer_answers(folder: Path) -> dict[tuple[str, str, int], str]:
     """(model, question, tokens) -> what `infer` answers."""
     import torch
 
-    from train.data.chat_template import prompt
-    from train.data.formats import Turn
+    from train.data.rows.formats import Turn
+    from train.data.tokens.chat_template import prompt
     from train.inference.generate import stream
     from train.inference.trained import load_run
     from train.model.loading import load

@@ -12,8 +12,8 @@ import torch
 from openai import OpenAI
 
 from tests.support.server import BASE, RUN, Served
-from train.data.chat_template import prompt
-from train.data.formats import Turn
+from train.data.rows.formats import Turn
+from train.data.tokens.chat_template import prompt
 from train.inference.generate import stream
 from train.inference.trained import load_run
 from train.model.loading import load

@@ -19,7 +19,7 @@ from typing import Any
 from train.common.errors import UserError
 from train.config.options import option
 from train.config.recipe import Recipe
-from train.data.chat_template import DEFAULT_SYSTEM
+from train.data.tokens.chat_template import DEFAULT_SYSTEM
 from train.inference.decode_layers import DecodeLayers
 from train.inference.generate import notice
 from train.inference.shared_base import BaseSource, NamedModel, find_base, load_base

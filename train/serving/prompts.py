@@ -6,8 +6,8 @@ What users write never becomes a control token. The roles of tools exist where t
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
-from train.data.chat_template import prompt
-from train.data.formats import Turn
+from train.data.rows.formats import Turn
+from train.data.tokens.chat_template import prompt
 from train.serving import tools
 from train.serving.errors import bad
 from train.serving.schema import Message, Tool
