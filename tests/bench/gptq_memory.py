@@ -77,8 +77,8 @@ def main(words: list[str]) -> None:
     print(f"random weights written in {time.monotonic() - began:.0f} s", flush=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, float(given["cap"]) * GIB / total), device)
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, float(given["cap"]) * GIB / total), 0)
         torch.cuda.reset_peak_memory_stats(device)
     began = time.monotonic()
     options = {"rows": int(given["rows"]), "length": int(given["length"]), "data": str(work / "data.jsonl")}

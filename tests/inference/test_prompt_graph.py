@@ -44,7 +44,7 @@ def test_a_graph_reads_prompts_as_the_first_did(tmp_path: Path, with_adapter: bo
     answers = []
     for width in (20, 31, 20, 20, 31, 100, 100):
         ids, mask = prompts(2, width, "cuda")
-        logits = session.start(model, ids, mask).clone()
+        logits = session.start(model, ids, mask, 1).clone()
         answers.append((width, logits, session.step().clone(), session.slot.item(), session.pads.tolist()))
     assert session.prompt_graphs is not None and set(session.prompt_graphs.graphs) == {32, 128}
     first = {}
@@ -53,11 +53,11 @@ def test_a_graph_reads_prompts_as_the_first_did(tmp_path: Path, with_adapter: bo
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
         assert found[2] == padded_width(width) + 1 and found[3][0] == padded_width(width) - width
     if with_adapter:
-        before = session.start(model, *prompts(2, 20, "cuda")).clone()
+        before = session.start(model, *prompts(2, 20, "cuda"), 1).clone()
         for name, p in model.named_parameters():
             if ".lora_B." in name:
                 p.data.mul_(3.0)
-        assert not torch.equal(before, session.start(model, *prompts(2, 20, "cuda")))
+        assert not torch.equal(before, session.start(model, *prompts(2, 20, "cuda"), 1))
 
 
 @pytest.mark.gpu
@@ -66,7 +66,7 @@ def test_without_room_for_padding_the_prompt_is_read_as_it_is(tmp_path: Path, mo
     base = tiny_model(tmp_path, "qwen2", True, torch.float32, "cuda")
     session = DecodeSession(DecodeLayers(base), 1, 512)
     for _ in range(3):
-        session.start(base, *prompts(1, 40, "cuda"))
+        session.start(base, *prompts(1, 40, "cuda"), 100)
         assert session.slot.item() == 40
     assert not session.prompt_graphs.graphs  # type: ignore[union-attr]
 

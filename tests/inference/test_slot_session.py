@@ -57,7 +57,7 @@ def by_growing_cache(model: Any, length: int, steps: int = 4) -> list[Tensor]:
 def difference(model: nn.Module, lengths: tuple[int, ...] = LENGTHS, steps: int = 4) -> float:
     """The largest relative difference of logits."""
     worst = 0.0
-    for length, found in zip(lengths, by_slots(model, lengths, steps)):
+    for length, found in zip(lengths, by_slots(model, lengths, steps, len(lengths))):
         expected = by_growing_cache(model, length, steps)
         assert len(found) == len(expected)
         for a, b in zip(found, expected):

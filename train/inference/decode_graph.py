@@ -99,8 +99,11 @@ class DecodeSession:
         self.graph = graph
 
     @torch.inference_mode()
-    def start(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    def start(self, model: nn.Module, ids: Tensor, mask: Tensor, steps: int | None = None) -> Tensor:
         """Read the prompts ids [B, T], padding (mask 0) on the left.
+
+        Args:
+            steps: how many tokens are to follow; None: not known, so that no place is given to a graph's padding.
 
         Returns:
             The logits [B, V] float32 of the next tokens; `token` then holds the most likely ones.
@@ -113,7 +116,8 @@ class DecodeSession:
             self._read_prompt(ids, mask)
         else:
             width = padded_width(ids.shape[1], self.batch)
-            self.prompt_graphs(*pad_left(ids, mask, width if width <= self.capacity else ids.shape[1]))
+            has_room = steps is not None and width + steps <= self.capacity
+            self.prompt_graphs(*pad_left(ids, mask, width if has_room else ids.shape[1]))
         return self.logits
 
     def _read_prompt(self, ids: Tensor, mask: Tensor) -> None:

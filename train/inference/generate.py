@@ -257,7 +257,7 @@ def _by_session(
     for n in range(steps + 1):
         if n < steps:
             with torch.inference_mode():
-                logits = session.step(chosen) if n else session.start(model, ids, mask)
+                logits = session.step(chosen) if n else session.start(model, ids, mask, steps)
                 chosen = choose(rows[:, : width + n], logits) if choose else None
                 rows[:, width + n] = session.token if chosen is None else chosen
                 on_host[n].copy_(rows[:, width + n], non_blocking=True)

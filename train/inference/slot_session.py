@@ -179,6 +179,7 @@ class SlotSession(DecodeSession):
         self.prompt_logits.copy_(logits[-1:])
         self.token.index_copy_(0, slot, logits[-1:].argmax(-1))
         self.position.index_copy_(0, slot, end.to(torch.int32))
+        self.position[self.slots :].zero_()  # the spare slot, which warm_up fills to its end
         return logits
 
     def _allowed(self, start: int, width: int) -> Tensor:
