@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.common import commands, terminal
+from train.common import commands, cores, terminal
 from train.common.errors import UserError, explain
 from train.config.options import build, describe, pairs
 from train.config.recipe import current_names
@@ -82,6 +82,7 @@ def quiet() -> None:
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit status. A reader that closes the pipe, as `head` does, ends it quietly."""
     terminal.set_up()
+    cores.limit_threads()
     quiet()
     try:
         try:

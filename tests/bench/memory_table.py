@@ -51,7 +51,7 @@ def choose(base: str, gib: int, overrides: dict[str, str] | None = None) -> tupl
 
 def run_cell(base: str, gib: int) -> dict[str, Any]:
     """One cell, in this process: its row."""
-    row: dict[str, Any] = {"base": base, "card_gib": gib}
+    row: dict[str, Any] = {"arm": "ours", "base": base, "card_gib": gib}
     chosen = choose(base, gib)
     if chosen is None:
         return {**row, "skipped": "nothing fits"}

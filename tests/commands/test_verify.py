@@ -26,7 +26,8 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "data.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for more in ({"run": "first"}, {"run": "second", "from": "first", "save_every": "2"}):
+        auto = dict.fromkeys(("batch", "accumulation", "checkpointing", "embedding"), "auto") | {"rows_per_step": "4"}
+        for more in ({"run": "first"}, {"run": "second", "from": "first", "save_every": "2", **auto}):
             keys = {"data": "data.jsonl", "model": "tiny-Int4", "recipe": "smoke", **TINY, "steps": "3", **more}
             train.run(train.parse(keys))
     return folder
@@ -120,6 +121,13 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None] 
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(verify.subprocess, "run", run)
+
+
+def test_the_record_of_a_run_with_auto_has_numbers(copy: Path) -> None:
+    record = json.loads((copy / "runs/second/run.json").read_text())
+    keys = ("rows_per_step", "batch", "accumulation", "checkpointing", "embedding")
+    assert tuple(record["recipe"][key] for key in keys) == (4, 2, 2, "on", "device")
+    assert "batch: 2\n" in (copy / "runs/second/recipe.yaml").read_text()
 
 
 def test_a_replay_is_the_same_and_leaves_nothing(

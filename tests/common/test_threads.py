@@ -33,3 +33,14 @@ def test_many_cores_do_not_mean_many_threads(monkeypatch: Any) -> None:
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: set(range(64)))
     monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 64)
     assert threads.workers() == threads.MAX_WORKERS
+
+
+def test_work_in_the_background_gives_its_value_or_its_error() -> None:
+    assert threads.in_background(lambda: 7)() == 7
+
+    def fail() -> None:
+        raise OSError("gone")
+
+    wait = threads.in_background(fail)
+    with pytest.raises(OSError, match="gone"):
+        wait()

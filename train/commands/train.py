@@ -126,6 +126,8 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
     stage = _stage(options)
     if not stage.data:
         raise UserError("train: which data? Example: make train DATA=data/demo.jsonl")
+    if distributed.SPAWNED not in os.environ:  # within a second, before libraries of several seconds are imported
+        _say(rank_info, f"checking {stage.data} and {stage.recipe.model}")
     from train.training import devices  # these imports take seconds: mistakes in the arguments are reported before
     from train.training.same_start import agree_on_start
     from train.training.train_one import train_one

@@ -5,8 +5,9 @@ their time waiting for each other: with 64 cores a merge took longer than with t
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,23 @@ def workers() -> int:
     """Threads to use: those that torch would use, on the cores that this process may run on, and at most MAX_WORKERS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(torch.get_num_threads(), cores, MAX_WORKERS))
+
+
+def in_background(work: Callable[[], Result]) -> Callable[[], Result]:
+    """Start `work` in a thread now; the function returned waits for it, and returns its value or raises its exception.
+
+    The end of the program does not wait for it.
+    """
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # also an exit: whoever waits gets it
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result
 
 
 def on_cores(work: Callable[[Item], Result], items: Iterable[Item], most: int | None = None) -> list[Result]:

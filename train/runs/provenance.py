@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from train.common.errors import UserError
 from train.common.files import read_json, sha256
 from train.runs.folder import ADAPTER, RECORD, adapter_folder, read_run
 
+HASHED_AT_ONCE = 4  # files; one core hashes 0.4 to 2 GB/s, a disk reads several times that
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "safetensors", "tokenizers", "numpy", "accelerate", "triton")
 
@@ -24,15 +26,17 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "safetensors", "tokeni
 def hash_folder(folder: Path) -> dict[str, str]:
     """Relative name -> sha256 of every file below `folder`.
 
-    Hidden files do not count, nor does manifest.json: it says where the files came from.
+    Hidden files do not count, nor does manifest.json: it says where the files came from. Several are read at once.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     paths = {path.relative_to(folder): path for path in files}
-    return {
-        name.as_posix(): sha256(path)
+    counted = {
+        name.as_posix(): path
         for name, path in paths.items()
         if name != Path("manifest.json") and not any(part.startswith(".") for part in name.parts)
     }
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        return dict(zip(counted, pool.map(sha256, counted.values()), strict=True))
 
 
 def code() -> dict[str, Any]:

@@ -5,9 +5,7 @@ gathered and raised at once. Knows nothing of engines. The whole data set is che
 large data in a cache on the disk.
 """
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import nn
 from train.common.device import dtype_name
 from train.common.errors import UserError, first_few
 from train.common.files import free_bytes, sha256
+from train.common.threads import in_background
 from train.config.recipe import Recipe, check_measured
 from train.data.choice.selection import Selection, check_settings, keeps_empty, select, token_counter
 from train.data.choice.writing import write_conversations, write_removed
@@ -40,6 +39,7 @@ from train.runs import folder, provenance
 from train.runs.folder import CHECKPOINTS, adapter_folder
 from train.runs.resume import check_unchanged, fitted_accumulation
 from train.training.distributed import RankInfo
+from train.training.parent_adapter import about_parent, parent_notes, read_parent
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,11 @@ def prepare(
     check_measured(recipe)
     options = ReadOptions(recipe.columns, seed=recipe.seed, keep_empty=keeps_empty(recipe.clean))
     base, adapter = _read_base(recipe, data, options, parent, models)
+    base_hashes = in_background(lambda: provenance.hash_folder(base))  # hashing leaves the other cores to the data
     config, _ = read_folder_config(base)
     targets = lora.targets(config.layout, recipe.targets)
     if parent is not None and adapter is not None:
-        with _about(parent):
+        with about_parent(parent):
             lora.check_targets(adapter, recipe, config)
     tokenizer = load_tokenizer(base)
     hashes = hash_data(data)
@@ -103,12 +104,12 @@ def prepare(
     held_out = _held_out_samples(tokens, selection, recipe)
     notes = [*selection.notes(), str(summary), *_without_labels(summary.unlearnable, recipe.unlearnable)]
     notes += [f"data: {notice}." for notice in loaded.notices()]
-    notes += _parent_notes(recipe, adapter) if adapter else []
+    notes += parent_notes(recipe, adapter) if adapter else []
     notes += filter(None, [no_chat_model(base, tokenizer, recipe.template)])
     notes += beyond_context(config, recipe.length, samples.lengths)
     rows = recipe.batch * recipe.accumulation * processes
     schedule = Schedule(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
-    inputs = _inputs(recipe, {"path": pinned(data), **hashes}, base, parent, rows, dtype)
+    inputs = _inputs(recipe, {"path": pinned(data), **hashes}, base_hashes(), parent, rows, dtype)
     inputs |= {"rows": digest} if (digest := selection.digest()) else {}
     lineage, selection = provenance.lineage(parent), replace(selection, trained=[])
     prepared = PreparedRun(
@@ -129,7 +130,7 @@ def _read_base(
         UserError: all that is wrong with them, and with the data: a person corrects it at once.
     """
     try:
-        base, adapter = _run_all(lambda: resolve(recipe.model, models), lambda: _read_parent(recipe, parent))
+        base, adapter = _run_all(lambda: resolve(recipe.model, models), lambda: read_parent(recipe, parent))
     except UserError as error:
         message = str(error)
         try:
@@ -190,48 +191,6 @@ def beyond_context(config: DecoderConfig, length: int, lengths: np.ndarray) -> l
     ]
 
 
-def _read_parent(recipe: Recipe, parent: Path | None) -> AdapterFile | None:
-    """The adapter that FROM= names, which must have the rank and the scale of the recipe."""
-    if parent is None:
-        return None
-    if not os.path.isdir(parent):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
-        raise UserError(
-            f"from={parent.name}: there is no run {parent}, and no folder of that path. FROM= takes the name of a "
-            "finished run, or the path of a folder with an adapter."
-        )
-    source = adapter_folder(parent)
-    if source != parent and not source.is_dir():
-        raise UserError(f"from={parent.name}: run {parent} has no adapter. Finish it first, or leave FROM= out.")
-    with _about(parent):
-        adapter = read_adapter(source)
-        lora.check_start(adapter, recipe)
-        for _ in adapter.pairs():  # raises for values that are not finite
-            pass
-    return adapter
-
-
-@contextmanager
-def _about(parent: Path) -> Iterator[None]:
-    """Begin the message of a UserError with FROM=."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"from={parent.name}: {error}") from error
-
-
-def _parent_notes(recipe: Recipe, adapter: AdapterFile) -> list[str]:
-    """What is decided about an adapter that another program may have written."""
-    notes, base = [], str(adapter.config.get("base_model_name_or_path") or "")
-    if adapter.config.get("use_rslora"):
-        notes.append(
-            f"the adapter in {adapter.folder} is rsLoRA: it continues as plain LoRA with alpha={recipe.alpha:g}, which "
-            "computes the same."
-        )
-    if base and Path(base).name != Path(recipe.model).name:
-        notes.append(f"the adapter in {adapter.folder} names another base, {base}: here it starts on {recipe.model}.")
-    return notes
-
-
 def check_supported(recipe: Recipe, device: str) -> None:
     """Refuse combinations that DeepSpeed would refuse only after minutes of loading. `device`: cpu or cuda."""
     if recipe.precision == "fp16" and device == "cpu":
@@ -245,13 +204,13 @@ def check_supported(recipe: Recipe, device: str) -> None:
 
 
 def _inputs(
-    recipe: Recipe, data: dict[str, Any], base: Path, parent: Path | None, rows: int, dtype: str
+    recipe: Recipe, data: dict[str, Any], base: dict[str, str], parent: Path | None, rows: int, dtype: str
 ) -> dict[str, Any]:
-    """The content of inputs.json: all that decides the results of the run."""
+    """The content of inputs.json: all that decides the results of the run. base: file name -> sha256."""
     adapter = {"run": parent.name, "sha256": sha256(adapter_folder(parent) / lora.WEIGHTS)} if parent else None
     return {
         "data": data,
-        "base": {"name": recipe.model, "files": provenance.hash_folder(base)},
+        "base": {"name": recipe.model, "files": base},
         "from": adapter,
         "recipe": asdict(recipe),
         "rows_per_step": rows,

@@ -1,0 +1,57 @@
+"""The adapter that FROM= names: read, compared with the recipe, and what is decided about it.
+
+Knows adapters and recipes; nothing of data and bases.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from train.common.errors import UserError
+from train.config.recipe import Recipe
+from train.model import lora
+from train.model.adapter_file import AdapterFile, read_adapter
+from train.runs.folder import adapter_folder
+
+
+def read_parent(recipe: Recipe, parent: Path | None) -> AdapterFile | None:
+    """The adapter that FROM= names, which must have the rank and the scale of the recipe."""
+    if parent is None:
+        return None
+    if not os.path.isdir(parent):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
+        raise UserError(
+            f"from={parent.name}: there is no run {parent}, and no folder of that path. FROM= takes the name of a "
+            "finished run, or the path of a folder with an adapter."
+        )
+    source = adapter_folder(parent)
+    if source != parent and not source.is_dir():
+        raise UserError(f"from={parent.name}: run {parent} has no adapter. Finish it first, or leave FROM= out.")
+    with about_parent(parent):
+        adapter = read_adapter(source)
+        lora.check_start(adapter, recipe)
+        for _ in adapter.pairs():  # raises for values that are not finite
+            pass
+    return adapter
+
+
+@contextmanager
+def about_parent(parent: Path) -> Iterator[None]:
+    """Begin the message of a UserError with FROM=."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"from={parent.name}: {error}") from error
+
+
+def parent_notes(recipe: Recipe, adapter: AdapterFile) -> list[str]:
+    """What is decided about an adapter that another program may have written."""
+    notes, base = [], str(adapter.config.get("base_model_name_or_path") or "")
+    if adapter.config.get("use_rslora"):
+        notes.append(
+            f"the adapter in {adapter.folder} is rsLoRA: it continues as plain LoRA with alpha={recipe.alpha:g}, which "
+            "computes the same."
+        )
+    if base and Path(base).name != Path(recipe.model).name:
+        notes.append(f"the adapter in {adapter.folder} names another base, {base}: here it starts on {recipe.model}.")
+    return notes
