@@ -32,7 +32,7 @@ endef
 _quote = '$(subst $(_newline),'$$'\n'',$(subst ','\'',$(1)))'
 _key = $(shell tr A-Z a-z <<<'$(patsubst FROM,FROM_RUN,$(1))')
 _typed = $(sort $(foreach v,$(filter-out $(settings) -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(v))),$(v))))
-_keys = DATA MODEL RECIPE RUN FROM STAGE GPUS GPU CLEAN HELD_OUT PROMPT SYSTEM QUESTIONS ANSWERS ENGINE DTYPE LAYOUT FORMAT ENCODING ONTO OUT HTML REPLAY LOG PORT SLOTS LENGTH QUEUE MODELS RUNS
+_keys = DATA MODEL RECIPE RUN FROM STAGE GPUS GPU CLEAN HELD_OUT PROMPT SYSTEM QUESTIONS ANSWERS ENGINE DTYPE LAYOUT FORMAT ENCODING ONTO OUT HTML REPLAY LOG MODELS RUNS $(if $(filter serve,$@),PORT SLOTS LENGTH QUEUE)
 _before = $(strip $(foreach k,$(_keys),$(if $(filter environment,$(origin $(k))),$(if $(value $(k)),$(k)))))
 _refused = $(if $(_before),$(error $(_before) is set in the environment, where it does not count. \
 Type it after the target (make $@ $(firstword $(_before))=…), or unset it (unset $(_before))))

@@ -51,13 +51,19 @@ def choose(base: str, gib: int, overrides: dict[str, str] | None = None) -> tupl
 
 def run_cell(base: str, gib: int) -> dict[str, Any]:
     """One cell, in this process: its row."""
-    row: dict[str, Any] = {"arm": "ours", "base": base, "card_gib": gib}
+    row: dict[str, Any] = {"arm": "ours", "model": base, "base": base, "card_gib": gib}
     chosen = choose(base, gib)
     if chosen is None:
         return {**row, "skipped": "nothing fits"}
     name, recipe = chosen
     needed = memory_estimate.estimate(PUBLISHED[base], Setting.of(recipe))
-    row |= {"recipe": name, "rank": recipe.rank, "length": recipe.length, **Setting.of(recipe).overrides()}
+    row |= {
+        "recipe": name,
+        "rank": recipe.rank,
+        "length": recipe.length,
+        "dropout": recipe.dropout,
+        **Setting.of(recipe).overrides(),
+    }
     row |= {"predicted_peak_gib": round(needed.peak / GIB, 2), "predicted_held_gib": round(needed.held / GIB, 2)}
     try:
         return {**row, **measure(base, recipe, (gib - 1) * GIB)}

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.bench.shapes import SHAPES
+from train.model.architecture import PUBLISHED
 from train.training import memory_estimate
 from train.training.memory_estimate import GIB, Setting
 
@@ -49,9 +50,9 @@ def check(row: dict[str, Any]) -> Check:
     """A row beside its prediction. Early reports have true and false for checkpointing."""
     checkpointing = {False: "off", True: "on"}.get(row["checkpointing"], row["checkpointing"])
     setting = Setting(row["batch"], row["length"], checkpointing, row.get("rank", 64), row.get("dropout", 0.0))
-    setting = replace(setting, embedding=row.get("embedding", "device"))
+    setting = replace(setting, embedding=row.get("embedding", "device"), accumulation=row.get("accumulation", 1))
     model = row.get("model", "1.8b")
-    estimate = memory_estimate.estimate(SHAPES[model], setting)
+    estimate = memory_estimate.estimate(SHAPES.get(model) or PUBLISHED[model], setting)
     on_host = " embedding on the host" if setting.embedding == "host" else ""
     name = f"{model} {row['batch']}×{row['length']}{LABELS[checkpointing]}{on_host} dropout {setting.dropout:g}"
     rest = (estimate.at_rest / GIB, row["at_rest_gib"]) if "at_rest_gib" in row else None

@@ -44,6 +44,7 @@ CUTS = (  # module, name
     ("train.model.sources", "fetch_published"),
     ("train.data.origins.hub_fetch", "fetch_split"),
     ("train.commands.demo", "call"),
+    ("train.commands.serve", "serve"),
 )
 WORDS = {  # a command line of each verb that reaches its checks
     "model": ("model=base-Int4",),
@@ -57,6 +58,7 @@ WORDS = {  # a command line of each verb that reaches its checks
     "infer": ("run=tiny", "prompt=hi"),
     "compare": ("run=tiny",),
     "report": ("run=tiny",),
+    "serve": ("run=tiny",),
     "verify": ("run=tiny",),
     "demo": (),
 }

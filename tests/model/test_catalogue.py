@@ -16,6 +16,7 @@ from train.model.catalogue import LOCK, find_published, read_entries
 from train.model.decoder import Decoder
 from train.model.layouts import read_config
 from train.training import memory_plan
+from train.training.step_setting import by_default
 
 FILES, MODELS = read_entries(LOCK)
 # Numbers of parameters that the publisher's pages or files state
@@ -79,7 +80,7 @@ def test_the_list_names_every_model_and_the_card_that_plan_finds(capsys: pytest.
     assert all(model.name in output for model in MODELS)
     row = next(line for line in output.splitlines() if "Qwen-1_8B-Chat-Int4" in line)
     assert "Tongyi Qianwen Research" in row and "1.8 B" in row and "1.9 GB" in row and "4 GB" in row
-    recipe = load_recipe("qlora", {})
+    recipe = by_default(load_recipe("qlora", {}))
     for model in MODELS[::7]:
         least = command.least_card_bytes(model, recipe)
         assert memory_plan.choose(model.shape, recipe, least) is not None

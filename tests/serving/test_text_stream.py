@@ -34,5 +34,6 @@ def test_the_first_stop_text_ends_it(size: int) -> None:
 
 @given(st.text("ab好", max_size=30), st.lists(st.text("ab好", min_size=1, max_size=4), max_size=3), st.integers(1, 5))
 def test_what_is_sent_is_the_text_before_the_first_stop(text: str, stops: list[str], size: int) -> None:
-    first = min((text.find(stop) for stop in stops if stop in text), default=len(text))
+    places = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    first = min(places)[1] if places else len(text)  # the stop text that is complete first
     assert "".join(pieces(text.encode(), tuple(stops), size)) == text[:first]

@@ -20,13 +20,14 @@ from train.model.int4_linear import Int4Linear
 from train.model.layouts import LAYOUTS
 from train.training import memory_estimate
 from train.training.memory_estimate import GIB, Setting, estimate
+from train.training.step_setting import by_default
 
 CPU = torch.device("cpu")
 TINY = {
     "qwen": Shape("qwen", 2, 128, 4, 4, 32, 256, 512),
     "qwen2": Shape("qwen2", 2, 128, 4, 2, 32, 384, 512, tied=True),
 }
-RECIPE = load_recipe("qlora", {})
+RECIPE = by_default(load_recipe("qlora", {}))
 PEAKS = [  # shapes in which the loss, the MLP and attention take the most memory
     Shape("qwen", 4, 512, 8, 8, 64, 1408, 30_000),
     Shape("qwen2", 3, 512, 8, 2, 64, 4096, 2048, tied=True),

@@ -274,7 +274,7 @@ def test_a_recipe_written_by_an_older_program_is_read(tmp_path: Path) -> None:
 
 
 def test_another_value_is_refused_and_the_three_are_named() -> None:
-    with pytest.raises(UserError, match=r"checkpointing=half: expected one of off, on, offload"):
+    with pytest.raises(UserError, match=r"checkpointing=half: expected one of auto, off, on, offload"):
         build(Recipe, {"checkpointing": "half"})
-    with pytest.raises(UserError, match=r"embedding=card: expected one of device, host"):
+    with pytest.raises(UserError, match=r"embedding=card: expected one of auto, device, host"):
         build(Recipe, {"embedding": "card"})

@@ -20,7 +20,7 @@ from train.commands.findings import Report
 from train.common import commands
 from train.common.errors import UserError
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
-from train.config.recipe import Recipe, read_data, read_stages
+from train.config.recipe import Recipe, check_measured, read_data, read_stages
 from train.config.stages import Stage, stage
 from train.data.checked import conversations
 from train.data.checked.conversations import Conversation
@@ -170,6 +170,8 @@ def _read_parts(options: Options) -> list[Part]:
     parts = [Part.of(stage(options.recipe, number, overrides, data, Path(), None)) for number in numbers]
     for recipe in filter(None, (part.recipe for part in parts)):
         check_settings(recipe)
+        check_measured(recipe)
+        step_setting.by_default(recipe, options.gpus or recipe.processes)
     return parts
 
 

@@ -190,7 +190,7 @@ def _export_beside(options: Options, folder: Path, base: Path, recipe: Recipe, r
             gptq_export.write(job, temporary, advance)
         with bar("reading back", size, "MB", 1e6) as advance:
             checked = gptq_export.check(job, temporary, advance)
-        use = {"vLLM, in this folder": gptq_export.vllm_command("", job.run, adapter_rank(job.adapter))}
+        use = {"vLLM, in this folder": gptq_export.vllm_command("", job.run, adapter_rank(job.adapter), job.layout)}
         write_card(temporary, CardSource(record, base, "packed", {"format": "gptq", "layout": options.layout}, use))
         write_manifest(temporary, {"inputs": inputs, "gptq": {"checked": checked}})
     _report_gptq(out, job)
@@ -200,11 +200,19 @@ def _report_gptq(out: Path, job: GptqJob) -> None:
     checked = (read_manifest(out) or {})["gptq"]["checked"]
     print(f"\n{out}: {gptq_export.BASE}/ and {gptq_export.ADAPTER}/, layout {job.layout}")
     print(f"  {checked}")
-    print(f"  {'vLLM':14} {gptq_export.vllm_command(str(out), job.run, adapter_rank(job.adapter))}")
+    print(f"  {'vLLM':14} {gptq_export.vllm_command(str(out), job.run, adapter_rank(job.adapter), job.layout)}")
 
 
 def _export_adapter(options: Options, folder: Path, base: Path, record: dict[str, Any]) -> None:
-    """The adapter alone."""
+    """The adapter alone.
+
+    Raises:
+        UserError: another layout than the base's is asked for.
+    """
+    if options.layout and options.layout != read_folder_config(base)[0].layout:
+        raise UserError(
+            f"layout={options.layout}: FORMAT=adapter keeps the base's layout. FORMAT=gptq writes the other."
+        )
     job = AdapterJob(folder.name, base, folder / "adapter", base_id(base))
     out = Path(options.out) if options.out else folder / "peft"
     recover(out)

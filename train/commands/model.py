@@ -22,6 +22,7 @@ from train.model.folder import check_revision, find, find_damage, is_hub_id, rea
 from train.model.names import hub_name, page_revision
 from train.training.memory_estimate import GIB
 from train.training.memory_plan import MARGIN, candidates
+from train.training.step_setting import by_default
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -157,4 +158,5 @@ def _card(needed: int) -> str:
 
 def least_card_bytes(model: PublishedModel, recipe: Recipe) -> int:
     """The smallest memory of a card that `make plan` would find a way for."""
-    return int(min(estimate.with_context for _, estimate in candidates(model.shape, recipe)) / (1 - MARGIN)) + 1
+    ways = candidates(model.shape, by_default(recipe))
+    return int(min(estimate.with_context for _, estimate in ways) / (1 - MARGIN)) + 1

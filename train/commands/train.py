@@ -18,7 +18,7 @@ from train.common import commands
 from train.common.errors import UserError
 from train.common.names import below
 from train.config.options import RecipeOptions, build_with_overrides, describe, option, pairs
-from train.config.recipe import Recipe, load_recipe, names_of
+from train.config.recipe import Recipe, check_measured, load_recipe, names_of
 from train.config.stages import Stage, count
 from train.config.stages import stage as stage_of_recipe
 from train.data.choice.selection import check_settings
@@ -29,7 +29,6 @@ from train.model.names import hub_name
 from train.model.published import read_folder_shape
 from train.runs.folder import ADAPTER, RECIPE, TOKENS, adapter_source, finished, lock_run
 from train.runs.provenance import check_adapter
-from train.runs.resume import has_progress
 from train.training import distributed, launch, launchers, signals
 from train.training.distributed import RankInfo
 from train.training.signals import EXIT_INTERRUPTED
@@ -161,6 +160,7 @@ def _stage(options: Options) -> Stage:
     parent = adapter_source(options.from_run, Path(options.runs)) if options.from_run else None
     stage = stage_of_recipe(options.recipe, options.stage, overrides, options.data, folder, parent)
     check_settings(stage.recipe)
+    check_measured(stage.recipe)
     return stage
 
 
@@ -175,6 +175,7 @@ def _default_name(options: Options) -> str:
 def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: int) -> "PreparedRun":
     """The checked run, with a note for each setting that differs from what the user asked for."""
     from train.common.device import dtype_name
+    from train.runs.resume import has_progress
     from train.training import prepare, step_setting
     from train.training.devices import place as pick_place
 

@@ -30,7 +30,8 @@ from train.runs.folder import HELD_OUT, REMOVED, read_run
 from train.runs.record_form import VERIFIED, find_problem
 
 TOLERANCE = 1e-5  # relative, where float32 is summed in another order
-SUMS = ("loss", "grad_norm")  # the keys of losses.jsonl that depend on the order of sums
+# The keys of losses.jsonl that depend on the order of sums
+SUMS = ("loss", "grad_norm", "held_out_loss", "held_out_loss_before")
 Checks = list[tuple[str, list[str]]]  # what was checked, and its differences from the record
 
 

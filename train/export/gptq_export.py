@@ -4,6 +4,7 @@ In Qwen2's layout the base is that of stock tools. A Qwen-1 base is re-laid out 
 and biases of its fused c_attn are cut into those of q, k and v; nothing is computed. The adapter gets the same names.
 """
 
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -216,11 +217,12 @@ def check(job: GptqJob, folder: Path, on_bytes: Callable[[int], None]) -> str:
     return f"all {count:,} packed weights were read back and dequantised: equal to the base's, bit for bit"
 
 
-def vllm_command(out: str, run: str, rank: int) -> str:
-    """How vLLM serves the folder `out`: the adapter is the model RUN of its API."""
+def vllm_command(out: str, run: str, rank: int, layout: str = "qwen2") -> str:
+    """How vLLM serves the folder `out`, as a shell reads it: the adapter is the model RUN of its API."""
     most = next((size for size in RANKS if size >= rank), rank)
-    prefix = f"{out}/" if out else ""
+    base, adapter = (shlex.quote(f"{out}/{part}" if out else part) for part in (BASE, ADAPTER))
+    trust = " --trust-remote-code" if layout == "qwen" else ""  # the code of Qwen-1's tokenizer and config
     return (
-        f"vllm serve {prefix}{BASE} --enable-lora --max-lora-rank {most} --max-loras 1 "
-        f"--lora-modules {run}={prefix}{ADAPTER}"
+        f"vllm serve {base}{trust} --enable-lora --max-lora-rank {most} --max-loras 1 "
+        f"--lora-modules {shlex.quote(run)}={adapter}"
     )

@@ -125,7 +125,8 @@ def _metrics(record: dict[str, Any]) -> list[dict[str, Any]]:
     """What the run measured: on conversations that were held out, or else the loss of training."""
     if held_out := record.get("held_out"):
         loss, count = held_out["loss"], held_out["conversations"]
-        values = {"before training": loss["before"], "after training": loss["last"]}
+        kept = loss.get("best") is not None and held_out.get("adapter_step") == held_out.get("best_step")
+        values = {"before training": loss["before"], "after training": loss["best" if kept else "last"]}
         where = f"{count} held-out conversations"
     else:
         loss = record.get("loss", {})

@@ -5,6 +5,7 @@ ended meanwhile is computed once more, for nothing. It waits where a token decid
 on a CPU, which would gain nothing. Requests of one adapter share a step; those of several take turns, one step each.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -16,10 +17,13 @@ import torch
 from train.inference.decode_layers import DecodeLayers
 from train.inference.slot_session import PromptPiece, SlotSession
 from train.serving.chances import prompt_chances
+from train.serving.errors import FAILED
 from train.serving.request import Piece, Request, TokenChance
 from train.serving.scheduler import Plan, Reading, Scheduler
 from train.serving.text_stream import TextStream
 from train.serving.token_choice import Issued, TokenChoice, with_grammar
+
+LOG = logging.getLogger(__name__)
 
 
 class Vocabulary(Protocol):
@@ -61,6 +65,10 @@ class Counters:
     rows: int = 0
     cancelled: int = 0
 
+    def add_step(self, rows: int) -> None:
+        self.steps += 1
+        self.rows += rows
+
 
 class Engine:
     """Owns the session, the scheduler and their thread. `submit`, `cancel` and `stop` may be called by any thread."""
@@ -97,7 +105,7 @@ class Engine:
         """
         with self._wake:
             if self._stop_at is not None or self.failure:
-                raise StoppingError(self.failure or "the server is stopping")
+                raise StoppingError(FAILED if self.failure else "the server is stopping")
             if len(self._inbox) + len(requests) > self.scheduler.room:
                 raise QueueFullError
             self._inbox.extend(requests)
@@ -193,19 +201,22 @@ class Engine:
             self.answers[request] = _Answer(TextStream(request.stop))
             self.choice.start(request)
         piece = PromptPiece(request.slot, request.ids[start:end], start, len(request.ids))
-        logits = self.session.read_prompt(self.layers[request.model], piece, every=request.prompt_chances)
-        self.counters.prompt_tokens += end - start
-        if request.prompt_chances:
-            self.answers[request].prompt += prompt_chances(logits, request, start, end)
-        return self.choice.issue([request], logits[-1:]) if reading.is_last else None
+        try:
+            logits = self.session.read_prompt(self.layers[request.model], piece, every=request.prompt_chances)
+            self.counters.prompt_tokens += end - start
+            if request.prompt_chances:
+                self.answers[request].prompt += prompt_chances(logits, request, start, end)
+            return self.choice.issue([request], logits[-1:]) if reading.is_last else None
+        except torch.cuda.OutOfMemoryError:  # logits of every token of a prompt: only its own request ends
+            LOG.exception("no memory for a prompt with logprobs")
+            self._end(request, "error")
+            torch.cuda.empty_cache()
+            return None
 
     def _step(self, group: list[Request]) -> Issued:
         logits = self.session.step_slots(self.layers[group[0].model], [request.slot for request in group])
-        self.counters.steps += 1
-        self.counters.rows += len(group)
+        self.counters.add_step(len(group))
         return self.choice.issue(group, logits)
-
-    # --- what came back
 
     def _finish(self, issued: list[Issued]) -> None:
         for one in issued:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+FAILED = "the engine failed; the log of the server says why"  # the reason itself may hold paths
+
 
 class ApiError(Exception):
     """An answer with a status of 4xx or 5xx. param: the field that it is about; code: a word for programs."""

@@ -10,7 +10,7 @@ from starlette.responses import StreamingResponse
 
 from train.serving import answers
 from train.serving.answers import Head, Tokens
-from train.serving.errors import ApiError, stopping
+from train.serving.errors import FAILED, ApiError, stopping
 from train.serving.mailbox import HungUpError, Inbox
 from train.serving.metrics import Metrics
 from train.serving.request import Piece, TokenChance
@@ -63,7 +63,7 @@ class Reply:
                 self.metrics.first_token.observe(time.monotonic() - self.began)
                 first = False
             if piece.finish == "error":
-                raise stopping(self.inbox.engine.failure or "the engine failed")
+                raise stopping(FAILED)
             choice = self.choices[number]
             choice.text += piece.text
             choice.tokens, choice.finish = max(piece.tokens, choice.tokens), piece.finish

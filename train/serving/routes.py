@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from train.serving.engine import QueueFullError, StoppingError
-from train.serving.errors import ApiError, loading, stopping
+from train.serving.errors import FAILED, ApiError, loading, stopping
 from train.serving.guard import Guard, Limits
 from train.serving.mailbox import HungUpError, Inbox, Mailbox
 from train.serving.metrics import Metrics
@@ -68,7 +68,7 @@ class State:
         if self.service is None:
             raise loading()
         if self.service.engine.failure:
-            raise stopping(self.service.engine.failure)
+            raise stopping(FAILED)
         return self.service
 
     @property

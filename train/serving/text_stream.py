@@ -33,8 +33,10 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + new
-        at = min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=-1)
-        if at >= 0:
+        # the stop text that is complete first, so that the pieces in which text arrives decide nothing
+        found = [(place + len(stop), place) for stop in self.stop if (place := text.find(stop)) >= 0]
+        if found:
+            at = min(found)[1]
             self.stopped, self._held = True, ""
             return self._count(text[:at])
         kept = 0 if final else max((_overlap(text, stop) for stop in self.stop), default=0)

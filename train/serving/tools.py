@@ -20,7 +20,7 @@ TAIL = (
     '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
     "</tool_call>"
 )
-CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
+CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
@@ -57,15 +57,20 @@ def response(text: str) -> str:
     return f"<tool_response>\n{text}\n</tool_response>"
 
 
+def _sendable(text: str) -> str:
+    """`text` without halves of characters, which no UTF-8 can hold and a model may write as escapes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def find_calls(text: str) -> tuple[str, list[Call]]:
     """(the text before the first call, the calls). A call that is no sound JSON stays text."""
     calls = []
     for match in CALL.finditer(text):
         try:
-            value = json.loads(match[1])
+            value = json.loads(match[1].strip())
             arguments = value.get("arguments", {})
             written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-            calls.append(Call(str(value["name"]), written))
+            calls.append(Call(_sendable(str(value["name"])), _sendable(written)))
         except (ValueError, KeyError, AttributeError, RecursionError):
             return text, []
     return (text[: text.index(OPEN)].rstrip(), calls) if calls else (text, [])

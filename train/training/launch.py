@@ -20,7 +20,9 @@ def spawn(arguments: list[str], processes: int, cuda: bool) -> int:
     launcher = [sys.executable, "-c", "from train.training.launch import run_torchrun; run_torchrun()"]
     options = [*meet_on_this_machine(), f"--nproc_per_node={processes}", "-m", "train", "train"]
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    env = {"OMP_NUM_THREADS": str(threads), **os.environ} if not cuda else cores.environment(processes)
+    env = (
+        {"OMP_NUM_THREADS": str(threads), **cores.environment(processes)} if not cuda else cores.environment(processes)
+    )
     with forward_signals() as (launchers, received):  # entered first: no signal may find a launcher without a handler
         child = subprocess.Popen([*launcher, *options, *arguments], env={**env, SPAWNED: "1"}, start_new_session=True)
         launchers.append(child.pid)

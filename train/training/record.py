@@ -138,5 +138,7 @@ def summary(record: dict[str, Any]) -> str:
 def _held_out_text(held_out: dict[str, Any]) -> str:
     loss, best_step = held_out["loss"], held_out["best_step"]
     kept = ", which is kept" if held_out["adapter_step"] == best_step else ""
-    best = f" (least: {loss['best']:.4f} after step {best_step}{kept})" if loss["best"] != loss["last"] else ""
+    best = (
+        f" (least: {loss['best']:.4f} after step {best_step}{kept})" if loss["best"] not in (None, loss["last"]) else ""
+    )
     return f", held out {loss['before']:.4f} -> {loss['last']:.4f}{best}"

@@ -6,7 +6,7 @@ moment, so the same command chooses the same again. On a CPU, and on cards whose
 DEFAULT_BATCH rows with checkpointing. A run that continues keeps what it has.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from train.common.errors import UserError
 from train.config.options import AUTO
 from train.config.recipe import Recipe
 from train.model.architecture import Shape
-from train.runs.resume import has_progress, read_inputs
 from train.training import memory_plan
 from train.training.memory_estimate import GIB, Setting
 
@@ -91,19 +90,36 @@ def _default_batch(rows: int) -> int:
 
 def _as_begun(recipe: Recipe, place: Place, run: Path | None) -> Recipe:
     """The recipe with what a run that has progress was started with, as far as it still shares the rows equally."""
+    from train.runs.resume import has_progress, read_inputs  # imports torch, which `plan` does without
+
     old: dict[str, Any] | None = read_inputs(run) if run is not None and has_progress(run) else None
     if old is None:
         return recipe
-    begun = old["recipe"]
-    rows, batch = old["rows_per_step"], recipe.batch or begun["batch"]
+    begun, rows = asdict(by_default(Recipe.from_record(old["recipe"]))), old["rows_per_step"]
+    is_auto, given = AUTO in (recipe.batch, recipe.accumulation), recipe.accumulation
+    _check_rows(recipe, place, rows, old["recipe"].get("rows_per_step", recipe.rows_per_step), is_auto)
     kept = recipe
     for key in ("checkpointing", "embedding"):
         if getattr(recipe, key) == AUTO_TEXT:
             kept = replace(kept, **{key: begun[key]})
-    if rows % (batch * place.processes) == 0:
-        accumulation = recipe.accumulation or rows // (batch * place.processes)
-        return replace(kept, batch=batch, accumulation=accumulation)
+    batch = recipe.batch or (rows // (given * place.processes) if given else begun["batch"])
+    if batch and rows % (batch * place.processes) == 0:
+        return replace(kept, batch=batch, accumulation=given or rows // (batch * place.processes))
     return replace(kept, rows_per_step=rows)  # for other processes, who choose how to share them
+
+
+def _check_rows(recipe: Recipe, place: Place, rows: int, recorded: int, is_auto: bool) -> None:
+    """Raises UserError if the command asks for other rows than the run was started with, or they cannot be shared."""
+    if is_auto and recipe.rows_per_step not in (rows, recorded):
+        raise UserError(
+            f"the run was started with {rows} rows per step, now rows_per_step={recipe.rows_per_step}. Start a new run "
+            f"with RUN=another-name, or give rows_per_step={rows} to continue it."
+        )
+    if is_auto and rows % place.processes:
+        raise UserError(
+            f"the run was started with {rows} rows per step, which {place.processes} processes cannot share equally. "
+            f"Continue it with a number of processes that divides {rows}."
+        )
 
 
 def candidates(recipe: Recipe, processes: int, shape: Shape) -> list[tuple[Setting, memory_plan.Estimate]]:

@@ -214,6 +214,6 @@ def _efficiency(lengths: np.ndarray, settings: SampleSettings) -> tuple[int, flo
     if settings.pack:
         return len(rows), tokens / (len(rows) * settings.length)
     widths = lengths[rows.order]
-    batches = np.arange(0, len(widths), settings.batch)
+    batches = np.arange(0, len(widths), settings.batch or 2)  # auto: as where no card decides
     sizes = np.diff([*batches, len(widths)])
     return len(rows), tokens / int((np.maximum.reduceat(widths, batches).astype(np.int64) * sizes).sum())
