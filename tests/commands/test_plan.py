@@ -65,7 +65,7 @@ def test_copying_over_the_bus_is_offered_only_where_nothing_else_fits(capsys: py
     large = print_plan(capsys, model=model, gpu="12G", rank="16")
     assert "offload " not in large.replace("with offload.", "")
     assert "host" not in large
-    small = print_plan(capsys, model=model, gpu="7G", rank="16")
+    small = print_plan(capsys, model=model, gpu="8G", rank="16")
     assert re.search(r"The recipe as it is .*embedding=host\) fits", small)
     assert "Of the machine's own memory it keeps" in small
 

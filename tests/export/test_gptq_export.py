@@ -45,7 +45,8 @@ def test_base_and_adapter_are_the_trained_model(
     assert not equal_logits(model, load(made / "base", torch.float32))
     out = capsys.readouterr().out
     assert "packed weights were read back and dequantised: equal to the base's, bit for bit" in out
-    command = "vllm serve base --enable-lora --max-lora-rank 8 --max-loras 1 --lora-modules tiny=adapter"
+    trust = " --trust-remote-code" if to == "qwen" else ""
+    command = f"vllm serve base{trust} --enable-lora --max-lora-rank 8 --max-loras 1 --lora-modules tiny=adapter"
     assert command in (made / "README.md").read_text() and "--max-lora-rank 8" in out
     template = (made / "base" / "chat_template.jinja").read_text()
     assert template == chat_template("You are a helpful assistant.", "chatml")

@@ -60,7 +60,7 @@ def run(options: Options) -> None:
     chosen = _choose(shape, asked, card)
     console.print(_ways_table(shape, recipe, card, chosen[0] if chosen else None))
     if chosen is None:
-        raise UserError(_too_small(options, shape, recipe, card))
+        raise UserError(_too_small(options, shape, recipe, card, step_setting.is_open(asked)))
     console.print(_stages_table(chosen[1]))
     console.print(_peak_table(chosen[1]))
     if needed := memory_estimate.host_bytes(shape, chosen[0]):
@@ -206,14 +206,14 @@ def _longest_rows(shape: Shape, chosen: Setting, card: int) -> str:
     return f"The longest rows that fit, one at a time: {on:,} tokens with checkpointing=on, {offload:,} with offload."
 
 
-def _too_small(options: Options, shape: Shape, recipe: Recipe, card: int) -> str:
+def _too_small(options: Options, shape: Shape, recipe: Recipe, card: int, with_reserve: bool) -> str:
     """What would fit: the same with a smaller rank (alpha / rank as it was), then with shorter rows."""
     ranks = [rank for rank in (recipe.rank, 32, 16, 8) if rank <= recipe.rank]
     lengths = [n for n in (recipe.length, 2048, 1024, 512, 256) if n <= recipe.length]
     for length in lengths:
         for rank in ranks:
             smaller = replace(recipe, rank=rank, length=length)
-            if chosen := memory_plan.choose(shape, smaller, card):
+            if chosen := memory_plan.choose(shape, smaller, card, with_reserve):
                 overrides = {"rank": rank, "alpha": f"{recipe.alpha * rank / recipe.rank:g}", "length": length}
                 command = _train_command(options, recipe, overrides | chosen[0].overrides())
                 return (
