@@ -206,14 +206,16 @@ def _longest_rows(shape: Shape, chosen: Setting, card: int) -> str:
     return f"The longest rows that fit, one at a time: {on:,} tokens with checkpointing=on, {offload:,} with offload."
 
 
-def _too_small(options: Options, shape: Shape, recipe: Recipe, card: int, with_reserve: bool) -> str:
+def _too_small(options: Options, shape: Shape, recipe: Recipe, card: int, is_open: bool) -> str:
     """What would fit: the same with a smaller rank (alpha / rank as it was), then with shorter rows."""
     ranks = [rank for rank in (recipe.rank, 32, 16, 8) if rank <= recipe.rank]
     lengths = [n for n in (recipe.length, 2048, 1024, 512, 256) if n <= recipe.length]
     for length in lengths:
         for rank in ranks:
+            if is_open and (rank, length) == (recipe.rank, recipe.length):
+                continue  # it would fit without what auto leaves free
             smaller = replace(recipe, rank=rank, length=length)
-            if chosen := memory_plan.choose(shape, smaller, card, with_reserve):
+            if chosen := memory_plan.choose(shape, smaller, card):
                 overrides = {"rank": rank, "alpha": f"{recipe.alpha * rank / recipe.rank:g}", "length": length}
                 command = _train_command(options, recipe, overrides | chosen[0].overrides())
                 return (

@@ -60,10 +60,9 @@ def relative_time(setting: Setting) -> float:
     return setting.accumulation * (setting.tokens + MICRO_BATCH_TOKENS) * SLOWDOWN[setting.checkpointing] * embedding
 
 
-def choose(shape: Shape, recipe: Recipe, card: int, with_reserve: bool = False) -> tuple[Setting, Estimate] | None:
-    """The fastest way that fits a card of `card` bytes, or with `with_reserve` has room on it; None if none does."""
-    enough = has_room if with_reserve else fits
-    return next((pair for pair in candidates(shape, recipe) if enough(pair[1], card)), None)
+def choose(shape: Shape, recipe: Recipe, card: int) -> tuple[Setting, Estimate] | None:
+    """The fastest way that fits a card of `card` bytes; None if none does."""
+    return next((pair for pair in candidates(shape, recipe) if fits(pair[1], card)), None)
 
 
 def fits(needed: Estimate, card: int) -> bool:
