@@ -72,7 +72,7 @@ def imports(path: Path) -> set[str]:
     return modules - {"__version__"}
 
 
-PARTS_OF_COMMANDS = {"commands.findings"}  # what a command prints, in a file of its own
+PARTS_OF_COMMANDS = {"commands.findings", "commands.doctor_memory"}  # parts of one command, in files of their own
 
 
 def may_import(path: Path) -> set[str]:

@@ -117,6 +117,29 @@ def test_a_card_too_small_for_the_recipe_but_not_for_its_rows(
     assert Output(capsys, "model=base-Int4", "length=8192", *remedy).state["card's memory"] in ("ok", "warn")
 
 
+def test_it_checks_what_training_takes_by_itself(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card too small for the recipe's rows at once: `train` takes fewer at once, so doctor fails nothing."""
+    some = replace(CARD, total=4 * GB, free=4 * GB)
+    pretend(monkeypatch, replace(WITH_CARD, cards=(some,)), {"seen": 1, "errors": []})
+    output = Output(capsys, "model=base-Int4", "length=8192", "rows_per_step=64")
+    assert output.status == 0, output.text
+    assert (output.state["step"], output.state["card's memory"]) == ("ok", "ok")
+    assert "the fastest way that fits" in output.text
+    numbers = ("batch=64", "accumulation=1", "checkpointing=off", "embedding=device")
+    given = Output(capsys, "model=base-Int4", "length=8192", *numbers)
+    assert "step" not in given.state  # nothing is left to choose
+
+
+def test_other_programs_hold_the_card(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen follows from the card's size; where others use it, less memory is free than that needs."""
+    shared = replace(CARD, total=24 * GB, free=3 * GB)
+    pretend(monkeypatch, replace(WITH_CARD, cards=(shared,)), {"seen": 1, "errors": []})
+    output = Output(capsys, "model=base-Int4", "length=8192", "rows_per_step=64")
+    assert (output.state["step"], output.state["card's memory"]) == ("ok", "fail")
+
+
 def test_a_container_with_too_little_memory(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

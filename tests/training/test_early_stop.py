@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.questions import questions
-from tests.support.tiny_training import ROOT, adapter, losses, signal_at_step, start, train
+from tests.support.tiny_training import ROOT, adapter, losses, signal_at_step, start, train, wrap_step
 from train.__main__ import main
 from train.common.errors import UserError
 from train.common.files import read_json
 from train.config.recipe import Recipe
 from train.runs import best_weights
 from train.runs.losses import held_out
-from train.training import early_stop
+from train.training import early_stop, loop
 from train.training.signals import EXIT_INTERRUPTED
 
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -110,6 +111,54 @@ def test_a_run_that_was_stopped_decides_the_same(step: int, whole: str) -> None:
     assert losses(f"cut-{step}") == losses("decides") and adapter(f"cut-{step}") == adapter("decides")
 
 
+def test_each_checkpoint_keeps_the_weights_that_were_the_best_at_its_step(tmp_path: Path) -> None:
+    def write(*written: int) -> list[int]:
+        for step in written:
+            best_weights.write(tmp_path, step, 1.0, {"a": torch.full((2,), float(step))})
+        return best_weights.steps(tmp_path)
+
+    assert write(4) == [4]
+    (tmp_path / "checkpoints" / "step-000006").mkdir()
+    assert write(8, 9) == [4, 9]
+    (tmp_path / "checkpoints" / "step-000012").mkdir()
+    assert write(14) == [4, 9, 14]
+    assert best_weights.read(tmp_path, 9)["a"].tolist() == [9.0, 9.0]
+    best_weights.remove_after(tmp_path, 12)
+    assert best_weights.steps(tmp_path) == [4, 9]
+
+
+def test_other_losses_after_a_continuation_find_the_weights_of_an_earlier_step(
+    whole: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in another number of processes: the step that was the best before the stop is not the best after it."""
+    points = held_out(losses(whole))
+    best = early_stop.best(points)
+    assert best is not None
+    before = early_stop.best([point for point in points if point[0] < best[0]])
+    assert before is not None and before[0] > 0
+    keys = {**OVERFITS, "keep_best": "on", "save_every": best[0] - 1}
+    with monkeypatch.context() as patch:
+        wrap_step(patch, lambda real, engine, now, count: _cut_off() if now == best[0] else real())
+        with pytest.raises(KeyboardInterrupt):
+            train(run="other", **keys)
+    assert best_weights.steps(Path("runs/other")) == [before[0], best[0]]
+    real_loss = loop._held_out
+
+    def other_loss(*arguments: Any) -> Any:
+        found = real_loss(*arguments)
+        return found and {key: value + 10 for key, value in found.items()}
+
+    monkeypatch.setattr(loop, "_held_out", other_loss)
+    train(run="other", **keys)
+    train(run="short-before", **OVERFITS | {"steps": before[0]})
+    assert read_json(Path("runs/other/run.json"))["held_out"]["adapter_step"] == before[0]
+    assert adapter("other") == adapter("short-before")
+
+
+def _cut_off() -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_kill_between_the_end_and_the_record_is_made_up_for(whole: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {**OVERFITS, "keep_best": "on", "stop_after": 3}
     train(run="decides", **keys)
@@ -130,9 +179,9 @@ def test_damaged_weights_are_said_and_not_used(whole: str, capsys: pytest.Captur
     with pytest.MonkeyPatch.context() as patch:
         real = best_weights.write
 
-        def damaged(run: Path, *rest: Any) -> None:
-            real(run, *rest)
-            path = best_weights.folder_of(run) / best_weights.WEIGHTS
+        def damaged(run: Path, step: int, *rest: Any) -> None:
+            real(run, step, *rest)
+            path = best_weights.folder_of(run, step) / best_weights.WEIGHTS
             path.write_bytes(path.read_bytes()[:-1] + b"x")
 
         patch.setattr(best_weights, "write", damaged)

@@ -156,6 +156,20 @@ def test_what_differs_between_machines_is_named() -> None:
     assert "base:" not in str(error.value)
 
 
+def test_unlike_cards_are_named_as_the_cause() -> None:
+    """Each process chooses for its own cards; where they differ, no shared folder would help."""
+    recipe = load_recipe("smoke", {"model": "tiny-Int4", "length": "96", "batch": "2", "accumulation": "1"})
+    prepared = prepare.prepare(recipe, "data.jsonl", Path("runs/new"), None, Path("models"), 1, "float32")
+    first = same_start.start_summary(prepared, None)
+    other = {**first, "a step": first["a step"].replace("batch=2 accumulation=1", "batch=1 accumulation=2")}
+    with pytest.raises(UserError, match="these differ") as error:
+        same_start.check_same_start([("a", first), ("b", other)])
+    assert 'ARGS="batch=2 accumulation=1 checkpointing=' in str(error.value)
+    assert "share" not in str(error.value)
+    with pytest.raises(UserError, match="that all machines share"):
+        same_start.check_same_start([("a", first), ("b", {**other, "data": "0"})])
+
+
 # --- starting from a path, and from an adapter of another program ----------------------------------------------------
 
 

@@ -12,10 +12,11 @@ the standard input. Status 2 when the log shows a failure.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train.commands.doctor_memory import as_trained, check_host_memory, check_training_memory
 from train.commands.findings import Report
 from train.common import commands
 from train.common.errors import UserError
@@ -35,8 +36,7 @@ from train.model.architecture import Shape
 from train.model.folder import find, find_damage, is_hub_id, read_manifest
 from train.model.names import hub_name
 from train.model.published import read_folder_shape
-from train.training import cpu_memory, memory_estimate, memory_plan, step_setting
-from train.training.memory_estimate import Setting
+from train.training import step_setting
 
 if TYPE_CHECKING:
     from train.model.decoder import Decoder
@@ -47,8 +47,6 @@ __doc__ = f"{__doc__}\nEvery key of the recipe may be given too:\n{describe(Reci
 ROOT = Path(__file__).parents[2]
 LOCK = ROOT / "env.lock"
 MODELS = ROOT / "data" / "models.lock"
-# The machine's memory that a process with a card takes: 0.7 GB for torch and DeepSpeed, the rest for CUDA
-PROCESS_BYTES = 2 << 30
 NO_DATA = "?"  # stands for the data of a stage that is not given yet
 
 
@@ -98,7 +96,8 @@ def run(options: Options) -> None:
     # --- the base, the data
     folder = _check_base_folder(report, recipes[0], Path(options.models)) if recipes else None
     if folder and torch_starts:
-        concrete = [step_setting.by_default(recipe) for recipe in recipes]
+        shape = _shape(folder)
+        concrete = [as_trained(report, recipe, shape, here, options.gpus) for recipe in recipes]
         largest = max(concrete, key=lambda recipe: recipe.batch * recipe.length)
         _check_base(report, largest, folder, here, Path(options.runs))
     else:
@@ -241,6 +240,14 @@ def _check_manifest(folder: Path) -> str:
     return "names and sizes as in its manifest" if manifest else "your own folder, without a manifest"
 
 
+def _shape(folder: Path) -> Shape | None:
+    """The shape of a base; None where its config.json is wrong, which the check of its tensors reports."""
+    try:
+        return read_folder_shape(folder)
+    except UserError:
+        return None
+
+
 def _check_base(report: Report, recipe: Recipe, folder: Path, here: Machine, runs: Path) -> None:
     """Config, tensors, tokenizer; then the disk and the memory that this base takes with this recipe."""
     from train.model import lora
@@ -268,47 +275,14 @@ def _check_base(report: Report, recipe: Recipe, folder: Path, here: Machine, run
     if names:
         report.add(checks.check_folder("runs", runs, prepare.disk_space(config, names, recipe)))
         parameters = prepare.adapter_parameters(config, names, recipe.rank)
-        report.add(_check_training_memory(here, model, shape, folder, parameters, recipe))
+        report.add(check_training_memory(here, model, shape, folder, parameters, recipe))
     if here.cards:
-        report.add(_check_host_memory(here, shape, recipe))
+        report.add(check_host_memory(here, shape, recipe))
 
 
 def _layers(model: "Decoder") -> str:
     config = model.config
     return f"layout {config.layout}, {config.num_hidden_layers} layers of {config.hidden_size}"
-
-
-def _check_host_memory(here: Machine, shape: Shape, recipe: Recipe) -> Finding:
-    """The machine's memory beside a card: weights are loaded one tensor at a time, so the largest one counts."""
-    largest_tensor = memory_estimate.BYTES_16 * shape.vocabulary * shape.hidden
-    kept_for_card = memory_estimate.host_bytes(shape, Setting.of(recipe))
-    return checks.check_memory("memory", PROCESS_BYTES + largest_tensor + kept_for_card, here.free_memory)
-
-
-def _check_training_memory(
-    here: Machine, model: "Decoder", shape: Shape, folder: Path, parameters: int, recipe: Recipe
-) -> Finding:
-    """The planned peak of a step on the card with most free memory; without a plan the least that training takes."""
-    card = max(here.cards, key=lambda card: card.free or 0, default=None)
-    if card and card.total and card.free and memory_plan.can_plan(card.capability, recipe):
-        return _check_planned_memory(recipe, shape, card.free, card.total)
-    if card and card.total and card.free is not None:
-        needed = memory_plan.least_bytes(model, folder, recipe, parameters)
-        return checks.check_memory("card's memory", needed, card.free, card.total)
-    needed = cpu_memory.training_bytes(folder, recipe, parameters)
-    return checks.check_memory("memory", needed, here.free_memory, qualifier="about")
-
-
-def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -> Finding:
-    """The peak of a step, CUDA's context included. The remedy is the fastest way to compute the same rows that fits."""
-    needed = memory_estimate.estimate(shape, Setting.of(recipe)).with_context
-    finding = checks.check_memory("card's memory", needed, free, total, qualifier="at its peak about")
-    chosen = memory_plan.choose(shape, recipe, free)
-    if finding.state == "ok" or (chosen and chosen[0] == Setting.of(recipe)):
-        return finding
-    if chosen is None:
-        return replace(finding, remedy=f"{finding.remedy} What would fit: {commands.make('plan', model=recipe.model)}")
-    return replace(finding, remedy=f'The same rows per step in less memory: ARGS="{chosen[0].as_text()}"')
 
 
 # --- the data

@@ -7,7 +7,7 @@ import torch
 from train.common.device import pick_dtype
 from train.common.errors import UserError
 from train.config.recipe import Recipe
-from train.training import distributed
+from train.training import distributed, launchers
 from train.training.distributed import RankInfo
 from train.training.memory_plan import can_plan
 from train.training.prepare import check_supported
@@ -25,12 +25,19 @@ class Devices:
 
 
 def place(devices: Devices, recipe: Recipe) -> Place:
-    """What computes the steps, for step_setting.py. Of several cards of this machine the smallest counts."""
-    cards = range(torch.cuda.device_count()) if devices.device.type == "cuda" else []
+    """What computes the steps, for step_setting.py. Of the cards that this machine's processes use the smallest counts."""
+    cards = range(_used_here(devices)) if devices.device.type == "cuda" else []
     if not all(can_plan(torch.cuda.get_device_capability(n), recipe) for n in cards):
         return Place(devices.processes)
     sizes = [torch.cuda.get_device_properties(n).total_memory for n in cards]
     return Place(devices.processes, min(sizes, default=0))
+
+
+def _used_here(devices: Devices) -> int:
+    """How many of this machine's cards the run uses, counted from the first; all where a launcher does not say."""
+    present = torch.cuda.device_count()
+    here = launchers.count("LOCAL_WORLD_SIZE") if devices.rank_info else devices.processes
+    return min(here or present, present)
 
 
 def pick(gpus: int, recipe: Recipe, rank_info: RankInfo | None) -> Devices:

@@ -48,8 +48,13 @@ def ended(recipe: Recipe, points: Points) -> bool:
 
 
 def read_points(run: RunState, done: int) -> None:
-    """Fill run.points from losses.jsonl, for a run that continues after `done` steps. Every process calls it."""
+    """Fill run.points from losses.jsonl, for a run that continues after `done` steps. Every process calls it.
+
+    Weights that were kept after a later step are removed: the run comes to that step again.
+    """
     points = losses.held_out(losses.read(run.folder)) if run.is_first else None
+    if run.is_first:
+        best_weights.remove_after(run.folder, done)
     run.points[:] = [point for point in distributed.all_gather(points)[0] if point[0] <= done]
 
 
@@ -87,11 +92,11 @@ def final_weights(run: RunState, last: dict[str, Tensor], steps: int) -> FinalWe
     step, loss = found
     if step == steps:
         return FinalWeights(last, steps, [f"the held-out loss was the least after the last step: {loss:.4f}."])
-    if best_weights.kept_step(run.folder) != step:
+    if not best_weights.is_whole(run.folder, step):
         note = f"the weights after step {step} are damaged or gone: the adapter is that of step {steps}."
         return FinalWeights(last, steps, [note])
     note = f"the adapter is that of step {step}, where the held-out loss was the least: {loss:.4f} (keep_best=on)."
-    return FinalWeights(best_weights.read(run.folder), step, [note])
+    return FinalWeights(best_weights.read(run.folder, step), step, [note])
 
 
 def stop_note(run: RunState, done: int) -> str:

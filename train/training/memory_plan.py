@@ -34,9 +34,7 @@ HOST_EMBEDDING_SLOWDOWN = 1.01
 
 
 def candidates(shape: Shape, recipe: Recipe) -> Iterator[tuple[Setting, Estimate]]:
-    """Every way to compute a step, with its memory.
-
-    Those over the bus are listed only where no other fits, or where the recipe is one of them.
+    """Every way to compute a step, with its memory, the fastest first.
 
     The ways that copy over the bus come after all others: their cost depends on the machine around the card. An
     embedding that the recipe keeps on the host stays there in all of them.

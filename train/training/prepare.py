@@ -246,10 +246,12 @@ def _check_disk(prepared: PreparedRun, config: DecoderConfig, targets: list[str]
 def disk_space(config: DecoderConfig, targets: list[str], recipe: Recipe, written: int = 0) -> int:
     """Bytes for the checkpoints that are kept and not yet `written`, one more that is being written, and the adapter.
 
-    A checkpoint has three float32 values per parameter of the adapter: master and both moments; the adapter has one.
+    A checkpoint has three float32 values per parameter of the adapter: master and both moments; the adapter has one,
+    and so have the best weights so far, kept once for each checkpoint, once more, and once while they are written.
     """
     checkpoints = max(recipe.keep - written, 0) + 1
-    return 4 * adapter_parameters(config, targets, recipe.rank) * (3 * checkpoints + 1) + (64 << 20)
+    best = recipe.keep + 2 if recipe.keep_best else 0
+    return 4 * adapter_parameters(config, targets, recipe.rank) * (3 * checkpoints + best + 1) + (64 << 20)
 
 
 def adapter_parameters(config: DecoderConfig, targets: list[str], rank: int) -> int:

@@ -12,6 +12,9 @@ from train.runs.resume import resume_point
 from train.training import distributed
 from train.training.distributed import AgreedError, RankInfo
 
+OPEN = ("batch", "accumulation", "checkpointing", "embedding")  # keys of the recipe that `auto` may choose
+CHOSEN = "a step"
+
 if TYPE_CHECKING:
     from train.training.prepare import PreparedRun
 
@@ -41,7 +44,8 @@ def start_summary(prepared: "PreparedRun", checkpoint: Path | None) -> dict[str,
         "data": inputs["data"]["sha256"][:12],
         "base": _digest(inputs["base"]["files"]),
         "adapter of FROM=": (inputs["from"] or {}).get("sha256", "none")[:12],
-        "recipe": _digest(inputs["recipe"]),
+        "recipe": _digest({key: value for key, value in inputs["recipe"].items() if key not in OPEN}),
+        CHOSEN: " ".join(f"{key}={inputs['recipe'][key]}" for key in OPEN),
         "rows of the data": inputs.get("rows", "all")[:12],
         "rows a step": str(inputs["rows_per_step"]),
         "computed in": inputs["dtype"],
@@ -63,6 +67,12 @@ def check_same_start(starts: list[tuple[str, dict[str, str]]]) -> None:
     differ = [
         f"{key}: {value} on {host}, {other[key]} on {other_host}" for key, value in first.items() if value != other[key]
     ]
+    if [key for key in first if first[key] != other[key]] == [CHOSEN]:
+        raise AgreedError(
+            f"the processes would not compute a step in the same way: {first[CHOSEN]} on {host}, {other[CHOSEN]} on "
+            f"{other_host}. Each takes what fits its own cards, and these differ. Nothing was changed. Give all of "
+            f'them the one that fits the smaller card: ARGS="{first[CHOSEN]}", or the other.'
+        )
     if differ:
         listed = "\n  ".join(differ)
         raise AgreedError(
