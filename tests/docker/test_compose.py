@@ -96,6 +96,7 @@ def test_the_first_line_says_where_it_runs(project: Path) -> None:
         "IMAGE": "qwen-finetune:0.1.0-cu118",
         "IMAGE_DIGEST": "sha256:qwen-finetune:0.1.0-cu118",
         "GPUS": None,
+        "SERVE_HOST": None,
     }
 
 
@@ -395,16 +396,18 @@ def test_a_service_gets_what_its_verb_needs_and_no_more(name: str) -> None:
 def test_the_server_is_published_on_loopback_alone_and_its_network_leads_nowhere() -> None:
     port = "${SERVE_PORT:-8000}"
     assert [name for name, service in services().items() if "ports" in service] == ["serve"]
-    assert services()["serve"]["ports"] == [f"127.0.0.1:{port}:{port}"]
+    address = "${SERVE_HOST:-127.0.0.1}"
+    assert services()["serve"]["ports"] == [{"target": port, "published": port, "host_ip": address}]
+    assert services()["serve"]["environment"]["SERVE_PUBLISHED_ON"] == address
     assert services()["serve"]["networks"] == ["serve"]
     assert [name for name, service in services().items() if "networks" in service] == ["serve"]
     networks = yaml.load((ROOT / "compose.yaml").read_text(), Loader)["networks"]
     assert set(networks) == {"serve"}
     assert set(networks["serve"]["driver_opts"].values()) == {"false"}
-    assert [
-        name for name, service in services().items() if "SERVE_BEHIND_LOOPBACK" in service.get("environment", {})
-    ] == ["serve"]
-    assert "SERVE_BEHIND_LOOPBACK" not in (ROOT / "docker/Dockerfile").read_text()
+    assert [name for name, service in services().items() if "SERVE_PUBLISHED_ON" in service.get("environment", {})] == [
+        "serve"
+    ]
+    assert "SERVE_PUBLISHED_ON" not in (ROOT / "docker/Dockerfile").read_text()
 
 
 def test_the_server_listens_where_it_is_published(project: Path) -> None:
@@ -415,6 +418,34 @@ def test_the_server_listens_where_it_is_published(project: Path) -> None:
     assert containers(project)[-1]["words"] == ["serve", "model=x", "port=9100"]
     run(project, "data", "data=data/x")
     assert "--service-ports" not in str(log(project))
+
+
+def test_the_address_that_is_typed_is_the_one_of_this_host(project: Path) -> None:
+    """In the container it would be one of the container's own."""
+    run(project, "serve", "host=192.168.1.2", "model=x", "port=9000", API_KEY="a key of tests")
+    assert containers(project)[-1]["words"] == ["serve", "model=x", "port=9000"]
+    assert containers(project)[-1]["SERVE_HOST"] == "192.168.1.2"
+    run(project, "serve", "host=localhost")
+    assert containers(project)[-1]["SERVE_HOST"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("engine", "words", "key", "warned"),
+    [
+        ("26.1.5+dfsg1", (), "", True),
+        ("27.5.1", ("host=127.0.0.1",), "", True),
+        ("28.0.0", (), "", False),
+        ("29.1", (), "", False),
+        ("26.1.5", (), "a key of tests", False),
+        ("26.1.5", ("host=0.0.0.0",), "", False),
+    ],
+)
+def test_an_engine_that_lets_neighbours_in_is_warned_of(
+    project: Path, engine: str, words: tuple[str, ...], key: str, warned: bool
+) -> None:
+    said = run(project, "serve", "model=x", *words, FAKE_ENGINE_VERSION=engine, API_KEY=key)
+    assert ("can reach a port published on 127.0.0.1" in said) is warned, said
+    assert "published on" not in run(project, "data", "data=data/x", FAKE_ENGINE_VERSION=engine)
 
 
 def test_the_templates_have_no_network_and_only_one_a_gpu() -> None:

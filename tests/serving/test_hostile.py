@@ -1,6 +1,7 @@
 """Hang-ups, slow clients, wrong keys, other sites, huge and broken bodies; loading and stopping."""
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from tests.support.server import ROOT, RUN, Served, serving, start, wait_ready
 from train.commands import serve as command
 from train.common.errors import UserError
+from train.serving.server import _not_bound, open_listener
 
 LONG = {"model": RUN, "prompt": "a", "max_tokens": 490, "temperature": 1.5, "stream": True}
 SHORT = {"model": RUN, "prompt": "a", "max_tokens": 2, "temperature": 0}
@@ -230,7 +232,7 @@ def test_a_key_is_asked_for_and_never_logged(folder: Path) -> None:
 
 
 def test_other_addresses_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("API_KEY", command.BEHIND_LOOPBACK):
+    for name in ("API_KEY", command.PUBLISHED_ON):
         monkeypatch.delenv(name, raising=False)
     for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
         assert command._address(command.Options(host=host), "") == host
@@ -243,9 +245,41 @@ def test_other_addresses_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("short", "with a space in it", "schlüssel-schlüssel"):
         with pytest.raises(UserError, match="API_KEY"):
             command._limits(command.Options(), key)
-    monkeypatch.setenv(command.BEHIND_LOOPBACK, "1")
-    assert command._address(command.Options(), "") == "0.0.0.0"
+
+
+def test_in_a_container_the_address_on_the_host_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(command.PUBLISHED_ON, "127.0.0.1")
+    for host in ("127.0.0.1", "0.0.0.0"):
+        assert command._address(command.Options(host=host), "") == "0.0.0.0"
     assert "localhost" in command._limits(command.Options(), "").hosts
+    with pytest.raises(UserError, match=r"SERVE_HOST=192\.168\.1\.2 before"):
+        command._address(command.Options(host="192.168.1.2"), KEY)
+    monkeypatch.setenv(command.PUBLISHED_ON, "192.168.1.2")
+    with pytest.raises(UserError, match=r"host=192\.168\.1\.2: everybody .* API_KEY="):
+        command._address(command.Options(), "")
+    assert command._address(command.Options(), KEY) == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "said"),
+    [
+        ("192.0.2.1", 0, r"host=192\.0\.2\.1: this machine has no such address"),
+        ("2001:db8::1", 0, "no such address|cannot listen there"),
+        ("name.invalid", 0, "no such address"),
+    ],
+)
+def test_an_address_that_cannot_be_bound_is_named(host: str, port: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        open_listener(host, port)
+
+
+def test_each_reason_has_its_remedy() -> None:
+    told = {
+        number: _not_bound("127.0.0.1", 65535, OSError(number, "why"))
+        for number in (errno.EADDRINUSE, errno.EACCES, errno.ENOBUFS)
+    }
+    assert told[errno.EADDRINUSE].endswith("Give another: port=8000")
+    assert "below 1024" in told[errno.EACCES] and "why" in told[errno.ENOBUFS]
 
 
 def test_while_it_loads_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import hashlib, io, json, os, sys, tarfile, time
 words = sys.argv[1:]
 here = os.path.dirname(os.path.abspath(__file__))
 with open(f"{here}/log", "a") as log:
-    seen = {k: os.environ.get(k) for k in ("USER_ID", "ACCELERATOR", "IMAGE", "IMAGE_DIGEST", "GPUS")}
+    seen = {k: os.environ.get(k) for k in ("USER_ID", "ACCELERATOR", "IMAGE", "IMAGE_DIGEST", "GPUS", "SERVE_HOST")}
     print(json.dumps({"words": words, "env": seen}), file=log)
 def loaded():
     return json.load(open(f"{here}/loaded")) if os.path.exists(f"{here}/loaded") else {}
@@ -47,7 +47,7 @@ def load():
 if words[0] in ("version", "pull") and os.environ.get("FAKE_ENGINE"):
     sys.exit(os.environ["FAKE_ENGINE"])
 elif words[0] == "version":
-    print("28.0")
+    print(os.environ.get("FAKE_ENGINE_VERSION", "28.0"))
 elif words[:2] == ["image", "inspect"] and "RootFS" in str(words):
     print("one image, wherever it is")
 elif words[:2] == ["image", "inspect"] and "image.version" in str(words):

@@ -32,10 +32,11 @@ from train.serving.server import serve
 from train.serving.service import ModelCard, Service
 from train.serving.slot_memory import plan_slots
 
-# Set by compose.yaml alone. In its container the server has to listen on all addresses, because 127.0.0.1 is the
-# container's own; what makes that safe is compose.yaml: the port is published on the host's 127.0.0.1, and the network
-# has no other member. Whoever starts the image otherwise has published the port somewhere else, and needs a key.
-BEHIND_LOOPBACK = "SERVE_BEHIND_LOOPBACK"
+# Set by compose.yaml alone: the host's address on which it publishes the server's port. In its container the server has
+# to listen on all addresses, because 127.0.0.1 is the container's own; who reaches it, the published address decides,
+# and the network of compose.yaml, which has no other member. Whoever starts the image otherwise has published the port
+# somewhere else, and needs a key.
+PUBLISHED_ON = "SERVE_PUBLISHED_ON"
 
 
 @dataclass(frozen=True)
@@ -86,24 +87,29 @@ def run(options: Options) -> None:
 
 
 def _address(options: Options, key: str) -> str:
-    """The address to listen on.
+    """The address to listen on: in compose's container all of them, of which one of the host is published.
 
     Raises:
-        UserError: it is not this machine's own, and there is no key.
+        UserError: what others reach needs a key, and there is none; or this is no address.
     """
-    if os.environ.get(BEHIND_LOOPBACK) and options.host == "127.0.0.1":
-        return "0.0.0.0"
+    published = os.environ.get(PUBLISHED_ON, "")
+    if published and options.host not in ("127.0.0.1", "0.0.0.0"):
+        raise UserError(
+            f"host={options.host}: this container has its own addresses. SERVE_HOST={options.host} before "
+            "`docker compose` publishes the port on that address of the host; `make serve` does both by HOST=."
+        )
+    host = published or options.host
     try:
-        own = options.host == "localhost" or ipaddress.ip_address(options.host).is_loopback
+        own = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        raise UserError(f"host={options.host}: expected an address, such as 127.0.0.1 or 0.0.0.0.") from None
+        raise UserError(f"host={host}: expected an address, such as 127.0.0.1 or 0.0.0.0.") from None
     if not own and not key:
         raise UserError(
-            f"host={options.host}: everybody who reaches this address could use the model. Set a key first: "
+            f"host={host}: everybody who reaches this address could use the model. Set a key first: "
             "API_KEY=$(openssl rand -hex 16) before the command; or leave host= out, and reach it by an SSH tunnel: "
             f"ssh -L {options.port}:127.0.0.1:{options.port} THIS_HOST"
         )
-    return options.host
+    return "0.0.0.0" if published else host
 
 
 def _limits(options: Options, key: str) -> Limits:
@@ -139,7 +145,9 @@ def _card(model: NamedModel, options: Options) -> ModelCard:
 
 
 def _describe(service: Service, options: Options, has_key: bool) -> str:
-    host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+    published = os.environ.get(PUBLISHED_ON) or options.host
+    host = "127.0.0.1" if published in ("0.0.0.0", "::", "localhost") else published
+    host = f"[{host}]" if ":" in host else host
     key = "$API_KEY" if has_key else "none"
     name = list(service.cards)[-1]
     return (

@@ -6,7 +6,9 @@ requests are taken, running answers may end for a while, and the exit status is 
 
 import asyncio
 import contextlib
+import errno
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -96,6 +98,32 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+def open_listener(host: str, port: int) -> socket.socket:
+    """A socket bound to this address of this machine.
+
+    Raises:
+        UserError: it cannot be; with the reason and what to give instead.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise UserError(_not_bound(host, port, error)) from None
+    return listener
+
+
+def _not_bound(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port={port}: another program listens there. Give another: port={port + 1 if port < 65535 else 8000}"
+    if error.errno == errno.EACCES:
+        return f"port={port}: ports below 1024 are reserved for root. Give another: port=8000"
+    if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or isinstance(error, socket.gaierror):
+        return f"host={host}: this machine has no such address (ip addr lists them). host=0.0.0.0 is all of them."
+    return f"host={host}, port={port}: cannot listen there: {error.strerror}."
+
+
 def serve(
     state: State,
     load: Callable[[], Service],
@@ -107,7 +135,7 @@ def serve(
     """Listen, load, answer, until a signal comes.
 
     Raises:
-        UserError: the port is taken. Whatever `load` raises.
+        UserError: the port is taken, or the address is not this machine's. Whatever `load` raises.
     """
     PatientProtocol.seconds = state.limits.seconds
     config = uvicorn.Config(
@@ -117,10 +145,7 @@ def serve(
         h11_max_incomplete_event_size=64 << 10,
     )  # fmt: skip
     server, failures = Server(config, state, stop_seconds), list[BaseException]()
-    try:
-        listener = config.bind_socket()
-    except SystemExit:
-        raise UserError(f"port={port}: another program listens there. Give another: port={port + 1}") from None
+    listener = open_listener(host, port)
 
     def load_beside() -> None:
         try:
