@@ -57,6 +57,12 @@ source_hash() {
         LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16
 }
 
+# commit: of this checkout; SOURCE_COMMIT= where git does not see it (docker/in-image)
+commit() {
+    git rev-parse HEAD >/dev/null 2>&1 || { echo "${SOURCE_COMMIT:-}" && return; }
+    echo "$(git rev-parse HEAD)$([ -z "$(git status --porcelain --untracked-files=no)" ] || echo -dirty)"
+}
+
 # keeps_both: does the engine keep, and count, an image packed and unpacked?
 keeps_both() { docker info --format '{{.DriverStatus}}' 2>/dev/null | grep -q io.containerd.snapshotter; }
 

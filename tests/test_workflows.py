@@ -133,7 +133,9 @@ def test_they_type_what_a_person_types(workflow: str, command: str) -> None:
 def test_each_does_what_it_is_for() -> None:
     typed = {path.stem: [command.split()[0] for stem, command in made() if stem == path.stem] for path in FILES}
     assert {"lint", "lock-check", "test", "demo", "image", "image-test"} <= set(typed["cpu"])
-    assert {"image", "doctor", "train", "compare", "export", "image-test"} <= set(typed["gpu"])
+    assert {"image", "doctor", "train", "compare", "export", "verify"} <= set(typed["gpu"])
+    gpu = (ROOT / ".github/workflows/gpu.yml").read_text()
+    assert "docker/in-image python docker/verify.py" in gpu and "docker/in-image python -m pytest" in gpu
     assert typed["publish"] == ["image", "verify-image", "image-test"]
     kept = [
         step["with"]["path"] for step in steps(ROOT / ".github/workflows/gpu.yml") if "upload" in step.get("uses", "")
