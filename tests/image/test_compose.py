@@ -143,6 +143,7 @@ def inspect(empty: House, service: str) -> dict[str, Any]:
         return dict(json.loads(found.stdout)[0])
     finally:
         subprocess.run(["docker", "rm", "-f", name], capture_output=True, check=True)
+        subprocess.run([*COMPOSE, "down"], **empty.how())  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("service", sorted(VERBS))
@@ -153,7 +154,8 @@ def test_the_cage_is_the_engines_too(empty: House, service: str) -> None:
     assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"] and not host["Privileged"]
     assert host["SecurityOpt"] == ["no-new-privileges:true"]
     assert host["PidsLimit"] == 8192 and host["ShmSize"] == 8 << 30
-    assert host["NetworkMode"] == ("bridge" if VERBS[service].network == "yes" else "none")
+    networks = {"yes": "bridge", "port": f"{COMPOSE[-1]}_serve"}
+    assert host["NetworkMode"] == networks.get(VERBS[service].network, "none")
     assert found["Config"]["User"] == "4242:4242" and found["Config"]["StopTimeout"] == 300
     mounts = {mount["Destination"]: mount["RW"] for mount in found["Mounts"]}
     for folder in ("data", "models", "runs"):
