@@ -61,3 +61,19 @@ def test_too_little_memory_is_a_sentence(house: House) -> None:
         house, *words, folders=("data", "models", "runs"), options=("-m", "1500m", "--memory-swap", "1500m")
     )
     assert status == 2 and "GB of memory on this CPU" in said, said
+
+
+@pytest.mark.parametrize("memory", ["1g", "2500m"])
+def test_it_fits_or_says_so_but_is_never_killed(house: House, memory: str) -> None:
+    """Each command in a container of this size: status 137 would be the kernel's."""
+    limit = ("-m", memory, "--memory-swap", memory)
+    asked = (
+        ["doctor", "MODEL=base"],
+        WORDS,
+        ["export", "run=plain"],
+        ["infer", "run=plain", "PROMPT=Hi", "max_tokens=4"],
+    )
+    for words in asked:
+        status, said = plain(house, *words, folders=("data", "models", "runs"), options=limit)
+        assert status in (0, 2), (words[0], status, said)
+        assert status == 0 or "memory" in said or not (house.root / "runs/plain/run.json").exists(), (words[0], said)
