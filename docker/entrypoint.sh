@@ -67,10 +67,19 @@ lasting() {
     problem "$path is no mount: what is written there would vanish with the container." "-v \"\$PWD/$1:$work/$1\"; or -e KEEP=no, to try something out"
 }
 
+# owner: the words for --user that make a container's program you. Under a rootless engine that is uid 0, which the map
+# of uids shows: 0 is one uid of the host, other than 0.
+owner() {
+    local first outside count
+    read -r first outside count <"${UID_MAP:-/proc/self/uid_map}" || true
+    # shellcheck disable=SC2016  # the person's shell expands it
+    if [ "$first $count" = "0 1" ] && [ "$outside" != 0 ]; then echo 0:0; else echo '"$(id -u):$(id -g)"'; fi
+}
+
 readable() {
     local path=$work/$1
     [ ! -d "$path" ] || { [ -r "$path" ] && [ -x "$path" ]; } ||
-        problem "$path is not readable for user $(id -u)." "on the host: chmod -R a+rX $1; or run as its owner: --user \"\$(id -u):\$(id -g)\""
+        problem "$path is not readable for user $(id -u)." "on the host: chmod -R a+rX $1; or run as its owner: --user $(owner)"
 }
 
 # By writing: a read-only mount, a full disk and another owner all leave the permission bits as they were.
@@ -81,7 +90,7 @@ writable() {
         problem "$path is mounted read-only." "mount it without :ro: -v \"\$PWD/$1:$path\""
         return
     fi
-    problem "$path is not writable for user $(id -u)." "mount a folder of yours and run as yourself: -v \"\$PWD/$1:$path\" --user \"\$(id -u):\$(id -g)\"; is the disk full?"
+    problem "$path is not writable for user $(id -u)." "mount a folder of yours and run as yourself: -v \"\$PWD/$1:$path\" --user $(owner); is the disk full?"
 }
 
 # writable_tmp: HOME and every cache are there

@@ -79,6 +79,22 @@ def test_a_folder_that_cannot_be_written_is_told_with_its_remedy(
     assert enter(work, "doctor").returncode == 0  # tells it in its own words
 
 
+@pytest.mark.parametrize(
+    ("uids", "user"),
+    [
+        ("0 0 4294967295\n", '"$(id -u):$(id -g)"'),
+        ("0 1000 1\n1 200000 65536\n", "0:0"),  # a rootless engine's
+        ("0 100000 65536\n", '"$(id -u):$(id -g)"'),  # userns-remap: uid 0 is nobody of the host
+    ],
+)
+def test_the_remedy_names_the_user_that_is_you(work: Path, uids: str, user: str) -> None:
+    (work / "uid_map").write_text(uids)
+    (work / "runs").rmdir()
+    (work / "runs").touch()
+    done = enter(work, "train", UID_MAP=str(work / "uid_map"))
+    assert done.returncode == 2 and f"--user {user}; is the disk full" in done.stderr, done.stderr
+
+
 def test_nothing_is_left_behind(work: Path) -> None:
     enter(work, "train")
     enter(work, "model")
