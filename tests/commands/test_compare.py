@@ -17,6 +17,8 @@ from train.commands import export
 from train.commands.compare import Options, run, shorten, table
 from train.common.errors import UserError
 from train.common.files import sha256
+from train.data.checked import conversations
+from train.data.tokens.chat_template import render
 from train.evaluation.report import AnsweredQuestion
 from train.inference.generate import answers
 from train.model import lora
@@ -143,8 +145,46 @@ def test_held_out_questions_are_asked_first_and_marked(tmp_path: Path, capsys: A
     assert "nothing to do" in (again := capsys.readouterr().out) and "† held out" in again
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert f"| {DATA[1][0]} † |" in report and "† = held out: neither it nor" in report
-    assert "| held-out loss before and after | 4.0000, 2.5000, of 1 conversations |" in report
+    assert "| held-out loss before training and after the last step | 4.0000, 2.5000, of 1 conversations |" in report
     assert "| rows left out by cleaning | tokens 1; 3 stay |" in report
+
+
+def test_scores_are_measured_of_both_models_kept_and_shown(tmp_path: Path, capsys: Any) -> None:
+    """The held-out loss is that of plain torch over the answer; the answer of the data is the reference."""
+    folder, base = tiny_run(tmp_path), tmp_path / "models" / "base-Int4"
+    set_aside(folder)
+    record = json.loads((folder / "run.json").read_text())
+    record["recipe"]["length"] = 256
+    (folder / "run.json").write_text(json.dumps(record))
+    compare(folder)
+    found = json.loads((folder / "scores.json").read_text())
+    tokenizer, recipe = load_tokenizer(base), json.loads((folder / "run.json").read_text())["recipe"]
+    conversation = conversations.load(folder / "held_out.jsonl")[0]
+    ids, mask = render(conversation, tokenizer, system=recipe["system"])
+    ids, mask = ids[: recipe["length"]], mask[: recipe["length"]]
+    plain = load(base, torch.float32)
+    for name in ("before", "after"):
+        model = plain if name == "before" else lora.load_adapter(plain, folder / "adapter").eval()
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        wanted = losses[torch.tensor(mask[1:]).bool()].mean()
+        assert found["held_out"][name] == pytest.approx(float(wanted), rel=1e-4), name
+    assert found["held_out"]["interval"] is None, "one conversation says nothing about how much they vary"
+    assert found["general"]["texts"] == 24 and len(found["general"]["interval"]) == 2
+    assert found["answers"]["references"] == 1 and found["answers"]["answers"] == 3
+    printed = capsys.readouterr().out
+    for text in ("held-out loss", "loss on general text", "chrF, held-out answers", "repeated 4-word"):
+        assert text in printed and text in (folder / "report.md").read_text(encoding="utf-8")
+        assert text in (folder / "report.html").read_text(encoding="utf-8")
+    assert "answers were cut off: give MAX_TOKENS= more" in printed
+    compare(folder)
+    assert "chrF, held-out answers" in capsys.readouterr().out, "kept scores are shown again"
+
+
+def test_a_run_without_held_out_conversations_says_how_to_get_them(tmp_path: Path, capsys: Any) -> None:
+    compare(tiny_run(tmp_path))
+    printed = capsys.readouterr().out
+    assert "train with held_out=0.05" in printed and "BLEU" not in printed and "loss on general text" in printed
 
 
 def test_a_question_of_a_file_is_marked_by_what_the_run_did_with_it(tmp_path: Path) -> None:

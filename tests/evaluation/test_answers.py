@@ -64,6 +64,16 @@ def test_questions_of_other_shapes(tmp_path: Path) -> None:
     assert read_questions(tmp_path / "q.txt") == ["[sic] what?", "next"]
 
 
+SIDE = {"characters": 1.0, "lists": 0.0, "repeated": 0.0, "json": None}
+COUNTS = {"answers": 1, "references": 0, "json": 0, "cut": 0}
+SCORES = {
+    "confidence": 0.95,
+    "words": "characters",
+    "set_aside": 1,
+    "answers": {**COUNTS, "before": SIDE, "after": SIDE},
+}
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
 def test_a_separator_inside_a_line_does_not_end_it(tmp_path: Path, separator: str) -> None:
     text = f"one{separator}two"
@@ -83,9 +93,10 @@ def test_answers_with_a_separator_are_read_back(
     row = {"question": f"q{separator}r", "before": "a", "after": "b", "seen": False}
     (run / "answers.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     (run / "compare.json").write_text(json.dumps(inputs))
+    write_json(run / "scores.json", SCORES)
     for name in ("loss.png", "report.md"):
         (run / name).touch()
-    assert answers.read_answers(run, inputs) == [AnsweredQuestion(f"q{separator}r", "a", "b", False)]
+    assert answers.read_answers(run, inputs) == ([AnsweredQuestion(f"q{separator}r", "a", "b", False)], SCORES)
 
 
 # Several files, or a folder, as DATA
@@ -144,15 +155,19 @@ def test_each_of_several_files_may_have_its_questions(
         ("answers.jsonl", '{"question": "another", "before": "a", "after": "b", "seen": false}\n'),
         ("compare.json", "{"),
         ("compare.json", "null"),
+        ("scores.json", "{"),
+        ("scores.json", '{"answers": {}}'),
+        ("scores.json", "[]"),
     ],
 )
 def test_damaged_answers_are_asked_again(tmp_path: Path, name: str, content: str) -> None:
     row = {"question": "q", "before": "a", "after": "b", "seen": False}
     (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "compare.json").write_text('{"questions": ["q"]}')
+    write_json(tmp_path / "scores.json", SCORES)
     for other in ("loss.png", "report.md"):
         (tmp_path / other).touch()
-    assert answers.read_answers(tmp_path, {"questions": ["q"]}) == [AnsweredQuestion("q", "a", "b", False)]
+    assert answers.read_answers(tmp_path, {"questions": ["q"]}) == ([AnsweredQuestion("q", "a", "b", False)], SCORES)
     (tmp_path / name).write_text(content)
     assert answers.read_answers(tmp_path, {"questions": ["q"]}) is None
 

@@ -52,8 +52,26 @@ def test_the_report_has_every_answer_in_full_as_valid_markdown(tmp_path: Path) -
     ]
     parity = {"agreement": 1.0, "tokens": 9, "divergence": 1e-7}
     manifest = {"parity": {"against": "the adapter on base", **parity, "without_adapter": parity}}
-    write_report(run / "report.md", record, LOSSES, answered, "the merged model", manifest)
+    side = {
+        "characters": 3.0,
+        "lists": 0.5,
+        "repeated": 0.0,
+        "json": None,
+        "bleu": 12.34,
+        "chrf": 20.0,
+        "rouge_l": 30.0,
+    }
+    loss = {"texts": 9, "tokens": 90, "before": 2.5, "after": 2.0, "interval": [-0.7, -0.3]}
+    counts = {"answers": 2, "references": 1, "json": 0, "cut": 1}
+    found = {"confidence": 0.95, "words": "characters", "set_aside": 1, "held_out": loss}
+    found["answers"] = {**counts, "before": side, "after": side}
+    write_report(run / "report.md", record, LOSSES, answered, found, "the merged model", manifest)
     text = (run / "report.md").read_text(encoding="utf-8")
     assert "| a \\| b? | line<br>next &lt;b> \\`x\\` | " + "x" * 900 + " |" in text
+    assert "| held-out loss | 9 | 2.500 | 2.000 | -0.500 (-0.700 to -0.300) |" in text
+    assert (
+        "| BLEU, held-out answers | 1 | 12.3 | 12.3 |  |" in text and "| answers that are lists | 2 | 50% | 50%" in text
+    )
+    assert "1 of 4 answers were cut off" in text
     assert "| 新问题？ * | 前 | 后 |" in text and "](loss.png)" in text
     assert "rank: 4\n" in text and "make infer RUN=tiny" in text and "100.00% of 9 answer tokens" in text

@@ -1,7 +1,7 @@
 """The same questions to the base and to the trained model: the questions, the two models, and the files of answers.
 
-Answers are greedy, so equal inputs give equal answers. answers.jsonl, loss.png and report.md go into the run's folder;
-compare.json, written last, holds the inputs of the comparison. Knows nothing of options and tables.
+Answers are greedy, so equal inputs give equal answers. answers.jsonl, scores.json, loss.png and report.md go into the
+run's folder; compare.json, written last, holds the inputs of the comparison. Knows nothing of options and tables.
 """
 
 import json
@@ -22,14 +22,15 @@ from train.data.files.questions import read as read_question_file
 from train.data.streams.streamed import take
 from train.evaluation.parity import BUILTIN_QUESTIONS
 from train.evaluation.report import AnsweredQuestion, draw_losses, write_report
+from train.evaluation.scores import rows as score_table
 from train.inference.generate import CUT, answers
 from train.model.adapter_file import check_present
 from train.model.folder import find_damage, read_manifest
 from train.model.loading import fits, keeps_float, load
 from train.model.lora import load_adapter
-from train.model.tokenizer import load_tokenizer
+from train.model.tokenizer import Tokenizer
 from train.runs import losses
-from train.runs.folder import HELD_OUT, LOSSES, REMOVED
+from train.runs.folder import HELD_OUT, LOSSES, REMOVED, SCORES
 from train.runs.record_form import PARITY, find_problem
 
 DATA_QUESTIONS = 8  # questions taken from the training data when no file of questions is given
@@ -70,20 +71,22 @@ def find_pair(run: Path, base: Path) -> ModelPair:
     return ModelPair(base, adapter, merged)
 
 
-def find_questions(path: str, record: dict[str, Any], run: Path) -> tuple[list[str], str]:
+def find_questions(
+    path: str, record: dict[str, Any], run: Path, held_out: int = DATA_QUESTIONS
+) -> tuple[list[str], str]:
     """The questions for a run, and where they are from.
 
-    They are those of the file `path`. Without one, the first that were held out; then those of DATA_questions.txt, .jsonl or .json beside the run's data (of
+    They are those of the file `path`. Without one, the first `held_out` that were held out; then those of DATA_questions.txt, .jsonl or .json beside the run's data (of
     several files each may have its own); without that, the first that were trained on; and where the data is missing
     or has changed, the built-in ones.
     """
     if path:
         return read_questions(Path(path)), path
     questions, source = _questions_of_data(record, run)
-    held_out = list(dict.fromkeys(c.turns[0].text for c in held_out_conversations(record, run)))[:DATA_QUESTIONS]
-    if held_out:
-        source = f"{len(held_out)} held out, then {source}"
-    return [*held_out, *(question for question in questions if question not in held_out)], source
+    aside = list(dict.fromkeys(c.turns[0].text for c in held_out_conversations(record, run)))[:held_out]
+    if aside:
+        source = f"{len(aside)} held out, then {source}"
+    return [*aside, *(question for question in questions if question not in aside)], source
 
 
 def _questions_of_data(record: dict[str, Any], run: Path) -> tuple[list[str], str]:
@@ -154,15 +157,15 @@ def read_questions(path: Path) -> list[str]:
 
 
 def answer_questions(
-    pair: ModelPair,
-    trained: bool,
+    model: nn.Module,
+    tokenizer: Tokenizer,
     questions: Sequence[str],
     recipe: dict[str, Any],
     max_tokens: int,
     batch: int,
     on_answers: Callable[[int], None],
 ) -> list[str]:
-    """Answers of the base or of the trained model, which is loaded for this call only. An answer that is cut ends with …
+    """Answers of a model, in the order of the questions. An answer that is cut ends with …
 
     A question that fills the model's context is not asked, and its answer says so.
 
@@ -170,7 +173,6 @@ def answer_questions(
         recipe: the run's, for its system message and template.
         on_answers: called with the number of new answers, after each batch.
     """
-    model, tokenizer = _load_model(pair, trained), load_tokenizer(pair.base)
     reported = 0
 
     def report_new(answered: int, total: int) -> None:
@@ -192,7 +194,8 @@ def answer_questions(
     )
 
 
-def _load_model(pair: ModelPair, trained: bool) -> nn.Module:
+def load_model(pair: ModelPair, trained: bool) -> nn.Module:
+    """The base, or the trained model, on the device that computes."""
     device = pick_device()
     dtype = pick_dtype(device)
     if trained and pair.merged:
@@ -214,12 +217,13 @@ def answered_questions(
     ]
 
 
-def comparison_inputs(pair: ModelPair, questions: Sequence[str], max_tokens: int) -> dict[str, Any]:
+def comparison_inputs(pair: ModelPair, questions: Sequence[str], max_tokens: int, words: str) -> dict[str, Any]:
     """Everything that the answers depend on, as compare.json keeps it."""
     weights = pair.merged / "manifest.json" if pair.merged else pair.adapter / "adapter_model.safetensors"
     return {
         "questions": list(questions),
         "max_tokens": max_tokens,
+        "words": words,
         "device": pick_device().type,
         "after": pair.trained_name,
         "weights": sha256(weights),
@@ -227,34 +231,38 @@ def comparison_inputs(pair: ModelPair, questions: Sequence[str], max_tokens: int
     }
 
 
-def read_answers(run: Path, inputs: dict[str, Any]) -> list[AnsweredQuestion] | None:
-    """The stored answers of the run, if they were made with the same `inputs` and all files exist; else None."""
-    files = ("compare.json", "answers.jsonl", "loss.png", "report.md")
+def read_answers(run: Path, inputs: dict[str, Any]) -> tuple[list[AnsweredQuestion], dict[str, Any]] | None:
+    """The stored answers and scores of the run, if they were made with the same `inputs` and all files exist; else None."""
+    files = ("compare.json", "answers.jsonl", SCORES, "loss.png", "report.md")
     if not all((run / name).is_file() for name in files):
         return None
     try:
         if read_json(run / "compare.json") != inputs:
             return None
         answered = [AnsweredQuestion(**row) for row in read_json_lines(run / "answers.jsonl")]
-    except (ValueError, TypeError, RecursionError):  # damaged: the questions are asked again
+        scores = read_json(run / SCORES)
+        score_table(scores)
+    except (ValueError, TypeError, KeyError, RecursionError):  # damaged: the questions are asked again
         return None
     whole = all(isinstance(text, str) for one in answered for text in (one.question, one.before, one.after))
-    return answered if whole and [one.question for one in answered] == inputs["questions"] else None
+    return (answered, scores) if whole and [one.question for one in answered] == inputs["questions"] else None
 
 
 def write_answers(
     run: Path,
     record: dict[str, Any],
     answered: Sequence[AnsweredQuestion],
+    scores: dict[str, Any],
     pair: ModelPair,
     inputs: dict[str, Any],
 ) -> None:
-    """answers.jsonl, loss.png, report.md, and last compare.json."""
+    """answers.jsonl, scores.json, loss.png, report.md, and last compare.json."""
     write_text(run / "answers.jsonl", "".join(f"{json.dumps(_row(one), ensure_ascii=False)}\n" for one in answered))
+    write_json(run / SCORES, scores)
     rows = read_losses(run, record)
     draw_losses(rows, run.name, run / "loss.png")
     manifest = read_manifest(pair.merged) if pair.merged else None
-    write_report(run / "report.md", record, rows, answered, pair.trained_name, manifest)
+    write_report(run / "report.md", record, rows, answered, scores, pair.trained_name, manifest)
     write_json(run / "compare.json", inputs)
 
 

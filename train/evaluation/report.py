@@ -16,6 +16,7 @@ from typing import Any
 from train.common import commands
 from train.common.files import write_text
 from train.data.origins.sources import short_name
+from train.evaluation import scores
 from train.runs.losses import held_out
 
 WINDOW_SHARE = 15  # the running mean reaches this share of all steps, 1 / 15, to either side
@@ -134,13 +135,14 @@ def write_report(
     record: dict[str, Any],
     losses: Sequence[dict[str, Any]],
     answered: Sequence[AnsweredQuestion],
+    found: dict[str, Any],
     trained_name: str,
     merged: dict[str, Any] | None,
 ) -> None:
-    """Write report.md: the answers, the loss, the numbers, the recipe, the commands.
+    """Write report.md: the scores, the answers, the loss, the numbers, the recipe, the commands.
 
     Args:
-        record: run.json.
+        record: run.json. found: scores.json.
         trained_name: the model that gave the answers after training.
         merged: the manifest of the export, if there is one.
     """
@@ -148,6 +150,7 @@ def write_report(
     values = smoothed([row["loss"] for row in losses])
     trained = f"`{recipe['model']}` trained on `{short_name(record['data']['path'])}`"
     sections = {
+        "Scores": _scores(found),
         "Before and after": _before_and_after(answered, trained_name),
         "Loss": ["![The loss of each step, its running mean, and the learning rate](loss.png)"],
         "Numbers": _table(("", ""), _facts(record, losses, merged)),
@@ -158,6 +161,12 @@ def write_report(
     for title, body in sections.items():
         lines += ["", f"## {title}", "", *body]
     write_text(path, "\n".join(lines) + "\n")
+
+
+def _scores(found: dict[str, Any]) -> list[str]:
+    table = [(scores.name(row), str(row.count), row.before, row.after, row.change) for row in scores.rows(found)]
+    remarks = [line for remark in scores.remarks(found) for line in ("", remark)]
+    return [*_table([english for english, _ in scores.HEAD], table), *remarks]
 
 
 def _before_and_after(answered: Sequence[AnsweredQuestion], trained_name: str) -> list[str]:
@@ -210,9 +219,8 @@ def _facts_of_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("rows left out by cleaning", f"{counts}; {cleaned['kept']} stay"))
     if held_out := record.get("held_out"):
         loss, count = held_out["loss"], held_out["conversations"]
-        facts.append(
-            ("held-out loss before and after", f"{loss['before']:.4f}, {loss['last']:.4f}, of {count} conversations")
-        )
+        measured = f"{loss['before']:.4f}, {loss['last']:.4f}, of {count} conversations"
+        facts.append(("held-out loss before training and after the last step", measured))
         if loss.get("best") is not None:
             kept = "; the adapter is that one" if held_out["adapter_step"] == held_out["best_step"] else ""
             facts.append(("least held-out loss", f"{loss['best']:.4f} after step {held_out['best_step']}{kept}"))

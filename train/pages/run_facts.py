@@ -14,9 +14,10 @@ from typing import Any
 
 from train.common.errors import UserError
 from train.common.files import read_json, read_json_lines
+from train.evaluation import scores
 from train.evaluation.report import AnsweredQuestion, smoothed
 from train.runs import losses
-from train.runs.folder import ANSWERS, CHECKPOINTS, INPUTS, LOSSES, RECORD, is_locked, read_run
+from train.runs.folder import ANSWERS, CHECKPOINTS, INPUTS, LOSSES, RECORD, SCORES, is_locked, read_run
 from train.runs.record_form import INPUTS as INPUTS_FORM
 from train.runs.record_form import PARITY, find_problem
 
@@ -58,6 +59,7 @@ class RunFacts:
     starts: list[dict[str, Any]]
     answers: Sequence[AnsweredQuestion]
     answered_by: str
+    scores: dict[str, Any] | None  # scores.json
     parity: dict[str, Any] | None  # of the export
     damage: list[str] = field(default_factory=list)
     stages: list["RunFacts"] = field(default_factory=list)
@@ -100,6 +102,7 @@ def collect(run: Path) -> RunFacts:
         starts=record.get("starts", []) if record else starts,
         answers=answers,
         answered_by=answered_by,
+        scores=_scores(run, damage) if answers else None,
         parity=_parity(run),
         damage=damage,
         stages=[collect(stage) for stage in _stages(run)],
@@ -192,6 +195,19 @@ def _answers(run: Path, damage: list[str]) -> tuple[list[AnsweredQuestion], str]
         pass
     damage.append(f"{ANSWERS} is damaged: `compare` asks the questions again.")
     return [], ""
+
+
+def _scores(run: Path, damage: list[str]) -> dict[str, Any] | None:
+    """What `compare` measured; None if it was an older one."""
+    if not (run / SCORES).is_file():
+        return None
+    try:
+        found: dict[str, Any] = read_json(run / SCORES)
+        scores.rows(found)
+        return found
+    except (ValueError, TypeError, KeyError, RecursionError):
+        damage.append(f"{SCORES} is damaged: `compare` measures it again.")
+        return None
 
 
 def _parity(run: Path) -> dict[str, Any] | None:

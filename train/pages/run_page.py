@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from train.common import commands
+from train.evaluation import scores
 from train.evaluation.report import legend
 from train.pages import charts, page, run_facts
 from train.pages.charts import Chart, Line
@@ -37,12 +38,20 @@ def write(run: Path) -> Path:
         tiles=_tiles(facts),
         data=_data(facts),
         legend=legend(facts.answers),
+        scores=_scores(facts),
+        scores_head=scores.HEAD[1:],
         starts=[{**start, "when": _when(start.get("began"))} for start in facts.starts],
         provenance=_provenance(facts),
         recipe={key: as_text(value) for key, value in facts.recipe.items()},
         commands=[*(commands.make(verb, run=run.name) for verb in VERBS), commands.make("doctor", log="train.log")],
     )
     return path
+
+
+def _scores(run: RunFacts) -> list[tuple[tuple[str, str], list[str]]]:
+    """Rows of what was measured: its name in English and Chinese, and the texts in the columns of scores.HEAD."""
+    rows = scores.rows(run.scores) if run.scores else []
+    return [(scores.NAMES[row.key], [str(row.count), row.before, row.after, row.change]) for row in rows]
 
 
 def _charts(curves: Curves) -> dict[str, Chart]:

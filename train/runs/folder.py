@@ -31,6 +31,7 @@ CHECKPOINTS = "checkpoints"  # step-000123/
 ADAPTER = "adapter"  # in the files that peft reads
 RECORD = "run.json"  # written last: its presence means that the run is finished
 ANSWERS = "answers.jsonl"  # before and after, by `compare`
+SCORES = "scores.json"  # of both models, by `compare`
 REPORT = "report.html"  # the page about the run
 
 TOKENS = ".cache/tokens"  # beside the runs: tokens of large data, which several runs share
