@@ -211,6 +211,20 @@ def test_the_adapter_alone_names_its_base_by_its_id(tmp_path: Path) -> None:
     assert (found["license"], found["license_link"]) == ("apache-2.0", "LICENSE") and (made / "LICENSE").is_file()
 
 
+@pytest.mark.parametrize(("form", "made", "link"), [("gptq", "gptq", "base/LICENSE"), ("adapter", "peft", "LICENSE")])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+def test_the_licence_of_an_unknown_base_is_linked_where_it_is(
+    tmp_path: Path, layout: str, form: str, made: str, link: str
+) -> None:
+    """The base is not in the lock: only its LICENSE file tells that there is a licence."""
+    folder = tiny_run(tmp_path, layout)
+    (tmp_path / "models" / "base-Int4" / "LICENSE").write_text("the licence")
+    export(folder, format=form)
+    found = card(folder / made)
+    assert (found["license"], found["license_link"]) == ("other", link)
+    assert (folder / made / link).read_text() == "the licence"
+
+
 def test_the_card_tells_what_the_run_measured_and_how_it_is_made_again(tmp_path: Path) -> None:
     folder = tiny_run(tmp_path, "qwen2")
     record = read_json(folder / "run.json")

@@ -23,6 +23,7 @@ from train.model.folder import read_manifest
 README = "README.md"
 HUB = "https://huggingface.co"
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
+PACKED_BASE = "base"  # folder of the base in an export with FORMAT=gptq
 SAMPLE = 200  # conversations whose texts tell the languages
 MADE_HERE = re.compile(r"(-Qwen[12])?(-GPTQ)?-Int[48]$")  # what `quantize` adds to a name
 KNOWN_LICENSES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}  # name in the lock -> identifier of the hubs
@@ -89,7 +90,9 @@ def metadata(source: CardSource) -> dict[str, Any]:
     """The YAML at the top of a card, as the hubs define it."""
     name, link = license_of(source.base)
     identifier = KNOWN_LICENSES.get(name, "other")
-    card: dict[str, Any] = {"license": identifier} if name else {}
+    if source.contents == "packed" and link in LICENSE_FILES:
+        link = f"{PACKED_BASE}/{link}"  # the card is beside the folder of the base, which has the file
+    card: dict[str, Any] = {"license": identifier} if name or link else {}
     if name and identifier == "other":
         card["license_name"] = name.lower().replace(" ", "-")
     if link:
