@@ -35,6 +35,7 @@ class CardSource:
 
     contents: merged, adapter, or packed (the base that was trained on, with the adapter beside it).
     options: of the export command, beside run=. use: title of a program -> the lines with which it uses the folder.
+    parity: the passport in a line (see passport.py); empty where none was issued.
     """
 
     record: dict[str, Any]
@@ -42,6 +43,7 @@ class CardSource:
     contents: str
     options: dict[str, str]
     use: dict[str, str]
+    parity: str = ""
 
 
 def base_id(base: Path) -> str:
@@ -151,6 +153,7 @@ def _text(source: CardSource) -> str:
     lines += [f"* data: {short_name(record['data']['path'])}, sha256 {record['data']['sha256']}"]
     lines += [_training(record, recipe), _prompt(recipe)]
     lines += [f"* {one['name'].lower()}: {one['value']}" for one in _metrics(record)]
+    lines += [f"* {source.parity}"] if source.parity else []
     lines += ["", "## Use", ""]
     for program, command in source.use.items():
         lines += [f"{program}:", "", *(f"    {line}" for line in command.split("\n")), ""]
