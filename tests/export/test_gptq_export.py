@@ -15,7 +15,7 @@ from train.common.errors import UserError
 from train.common.files import read_json, write_json
 from train.config.options import build
 from train.data.tokens.chat_template import chat_template
-from train.export import gptq_export
+from train.export import adapter_export, gguf_export, gptq_export, merge
 from train.export.adapter_export import write_adapter
 from train.export.gptq_export import base_blocks, new_names, relaid, vllm_command
 from train.export.model_card import CardSource, base_id, languages, license_of, metadata
@@ -168,6 +168,18 @@ def test_nothing_is_left_of_a_stopped_export_and_the_disk_is_asked_first(
         patch.setattr(gptq_export, "free_bytes", lambda path: 10**6)
         with pytest.raises(UserError, match=r"GB of disk, 0\.0 GB are free"):
             export(folder, format="gptq")
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(("form", "writer"), [("adapter", adapter_export), ("gguf", gguf_export), ("hf", merge)])
+def test_the_disk_is_asked_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, writer: Any
+) -> None:
+    folder = tiny_run(tmp_path)
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(writer, "free_bytes", lambda path: 10**6)
+    with pytest.raises(UserError, match=r"GB of disk, 0\.0+ GB are free"):
+        export(folder, format=form)
     assert sorted(folder.iterdir()) == before
 
 
