@@ -15,7 +15,7 @@ from train.common.errors import UserError
 from train.common.files import read_json, write_json
 from train.config.options import build
 from train.data.tokens.chat_template import chat_template
-from train.export import gptq_export
+from train.export import adapter_export, gguf_export, gptq_export, merge
 from train.export.adapter_export import write_adapter
 from train.export.gptq_export import base_blocks, new_names, relaid, vllm_command
 from train.export.model_card import CardSource, base_id, languages, license_of, metadata
@@ -171,6 +171,18 @@ def test_nothing_is_left_of_a_stopped_export_and_the_disk_is_asked_first(
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.parametrize(("form", "writer"), [("adapter", adapter_export), ("gguf", gguf_export), ("hf", merge)])
+def test_the_disk_is_asked_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, writer: Any
+) -> None:
+    folder = tiny_run(tmp_path)
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(writer, "free_bytes", lambda path: 10**6)
+    with pytest.raises(UserError, match=r"GB of disk, 0\.0+ GB are free"):
+        export(folder, format=form)
+    assert sorted(folder.iterdir()) == before
+
+
 def test_a_changed_code_is_found_before_the_folder_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +221,20 @@ def test_the_adapter_alone_names_its_base_by_its_id(tmp_path: Path) -> None:
         "peft",
     )
     assert (found["license"], found["license_link"]) == ("apache-2.0", "LICENSE") and (made / "LICENSE").is_file()
+
+
+@pytest.mark.parametrize(("form", "made", "link"), [("gptq", "gptq", "base/LICENSE"), ("adapter", "peft", "LICENSE")])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+def test_the_licence_of_an_unknown_base_is_linked_where_it_is(
+    tmp_path: Path, layout: str, form: str, made: str, link: str
+) -> None:
+    """The base is not in the lock: only its LICENSE file tells that there is a licence."""
+    folder = tiny_run(tmp_path, layout)
+    (tmp_path / "models" / "base-Int4" / "LICENSE").write_text("the licence")
+    export(folder, format=form)
+    found = card(folder / made)
+    assert (found["license"], found["license_link"]) == ("other", link)
+    assert (folder / made / link).read_text() == "the licence"
 
 
 def test_the_card_tells_what_the_run_measured_and_how_it_is_made_again(tmp_path: Path) -> None:

@@ -24,7 +24,15 @@ from train.ops.gptq import quantize as quantize_weight
 
 TOKENIZER = {"qwen.tiktoken", "tokenizer_config.json"}
 WRITTEN = {"README.md", "chat_template.jinja"}
-FILES = {"config.json", "generation_config.json", "manifest.json", "model.safetensors", *TOKENIZER, *WRITTEN}
+FILES = {
+    "passport.json",
+    "config.json",
+    "generation_config.json",
+    "manifest.json",
+    "model.safetensors",
+    *TOKENIZER,
+    *WRITTEN,
+}
 
 
 def ulp(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

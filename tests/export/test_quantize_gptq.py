@@ -119,6 +119,15 @@ def test_a_hessian_that_cannot_be_inverted_gets_more_damping(monkeypatch: pytest
         quantize_linears({"a": torch.randn(32, 64)}, [torch.randn(8, 64)], Scheme(4, 32), CPU)
 
 
+def test_debug_of_other_programs_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x, scheme = torch.randn(32, 64), torch.randn(128, 64), Scheme(4, 32)
+    expected = quantize_linears({"a": weight}, [x], scheme, CPU)["a"]
+    monkeypatch.setenv("DEBUG", "1")
+    found = quantize_linears({"a": weight}, [x], scheme, CPU)["a"]
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert os.environ["DEBUG"] == "1"
+
+
 def test_inputs_and_weights_that_are_not_finite_are_refused() -> None:
     weight, x = torch.randn(32, 64), torch.randn(8, 64)
     with pytest.raises(UserError, match="a: its inputs have infinities"):

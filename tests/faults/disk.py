@@ -1,10 +1,10 @@
 """A disk that fails at a given call: ENOSPC, EIO and SIGKILL at each write, fsync, rename, unlink and mkdir.
 
-    python -m tests.faults.disk [save] [export] [every=1] [json=FILE.jsonl]
+    python -m tests.faults.disk [save] [export] [gguf] [gptq] [adapter] [every=1] [json=FILE.jsonl]
 
-Tried on a save and on an export. One process imports everything with the preloaded shim (shim.c) and forks a child for
-each case, so a case takes milliseconds. After each, the last good state must be there without damage, no half of a new
-one may be visible, and the same action on a working disk must succeed.
+Tried on a save and on an export of each format. One process imports everything with the preloaded shim (shim.c) and
+forks a child for each case, so a case takes milliseconds. After each, the last good state must be there without damage,
+no half of a new one may be visible, and the same action on a working disk must succeed.
 """
 
 import ctypes
@@ -195,48 +195,64 @@ def void(_: object) -> None:
 # --- an export --------------------------------------------------------------------------------------------------------
 
 
-def exporting(workspace: Path) -> Scene:
-    """Write a bfloat16 export over a float16 one. `workspace` has models/ and runs/tiny."""
+FORMATS = {"export": "hf", "gguf": "gguf", "gptq": "gptq", "adapter": "adapter"}  # scene -> format= of the command
+
+
+def export_workspace(root: Path) -> None:
+    """models/, runs/tiny, and runs/other: a copy under another name, whose export replaces that of the first."""
+    from tests.support.runs import tiny_run
+    from train.common.files import read_json, write_json
+
+    tiny = tiny_run(root)
+    other = tiny.with_name("other")
+    shutil.copytree(tiny, other)
+    write_json(other / "run.json", {**read_json(tiny / "run.json"), "run": "other"})
+
+
+def exporting(workspace: Path, form: str) -> Scene:
+    """Export the run `other` over an export of the run `tiny`, in one of FORMATS. `workspace`: see export_workspace."""
     from train.commands import export
     from train.common.files import staged
     from train.model.folder import find_damage, read_manifest
 
-    def act(folder: Path, dtype: str = "bfloat16") -> None:
+    def act(folder: Path, run: str = "other") -> None:
         keys = {
             "models": str(workspace / "models"),
             "runs": str(workspace / "runs"),
-            "out": str(folder / "merged"),
+            "out": str(folder / "out"),
             "verify": 1,
+            "passport": 1,
         }
-        export.run(export.Options(run="tiny", dtype=dtype, **keys))  # type: ignore[arg-type]
+        export.run(export.Options(run=run, format=form, **keys))  # type: ignore[arg-type]
+
+    def damage(out: Path) -> list[str]:
+        parts = [out, *((out / name for name in ("base", "adapter")) if form == "gptq" else ())]
+        if missing := [part.name for part in parts if read_manifest(part) is None]:
+            return [f"{name} has no manifest" for name in missing]
+        return [text for part in parts for text in find_damage(part, read_manifest(part) or {}, full=True)]
 
     def judge(folder: Path) -> str:
-        out = folder / "merged"
+        out = folder / "out"
         with staged(folder / "other") as aside:  # as the next command that writes in this folder does
             (aside / "x").touch()
-        listed = read_manifest(out)
-        if listed is None:
+        if read_manifest(out) is None:
             return f"no export is there: {[path.name for path in folder.iterdir()]}"
-        return "; ".join(find_damage(out, listed, full=True))
+        return "; ".join(damage(out))
 
     def again(folder: Path) -> str:
         status = forked(lambda: act(folder))
         names = sorted(path.name for path in folder.iterdir() if path.name != "other")
-        listed = read_manifest(folder / "merged")
-        good = status == 0 and names == ["merged"] and listed and listed["inputs"]["dtype"] == "bfloat16"
-        return (
-            ""
-            if good and not find_damage(folder / "merged", listed or {}, full=True)
-            else f"again: status {status}, {names}"
-        )
+        listed = read_manifest(folder / "out")
+        good = status == 0 and names == ["out"] and listed and listed["inputs"]["run"] == "other"
+        return "" if good and not damage(folder / "out") else f"again: status {status}, {names}"
 
-    return Scene(lambda folder: act(folder, "float16"), act, judge, again)
+    return Scene(lambda folder: act(folder, "tiny"), act, judge, again)
 
 
 def main(words: list[str]) -> int:
     more = results.words(words)
     every, target = int(more.get("every", 1)), more.get("json", "")
-    names = [word for word in words if "=" not in word] or ["save", "export"]
+    names = [word for word in words if "=" not in word] or ["save", *FORMATS]
     if "SHIM" not in os.environ:
         done = start(names, every, target)
         print(done.stdout + done.stderr, end="")
@@ -247,12 +263,11 @@ def main(words: list[str]) -> int:
     wrong = []
     with tempfile.TemporaryDirectory() as made:
         workspace = Path(made) / "workspace"
-        if "export" in names:
-            from tests.support.runs import tiny_run
-
-            tiny_run(workspace)
+        if FORMATS.keys() & set(names):
+            export_workspace(workspace)
         for name in names:
-            scene = exporting(workspace) if name == "export" else {"save": saving, "careless": careless}[name]()
+            saves = {"save": saving, "careless": careless}
+            scene = exporting(workspace, FORMATS[name]) if name in FORMATS else saves[name]()
             wrong += campaign(name, scene, Path(made) / name, every, target)
     print("\n".join(wrong) or "nothing was lost")
     return 1 if wrong else 0

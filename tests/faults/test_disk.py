@@ -1,4 +1,4 @@
-"""A disk that fails at each call: every fourth call of a save here, all calls of save and export in the slow tests."""
+"""A disk that fails at each call: every fourth call of a save here, all calls of all actions in the slow tests."""
 
 import re
 import shutil
@@ -22,7 +22,7 @@ def test_a_save_that_fails_anywhere_loses_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["save", "export"])
+@pytest.mark.parametrize("name", ["save", *disk.FORMATS])
 def test_every_call_of_it(name: str) -> None:
     done = disk.start([name])
     assert done.returncode == 0, done.stdout + done.stderr

@@ -24,13 +24,13 @@ import torch
 from train.common.commands import make
 from train.common.device import DTYPES, dtype_name
 from train.common.errors import UserError
-from train.common.files import recover, staged
+from train.common.files import read_json, recover, staged, write_json
 from train.common.names import below
 from train.common.progress import bar
 from train.config.options import option
 from train.config.recipe import Recipe
 from train.evaluation.parity import Parity
-from train.export import adapter_export, gguf_export, gptq_export, manifest, merge, verify
+from train.export import adapter_export, gguf_export, gptq_export, manifest, merge, passport, verify
 from train.export.adapter_export import AdapterJob, adapter_rank
 from train.export.gguf_export import GgufJob
 from train.export.gguf_tensors import why_not_q4_0
@@ -39,7 +39,9 @@ from train.export.merge import GB, MergeJob
 from train.export.model_card import CardSource, base_id, write_card
 from train.model.adapter_file import check_present
 from train.model.folder import describe_files, missing_code, read_manifest, resolve, write_manifest
-from train.model.loading import check_folder, read_folder_config
+from train.model.loading import check_folder, load, read_folder_config
+from train.model.lora import load_adapter
+from train.model.tokenizer import load_tokenizer
 from train.runs.folder import read_run
 
 INT4 = "int4"  # ONTO= of the base itself
@@ -67,6 +69,11 @@ class Options:
     shard_size: float = option(4.0, "GB in one file, at most", interval="(0, 1000]")
     verify: int = option(
         30, "conversations of the run's own data on which the result is compared", interval="[1, 1000000]"
+    )
+    passport: int = option(
+        20,
+        "prompts whose greedy answers training and infer must share, in passport.json; 0: none; merged exports only",
+        interval="[0, 64]",
     )
     models: str = option("models", "folder of the models")
     runs: str = option("runs", "folder of the runs")
@@ -114,13 +121,32 @@ def run(options: Options) -> None:
     with staged(out) as temporary:
         with bar("merging", size, "MB", 1e6) as advance:
             merge.write(job, temporary, advance)
-        write_card(temporary, CardSource(record, base, "merged", _typed(options, job), _uses(job.layout)))
+        source = CardSource(record, base, "merged", _typed(options, job), _uses(job.layout))
+        write_card(temporary, replace(source, parity=_issue_passport(options, job, base, record, temporary)))
         with ThreadPoolExecutor(1) as pool:  # the disk works while the answers are compared
             files = pool.submit(describe_files, temporary)
             measured = _compare(verify.prepare(record, base, job, options.verify), temporary)
         verify.require_parity(measured, job.dtype)
         write_manifest(temporary, {"inputs": inputs, "parity": measured}, files.result())
     _report(options, out, job, measured)
+
+
+def _issue_passport(options: Options, job: MergeJob, base: Path, record: dict[str, Any], out: Path) -> str:
+    """Write passport.json of the merged model into `out`; it in words, or nothing where none is wanted."""
+    context = read_folder_config(base)[0].seq_length
+    prompts = passport.choose_prompts(record, load_tokenizer(base), job.template, job.system, context, options.passport)
+    if not prompts.rows:
+        return ""
+    device, dtype = verify.placement(job)
+    keep_float = dtype is torch.float32
+
+    def trained() -> torch.nn.Module:
+        return load_adapter(load(job.weights, dtype, device, keep_float=keep_float), job.adapter).eval()
+
+    with bar("greedy answers", passport.passes(prompts), "answers") as advance:
+        found = passport.issue(lambda: load(out, dtype, device), trained, prompts, advance)
+    write_json(out / passport.PASSPORT, found)
+    return passport.in_words(found)
 
 
 def _export_gguf(options: Options, folder: Path, base: Path, recipe: Recipe) -> None:
@@ -219,6 +245,7 @@ def _export_adapter(options: Options, folder: Path, base: Path, record: dict[str
     if adapter_export.is_written(out, inputs := job.inputs()):
         print(f"{out}: nothing to do, it was exported from these inputs before.")
         return
+    adapter_export.check_space(job, out)
     with staged(out) as temporary:
         adapter_export.write(job, temporary)
         load = f'model = AutoModelForCausalLM.from_pretrained("{job.base_id}")\nmodel = PeftModel.from_pretrained(model, ".")'
@@ -287,6 +314,8 @@ def _report(options: Options, out: Path, job: MergeJob, measured: dict[str, Any]
     print(f"  against {measured['against']}, computed in {measured['computed_in']}: {Parity.from_json(measured)}")
     if options.float_model:
         print(f"  against the adapter on the Int4 base: {Parity.from_json(int4)}")
+    if (out / passport.PASSPORT).is_file():
+        print(f"  {passport.in_words(read_json(out / passport.PASSPORT))}")
     print(f"  for scale, the base without the adapter: {Parity.from_json(without)}")
     if without["divergence"] < 1e-6:
         print("  The adapter changes nothing. See the run's losses, and train longer or with a higher learning_rate.")

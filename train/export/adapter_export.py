@@ -10,8 +10,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from train.common.errors import UserError
-from train.common.files import read_json, sha256, write_json
-from train.export.merge import LEGAL, State
+from train.common.files import free_bytes, read_json, sha256, write_json
+from train.export.merge import GB, LEGAL, State
 from train.model import lora
 from train.model.adapter_file import CONFIG, PREFIX, WEIGHTS, A, B, read_adapter
 from train.model.folder import find_damage, read_manifest
@@ -47,6 +47,17 @@ def is_written(out: Path, inputs: dict[str, Any]) -> bool:
             )
         return False
     return manifest.get("inputs") == inputs and not find_damage(out, manifest, full=False)
+
+
+def check_space(job: AdapterJob, out: Path) -> None:
+    """Raises UserError if the disk of `out` has too little room."""
+    size = sum(path.stat().st_size for path in job.adapter.iterdir() if path.is_file())
+    needed, free = int(1.02 * size) + 10 * 10**6, free_bytes(out)
+    if free < needed:
+        raise UserError(
+            f"{out}: needs {needed / GB:.2f} GB of disk, {free / GB:.2f} GB are free. Free some, or choose another disk "
+            "with out=."
+        )
 
 
 def write(job: AdapterJob, folder: Path) -> None:

@@ -18,6 +18,7 @@ from train.common.files import free_bytes, sha256, write_json
 from train.export.adapter_export import write_adapter
 from train.export.manifest import weight_hashes
 from train.export.merge import GB, LEGAL, NOT_COPIED, PACKED, State, block_files, drop_zero_biases
+from train.export.model_card import PACKED_BASE
 from train.export.prompt_files import write_prompt_files
 from train.model.adapter_file import CONFIG, WEIGHTS
 from train.model.folder import ShardWriter, copy_companions, find_damage, read_manifest, write_manifest
@@ -26,7 +27,7 @@ from train.model.loading import read_folder_config, read_tensors, tensor_files
 from train.model.tokenizer import load_tokenizer
 from train.ops.gptq import Scheme, dequantize
 
-BASE, ADAPTER = "base", "adapter"  # the folders that are written
+BASE, ADAPTER = PACKED_BASE, "adapter"  # the folders that are written
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has as --max-lora-rank
 
 

@@ -8,6 +8,7 @@ scale of a group is searched as for rounding to nearest and has its stored, floa
 
 import importlib
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -82,6 +83,15 @@ def _ready_for(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def _without_debug() -> Iterator[None]:
+    """auto-gptq reads DEBUG, which other programs set too: it would then keep the inputs and compare with outputs that
+    it was not given, which is an error."""
+    with patch.dict(os.environ):
+        os.environ.pop("DEBUG", None)
+        yield
+
+
 def quantize_linears(
     weights: dict[str, Tensor], inputs: Iterable[Tensor], scheme: Scheme, device: torch.device
 ) -> dict[str, State]:
@@ -101,7 +111,8 @@ def quantize_linears(
     one = auto_gptq().GPTQ(layer)
     one.quantizer = SearchedScales(scheme)
     for x in inputs:
-        one.add_batch(x, None)
+        with _without_debug():
+            one.add_batch(x, None)
     first = next(iter(weights))
     if not bool(one.H.diagonal().isfinite().all()):
         raise UserError(f"{first}: its inputs have infinities or NaN in float32. The model is damaged, or diverged.")
@@ -127,7 +138,7 @@ def _round(one: Any, scheme: Scheme, name: str) -> Tensor:
     for damping in DAMPING:
         one.H = hessian  # still has what was added to its diagonal before
         try:
-            with _ready_for(hessian.device):
+            with _ready_for(hessian.device), _without_debug():
                 scales: Tensor = one.fasterquant(blocksize=block, percdamp=damping, group_size=scheme.group_size)[0]
             return scales
         except torch.linalg.LinAlgError:

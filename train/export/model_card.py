@@ -23,6 +23,7 @@ from train.model.folder import read_manifest
 README = "README.md"
 HUB = "https://huggingface.co"
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
+PACKED_BASE = "base"  # folder of the base in an export with FORMAT=gptq
 SAMPLE = 200  # conversations whose texts tell the languages
 MADE_HERE = re.compile(r"(-Qwen[12])?(-GPTQ)?-Int[48]$")  # what `quantize` adds to a name
 KNOWN_LICENSES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}  # name in the lock -> identifier of the hubs
@@ -34,6 +35,7 @@ class CardSource:
 
     contents: merged, adapter, or packed (the base that was trained on, with the adapter beside it).
     options: of the export command, beside run=. use: title of a program -> the lines with which it uses the folder.
+    parity: the passport in a line (see passport.py); empty where none was issued.
     """
 
     record: dict[str, Any]
@@ -41,6 +43,7 @@ class CardSource:
     contents: str
     options: dict[str, str]
     use: dict[str, str]
+    parity: str = ""
 
 
 def base_id(base: Path) -> str:
@@ -89,7 +92,9 @@ def metadata(source: CardSource) -> dict[str, Any]:
     """The YAML at the top of a card, as the hubs define it."""
     name, link = license_of(source.base)
     identifier = KNOWN_LICENSES.get(name, "other")
-    card: dict[str, Any] = {"license": identifier} if name else {}
+    if source.contents == "packed" and link in LICENSE_FILES:
+        link = f"{PACKED_BASE}/{link}"  # the card is beside the folder of the base, which has the file
+    card: dict[str, Any] = {"license": identifier} if name or link else {}
     if name and identifier == "other":
         card["license_name"] = name.lower().replace(" ", "-")
     if link:
@@ -148,6 +153,7 @@ def _text(source: CardSource) -> str:
     lines += [f"* data: {short_name(record['data']['path'])}, sha256 {record['data']['sha256']}"]
     lines += [_training(record, recipe), _prompt(recipe)]
     lines += [f"* {one['name'].lower()}: {one['value']}" for one in _metrics(record)]
+    lines += [f"* {source.parity}"] if source.parity else []
     lines += ["", "## Use", ""]
     for program, command in source.use.items():
         lines += [f"{program}:", "", *(f"    {line}" for line in command.split("\n")), ""]

@@ -118,6 +118,23 @@ def _answer_batch(
     max_new_tokens: int,
     cut: str,
 ) -> list[str]:
+    found = batch_tokens(rows, model, tokenizer, sampling, numbers, max_new_tokens)
+    answer_ids = [_until_stop(row, tokenizer.stop_ids) for row in found]
+    return [tokenizer.decode(ids) + (cut if len(ids) == len(row) else "") for ids, row in zip(answer_ids, found)]
+
+
+def batch_tokens(
+    rows: Sequence[Sequence[int]],
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    numbers: Sequence[int],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """The new ids of each prompt, computed at once until all have a stop token: equally many, with what follows a stop.
+
+    Args: see answer_rows; numbers: of the prompts, for the draws of `sampling`.
+    """
     width = max(map(len, rows))
     steps = room(width, max_new_tokens, model)
     padding = [width - len(row) for row in rows]
@@ -133,8 +150,8 @@ def _answer_batch(
             break
     if steps < max_new_tokens and not ended.all():
         notice(f"{int((~ended).sum())} answers end where the model's context of {context_of(model)} tokens ends.")
-    answer_ids = [_until_stop(row, tokenizer.stop_ids) for row in torch.stack(new_tokens, dim=1).tolist()]
-    return [tokenizer.decode(row) + (cut if len(row) == len(new_tokens) else "") for row in answer_ids]
+    found: list[list[int]] = torch.stack(new_tokens, dim=1).tolist()
+    return found
 
 
 def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
