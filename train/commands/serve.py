@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.common.asgi import LOOPBACK
 from train.common.errors import UserError
 from train.config.options import option
 from train.config.recipe import Recipe
@@ -25,7 +26,7 @@ from train.inference.generate import notice
 from train.inference.shared_base import BaseSource, NamedModel, find_base, load_base
 from train.inference.slot_session import SlotSession
 from train.serving.engine import Engine
-from train.serving.guard import LOOPBACK, Limits
+from train.serving.guard import Limits
 from train.serving.routes import State
 from train.serving.scheduler import Scheduler
 from train.serving.server import serve
