@@ -104,10 +104,12 @@ def _page(studio: Studio, form: Form, say: Say) -> None:
         with widgets.tag("div", "beside"):
             _plan(studio, typed, say)
             _start(studio, typed, say)
-    # the address says what was typed, without loading the page again
-    typed.on_change.append(
-        lambda: ui.run_javascript(f"history.replaceState(history.state, '', {json.dumps(to_address(typed.form))})")
-    )
+
+    def show_address() -> None:
+        """The address says what was typed, without loading the page again."""
+        ui.run_javascript(f"history.replaceState(history.state, '', {json.dumps(to_address(typed.form))})")
+
+    typed.on_change.append(show_address)
 
 
 def _choices(studio: Studio, typed: Typed, say: Say) -> None:

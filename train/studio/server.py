@@ -46,7 +46,7 @@ def application(studio: Studio, access: Access) -> Guard:
     for page in (page_data, page_train, page_runs, page_chat):
         page.register(studio)
     ui.run_with(app, title="Studio", tailwind=False, show_welcome_message=False, dark=None, reconnect_timeout=30)
-    return Guard(app, access)
+    return Guard(app, access)  # type: ignore[arg-type]  # MutableMapping for dict
 
 
 def _routes(app: FastAPI, studio: Studio, access: Access) -> None:
