@@ -8,6 +8,7 @@ import pytest
 from train.studio.guard import COOKIE, Access, Guard, cookie_of, is_token
 
 TOKEN = "0123456789abcdef"
+OPEN = Access()
 HOME = {"host": "127.0.0.1:8080"}
 
 
@@ -27,7 +28,7 @@ async def _inner(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 
 def answer(
-    headers: dict[str, str], access: Access = Access(), kind: str = "http", path: str = "/data", body: int = 0
+    headers: dict[str, str], access: Access = OPEN, kind: str = "http", path: str = "/data", body: int = 0
 ) -> list[dict[str, Any]]:
     """What the guard sends; `body` bytes arrive in two pieces."""
     sent: list[dict[str, Any]] = []

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def studio(folder: Path) -> Iterator[Opened]:
-    with opened(folder, "upload_mb=1") as one:
+    with opened(folder, None, "upload_mb=1") as one:
         yield one
 
 

@@ -42,9 +42,9 @@ class Opened:
 
 
 @contextmanager
-def opened(folder: Path, *words: str, **variables: str) -> Iterator[Opened]:
-    """A studio in `folder`, ready; at the end it has to stop in order."""
-    port, log = free_port(), folder / f"studio-{time.monotonic_ns()}.log"
+def opened(folder: Path, logs: Path | None = None, *words: str, **variables: str) -> Iterator[Opened]:
+    """A studio in `folder`, ready; at the end it has to stop in order. logs: where its output goes, if not there."""
+    port, log = free_port(), (logs or folder) / f"studio-{time.monotonic_ns()}.log"
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     line = [sys.executable, "-m", "train", "studio", f"port={port}", *words]
     with log.open("wb") as out:

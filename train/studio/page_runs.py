@@ -107,6 +107,9 @@ def _run(studio: Studio, name: str, say: Say) -> None:
         _answers(facts, say)
         with widgets.section(say("made of")):
             widgets.table(say("made of"), (), run_view.made_of(facts), "facts")
+            with widgets.tag("details"):
+                widgets.text("summary", say("all keys"))
+                widgets.table(say("recipe"), (), run_view.recipe_of(facts), "facts")
 
 
 def _live(studio: Studio, name: str, say: Say) -> None:
@@ -144,6 +147,8 @@ def _draw(
             tiles += [("speed", run_view.speed(facts))]
         if memory:
             tiles.append(("memory", f"{memory / 2**30:.2f} GiB"))
+        elif peak := run_view.peak_memory(facts) if facts else "":
+            tiles.append(("peak memory", peak))
         with widgets.tag("dl", "tiles"):
             for key, value in tiles:
                 with widgets.tag("div"):

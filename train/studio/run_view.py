@@ -75,11 +75,15 @@ def speed(facts: RunFacts) -> str:
     return f"{sum(last) / len(last):,.0f}" if last else "–"
 
 
+def recipe_of(facts: RunFacts) -> list[tuple[str, str]]:
+    """(key, its value) of the recipe after overrides."""
+    return [(key, visible(as_text(value))) for key, value in facts.recipe.items()]
+
+
 def made_of(facts: RunFacts) -> list[tuple[str, str]]:
-    """(what, its value) of all that decides a run: data, base, recipe, seed, versions, machine; as text."""
+    """(what, its value) of all else that decides a run: data, base, seed, versions, machine; as text."""
     inputs: Mapping[str, Any] = facts.inputs
     found = [*_data(inputs), *_base(inputs)]
-    found += [(key, as_text(value)) for key, value in facts.recipe.items() if key != "model"]
     record = facts.record or {}
     for key in ("seed", "code", "runtime", "versions", "machine", "peak_memory", "device", "processes", "lineage"):
         if record.get(key) not in (None, [], {}, ""):
@@ -101,6 +105,7 @@ def _base(inputs: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def peak_memory(facts: RunFacts) -> str:
-    """Of a finished run, as its record has it."""
+    """Of a finished run, as its record has it: of its GPU, else of the host; empty where it is not known."""
     peak = (facts.record or {}).get("peak_memory")
-    return as_text(peak) if peak else ""
+    size = (peak.get("gpu") or peak.get("host")) if isinstance(peak, Mapping) else None
+    return f"{size / 2**30:.2f} GiB" if isinstance(size, int) else ""

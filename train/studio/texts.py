@@ -109,7 +109,6 @@ TEXTS = {
     "do export": ("Export merged weights", "导出合并后的权重"),
     "do gguf": ("Export for llama.cpp, Ollama (GGUF)", "导出 GGUF（llama.cpp、Ollama）"),
     "do verify": ("Check every hash", "核对全部哈希"),
-    "use it": ("Use it", "使用"),
     "commands": ("Commands of this run", "本运行的命令"),
     "damage": ("Damaged", "损坏"),
     # --- chat
@@ -132,7 +131,6 @@ TEXTS = {
     "better": ("{} is better", "{} 更好"),
     "same": ("Equal", "一样好"),
     "votes": ("Votes: tuned {}, base {}, equal {}", "投票：微调 {}，基座 {}，一样好 {}"),
-    "was": ("{} was {}", "{} 是{}"),
     "new chat": ("New chat", "新对话"),
     "history": ("Earlier chats", "以前的对话"),
     "stopped": ("(stopped)", "（已停止）"),
