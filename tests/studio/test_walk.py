@@ -157,7 +157,6 @@ def _train(walk: Walk, folder: Path) -> None:
     walk.see(walk.say("state finished"))
     walk.wait_steps(250)
     assert (folder / "runs/first/run.json").is_file()
-    walk.page.reload()
     walk.press("do report")
     walk.see(walk.say("ended well"))
     walk.page.reload()

@@ -1,11 +1,14 @@
 """The pages of runs: the list, several laid over each other, and one run with its live curves and its commands."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request
 from nicegui import ui
 from nicegui.element import Element
+from nicegui.elements.mixins.text_element import TextElement
 
 from train.common.errors import UserError
 from train.pages.run_facts import RunFacts
@@ -112,49 +115,81 @@ def _run(studio: Studio, name: str, say: Say) -> None:
                 widgets.table(say("recipe"), (), run_view.recipe_of(facts), "facts")
 
 
+@dataclass(frozen=True)
+class Now:
+    """A run at this moment. job: the command that trains it, if a page started it. memory: bytes of that command."""
+
+    facts: RunFacts | None
+    job: Job | None
+    is_locked: bool
+    memory: int
+
+    @classmethod
+    def of(cls, studio: Studio, name: str) -> "Now":
+        job = studio.jobs.of_run(name)
+        job = job if job and studio.jobs.is_running(job) else None
+        memory = studio.jobs.memory(job) if job else 0
+        return cls(run_view.read(name, studio.folders), job, is_locked(studio.folders.runs / name), memory)
+
+    @property
+    def state(self) -> str:
+        return "running" if self.job else self.facts.state if self.facts else "begun"
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """What the curves and the tiles follow."""
+        return self.facts.steps if self.facts else 0, self.memory >> 26
+
+
 def _live(studio: Studio, name: str, say: Say) -> None:
-    """State, numbers and curves, drawn again whenever they change."""
-    place, problem = widgets.tag("div"), widgets.text("p", "", "problem", role="alert")
+    """Numbers and curves, drawn again whenever they change; the button only with the state, so that no click is lost."""
+    tiles, action = widgets.tag("div"), widgets.tag("div")
+    problem, curves = widgets.text("p", "", "problem", role="alert"), widgets.tag("div")
     widgets.text("p", say("stop note"), "soft")
-    before: list[Any] = []
+    before: list[tuple[object, ...]] = []
 
     def look() -> None:
-        job, facts = studio.jobs.of_run(name), run_view.read(name, studio.folders)
-        runs_here = bool(job and studio.jobs.is_running(job))
-        locked = is_locked(studio.folders.runs / name)
-        memory = studio.jobs.memory(job) if job and runs_here else 0
-        now = [runs_here, locked, facts.steps if facts else 0, facts.state if facts else "", memory >> 26]
-        if now != before:
-            before[:] = now
-            _draw(studio, name, place, problem, (facts, job if runs_here else None, memory), say)
+        now = Now.of(studio, name)
+        state, seen = (now.state, now.is_locked), before[-1] if before else ()
+        if seen and seen[:2] != state and now.state == "finished":
+            ui.navigate.reload()  # with the commands of a finished run
+            return
+        if seen[:2] != state:
+            action.clear()
+            with action:
+                _stop_or_go_on(studio, name, now, problem, say)
+        if seen != (*state, now.numbers):
+            _draw_tiles(now, tiles, say)
+            _draw_curves(now, curves, say)
+        before[:] = [(*state, now.numbers)]
 
     look()
     ui.timer(OFTEN, look)
 
 
-def _draw(
-    studio: Studio, name: str, place: Element, problem: Any, now: tuple[RunFacts | None, Job | None, int], say: Say
-) -> None:
-    facts, job, memory = now
+def _draw_tiles(now: Now, place: Element, say: Say) -> None:
+    facts = now.facts
+    tiles = [("state", say(f"state {now.state}"))]
+    if facts:
+        tiles += [("steps", run_view.steps(facts)), ("loss", _last(facts.curves.mean))]
+        tiles += [("held out", _last(facts.curves.held_out))] if facts.curves.held_out else []
+        tiles += [("speed", run_view.speed(facts))]
+    if now.memory:
+        tiles.append(("memory", f"{now.memory / 2**30:.2f} GiB"))
+    elif peak := run_view.peak_memory(facts) if facts else "":
+        tiles.append(("peak memory", peak))
+    place.clear()
+    with place, widgets.tag("dl", "tiles"):
+        for key, value in tiles:
+            with widgets.tag("div"):
+                widgets.text("dt", say(key))
+                widgets.text("dd", value, key.replace(" ", "-"))
+
+
+def _draw_curves(now: Now, place: Element, say: Say) -> None:
+    facts = now.facts
     place.clear()
     with place:
-        state = "running" if job else facts.state if facts else "begun"
-        tiles = [("state", say(f"state {state}"))]
-        if facts:
-            held_out = facts.curves.held_out
-            tiles += [("steps", run_view.steps(facts)), ("loss", _last(facts.curves.mean))]
-            tiles += [("held out", _last(held_out))] if held_out else []
-            tiles += [("speed", run_view.speed(facts))]
-        if memory:
-            tiles.append(("memory", f"{memory / 2**30:.2f} GiB"))
-        elif peak := run_view.peak_memory(facts) if facts else "":
-            tiles.append(("peak memory", peak))
-        with widgets.tag("dl", "tiles"):
-            for key, value in tiles:
-                with widgets.tag("div"):
-                    widgets.text("dt", say(key))
-                    widgets.text("dd", value, key.replace(" ", "-"))
-        _stop_or_go_on(studio, name, facts, job, problem, say)
         for one in facts.damage if facts else ():
             widgets.note(f"{say('damage')}: {one}", "bad", role="alert")
         if facts and facts.steps:
@@ -168,7 +203,8 @@ def _last(points: Any) -> str:
     return f"{points[-1][1]:.4f}" if points else "–"
 
 
-def _stop_or_go_on(studio: Studio, name: str, facts: RunFacts | None, job: Job | None, problem: Any, say: Say) -> None:
+def _stop_or_go_on(studio: Studio, name: str, now: Now, problem: TextElement, say: Say) -> None:
+    facts, job = now.facts, now.job
     if job:
         widgets.button(say("stop"), lambda: studio.jobs.stop(job), "main")
         return
@@ -180,7 +216,7 @@ def _stop_or_go_on(studio: Studio, name: str, facts: RunFacts | None, job: Job |
     )
     widgets.command(say("command"), command("train", words))
     data = next((word.removeprefix("data=") for word in words if word.startswith("data=")), "")
-    if not started and not is_inside(studio.folders.data, studio.folders.data / data):
+    if not started and not is_inside(studio.folders.data, Path(data)):
         return  # its data are elsewhere: the command is for a shell
 
     def go_on() -> None:
@@ -188,6 +224,8 @@ def _stop_or_go_on(studio: Studio, name: str, facts: RunFacts | None, job: Job |
             begin(studio, name, words)
         except UserError as error:
             problem.set_text(str(error))
+            return
+        ui.navigate.reload()
 
     widgets.button(say("go on"), go_on, "main")
 
