@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.runs import tiny_run
 from tests.support.studio import BASE, BROKEN, Opened, opened, studio_folder
 from train.studio.texts import text
 
@@ -23,7 +24,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 WIDTHS = {"desktop": 1200, "phone": 390}
 PATIENCE = 150_000  # ms
-SHORT = {"recipe": "smoke", "steps": "250", "save_every": "0", "batch": "2", "accumulation": "2", "rank": "4"}
+SHORT = {"recipe": "smoke", "steps": "80", "save_every": "0", "batch": "2", "accumulation": "2", "rank": "4"}
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +89,30 @@ class Walk:
                        if one["impact"] in ("serious", "critical")]  # fmt: skip
             assert not serious, (name, serious)
 
+    def close(self) -> None:
+        """The page was in its language, asked no other host and had no error of a script."""
+        assert self.page.locator("html").get_attribute("lang") == {"en": "en", "zh": "zh-CN"}[self.language]
+        assert self.elsewhere == [] and self.errors == []
+        self.page.close()
+
 
 @pytest.mark.parametrize(("language", "width"), [("en", "desktop"), ("zh", "phone")])
-def test_from_a_mistake_to_a_chat(browser: Any, tmp_path: Path, language: str, width: str) -> None:
+def test_from_a_mistake_to_two_runs(browser: Any, tmp_path: Path, language: str, width: str) -> None:
     with opened(studio_folder(tmp_path)) as studio:
         walk = Walk(browser, studio, language, width)
         _mend(walk, tmp_path)
         _train(walk, tmp_path)
         _overlay(walk)
+        walk.close()
+
+
+@pytest.mark.parametrize(("language", "width"), [("en", "phone"), ("zh", "desktop")])
+def test_a_chat_with_both_models(browser: Any, tmp_path: Path, language: str, width: str) -> None:
+    tiny_run(tmp_path)
+    with opened(tmp_path) as studio:
+        walk = Walk(browser, studio, language, width)
         _chat(walk)
-        assert walk.page.locator("html").get_attribute("lang") == {"en": "en", "zh": "zh-CN"}[language]
-        assert walk.elsewhere == [] and walk.errors == []
-        walk.page.close()
+        walk.close()
 
 
 def _mend(walk: Walk, folder: Path) -> None:
@@ -132,7 +145,7 @@ def _train(walk: Walk, folder: Path) -> None:
     walk.page.locator("#card").fill("8G")
     walk.page.wait_for_url("**card=8G*")
     walk.page.reload()  # what was typed is still there
-    assert walk.page.locator("#run").input_value() == "first" and walk.page.locator("#steps").input_value() == "250"
+    assert walk.page.locator("#run").input_value() == "first" and walk.page.locator("#steps").input_value() == "80"
     walk.press("plan button")
     walk.see("GiB on the card")
     walk.see(walk.say("no time"))
@@ -151,11 +164,11 @@ def _train(walk: Walk, folder: Path) -> None:
     walk.press("stop")
     walk.see(walk.say("state stopped"))
     done = walk.steps()
-    assert done < 250 and list((folder / "runs/first/checkpoints").glob("step-*"))
+    assert done < 80 and list((folder / "runs/first/checkpoints").glob("step-*"))
     walk.check("run-stopped")
     walk.press("go on")
     walk.see(walk.say("state finished"))
-    walk.wait_steps(250)
+    walk.wait_steps(80)
     assert (folder / "runs/first/run.json").is_file()
     walk.press("do report")
     walk.see(walk.say("ended well"))
@@ -183,7 +196,7 @@ def _overlay(walk: Walk) -> None:
 def _chat(walk: Walk) -> None:
     """Base and tuned model answer at the same time; stop, reload, a blind vote."""
     page = walk.page
-    walk.open("/chat?run=first")
+    walk.open("/chat?run=tiny")
     walk.press("load")
     page.locator("#message").wait_for()
     page.locator("summary").last.click()
@@ -198,7 +211,7 @@ def _chat(walk: Walk) -> None:
     assert walk.say("tuned model") not in page.locator(".turn").inner_text()  # it is blind
     walk.check("chat-blind")
     walk.press("better", "A")
-    walk.see("first")
+    walk.see("base-Int4")
     said = page.locator(".answer").first.inner_text()
     page.reload()
     page.locator(".answer").first.wait_for()
