@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import Request
 from nicegui import ui
 
+from train.pages.page import visible
 from train.runs.folder import finished
 from train.studio import answering, recipe_form, widgets
 from train.studio.chats import EQUAL, Answer, Chat, Turn
@@ -225,7 +226,7 @@ def _side(chat: Chat, turn: Turn, side: int, answer: Answer, say: Say) -> None:
     hidden = chat.blind and turn.vote is None
     with widgets.tag("div", "side"):
         widgets.text("strong", say("side", LETTERS[side]) if hidden else _name(chat, side, say))
-        widgets.text("p", answer.text + ("▍" if answer.state == "streaming" else ""), "said answer")
+        widgets.text("p", visible(answer.text) + ("▍" if answer.state == "streaming" else ""), "said answer")
         if answer.state == "stopped":
             widgets.text("p", say("stopped"), "soft")
         if answer.error:
