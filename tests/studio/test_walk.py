@@ -209,6 +209,7 @@ def _chat(walk: Walk) -> None:
     if stop.is_visible():  # a tiny model may have said all that it has to say (test_answering.py stops it for sure)
         stop.click()
     page.locator(".vote").wait_for()
+    assert page.locator("#max_tokens").input_value() == "4000"  # what was typed is not undone by what is drawn
     assert page.locator(".said b").count() == 0 and "<b>bold</b>" in page.locator(".said").first.inner_text()
     assert walk.say("tuned model") not in page.locator(".turn").inner_text()  # it is blind
     walk.check("chat-blind")

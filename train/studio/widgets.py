@@ -74,7 +74,8 @@ def entry(label: str, value: str, on_change: Handler, name: str, hint: str = "",
     """A labelled line of text; `on_change` is told it at each key."""
     with tag("div", "field"):
         text("label", label, for_=name)
-        field = tag("input", id=name, name=name, type="text", value=value, placeholder=placeholder, autocomplete="off")
+        field = tag("input", id=name, name=name, type="text", placeholder=placeholder, autocomplete="off")
+        field.props["defaultValue"] = value  # drawn again, `value` would undo what was typed since
         if hint:
             text("small", hint)
     field.on("input", lambda event: on_change(event.args), js_handler="(event) => emit(event.target.value)")
