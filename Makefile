@@ -17,6 +17,7 @@ TORCH_INDEX_URL ?=#  mirror of PyTorch's index
 APT_MIRROR ?=#       mirror of the base image's packages
 HF_ENDPOINT ?=#      mirror of the model hub
 API_KEY ?=#          key that clients of `make serve` must send; needed for HOST= other than 127.0.0.1
+STUDIO_TOKEN ?=#     token that `make studio` asks a browser for; needed for HOST= other than 127.0.0.1
 UPGRADE ?=#          1: `make lock` takes the newest of everything
 
 SHELL := /bin/bash
@@ -32,13 +33,13 @@ endef
 _quote = '$(subst $(_newline),'$$'\n'',$(subst ','\'',$(1)))'
 _key = $(shell tr A-Z a-z <<<'$(patsubst FROM,FROM_RUN,$(1))')
 _typed = $(sort $(foreach v,$(filter-out $(settings) -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(v))),$(v))))
-_keys = DATA MODEL RECIPE RUN FROM STAGE GPUS GPU CLEAN HELD_OUT PROMPT SYSTEM QUESTIONS ANSWERS ENGINE DTYPE LAYOUT FORMAT ENCODING ONTO OUT HTML REPLAY LOG MODELS RUNS $(if $(filter serve,$@),PORT SLOTS LENGTH QUEUE)
+_keys = DATA MODEL RECIPE RUN FROM STAGE GPUS GPU CLEAN HELD_OUT PROMPT SYSTEM QUESTIONS ANSWERS ENGINE DTYPE LAYOUT FORMAT ENCODING ONTO OUT HTML REPLAY LOG MODELS RUNS $(if $(filter serve,$@),PORT SLOTS LENGTH QUEUE)$(if $(filter studio,$@),PORT)
 _before = $(strip $(foreach k,$(_keys),$(if $(filter environment,$(origin $(k))),$(if $(value $(k)),$(k)))))
 _refused = $(if $(_before),$(error $(_before) is set in the environment, where it does not count. \
 Type it after the target (make $@ $(firstword $(_before))=…), or unset it (unset $(_before))))
 _pairs = $(_refused)$(foreach v,$(_typed),$(call _key,$(v))=$(call _quote,$(value $(v)))) $(value ARGS)
 
-.PHONY: help setup demo test test-all model fetch data train export infer serve compare report verify quantize plan bench doctor shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
+.PHONY: help setup demo test test-all model fetch data train export infer serve studio compare report verify quantize plan bench doctor shell image image-test image-repro verify-image bundle unbundle lint lock lock-check clean
 
 help: ## this list
 	@echo "make TARGET [KEY=value ...] [ARGS=\"key=value ...\"]        first: make demo        keys of a command: make TARGET ARGS=--help"
@@ -79,6 +80,9 @@ infer: ## chat, or answer: [RUN= or MODEL=] [PROMPT=] [QUESTIONS= ANSWERS=] [SYS
 
 serve: ## OpenAI's API on 127.0.0.1: [RUN= names with commas, or MODEL=] [PORT=8000] [SLOTS=] [LENGTH=] [QUEUE=]
 	@docker/run serve $(_pairs)
+
+studio: ## data, training, runs and chat in the browser, on 127.0.0.1: [PORT=8080]
+	@docker/run studio $(_pairs)
 
 compare: ## ask the same questions before and after training: RUN=
 	@docker/run compare $(_pairs)

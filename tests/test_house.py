@@ -10,7 +10,8 @@ import pytest
 TRAIN = Path(__file__).parents[1] / "train"
 # A folder -> the folders that it may import: rows below its own only.
 MAY_IMPORT = {
-    "commands": "pages serving export evaluation training inference model data runs host config ops common",
+    "commands": "studio pages serving export evaluation training inference model data runs host config ops common",
+    "studio": "pages model data runs config common",
     "pages": "evaluation runs data common",
     "serving": "inference data common",
     "export": "evaluation inference runs model data ops common",
@@ -41,7 +42,7 @@ PACKAGES = {"", *FOLDERS, *(f"data.{part}" for part in PARTS_OF_DATA), "ops.kern
 FILES = sorted(TRAIN.rglob("*.py"))
 MAX_LINES = 400  # of a module
 MAX_CLASS_LINES = 200
-MAX_ARROWS = 50
+MAX_ARROWS = 56  # those of studio/ are seven
 
 
 def folder_of(path: Path) -> str:

@@ -54,21 +54,22 @@ def test_a_service_gets_what_its_verb_needs_and_no_more(name: str) -> None:
         assert writable[f"{WORK}/{folder}"] is (getattr(verb, folder) in ("write", "may-write")), folder
 
 
-def test_the_server_is_published_on_loopback_alone_and_its_network_leads_nowhere() -> None:
-    port = "${SERVE_PORT:-8000}"
-    assert [name for name, service in services().items() if "ports" in service] == ["serve"]
-    address = "${SERVE_HOST:-127.0.0.1}"
-    assert services()["serve"]["ports"] == [{"target": port, "published": port, "host_ip": address}]
-    assert services()["serve"]["environment"]["SERVE_PUBLISHED_ON"] == address
-    assert services()["serve"]["networks"] == ["serve"]
-    assert [name for name, service in services().items() if "networks" in service] == ["serve"]
+def test_servers_are_published_on_loopback_alone_and_their_networks_lead_nowhere() -> None:
+    usual = {"serve": 8000, "studio": 8080}
+    assert [name for name, service in services().items() if "ports" in service] == list(usual)
+    assert [name for name, service in services().items() if "networks" in service] == list(usual)
     networks = yaml.load((ROOT / "compose.yaml").read_text(), Loader)["networks"]
-    assert set(networks) == {"serve"}
-    assert set(networks["serve"]["driver_opts"].values()) == {"false"}
-    assert [name for name, service in services().items() if "SERVE_PUBLISHED_ON" in service.get("environment", {})] == [
-        "serve"
-    ]
-    assert "SERVE_PUBLISHED_ON" not in (ROOT / "docker/Dockerfile").read_text()
+    assert set(networks) == set(usual)
+    for name, number in usual.items():
+        port = f"${{{name.upper()}_PORT:-{number}}}"
+        address = f"${{{name.upper()}_HOST:-127.0.0.1}}"
+        assert services()[name]["ports"] == [{"target": port, "published": port, "host_ip": address}]
+        assert services()[name]["networks"] == [name]
+        assert set(networks[name]["driver_opts"].values()) == {"false"}
+        published = f"{name.upper()}_PUBLISHED_ON"
+        assert services()[name]["environment"][published] == address
+        assert [one for one, service in services().items() if published in service.get("environment", {})] == [name]
+        assert published not in (ROOT / "docker/Dockerfile").read_text()
 
 
 def test_the_templates_have_no_network_and_only_one_a_gpu() -> None:
@@ -99,6 +100,14 @@ def test_the_server_listens_where_it_is_published(project: Path) -> None:
     assert containers(project)[-1]["words"] == ["serve", "model=x", "port=9100"]
     run(project, "data", "data=data/x")
     assert "--service-ports" not in str(log(project))
+
+
+def test_the_studio_listens_where_it_is_published(project: Path) -> None:
+    run(project, "studio")
+    assert "--service-ports" in str(log(project))
+    assert containers(project)[-1]["words"] == ["studio", "port=8080"]
+    run(project, "studio", STUDIO_PORT="8100")
+    assert containers(project)[-1]["words"] == ["studio", "port=8100"]
 
 
 def test_the_address_that_is_typed_is_the_one_of_this_host(project: Path) -> None:

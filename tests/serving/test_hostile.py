@@ -232,7 +232,7 @@ def test_a_key_is_asked_for_and_never_logged(folder: Path) -> None:
 
 
 def test_other_addresses_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("API_KEY", command.PUBLISHED_ON):
+    for name in ("API_KEY", command.SERVER.published_on):
         monkeypatch.delenv(name, raising=False)
     for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
         assert command._address(command.Options(host=host), "") == host
@@ -248,13 +248,13 @@ def test_other_addresses_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_in_a_container_the_address_on_the_host_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(command.PUBLISHED_ON, "127.0.0.1")
+    monkeypatch.setenv(command.SERVER.published_on, "127.0.0.1")
     for host in ("127.0.0.1", "0.0.0.0"):
         assert command._address(command.Options(host=host), "") == "0.0.0.0"
     assert "localhost" in command._limits(command.Options(), "").hosts
     with pytest.raises(UserError, match=r"SERVE_HOST=192\.168\.1\.2 before"):
         command._address(command.Options(host="192.168.1.2"), KEY)
-    monkeypatch.setenv(command.PUBLISHED_ON, "192.168.1.2")
+    monkeypatch.setenv(command.SERVER.published_on, "192.168.1.2")
     with pytest.raises(UserError, match=r"host=192\.168\.1\.2: everybody .* API_KEY="):
         command._address(command.Options(), "")
     assert command._address(command.Options(), KEY) == "0.0.0.0"

@@ -9,14 +9,15 @@ It listens on 127.0.0.1, where only this machine reaches it. Another address nee
 Ctrl-C and SIGTERM let running answers end for stop_seconds, cut the rest off, and exit with status 0.
 """
 
-import ipaddress
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.common.asgi import LOOPBACK
 from train.common.errors import UserError
+from train.common.listen import Server, address, shown
 from train.config.options import option
 from train.config.recipe import Recipe
 from train.data.tokens.chat_template import DEFAULT_SYSTEM
@@ -25,18 +26,14 @@ from train.inference.generate import notice
 from train.inference.shared_base import BaseSource, NamedModel, find_base, load_base
 from train.inference.slot_session import SlotSession
 from train.serving.engine import Engine
-from train.serving.guard import LOOPBACK, Limits
+from train.serving.guard import Limits
 from train.serving.routes import State
 from train.serving.scheduler import Scheduler
 from train.serving.server import serve
 from train.serving.service import ModelCard, Service
 from train.serving.slot_memory import plan_slots
 
-# Set by compose.yaml alone: the host's address on which it publishes the server's port. In its container the server has
-# to listen on all addresses, because 127.0.0.1 is the container's own; who reaches it, the published address decides,
-# and the network of compose.yaml, which has no other member. Whoever starts the image otherwise has published the port
-# somewhere else, and needs a key.
-PUBLISHED_ON = "SERVE_PUBLISHED_ON"
+SERVER = Server("serve", "API_KEY", "use the model")
 
 
 @dataclass(frozen=True)
@@ -87,29 +84,7 @@ def run(options: Options) -> None:
 
 
 def _address(options: Options, key: str) -> str:
-    """The address to listen on: in compose's container all of them, of which one of the host is published.
-
-    Raises:
-        UserError: what others reach needs a key, and there is none; or this is no address.
-    """
-    published = os.environ.get(PUBLISHED_ON, "")
-    if published and options.host not in ("127.0.0.1", "0.0.0.0"):
-        raise UserError(
-            f"host={options.host}: this container has its own addresses. SERVE_HOST={options.host} before "
-            "`docker compose` publishes the port on that address of the host; `make serve` does both by HOST=."
-        )
-    host = published or options.host
-    try:
-        own = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        raise UserError(f"host={host}: expected an address, such as 127.0.0.1 or 0.0.0.0.") from None
-    if not own and not key:
-        raise UserError(
-            f"host={host}: everybody who reaches this address could use the model. Set a key first: "
-            "API_KEY=$(openssl rand -hex 16) before the command; or leave host= out, and reach it by an SSH tunnel: "
-            f"ssh -L {options.port}:127.0.0.1:{options.port} THIS_HOST"
-        )
-    return "0.0.0.0" if published else host
+    return address(SERVER, options.host, options.port, bool(key))
 
 
 def _limits(options: Options, key: str) -> Limits:
@@ -145,9 +120,7 @@ def _card(model: NamedModel, options: Options) -> ModelCard:
 
 
 def _describe(service: Service, options: Options, has_key: bool) -> str:
-    published = os.environ.get(PUBLISHED_ON) or options.host
-    host = "127.0.0.1" if published in ("0.0.0.0", "::", "localhost") else published
-    host = f"[{host}]" if ":" in host else host
+    host = shown(SERVER, options.host)
     key = "$API_KEY" if has_key else "none"
     name = list(service.cards)[-1]
     return (

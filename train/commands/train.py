@@ -251,4 +251,5 @@ def _say(rank_info: RankInfo | None, text: str) -> None:
 def _next_commands(options: Options, folder: Path) -> str:
     keys = {"run": folder.relative_to(options.runs), "models": options.models, "runs": options.runs}
     chat, compare, export = (commands.make(verb, **keys) for verb in ("infer", "compare", "export"))
-    return f"Next: {chat} (chat), {compare} (before and after), {export} (merged weights)"
+    pages = commands.make("studio", models=options.models, runs=options.runs)
+    return f"Next: {chat} (chat), {compare} (before and after), {export} (merged weights); in a browser: {pages}"

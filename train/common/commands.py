@@ -14,7 +14,7 @@ CONTAINER = {  # what a container sees of the host, by how it was started
     "compose": "It sees ./data as data/, and no other folder: put the file there, or DATA_DIR=FOLDER before the command.",
     "docker": 'It sees what is mounted: -v "FOLDER:/workspace/data", and data=data/NAME.',
 }
-VERBS = "model|fetch|quantize|doctor|plan|data|train|export|infer|serve|compare|report|verify|demo"  # targets of make that others have
+VERBS = "model|fetch|quantize|doctor|plan|data|train|export|infer|serve|studio|compare|report|verify|demo"  # targets of make that others have
 USUAL = {"models": "models", "runs": "runs"}  # folders that a command need not name
 
 

@@ -8,20 +8,13 @@ too long or comes too slowly, and a body that is not JSON (which a form of anoth
 import asyncio
 import hmac
 import json
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import urlsplit
 
+from train.common.asgi import LOOPBACK, App, Message, Receive, Send, host_name, urlsplit_host
 from train.serving.errors import ApiError
 from train.serving.metrics import Metrics
 
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
-
-LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 OPEN_PATHS = frozenset(("/health",))  # without a key: says only whether the server is ready
 WITH_BODY = ("/v1/chat/completions", "/v1/completions")
 PATHS = ("/health", "/metrics", "/openapi.json", "/v1/models", *WITH_BODY)
@@ -119,22 +112,6 @@ class Guard:
 
     def _too_long(self) -> ApiError:
         return ApiError(413, f"the request has more than {self.limits.body:,} bytes.", code="request_too_large")
-
-
-def host_name(host: str) -> str | None:
-    """The name in a Host header, without its port; None for what is no name."""
-    try:
-        return None if set(host) & set("/@?#\\ ") else urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None
-
-
-def urlsplit_host(origin: str) -> str | None:
-    """host:port of an Origin; None for "null" and what is none."""
-    try:
-        return urlsplit(origin).netloc or None
-    except ValueError:
-        return None
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
