@@ -63,6 +63,12 @@ class Served:
         assert found, name
         return float(found[1])
 
+    def holds(self, connection: socket.socket) -> bool:
+        """Whether its end of a connection is open. The kernel may still keep what was sent and not read."""
+        ends = f"0100007F:{self.port:04X} 0100007F:{connection.getsockname()[1]:04X}"
+        rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return any(f"{row[1]} {row[2]}" == ends and row[9] != "0" for row in rows)  # row[9]: the inode
+
     def is_idle(self) -> bool:
         return self.metric("serve_running") == self.metric("serve_waiting") == 0
 

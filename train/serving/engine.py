@@ -104,8 +104,8 @@ class Engine:
             QueueFullError: too many wait. StoppingError: the engine ends, or has failed.
         """
         with self._wake:
-            if self._stop_at is not None or self.failure:
-                raise StoppingError(FAILED if self.failure else "the server is stopping")
+            if self.refusal:
+                raise StoppingError(self.refusal)
             if len(self._inbox) + len(requests) > self.scheduler.room:
                 raise QueueFullError
             self._inbox.extend(requests)
@@ -125,6 +125,13 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join(seconds + 30)
+
+    @property
+    def refusal(self) -> str:
+        """Why no more requests are taken; empty while they are."""
+        if self.failure:
+            return FAILED
+        return "the server is stopping" if self._stop_at is not None else ""
 
     @property
     def running(self) -> int:
