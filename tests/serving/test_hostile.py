@@ -141,7 +141,7 @@ def test_slow_clients_are_disconnected(served: Served) -> None:
 def test_a_client_that_does_not_read_holds_neither_slot_nor_connection(served: Served, stream: bool) -> None:
     with connect(served) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        connection.sendall(http({**LONG, "n": 8, "logprobs": 20, "stream": stream}))
+        connection.sendall(http({**LONG, "n": 3, "logprobs": 20, "stream": stream}))
         time.sleep(0.3)
         assert served.holds(connection)
         served.wait_idle(60)
@@ -252,6 +252,55 @@ def test_unknown_paths_and_methods(served: Served) -> None:
         assert status == 404
         assert reply["error"]["type"] == "invalid_request_error"
     assert served.ask("/v1/models", SHORT)[0] == 405
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models/../../../etc/passwd",
+        "/v1/models/..%2f..%2f..%2fetc%2fpasswd",
+        "/v1/models/%2e%2e/%2e%2e/etc/passwd",
+        "/v1/models//etc/passwd",
+        "/v1/models/models%2Fbase-Int4%2Fconfig.json",
+    ],
+)
+def test_no_path_reaches_a_file(served: Served, path: str) -> None:
+    status, reply = served.ask(path)
+    assert status == 404
+    assert reply["error"]["code"] == "model_not_found"
+
+
+def test_html_is_sent_as_what_it_is_not(served: Served) -> None:
+    """JSON, events or plain text, and a browser is told to look for nothing else in it."""
+    html = "<script>alert(1)</script>"
+    body = {**SHORT, "prompt": html, "echo": True}
+    for path, sent, status in (
+        ("/v1/completions", body, 200),
+        ("/v1/completions", {**body, "stream": True}, 200),
+        ("/v1/completions", {**body, "model": html}, 404),
+        ("/v1/completions", {**body, html: html, "n": html}, 400),
+        (f"/v1/models/{html}", None, 404),
+        (f"/{html}", None, 404),
+        ("/metrics", None, 200),
+    ):
+        found, text, headers = served.raw(path, sent)
+        assert found == status, text
+        assert headers["content-type"].split(";")[0] in ("application/json", "text/event-stream", "text/plain")
+        assert headers["x-content-type-options"] == "nosniff"
+        assert path != "/metrics" or html not in text
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "http://localhost"])
+def test_there_is_no_websocket(served: Served, origin: str) -> None:
+    with connect(served) as connection:
+        connection.sendall(
+            b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n"
+            b"Origin: %s\r\n\r\n" % origin.encode()
+        )
+        first = connection.recv(4096).split(b"\r\n")[0]
+    assert first.split()[1] == (b"403" if "evil" in origin else b"200")
+    is_well(served)
 
 
 def test_a_key_is_asked_for_and_never_logged(folder: Path) -> None:

@@ -6,20 +6,13 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from train.serving.request import TokenChance
+from train.serving.tokens import Tokens
 from train.serving.tools import Call
 
 MIN_LOGPROB = -9999.0  # instead of minus infinity, which JSON does not have
-
-
-class Tokens(Protocol):
-    """What this module needs of a tokenizer."""
-
-    def bytes_of(self, token_id: int) -> bytes: ...
-
-    def is_control(self, token_id: int) -> bool: ...
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -22,19 +21,9 @@ from train.serving.request import Piece, Request, TokenChance
 from train.serving.scheduler import Plan, Reading, Scheduler
 from train.serving.text_stream import TextStream
 from train.serving.token_choice import Issued, TokenChoice, with_grammar
+from train.serving.tokens import Tokens
 
 LOG = logging.getLogger(__name__)
-
-
-class Vocabulary(Protocol):
-    """What the engine needs of a tokenizer."""
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]: ...
-
-    def bytes_of(self, token_id: int) -> bytes: ...
-
-    def is_control(self, token_id: int) -> bool: ...
 
 
 class QueueFullError(Exception):
@@ -77,11 +66,11 @@ class Engine:
         self,
         session: SlotSession,
         layers: Mapping[str, DecodeLayers],
-        vocabulary: Vocabulary,
+        tokens: Tokens,
         scheduler: Scheduler,
     ) -> None:
         """layers: of each model that can be asked for."""
-        self.session, self.layers, self.vocabulary, self.scheduler = session, dict(layers), vocabulary, scheduler
+        self.session, self.layers, self.tokens, self.scheduler = session, dict(layers), tokens, scheduler
         self.choice = TokenChoice(session)
         self.answers: dict[Request, _Answer] = {}
         self.counters, self.failure = Counters(), ""
@@ -243,7 +232,7 @@ class Engine:
             return
         answer.tokens += 1
         self.counters.answer_tokens += 1
-        ended = token in self.vocabulary.stop_ids
+        ended = token in self.tokens.stop_ids
         if request.grammar is not None and not ended and not with_grammar(request, request.grammar.take, token):
             self._end(request, "error")
             return
@@ -252,8 +241,8 @@ class Engine:
         if ended:
             self._end(request, "stop")
             return
-        shown = not self.vocabulary.is_control(token) or token in request.keep_control
-        text = answer.text.push(self.vocabulary.bytes_of(token)) if shown else ""
+        shown = not self.tokens.is_control(token) or token in request.keep_control
+        text = answer.text.push(self.tokens.bytes_of(token)) if shown else ""
         if answer.text.stopped:
             self._end(request, "stop", text)
         elif answer.tokens >= request.max_tokens:

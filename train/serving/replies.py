@@ -9,12 +9,13 @@ from typing import Any
 from starlette.responses import StreamingResponse
 
 from train.serving import answers
-from train.serving.answers import Head, TextOffsets, Tokens
+from train.serving.answers import Head, TextOffsets
 from train.serving.errors import FAILED, ApiError, internal, stopping
 from train.serving.mailbox import HungUpError, Inbox
 from train.serving.metrics import Metrics
 from train.serving.request import Piece, TokenChance
 from train.serving.schema import ChatBody, CompletionBody
+from train.serving.tokens import Tokens
 from train.serving.tools import OPEN, find_calls
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
