@@ -97,7 +97,7 @@ def start(folder: Path, *words: str, **variables: str) -> Served:
     return Served(port, process, log, variables.get("API_KEY", ""))
 
 
-def wait_ready(served: Served, seconds: float = 60) -> None:
+def wait_ready(served: Served, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while True:
         assert served.process.poll() is None, served.log.read_text()
