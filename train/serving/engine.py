@@ -63,17 +63,14 @@ class Engine:
     """Owns the session, the scheduler and their thread. `submit`, `cancel` and `stop` may be called by any thread."""
 
     def __init__(
-        self,
-        session: SlotSession,
-        layers: Mapping[str, DecodeLayers],
-        tokens: Tokens,
-        scheduler: Scheduler,
+        self, session: SlotSession, layers: Mapping[str, DecodeLayers], tokens: Tokens, scheduler: Scheduler
     ) -> None:
         """layers: of each model that can be asked for."""
         self.session, self.layers, self.tokens, self.scheduler = session, dict(layers), tokens, scheduler
         self.choice = TokenChoice(session)
         self.answers: dict[Request, _Answer] = {}
         self.counters, self.failure = Counters(), ""
+        self.refusal = ""  # why no more requests are taken; empty while they are
         self._ahead = session.use_graphs
         self._wake = threading.Condition()
         self._inbox: list[Request] = []
@@ -111,16 +108,10 @@ class Engine:
         """Take no more requests; let running answers end for so long, then cut them off. Returns when all have ended."""
         with self._wake:
             self._stop_at = time.monotonic() + seconds
+            self.refusal = self.refusal or "the server is stopping"
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join(seconds + 30)
-
-    @property
-    def refusal(self) -> str:
-        """Why no more requests are taken; empty while they are."""
-        if self.failure:
-            return FAILED
-        return "the server is stopping" if self._stop_at is not None else ""
 
     @property
     def running(self) -> int:
@@ -137,7 +128,7 @@ class Engine:
             with torch.inference_mode():
                 self._loop()
         except Exception as error:  # whatever it is: everybody who waits must hear of it
-            self.failure = f"{type(error).__name__}: {error}"
+            self.failure, self.refusal = f"{type(error).__name__}: {error}", FAILED
             with self._wake:
                 self._inbox.extend([*self.scheduler.running, *self.scheduler.waiting])
                 left, self._inbox = self._inbox, []
