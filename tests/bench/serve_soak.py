@@ -9,6 +9,7 @@ object; the exit status is 1 if an answer is wrong, a slot is lost, or memory or
 
 import asyncio
 import json
+import os
 import random
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.bench.data_rates import machine
+from tests.bench.spec import heading
 from tests.support.server import BASE, RUN, Served, serving, tiny_folder
 
 QUESTIONS = ("What is your name?", "你叫什么？", "One word for cold?", "x" * 150, "2 + 2?", "?")
@@ -191,6 +194,7 @@ def soak(minutes: float, clients: int) -> dict[str, Any]:
 def main() -> int:
     given = dict(word.split("=", 1) for word in sys.argv[1:])
     report = soak(float(given.get("minutes", "30")), int(given.get("clients", "16")))
+    report = {**heading(), "machine": machine(), "load_of_the_machine": round(os.getloadavg()[2], 1), **report}
     text = json.dumps(report, indent=1, ensure_ascii=False)
     print(text)
     if "out" in given:

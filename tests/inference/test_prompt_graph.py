@@ -60,6 +60,43 @@ def test_a_graph_reads_prompts_as_the_first_did(tmp_path: Path, with_adapter: bo
         assert not torch.equal(before, session.start(model, *prompts(2, 20, "cuda"), 1))
 
 
+def no_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def no_memory_and_a_broken_end(*_: Any) -> None:
+    try:
+        no_memory()
+    finally:
+        another_reason()
+
+
+def another_reason(*_: Any) -> None:
+    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("record", [no_memory, no_memory_and_a_broken_end])
+def test_without_memory_for_a_graph_prompts_are_read_without(
+    record: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read: list[int] = []
+    graphs = prompt_graph.PromptGraphs(lambda ids, mask: read.append(ids.shape[1]), 1)
+    monkeypatch.setattr(graphs, "_record", record)
+    widths = [32, 32, 64, 32, 64]
+    for width in widths:
+        graphs(*prompts(1, width))
+    assert read == widths
+    assert capsys.readouterr().err.count("no memory for a CUDA graph") == 1
+
+
+def test_another_error_of_a_recording_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = prompt_graph.PromptGraphs(lambda ids, mask: None, 1)
+    monkeypatch.setattr(graphs, "_record", another_reason)
+    graphs(*prompts(1, 32))
+    with pytest.raises(RuntimeError, match="during capture"):
+        graphs(*prompts(1, 32))
+
+
 @pytest.mark.gpu
 def test_without_room_for_padding_the_prompt_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt_graph, "WIDTHS", (32, 1024))

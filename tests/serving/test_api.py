@@ -190,6 +190,22 @@ def test_completions_stream_and_defaults(client: OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
+def test_text_offset_is_the_place_in_the_text_whole_and_streamed(client: OpenAI) -> None:
+    """Of prompt and answer together, and a character of several tokens has one place."""
+    asked: dict[str, Any] = {"model": RUN, "prompt": "好 x", "max_tokens": 12, "temperature": 0, "logprobs": 0}
+    for echo in (False, True):
+        (whole,) = client.completions.create(echo=echo, **asked).choices
+        chunks = [chunk.choices[0] for chunk in client.completions.create(echo=echo, stream=True, **asked)]
+        offsets = [place for one in chunks if one.logprobs for place in one.logprobs.text_offset]
+        assert offsets == whole.logprobs.text_offset
+        assert "".join(one.text for one in chunks) == whole.text
+        for token, place in zip(whole.logprobs.tokens, offsets):
+            assert token.startswith("bytes:") or whole.text[place:].startswith(token)
+        if echo:
+            assert offsets[:5] == [0, 0, 0, 1, 2]
+            assert offsets[5] == 3
+
+
 def test_json_answers_fit_their_schema(client: OpenAI) -> None:
     schema = {
         "type": "object",

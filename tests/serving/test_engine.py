@@ -18,6 +18,7 @@ from train.inference.sampling import Sampling
 from train.inference.slot_session import SlotSession
 from train.model.decoder import Decoder
 from train.model.tokenizer import Tokenizer, load_tokenizer
+from train.serving import chances
 from train.serving.engine import Engine, QueueFullError, StoppingError
 from train.serving.request import Choosing, Piece, Request, TokenChance
 from train.serving.scheduler import Scheduler
@@ -178,6 +179,28 @@ def test_chances_of_prompt_and_answer(tokenizer: Tokenizer) -> None:
         assert chance.logprob == pytest.approx(float(logprobs[n, chance.token]), abs=1e-4)
         assert chance.top[0][0] == int(logprobs[n].argmax())
         assert len(chance.top) == 3
+
+
+def test_prompt_chances_take_memory_for_a_few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    request = Request([n % 7 for n in range(200)], "base", 0, lambda *_: None, top=2, prompt_chances=True)
+    logits = torch.randn(150, 7)
+    rows: list[int] = []
+
+    def spy(part: torch.Tensor, *more: Any) -> chances.Chances:
+        rows.append(len(part))
+        return whole(part, *more)
+
+    whole = chances.chances_of
+    monkeypatch.setattr(chances, "chances_of", spy)
+    found = chances.prompt_chances(logits, request, 0, 150)
+    assert rows == [64, 64, 22]
+    wanted = logits.log_softmax(-1)
+    assert [c.token for c in found] == list(request.ids[:151])
+    assert found[0].logprob is None
+    for n, chance in enumerate(found[1:]):
+        assert chance.logprob == pytest.approx(float(wanted[n, chance.token]), abs=1e-6)
+        assert [token for token, _ in chance.top] == wanted[n].topk(2).indices.tolist()
 
 
 def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(tokenizer: Tokenizer) -> None:

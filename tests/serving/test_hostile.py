@@ -17,7 +17,7 @@ import pytest
 from tests.support.server import ROOT, RUN, Served, serving, start, wait_ready
 from train.commands import serve as command
 from train.common.errors import UserError
-from train.serving.server import _not_bound, open_listener
+from train.common.listen import open_listener
 
 LONG = {"model": RUN, "prompt": "a", "max_tokens": 490, "temperature": 1.5, "stream": True}
 SHORT = {"model": RUN, "prompt": "a", "max_tokens": 2, "temperature": 0}
@@ -89,12 +89,15 @@ def test_a_full_queue_is_said(served: Served) -> None:
     for connection, body in zip(connections, bodies):
         connection.sendall(body)
     time.sleep(0.5)
+    cancelled = served.metric("serve_cancelled_total")
     status, reply, headers = served.raw("/v1/completions", {**SHORT, "n": 54})
     assert status == 429
+    assert served.metric("serve_cancelled_total") == cancelled  # the queue was full; nobody hung up
     assert json.loads(reply)["error"]["type"] == "rate_limit_error"
     assert headers["retry-after"] == "1"
     for connection in connections:
         connection.close()
+    served.wait_idle()
     is_well(served)
     assert served.ask("/v1/completions", {**SHORT, "n": 120})[0] == 400
 
@@ -134,12 +137,18 @@ def test_slow_clients_are_disconnected(served: Served) -> None:
     is_well(served)
 
 
-def test_a_client_that_does_not_read_holds_no_slot(served: Served) -> None:
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_does_not_read_holds_neither_slot_nor_connection(served: Served, stream: bool) -> None:
     with connect(served) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        connection.sendall(http({**LONG, "n": 8, "logprobs": 20}))
+        connection.sendall(http({**LONG, "n": 3, "logprobs": 20, "stream": stream}))
         time.sleep(0.3)
-        served.wait_idle(30)
+        assert served.holds(connection)
+        served.wait_idle(60)
+        end = time.monotonic() + 30
+        while served.holds(connection):
+            assert time.monotonic() < end, "the connection is still open"
+            time.sleep(0.1)
     is_well(served)
 
 
@@ -208,12 +217,90 @@ def test_broken_bodies_get_an_error_in_openai_form(served: Served, body: bytes) 
     is_well(served)
 
 
+MANY = 600_000
+USER = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [None] * MANY},
+        {"prompt": ["a"] * (MANY // 2) + [1]},
+        {"prompt": [[None] * MANY]},
+        {"prompt": "a", "stop": [None] * MANY},
+        {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(MANY // 3)))},
+        {"messages": [{}] * MANY},
+        {"messages": [{"role": "user", "content": [{}] * MANY}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{}] * MANY}]},
+        {"messages": [USER], "tools": [{}] * MANY},
+    ],
+    ids=["null", "late", "nested", "stop", "bias", "messages", "parts", "calls", "tools"],
+)
+def test_huge_wrong_bodies_are_refused_soon(served: Served, fields: dict[str, Any]) -> None:
+    """With an error for each of their items it would be 10 seconds and a gigabyte, and nobody else would be answered."""
+    path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+    body = json.dumps({"model": RUN, **fields}).encode()
+    start = time.monotonic()
+    status, reply = served.ask(path, body)
+    assert status == 400, reply
+    assert time.monotonic() - start < 4
+
+
 def test_unknown_paths_and_methods(served: Served) -> None:
     for path in ("/", "/docs", "/v1/../../etc/passwd", "/v1/embeddings"):
         status, reply = served.ask(path)
         assert status == 404
         assert reply["error"]["type"] == "invalid_request_error"
     assert served.ask("/v1/models", SHORT)[0] == 405
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models/../../../etc/passwd",
+        "/v1/models/..%2f..%2f..%2fetc%2fpasswd",
+        "/v1/models/%2e%2e/%2e%2e/etc/passwd",
+        "/v1/models//etc/passwd",
+        "/v1/models/models%2Fbase-Int4%2Fconfig.json",
+    ],
+)
+def test_no_path_reaches_a_file(served: Served, path: str) -> None:
+    status, reply = served.ask(path)
+    assert status == 404
+    assert reply["error"]["code"] == "model_not_found"
+
+
+def test_html_is_sent_as_what_it_is_not(served: Served) -> None:
+    """JSON, events or plain text, and a browser is told to look for nothing else in it."""
+    html = "<script>alert(1)</script>"
+    body = {**SHORT, "prompt": html, "echo": True}
+    for path, sent, status in (
+        ("/v1/completions", body, 200),
+        ("/v1/completions", {**body, "stream": True}, 200),
+        ("/v1/completions", {**body, "model": html}, 404),
+        ("/v1/completions", {**body, html: html, "n": html}, 400),
+        (f"/v1/models/{html}", None, 404),
+        (f"/{html}", None, 404),
+        ("/metrics", None, 200),
+    ):
+        found, text, headers = served.raw(path, sent)
+        assert found == status, text
+        assert headers["content-type"].split(";")[0] in ("application/json", "text/event-stream", "text/plain")
+        assert headers["x-content-type-options"] == "nosniff"
+        assert path != "/metrics" or html not in text
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "http://localhost"])
+def test_there_is_no_websocket(served: Served, origin: str) -> None:
+    with connect(served) as connection:
+        connection.sendall(
+            b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n"
+            b"Origin: %s\r\n\r\n" % origin.encode()
+        )
+        first = connection.recv(4096).split(b"\r\n")[0]
+    assert first.split()[1] == (b"403" if "evil" in origin else b"200")
+    is_well(served)
 
 
 def test_a_key_is_asked_for_and_never_logged(folder: Path) -> None:
@@ -260,28 +347,6 @@ def test_in_a_container_the_address_on_the_host_decides(monkeypatch: pytest.Monk
     assert command._address(command.Options(), KEY) == "0.0.0.0"
 
 
-@pytest.mark.parametrize(
-    ("host", "port", "said"),
-    [
-        ("192.0.2.1", 0, r"host=192\.0\.2\.1: this machine has no such address"),
-        ("2001:db8::1", 0, "no such address|cannot listen there"),
-        ("name.invalid", 0, "no such address"),
-    ],
-)
-def test_an_address_that_cannot_be_bound_is_named(host: str, port: int, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        open_listener(host, port)
-
-
-def test_each_reason_has_its_remedy() -> None:
-    told = {
-        number: _not_bound("127.0.0.1", 65535, OSError(number, "why"))
-        for number in (errno.EADDRINUSE, errno.EACCES, errno.ENOBUFS)
-    }
-    assert told[errno.EADDRINUSE].endswith("Give another: port=8000")
-    assert "below 1024" in told[errno.EACCES] and "why" in told[errno.ENOBUFS]
-
-
 def test_while_it_loads_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from train.serving import guard, routes
 
@@ -320,12 +385,39 @@ def test_what_cannot_be_loaded_ends_it(folder: Path) -> None:
     assert "the model's context has 512 tokens" in served.log.read_text()
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.EADDRINUSE, "another program listens there. Give another: port=8001"),
+        (errno.EACCES, "Give a port above 1023"),
+        (errno.EADDRNOTAVAIL, "this machine does not have this address"),
+        (errno.EAFNOSUPPORT, "this machine does not have this address"),
+        (errno.ENOBUFS, "No buffer space available. Leave both out"),
+    ],
+)
+def test_why_nobody_can_listen_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch, number: int, said: str) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket, "socket", fail)
+    with pytest.raises(UserError, match=said):
+        open_listener("127.0.0.1", 8000)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "name.invalid"])
+def test_an_address_of_another_machine_is_said(host: str) -> None:
+    with pytest.raises(UserError, match=f"host={re.escape(host)}: this machine does not have"):
+        open_listener(host, 8000)
+
+
 def test_a_taken_port_is_said(folder: Path, served: Served) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "train", "serve", f"port={served.port}"]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 2
-    assert "another program listens there" in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1, lines
+    assert f"another program listens there. Give another: port={served.port + 1}" in lines[0]
 
 
 def test_sigterm_lets_answers_end_and_cuts_the_rest(folder: Path) -> None:
@@ -345,6 +437,20 @@ def test_sigterm_lets_answers_end_and_cuts_the_rest(folder: Path) -> None:
             assert cut == whole if seconds else cut < 490
             assert served.process.wait(30) == 0
             assert "stopped" in served.log.read_text()
+
+
+def test_while_it_stops_it_is_not_ready(folder: Path) -> None:
+    with serving(folder, "slots=1") as served, connect(served) as connection:
+        connection.sendall(http({**LONG, "n": 30}))
+        assert connection.recv(10)
+        served.process.send_signal(signal.SIGTERM)
+        end = time.monotonic() + 10
+        while (found := served.ask("/health"))[0] == 200:
+            assert time.monotonic() < end
+        assert found[0] == 503
+        assert "stopping" in found[1]["error"]["message"]
+        assert connection.recv(10)  # the answer goes on
+        assert served.ask("/v1/completions", SHORT)[0] == 503
 
 
 def tokens_of(served: Served, body: Any) -> int:

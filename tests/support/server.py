@@ -63,6 +63,12 @@ class Served:
         assert found, name
         return float(found[1])
 
+    def holds(self, connection: socket.socket) -> bool:
+        """Whether its end of a connection is open. The kernel may still keep what was sent and not read."""
+        ends = f"0100007F:{self.port:04X} 0100007F:{connection.getsockname()[1]:04X}"
+        rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return any(f"{row[1]} {row[2]}" == ends and row[9] != "0" for row in rows)  # row[9]: the inode
+
     def is_idle(self) -> bool:
         return self.metric("serve_running") == self.metric("serve_waiting") == 0
 
@@ -91,7 +97,7 @@ def start(folder: Path, *words: str, **variables: str) -> Served:
     return Served(port, process, log, variables.get("API_KEY", ""))
 
 
-def wait_ready(served: Served, seconds: float = 60) -> None:
+def wait_ready(served: Served, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while True:
         assert served.process.poll() is None, served.log.read_text()

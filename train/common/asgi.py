@@ -20,7 +20,7 @@ def host_name(host: str) -> str | None:
         return None
 
 
-def urlsplit_host(origin: str) -> str | None:
+def host_of_origin(origin: str) -> str | None:
     """host:port of an Origin; None for "null" and what is none."""
     try:
         return urlsplit(origin).netloc or None

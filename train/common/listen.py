@@ -1,10 +1,14 @@
-"""Which address a server listens on: this machine's own; another, or a published port, only where a key is set."""
+"""Where a server listens: on this machine's own address; on another, or a published port, only where a key is set."""
 
+import errno
 import ipaddress
 import os
+import socket
 from dataclasses import dataclass
 
 from train.common.errors import UserError
+
+BACKLOG = 1024  # connections that wait to be taken
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,34 @@ def shown(server: Server, host: str) -> str:
     published = os.environ.get(server.published_on) or host
     found = "127.0.0.1" if published in ("0.0.0.0", "::", "localhost") else published
     return f"[{found}]" if ":" in found else found
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """A socket that is bound there.
+
+    Raises:
+        UserError: it cannot be; the text says why, and what to give instead.
+    """
+    try:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # at once after an earlier server's end
+            listener.bind((host, port))
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise UserError(_why_not(error, host, port)) from None
+    return listener
+
+
+def _why_not(error: OSError, host: str, port: int) -> str:
+    """One sentence about what is wrong, one about what to do."""
+    if error.errno == errno.EADDRINUSE:
+        return f"port={port}: another program listens there. Give another: port={port + 1 if port < 65535 else 8000}"
+    if error.errno == errno.EACCES:
+        return f"port={port}: only root may listen there. Give a port above 1023: port=8000"
+    if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or isinstance(error, socket.gaierror):
+        return f"host={host}: this machine does not have this address. Give one that it has, or leave host= out."
+    return f"host={host} port={port}: {error.strerror}. Leave both out to listen on 127.0.0.1, at the usual port."

@@ -4,6 +4,7 @@ The first prompt of a width runs kernel by kernel, since recording a graph takes
 loses nothing. From the second prompt on the width has a graph, and the host issues one call instead of a thousand.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -44,6 +45,7 @@ class PromptGraphs:
 
     def __init__(self, read: Callable[[Tensor, Tensor], None], batch: int) -> None:
         self.read, self.batch = read, batch
+        self.has_memory = True  # for more graphs
         self.seen: set[int] = set()
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
@@ -55,12 +57,29 @@ class PromptGraphs:
             self.seen.add(width)
             self.read(ids, mask)
             return
-        if width not in self.graphs:
-            self.graphs[width] = self._record(ids, mask)
+        if width not in self.graphs and not self._add_graph(ids, mask):
+            self.read(ids, mask)
+            return
         graph, own_ids, own_mask = self.graphs[width]
         own_ids.copy_(ids)
         own_mask.copy_(mask)
         graph.replay()
+
+    def _add_graph(self, ids: Tensor, mask: Tensor) -> bool:
+        """Record the graph of this width; False where its memory is not there, which is said once."""
+        if not self.has_memory:
+            return False
+        try:
+            self.graphs[ids.shape[1]] = self._record(ids, mask)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            self.has_memory = False
+            torch.cuda.empty_cache()
+            print(
+                "There is no memory for a CUDA graph of prompts: their reading takes a little longer.", file=sys.stderr
+            )
+        return self.has_memory
 
     def _record(self, ids: Tensor, mask: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         own_ids, own_mask = ids.clone(), mask.clone()
@@ -69,3 +88,9 @@ class PromptGraphs:
         with torch.cuda.graph(graph):
             self.read(own_ids, own_mask)
         return graph, own_ids, own_mask
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was the reason: the end of a broken recording may raise an error of its own on top of it."""
+    cause = error.__cause__ or error.__context__
+    return isinstance(error, torch.OutOfMemoryError) or (cause is not None and _is_out_of_memory(cause))

@@ -1,22 +1,18 @@
 """Answers in the form of OpenAI's API: whole ones, and the chunks of a stream."""
 
+import codecs
 import json
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from train.serving.request import TokenChance
+from train.serving.tokens import Tokens
 from train.serving.tools import Call
 
 MIN_LOGPROB = -9999.0  # instead of minus infinity, which JSON does not have
-
-
-class Tokens(Protocol):
-    """What this module needs of a tokenizer."""
-
-    def bytes_of(self, token_id: int) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -69,15 +65,38 @@ def chat_logprobs(chances: Sequence[TokenChance], tokens: Tokens) -> dict[str, A
     return {"content": rows, "refusal": None}
 
 
-def completion_logprobs(chances: Sequence[TokenChance], tokens: Tokens, offset: int) -> dict[str, Any]:
-    """`logprobs` of a choice of /v1/completions. offset: characters of the choice's text before these tokens."""
-    words = [shown(tokens.bytes_of(c.token)) for c in chances]
-    offsets = []
-    for word in words:
-        offsets.append(offset)
-        offset += len(word) if not word.startswith("bytes:") else 1
+class TextOffsets:
+    """Where the tokens of a choice of /v1/completions begin in its text, in characters.
+
+    A token that goes on with a character which an earlier one began has the place of that character.
+    """
+
+    def __init__(self, tokens: Tokens, echoed: str, prompt_tokens: int) -> None:
+        """echoed: the prompt's text, with which the choice begins. prompt_tokens: of it, that come before the answer's."""
+        self.tokens, self.echoed, self.prompt_tokens = tokens, echoed, prompt_tokens
+        self._seen = self._place = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def of(self, chances: Sequence[TokenChance]) -> list[int]:
+        """Of the tokens that come next."""
+        return [self._next(chance.token) for chance in chances]
+
+    def _next(self, token: int) -> int:
+        if self._seen == self.prompt_tokens:  # the answer begins, and no character reaches into it
+            self._place = len(self.echoed)
+            self._decoder.reset()
+        in_text = self._seen < self.prompt_tokens or not self.tokens.is_control(token)
+        self._seen += 1
+        place = self._place
+        if in_text:
+            self._place += len(self._decoder.decode(self.tokens.bytes_of(token)))
+        return place
+
+
+def completion_logprobs(chances: Sequence[TokenChance], tokens: Tokens, offsets: Sequence[int]) -> dict[str, Any]:
+    """`logprobs` of a choice of /v1/completions."""
     return {
-        "tokens": words,
+        "tokens": [shown(tokens.bytes_of(c.token)) for c in chances],
         "token_logprobs": [None if c.logprob is None else max(c.logprob, MIN_LOGPROB) for c in chances],
         "top_logprobs": [
             None
@@ -85,7 +104,7 @@ def completion_logprobs(chances: Sequence[TokenChance], tokens: Tokens, offset: 
             else {shown(tokens.bytes_of(token)): max(value, MIN_LOGPROB) for token, value in c.top}
             for c in chances
         ],
-        "text_offset": offsets,
+        "text_offset": list(offsets),
     }
 
 

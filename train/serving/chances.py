@@ -3,13 +3,14 @@
 They are computed for the rows that ask, on the device; only the numbers that are sent are copied to the host.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from train.serving.request import Request, TokenChance
+
+ROWS = 64  # of a prompt at once
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ def chances_of(logits: Tensor, tokens: Tensor, numbers: list[int], wanted: list[
 
 def prompt_chances(logits: Tensor, request: Request, start: int, end: int) -> tuple[TokenChance, ...]:
     """Of the prompt's tokens start + 1 … end, which logits [T, V] predict; also the first of all, which nothing does."""
-    first = (TokenChance(request.ids[0], None),) if start == 0 else ()
-    targets = torch.tensor(list(request.ids[start + 1 : end + 1]), device=logits.device)
-    if not len(targets):
-        return first
-    count = len(targets)
-    rows: Sequence[int] = list(range(count))
-    found = chances_of(logits[:count], targets, list(rows), [request.top or 0] * count).rows()
-    return first + tuple(found[n] for n in rows)
+    found = [TokenChance(request.ids[0], None)] if start == 0 else []
+    targets = list(request.ids[start + 1 : end + 1])
+    for first in range(0, len(targets), ROWS):  # log_softmax takes as much memory again as its logits
+        part = torch.tensor(targets[first : first + ROWS], device=logits.device)
+        numbers = list(range(len(part)))
+        rows = chances_of(logits[first : first + len(part)], part, numbers, [request.top or 0] * len(part)).rows()
+        found += [rows[n] for n in numbers]
+    return tuple(found)

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -22,19 +21,9 @@ from train.serving.request import Piece, Request, TokenChance
 from train.serving.scheduler import Plan, Reading, Scheduler
 from train.serving.text_stream import TextStream
 from train.serving.token_choice import Issued, TokenChoice, with_grammar
+from train.serving.tokens import Tokens
 
 LOG = logging.getLogger(__name__)
-
-
-class Vocabulary(Protocol):
-    """What the engine needs of a tokenizer."""
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]: ...
-
-    def bytes_of(self, token_id: int) -> bytes: ...
-
-    def is_control(self, token_id: int) -> bool: ...
 
 
 class QueueFullError(Exception):
@@ -74,17 +63,14 @@ class Engine:
     """Owns the session, the scheduler and their thread. `submit`, `cancel` and `stop` may be called by any thread."""
 
     def __init__(
-        self,
-        session: SlotSession,
-        layers: Mapping[str, DecodeLayers],
-        vocabulary: Vocabulary,
-        scheduler: Scheduler,
+        self, session: SlotSession, layers: Mapping[str, DecodeLayers], tokens: Tokens, scheduler: Scheduler
     ) -> None:
         """layers: of each model that can be asked for."""
-        self.session, self.layers, self.vocabulary, self.scheduler = session, dict(layers), vocabulary, scheduler
+        self.session, self.layers, self.tokens, self.scheduler = session, dict(layers), tokens, scheduler
         self.choice = TokenChoice(session)
         self.answers: dict[Request, _Answer] = {}
         self.counters, self.failure = Counters(), ""
+        self.refusal = ""  # why no more requests are taken; empty while they are
         self._ahead = session.use_graphs
         self._wake = threading.Condition()
         self._inbox: list[Request] = []
@@ -104,8 +90,8 @@ class Engine:
             QueueFullError: too many wait. StoppingError: the engine ends, or has failed.
         """
         with self._wake:
-            if self._stop_at is not None or self.failure:
-                raise StoppingError(FAILED if self.failure else "the server is stopping")
+            if self.refusal:
+                raise StoppingError(self.refusal)
             if len(self._inbox) + len(requests) > self.scheduler.room:
                 raise QueueFullError
             self._inbox.extend(requests)
@@ -122,6 +108,7 @@ class Engine:
         """Take no more requests; let running answers end for so long, then cut them off. Returns when all have ended."""
         with self._wake:
             self._stop_at = time.monotonic() + seconds
+            self.refusal = self.refusal or "the server is stopping"
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join(seconds + 30)
@@ -141,7 +128,7 @@ class Engine:
             with torch.inference_mode():
                 self._loop()
         except Exception as error:  # whatever it is: everybody who waits must hear of it
-            self.failure = f"{type(error).__name__}: {error}"
+            self.failure, self.refusal = f"{type(error).__name__}: {error}", FAILED
             with self._wake:
                 self._inbox.extend([*self.scheduler.running, *self.scheduler.waiting])
                 left, self._inbox = self._inbox, []
@@ -236,7 +223,7 @@ class Engine:
             return
         answer.tokens += 1
         self.counters.answer_tokens += 1
-        ended = token in self.vocabulary.stop_ids
+        ended = token in self.tokens.stop_ids
         if request.grammar is not None and not ended and not with_grammar(request, request.grammar.take, token):
             self._end(request, "error")
             return
@@ -245,8 +232,8 @@ class Engine:
         if ended:
             self._end(request, "stop")
             return
-        shown = not self.vocabulary.is_control(token) or token in request.keep_control
-        text = answer.text.push(self.vocabulary.bytes_of(token)) if shown else ""
+        shown = not self.tokens.is_control(token) or token in request.keep_control
+        text = answer.text.push(self.tokens.bytes_of(token)) if shown else ""
         if answer.text.stopped:
             self._end(request, "stop", text)
         elif answer.tokens >= request.max_tokens:

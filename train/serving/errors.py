@@ -32,6 +32,11 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
     return ApiError(400, message, param, code)
 
 
+def internal() -> ApiError:
+    """A mistake of this program; its text may hold paths, so that only the log has it."""
+    return ApiError(500, "the server made a mistake; its log says more.", code="internal")
+
+
 def loading() -> ApiError:
     return ApiError(503, "the model is being loaded. Try again in a moment.", code="loading", retry_after=2)
 

@@ -1,13 +1,15 @@
 """Answers that must be JSON, or fit a JSON schema: which tokens may come next, by llguidance."""
 
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import llguidance
 import numpy as np
 import torch
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from torch import Tensor
+
+from train.serving.tokens import Tokens
 
 # Between the parts of a JSON text: a line end and an indent at most. Without a limit, a model that once begins with
 # white space may write nothing else until its tokens are used up.
@@ -17,19 +19,6 @@ MAX_SCHEMA = 100_000  # characters of a schema: llguidance compiles it before th
 
 class GrammarError(ValueError):
     """A schema that llguidance cannot use; the text says why."""
-
-
-class Tokens(Protocol):
-    """What this module needs of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def bytes_of(self, token_id: int) -> bytes: ...
-
-    def is_control(self, token_id: int) -> bool: ...
 
 
 class _Words:

@@ -11,13 +11,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from train.common.asgi import LOOPBACK, App, Message, Receive, Send, host_name, urlsplit_host
+from train.common.asgi import LOOPBACK, App, Message, Receive, Send, host_name, host_of_origin
 from train.serving.errors import ApiError
 from train.serving.metrics import Metrics
 
 OPEN_PATHS = frozenset(("/health",))  # without a key: says only whether the server is ready
 WITH_BODY = ("/v1/chat/completions", "/v1/completions")
 PATHS = ("/health", "/metrics", "/openapi.json", "/v1/models", *WITH_BODY)
+NO_SNIFFING = (b"x-content-type-options", b"nosniff")  # a browser shows no reply as HTML, whatever is in it
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Guard:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self.metrics.count(scope["path"], message["status"], PATHS)
+                message = {**message, "headers": [*message["headers"], NO_SNIFFING]}
             await send(message)
 
         try:
@@ -67,7 +69,7 @@ class Guard:
             raise ApiError(403, "this Host is not served here. Ask localhost or 127.0.0.1.", code="host")
         origin = headers.get("origin")
         site = headers.get("sec-fetch-site", "none")
-        if (origin is not None and urlsplit_host(origin) != host) or site not in ("none", "same-origin"):
+        if (origin is not None and host_of_origin(origin) != host) or site not in ("none", "same-origin"):
             raise ApiError(403, "pages of other sites are not answered.", code="cross_site")
         if self.limits.key and scope["path"] not in OPEN_PATHS and not self._has_key(headers.get("authorization", "")):
             raise ApiError(401, "a key is needed: Authorization: Bearer KEY.", code="invalid_api_key")

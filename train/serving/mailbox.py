@@ -53,8 +53,8 @@ class Inbox:
         mailbox.inboxes.update(dict.fromkeys(self.requests, self))
         try:
             engine.submit(*self.requests)
-        except Exception:
-            self.close()
+        except Exception:  # the engine knows none of them: nothing is cancelled
+            self._forget()
             raise
 
     def put(self, request: Request, piece: Piece) -> None:
@@ -84,8 +84,12 @@ class Inbox:
     def close(self) -> None:
         """Free the slots of all that has not ended."""
         for request in self._open:
-            self.mailbox.inboxes.pop(request, None)
             self.engine.cancel(request)
+        self._forget()
+
+    def _forget(self) -> None:
+        for request in self._open:
+            self.mailbox.inboxes.pop(request, None)
         self._open = set()
 
 

@@ -4,24 +4,14 @@ What users write never becomes a control token. The roles of tools exist where t
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from train.data.rows.formats import Turn
 from train.data.tokens.chat_template import prompt
 from train.serving import tools
 from train.serving.errors import bad
 from train.serving.schema import Message, Tool
-
-
-class Tokens(Protocol):
-    """What this module needs of a tokenizer."""
-
-    im_start: int
-    im_end: int
-    endoftext: int
-    control: dict[str, int]
-
-    def encode(self, text: str) -> list[int]: ...
+from train.serving.tokens import Tokens
 
 
 def text_of(message: Message, place: int) -> str:

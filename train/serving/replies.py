@@ -2,19 +2,20 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.responses import StreamingResponse
 
 from train.serving import answers
-from train.serving.answers import Head, Tokens
-from train.serving.errors import FAILED, ApiError, stopping
+from train.serving.answers import Head, TextOffsets
+from train.serving.errors import FAILED, ApiError, internal, stopping
 from train.serving.mailbox import HungUpError, Inbox
 from train.serving.metrics import Metrics
 from train.serving.request import Piece, TokenChance
 from train.serving.schema import ChatBody, CompletionBody
+from train.serving.tokens import Tokens
 from train.serving.tools import OPEN, find_calls
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -48,6 +49,7 @@ class Reply:
         self.echo = isinstance(self.body, CompletionBody) and bool(self.body.echo)
         self.has_tools = isinstance(self.body, ChatBody) and bool(self.body.tools) and self.body.tool_choice != "none"
         self.wants_logprobs = any(request.top is not None for request in self.inbox.requests)
+        self.offsets = [self._offsets(number) for number in range(len(self.choices))]
 
     # --- pieces
 
@@ -78,6 +80,10 @@ class Reply:
         ids = self.inbox.requests[number].ids
         return b"".join(self.tokens.bytes_of(token) for token in ids).decode("utf-8", "replace")
 
+    def _offsets(self, number: int) -> TextOffsets:
+        request, echoed = self.inbox.requests[number], self._prompt_text(number) if self.echo else ""
+        return TextOffsets(self.tokens, echoed, len(request.ids) if request.prompt_chances else 0)
+
     # --- a whole answer
 
     async def whole(self) -> dict[str, Any]:
@@ -90,15 +96,14 @@ class Reply:
     def _choice(self, number: int, choice: Choice) -> dict[str, Any]:
         if not self.is_chat:
             text = (self._prompt_text(number) if self.echo else "") + choice.text
-            offset = len(self._prompt_text(number)) if self.echo and not self._has_prompt_chances(number) else 0
-            logprobs = answers.completion_logprobs(choice.chances, self.tokens, offset) if self.wants_logprobs else None
+            logprobs = self._completion_logprobs(number, choice.chances) if self.wants_logprobs else None
             return answers.completion_choice(number, text, choice.finish, logprobs)
         logprobs = answers.chat_logprobs(choice.chances, self.tokens) if self.wants_logprobs else None
         text, calls = find_calls(choice.text) if self.has_tools else (choice.text, [])
         return answers.chat_choice(number, text, choice.finish, calls, logprobs)
 
-    def _has_prompt_chances(self, number: int) -> bool:
-        return self.inbox.requests[number].prompt_chances
+    def _completion_logprobs(self, number: int, chances: Sequence[TokenChance]) -> dict[str, Any]:
+        return answers.completion_logprobs(chances, self.tokens, self.offsets[number].of(chances))
 
     # --- a stream
 
@@ -155,10 +160,7 @@ class Reply:
         return text[len(sent) :], [call.as_json(n) for n, call in enumerate(calls)]
 
     def _completion_chunks(self, number: int, piece: Piece) -> list[dict[str, Any]]:
-        logprobs = None
-        if piece.chances:
-            at = len(self.choices[number].text) - len(piece.text)
-            logprobs = answers.completion_logprobs(piece.chances, self.tokens, at)
+        logprobs = self._completion_logprobs(number, piece.chances) if piece.chances else None
         chunks = [answers.completion_choice(number, piece.text, None, logprobs)] if piece.text or logprobs else []
         return chunks + ([answers.completion_choice(number, "", piece.finish, None)] if piece.finish else [])
 
@@ -175,43 +177,32 @@ def _before_calls(text: str, ended: bool) -> str:
 
 
 class EventReply(StreamingResponse):
-    """An ASGI response of events. A client that hangs up, or takes nothing for `seconds`, ends it and frees its slots."""
+    """An ASGI response of events. A client that hangs up ends it, which frees its slots."""
 
-    def __init__(self, reply: Reply, seconds: float) -> None:
+    def __init__(self, reply: Reply) -> None:
         super().__init__(reply.events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
-        self.reply, self.seconds = reply, seconds
+        self.reply = reply
 
     async def __call__(self, scope: Any, receive: Receive, send: Any) -> None:
-        sent = asyncio.create_task(self._send(send))
         gone = asyncio.create_task(hang_up(self.reply.inbox, receive))
         try:
-            await asyncio.wait((sent, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not sent.done():  # the client is gone: `_send` hears of it, unless it waits for the client to read
-                await asyncio.wait((sent,), timeout=1)
+            await self._send(send)
         finally:
             self.reply.inbox.close()
-            for task in (sent, gone):
-                task.cancel()
-            await asyncio.gather(sent, gone, return_exceptions=True)
+            gone.cancel()
 
     async def _send(self, send: Send) -> None:
+        """Send the events. An error reaches the client as the last of them, and the log from whoever called this."""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for data in self.body_iterator:
-                await self._in_time(send({"type": "http.response.body", "body": data, "more_body": True}))
-            await send({"type": "http.response.body", "body": b""})
-        except (HungUpError, asyncio.TimeoutError):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except HungUpError:
             return
-
-    async def _in_time(self, sending: Awaitable[None]) -> None:
-        """Raises TimeoutError where the client does not read; a timer only, since it is made for every event."""
-        task = asyncio.current_task()
-        assert task is not None
-        timer = asyncio.get_running_loop().call_later(self.seconds, task.cancel)
-        try:
-            await sending
-        finally:
-            timer.cancel()
+        except Exception:
+            await send({"type": "http.response.body", "body": answers.event(internal().body()), "more_body": True})
+            raise
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def hang_up(inbox: Inbox, receive: Receive) -> None:

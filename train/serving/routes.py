@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from train.serving.engine import QueueFullError, StoppingError
-from train.serving.errors import FAILED, ApiError, loading, stopping
+from train.serving.errors import ApiError, internal, loading, stopping
 from train.serving.guard import Guard, Limits
 from train.serving.mailbox import HungUpError, Inbox, Mailbox
 from train.serving.metrics import Metrics
@@ -64,11 +64,11 @@ class State:
         self.service = service
 
     def get(self) -> Service:
-        """Raises ApiError (503) while there is none."""
+        """Raises ApiError (503) before it is loaded, and when it takes no more requests."""
         if self.service is None:
             raise loading()
-        if self.service.engine.failure:
-            raise stopping(FAILED)
+        if reason := self.service.engine.refusal:
+            raise stopping(reason)
         return self.service
 
     @property
@@ -100,7 +100,7 @@ async def answer(state: State, body: ChatBody | CompletionBody, request: Request
         raise stopping(str(error)) from None
     reply = Reply(body, inbox, service.tokens, state.metrics)
     if body.stream:
-        return EventReply(reply, state.limits.seconds)
+        return EventReply(reply)
     gone = asyncio.create_task(hang_up(inbox, request.receive))
     try:
         return JSONResponse(await reply.whole())
@@ -163,7 +163,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def of_us(request: Request, error: Exception) -> ErrorResponse:
-        return ErrorResponse(ApiError(500, "a mistake of the server; its log has more.", code="internal"))
+        return ErrorResponse(internal())
 
 
 def in_body(mistakes: Sequence[Any]) -> ApiError:

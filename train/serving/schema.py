@@ -1,11 +1,15 @@
-"""The bodies of requests as OpenAI's API has them. Fields that are not listed are ignored; wrong types are refused."""
+"""The bodies of requests as OpenAI's API has them. Fields that are not listed are ignored; wrong types are refused.
 
-from typing import Annotated, Any, Literal
+A list is refused at its first wrong item: a body of megabytes could hold a million, each with an error of its own.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_PROMPTS = 2048
 
 
 def _whole(value: Any) -> Any:
@@ -13,11 +17,13 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+T = TypeVar("T")
+Items = Annotated[list[T], Field(fail_fast=True)]
 WHOLE = BeforeValidator(_whole)
-Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 
 
 class Body(BaseModel):
@@ -44,8 +50,8 @@ class ToolCall(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | Items[TextPart] | None = None
+    tool_calls: Items[ToolCall] | None = None
 
 
 class Function(Body):
@@ -83,24 +89,24 @@ class Common(Body):
     top_k: Annotated[int, Field(ge=-1, le=10_000_000), WHOLE] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     seed: Annotated[int, WHOLE] | None = None  # of any size: it is hashed
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
+    stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: dict[str, Any] | None = None  # refused, whatever it holds
 
 
 class ChatBody(Common):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(fail_fast=True, min_length=1)
     max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = None  # a call cannot be forced
 
 
@@ -109,9 +115,9 @@ class CompletionBody(Common):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=2048)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     )
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None

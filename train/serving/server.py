@@ -4,22 +4,18 @@ Connections are taken at once, so that a client hears "loading" instead of nothi
 requests are taken, running answers may end for a while, and the exit status is 0; a second signal does not wait.
 """
 
-import asyncio
 import contextlib
-import errno
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from train.common.errors import UserError
+from train.common.listen import open_listener
+from train.serving.connection import PatientProtocol
 from train.serving.routes import State, application
 from train.serving.service import Service
 
@@ -27,41 +23,6 @@ CONNECTIONS = 1024
 KEEP_ALIVE = 30  # seconds that a connection may be idle
 SWITCH = 0.0005  # seconds after which the event loop lets the engine begin its next step; Python's default is 0.005
 CLOSING = 5  # seconds for clients to take the last pieces
-
-
-class PatientProtocol(H11Protocol):
-    """uvicorn's, which closes a connection whose headers do not arrive in time: uvicorn waits for ever."""
-
-    seconds = 30.0
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._stop_watching()
-
-    def _watch(self) -> None:
-        """Start the timer where a request has begun and its headers are not complete; stop it where they are."""
-        waits = self.conn.their_state is h11.IDLE and (self.cycle is None or bool(self.conn.trailing_data[0]))
-        if not waits:
-            self._stop_watching()
-        elif self._timer is None:
-            self._timer = self.loop.call_later(self.seconds, self.transport.abort)  # type: ignore[attr-defined]
-
-    def _stop_watching(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
 
 class Server(uvicorn.Server):
@@ -98,32 +59,6 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def open_listener(host: str, port: int) -> socket.socket:
-    """A socket bound to this address of this machine.
-
-    Raises:
-        UserError: it cannot be; with the reason and what to give instead.
-    """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise UserError(_not_bound(host, port, error)) from None
-    return listener
-
-
-def _not_bound(host: str, port: int, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"port={port}: another program listens there. Give another: port={port + 1 if port < 65535 else 8000}"
-    if error.errno == errno.EACCES:
-        return f"port={port}: ports below 1024 are reserved for root. Give another: port=8000"
-    if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or isinstance(error, socket.gaierror):
-        return f"host={host}: this machine has no such address (ip addr lists them). host=0.0.0.0 is all of them."
-    return f"host={host}, port={port}: cannot listen there: {error.strerror}."
-
-
 def serve(
     state: State,
     load: Callable[[], Service],
@@ -135,7 +70,7 @@ def serve(
     """Listen, load, answer, until a signal comes.
 
     Raises:
-        UserError: the port is taken, or the address is not this machine's. Whatever `load` raises.
+        UserError: see `open_listener`. Whatever `load` raises.
     """
     PatientProtocol.seconds = state.limits.seconds
     config = uvicorn.Config(

@@ -4,7 +4,7 @@ import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from train.serving.engine import Engine
 from train.serving.errors import ApiError, bad
@@ -12,32 +12,12 @@ from train.serving.grammar import Grammar, GrammarError, Grammars, any_object
 from train.serving.prompts import chat_ids
 from train.serving.request import Choosing, Piece, Request
 from train.serving.schema import ChatBody, Common, CompletionBody
+from train.serving.tokens import Tokens
 from train.serving.tools import CLOSE, OPEN
 
 DEFAULT_COMPLETION = 16  # tokens of /v1/completions, as OpenAI's
 SMALLEST_TEMPERATURE = 1e-4  # below it a draw is the likeliest token, and the division would overflow
 Deliver = Callable[[Request, Piece], None]
-
-
-class Tokens(Protocol):
-    """What the server needs of a tokenizer."""
-
-    im_start: int
-    im_end: int
-    endoftext: int
-    control: dict[str, int]
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def bytes_of(self, token_id: int) -> bytes: ...
-
-    def is_control(self, token_id: int) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -138,6 +118,9 @@ class Service:
         schema: str | None = None,
     ) -> list[Request]:
         """Args: asked, default: tokens of an answer; both are cut to what the context has left."""
+        count = len(prompts) * (body.n or 1)
+        if count > self.engine.scheduler.queue + self.engine.session.slots:
+            raise bad(f"{count} answers at once are more than this server queues.", "n")
         stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         seed = body.seed if body.seed is not None else secrets.randbits(62)
         requests = []
@@ -154,8 +137,6 @@ class Service:
             requests.append(
                 Request(ids, body.model, wanted, deliver, choosing, stops, top, chances, kept, grammar)
             )  # fmt: skip
-        if len(requests) > self.engine.scheduler.queue + self.engine.session.slots:
-            raise bad(f"{len(requests)} answers at once are more than this server queues.", "n")
         return requests
 
     def _choosing(self, body: Common, seed: int, number: int) -> Choosing:

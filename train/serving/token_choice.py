@@ -62,17 +62,17 @@ class TokenChoice:
         for n, request in enumerate(requests):
             if request.grammar is not None and not with_grammar(request, request.grammar.mask, logits[n]):
                 rows[n] = Choosing()
-        punished = [n for n, row in enumerate(rows) if row.has_penalties]
-        if punished:
-            logits[punished] = self.penalties.apply(logits[punished], slots[punished], [rows[n] for n in punished])
+        penalised = [n for n, row in enumerate(rows) if row.has_penalties]
+        if penalised:
+            logits[penalised] = self.penalties.apply(logits[penalised], slots[penalised], [rows[n] for n in penalised])
         tokens = logits.argmax(-1)
         drawn = [n for n, row in enumerate(rows) if row.temperature > 0]
         if drawn:
             generators = [self.generators[requests[n].slot] for n in drawn]
             tokens[drawn] = draw(logits[drawn], [rows[n] for n in drawn], generators)
         self.session.token.index_copy_(0, slots, tokens)
-        if punished:
-            self.penalties.add(slots[punished], tokens[punished])
+        if penalised:
+            self.penalties.add(slots[penalised], tokens[penalised])
 
 
 def with_grammar(request: Request, step: Callable[[Any], None], value: object) -> bool:

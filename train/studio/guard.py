@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
-from train.common.asgi import LOOPBACK, App, Message, Receive, Send, host_name, urlsplit_host
+from train.common.asgi import LOOPBACK, App, Message, Receive, Send, host_name, host_of_origin
 
 COOKIE = "studio"
 LOGIN, UPLOAD = "/login", "/upload"
@@ -76,7 +76,7 @@ class Guard:
         if self.access.hosts and host_name(host) not in self.access.hosts:
             raise RefusedError(403, "This Host is not served here. Ask 127.0.0.1 or localhost.")
         site = headers.get("sec-fetch-site", "none")
-        if (origin is not None and urlsplit_host(origin) != host) or site not in ("none", "same-origin"):
+        if (origin is not None and host_of_origin(origin) != host) or site not in ("none", "same-origin"):
             raise RefusedError(403, "Pages of other sites are not answered. Type the address into the browser.")
         if self.access.token and scope["path"] != LOGIN and not self._is_known(headers.get("cookie", "")):
             raise RefusedError(401, "A token is needed: open /login?token=TOKEN once.")

@@ -19,6 +19,7 @@ from fastapi.responses import FileResponse, PlainTextResponse, RedirectResponse,
 
 from train.common.errors import UserError
 from train.common.files import make_folder
+from train.common.listen import open_listener
 from train.runs.folder import REPORT
 from train.studio import guard
 from train.studio.folders import Folders
@@ -138,10 +139,7 @@ def serve(folders: Folders, access: Access, host: str, port: int, on_ready: Any 
         proxy_headers=False, timeout_graceful_shutdown=CLOSING,
     )  # fmt: skip
     server = _Server(config)
-    try:
-        listener: socket.socket = config.bind_socket()
-    except SystemExit:
-        raise UserError(f"port={port}: another program listens there. Give another: port={port + 1}") from None
+    listener = open_listener(host, port)
     on_ready()
     server.run(sockets=[listener])
     studio.jobs.stop_and_wait(("serve",))
