@@ -11,6 +11,7 @@ import uvicorn
 from openai import OpenAI
 
 from tests.serving.test_tools import CONVERSATION, TOOLS, tokenizer
+from train.common.listen import open_listener
 from train.model.tokenizer import Tokenizer
 from train.serving.engine import Counters
 from train.serving.guard import Limits

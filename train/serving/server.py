@@ -6,7 +6,6 @@ requests are taken, running answers may end for a while, and the exit status is 
 
 import contextlib
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator

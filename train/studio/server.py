@@ -7,7 +7,6 @@ there the runs are told to stop, and each writes its checkpoint.
 import contextlib
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
