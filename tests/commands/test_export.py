@@ -134,7 +134,7 @@ def test_qwen_1_s_switches_are_left_to_its_users_and_the_command_sets_the_right_
     assert "Qwen-1's own code" not in output
 
 
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 def test_code_that_the_config_names_and_that_is_not_there_is_told(tmp_path: Path, layout: str, capsys: Any) -> None:
     """A Qwen2 run in the layout of Qwen-1, and a Qwen-1 base that came without its code."""
     out = export(tiny_run(tmp_path, layout), layout="qwen")

@@ -142,7 +142,7 @@ def test_an_unknown_name_is_refused(name: str) -> None:
         architecture.published(name)
 
 
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 def test_a_shape_is_read_as_the_decoder_reads_it(layout: str) -> None:
     kind = {"hidden_size": 128, "num_attention_heads": 4, "vocab_size": 512, "num_hidden_layers": 2}
     ours = {

@@ -35,7 +35,7 @@ def test_parameters_of_the_lock_follow_from_the_architecture() -> None:
         assert {published(f"{family}-{size}").layout for size in of["sizes"]} == {of["layout"]}
 
 
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 def test_a_shape_counts_the_parameters_of_the_decoder(layout: str, tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "m", tiny_config(layout))
     content = json.loads((folder / "config.json").read_text())

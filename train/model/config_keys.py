@@ -52,7 +52,10 @@ KEYS: dict[str, dict[str, Key]] = {
         "max_position_embeddings": Key("max_position_embeddings", most=2**31),
     },
 }
+# Qwen3's published class has heads of 128 where the file says nothing, whatever the hidden size
+KEYS["qwen3"] = KEYS["qwen2"] | {"head_dim": Key("head_dim", 128, most=2**14)}
 ROPE_THETA = {"qwen": Key("rotary_emb_base", kind=float, most=1e12), "qwen2": Key("rope_theta", kind=float, most=1e12)}
+ROPE_THETA["qwen3"] = ROPE_THETA["qwen2"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ SUPPORTED: dict[str, dict[str, Supported]] = {
         "is_causal": _CAUSAL,
     },
 }
+SUPPORTED["qwen3"] = SUPPORTED["qwen2"] | {"attention_bias": Supported((False,), "every published Qwen3 has none")}
 
 
 def check_supported(config: dict[str, Any], layout: str, source: str) -> None:
@@ -225,6 +229,6 @@ def portable(config: dict[str, Any], source: str) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in ("dtype", "rope_parameters")}
     if dtype is not None:
         kept["torch_dtype"] = dtype.removeprefix("torch.")
-    if config.get("rope_parameters") is not None and config.get("model_type") == "qwen2":
-        kept["rope_theta"] = rope_theta(config, "qwen2", source)
+    if config.get("rope_parameters") is not None and config.get("model_type") in ("qwen2", "qwen3"):
+        kept["rope_theta"] = rope_theta(config, config["model_type"], source)
     return kept

@@ -1,4 +1,4 @@
-"""One decoder for every Qwen from 1 to 2.5: RMSNorm, rotary positions, grouped attention, SwiGLU.
+"""One decoder for every dense Qwen from 1 to 3: RMSNorm, rotary positions, grouped attention, SwiGLU.
 
 A plain torch module: transformers and what it imports take longer to load than a small model. Its modules carry the
 names of the layout that it was built for. It does not deal with files, Int4 or LoRA: any module may stand under a linear's name. No
@@ -20,6 +20,7 @@ from torch.autograd.graph import save_on_cpu
 from train.model.empty_layers import EmptyEmbedding, EmptyLinear
 from train.model.layouts import LAYOUTS, DecoderConfig
 from train.ops.cross_entropy import chunked_cross_entropy
+from train.ops.head_norm import HeadNorms
 from train.ops.offload import HostEmbedding
 
 Cache = tuple[Tensor, ...]  # (key, value) [B, Hkv, S, D] of a layer; with dynamic NTK also alpha [B, 1] of the prompt
@@ -115,16 +116,29 @@ class Attention(nn.Module):
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         sizes = (q, kv, kv) if len(names.qkv) == 3 else (q + 2 * kv,)
         for name, size in zip(names.qkv, sizes, strict=True):
-            self.add_module(name, EmptyLinear(hidden, size, bias=True))
+            self.add_module(name, EmptyLinear(hidden, size, bias=names.qkv_bias))
         self.add_module(names.out, EmptyLinear(q, hidden, bias=False))
+        for name in names.head_norms:
+            self.add_module(name, RMSNorm(config.head_dim, config.rms_norm_eps))
+
+    @property
+    def head_norms(self) -> HeadNorms | None:
+        """The norms of each head of q and k; None where the layout has none."""
+        if not self.names.head_norms:
+            return None
+        q, k = (getattr(self, name).weight for name in self.names.head_norms)
+        return HeadNorms(q, k, self.config.rms_norm_eps)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, H] -> q [B, Hq, T, D], k and v [B, Hkv, T, D]."""
+        """x [B, T, H] -> q [B, Hq, T, D], k and v [B, Hkv, T, D]; q and k normed where the layout has these norms."""
         c = self.config
         parts = [getattr(self, name)(x) for name in self.names.qkv]
         qkv = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         counts = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
         q, k, v = qkv.unflatten(-1, (-1, c.head_dim)).transpose(1, 2).split(counts, dim=1)
+        if self.names.head_norms:
+            q_norm, k_norm = (getattr(self, name) for name in self.names.head_norms)
+            q, k = q_norm(q), k_norm(k)
         return q, k, v
 
     def forward(

@@ -269,7 +269,8 @@ def _match_linears(folder: Path, model: Decoder, files: dict[str, Path], quantiz
     check_quantised(folder, scheme is not None, sum(name.endswith(".qweight") for name in files))
     for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
         parent, _, child = name.rpartition(".")
-        has_bias = child in model.config.names.qkv or f"{name}.bias" in files  # without it, q, k and v would be wrong
+        needs_bias = model.config.names.qkv_bias and child in model.config.names.qkv  # without it, these would be wrong
+        has_bias = needs_bias or f"{name}.bias" in files
         if scheme is not None and f"{name}.qweight" in files:
             int4 = Int4Linear(linear.in_features, linear.out_features, has_bias, scheme, device=torch.device("meta"))
             setattr(model.get_submodule(parent), child, int4)

@@ -164,7 +164,7 @@ def block_weight_bytes(shape: Shape) -> int:
         else:
             groups = k // shape.group
             total += k * n * shape.bits // 8 + groups * n * 2 + groups * n * shape.bits // 8 + 4 * k
-    return shape.layers * (total + BYTES_16 * (2 * shape.hidden + shape.qkv))
+    return shape.layers * (total + BYTES_16 * shape.vectors)
 
 
 def embedding_bytes(shape: Shape, setting: Setting) -> int:
@@ -211,6 +211,7 @@ class Widths:
     rank_out: int
     rank_gate_up: int
     rank_down: int
+    normed_heads: int  # q and k before a norm of each head; 0 where the layout has no such norms
     dropout: int  # 1 where dropout copies the input of an adapter, else 0
 
     @classmethod
@@ -218,7 +219,8 @@ class Widths:
         targets = [name for name, _, _ in adapted_linears(shape, setting.targets)]
         qkv, out, gate_up, down = (setting.rank * sum(name in targets for name in group) for group in shape.groups())
         sizes = (shape.hidden, shape.queries, shape.qkv, shape.inner, shape.heads)
-        return cls(*sizes, qkv, out, gate_up, down, dropout=1 if setting.dropout else 0)
+        ranks, dropout = (qkv, out, gate_up, down), 1 if setting.dropout else 0
+        return cls(*sizes, *ranks, normed_heads=shape.normed_heads, dropout=dropout)
 
     def extra(self, rank: int) -> int:
         """Extra columns of a gradient for the adapter's part; with dropout there are none."""
@@ -226,8 +228,13 @@ class Widths:
 
     @property
     def attention(self) -> int:
-        """What attention saves beside its input: q, k, v, output, log-sums in 32 bits, residual, low-rank products."""
-        return self.qkv + self.queries + 2 * self.heads + self.hidden + self.rank_qkv + self.rank_out
+        """What attention saves beside its input: q, k, v, output, log-sums in 32 bits, residual, low-rank products.
+
+        Where the heads of q and k are normed, also q and k before that.
+        """
+        return (
+            self.qkv + self.normed_heads + self.queries + 2 * self.heads + self.hidden + self.rank_qkv + self.rank_out
+        )
 
     @property
     def gate_up(self) -> int:
@@ -316,7 +323,11 @@ def backward_stages(shape: Shape, setting: Setting) -> list[Stage]:
         ),
         Stage("gradient of attention's output", after_mlp + w.queries * (1 + w.dropout), w.queries * w.hidden),
         Stage("gradients of q, k and v", after_mlp + w.queries + w.qkv + extra_qkv + 2 * w.heads),
-        Stage("gradient of attention's input", after_mlp - w.queries + extra_qkv + 2 * w.hidden, w.hidden * w.qkv),
+        Stage(
+            "gradient of attention's input",
+            after_mlp - w.queries - w.normed_heads + extra_qkv + 2 * w.hidden,
+            w.hidden * w.qkv,
+        ),
     ]
 
 
