@@ -134,7 +134,7 @@ def test_qwen_1_s_switches_are_left_to_its_users_and_the_command_sets_the_right_
     assert "Qwen-1's own code" not in output
 
 
-@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
 def test_code_that_the_config_names_and_that_is_not_there_is_told(tmp_path: Path, layout: str, capsys: Any) -> None:
     """A Qwen2 run in the layout of Qwen-1, and a Qwen-1 base that came without its code."""
     out = export(tiny_run(tmp_path, layout), layout="qwen")
@@ -143,3 +143,14 @@ def test_code_that_the_config_names_and_that_is_not_there_is_told(tmp_path: Path
     assert f"modeling_qwen.py, qwen_generation_utils.py, tokenization_qwen.py are not in {out}" in output
     assert "LAYOUT=qwen2" in output
     assert "AutoModelForCausalLM" not in output, "no command that would fail"
+
+
+@pytest.mark.parametrize(("layout", "other"), [("qwen3", "qwen"), ("qwen3", "qwen2"), ("qwen2", "qwen3")])
+@pytest.mark.parametrize("kind", ["hf", "gptq"])
+def test_a_layout_that_lacks_the_norms_of_the_heads_is_refused(
+    tmp_path: Path, layout: str, other: str, kind: str
+) -> None:
+    folder = tiny_run(tmp_path, layout)
+    with pytest.raises(UserError, match="only Qwen3 has a norm of each head of q and k"):
+        export(folder, layout=other, format=kind)
+    assert not (folder / "merged").exists() and not (folder / "gptq").exists()

@@ -157,10 +157,12 @@ def test_a_shape_is_read_as_the_decoder_reads_it(layout: str) -> None:
     }
     theirs = {"model_type": "qwen2", "intermediate_size": 384, "num_key_value_heads": 2, "rms_norm_eps": 1e-6}
     theirs |= {"max_position_embeddings": 64, "rope_theta": 1e6, "tie_word_embeddings": True}
+    if layout == "qwen3":
+        theirs |= {"model_type": "qwen3", "head_dim": 64}
     published = kind | (ours if layout == "qwen" else theirs)
     found = architecture.read_shape({**published, "quantization_config": {"bits": 4, "group_size": 128}})
-    sizes = (2, 128, 4, 4, 32, 256) if layout == "qwen" else (2, 128, 4, 2, 32, 384)
-    assert found == Shape(layout, *sizes, 512, tied=layout == "qwen2")
+    sizes = (2, 128, 4, 4, 32, 256) if layout == "qwen" else (2, 128, 4, 2, 64 if layout == "qwen3" else 32, 384)
+    assert found == Shape(layout, *sizes, 512, tied=layout != "qwen")
     c = read_config(published)
     assert (found.qkv, found.inner) == (
         (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim,

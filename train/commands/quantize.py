@@ -19,6 +19,7 @@ from train.data.tokens.chat_template import DEFAULT_SYSTEM
 from train.export.calibration import Calibration
 from train.export.quantize import QuantizeJob, Result, is_done, trained_prompt, write
 from train.model.folder import display_name, missing_code, resolve
+from train.model.layouts import check_convertible
 from train.model.loading import check_folder, read_folder_config
 from train.ops.gptq import Scheme
 
@@ -52,6 +53,7 @@ def run(options: Options) -> None:
         raise UserError(f"{source} is quantised already. Give its float folder: the same name without -Int4.")
     check_folder(source)
     layout = config.layout if options.layout == "keep" else options.layout
+    check_convertible(config.layout, layout)
     suffix = SUFFIX[layout] if layout != config.layout else ""
     suffix += "-GPTQ" if options.method == "gptq" else ""
     if options.out:

@@ -33,7 +33,12 @@ class Recipe:
     """A complete training run. Every key can be set in the YAML file or as key=value on the command line."""
 
     model: str = option("Qwen/Qwen-1_8B-Chat-Int4", "base: a name in data/models.lock, a hub id, or a folder")
-    template: str = option("chatml", "the text around the turns of a conversation", ("chatml", "plain"))
+    template: str = option(
+        "chatml",
+        "the text around the turns of a conversation; qwen3: ChatML with Qwen3's think blocks, answers at once; "
+        "qwen3_thinking: thinks first",
+        ("chatml", "qwen3", "qwen3_thinking", "plain"),
+    )
     mask: str = option(
         "assistant",
         "which tokens are trained on: the answers, or those of Qwen's own script",

@@ -92,6 +92,12 @@ class Common(Body):
     logit_bias: dict[str, Number] | None = None
 
 
+class TemplateKeys(Body):
+    """What a client hands to the chat template, as vLLM takes it."""
+
+    enable_thinking: bool | None = None  # of Qwen3
+
+
 class ChatBody(Common):
     """POST /v1/chat/completions."""
 
@@ -101,6 +107,7 @@ class ChatBody(Common):
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
+    chat_template_kwargs: TemplateKeys | None = None
     tool_choice: Literal["none", "auto"] | None = None  # a call cannot be forced
 
 
