@@ -21,6 +21,7 @@ from train.model.empty_layers import EmptyEmbedding, EmptyLinear
 from train.model.layouts import LAYOUTS, DecoderConfig
 from train.ops.cross_entropy import chunked_cross_entropy
 from train.ops.head_norm import HeadNorms
+from train.ops.neftune import add_noise, conversation_lengths, draw_seed
 from train.ops.offload import HostEmbedding
 
 Cache = tuple[Tensor, ...]  # (key, value) [B, Hkv, S, D] of a layer; with dynamic NTK also alpha [B, 1] of the prompt
@@ -213,6 +214,7 @@ class Backbone(nn.Module):
         super().__init__()
         names = config.names
         self.config, self.gradient_checkpointing, self.offload = config, False, False
+        self.neftune = 0.0  # alpha of the noise on the embeddings in training; 0 = none
         self.add_module(names.embed, EmptyEmbedding(config.vocab_size, config.hidden_size))
         self.add_module(names.blocks, nn.ModuleList(DecoderBlock(config) for _ in range(config.num_hidden_layers)))
         self.add_module(names.norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
@@ -235,7 +237,7 @@ class Backbone(nn.Module):
         cos, sin = rope_tables(positions, c.head_dim, c.rope_theta, expanded)
         logn = self.logn_factors(positions)
         allowed = sdpa_mask(mask, segments, ids.shape[1], length + ids.shape[1], ids.device)
-        x, caches = getattr(self, c.names.embed)(ids), []
+        x, caches = self._embedded(ids, mask, segments), []
         for n, block in enumerate(getattr(self, c.names.blocks)):
             inputs = (cos, sin, logn, allowed, past[n] if past else None)
             if self.gradient_checkpointing and self.training:
@@ -245,6 +247,16 @@ class Backbone(nn.Module):
             if keep:
                 caches.append(cache if alpha is None or segments is not None else (*cache, alpha))
         return getattr(self, c.names.norm)(x), tuple(caches)
+
+    def _embedded(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor:
+        """The embeddings [B, T, H]; in training with NEFTune's noise, whose seed comes from torch's generator on the CPU."""
+        x: Tensor = getattr(self, self.config.names.embed)(ids)
+        if not self.neftune or not self.training:
+            return x
+        if segments is None:
+            segments = torch.ones_like(ids) if mask is None else mask.long()
+        lengths = conversation_lengths(segments).flatten()
+        return add_noise(x.detach().flatten(0, 1), lengths, self.neftune, draw_seed()).view_as(x)
 
     @property
     def checkpointing(self) -> str:

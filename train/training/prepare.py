@@ -358,4 +358,5 @@ def load_model(prepared: PreparedRun, device: torch.device, dtype: torch.dtype, 
     if prepared.parent is not None:
         lora.copy_adapter(read_adapter(adapter_folder(prepared.parent)), model)
     model.get_base_model().set_checkpointing(recipe.checkpointing)
+    model.get_base_model().backbone.neftune = recipe.neftune
     return model.to(device)
