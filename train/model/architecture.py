@@ -128,7 +128,7 @@ def published(name: str) -> Shape:
             f"model {name!r}: there is no folder of that name, and its shape is not known. Known: {', '.join(PUBLISHED)}; "
             f"or fetch it first: make model MODEL={name}"
         )
-    bits = 4 if "Int4" in last else 8 if "Int8" in last else 16
+    bits = 4 if "Int4" in last or last.endswith("-AWQ") else 8 if "Int8" in last else 16
     return replace(PUBLISHED[key], bits=bits)
 
 

@@ -208,7 +208,24 @@ def quantization(config: dict[str, Any], source: str) -> dict[str, Any] | None:
         raise UserError(
             f"{source}: quantization_config: bits {section.get('bits')}, group_size {section.get('group_size')}."
         )
-    return section
+    return _awq_as_gptq(section, source) if section.get("quant_method") == "awq" else section
+
+
+def _awq_as_gptq(section: dict[str, Any], source: str) -> dict[str, Any]:
+    """The section of an AWQ checkpoint as that of the GPTQ format, in which model/awq.py reads its tensors.
+
+    Raises:
+        UserError: another packing than AutoAWQ's gemm with zeros, or other bits than 4.
+    """
+    packing, bits = str(section.get("version", "gemm")).lower(), section.get("bits", 4)
+    if packing != "gemm" or bits != 4 or section.get("zero_point", True) is not True:
+        raise UserError(
+            f"{source}: AWQ with version {packing!r:.40}, bits {bits}, zero_point {section.get('zero_point', True)!r:.40} is "
+            "not read; expected version gemm, bits 4, zero_point true, as Qwen publishes its AWQ models. Take the model's "
+            "GPTQ-Int4 folder, or its float folder and `make quantize`."
+        )
+    group = section.get("group_size", 128)
+    return {"bits": 4, "group_size": group, "desc_act": False, "sym": False, "quant_method": "gptq"}
 
 
 _WORDS = {int: "a whole number", bool: "true or false", str: "a string"}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from train.common.errors import UserError
 from train.common.memory import free_memory
 from train.common.threads import on_cores
+from train.model import awq
 from train.model.base_files import DamagedFileError, check_all_json, open_safetensors, weight_files
 from train.model.bin_weights import read_bin
 from train.model.decoder import Decoder
@@ -163,16 +164,19 @@ class _SafetensorsFile:
 def open_tensors(file: Path) -> Iterator[Any]:
     """An object with keys(), header(name) and get_tensor(name), tensors on the CPU.
 
-    Of a pickle, plain tensors are read and nothing else.
+    Of a pickle, plain tensors are read and nothing else. Those of an AWQ folder come in the GPTQ format.
 
     Raises:
         UserError: a file that is cut off or damaged, or a .bin file that holds anything else than tensors.
     """
+    group_size = awq.group_size_of(file.parent)
     if file.suffix == ".bin":
-        yield _BinFile(read_bin(file))
+        tensors: Any = _BinFile(read_bin(file))
+        yield tensors if group_size is None else awq.AwqTensors(tensors, group_size, file)
         return
     with open_safetensors(file, "pt") as opened:
-        yield _SafetensorsFile(opened)
+        tensors = _SafetensorsFile(opened)
+        yield tensors if group_size is None else awq.AwqTensors(tensors, group_size, file)
 
 
 def read_tensors(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
