@@ -17,6 +17,7 @@ from train.config.recipe import Recipe
 from train.model import lora
 from train.model.decoder import Decoder, linear_names
 from train.model.int4_linear import Int4Linear
+from train.model.layouts import DecoderConfig
 
 IDS = torch.arange(3, 40)[None]
 
@@ -38,10 +39,17 @@ def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
         return model.eval()(input_ids=ids).logits.float()
 
 
+class StockConfig(DecoderConfig):
+    """The decoder's config with what stock peft asks every causal model for."""
+
+    model_type = "qwen3"
+
+
 def reference(layout: str, decoder: Decoder) -> nn.Module:
     """The stock model with the same weights."""
     if layout == "qwen3":  # no reference in this environment: export/test_qwen3_transformers.py compares with one
         stock: Any = copy.deepcopy(decoder)
+        stock.config = StockConfig(**decoder.config.to_dict())
         stock.prepare_inputs_for_generation = lambda *args, **kwargs: {}  # peft looks whether there is one
         return stock  # type: ignore[no-any-return]
     model = llama(decoder.config) if layout == "qwen2" else modelscope_qwen(decoder.config)
