@@ -41,6 +41,18 @@ def answer_end(tokenizer: Tokenizer, template: str) -> int:
     return tokenizer.endoftext if template == "plain" else tokenizer.im_end
 
 
+def thinking_note(layout: str, tokenizer: Tokenizer, template: str) -> str:
+    """A sentence where the template and the base disagree about <think> blocks; empty where they do not."""
+    if layout == "qwen3" and template == "chatml":
+        return (
+            "this base is a Qwen3, and template=chatml writes no <think> blocks: it learns to answer without them. "
+            "template=qwen3 or qwen3_thinking writes them as Qwen3's own template does."
+        )
+    if template.startswith("qwen3") and "<think>" not in tokenizer.control:
+        return f"template={template}: this base has no token <think>, so the marks are written as plain text."
+    return ""
+
+
 def usual_template(layout: str) -> str:
     """The template of a chat model that was not trained here, by its layout: as its publisher writes a prompt."""
     return "qwen3_thinking" if layout == "qwen3" else "chatml"
