@@ -113,3 +113,8 @@ def test_a_published_name_gives_its_shape() -> None:
 def test_no_torch_is_imported() -> None:
     script = "import sys, train.model.architecture; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_the_bits_of_a_published_name() -> None:
+    names = {"Qwen3-8B": 16, "Qwen2.5-7B-Instruct-AWQ": 4, "Qwen2.5-7B-Instruct-GPTQ-Int8": 8, "Qwen-7B-Chat-Int4": 4}
+    assert {name: published(name).bits for name in names} == names

@@ -196,3 +196,11 @@ def test_a_wrong_estimate_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixtu
     path.write_text(json.dumps(report))
     assert plan_check.main([str(path)]) == 1
     assert "-16.7% !" in capsys.readouterr().out
+
+
+def test_a_larger_rate_of_b_takes_its_factors_and_the_values_before_an_update() -> None:
+    shape, setting = PUBLISHED["Qwen3-0.6B"], Setting(1, 512, "on")
+    plain, plus = estimate(shape, setting), estimate(shape, replace(setting, lora_plus=8.0))
+    parameters = memory_estimate.adapter_parameters(shape, setting)
+    assert plus.at_rest - plain.at_rest == 4 * parameters
+    assert plus.stages["update"] - plain.stages["update"] == 8 * parameters
