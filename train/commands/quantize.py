@@ -34,7 +34,7 @@ class Options:
 
     model: str = option("Qwen2.5-Coder-0.5B-Instruct", "float model: a folder, or a name below models/")
     out: str = option("", "name of the new folder below models/; empty: the model's, with what was done to it")
-    layout: str = option("keep", "published layout to write", ("keep", "qwen", "qwen2"))
+    layout: str = option("keep", "published layout to write", ("keep", "qwen", "qwen2", "qwen3"))
     group_size: int = option(128, "weights that share one scale; -1: a whole row", ("32", "64", "128", "-1"))
     method: str = option("nearest", "nearest: rounded; gptq: calibrated on data, by auto-gptq", ("nearest", "gptq"))
     bits: int = option(4, "of one weight", ("4", "8"))
