@@ -22,6 +22,7 @@ SHAPES: dict[str, Shape] = {
     "7b": PUBLISHED["Qwen-7B"],
     "14b": PUBLISHED["Qwen-14B"],
     "72b": PUBLISHED["Qwen-72B"],
+    "qwen3-0.6b": PUBLISHED["Qwen3-0.6B"],
 }
 
 

@@ -143,3 +143,14 @@ def test_code_that_the_config_names_and_that_is_not_there_is_told(tmp_path: Path
     assert f"modeling_qwen.py, qwen_generation_utils.py, tokenization_qwen.py are not in {out}" in output
     assert "LAYOUT=qwen2" in output
     assert "AutoModelForCausalLM" not in output, "no command that would fail"
+
+
+@pytest.mark.parametrize(("layout", "other"), [("qwen3", "qwen"), ("qwen3", "qwen2"), ("qwen2", "qwen3")])
+@pytest.mark.parametrize("kind", ["hf", "gptq"])
+def test_a_layout_that_lacks_the_norms_of_the_heads_is_refused(
+    tmp_path: Path, layout: str, other: str, kind: str
+) -> None:
+    folder = tiny_run(tmp_path, layout)
+    with pytest.raises(UserError, match="only Qwen3 has a norm of each head of q and k"):
+        export(folder, layout=other, format=kind)
+    assert not (folder / "merged").exists() and not (folder / "gptq").exists()

@@ -95,6 +95,8 @@ def test_for_a_card_that_is_too_small_what_would_fit_is_named(capsys: pytest.Cap
         UserError, match=r"no way to train .* rank=64 .*\n.*This does, in .*rank=32 alpha=8 length=512 batch="
     ):
         print_plan(capsys, model="Qwen/Qwen-7B-Chat-Int4", gpu="8G")
+    with pytest.raises(UserError, match=r"rank=32 alpha=11\.3137 "):  # alpha / sqrt(rank) stays
+        print_plan(capsys, model="Qwen/Qwen-7B-Chat-Int4", gpu="8G", rslora="on")
     with pytest.raises(UserError, match="in any way: its weights alone take"):
         print_plan(capsys, model="Qwen/Qwen-72B-Chat-Int4", gpu="24G")
 
@@ -142,7 +144,7 @@ def test_an_unknown_name_is_refused(name: str) -> None:
         architecture.published(name)
 
 
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 def test_a_shape_is_read_as_the_decoder_reads_it(layout: str) -> None:
     kind = {"hidden_size": 128, "num_attention_heads": 4, "vocab_size": 512, "num_hidden_layers": 2}
     ours = {
@@ -157,10 +159,12 @@ def test_a_shape_is_read_as_the_decoder_reads_it(layout: str) -> None:
     }
     theirs = {"model_type": "qwen2", "intermediate_size": 384, "num_key_value_heads": 2, "rms_norm_eps": 1e-6}
     theirs |= {"max_position_embeddings": 64, "rope_theta": 1e6, "tie_word_embeddings": True}
+    if layout == "qwen3":
+        theirs |= {"model_type": "qwen3", "head_dim": 64}
     published = kind | (ours if layout == "qwen" else theirs)
     found = architecture.read_shape({**published, "quantization_config": {"bits": 4, "group_size": 128}})
-    sizes = (2, 128, 4, 4, 32, 256) if layout == "qwen" else (2, 128, 4, 2, 32, 384)
-    assert found == Shape(layout, *sizes, 512, tied=layout == "qwen2")
+    sizes = (2, 128, 4, 4, 32, 256) if layout == "qwen" else (2, 128, 4, 2, 64 if layout == "qwen3" else 32, 384)
+    assert found == Shape(layout, *sizes, 512, tied=layout != "qwen")
     c = read_config(published)
     assert (found.qkv, found.inner) == (
         (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim,

@@ -30,7 +30,7 @@ def test_rows_that_share_a_pass_do_not_see_each_other(tmp_path: Path) -> None:
     assert together.shape[0] == 4 and torch.allclose(together, alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 def test_what_all_rows_begin_with_is_computed_once(tmp_path: Path, layout: str) -> None:
     """The states are those of each row alone; the pass has fewer tokens."""
     tiny_run(tmp_path, layout)

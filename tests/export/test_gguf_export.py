@@ -23,7 +23,7 @@ from train.export.gguf_files import ModelCard, modelfile, write_adapter
 from train.export.gguf_tensors import why_not_q4_0
 from train.model import lora
 from train.model.gguf_reader import published_name
-from train.model.layouts import convert_tensors
+from train.model.layouts import convert_tensors, stock_layout
 from train.model.loading import read_folder_config
 from train.model.tokenizer import load_tokenizer
 
@@ -49,10 +49,10 @@ def base_weights(root: Path) -> dict[str, torch.Tensor]:
     delta = lora.delta(folder / "adapter")
     for module, (a, b, scale) in delta.items():
         merged[f"{module}.weight"] = merged[f"{module}.weight"] - scale * (b.double() @ a.double())
-    return convert_tensors(merged, config, "qwen2")
+    return convert_tensors(merged, config, stock_layout(config.layout))
 
 
-@pytest.mark.parametrize("layout", ["qwen2", "qwen"])
+@pytest.mark.parametrize("layout", ["qwen2", "qwen", "qwen3"])
 def test_an_int4_base_is_written_bit_for_bit(tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny_run(tmp_path, layout)
     export(folder, format="gguf")
@@ -73,7 +73,7 @@ def test_an_int4_base_is_written_bit_for_bit(tmp_path: Path, layout: str, capsys
     assert "llama-cli -m" in out and "--lora" in out and "ollama create tiny" in out
 
 
-@pytest.mark.parametrize("layout", ["qwen2", "qwen"])
+@pytest.mark.parametrize("layout", ["qwen2", "qwen", "qwen3"])
 def test_the_adapter_adds_what_the_merge_adds(tmp_path: Path, layout: str) -> None:
     folder = tiny_run(tmp_path, layout)
     export(folder, format="gguf")
@@ -81,13 +81,13 @@ def test_the_adapter_adds_what_the_merge_adds(tmp_path: Path, layout: str) -> No
     assert (fields["general.type"], fields["adapter.type"], fields["general.architecture"]) == (
         "adapter",
         "lora",
-        "qwen2",
+        stock_layout(layout),
     )
     config, _ = read_folder_config(tmp_path / "models" / "base-Int4")
     updates = {
         f"{m}.weight": scale * (b.double() @ a.double()) for m, (a, b, scale) in lora.delta(folder / "adapter").items()
     }
-    expected = convert_tensors(updates, config, "qwen2")
+    expected = convert_tensors(updates, config, stock_layout(layout))
     names = {name.rpartition(".lora_")[0] for name in tensors}
     assert {published_name(name) for name in names} == expected.keys()
     for name in names:
@@ -109,7 +109,7 @@ def test_modules_with_scales_of_their_own_share_one_alpha(tmp_path: Path) -> Non
         assert torch.allclose(update, scale * (b.double() @ a.double()), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("template", ["chatml", "plain"])
+@pytest.mark.parametrize("template", ["chatml", "plain", "qwen3", "qwen3_thinking"])
 def test_tokenizer_prompt_and_stops_are_inside(tmp_path: Path, template: str) -> None:
     folder = tiny_run(tmp_path)
     record = read_json(folder / "run.json")
@@ -125,13 +125,14 @@ def test_tokenizer_prompt_and_stops_are_inside(tmp_path: Path, template: str) ->
     assert all(tokens[number] == token for token, number in content["vocab"].items())
     assert len(fields.get("tokenizer.ggml.merges", [])) == len(content["merges"])
     assert fields["tokenizer.ggml.pre"] == "qwen2" and not fields["tokenizer.ggml.add_bos_token"]
-    end = tokenizer.im_end if template == "chatml" else tokenizer.endoftext
+    end = tokenizer.endoftext if template == "plain" else tokenizer.im_end
     assert fields["tokenizer.ggml.eos_token_id"] == end
     assert fields["tokenizer.chat_template"] == chat_template('Say """less""".', template)
     text = (folder / "gguf" / "Modelfile").read_text()
     assert "FROM ./base-Q4_0.gguf\nADAPTER ./base-tiny-F32-LoRA.gguf\n" in text
     assert "SYSTEM \"\"\"Say '''less'''.\"\"\"" in text and 'PARAMETER stop "<|im_end|>"' in text
-    assert ("<|im_start|>user" in text) == (template == "chatml")
+    assert ("<|im_start|>user" in text) == (template != "plain")
+    assert ("<think>\n\n</think>\n\n" in text) == (template == "qwen3")
 
 
 def test_the_numbers_of_the_model_are_inside(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from train.data.tokens.chat_template import chat_template
 from train.export import adapter_export, gguf_export, gptq_export, merge
 from train.export.adapter_export import write_adapter
 from train.export.gptq_export import base_blocks, new_names, relaid, vllm_command
-from train.export.model_card import CardSource, base_id, languages, license_of, metadata
+from train.export.model_card import CardSource, _training, base_id, languages, license_of, metadata
 from train.model import lora
 from train.model.layouts import convert_tensors
 from train.model.loading import load, read_folder_config
@@ -274,3 +274,11 @@ def test_the_rank_that_vllm_is_told_is_one_that_it_knows() -> None:
     assert "--max-lora-rank 64 " in vllm_command("", "r", 33) and "--max-lora-rank 8 " in vllm_command("", "r", 1)
     assert vllm_command("a/b", "r", 8).endswith("r=a/b/adapter")
     assert IDS.ndim == 2
+
+
+def test_a_card_names_the_method_of_the_training() -> None:
+    record = {"steps": 3, "tokens": 1000}
+    recipe = {"rank": 4, "alpha": 8.0, "learning_rate": 1e-3}
+    assert _training(record, recipe) == "* training: LoRA, r 4, alpha 8.0, learning rate 0.001, 3 steps, 1,000 tokens"
+    changed = _training(record, {**recipe, "rslora": True, "lora_plus": 8.0, "neftune": 5.0})
+    assert "rsLoRA, r 4" in changed and "B's rate 8 times that (LoRA+), NEFTune 5, 3 steps" in changed

@@ -173,7 +173,7 @@ def with_biases(folder: Path, value: float) -> None:
     record.write_text(json.dumps(known))
 
 
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 def test_zero_biases_of_an_int4_file_are_dropped_and_others_refused(tmp_path: Path, layout: str) -> None:
     folder, base = tiny_run(tmp_path, layout), tmp_path / "models" / "base-Int4"
     plain = merged_state(export(folder))

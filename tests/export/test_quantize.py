@@ -37,7 +37,7 @@ def logits(folder: Path) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 def test_every_linear_of_a_block_is_rounded_and_nothing_else_changes(tmp_path: Path, layout: str) -> None:
     source = tiny_checkpoint(tmp_path / "Tiny", tiny_config(layout))
     (source / "modeling_qwen.py").write_bytes(b"raise SystemExit  # \xff")

@@ -136,7 +136,9 @@ def test_inputs_and_weights_that_are_not_finite_are_refused() -> None:
         quantize_linears({"a": weight * float("inf")}, [x], Scheme(4, 32), CPU)
 
 
-@pytest.mark.parametrize(("layout", "to"), [("qwen2", "qwen2"), ("qwen", "qwen"), ("qwen2", "qwen"), ("qwen", "qwen2")])
+@pytest.mark.parametrize(
+    ("layout", "to"), [("qwen2", "qwen2"), ("qwen", "qwen"), ("qwen2", "qwen"), ("qwen", "qwen2"), ("qwen3", "qwen3")]
+)
 def test_the_folder_is_the_model_that_was_measured(
     tmp_path: Path, layout: str, to: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,7 +85,7 @@ def differences(model: nn.Module, batch: int, width: int, steps: int, graph: boo
 
 @pytest.mark.parametrize("changes", [{}, LONG_CONTEXT], ids=["usual", "beyond its context"])
 @pytest.mark.parametrize("int4", [False, True], ids=["float", "int4"])
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 @pytest.mark.parametrize("short", [decode_graph.SHORT_PROMPT, 0], ids=["short prompts", "long prompts"])
 def test_a_step_equals_the_decoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, int4: bool, changes: dict[str, Any], short: int
@@ -120,7 +120,7 @@ def test_the_kernels_of_a_step_equal_the_decoder_through_the_interpreter(tmp_pat
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", [{}, LONG_CONTEXT, WIDE], ids=["usual", "beyond its context", "groups of 128"])
 @pytest.mark.parametrize("int4", [False, True], ids=["float", "int4"])
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 def test_a_graph_equals_the_decoder_on_the_gpu(
     tmp_path: Path, layout: str, int4: bool, changes: dict[str, Any]
 ) -> None:

@@ -49,7 +49,7 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
     return load_tokenizer(tmp_path)
 
 
-@pytest.fixture(scope="module", params=["qwen", "qwen2"])
+@pytest.fixture(scope="module", params=["qwen", "qwen2", "qwen3"])
 def decoder(request: pytest.FixtureRequest) -> Decoder:
     return tiny_decoder(tiny_config(request.param), seed=2)  # with this seed, answers differ by question
 

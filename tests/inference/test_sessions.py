@@ -44,7 +44,7 @@ def sessions_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "supports", lambda model, batch: True)
 
 
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 def test_sessions_give_the_same_answers(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], layout: str
 ) -> None:
@@ -110,7 +110,7 @@ def test_a_session_that_cannot_be_made_costs_one_line_and_speed_only(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("int4", [False, True], ids=["float", "int4"])
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 def test_sessions_give_the_same_answers_on_the_gpu(
     tmp_path: Path,
     tokenizer: Tokenizer,

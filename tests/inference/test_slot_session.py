@@ -65,7 +65,7 @@ def difference(model: nn.Module, lengths: tuple[int, ...] = LENGTHS, steps: int 
     return worst
 
 
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 @pytest.mark.parametrize("int4", [False, True], ids=["float", "int4"])
 def test_slots_equal_the_growing_cache(tmp_path: Path, layout: str, int4: bool) -> None:
     changes: dict[str, Any] = LONG_CONTEXT if layout == "qwen" else {}
@@ -90,7 +90,7 @@ def test_the_kernels_of_a_slot_equal_the_decoder_through_the_interpreter(tmp_pat
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 @pytest.mark.parametrize("int4", [False, True], ids=["float", "int4"])
 def test_slots_equal_the_growing_cache_on_the_gpu(tmp_path: Path, layout: str, int4: bool) -> None:
     model = tiny_model(tmp_path, layout, int4, torch.bfloat16, "cuda", **(WIDE if int4 else {}))

@@ -1,4 +1,4 @@
-"""The one reader of config.json: both layouts, their defaults, and what it refuses for every caller."""
+"""The one reader of config.json: all layouts, their defaults, and what it refuses for every caller."""
 
 import subprocess
 import sys
@@ -35,6 +35,7 @@ LEAST: dict[str, dict[str, Any]] = {  # what a published file always has
         "max_position_embeddings": 512,
     },
 }
+LEAST["qwen3"] = LEAST["qwen2"] | {"model_type": "qwen3"}
 READERS = [read_architecture, read_shape, read_config]  # plan and doctor read the shape, all others the config
 
 
@@ -43,14 +44,16 @@ def test_the_decoder_and_the_plan_read_the_same_sizes(layout: str) -> None:
     written = write_config(tiny_config(layout))
     config, shape = read_config(written), read_shape(written)
     assert config.to_dict() == tiny_config(layout).to_dict()
-    assert (shape.layers, shape.hidden, shape.heads, shape.key_heads) == (2, 64, 4, 2 if layout == "qwen2" else 4)
-    assert (shape.head_size, shape.inner, shape.vocabulary, shape.tied) == (16, 128, 512, False)
+    assert (shape.layers, shape.hidden, shape.heads, shape.key_heads) == (2, 64, 4, 4 if layout == "qwen" else 2)
+    head_size = 32 if layout == "qwen3" else 16
+    assert (shape.head_size, shape.inner, shape.vocabulary, shape.tied) == (head_size, 128, 512, False)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_keys_that_may_be_missing_or_null_have_a_value(layout: str) -> None:
     defaults = read_architecture(LEAST[layout])
-    assert (defaults.num_key_value_heads, defaults.head_dim, defaults.tie_word_embeddings) == (4, 16, False)
+    head_dim = 128 if layout == "qwen3" else 16  # as the published class of each has it
+    assert (defaults.num_key_value_heads, defaults.head_dim, defaults.tie_word_embeddings) == (4, head_dim, False)
     assert (defaults.max_position_embeddings, defaults.seq_length) == (512, 512)
     assert not defaults.use_dynamic_ntk and not defaults.use_logn_attn
     optional = {key.name: None for key in KEYS[layout].values() if key.default is not REQUIRED}
@@ -73,6 +76,8 @@ def test_a_missing_key_is_named(layout: str, read: Any) -> None:
         ("qwen2", {"rope_scaling": {"type": "yarn"}}),
         ("qwen2", {"use_sliding_window": True}),
         ("qwen", {"rotary_pct": 0.5}),
+        ("qwen3", {"attention_bias": True}),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
     ],
 )
 def test_variants_that_are_not_computed_are_refused_for_everybody(
@@ -108,3 +113,8 @@ def test_a_published_name_gives_its_shape() -> None:
 def test_no_torch_is_imported() -> None:
     script = "import sys, train.model.architecture; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_the_bits_of_a_published_name() -> None:
+    names = {"Qwen3-8B": 16, "Qwen2.5-7B-Instruct-AWQ": 4, "Qwen2.5-7B-Instruct-GPTQ-Int8": 8, "Qwen-7B-Chat-Int4": 4}
+    assert {name: published(name).bits for name in names} == names

@@ -21,6 +21,7 @@ from train.training.step_setting import by_default
 FILES, MODELS = read_entries(LOCK)
 # Numbers of parameters that the publisher's pages or files state
 STATED = {"Qwen-1_8B": 1_836_828_672, "Qwen-7B": 7_721_324_544, "Qwen2-0.5B": 494_032_768, "Qwen2.5-7B": 7_615_616_512}
+STATED |= {"Qwen3-8B": 8_190_735_360, "Qwen3-32B": 32_762_123_264}
 
 
 def test_parameters_of_the_lock_follow_from_the_architecture() -> None:
@@ -35,7 +36,7 @@ def test_parameters_of_the_lock_follow_from_the_architecture() -> None:
         assert {published(f"{family}-{size}").layout for size in of["sizes"]} == {of["layout"]}
 
 
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 def test_a_shape_counts_the_parameters_of_the_decoder(layout: str, tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "m", tiny_config(layout))
     content = json.loads((folder / "config.json").read_text())
@@ -56,7 +57,8 @@ def test_bytes_on_disk_are_those_of_the_weights(bits: int, tmp_path: Path) -> No
 
 def test_all_generations_and_bits_are_there_by_both_ids() -> None:
     names = {model.name for model in MODELS}
-    assert len(names) == len(MODELS) == 91
+    assert len(names) == len(MODELS) == 97
+    assert {"Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B"} <= names
     for generation, chat in (("Qwen-", "Chat"), ("Qwen1.5-", "Chat"), ("Qwen2-", "Instruct"), ("Qwen2.5-", "Instruct")):
         for end in (chat, "Int4", "Int8"):
             assert any(name.startswith(generation) and name.endswith(end) for name in names)

@@ -11,7 +11,7 @@ from tests.support.oracles import llama, modelscope_qwen, tiny_config, tiny_deco
 from train.model.decoder import Decoder, ntk_alpha
 
 LENGTHS = (1, 7, 64, 300)
-LAYOUTS = ("qwen", "qwen2")
+LAYOUTS = ("qwen", "qwen2")  # of which a reference is in this environment; Qwen3: export/test_current_transformers.py
 
 
 def ids_of(*shape: int, seed: int = 0) -> Tensor:
@@ -57,7 +57,7 @@ def sample_conversations() -> list[Tensor]:
 
 
 LONG = {"seq_length": 16, "use_dynamic_ntk": True, "use_logn_attn": True}  # both act in the longer conversations
-CONFIGS = [("qwen", {}), ("qwen2", {}), ("qwen", LONG)]
+CONFIGS = [("qwen", {}), ("qwen2", {}), ("qwen3", {}), ("qwen", LONG)]
 
 
 @pytest.mark.parametrize(("layout", "extra"), CONFIGS)
@@ -114,7 +114,7 @@ def test_the_loss_is_the_sum_over_labelled_tokens() -> None:
     torch.testing.assert_close(model(ids, labels=labels).loss, plain)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "qwen3"])
 def test_checkpointing_changes_no_gradient(layout: str) -> None:
     model, ids, grads = tiny_decoder(tiny_config(layout)).train(), ids_of(2, 20), []
     model.lm_head.requires_grad_(False)  # as in every training of this program

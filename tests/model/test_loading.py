@@ -15,7 +15,7 @@ from train.model.int4_linear import Int4Linear
 from train.runs import folder as folder_module
 
 IDS = torch.arange(2, 50)[None]
-LAYOUTS = ("qwen", "qwen2")
+LAYOUTS = ("qwen", "qwen2", "qwen3")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -17,6 +17,7 @@ from train.config.recipe import Recipe
 from train.model import lora
 from train.model.decoder import Decoder, linear_names
 from train.model.int4_linear import Int4Linear
+from train.model.layouts import DecoderConfig
 
 IDS = torch.arange(3, 40)[None]
 
@@ -38,23 +39,36 @@ def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
         return model.eval()(input_ids=ids).logits.float()
 
 
+class StockConfig(DecoderConfig):
+    """The decoder's config with what stock peft asks every causal model for."""
+
+    model_type = "qwen3"
+
+
 def reference(layout: str, decoder: Decoder) -> nn.Module:
     """The stock model with the same weights."""
+    if layout == "qwen3":  # no reference in this environment: export/test_qwen3_transformers.py compares with one
+        stock: Any = copy.deepcopy(decoder)
+        stock.config = StockConfig(**decoder.config.to_dict())
+        stock.prepare_inputs_for_generation = lambda *args, **kwargs: {}  # peft looks whether there is one
+        return stock  # type: ignore[no-any-return]
     model = llama(decoder.config) if layout == "qwen2" else modelscope_qwen(decoder.config)
     missing, extra = model.load_state_dict(decoder.state_dict(), strict=False)
     assert not extra and all("o_proj.bias" in name or "inv_freq" in name for name in missing), (missing, extra)
     return model
 
 
-LAYOUT = pytest.mark.parametrize("layout", ["qwen2", "qwen"])
+LAYOUT = pytest.mark.parametrize("layout", ["qwen2", "qwen", "qwen3"])
+RSLORA = pytest.mark.parametrize("rslora", [False, True])
 
 
+@RSLORA
 @LAYOUT
-def test_ours_loads_in_stock_peft(layout: str, tmp_path: Path) -> None:
+def test_ours_loads_in_stock_peft(layout: str, rslora: bool, tmp_path: Path) -> None:
     decoder = tiny_decoder(tiny_config(layout))
     stock = reference(layout, decoder)
     plain = logits(decoder)
-    ours = lora.attach(decoder, recipe())
+    ours = lora.attach(decoder, recipe(rslora=rslora))
     randomize(ours)
     lora.save_adapter(ours, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(stock, str(tmp_path / "adapter"))
@@ -62,10 +76,12 @@ def test_ours_loads_in_stock_peft(layout: str, tmp_path: Path) -> None:
     assert (logits(ours) - plain).abs().max() > 0.1, "the adapter changes nothing: this test would prove nothing"
 
 
+@RSLORA
 @LAYOUT
-def test_stock_pefts_loads_here(layout: str, tmp_path: Path) -> None:
+def test_stock_pefts_loads_here(layout: str, rslora: bool, tmp_path: Path) -> None:
     decoder = tiny_decoder(tiny_config(layout))
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=list(linear_names(layout)))
+    config.use_rslora = rslora
     theirs = get_peft_model(reference(layout, decoder), config)
     randomize(theirs)
     theirs.save_pretrained(str(tmp_path / "adapter"))
@@ -161,6 +177,26 @@ def test_the_config_has_the_fields_of_stock_peft(layout: str, tmp_path: Path) ->
         name: p.shape for name, p in lora.trainable(ours).items()
     }
     assert list(lora.trainable(theirs)) == list(lora.trainable(ours))
+
+
+@LAYOUT
+def test_gradients_of_rslora_are_those_of_stock_peft(layout: str, tmp_path: Path) -> None:
+    """And not those of plain LoRA with the same alpha: its factor is half of this one, and the rank is four."""
+    grads = []
+    for rslora in (True, False):
+        ours = lora.attach(tiny_decoder(tiny_config(layout)), recipe(rslora=rslora))
+        randomize(ours)
+        ours(input_ids=IDS, labels=IDS).loss.backward()
+        grads.append({name: p.grad for name, p in lora.trainable(ours).items()})
+    keys = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": list(linear_names(layout))}
+    theirs = get_peft_model(tiny_decoder(tiny_config(layout)), LoraConfig(**keys))
+    randomize(theirs)
+    theirs(input_ids=IDS, labels=IDS).loss.backward()
+    expected = lora.trainable(theirs)
+    assert expected.keys() == grads[0].keys()
+    for name, p in expected.items():
+        torch.testing.assert_close(grads[0][name], p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()), msg=name)
+        assert not torch.allclose(grads[1][name], p.grad, rtol=1e-2)
 
 
 def test_delta_is_what_the_adapter_adds(tmp_path: Path) -> None:

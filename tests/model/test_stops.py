@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.oracles import tiny_checkpoint, tiny_config
+from tests.support.oracles import small_tokenizer, tiny_checkpoint, tiny_config
 from train.common.files import read_json
-from train.model.stops import generation_for, no_chat_model
-from train.model.tokenizer import load_tokenizer
+from train.model.stops import generation_for, no_chat_model, thinking_note, usual_template
+from train.model.tokenizer import Tokenizer, load_tokenizer
 
 CASES = Path(__file__).parents[1] / "assets" / "cases"
 END, IM_END = 256, 258  # of the small tokenizer: <|endoftext|>, <|im_end|>
@@ -76,3 +76,14 @@ def test_the_stops_follow_the_template(
     expected = {"chat_format": {"chatml": "chatml", "plain": "raw"}[template], "max_window_size": 6144}
     assert {key: written.get(key) for key in expected} == (expected if layout == "qwen" else dict.fromkeys(expected))
     assert written.get("do_sample") == published.get("do_sample"), "all else is the base's"
+
+
+def test_a_template_without_the_blocks_of_the_base_is_told(tmp_path: Path) -> None:
+    small_tokenizer(tmp_path)
+    plain = load_tokenizer(tmp_path)
+    thinks = Tokenizer(plain.backend, {**plain.control, "<think>": 600, "</think>": 601})
+    assert "template=qwen3 or qwen3_thinking" in thinking_note("qwen3", thinks, "chatml")
+    assert "written as plain text" in thinking_note("qwen2", plain, "qwen3")
+    quiet = [("qwen3", "qwen3"), ("qwen3", "qwen3_thinking"), ("qwen2", "chatml"), ("qwen3", "plain")]
+    assert not any(thinking_note(layout, thinks, template) for layout, template in quiet)
+    assert [usual_template(layout) for layout in ("qwen", "qwen2", "qwen3")] == ["chatml", "chatml", "qwen3_thinking"]

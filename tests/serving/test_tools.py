@@ -11,7 +11,8 @@ from tests.support.oracles import small_tokenizer
 from train.model.tokenizer import Tokenizer, load_tokenizer
 from train.serving.errors import ApiError
 from train.serving.prompts import chat_ids
-from train.serving.schema import Message, Tool
+from train.serving.schema import ChatBody, Message, Tool
+from train.serving.service import with_thinking
 from train.serving.tools import Call, find_calls
 
 # The part about tools of the template in tokenizer_config.json of Qwen/Qwen2.5-0.5B-Instruct
@@ -120,3 +121,28 @@ def test_calls_are_read_back() -> None:
     assert find_calls(one.removesuffix("\n</tool_call>")) == ("", [call])  # the end token came first
     for text in ("no call", "<tool_call>\n{broken\n</tool_call>", "<tool_call>[]</tool_call>", "<tool_call>"):
         assert find_calls(text) == (text, [])
+
+
+def test_a_request_decides_whether_a_qwen3_thinks(tokenizer: Tokenizer) -> None:
+    def template(trained: str, **keys: Any) -> str:
+        body = ChatBody.model_validate({"model": "m", "messages": [{"role": "user", "content": "?"}], **keys})
+        return with_thinking(trained, body.chat_template_kwargs)
+
+    on, off = ({"chat_template_kwargs": {"enable_thinking": value}} for value in (True, False))
+    for trained in ("qwen3", "qwen3_thinking"):
+        assert (template(trained, **on), template(trained, **off)) == ("qwen3_thinking", "qwen3")
+        assert template(trained) == template(trained, chat_template_kwargs={"other": 1}) == trained
+    assert template("chatml", **off) == "chatml"
+    with pytest.raises(ValueError, match="enable_thinking"):
+        template("qwen3", chat_template_kwargs={"enable_thinking": "no"})
+
+
+@pytest.mark.parametrize(("template", "end"), [("qwen3", "<think>\n\n</think>\n\n"), ("qwen3_thinking", "")])
+def test_a_prompt_with_tools_begins_the_answer_of_a_qwen3(template: str, end: str, tokenizer: Tokenizer) -> None:
+    marks = {"<think>": 600, "</think>": 601}
+    thinks = Tokenizer(tokenizer.backend, {**tokenizer.control, **marks})
+    given = [Message.model_validate(m) for m in CONVERSATION]
+    given[4].content = "<think>\nhm\n</think>\n\nIt rains."
+    ids = chat_ids(given, thinks, "", template, [Tool.model_validate(t) for t in TOOLS], has_tools=True)
+    text = thinks.decode(ids, skip_control=False)
+    assert text.endswith(f"<|im_end|>\n<|im_start|>assistant\n{end}") and "assistant\nIt rains.<|im_end|>" in text

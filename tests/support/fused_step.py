@@ -14,7 +14,7 @@ from train.model import lora
 from train.model.loading import load
 from train.training.graph_step import GraphStep
 
-LAYOUTS = ("qwen", "qwen2")
+LAYOUTS = ("qwen", "qwen2", "qwen3")
 PACKED = [[17, 40, 3], [9, 61], [64]]  # lengths of the conversations in each row
 RAGGED = [[30], [51], [2]]
 

@@ -103,6 +103,8 @@ def _fake_kernels() -> Iterator[None]:
         (fused_decoder, "swiglu", lambda gate_up, out: out),
         (fused_decoder, "swiglu_backward", lambda gate_up, grad, dropout: None),
         (fused_decoder, "apply_rope", lambda qkv, bias, rope_tables, positions, out: out),
+        (fused_decoder, "norm_heads", lambda qkv, norms, heads, out: out),
+        (fused_decoder, "norm_heads_backward", lambda grad, qkv, norms, heads: grad),
         (fused_decoder, "apply_dropout", _apply_dropout),
         (fused_decoder, "attend", _attend),
         (fused_decoder, "attend_backward", _attend_backward),

@@ -266,12 +266,14 @@ def steps(capability: int) -> None:
     """Training steps that together launch every kernel of training."""
     training(capability, 4, 2048, layers=2)
     training(capability, 8, 512, "on", dropout=0.05, biased=True, layers=2)
+    training(capability, 2, 512, model="qwen3-0.6b", layers=2)  # norms of each head
 
 
 def tokens(capability: int) -> None:
     """Decoding steps that together launch every kernel of decoding."""
     decoding(capability, 1, adapter=True, prompt=300)
     decoding(capability, 32, adapter=True)
+    decoding(capability, 1, adapter=False, model="qwen3-0.6b", prompt=64)
 
 
 GROUPS: dict[str, Callable[[int], None]] = {

@@ -15,15 +15,18 @@ from train.ops.gptq import Scheme, quantize
 
 
 def tiny_config(layout: str = "qwen2", **changes: Any) -> DecoderConfig:
-    """Hidden size 64, two blocks, four heads of 16 (two key heads in qwen2), a vocabulary of 512."""
+    """Hidden size 64, two blocks, four heads of 16 (two key heads in qwen2 and qwen3), a vocabulary of 512.
+
+    The heads of qwen3 are 32 wide: together they are wider than the hidden size, as in the published small ones.
+    """
     values: dict[str, Any] = {
         "layout": layout,
         "vocab_size": 512,
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2 if layout == "qwen2" else 4,
-        "head_dim": 16,
+        "num_key_value_heads": 4 if layout == "qwen" else 2,
+        "head_dim": 32 if layout == "qwen3" else 16,
         "intermediate_size": 128,
         "max_position_embeddings": 512,
         "seq_length": 512,

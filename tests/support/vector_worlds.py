@@ -1,6 +1,6 @@
 """Run under torchrun: four global steps of a tiny model with the fused step on the CPU; rank 0 prints a line of JSON.
 
-python -m torch.distributed.run --standalone --nproc_per_node=2 -m tests.support.vector_worlds STAGE FOLDER
+python -m torch.distributed.run --standalone --nproc_per_node=2 -m tests.support.vector_worlds STAGE FOLDER [LORA_PLUS]
 """
 
 import json
@@ -15,13 +15,14 @@ from train.config.recipe import load_recipe
 from train.training import deepspeed_engine, distributed
 
 
-def main(stage: str, folder: Path) -> None:
+def main(stage: str, folder: Path, ratio: str = "1") -> None:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     distributed.join(distributed.RankInfo(rank=rank, local_rank=rank, world_size=size), cuda=False)
     deepspeed_engine.FUSED_DEVICES = ("cpu",)
     model = adapted_decoder(folder / str(rank), "qwen2", True, torch.float32, "cpu")
     batches, micros = (PACKED, RAGGED), 2 // size
     values = {"dropout": "0", "batch": "3", "accumulation": str(micros), "zero": stage, "length": "64"}
+    values["lora_plus"] = ratio
     learner = deepspeed_engine.Engine(model, load_recipe("qlora", values), torch.float32, size)
     rows = []
     for _ in range(4):
@@ -44,4 +45,4 @@ def main(stage: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

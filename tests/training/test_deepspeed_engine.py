@@ -87,8 +87,8 @@ def test_a_gradient_norm_is_summed_from_chunks(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["0", "2"])
-def test_the_vector_trains_alike_in_one_process_and_in_two(tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize(("stage", "lora_plus"), [("0", "1"), ("2", "1"), ("2", "8")])
+def test_the_vector_trains_alike_in_one_process_and_in_two(tmp_path: Path, stage: str, lora_plus: str) -> None:
     """The fused passes under DeepSpeed, whose single parameter stage 2 shards and stage 0 does not."""
     results = []
     for processes in (1, 2):
@@ -99,6 +99,7 @@ def test_the_vector_trains_alike_in_one_process_and_in_two(tmp_path: Path, stage
             "tests.support.vector_worlds",
             stage,
             str(tmp_path / str(processes)),
+            lora_plus,
         ]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)

@@ -26,12 +26,14 @@ CPU = torch.device("cpu")
 TINY = {
     "qwen": Shape("qwen", 2, 128, 4, 4, 32, 256, 512),
     "qwen2": Shape("qwen2", 2, 128, 4, 2, 32, 384, 512, tied=True),
+    "qwen3": Shape("qwen3", 2, 128, 4, 2, 64, 384, 512, tied=True),
 }
 RECIPE = by_default(load_recipe("qlora", {}))
 PEAKS = [  # shapes in which the loss, the MLP and attention take the most memory
     Shape("qwen", 4, 512, 8, 8, 64, 1408, 30_000),
     Shape("qwen2", 3, 512, 8, 2, 64, 4096, 2048, tied=True),
     Shape("qwen2", 6, 512, 8, 2, 64, 512, 2048, tied=True),
+    Shape("qwen3", 5, 256, 8, 4, 128, 512, 2048, tied=True),
 ]
 
 
@@ -43,7 +45,7 @@ def test_frozen_weights_are_counted_exactly(layout: str) -> None:
     shape, model = TINY[layout], memory.decoder(TINY[layout], CPU)
     tensors = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     bias = sum(m.bias.numel() * 2 for m in model.modules() if isinstance(m, Int4Linear) and m.bias is not None)
-    assert bias == 2 * shape.layers * shape.qkv
+    assert bias == (0 if layout == "qwen3" else 2 * shape.layers * shape.qkv)
     last_norm = 2 * shape.hidden
     embedding = memory_estimate.embedding_bytes(shape, Setting(1, 64, "off"))
     assert sum(tensors.values()) == memory_estimate.block_weight_bytes(shape) + embedding + last_norm
@@ -194,3 +196,11 @@ def test_a_wrong_estimate_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixtu
     path.write_text(json.dumps(report))
     assert plan_check.main([str(path)]) == 1
     assert "-16.7% !" in capsys.readouterr().out
+
+
+def test_a_larger_rate_of_b_takes_its_factors_and_the_values_before_an_update() -> None:
+    shape, setting = PUBLISHED["Qwen3-0.6B"], Setting(1, 512, "on")
+    plain, plus = estimate(shape, setting), estimate(shape, replace(setting, lora_plus=8.0))
+    parameters = memory_estimate.adapter_parameters(shape, setting)
+    assert plus.at_rest - plain.at_rest == 4 * parameters
+    assert plus.stages["update"] - plain.stages["update"] == 8 * parameters

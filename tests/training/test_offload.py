@@ -58,7 +58,7 @@ def assert_same(results: list[tuple[float, Tensor]], expected: list[tuple[float,
 # --- inputs of blocks ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("layout", ["qwen", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dropout", ["0", "0.1"])
 def test_offload_equals_checkpointing_to_the_bit(tmp_path: Path, layout: str, dropout: str) -> None:
     model = adapted_decoder(tmp_path, layout, True, torch.float32, "cpu", dropout=dropout)

@@ -39,6 +39,7 @@ from train.export.merge import GB, MergeJob
 from train.export.model_card import CardSource, base_id, write_card
 from train.model.adapter_file import check_present
 from train.model.folder import describe_files, missing_code, read_manifest, resolve, write_manifest
+from train.model.layouts import check_convertible, stock_layout
 from train.model.loading import check_folder, load, read_folder_config
 from train.model.lora import load_adapter
 from train.model.tokenizer import load_tokenizer
@@ -53,7 +54,9 @@ class Options:
 
     run: str = option("", "name of a finished run below runs/")
     dtype: str = option("float16", "type of the weights", tuple(DTYPES))
-    layout: str = option("", "empty: the base's; qwen2: loads without remote code everywhere", ("", "qwen", "qwen2"))
+    layout: str = option(
+        "", "empty: the base's; qwen2: loads without remote code everywhere", ("", "qwen", "qwen2", "qwen3")
+    )
     onto: str = option(INT4, "int4: the base that was trained on; or a float model or folder to merge onto")
     out: str = option("", "folder to write; empty: runs/RUN/ and merged, gguf, gptq or peft, by format")
     format: str = option(
@@ -198,7 +201,7 @@ def _export_beside(options: Options, folder: Path, base: Path, recipe: Recipe, r
     check_present(folder / "adapter")
     if options.format == "adapter":
         return _export_adapter(options, folder, base, record)
-    layout = options.layout or "qwen2"
+    layout = options.layout or stock_layout(read_folder_config(base)[0].layout)
     gptq_export.check_base(base, layout)
     prompt = (recipe.system, recipe.template)
     size = int(options.shard_size * GB)
@@ -285,7 +288,9 @@ def _job(options: Options, folder: Path, base: Path, recipe: Recipe) -> MergeJob
         raise UserError(f"shard_size={options.shard_size}: expected GB in one file, more than 0. Example: shard_size=4")
     if options.verify < 1:
         raise UserError(f"verify={options.verify}: expected 1 or more; an export that was not compared is not written.")
-    layout = options.layout or read_folder_config(weights)[0].layout
+    own = read_folder_config(weights)[0].layout
+    layout = options.layout or own
+    check_convertible(own, layout)
     shard_bytes = int(options.shard_size * GB)
     prompt = (recipe.system, recipe.template)
     dtype, device = DTYPES[options.dtype], merge.merge_device()
@@ -330,9 +335,10 @@ def _report(options: Options, out: Path, job: MergeJob, measured: dict[str, Any]
 def _commands(options: Options, out: Path, job: MergeJob) -> dict[str, str]:
     """What to do with the folder: tool -> command."""
     commands = {"chat": make("infer", model=out, models=options.models)}
-    if job.layout == "qwen2":
+    if job.layout != "qwen":
+        version = "4.51" if job.layout == "qwen3" else "4.37"
         return commands | {
-            "transformers": f'AutoModelForCausalLM.from_pretrained("{out}")   # 4.37 or newer',
+            "transformers": f'AutoModelForCausalLM.from_pretrained("{out}")   # {version} or newer',
             "vLLM": f"vllm serve {shlex.quote(str(out))}",
             "llama.cpp": f"python convert_hf_to_gguf.py {shlex.quote(str(out))}",
         }

@@ -29,6 +29,8 @@ from train.inference.generate import CUT, notice
 from train.inference.sampling import Sampling
 from train.inference.stock import load_stock
 from train.inference.trained import TrainedModel, find_source, identity, load_trained
+from train.model.loading import read_folder_config
+from train.model.stops import usual_template
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Options:
         may_be_empty=True,
     )
     template: str = option(
-        "auto", "how turns are written; auto: as it was trained, else chatml", ("auto", "chatml", "plain")
+        "auto",
+        "how turns are written; auto: as it was trained, else chatml, for a Qwen3 qwen3_thinking; qwen3: it answers at once",
+        ("auto", "chatml", "qwen3", "qwen3_thinking", "plain"),
     )
     engine: str = option("ours", "stock: transformers, optimum, auto-gptq, to compare with", ("ours", "stock"))
     trust_remote_code: bool = option(False, "with engine=stock: allow the checkpoint's own code to run")
@@ -85,7 +89,7 @@ def run(options: Options) -> None:
     start = time.monotonic()
     stock = options.engine == "stock"
     trained = _load_stock(options) if stock else _load(options)
-    system, template = _prompt_of(options, trained.recipe)
+    system, template = _prompt_of(options, trained.recipe, trained.model.config)
     build = stock_chat_model if stock else chat_model
     model = build(trained.model, trained.tokenizer, template, options.max_tokens, sampling)
     seconds = time.monotonic() - start
@@ -98,10 +102,11 @@ def run(options: Options) -> None:
     Chat(model, system, options.max_tokens).run(typed_lines())
 
 
-def _prompt_of(options: Options, recipe: dict[str, Any]) -> tuple[str, str]:
-    """(system message, template): as given, else the run's."""
+def _prompt_of(options: Options, recipe: dict[str, Any], config: Any) -> tuple[str, str]:
+    """(system message, template): as given, else the run's, else the usual one of a base with `config`."""
+    usual = usual_template(getattr(config, "layout", ""))
     system = options.system if options.system != "auto" else recipe.get("system", DEFAULT_SYSTEM)
-    return system, options.template if options.template != "auto" else recipe.get("template", "chatml")
+    return system, options.template if options.template != "auto" else recipe.get("template", usual)
 
 
 def _answer_file(options: Options, sampling: Sampling) -> None:
@@ -117,7 +122,8 @@ def _answer_file(options: Options, sampling: Sampling) -> None:
         raise UserError(f"questions={options.questions} and {other}: give one of them.")
     questions = read_questions(Path(options.questions))
     source = find_source(Path(options.models), Path(options.runs), options.run, options.model, Recipe().model)
-    system, template = _prompt_of(options, source.recipe)
+    base = None if source.adapter else read_folder_config(source.folder)[0]
+    system, template = _prompt_of(options, source.recipe, base)
     inputs = inputs_of(questions, identity(source), sampling, system, template, options.max_tokens)
     answers = AnswerFile(Path(options.answers or default_path(questions)), questions, inputs)
     total, kept = len(questions.questions), answers.answered

@@ -207,7 +207,7 @@ def _longest_rows(shape: Shape, chosen: Setting, card: int) -> str:
 
 
 def _too_small(options: Options, shape: Shape, recipe: Recipe, card: int, is_open: bool) -> str:
-    """What would fit: the same with a smaller rank (alpha / rank as it was), then with shorter rows."""
+    """What would fit: the same with a smaller rank (the scale of its update as it was), then with shorter rows."""
     ranks = [rank for rank in (recipe.rank, 32, 16, 8) if rank <= recipe.rank]
     lengths = [n for n in (recipe.length, 2048, 1024, 512, 256) if n <= recipe.length]
     for length in lengths:
@@ -216,7 +216,9 @@ def _too_small(options: Options, shape: Shape, recipe: Recipe, card: int, is_ope
                 continue  # it would fit without what auto leaves free
             smaller = replace(recipe, rank=rank, length=length)
             if chosen := memory_plan.choose(shape, smaller, card):
-                overrides = {"rank": rank, "alpha": f"{recipe.alpha * rank / recipe.rank:g}", "length": length}
+                ratio = rank / recipe.rank
+                alpha = recipe.alpha * (ratio**0.5 if recipe.rslora else ratio)
+                overrides = {"rank": rank, "alpha": f"{alpha:g}", "length": length}
                 command = _train_command(options, recipe, overrides | chosen[0].overrides())
                 return (
                     f"no way to train {recipe.model} with rank={recipe.rank} and length={recipe.length} fits this "

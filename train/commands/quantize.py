@@ -19,6 +19,7 @@ from train.data.tokens.chat_template import DEFAULT_SYSTEM
 from train.export.calibration import Calibration
 from train.export.quantize import QuantizeJob, Result, is_done, trained_prompt, write
 from train.model.folder import display_name, missing_code, resolve
+from train.model.layouts import check_convertible
 from train.model.loading import check_folder, read_folder_config
 from train.ops.gptq import Scheme
 
@@ -33,7 +34,7 @@ class Options:
 
     model: str = option("Qwen2.5-Coder-0.5B-Instruct", "float model: a folder, or a name below models/")
     out: str = option("", "name of the new folder below models/; empty: the model's, with what was done to it")
-    layout: str = option("keep", "published layout to write", ("keep", "qwen", "qwen2"))
+    layout: str = option("keep", "published layout to write", ("keep", "qwen", "qwen2", "qwen3"))
     group_size: int = option(128, "weights that share one scale; -1: a whole row", ("32", "64", "128", "-1"))
     method: str = option("nearest", "nearest: rounded; gptq: calibrated on data, by auto-gptq", ("nearest", "gptq"))
     bits: int = option(4, "of one weight", ("4", "8"))
@@ -52,6 +53,7 @@ def run(options: Options) -> None:
         raise UserError(f"{source} is quantised already. Give its float folder: the same name without -Int4.")
     check_folder(source)
     layout = config.layout if options.layout == "keep" else options.layout
+    check_convertible(config.layout, layout)
     suffix = SUFFIX[layout] if layout != config.layout else ""
     suffix += "-GPTQ" if options.method == "gptq" else ""
     if options.out:

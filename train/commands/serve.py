@@ -25,6 +25,7 @@ from train.inference.decode_layers import DecodeLayers
 from train.inference.generate import notice
 from train.inference.shared_base import BaseSource, NamedModel, find_base, load_base
 from train.inference.slot_session import SlotSession
+from train.model.stops import usual_template
 from train.serving.engine import Engine
 from train.serving.guard import Limits
 from train.serving.routes import State
@@ -55,7 +56,9 @@ class Options:
         may_be_empty=True,
     )
     template: str = option(
-        "auto", "how turns are written; auto: as it was trained, else chatml", ("auto", "chatml", "plain")
+        "auto",
+        "how turns are written; auto: as it was trained, else chatml, for a Qwen3 qwen3_thinking; qwen3: it answers at once",
+        ("auto", "chatml", "qwen3", "qwen3_thinking", "plain"),
     )
     body_mb: int = option(4, "size of a request at most, in MB", interval="[1, 1024]")
     client_seconds: float = option(30.0, "a client that is slower is disconnected", interval="[0.1, 3600]")
@@ -114,7 +117,11 @@ def _load(options: Options, source: BaseSource) -> Service:
 def _card(model: NamedModel, options: Options) -> ModelCard:
     recipe: dict[str, Any] = model.recipe
     system = options.system if options.system != "auto" else recipe.get("system", DEFAULT_SYSTEM)
-    template = options.template if options.template != "auto" else recipe.get("template", "chatml")
+    template = (
+        options.template
+        if options.template != "auto"
+        else recipe.get("template", usual_template(model.model.config.layout))
+    )
     created = int(Path(model.root).stat().st_mtime)
     return ModelCard(model.name, model.root, model.parent, created, system, template)
 

@@ -16,7 +16,7 @@ from train.config.recipe_yaml import RecipeError, read_text_values
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RENAMED = {"voice": "two_stage"}  # an earlier name of a recipe -> its name today
-SAME_IN_ALL_STAGES = ("model", "template", "rank", "alpha", "targets", "precision", "processes")
+SAME_IN_ALL_STAGES = ("model", "template", "rank", "alpha", "rslora", "targets", "precision", "processes")
 CLEANING_STEPS = (
     *("empty", "control_characters", "repeated_question", "tokens", "exact_duplicates", "near_duplicates"),
 )
@@ -33,7 +33,12 @@ class Recipe:
     """A complete training run. Every key can be set in the YAML file or as key=value on the command line."""
 
     model: str = option("Qwen/Qwen-1_8B-Chat-Int4", "base: a name in data/models.lock, a hub id, or a folder")
-    template: str = option("chatml", "the text around the turns of a conversation", ("chatml", "plain"))
+    template: str = option(
+        "chatml",
+        "the text around the turns of a conversation; qwen3: ChatML with Qwen3's think blocks, answers at once; "
+        "qwen3_thinking: thinks first",
+        ("chatml", "qwen3", "qwen3_thinking", "plain"),
+    )
     mask: str = option(
         "assistant",
         "which tokens are trained on: the answers, or those of Qwen's own script",
@@ -66,6 +71,7 @@ class Recipe:
     pack: bool = option(True, "put several conversations in one row; each attends only to itself")
     rank: int = option(64, "LoRA: r", interval="[1, 4096]")
     alpha: float = option(16.0, "LoRA: the update is scaled by alpha / rank", interval="(0, 65536]")
+    rslora: bool = option(False, "rsLoRA: the update is scaled by alpha / sqrt(rank), not alpha / rank")
     dropout: float = option(0.05, "LoRA: dropout before A", interval="[0, 1)")
     targets: str = option("all", "LoRA: all linear layers of the blocks, or names separated by commas")
     epochs: float = option(5.0, "passes over the data", interval="(0, 10000]")
@@ -88,6 +94,14 @@ class Recipe:
         auto=True,
     )
     learning_rate: float = option(3e-4, "peak learning rate", interval="(0, 1]")
+    lora_plus: float = option(
+        1.0, "LoRA+: the learning rate of B is this many times that of A; 1 = the same", interval="[1, 1000]"
+    )
+    neftune: float = option(
+        0.0,
+        "NEFTune: noise on the embeddings in training, its alpha; 5 is a usual value; 0 = none",
+        interval="[0, 1000]",
+    )
     warmup: float = option(
         0.01, "linear warm-up: a fraction of all steps, or a number of steps if 1 or more", interval="[0, 1000000]"
     )

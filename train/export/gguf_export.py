@@ -25,7 +25,7 @@ from train.export.merge import GB, LEGAL
 from train.model import lora
 from train.model.folder import find_damage, read_manifest
 from train.model.gguf_reader import GgufFile
-from train.model.layouts import convert_config
+from train.model.layouts import convert_config, stock_layout
 from train.model.loading import read_folder_config
 from train.model.tokenizer import load_tokenizer
 
@@ -127,7 +127,7 @@ def write(job: GgufJob, folder: Path, on_bytes: Callable[[int], None]) -> None:
     write_model(folder / job.model_name, job.weights, _tensors(job), tokenizer, card, job.encoding, on_bytes)
     if job.with_adapter:
         write_adapter(folder / job.adapter_name, lora.delta(job.adapter), config, card)
-    context = convert_config(config, "qwen2").max_position_embeddings
+    context = convert_config(config, stock_layout(config.layout)).max_position_embeddings
     text = modelfile(job.model_name, job.adapter_name, job.system, job.template, context)
     write_text(folder / MODELFILE, text)
     for name in LEGAL:

@@ -1,7 +1,7 @@
 """GGUF files: a model with its tokenizer and prompt, an adapter, and the Modelfile with which Ollama reads them.
 
 A model is written twice through: names, types and sizes go before the first tensor, so that no more than a block of the
-model is in memory. Keys of the metadata: ggml's docs/gguf.md; what llama.cpp's converters write for Qwen2.
+model is in memory. Keys of the metadata: ggml's docs/gguf.md; what llama.cpp's converters write for Qwen2 and Qwen3.
 """
 
 import json
@@ -16,7 +16,7 @@ from torch import Tensor
 from train.data.tokens.chat_template import chat_template
 from train.export.gguf_tensors import OutTensor, gguf_name
 from train.model.gguf_reader import CONTROL, NORMAL, USER_DEFINED
-from train.model.layouts import DecoderConfig, convert_config, convert_tensors
+from train.model.layouts import DecoderConfig, convert_config, convert_tensors, stock_layout
 from train.model.loading import read_folder_config
 from train.model.stops import answer_end
 from train.model.tokenizer import Tokenizer
@@ -51,8 +51,9 @@ def write_model(
         tensors: called with True for names, types and shapes, then with False for the tensors, in the same order.
         encoding: a key of FILE_TYPES. on_bytes: called with the bytes of each tensor that is written.
     """
-    config = convert_config(read_folder_config(folder)[0], "qwen2")
-    writer = gguf.GGUFWriter(path, "qwen2")
+    config = read_folder_config(folder)[0]
+    config = convert_config(config, stock_layout(config.layout))
+    writer = gguf.GGUFWriter(path, config.layout)
     writer.add_type("model")
     writer.add_name(card.name)
     writer.add_base_model_count(1)
@@ -82,10 +83,10 @@ def write_adapter(
     tensors: dict[str, Tensor] = {}
     for module, (a, b, _) in delta.items():
         b = b if alphas[module] == alpha else (b.double() * (alphas[module] / alpha)).float()
-        for name, part in convert_tensors({f"{module}.weight": b.float()}, config, "qwen2").items():
+        for name, part in convert_tensors({f"{module}.weight": b.float()}, config, stock_layout(config.layout)).items():
             tensors[f"{gguf_name(name)}.lora_a"] = a.float().contiguous()
             tensors[f"{gguf_name(name)}.lora_b"] = part.contiguous()
-    writer = gguf.GGUFWriter(path, "qwen2")
+    writer = gguf.GGUFWriter(path, stock_layout(config.layout))
     writer.add_type("adapter")
     writer.add_name(card.name)
     writer.add_base_model_count(1)
@@ -166,7 +167,9 @@ def modelfile(model: str, adapter: str, system: str, template: str, context: int
     """
     quoted = system.replace('"""', "'''")
     lines = [f"FROM ./{model}", *([f"ADAPTER ./{adapter}"] if adapter else [])]
-    lines += [f'TEMPLATE """{PLAIN if template == "plain" else CHATML}"""']
+    # Qwen3 that answers at once: its prompt ends with an empty block of thoughts
+    written = PLAIN if template == "plain" else CHATML + ("<think>\n\n</think>\n\n" if template == "qwen3" else "")
+    lines += [f'TEMPLATE """{written}"""']
     lines += [f'SYSTEM """{quoted}"""'] if system else []
     lines += [f"PARAMETER num_ctx {min(context, CONTEXT)}"]
     lines += ["PARAMETER temperature 0"]

@@ -20,7 +20,7 @@ from torch import Tensor
 from train.common.errors import UserError
 from train.export.merge import PACKED, State, block_files, drop_zero_biases
 from train.model.gguf_reader import BLOCK_NAMES, OUTER_NAMES
-from train.model.layouts import DecoderConfig, convert_tensors
+from train.model.layouts import DecoderConfig, convert_tensors, stock_layout
 from train.model.loading import read_folder_config, read_tensors, tensor_files
 from train.ops.gptq import Scheme, dequantize, groups_in_order, unpack_rows, unpack_zeros
 
@@ -55,7 +55,7 @@ def gguf_name(published: str) -> str:
         return f"{OUTER[stem]}.{kind}"
     block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
     if block is None or block[2] not in INNER:
-        raise UserError(f"{published}: GGUF's architecture qwen2 has no such tensor.")
+        raise UserError(f"{published}: GGUF's architectures qwen2 and qwen3 have no such tensor.")
     return f"blk.{block[1]}.{INNER[block[2]]}.{kind}"
 
 
@@ -113,7 +113,7 @@ def int4_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
             if part == "qweight":
                 qweight, qzeros, scales, g_idx = (state[f"{module}.{key}"] for key in PACKED)
                 floats[f"{module}.weight"] = dequantize(qweight, qzeros, scales, g_idx, 4, torch.float32).t()
-        for name, tensor in convert_tensors(floats, config, "qwen2").items():
+        for name, tensor in convert_tensors(floats, config, stock_layout(config.layout)).items():
             yield gguf_name(name), tensor
 
 
@@ -129,7 +129,9 @@ def _blocks(folder: Path) -> Iterator[tuple[State, DecoderConfig]]:
 
 def _converted(state: State, config: DecoderConfig, meta: bool) -> Iterator[OutTensor]:
     """Under llama.cpp's names. Rows of packed bytes are cut like rows of floats where a fused c_attn is divided."""
-    for name, tensor in convert_tensors(drop_zero_biases(state, config.names), config, "qwen2").items():
+    for name, tensor in convert_tensors(
+        drop_zero_biases(state, config.names), config, stock_layout(config.layout)
+    ).items():
         if tensor.dtype == torch.uint8:
             yield OutTensor(gguf_name(name), Type.Q4_0, tensor)
         else:

@@ -22,7 +22,7 @@ from train.export.model_card import PACKED_BASE
 from train.export.prompt_files import write_prompt_files
 from train.model.adapter_file import CONFIG, WEIGHTS
 from train.model.folder import ShardWriter, copy_companions, find_damage, read_manifest, write_manifest
-from train.model.layouts import DecoderConfig, convert_config, convert_tensors, write_config
+from train.model.layouts import DecoderConfig, check_convertible, convert_config, convert_tensors, write_config
 from train.model.loading import read_folder_config, read_tensors, tensor_files
 from train.model.tokenizer import load_tokenizer
 from train.ops.gptq import Scheme, dequantize
@@ -66,6 +66,7 @@ def check_base(base: Path, layout: str) -> None:
             f"FORMAT=gptq writes an Int4 or Int8 base as it is, and {base.name} has float weights. Export the merged model, "
             "and quantise that: make export RUN=…, then make quantize METHOD=gptq MODEL=runs/…/merged"
         )
+    check_convertible(config.layout, layout)
     if layout != config.layout and layout == "qwen":
         raise UserError(
             f"LAYOUT=qwen: {base.name} has layout qwen2, whose grouped heads Qwen-1 does not have. Leave LAYOUT= out."

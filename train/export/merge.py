@@ -195,7 +195,8 @@ def drop_zero_biases(state: State, layout: Layout) -> State:
     Raises:
         UserError: such a bias that is not zero: no reader of this layout would add it.
     """
-    surplus = [n for n in state if n.endswith(".bias") and n.split(".")[-2] not in layout.qkv]
+    biased = layout.qkv if layout.qkv_bias else ()
+    surplus = [n for n in state if n.endswith(".bias") and n.split(".")[-2] not in biased]
     for name in surplus:
         if state[name].any():
             raise UserError(f"{name} is not zero, and layout {layout.name} has no such bias. The base is damaged.")

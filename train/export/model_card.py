@@ -163,8 +163,11 @@ def _text(source: CardSource) -> str:
 def _training(record: dict[str, Any], recipe: dict[str, Any]) -> str:
     known = {"rank": "r", "alpha": "alpha", "learning_rate": "learning rate", "epochs": "epochs", "seed": "seed"}
     settings = ", ".join(f"{name} {recipe[key]}" for key, name in known.items() if key in recipe)
+    settings += f", B's rate {recipe['lora_plus']:g} times that (LoRA+)" if recipe.get("lora_plus", 1) != 1 else ""
+    settings += f", NEFTune {recipe['neftune']:g}" if recipe.get("neftune") else ""
     steps = f", {record['steps']} steps" if "steps" in record else ""
-    return f"* training: LoRA, {settings}{steps}, {record['tokens']:,} tokens"
+    method = "rsLoRA" if recipe.get("rslora") else "LoRA"
+    return f"* training: {method}, {settings}{steps}, {record['tokens']:,} tokens"
 
 
 def _prompt(recipe: dict[str, Any]) -> str:

@@ -38,10 +38,10 @@ def write_stops(source: Path, folder: Path, layout: str, tokenizer: Tokenizer, t
     end = answer_end(tokenizer, template)
     write_json(folder / GENERATION, generation_for(read_generation(source), layout, tokenizer, template))
     config = read_object(folder / "config.json")
-    if layout == "qwen2" or "eos_token_id" in config:  # one id: llama.cpp's converter reads no list
+    if layout != "qwen" or "eos_token_id" in config:  # one id: llama.cpp's converter reads no list
         write_json(folder / "config.json", {**config, "eos_token_id": end})
     text = tokenizer.decode([end], skip_control=False)
-    settings = _with_end(folder / "tokenizer_config.json", text, add=layout == "qwen2")
+    settings = _with_end(folder / "tokenizer_config.json", text, add=layout != "qwen")
     write_json(folder / "tokenizer_config.json", settings)
     if (folder / "special_tokens_map.json").is_file():
         write_json(folder / "special_tokens_map.json", _with_end(folder / "special_tokens_map.json", text, add=False))

@@ -20,6 +20,7 @@ from train.inference.decode_layers import DecodeLayers
 from train.inference.prompt_graph import WIDTHS, PromptGraphs, pad_left, padded_width, prompt_mask
 from train.model.decoder import ntk_alpha, rope_tables, rotate_heads, sdpa_mask
 from train.ops import decode_step
+from train.ops.head_norm import HeadNorms, norm_heads
 from train.ops.kernels.runtime import multiprocessors
 
 CAPACITY_STEP = 512  # capacities are multiples of it, so a longer answer seldom needs another graph
@@ -195,9 +196,17 @@ class DecodeSession:
         next_norms = [block.norm1 for block in layers.blocks[1:]] + [layers.norm]
         x, h = decode_step.add_norm(x, None, layers.blocks[0].norm1, eps)
         for n, (block, next_norm) in enumerate(zip(layers.blocks, next_norms)):
-            x, h = decode_step.add_norm(x, block.out(attend(block.qkv(h), n)), block.norm2, eps)
+            qkv = block.qkv(h)
+            if block.head_norms is not None:
+                qkv = self._with_normed_heads(qkv, block.head_norms)
+            x, h = decode_step.add_norm(x, block.out(attend(qkv, n)), block.norm2, eps)
             x, h = decode_step.add_norm(x, block.down(block.swiglu(h)), next_norm, eps)
         return h
+
+    def _with_normed_heads(self, qkv: Tensor, norms: HeadNorms) -> Tensor:
+        """Partial sums [S, M, (Hq + 2 Hkv) D] -> their sum [1, M, (Hq + 2 Hkv) D], each head of q and k normed."""
+        total = qkv.sum(0).to(self.keys.dtype)
+        return norm_heads(total, norms, (self.heads, self.layers.config.num_key_value_heads), out=total)[None]
 
     def _attend(self, qkv: Tensor, n: int) -> Tensor:
         keys, values = self.keys[n], self.values[n]

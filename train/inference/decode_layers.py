@@ -19,6 +19,7 @@ from train.model.decoder import Decoder
 from train.model.int4_linear import Int4Linear
 from train.ops import kernels
 from train.ops.gptq import dequantize, groups_in_order, pack_rows, unpack_rows
+from train.ops.head_norm import HeadNorms
 from train.ops.kernels import gptq_matmul
 from train.ops.kernels.decode_step import swiglu_parts
 from train.ops.kernels.gptq_matmul import NO_SEGMENT, SEGMENT_COLUMNS, LowRankSegments, PackedWeight, down_product
@@ -167,10 +168,11 @@ def _call(linear: nn.Module, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DecodeBlock:
-    """One block: the weights of its norms, its products, and x -> silu(gate) · up [M, I]."""
+    """One block: the weights of its norms (also of the heads of q and k, where the layout has them), its products, and x -> silu(gate) · up [M, I]."""
 
     norm1: Tensor
     qkv: Product
+    head_norms: HeadNorms | None
     out: Product
     norm2: Tensor
     swiglu: Product
@@ -201,10 +203,12 @@ class DecodeLayers:
 
     def _block(self, block: nn.Module) -> DecodeBlock:
         names = self.config.names
-        attention, mlp = getattr(block, names.attention), getattr(block, names.mlp)
+        attention: Any = getattr(block, names.attention)
+        mlp = getattr(block, names.mlp)
         return DecodeBlock(
             getattr(block, names.norm1).weight,
             self._product([getattr(attention, name) for name in names.qkv]),
+            attention.head_norms,
             self._product([getattr(attention, names.out)]),
             getattr(block, names.norm2).weight,
             self._swiglu(getattr(mlp, names.gate), getattr(mlp, names.up)),

@@ -183,7 +183,7 @@ def stream(
         if token in tokenizer.stop_ids:
             cut_off = False
             break
-        if not tokenizer.is_control(token) and (piece := decoder.decode(tokenizer.bytes_of(token))):
+        if not tokenizer.is_hidden(token) and (piece := decoder.decode(tokenizer.bytes_of(token))):
             yield piece
     if rest := decoder.decode(b"", final=True):
         yield rest

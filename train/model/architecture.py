@@ -18,7 +18,7 @@ from train.model.names import hub_name
 class Shape:
     """The sizes of a model that memory and arithmetic depend on."""
 
-    layout: str  # qwen (fused c_attn) | qwen2
+    layout: str  # qwen (fused c_attn) | qwen2 | qwen3 (norms of q and k, no biases)
     layers: int
     hidden: int
     heads: int
@@ -41,9 +41,19 @@ class Shape:
         return (self.heads + 2 * self.key_heads) * self.head_size
 
     @property
+    def normed_heads(self) -> int:
+        """Width of the queries and keys that a norm of each head changes; 0 where the layout has none."""
+        return (self.heads + self.key_heads) * self.head_size if self.layout == "qwen3" else 0
+
+    @property
+    def vectors(self) -> int:
+        """Values of a block that are no matrix: two norms, and the biases of q, k and v or the norms of q and k."""
+        return 2 * self.hidden + (2 * self.head_size if self.layout == "qwen3" else self.qkv)
+
+    @property
     def parameters(self) -> int:
         """Weights and biases of the float model; shared embeddings once."""
-        blocks = sum(k * n for _, k, n in self.linears()) + self.qkv + 2 * self.hidden
+        blocks = sum(k * n for _, k, n in self.linears()) + self.vectors
         embeddings = (1 if self.tied else 2) * self.vocabulary * self.hidden
         return self.layers * blocks + embeddings + self.hidden
 
@@ -96,6 +106,12 @@ PUBLISHED: dict[str, Shape] = {
     "Qwen2.5-14B": Shape("qwen2", 48, 5120, 40, 8, 128, 13_824, 152_064),
     "Qwen2.5-32B": Shape("qwen2", 64, 5120, 40, 8, 128, 27_648, 152_064),
     "Qwen2.5-72B": Shape("qwen2", 80, 8192, 64, 8, 128, 29_568, 152_064),
+    "Qwen3-0.6B": Shape("qwen3", 28, 1024, 16, 8, 128, 3072, 151_936, tied=True),
+    "Qwen3-1.7B": Shape("qwen3", 28, 2048, 16, 8, 128, 6144, 151_936, tied=True),
+    "Qwen3-4B": Shape("qwen3", 36, 2560, 32, 8, 128, 9728, 151_936, tied=True),
+    "Qwen3-8B": Shape("qwen3", 36, 4096, 32, 8, 128, 12_288, 151_936),
+    "Qwen3-14B": Shape("qwen3", 40, 5120, 40, 8, 128, 17_408, 151_936),
+    "Qwen3-32B": Shape("qwen3", 64, 5120, 64, 8, 128, 25_600, 151_936),
 }
 
 
@@ -112,7 +128,7 @@ def published(name: str) -> Shape:
             f"model {name!r}: there is no folder of that name, and its shape is not known. Known: {', '.join(PUBLISHED)}; "
             f"or fetch it first: make model MODEL={name}"
         )
-    bits = 4 if "Int4" in last else 8 if "Int8" in last else 16
+    bits = 4 if "Int4" in last or last.endswith("-AWQ") else 8 if "Int8" in last else 16
     return replace(PUBLISHED[key], bits=bits)
 
 
@@ -157,13 +173,14 @@ def read_architecture(config: dict[str, Any], source: str = "config.json") -> Ar
     """The architecture from the content of a published config.json. `source` is its path, for messages.
 
     Raises:
-        UserError: neither Qwen-1 nor Qwen2, a variant of them that the decoder does not compute, or a key that is
+        UserError: none of Qwen-1, Qwen2 and Qwen3, a variant of them that the decoder does not compute, or a key that is
             missing, of the wrong type or outside its range.
     """
     layout = config.get("model_type")
     if not isinstance(layout, str) or layout not in KEYS:
         raise UserError(
-            f"{source}: model_type is {layout!r:.80}; this program reads 'qwen' (Qwen-1) and 'qwen2' (Qwen1.5, 2, 2.5).\n"
+            f"{source}: model_type is {layout!r:.80}; this program reads 'qwen' (Qwen-1), 'qwen2' (Qwen1.5, 2, 2.5) "
+            "and 'qwen3' (Qwen3, dense).\n"
             "Take a base such as Qwen/Qwen-1_8B-Chat-Int4 or Qwen/Qwen2.5-0.5B-Instruct-GPTQ-Int4."
         )
     config_keys.check_supported(config, layout, source)

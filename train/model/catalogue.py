@@ -38,7 +38,7 @@ def read_entries(path: Path) -> tuple[dict[str, Any], list[PublishedModel]]:
 def _models(family: str, lines: dict[str, Any]) -> Iterator[PublishedModel]:
     quantised = "Int" if lines["layout"] == "qwen" else "GPTQ-Int"
     for size, line in lines["sizes"].items():
-        chat = f"{family}-{size}-{lines['chat']}"
+        chat = f"{family}-{size}-{lines['chat']}".removesuffix("-")
         for name in (chat, *(f"{chat}-{quantised}{bits}" for bits in line["int"])):
             yield PublishedModel(name, f"{lines['modelscope']}/{name}", line["license"], published(name))
 

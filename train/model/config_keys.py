@@ -52,7 +52,10 @@ KEYS: dict[str, dict[str, Key]] = {
         "max_position_embeddings": Key("max_position_embeddings", most=2**31),
     },
 }
+# Qwen3's published class has heads of 128 where the file says nothing, whatever the hidden size
+KEYS["qwen3"] = KEYS["qwen2"] | {"head_dim": Key("head_dim", 128, most=2**14)}
 ROPE_THETA = {"qwen": Key("rotary_emb_base", kind=float, most=1e12), "qwen2": Key("rope_theta", kind=float, most=1e12)}
+ROPE_THETA["qwen3"] = ROPE_THETA["qwen2"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ SUPPORTED: dict[str, dict[str, Supported]] = {
         "is_causal": _CAUSAL,
     },
 }
+SUPPORTED["qwen3"] = SUPPORTED["qwen2"] | {"attention_bias": Supported((False,), "every published Qwen3 has none")}
 
 
 def check_supported(config: dict[str, Any], layout: str, source: str) -> None:
@@ -204,7 +208,24 @@ def quantization(config: dict[str, Any], source: str) -> dict[str, Any] | None:
         raise UserError(
             f"{source}: quantization_config: bits {section.get('bits')}, group_size {section.get('group_size')}."
         )
-    return section
+    return _awq_as_gptq(section, source) if section.get("quant_method") == "awq" else section
+
+
+def _awq_as_gptq(section: dict[str, Any], source: str) -> dict[str, Any]:
+    """The section of an AWQ checkpoint as that of the GPTQ format, in which model/awq.py reads its tensors.
+
+    Raises:
+        UserError: another packing than AutoAWQ's gemm with zeros, or other bits than 4.
+    """
+    packing, bits = str(section.get("version", "gemm")).lower(), section.get("bits", 4)
+    if packing != "gemm" or bits != 4 or section.get("zero_point", True) is not True:
+        raise UserError(
+            f"{source}: AWQ with version {packing!r:.40}, bits {bits}, zero_point {section.get('zero_point', True)!r:.40} is "
+            "not read; expected version gemm, bits 4, zero_point true, as Qwen publishes its AWQ models. Take the model's "
+            "GPTQ-Int4 folder, or its float folder and `make quantize`."
+        )
+    group = section.get("group_size", 128)
+    return {"bits": 4, "group_size": group, "desc_act": False, "sym": False, "quant_method": "gptq"}
 
 
 _WORDS = {int: "a whole number", bool: "true or false", str: "a string"}
@@ -225,6 +246,6 @@ def portable(config: dict[str, Any], source: str) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in ("dtype", "rope_parameters")}
     if dtype is not None:
         kept["torch_dtype"] = dtype.removeprefix("torch.")
-    if config.get("rope_parameters") is not None and config.get("model_type") == "qwen2":
-        kept["rope_theta"] = rope_theta(config, "qwen2", source)
+    if config.get("rope_parameters") is not None and config.get("model_type") in ("qwen2", "qwen3"):
+        kept["rope_theta"] = rope_theta(config, config["model_type"], source)
     return kept

@@ -1,4 +1,4 @@
-"""One decoder for every Qwen from 1 to 2.5: RMSNorm, rotary positions, grouped attention, SwiGLU.
+"""One decoder for every dense Qwen from 1 to 3: RMSNorm, rotary positions, grouped attention, SwiGLU.
 
 A plain torch module: transformers and what it imports take longer to load than a small model. Its modules carry the
 names of the layout that it was built for. It does not deal with files, Int4 or LoRA: any module may stand under a linear's name. No
@@ -20,6 +20,8 @@ from torch.autograd.graph import save_on_cpu
 from train.model.empty_layers import EmptyEmbedding, EmptyLinear
 from train.model.layouts import LAYOUTS, DecoderConfig
 from train.ops.cross_entropy import chunked_cross_entropy
+from train.ops.head_norm import HeadNorms
+from train.ops.neftune import add_noise, conversation_lengths, draw_seed
 from train.ops.offload import HostEmbedding
 
 Cache = tuple[Tensor, ...]  # (key, value) [B, Hkv, S, D] of a layer; with dynamic NTK also alpha [B, 1] of the prompt
@@ -115,16 +117,29 @@ class Attention(nn.Module):
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         sizes = (q, kv, kv) if len(names.qkv) == 3 else (q + 2 * kv,)
         for name, size in zip(names.qkv, sizes, strict=True):
-            self.add_module(name, EmptyLinear(hidden, size, bias=True))
+            self.add_module(name, EmptyLinear(hidden, size, bias=names.qkv_bias))
         self.add_module(names.out, EmptyLinear(q, hidden, bias=False))
+        for name in names.head_norms:
+            self.add_module(name, RMSNorm(config.head_dim, config.rms_norm_eps))
+
+    @property
+    def head_norms(self) -> HeadNorms | None:
+        """The norms of each head of q and k; None where the layout has none."""
+        if not self.names.head_norms:
+            return None
+        q, k = (getattr(self, name).weight for name in self.names.head_norms)
+        return HeadNorms(q, k, self.config.rms_norm_eps)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, H] -> q [B, Hq, T, D], k and v [B, Hkv, T, D]."""
+        """x [B, T, H] -> q [B, Hq, T, D], k and v [B, Hkv, T, D]; q and k normed where the layout has these norms."""
         c = self.config
         parts = [getattr(self, name)(x) for name in self.names.qkv]
         qkv = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         counts = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
         q, k, v = qkv.unflatten(-1, (-1, c.head_dim)).transpose(1, 2).split(counts, dim=1)
+        if self.names.head_norms:
+            q_norm, k_norm = (getattr(self, name) for name in self.names.head_norms)
+            q, k = q_norm(q), k_norm(k)
         return q, k, v
 
     def forward(
@@ -199,6 +214,7 @@ class Backbone(nn.Module):
         super().__init__()
         names = config.names
         self.config, self.gradient_checkpointing, self.offload = config, False, False
+        self.neftune = 0.0  # alpha of the noise on the embeddings in training; 0 = none
         self.add_module(names.embed, EmptyEmbedding(config.vocab_size, config.hidden_size))
         self.add_module(names.blocks, nn.ModuleList(DecoderBlock(config) for _ in range(config.num_hidden_layers)))
         self.add_module(names.norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
@@ -221,7 +237,7 @@ class Backbone(nn.Module):
         cos, sin = rope_tables(positions, c.head_dim, c.rope_theta, expanded)
         logn = self.logn_factors(positions)
         allowed = sdpa_mask(mask, segments, ids.shape[1], length + ids.shape[1], ids.device)
-        x, caches = getattr(self, c.names.embed)(ids), []
+        x, caches = self._embedded(ids, mask, segments), []
         for n, block in enumerate(getattr(self, c.names.blocks)):
             inputs = (cos, sin, logn, allowed, past[n] if past else None)
             if self.gradient_checkpointing and self.training:
@@ -231,6 +247,16 @@ class Backbone(nn.Module):
             if keep:
                 caches.append(cache if alpha is None or segments is not None else (*cache, alpha))
         return getattr(self, c.names.norm)(x), tuple(caches)
+
+    def _embedded(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor:
+        """The embeddings [B, T, H]; in training with NEFTune's noise, whose seed comes from torch's generator on the CPU."""
+        x: Tensor = getattr(self, self.config.names.embed)(ids)
+        if not self.neftune or not self.training:
+            return x
+        if segments is None:
+            segments = torch.ones_like(ids) if mask is None else mask.long()
+        lengths = conversation_lengths(segments).flatten()
+        return add_noise(x.detach().flatten(0, 1), lengths, self.neftune, draw_seed()).view_as(x)
 
     @property
     def checkpointing(self) -> str:

@@ -1,4 +1,4 @@
-"""Converts a GGUF file of a Qwen2 model to a folder as Qwen publishes it: float16 safetensors, config, tokenizer.
+"""Converts a GGUF file of a Qwen2 or Qwen3 model to a folder as Qwen publishes it: float16 safetensors, config, tokenizer.
 
 Weights are dequantised by the `gguf` package, as in llama.cpp, and rounded once to float16. llama.cpp permutes the rows
 of q and k for its llama architecture only, so here they keep their order. Tensors are converted one by one, in slices:
@@ -32,6 +32,8 @@ BLOCK_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -130,14 +132,14 @@ def published_name(name: str) -> str:
     """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight.
 
     Raises:
-        UserError: a tensor that Qwen2 does not have.
+        UserError: a tensor that neither has.
     """
     stem, _, kind = name.rpartition(".")
     if stem in OUTER_NAMES:
         return f"{OUTER_NAMES[stem]}.{kind}"
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
     if block is None or block[2] not in BLOCK_NAMES:
-        raise UserError(f"GGUF: a Qwen2 model has no tensor {name!r}.")
+        raise UserError(f"GGUF: a Qwen2 or Qwen3 has no tensor {name!r}.")
     return f"model.layers.{block[1]}.{BLOCK_NAMES[block[2]]}.{kind}"
 
 
@@ -147,27 +149,27 @@ def published_config(file: GgufFile) -> dict[str, Any]:
     Raises:
         UserError: another architecture, or a rotary scaling that the decoder does not compute.
     """
-    architecture = file.field("general.architecture")
-    if architecture != "qwen2":
+    layout = file.field("general.architecture")
+    if layout not in ("qwen2", "qwen3"):
         raise UserError(
-            f"a GGUF of the architecture {architecture!r}; only 'qwen2' (Qwen1.5, 2, 2.5) can be converted."
+            f"a GGUF of the architecture {layout!r}; only 'qwen2' (Qwen1.5, 2, 2.5) and 'qwen3' (dense) can be converted."
         )
-    if file.field("qwen2.rope.scaling.type", "none") != "none":
+    if file.field(f"{layout}.rope.scaling.type", "none") != "none":
         raise UserError("GGUF: scaled rotary positions (rope.scaling) are not supported. Take a file without them.")
     rows = {tensor.name: tensor.shape[0] for tensor in file.tensors}
-    hidden, heads = file.field("qwen2.embedding_length"), file.field("qwen2.attention.head_count")
+    hidden, heads = file.field(f"{layout}.embedding_length"), file.field(f"{layout}.attention.head_count")
     config = DecoderConfig(
-        layout="qwen2",
+        layout=layout,
         vocab_size=rows["token_embd.weight"],
         hidden_size=hidden,
-        num_hidden_layers=file.field("qwen2.block_count"),
+        num_hidden_layers=file.field(f"{layout}.block_count"),
         num_attention_heads=heads,
-        num_key_value_heads=file.field("qwen2.attention.head_count_kv", heads),
-        head_dim=hidden // heads,
-        intermediate_size=file.field("qwen2.feed_forward_length"),
-        rms_norm_eps=_shortest(file.field("qwen2.attention.layer_norm_rms_epsilon")),
-        rope_theta=_shortest(file.field("qwen2.rope.freq_base", 10000.0)),
-        max_position_embeddings=file.field("qwen2.context_length"),
+        num_key_value_heads=file.field(f"{layout}.attention.head_count_kv", heads),
+        head_dim=file.field("qwen3.attention.key_length") if layout == "qwen3" else hidden // heads,
+        intermediate_size=file.field(f"{layout}.feed_forward_length"),
+        rms_norm_eps=_shortest(file.field(f"{layout}.attention.layer_norm_rms_epsilon")),
+        rope_theta=_shortest(file.field(f"{layout}.rope.freq_base", 10000.0)),
+        max_position_embeddings=file.field(f"{layout}.context_length"),
         tie_word_embeddings="output.weight" not in rows,
     )
     return {**write_config(config), "torch_dtype": "float16"}
@@ -182,7 +184,7 @@ def float16_tensors(file: GgufFile) -> Iterator[tuple[str, Tensor, int]]:
     """(published name, float16 tensor [out, in] or [out], its bytes in the file) one by one.
 
     Raises:
-        UserError: a name that Qwen2 does not have, or values outside the range of float16.
+        UserError: a name that neither has, or values outside the range of float16.
     """
     for tensor in file.tensors:
         name = published_name(tensor.name)
@@ -225,7 +227,7 @@ def convert(path: Path, folder: Path, advance: Callable[[float], None] = lambda 
     Args:
         advance: is called with numbers of bytes of the file, which add up to its size.
     Raises:
-        UserError: not a GGUF file, not a Qwen2, or damaged.
+        UserError: not a GGUF file, neither Qwen2 nor Qwen3, or damaged.
     """
     file = GgufFile(path)
     try:
@@ -248,7 +250,7 @@ def _write_tokenizer(file: GgufFile, tokenizer: Tokenizer, folder: Path) -> None
     """The tokenizer's files, and generation_config.json with its stop tokens."""
     tokenizer.save(folder, file.field("tokenizer.chat_template", ""))
     settings = read_json(folder / "tokenizer_config.json")
-    settings["model_max_length"] = file.field("qwen2.context_length")
+    settings["model_max_length"] = file.field(f"{file.field('general.architecture')}.context_length")
     write_json(folder / "tokenizer_config.json", settings)
     ids = {"bos_token_id": tokenizer.endoftext, "pad_token_id": tokenizer.pad, "eos_token_id": [*tokenizer.stop_ids]}
     write_json(folder / "generation_config.json", {**SAMPLING, **ids})

@@ -1,8 +1,8 @@
-"""The two published layouts of one architecture: module names, the content of config.json, and conversion between them.
+"""The three published layouts of one architecture: module names, the content of config.json, and conversion between them.
 
 `qwen` is Qwen-1 (1.8B, 7B, 14B, 72B): one fused c_attn, w1 = up, w2 = gate, layer_norm_epsilon, kv_channels, an
 intermediate_size that counts both branches. `qwen2` is Qwen1.5, 2 and 2.5: separate projections, grouped key and value
-heads. The decoder's modules carry the published names, so a state dict needs no renaming, and an adapter has the names
+heads. `qwen3` is Qwen3 dense: qwen2's names, a norm of each head of q and k, no biases. The decoder's modules carry the published names, so a state dict needs no renaming, and an adapter has the names
 that stock tools expect. This module opens no files, and it converts float tensors only, not Int4.
 """
 
@@ -35,6 +35,8 @@ class Layout:
     gate: str
     up: str
     down: str
+    qkv_bias: bool = True
+    head_norms: tuple[str, ...] = ()  # the RMSNorms of each head of q and of k, before the rotary positions
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -80,7 +82,13 @@ QWEN2 = Layout(
     up="up_proj",
     down="down_proj",
 )
-LAYOUTS = {layout.name: layout for layout in (QWEN, QWEN2)}
+QWEN3 = replace(QWEN2, name="qwen3", architecture="Qwen3ForCausalLM", qkv_bias=False, head_norms=("q_norm", "k_norm"))
+LAYOUTS = {layout.name: layout for layout in (QWEN, QWEN2, QWEN3)}
+
+
+def stock_layout(layout: str) -> str:
+    """The layout in which today's stock tools load the same model without remote code."""
+    return "qwen2" if layout == "qwen" else layout
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,8 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "use_cache": True,
     }
-    return {**shared, **(_write_qwen(config) if config.layout == "qwen" else _write_qwen2(config))}
+    own = {"qwen": _write_qwen, "qwen2": _write_qwen2, "qwen3": _write_qwen3}[config.layout]
+    return {**shared, **own(config)}
 
 
 def _write_qwen(config: DecoderConfig) -> dict[str, Any]:
@@ -180,14 +189,22 @@ def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
+    return _write_qwen2(config) | {"attention_bias": False, "head_dim": config.head_dim, "sliding_window": None}
+
+
 def convert_config(config: DecoderConfig, to: str) -> DecoderConfig:
     """The config of the same model in layout `to`.
 
     qwen to qwen2: the context ends at `seq_length`, because Qwen2 has neither logn nor dynamic NTK, which act beyond it.
     qwen2 to qwen: every query head gets a key and value head of its own, the head is untied, and both are turned off.
+
+    Raises:
+        UserError: from or to qwen3, whose norms of q and k the other layouts do not have.
     """
     if to == config.layout:
         return config
+    check_convertible(config.layout, to)
     if to == "qwen2":
         return replace(
             config,
@@ -199,6 +216,15 @@ def convert_config(config: DecoderConfig, to: str) -> DecoderConfig:
     return replace(config, layout=to, num_key_value_heads=config.num_attention_heads, tie_word_embeddings=False)
 
 
+def check_convertible(source: str, to: str) -> None:
+    """Raises UserError if a model in layout `source` cannot be written in layout `to`."""
+    if source != to and "qwen3" in (source, to):
+        raise UserError(
+            f"layout {to}: a model in layout {source} cannot be written in it: of these two only Qwen3 has a norm of each "
+            f"head of q and k. Leave LAYOUT= out, or give LAYOUT={source}."
+        )
+
+
 def convert_tensors(state: dict[str, Tensor], config: DecoderConfig, to: str) -> dict[str, Tensor]:
     """The float tensors of `state` ([out, in] weights, [out] biases) from config.layout in layout `to`.
 
@@ -207,10 +233,11 @@ def convert_tensors(state: dict[str, Tensor], config: DecoderConfig, to: str) ->
     to `qwen`.
 
     Raises:
-        UserError: a non-zero bias that the target layout has no place for.
+        UserError: a non-zero bias that the target layout has no place for; from or to qwen3.
     """
     if to == config.layout:
         return dict(state)
+    check_convertible(config.layout, to)
     return _to_qwen2(state) if to == "qwen2" else _to_qwen(state, config)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from train.common.errors import UserError
 from train.common.memory import free_memory
 from train.common.threads import on_cores
+from train.model import awq
 from train.model.base_files import DamagedFileError, check_all_json, open_safetensors, weight_files
 from train.model.bin_weights import read_bin
 from train.model.decoder import Decoder
@@ -163,16 +164,19 @@ class _SafetensorsFile:
 def open_tensors(file: Path) -> Iterator[Any]:
     """An object with keys(), header(name) and get_tensor(name), tensors on the CPU.
 
-    Of a pickle, plain tensors are read and nothing else.
+    Of a pickle, plain tensors are read and nothing else. Those of an AWQ folder come in the GPTQ format.
 
     Raises:
         UserError: a file that is cut off or damaged, or a .bin file that holds anything else than tensors.
     """
+    group_size = awq.group_size_of(file.parent)
     if file.suffix == ".bin":
-        yield _BinFile(read_bin(file))
+        tensors: Any = _BinFile(read_bin(file))
+        yield tensors if group_size is None else awq.AwqTensors(tensors, group_size, file)
         return
     with open_safetensors(file, "pt") as opened:
-        yield _SafetensorsFile(opened)
+        tensors = _SafetensorsFile(opened)
+        yield tensors if group_size is None else awq.AwqTensors(tensors, group_size, file)
 
 
 def read_tensors(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
@@ -269,7 +273,8 @@ def _match_linears(folder: Path, model: Decoder, files: dict[str, Path], quantiz
     check_quantised(folder, scheme is not None, sum(name.endswith(".qweight") for name in files))
     for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
         parent, _, child = name.rpartition(".")
-        has_bias = child in model.config.names.qkv or f"{name}.bias" in files  # without it, q, k and v would be wrong
+        needs_bias = model.config.names.qkv_bias and child in model.config.names.qkv  # without it, these would be wrong
+        has_bias = needs_bias or f"{name}.bias" in files
         if scheme is not None and f"{name}.qweight" in files:
             int4 = Int4Linear(linear.in_features, linear.out_features, has_bias, scheme, device=torch.device("meta"))
             setattr(model.get_submodule(parent), child, int4)

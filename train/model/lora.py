@@ -48,6 +48,9 @@ class AdapterSettings(Protocol):
     def alpha(self) -> float: ...
 
     @property
+    def rslora(self) -> bool: ...
+
+    @property
     def dropout(self) -> float: ...
 
     @property
@@ -76,6 +79,11 @@ def targets(layout: str, requested: str) -> list[str]:
     return names
 
 
+def scale_of(settings: AdapterSettings) -> float:
+    """The factor of B A: alpha / r, or with rsLoRA alpha / sqrt(r) (Kalajdzievski 2023)."""
+    return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
+
+
 def attach(model: Decoder, settings: AdapterSettings) -> AdaptedModel:
     """The decoder with new adapters: A random, B zero, both float32 and trainable.
 
@@ -83,12 +91,14 @@ def attach(model: Decoder, settings: AdapterSettings) -> AdaptedModel:
     """
     names = targets(model.config.layout, settings.targets)
     base = Path(settings.model).name if Path(settings.model).is_absolute() else settings.model
-    scale, layers = settings.alpha / settings.rank, {}
+    scale, layers = scale_of(settings), {}
     for name, linear in linears(model).items():
         if name.rpartition(".")[2] in names:
             layers[name] = LoraLinear(linear, settings.rank, scale, settings.dropout)
     adapted = AdaptedModel(
-        model, layers, LoraSettings(settings.rank, settings.alpha, settings.dropout, sorted(names), base)
+        model,
+        layers,
+        LoraSettings(settings.rank, settings.alpha, settings.dropout, sorted(names), base, settings.rslora),
     )
     for name, p in trainable(adapted).items():
         p.data.copy_(initial_lora_a(name, p.shape, settings.seed) if ".lora_A." in name else torch.zeros(()))
@@ -130,7 +140,8 @@ def _as_json(settings: LoraSettings) -> dict[str, Any]:
     """The content of adapter_config.json: the fields of peft 0.12 in inference mode, which every later one reads."""
     alpha = int(settings.alpha) if float(settings.alpha).is_integer() else settings.alpha
     changed = {"base_model_name_or_path": settings.base, "r": settings.rank, "lora_alpha": alpha}
-    return PEFT_FIELDS | changed | {"lora_dropout": settings.dropout, "target_modules": settings.targets}
+    changed |= {"lora_dropout": settings.dropout, "target_modules": settings.targets, "use_rslora": settings.rslora}
+    return PEFT_FIELDS | changed
 
 
 def delta(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
@@ -184,7 +195,7 @@ def check_linears(adapter: AdapterFile, linears: dict[str, nn.Linear]) -> None:
 def check_start(adapter: AdapterFile, settings: AdapterSettings) -> None:
     """Check that training with `settings` computes what `adapter` does: one rank and one scale, and the same ones.
 
-    rsLoRA with alpha is the same as plain LoRA with alpha · sqrt(rank), so training continues such an adapter as plain LoRA.
+    rsLoRA with alpha is the same as plain LoRA with alpha · sqrt(rank), so either kind continues as the other.
 
     Raises:
         UserError: what differs, and the values to give.
@@ -197,11 +208,11 @@ def check_start(adapter: AdapterFile, settings: AdapterSettings) -> None:
             f"its linears have different ranks or scales (rank_pattern, alpha_pattern: ranks {ranks}; scales {scales}), "
             "and training here gives all of them the same. Merge it into its base, and give the result as MODEL=."
         )
-    alpha, wrong = first.rank * first.scale, []
+    alpha, wrong = first.scale * (math.sqrt(first.rank) if settings.rslora else first.rank), []
     if first.rank != settings.rank:
         wrong.append(f"rank is {first.rank} there and {settings.rank} here")
     if not math.isclose(alpha, settings.alpha, rel_tol=SAME_ALPHA):
-        stabilized = adapter.config.get("use_rslora")
+        stabilized = adapter.config.get("use_rslora") and not settings.rslora
         origin = f" (use_rslora with lora_alpha {adapter.config['lora_alpha']:g})" if stabilized else ""
         wrong.append(f"alpha is {alpha:.9g}{origin} there and {settings.alpha:g} here")
     if wrong:

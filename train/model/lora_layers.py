@@ -26,6 +26,7 @@ class LoraSettings:
     dropout: float
     targets: list[str]
     base: str  # the base's name
+    rslora: bool = False  # the factor is alpha / sqrt(rank)
 
 
 class LoraLinear(nn.Module):

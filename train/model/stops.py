@@ -1,6 +1,6 @@
 """Where an answer ends: the stop tokens that a base publishes, and those of the template that a run was trained in.
 
-It knows the names of templates (chatml, plain) and no more of them. Every other program reads the stops from one of four
+It knows the names of templates (chatml, plain, qwen3_thinking) and no more of them. Every other program reads the stops from one of four
 files, so an export says the same in all of them: see export/prompt_files.py.
 """
 
@@ -41,6 +41,23 @@ def answer_end(tokenizer: Tokenizer, template: str) -> int:
     return tokenizer.endoftext if template == "plain" else tokenizer.im_end
 
 
+def thinking_note(layout: str, tokenizer: Tokenizer, template: str) -> str:
+    """A sentence where the template and the base disagree about <think> blocks; empty where they do not."""
+    if layout == "qwen3" and template == "chatml":
+        return (
+            "this base is a Qwen3, and template=chatml writes no <think> blocks: it learns to answer without them. "
+            "template=qwen3 or qwen3_thinking writes them as Qwen3's own template does."
+        )
+    if template.startswith("qwen3") and "<think>" not in tokenizer.control:
+        return f"template={template}: this base has no token <think>, so the marks are written as plain text."
+    return ""
+
+
+def usual_template(layout: str) -> str:
+    """The template of a chat model that was not trained here, by its layout: as its publisher writes a prompt."""
+    return "qwen3_thinking" if layout == "qwen3" else "chatml"
+
+
 def generation_for(published: dict[str, Any], layout: str, tokenizer: Tokenizer, template: str) -> dict[str, Any]:
     """The content of generation_config.json for a model in `layout` that was trained in `template`.
 
@@ -62,7 +79,7 @@ def generation_for(published: dict[str, Any], layout: str, tokenizer: Tokenizer,
 
 
 def no_chat_model(folder: Path, tokenizer: Tokenizer, template: str) -> str:
-    """A sentence for a base that was never trained in ChatML, if `template` is that; empty for all others.
+    """A sentence for a base that was never trained in ChatML, if `template` is a form of that; empty for all others.
 
     Qwen-1 says so by chat_format; later models by their stop tokens: a chat model ends its answers with <|im_end|>.
     """
@@ -70,7 +87,7 @@ def no_chat_model(folder: Path, tokenizer: Tokenizer, template: str) -> str:
     chat_format = generation.get("chat_format")
     stops = token_ids(generation.get("eos_token_id")) or token_ids(config.get("eos_token_id"))
     learnt = tokenizer.im_end in stops or chat_format == "chatml" or (not stops and chat_format is None)
-    if template != "chatml" or learnt:
+    if template == "plain" or learnt:
         return ""
     return (
         f"{folder.name} is not a chat model: its texts end with <|endoftext|>, and it has not learnt <|im_start|> and "

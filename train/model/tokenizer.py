@@ -30,6 +30,7 @@ from train.model.word_cache import WordCache, fits
 MANY = 3_000_000  # characters from which it pays to make a WordCache, which takes a second
 TOKENIZERS = ("qwen.tiktoken", "tokenizer.json")  # the first that a folder has is read
 CHECKED_WITH = ("config.json", "generation_config.json")  # files of the model that the tokenizer has to fit
+SHOWN = ("<think>", "</think>")  # of Qwen3; control tokens that readers of an answer look for
 QWEN_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)))
 
 
@@ -102,7 +103,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        shown = (token_id for token_id in ids if not (skip_control and token_id in self._control_names))
+        shown = (token_id for token_id in ids if not (skip_control and self.is_hidden(token_id)))
         return b"".join(map(self.bytes_of, shown)).decode("utf-8", "replace")
 
     def bytes_of(self, token_id: int) -> bytes:
@@ -111,6 +112,10 @@ class Tokenizer:
             return self._control_names[token_id].encode()
         chars = self.backend.id_to_token(token_id) or ""
         return bytes(CHAR_TO_BYTE[char] for char in chars)
+
+    def is_hidden(self, token_id: int) -> bool:
+        """Whether an answer is shown without this token: control tokens, but not the marks around a reasoning."""
+        return token_id in self._control_names and self._control_names[token_id] not in SHOWN
 
     def is_control(self, token_id: int) -> bool:
         """Whether the id is a control token's."""

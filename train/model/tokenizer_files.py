@@ -16,13 +16,14 @@ FILES = {  # of each layout; chat_template.jinja is left out, because tools pref
     "qwen": ("qwen.tiktoken", "tokenization_qwen.py", SETTINGS),
     "qwen2": ("tokenizer.json", "vocab.json", "merges.txt", SETTINGS),
 }
+FILES["qwen3"] = FILES["qwen2"]
 
 
 def write_tokenizer(base: Path, tokenizer: Tokenizer, folder: Path, layout: str, chat_template: str, end: int) -> None:
     """Write the tokenizer of `base` into `folder`, with `chat_template` as its template.
 
     Args:
-        tokenizer: that of `base`, for the files that it lacks. layout: of the base, qwen or qwen2.
+        tokenizer: that of `base`, for the files that it lacks. layout: of the base.
         end: the token that ends an answer. Qwen-1's own code reads it from the generation config.
     """
     if layout == "qwen":

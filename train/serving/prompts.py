@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from train.data.rows.formats import Turn
-from train.data.tokens.chat_template import prompt
+from train.data.tokens import thinking
+from train.data.tokens.chat_template import answer_start, prompt
 from train.serving import tools
 from train.serving.errors import bad
 from train.serving.schema import Message, Tool
@@ -46,7 +47,7 @@ def chat_ids(
         ApiError: parts that are no text, or tools without a place.
     """
     with_tools = bool(offered) or any(m.tool_calls or m.role == "tool" for m in messages)
-    if with_tools and (not has_tools or template != "chatml"):
+    if with_tools and (not has_tools or template == "plain"):
         raise bad("this model was not trained to call tools: its template has no place for them.", "tools")
     texts = [text_of(message, n) for n, message in enumerate(messages)]
     rest = list(zip(messages, texts))
@@ -55,11 +56,11 @@ def chat_ids(
     if not with_tools:
         turns = [Turn(cast(Any, "system" if m.role == "developer" else m.role), text) for m, text in rest]
         return prompt(turns, tokens, system, template)
-    return _with_tools(rest, tokens, system, [tool.model_dump(exclude_none=True) for tool in offered])
+    return _with_tools(rest, tokens, system, template, [tool.model_dump(exclude_none=True) for tool in offered])
 
 
 def _with_tools(
-    rest: Sequence[tuple[Message, str]], tokens: Tokens, system: str, offered: Sequence[dict[str, Any]]
+    rest: Sequence[tuple[Message, str]], tokens: Tokens, system: str, template: str, offered: Sequence[dict[str, Any]]
 ) -> list[int]:
     """ChatML with the tools behind the system message, calls in answers, and results in turns of the user."""
     ids = _turn(tokens, "system", system, tools.instructions(offered) if offered else "")
@@ -72,11 +73,13 @@ def _with_tools(
             ids += _turn(tokens, "user", "\n".join(results))
             results = []
         calls = [tools.written_call(c.function.name, c.function.arguments) for c in message.tool_calls or ()]
+        if template in thinking.TEMPLATES and message.role == "assistant":
+            text = thinking.split(text)[1]
         before = "\n" if text and calls else ""
         ids += _turn(tokens, message.role.replace("developer", "system"), text, before + "\n".join(calls))
     if results:
         ids += _turn(tokens, "user", "\n".join(results))
-    return [*ids, tokens.im_start, *tokens.encode("assistant"), *tokens.encode("\n")]
+    return [*ids, *answer_start(tokens, template)]
 
 
 def _turn(tokens: Tokens, role: str, text: str, program: str = "") -> list[int]:

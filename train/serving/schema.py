@@ -98,6 +98,12 @@ class Common(Body):
     logit_bias: dict[str, Any] | None = None  # refused, whatever it holds
 
 
+class TemplateKeys(Body):
+    """What a client hands to the chat template, as vLLM takes it."""
+
+    enable_thinking: bool | None = None  # of Qwen3
+
+
 class ChatBody(Common):
     """POST /v1/chat/completions."""
 
@@ -107,6 +113,7 @@ class ChatBody(Common):
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     response_format: ResponseFormat | None = None
     tools: Items[Tool] | None = None
+    chat_template_kwargs: TemplateKeys | None = None
     tool_choice: Literal["none", "auto"] | None = None  # a call cannot be forced
 
 

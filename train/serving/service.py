@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from train.data.tokens import thinking
 from train.serving.engine import Engine
 from train.serving.errors import ApiError, bad
 from train.serving.grammar import Grammar, GrammarError, Grammars, any_object
 from train.serving.prompts import chat_ids
 from train.serving.request import Choosing, Piece, Request
-from train.serving.schema import ChatBody, Common, CompletionBody
+from train.serving.schema import ChatBody, Common, CompletionBody, TemplateKeys
 from train.serving.tokens import Tokens
 from train.serving.tools import CLOSE, OPEN
 
@@ -71,11 +72,12 @@ class Service:
         offered = body.tools or [] if body.tool_choice != "none" else []
         if body.top_logprobs and not body.logprobs:
             raise bad("top_logprobs needs logprobs=true.", "top_logprobs")
-        ids = chat_ids(body.messages, self.tokens, card.system, card.template, offered, self.has_tools)
+        template = with_thinking(card.template, body.chat_template_kwargs)
+        ids = chat_ids(body.messages, self.tokens, card.system, template, offered, self.has_tools)
         asked = body.max_completion_tokens or body.max_tokens
         if body.max_tokens == 0 and not body.max_completion_tokens:
             raise bad("max_tokens: expected 1 or more.", "max_tokens")
-        marks = (OPEN, CLOSE) if offered else ()
+        marks = (*((OPEN, CLOSE) if offered else ()), thinking.OPEN, thinking.CLOSE)
         kept = frozenset(self.tokens.control[mark] for mark in marks if mark in self.tokens.control)
         top = (body.top_logprobs or 0) if body.logprobs else None
         return self._requests(body, [ids], asked, self.context, deliver, top, kept, schema=_schema_of(body))
@@ -164,6 +166,13 @@ class Service:
             return self._grammars[0].json_schema(schema)
         except GrammarError as error:
             raise bad(f"response_format: {error}", "response_format", "unsupported_schema") from None
+
+
+def with_thinking(template: str, keys: TemplateKeys | None) -> str:
+    """The template of one request: for a Qwen3, enable_thinking chooses between its two."""
+    if template not in thinking.TEMPLATES or keys is None or keys.enable_thinking is None:
+        return template
+    return "qwen3_thinking" if keys.enable_thinking else "qwen3"
 
 
 def _either(*values: float | None) -> float:

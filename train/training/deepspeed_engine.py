@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from train.config.recipe import Recipe
 from train.model.lora import trainable
 from train.ops import kernels
+from train.training.adamw import RATIO, make_adamw, make_vector_adamw
 from train.training.deepspeed_config import deepspeed_config, zero_stage
 from train.training.graph_step import GraphStep
 from train.training.state_buffers import StateBuffers
@@ -208,7 +209,7 @@ class Engine:
     def __init__(self, model: nn.Module, recipe: Recipe, dtype: torch.dtype, world_size: int) -> None:
         """model: peft's, on its device. dtype: of the passes."""
         deepspeed = import_deepspeed()
-        self.recipe, self.world_size, self.model = recipe, world_size, model
+        self.recipe, self.world_size, self.model, self.dtype = recipe, world_size, model, dtype
         names = {p: name for name, p in trainable(model).items()}
         self.device = next(iter(names)).device
         initial = {name: p.detach().clone() for p, name in names.items()}
@@ -218,7 +219,7 @@ class Engine:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         with redirect_stdout(io.StringIO()):
             self.engine, *_ = deepspeed.initialize(
-                model=module, optimizer=self._adamw(module), config=self._config(dtype)
+                model=module, optimizer=self._adamw(trainable(module)), config=self._config(dtype)
             )
         self.parameters = {VECTOR: self.fused.vector} if self.fused else trainable(model)
         self.state = OptimizerState(self.engine, self.parameters)
@@ -239,16 +240,12 @@ class Engine:
         full = (self.recipe.batch, self.recipe.length) if self.recipe.pack else None
         return GraphStep(model.get_base_model(), names, self.recipe.length, self.recipe.graphs, full)
 
-    def _adamw(self, module: nn.Module) -> torch.optim.AdamW:
-        recipe = self.recipe
-        return torch.optim.AdamW(
-            list(trainable(module).values()),
-            lr=0.0,  # some ZeRO stages make an update when they are created, to allocate the moments; it must not change the weights
-            betas=(recipe.beta1, recipe.beta2),
-            eps=recipe.epsilon,
-            weight_decay=recipe.weight_decay,
-            fused=True if self.fused and self.device.type == "cuda" else None,
-        )
+    def _adamw(self, parameters: dict[str, nn.Parameter]) -> torch.optim.AdamW:
+        if not self.fused:
+            return make_adamw(self.recipe, parameters)
+        sharded = self.world_size > 1 and zero_stage(self.recipe, self.dtype) > 0
+        rank = torch.distributed.get_rank() if sharded else 0
+        return make_vector_adamw(self.recipe, self.fused.vector, self.fused.layout.offsets, rank)
 
     def _config(self, dtype: torch.dtype) -> dict[str, Any]:
         config = deepspeed_config(self.recipe, dtype)
@@ -296,7 +293,7 @@ class Engine:
         norm = None
         if last:
             for group in self.engine.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get(RATIO, 1.0)
             if self.state.is_torch_optimizer:
                 limit = self.recipe.clip or float("inf")
                 norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
@@ -307,11 +304,13 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
-        """The SUM of a collated batch's token losses, 0-d, without dropout. It draws no random number.
+        """The SUM of a collated batch's token losses, 0-d, without dropout and noise. It draws no random number.
 
         The decoder's own passes compute it, also where the fused ones train: their adapters are the same memory.
         """
         dropouts = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.training]
+        backbone = self.model.get_base_model().backbone  # type: ignore[operator]
+        neftune, backbone.neftune = backbone.neftune, 0.0
         for module in dropouts:
             module.eval()
         try:
@@ -319,6 +318,7 @@ class Engine:
             # ZeRO 3 collects weights in the hooks of its own module
             loss: Tensor = self.model(**moved).loss if self.fused else self.engine.module(moved)
         finally:
+            backbone.neftune = neftune
             for module in dropouts:
                 module.train()
         return loss

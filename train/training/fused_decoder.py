@@ -1,7 +1,7 @@
 """The decoder's forward and backward passes for training, written without autograd.
 
 Works on the modules of model/decoder.py, which is the definition: tests compare loss and gradients with it. For each
-block it saves the input, the rotated q, k and v, the output of the attention before and after its projection, and
+block it saves the input, the rotated q, k and v (where their heads are normed, q and k before that too), the output of the attention before and after its projection, and
 gate_up. The norms, SwiGLU and the dequantised Int4 weights are computed again in the backward pass. With checkpointing it
 keeps the block's input only.
 """
@@ -17,6 +17,7 @@ from train.model.decoder import Decoder
 from train.model.decoder import rope_tables as cos_and_sin
 from train.ops.attention import AttentionState, Tokens, attend, attend_backward
 from train.ops.dropout import apply_dropout
+from train.ops.head_norm import HeadNorms, norm_heads, norm_heads_backward
 from train.ops.low_rank import LowRankTerm
 from train.ops.offload import ActivationStack, PinnedBuffer
 from train.ops.rms_norm import rms_norm, rms_norm_backward
@@ -31,7 +32,8 @@ class SavedActivations:
     """What the backward pass of a block needs of its forward pass over M tokens."""
 
     x: Tensor  # [M, H], the input
-    qkv: Tensor  # [M, (Hq + 2 Hkv) D], with q and k rotated
+    qkv: Tensor  # [M, (Hq + 2 Hkv) D], with q and k normed and rotated
+    norm_input: Tensor | None  # [M, (Hq + Hkv) D], q and k before the norm of each head; None without such norms
     context: Tensor  # [M, Hq, D], softmax(q kᵀ) v
     attention_state: AttentionState
     attn_out: Tensor  # [M, H], the projected context; the norm after it adds x in place
@@ -54,6 +56,7 @@ class FusedBlock:
         attention, mlp = getattr(block, names.attention), getattr(block, names.mlp)
         self.norm1, self.norm2, self.eps = getattr(block, names.norm1), getattr(block, names.norm2), config.rms_norm_eps
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        self.head_norms: HeadNorms | None = attention.head_norms
         self.is_first = number == 0
         self.qkv = FusedLinear([getattr(attention, name) for name in names.qkv], 4 * number)
         self.out = FusedLinear([getattr(attention, names.out)], 4 * number + 1)
@@ -88,13 +91,17 @@ class FusedBlock:
     ) -> SavedActivations:
         """The first half of the block, up to the MLP. Returns what `backward` needs of it; gate_up is None."""
         h = self._norm(x, self.norm1, self.qkv, residual)
-        qkv, qkv_lora = self.qkv.forward(h, tokens, add_bias=False)
+        qkv, qkv_lora = self.qkv.forward(h, tokens, add_bias=self.head_norms is not None)
         del h
+        norm_input, bias = None, self.qkv.bias
+        if self.head_norms is not None:
+            norm_input, bias = qkv[:, : sum(self.heads[:2]) * self.heads[2]].contiguous(), None
+            norm_heads(qkv, self.head_norms, self.heads[:2], out=qkv)
         heads = self._split_heads(qkv)
-        apply_rope(heads, self.qkv.bias, rope_tables, tokens.positions, out=qkv)
+        apply_rope(heads, bias, rope_tables, tokens.positions, out=qkv)
         context, attention_state = attend(*heads, tokens)
         attn_out, out_lora = self.out.forward(context.flatten(1), tokens)
-        return SavedActivations(x, qkv, context, attention_state, attn_out, None, (qkv_lora, out_lora))
+        return SavedActivations(x, qkv, norm_input, context, attention_state, attn_out, None, (qkv_lora, out_lora))
 
     def _gate_up_forward(self, attn_out: Tensor, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """gate_up [M, 2 I] and its lora_a_out. x is added to `attn_out` in place."""
@@ -127,7 +134,7 @@ class FusedBlock:
     def _attention_backward(
         self, grad: Tensor, saved: SavedActivations, tokens: Tokens, rope_tables: RopeTables
     ) -> tuple[Tensor, LowRankTerm | None]:
-        """The gradient of q, k and v before the rotary embedding, and its `lora_grad_term`, already computed."""
+        """The gradient of what the linears of q, k and v gave, and its `lora_grad_term` if that is computed already."""
         dy = grad[:, : self.out.out_features + self.out.extra_grad_columns]
         grad_context, grad_lora_a_out = self.out.backward(dy, tokens)
         dropout, context = self.out.input_dropout(tokens), saved.context.flatten(1)
@@ -135,12 +142,18 @@ class FusedBlock:
         self.out.accumulate_lora_grads(dy, grad_lora_a_out, context, saved.lora_a_outs[1])
         del context
         grad_qkv = empty_with_extra(grad, self.qkv.out_features, self.qkv.extra_grad_columns)
-        term = self.qkv.lora_grad_term(grad_qkv)
+        # With norms the gradient is complete only after theirs, so its product comes after that too
+        term = self.qkv.lora_grad_term(grad_qkv) if self.head_norms is None else None
         attend_backward(
             grad_context.view_as(saved.context), *self._split_heads(saved.qkv), saved.context, saved.attention_state,
             tokens, rope_tables, grad_qkv[:, : self.qkv.out_features], term,
         )  # fmt: skip
         saved.qkv = saved.context = None  # type: ignore[assignment]
+        if self.head_norms is not None:
+            assert saved.norm_input is not None
+            of_qkv = grad_qkv[:, : self.qkv.out_features]
+            norm_heads_backward(of_qkv, saved.norm_input, self.head_norms, self.heads[:2])
+            saved.norm_input = None
         return grad_qkv, term
 
     def _mlp_backward(self, grad: Tensor, saved: SavedActivations, tokens: Tokens) -> None:

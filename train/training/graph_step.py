@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from train.ops.attention import Tokens, reads_cu_seqlens
 from train.ops.cross_entropy import CHUNK, IGNORE, logit_grad_scale, summed_cross_entropy
+from train.ops.neftune import add_noise, draw_seed
 from train.ops.offload import HostEmbedding
 from train.training import step_sizes
 from train.training.fused_decoder import FusedDecoder
@@ -148,6 +149,7 @@ class GraphStep(nn.Module):
         self.vector = nn.Parameter(values)
         self.shapes: dict[tuple[Any, ...], _GraphedPasses] = {}
         self.memory_pool: Any = None
+        self.neftune: float = decoder.backbone.neftune  # type: ignore[union-attr,assignment]
         self.has_dropout = any(linear.dropout_rate for linear in self.fused_decoder.linears)
         self.full_shape = (full_shape[0], step_sizes.padded(full_shape[1])) if full_shape else (0, 0)
         head_dim = self.fused_decoder.config.head_dim
@@ -163,7 +165,13 @@ class GraphStep(nn.Module):
         return self.decoder.get_input_embeddings()
 
     def embed(self, batch: DeviceBatch, out: Tensor | None = None) -> Tensor:
-        """The embeddings [M, H] of a batch, on the device; into `out` if given."""
+        """The embeddings [M, H] of a batch, on the device; into `out` if given. With NEFTune's noise, which no graph holds."""
+        embeddings = self._embedded(batch, out)
+        if not self.neftune:
+            return embeddings
+        return add_noise(embeddings, (batch.tokens.seq_end - batch.tokens.seq_start), self.neftune, draw_seed())
+
+    def _embedded(self, batch: DeviceBatch, out: Tensor | None) -> Tensor:
         if batch.embeddings is None:
             return torch.index_select(self.embedding.weight, 0, batch.input_ids, out=out)
         if out is None:
@@ -267,7 +275,7 @@ class _GraphedPasses:
 
     def _capture_forward(self, batch: DeviceBatch, step: GraphStep) -> None:
         """Capture the forward pass over tensors of this object, which every replay reads and writes."""
-        self.embeddings = step.embed(batch)
+        self.embeddings = torch.empty_like(step._embedded(batch, None))  # filled before every replay
         copies: Any = {name: getattr(batch.tokens, name).clone() for name in TOKEN_TENSORS}
         self.tokens = replace(batch.tokens, **copies)
         forward = partial(self.fused_decoder.forward, self.embeddings, self.tokens, self.checkpointing)

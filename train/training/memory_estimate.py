@@ -27,6 +27,7 @@ CUBLAS_WORKSPACES = 2 * (32 << 20)
 
 # Bytes of a trainable parameter
 ADAPTER_BYTES = 2 + 2 + 4 + 8  # weight and gradient in 16 bits, float32 master, AdamW's two moments
+LORA_PLUS_BYTES = 4  # the factor of each update, and as much again during the update: the values before it
 UPDATE_BYTES = 4 + 4  # during the optimizer's update: the gradient in float32, and ZeRO's copy of it
 REDUCE_BYTES = 2 + 2 + 4  # while ZeRO takes a gradient over: torch's copy, its own, and the sum in float32
 
@@ -44,6 +45,7 @@ class Setting:
     graphs: bool = True
     targets: str = "all"
     embedding: str = "device"  # device | host
+    lora_plus: float = 1.0
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Setting":
@@ -128,7 +130,8 @@ def constant_parts(shape: Shape, setting: Setting) -> dict[str, int]:
     return {
         "weights of the blocks": block_weight_bytes(shape),
         embedding_name(shape, setting): embedding_bytes(shape, setting),
-        "adapters: weights, gradients, AdamW": ADAPTER_BYTES * adapter_parameters(shape, setting),
+        "adapters: weights, gradients, AdamW": (ADAPTER_BYTES + lora_plus_bytes(setting))
+        * adapter_parameters(shape, setting),
         "cuBLAS workspaces": CUBLAS_WORKSPACES,
     }
 
@@ -164,7 +167,7 @@ def block_weight_bytes(shape: Shape) -> int:
         else:
             groups = k // shape.group
             total += k * n * shape.bits // 8 + groups * n * 2 + groups * n * shape.bits // 8 + 4 * k
-    return shape.layers * (total + BYTES_16 * (2 * shape.hidden + shape.qkv))
+    return shape.layers * (total + BYTES_16 * shape.vectors)
 
 
 def embedding_bytes(shape: Shape, setting: Setting) -> int:
@@ -211,6 +214,7 @@ class Widths:
     rank_out: int
     rank_gate_up: int
     rank_down: int
+    normed_heads: int  # q and k before a norm of each head; 0 where the layout has no such norms
     dropout: int  # 1 where dropout copies the input of an adapter, else 0
 
     @classmethod
@@ -218,7 +222,8 @@ class Widths:
         targets = [name for name, _, _ in adapted_linears(shape, setting.targets)]
         qkv, out, gate_up, down = (setting.rank * sum(name in targets for name in group) for group in shape.groups())
         sizes = (shape.hidden, shape.queries, shape.qkv, shape.inner, shape.heads)
-        return cls(*sizes, qkv, out, gate_up, down, dropout=1 if setting.dropout else 0)
+        ranks, dropout = (qkv, out, gate_up, down), 1 if setting.dropout else 0
+        return cls(*sizes, *ranks, normed_heads=shape.normed_heads, dropout=dropout)
 
     def extra(self, rank: int) -> int:
         """Extra columns of a gradient for the adapter's part; with dropout there are none."""
@@ -226,8 +231,13 @@ class Widths:
 
     @property
     def attention(self) -> int:
-        """What attention saves beside its input: q, k, v, output, log-sums in 32 bits, residual, low-rank products."""
-        return self.qkv + self.queries + 2 * self.heads + self.hidden + self.rank_qkv + self.rank_out
+        """What attention saves beside its input: q, k, v, output, log-sums in 32 bits, residual, low-rank products.
+
+        Where the heads of q and k are normed, also q and k before that.
+        """
+        return (
+            self.qkv + self.normed_heads + self.queries + 2 * self.heads + self.hidden + self.rank_qkv + self.rank_out
+        )
 
     @property
     def gate_up(self) -> int:
@@ -316,7 +326,11 @@ def backward_stages(shape: Shape, setting: Setting) -> list[Stage]:
         ),
         Stage("gradient of attention's output", after_mlp + w.queries * (1 + w.dropout), w.queries * w.hidden),
         Stage("gradients of q, k and v", after_mlp + w.queries + w.qkv + extra_qkv + 2 * w.heads),
-        Stage("gradient of attention's input", after_mlp - w.queries + extra_qkv + 2 * w.hidden, w.hidden * w.qkv),
+        Stage(
+            "gradient of attention's input",
+            after_mlp - w.queries - w.normed_heads + extra_qkv + 2 * w.hidden,
+            w.hidden * w.qkv,
+        ),
     ]
 
 
@@ -343,7 +357,12 @@ def summed_gradient_bytes(shape: Shape, setting: Setting) -> int:
 
 def update_bytes(shape: Shape, setting: Setting) -> int:
     """Gradients in wider types, while ZeRO takes them over or the optimizer works."""
-    return max(UPDATE_BYTES, REDUCE_BYTES) * adapter_parameters(shape, setting)
+    return max(UPDATE_BYTES + lora_plus_bytes(setting), REDUCE_BYTES) * adapter_parameters(shape, setting)
+
+
+def lora_plus_bytes(setting: Setting) -> int:
+    """Bytes of a trainable parameter that a larger rate of B takes."""
+    return LORA_PLUS_BYTES if setting.lora_plus != 1 else 0
 
 
 def captured_bytes(shape: Shape, setting: Setting) -> int:

@@ -47,7 +47,7 @@ def about_parent(parent: Path) -> Iterator[None]:
 def parent_notes(recipe: Recipe, adapter: AdapterFile) -> list[str]:
     """What is decided about an adapter that another program may have written."""
     notes, base = [], str(adapter.config.get("base_model_name_or_path") or "")
-    if adapter.config.get("use_rslora"):
+    if adapter.config.get("use_rslora") and not recipe.rslora:
         notes.append(
             f"the adapter in {adapter.folder} is rsLoRA: it continues as plain LoRA with alpha={recipe.alpha:g}, which "
             "computes the same."

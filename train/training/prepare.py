@@ -33,7 +33,7 @@ from train.model.decoder import Decoder
 from train.model.folder import resolve
 from train.model.layouts import DecoderConfig
 from train.model.loading import load, read_folder_config
-from train.model.stops import no_chat_model
+from train.model.stops import no_chat_model, thinking_note
 from train.model.tokenizer import Tokenizer, load_tokenizer
 from train.runs import folder, provenance
 from train.runs.folder import CHECKPOINTS, adapter_folder
@@ -105,7 +105,8 @@ def prepare(
     notes = [*selection.notes(), str(summary), *_without_labels(summary.unlearnable, recipe.unlearnable)]
     notes += [f"data: {notice}." for notice in loaded.notices()]
     notes += parent_notes(recipe, adapter) if adapter else []
-    notes += filter(None, [no_chat_model(base, tokenizer, recipe.template)])
+    template = recipe.template
+    notes += filter(None, [no_chat_model(base, tokenizer, template), thinking_note(config.layout, tokenizer, template)])
     notes += beyond_context(config, recipe.length, samples.lengths)
     rows = recipe.batch * recipe.accumulation * processes
     schedule = Schedule(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
@@ -358,4 +359,5 @@ def load_model(prepared: PreparedRun, device: torch.device, dtype: torch.dtype, 
     if prepared.parent is not None:
         lora.copy_adapter(read_adapter(adapter_folder(prepared.parent)), model)
     model.get_base_model().set_checkpointing(recipe.checkpointing)
+    model.get_base_model().backbone.neftune = recipe.neftune
     return model.to(device)

@@ -18,6 +18,9 @@ import pytest
 ROOT = Path(__file__).parents[3]
 # Bytes of stack per thread that registers may spill to: with these tiles the kernels were the fastest on an H100
 SPILLS = {"_for_keys": 384, "_forward": 16, "_inverse_rope_with_product": 40}
+GROUPED_SPILLS = {
+    "_for_keys": 1312
+}  # grouped heads of 128: the tiles were chosen for Qwen-1, whose heads have keys each
 
 
 def obstacle() -> str:
@@ -86,12 +89,15 @@ def test_attention_compiles_for_every_head_size() -> None:
     check(compiled(90, "attention"))
 
 
+def allowed_stack(row: dict[str, Any]) -> int:
+    grouped = row["constants"].get("GROUP", 1) > 1 and row["constants"].get("D") == 128
+    return (GROUPED_SPILLS if grouped else {}).get(row["kernel"], SPILLS.get(row["kernel"], 0))
+
+
 def check(rows: list[dict[str, Any]]) -> None:
     """Only the kernels of SPILLS spill, and none needs more registers than a thread has."""
     spilling = {
-        f"{row['kernel']} {row['constants']}": row["stack"]
-        for row in rows
-        if (row["stack"] or 0) > SPILLS.get(row["kernel"], 0)
+        f"{row['kernel']} {row['constants']}": row["stack"] for row in rows if (row["stack"] or 0) > allowed_stack(row)
     }
     assert not spilling
     assert all(row["registers"] is None or 8 <= row["registers"] <= 255 for row in rows)

@@ -1,4 +1,5 @@
-"""A conversation as token ids, and which of them are trained on: ChatML as published by Qwen, or a plain template.
+"""A conversation as token ids, and which of them are trained on: ChatML as published by Qwen, with or without the
+<think> blocks of Qwen3, or a plain template.
 
 This module does not know files, batches and lengths. Each part (role, text, line end) is encoded separately, as in the
 published training and chat code of Qwen-1. So the text of one turn never changes the ids of another, and the ids of a
@@ -8,6 +9,7 @@ gets other ids than if the whole conversation were rendered to one string first.
 chatml:  <|im_start|>system⏎{system}<|im_end|>⏎<|im_start|>user⏎{text}<|im_end|>⏎<|im_start|>assistant⏎{text}<|im_end|>⏎
 plain:   {system}⏎Instruction: {first line}⏎Input: {other lines}⏎Answer: {text}<|endoftext|>Instruction: …
          (without a system message no system line; for a question of one line no Input line)
+qwen3, qwen3_thinking:  chatml with the <think> blocks of Qwen3's published template; see thinking.py
 """
 
 import json
@@ -20,6 +22,7 @@ import numpy as np
 from train.common.errors import UserError
 from train.data.checked.conversations import Conversation
 from train.data.rows.formats import Turn
+from train.data.tokens import thinking
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
@@ -39,7 +42,9 @@ PLAIN_TEMPLATE = (  # the same for template=plain
 )
 
 
-TEMPLATES = {"chatml": CHAT_TEMPLATE, "plain": PLAIN_TEMPLATE}
+TEMPLATES = {"chatml": CHAT_TEMPLATE, "plain": PLAIN_TEMPLATE} | {
+    name: thinking.jinja(name) for name in thinking.TEMPLATES
+}
 
 
 def chat_template(system: str, template: str = "chatml") -> str:
@@ -85,7 +90,7 @@ def render(
             these, and <|im_start|>, <|im_end|> and the last newline of every turn, also of system and user.
         system: the system message of a conversation whose own is None; "" = none.
     Raises:
-        UserError: an unknown template or mask, or mask=published with template=plain.
+        UserError: an unknown template or mask, or mask=published with a template other than chatml.
     """
     _check(template, mask)
     ids: list[int] = []
@@ -128,16 +133,20 @@ def prompt(
         raise UserError(f"template={template}: expected {' or '.join(TEMPLATES)}.")
     parts = _parts(turns, tokenizer, template, False, system)
     ids = [token for pieces, _ in parts for token in _ids(pieces, tokenizer)]
-    if template == "plain":
-        return ids
-    return [*ids, tokenizer.im_start, *tokenizer.encode("assistant"), *tokenizer.encode("\n")]
+    return ids if template == "plain" else [*ids, *answer_start(tokenizer, template)]
+
+
+def answer_start(tokenizer: Encoder, template: str) -> list[int]:
+    """The ids after the last question that the answer follows, in any template but plain."""
+    pieces = ("assistant", "\n", *(_think_block("", tokenizer) if template == "qwen3" else ()))
+    return [tokenizer.im_start, *_ids(pieces, tokenizer)]
 
 
 def _check(template: str, mask: str) -> None:
-    if (template, mask) not in (("chatml", "assistant"), ("chatml", "published"), ("plain", "assistant")):
+    if template not in TEMPLATES or (mask != "assistant" and (template, mask) != ("chatml", "published")):
         raise UserError(
             f"template={template} with mask={mask}: expected template=chatml with mask=assistant or published, or "
-            "template=plain with mask=assistant."
+            f"template={', '.join(name for name in TEMPLATES if name != 'chatml')} with mask=assistant."
         )
 
 
@@ -158,8 +167,36 @@ def _parts(turns: Sequence[Turn], tokenizer: Encoder, template: str, label_frame
         return
     if system:
         yield from _turn("system", system, tokenizer, label_frame)
-    for turn in turns:
-        yield from _turn(turn.role, turn.text, tokenizer, label_frame and turn.trained, turn.trained)
+    for n, turn in enumerate(turns):
+        if template in thinking.TEMPLATES and turn.role == "assistant":
+            yield from _thinking_answer(turns, n, tokenizer, template)
+        else:
+            yield from _turn(turn.role, turn.text, tokenizer, label_frame and turn.trained, turn.trained)
+
+
+def _thinking_answer(turns: Sequence[Turn], index: int, tokenizer: Encoder, template: str) -> Iterator[Part]:
+    """The answer at `index` with its <think> block where the published template writes one.
+
+    The block is trained on where the model has to write it: always in qwen3_thinking, and with reasoning in qwen3, whose
+    prompt ends with the empty block. Not trained on are answers whose reasoning is left out, and in qwen3_thinking all
+    without a block: the model would learn to answer at once where it should think first.
+    """
+    thought, text = thinking.split(turns[index].text)
+    has_block, trained = thinking.has_block(turns, index), turns[index].trained
+    trained = trained and (has_block or (not thought and template == "qwen3"))
+    text = text.lstrip("\n") if has_block else text
+    yield (tokenizer.im_start,), False
+    yield ("assistant", "\n"), False
+    if has_block:
+        yield _think_block(thought, tokenizer), trained and (bool(thought) or template == "qwen3_thinking")
+    yield (text, tokenizer.im_end), trained
+    yield ("\n",), False
+
+
+def _think_block(thought: str, tokenizer: Encoder) -> tuple[str | int, ...]:
+    marks: dict[str, int] = getattr(tokenizer, "control", {})
+    first, last = (marks.get(mark, mark) for mark in (thinking.OPEN, thinking.CLOSE))
+    return thinking.block(thought, first, last)
 
 
 def _turn(role: str, text: str, tokenizer: Encoder, label_frame: bool, trained: bool = True) -> Iterator[Part]:
