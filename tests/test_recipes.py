@@ -27,7 +27,7 @@ def train(recipe: str | Path, data: str, base: str, run: str, *more: str) -> lis
 def commands(root: Path) -> dict[str, list[str]]:
     """What a user types, without models= and runs=; `root` has the voice recipe and the questions."""
     ask = ["infer", f"questions={root / 'questions.txt'}", "no_repeat_ngram_size=2", "max_tokens=8"]
-    calibrate = [f"data={SAMPLES / 'chat.json'}", "rows=4", "length=64", "held_out=2", "group_size=32"]
+    calibrate = [f"data={SAMPLES / 'chat.json'}", "rows=4", "length=256", "held_out=2", "group_size=32"]
     merged = root / "runs" / "chat" / "merged"
     riddles = "ruozhiba.jsonl"
     return {
