@@ -107,19 +107,19 @@ def _first(options: Options) -> Options:
 
 def _sweep(options: Options, name: str, combinations: list[dict[str, str]]) -> None:
     """A run for each combination, then one table."""
-    from train.commands import sweep
+    from train.commands import train_sweep
 
     if distributed.detect() is not None:
         raise UserError("a sweep starts its runs itself: give GPUS= instead of torchrun, mpirun or srun.")
     each = [
-        replace(options, run=sweep.folder_name(name, values), overrides=options.overrides | values)
+        replace(options, run=train_sweep.folder_name(name, values), overrides=options.overrides | values)
         for values in combinations
     ]
     for one in each:  # a mistake in the last is reported before the first begins
         _stage(replace(one, stage=min(1, count(one.recipe))))
-    if status := sweep.train_each((one.run, one.words()) for one in each):
+    if status := train_sweep.train_each((one.run, one.words()) for one in each):
         sys.exit(status)
-    sweep.report(name, Path(options.runs), combinations)
+    train_sweep.report(name, Path(options.runs), combinations)
 
 
 def _run(options: Options) -> None:

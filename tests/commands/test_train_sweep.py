@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.tiny_training import train, workspace, write_rows
-from train.commands import sweep
+from train.commands import train_sweep as sweep
 from train.common.errors import UserError
 from train.common.files import read_json
 from train.config.recipe import RECIPES, load_recipe, read_sweep
