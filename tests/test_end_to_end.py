@@ -26,12 +26,12 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def run_all(commands: list[list[str]]) -> list[str]:
+def run_all(commands: list[list[str]], timeout: int = 240) -> list[str]:
     """Run each command; what each printed. Fails at an exit status but 0, a warning or a traceback."""
     command = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
     environment = {**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
     )
     assert process.returncode == 0, process.stdout
     assert [line for line in process.stdout.splitlines() if "Traceback" in line or "Warning" in line] == [], (

@@ -73,7 +73,8 @@ def imports(path: Path) -> set[str]:
     return modules - {"__version__"}
 
 
-PARTS_OF_COMMANDS = {"commands.findings", "commands.doctor_memory"}  # parts of one command, in files of their own
+# Parts of one command, in files of their own
+PARTS_OF_COMMANDS = {"commands.findings", "commands.doctor_memory", "commands.train_sweep"}
 
 
 def may_import(path: Path) -> set[str]:

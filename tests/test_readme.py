@@ -15,7 +15,10 @@ from train.__main__ import VERBS
 
 ROOT = Path(__file__).parent.parent
 FRONT = ["README.md", "README.zh.md"]  # the same page in two languages
-READMES = [*FRONT, *(f"{folder}/README.md" for folder in ("data", "docker", "tests/bench", "tests/faults", "train"))]
+READMES = [
+    *FRONT,
+    *(f"{folder}/README.md" for folder in ("data", "docker", "tests/bench", "tests/faults", "train", "train/recipes")),
+]
 WITHOUT_MAKE = {"train/README.md"}  # it describes the code
 RECIPES = ROOT / "train" / "recipes"
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -146,7 +149,7 @@ def test_the_images_page_names_every_file_of_its_folder() -> None:
 @pytest.mark.parametrize("name", FRONT)
 def test_every_recipe_is_listed_and_no_other(name: str) -> None:
     title = "Recipes" if name == "README.md" else "配方"
-    named = set(re.findall(r"`([a-z0-9_]+)`", section(name, title)))
+    named = set(re.findall(r"`([a-z0-9_.-]+)`", section(name, title)))
     assert named == {path.stem for path in RECIPES.glob("*.yaml")}
 
 
@@ -158,15 +161,25 @@ def test_the_table_of_cards_says_what_plan_says() -> None:
     assert len(rows) > 3
     for models, card, recipe, peak, of_the_card in rows:
         for model in models.split(", "):
-            words = [f"model=Qwen/{model}", f"gpu={card}G", f"recipe={recipe}"]
-            done = subprocess.run(
-                [sys.executable, "-m", "train", "plan", *words], cwd=ROOT, capture_output=True, text=True
-            )
-            said = re.search(
-                r"The recipe as it is .* fits: ([\d.]+) GiB at its peak, ([\d.]+) of the card", done.stdout
-            )
-            assert said is not None, f"{words}: {done.stdout}{done.stderr}"
-            assert [f"{float(size):.1f}" for size in said.groups()] == [peak, of_the_card], words
+            said = planned(f"Qwen/{model}", card, recipe)
+            assert [f"{float(size):.1f}" for size in said] == [peak, of_the_card], (model, recipe)
+
+
+def test_the_table_of_the_five_recipes_says_what_plan_says() -> None:
+    pattern = r"^\| `([a-z0-9.-]+)` \| (Qwen/\S+) \| (\d+) GB \| ([\d.]+) · ([\d.]+) \|$"
+    rows = re.findall(pattern, text_of("train/recipes/README.md"), flags=re.M)
+    assert len(rows) == 7
+    for recipe, model, card, peak, of_the_card in rows:
+        assert planned(model, card, recipe) == (peak, of_the_card), (model, recipe)
+
+
+def planned(model: str, card: str, recipe: str) -> tuple[str, ...]:
+    """GiB at the peak of a recipe as it is, and of the card, as `make plan` says."""
+    words = [f"model={model}", f"gpu={card}G", f"recipe={recipe}"]
+    done = subprocess.run([sys.executable, "-m", "train", "plan", *words], cwd=ROOT, capture_output=True, text=True)
+    said = re.search(r"The recipe as it is .* fits: ([\d.]+) GiB at its peak, ([\d.]+) of the card", done.stdout)
+    assert said is not None, f"{words}: {done.stdout}{done.stderr}"
+    return said.groups()
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

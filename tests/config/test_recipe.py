@@ -63,6 +63,7 @@ def test_the_earlier_name_of_a_recipe_still_works(old: str, new: str) -> None:
 def test_names_under_which_a_run_of_a_recipe_may_be_found() -> None:
     assert names_of("voice") == names_of("two_stage") == ["two_stage", "voice"]
     assert names_of("qlora") == ["qlora"]
+    assert names_of("tcm-1.5") == names_of("mine/tcm-1.5.yaml") == ["tcm-1.5"]
     assert names_of("mine/voice.yaml") == ["voice"]
 
 

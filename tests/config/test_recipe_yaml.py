@@ -40,6 +40,16 @@ def test_a_list_of_cleaning_steps_is_joined(text: str, tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "mine.yaml"), {"clean": ""}).clean == ""
 
 
+def test_a_list_where_one_value_is_expected_is_refused_by_its_key(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("checkpointing: [on, off]\n")
+    with pytest.raises(UserError, match="checkpointing=on,off"):
+        load_recipe(str(path), {})
+    path.write_text("rank: [4, 8]\n")
+    with pytest.raises(UserError, match="rank=4,8: several values are a sweep"):
+        load_recipe(str(path), {})
+
+
 def test_a_list_of_data_in_a_stage_is_joined(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("stages:\n  - &one {data: [a.jsonl, b.jsonl], epochs: 2}\n  - {<<: *one, epochs: 3, system: No}\n")
@@ -54,7 +64,6 @@ def test_a_list_of_data_in_a_stage_is_joined(tmp_path: Path) -> None:
     [
         ("rank: 4\nlearning_rate: 1e-3\nlearning_rate: 1e-5\n", "the key learning_rate is given twice, in lines 2 and 3"),
         ("stages:\n  - epochs: 1\n    epochs: 2\n", "the key epochs is given twice, in lines 2 and 3"),
-        ("rank: [4, 8]\n", "rank: expected one value, found a list in line 1"),
         ("system: {a: b}\n", "system: expected one value, found a mapping in line 1"),
         ("targets: [[q_proj]]\n", "expected one value, found a list"),
         ("? [a]\n: b\n", "a key must be a word"),

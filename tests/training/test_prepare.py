@@ -154,6 +154,8 @@ def test_what_differs_between_machines_is_named() -> None:
     with pytest.raises(UserError, match=r"data: \w{12} on a, 0 on c\n") as error:
         same_start.check_same_start([("a", summary), ("b", summary), ("c", {**summary, "data": "0"})])
     assert "base:" not in str(error.value)
+    with pytest.raises(UserError, match=r"env\.lock: \w{12} on a, 0 on b\n(?s:.*)must be the same everywhere"):
+        same_start.check_same_start([("a", summary), ("b", {**summary, "env.lock": "0"})])
 
 
 def test_unlike_cards_are_named_as_the_cause() -> None:

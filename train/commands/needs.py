@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from train.common.errors import UserError
 from train.common.files import read_json
 from train.config.options import SWITCH
-from train.config.recipe import load_recipe, read_data, read_stages
+from train.config.recipe import load_recipe, read_data, read_stages, read_sweep
 from train.data.origins.sources import named_paths
 from train.runs.folder import newest_run
 
@@ -93,7 +93,7 @@ def _paths_to_read(name: str, values: dict[str, str]) -> Iterator[str]:
 def _recipe_paths(recipe: str) -> Iterator[str]:
     """The base of a recipe, and the data of its stages."""
     with suppress(UserError, OSError):
-        yield load_recipe(recipe, {}).model
+        yield load_recipe(recipe, dict(*read_sweep(recipe, {})[:1])).model
         if data := read_data(recipe):
             yield from named_paths(data)
         for stage in read_stages(recipe):

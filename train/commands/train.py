@@ -5,6 +5,11 @@ make train DATA=file [MODEL=base] [RECIPE=name] [RUN=name] [FROM=run] [GPUS=n] [
 Everything that can be wrong with the inputs is reported before anything is loaded or written. Ctrl-C or SIGTERM
 finishes the step, writes a checkpoint and ends with status 75; the same command continues from there, and its result has
 the same bytes as without the stop. SIGTERM before the first step ends with status 75 at once.
+
+A number with several values (rank=8,16,64, or a list in the recipe) is a sweep: a run for each, then one table.
+
+TRAIN_WEBHOOK=https://… in the environment: a notice at the end, to a robot of DingTalk, WeCom or Feishu, or as JSON;
+TRAIN_WEBHOOK_SECRET= for a robot that signs. It says how the run ended and its losses, and no row of the data.
 """
 
 import os
@@ -12,13 +17,14 @@ import socket
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from train.common import commands
 from train.common.errors import UserError
 from train.common.names import below
+from train.common.webhook import notice_at_end
 from train.config.options import RecipeOptions, build_with_overrides, describe, option, pairs
-from train.config.recipe import Recipe, check_measured, load_recipe, names_of
+from train.config.recipe import Recipe, check_measured, load_recipe, names_of, read_sweep
 from train.config.stages import Stage, count
 from train.config.stages import stage as stage_of_recipe
 from train.data.choice.selection import check_settings
@@ -27,7 +33,7 @@ from train.model.architecture import Shape
 from train.model.folder import find
 from train.model.names import hub_name
 from train.model.published import read_folder_shape
-from train.runs.folder import ADAPTER, RECIPE, TOKENS, adapter_source, finished, lock_run
+from train.runs.folder import ADAPTER, RECIPE, TOKENS, adapter_source, finished, lock_run, read_run
 from train.runs.provenance import check_adapter
 from train.training import distributed, launch, launchers, signals
 from train.training.distributed import RankInfo
@@ -70,7 +76,7 @@ def wanted_base(words: list[str]) -> str:
         Its name; "" if nothing is to be fetched, or the arguments are wrong (the command itself reports that).
     """
     try:
-        options = parse(pairs(words))
+        options = _first(parse(pairs(words)))
         stage = _stage(replace(options, stage=min(1, count(options.recipe))))
         sources(stage.data)
         is_here = find(stage.recipe.model, Path(options.models))
@@ -80,7 +86,43 @@ def wanted_base(words: list[str]) -> str:
 
 
 def run(options: Options) -> None:
-    """Train all stages of the recipe. A signal or a full disk ends it with status 75; the same command continues it."""
+    """Train all stages of the recipe. A signal or a full disk ends it with status 75; the same command continues it.
+
+    Where TRAIN_WEBHOOK is set, a notice says how it ended.
+    """
+    combinations = read_sweep(options.recipe, options.overrides)
+    name = options.run or _default_name(_first(options))
+    with notice_at_end(name, lambda: _notice(options, name), distributed.is_first_process):
+        if combinations:
+            _sweep(options, name, combinations)
+        else:
+            _run(options)
+
+
+def _first(options: Options) -> Options:
+    """The options of the first run of a sweep; those of an ordinary run as they are."""
+    combinations = read_sweep(options.recipe, options.overrides)
+    return replace(options, overrides=options.overrides | combinations[0]) if combinations else options
+
+
+def _sweep(options: Options, name: str, combinations: list[dict[str, str]]) -> None:
+    """A run for each combination, then one table."""
+    from train.commands import train_sweep
+
+    if distributed.detect() is not None:
+        raise UserError("a sweep starts its runs itself: give GPUS= instead of torchrun, mpirun or srun.")
+    each = [
+        replace(options, run=train_sweep.folder_name(name, values), overrides=options.overrides | values)
+        for values in combinations
+    ]
+    for one in each:  # a mistake in the last is reported before the first begins
+        _stage(replace(one, stage=min(1, count(one.recipe))))
+    if status := train_sweep.train_each((one.run, one.words()) for one in each):
+        sys.exit(status)
+    train_sweep.report(name, Path(options.runs), combinations)
+
+
+def _run(options: Options) -> None:
     from train.training.async_save import FullError
 
     rank_info = distributed.detect()
@@ -102,6 +144,20 @@ def run(options: Options) -> None:
         distributed.destroy_single_process_group()  # also after an error
     if status:
         sys.exit(status)
+
+
+def _notice(options: Options, name: str) -> dict[str, Any]:
+    """What a notice says beside how the run ended: this machine, and the losses of a finished run."""
+    facts: dict[str, Any] = {"host": socket.gethostname()}
+    try:
+        record = read_run(below(options.runs, name, "run"))
+    except UserError:  # not finished
+        return facts
+    loss, seconds = record["loss"], record["timings"]["steps_seconds"]
+    summary = f"{record['steps']} steps, {seconds:,.0f} s"
+    if loss["last"] is not None:
+        summary += f", loss {loss['first']:.4f} -> {loss['last']:.4f}"
+    return {**facts, "steps": record["steps"], "loss": loss, "seconds": seconds, "summary": summary}
 
 
 def _all_stages(options: Options, rank_info: RankInfo | None) -> int:

@@ -5,6 +5,7 @@ each key has one spelling.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 RENAMED = {"voice": "two_stage"}  # an earlier name of a recipe -> its name today
 SAME_IN_ALL_STAGES = ("model", "template", "rank", "alpha", "rslora", "targets", "precision", "processes")
 CLEANING_STEPS = (
-    *("empty", "control_characters", "repeated_question", "tokens", "exact_duplicates", "near_duplicates"),
+    *("empty", "control_characters", "repeated_question", "tokens", "answers", "exact_duplicates", "near_duplicates"),
 )
 STAGES_EXAMPLE = """stages:
   - data: style.jsonl
@@ -54,6 +55,7 @@ class Recipe:
     )
     tokens_min: int = option(0, "clean=tokens: fewest tokens of a conversation; 0 = any", interval="[0, 1048576]")
     tokens_max: int = option(0, "clean=tokens: most tokens of a conversation; 0 = any", interval="[0, 1048576]")
+    answer_max: int = option(0, "clean=answers: most characters of an answer; 0 = any", interval="[0, 10000000]")
     held_out: float = option(
         0.0,
         "conversations set aside to measure on, by their question: a share (0.05) or a number (200); 0 = none",
@@ -176,8 +178,38 @@ def load_recipe(name: str, overrides: dict[str, str]) -> Recipe:
     Raises:
         UserError: no such recipe, an unknown key (the nearest is named), a value of the wrong type.
     """
-    values = {key: value for key, value in _read_yaml(name).items() if key not in ("stages", "data")}
-    return build(Recipe, {**_as_text(values), **overrides}, where=f"recipe {name}")
+    values = _own_values(name) | overrides
+    if several := [f"{key}={value}" for key, value in values.items() if _is_sweep(key, value)]:
+        raise UserError(
+            f"recipe {name}: {' '.join(several)}: several values are a sweep, which `make train` runs one after another. "
+            f'Give one value here: ARGS="{several[0].partition(",")[0]}"'
+        )
+    return build(Recipe, values, where=f"recipe {name}")
+
+
+def read_sweep(name: str, overrides: dict[str, str]) -> list[dict[str, str]]:
+    """Each combination of a recipe's numbers that have several values, the last key fastest; empty: it is no sweep.
+
+    Raises:
+        UserError: no such recipe, or a value that its key does not accept.
+    """
+    values = _own_values(name) | overrides
+    lists = {key: [one.strip() for one in text.split(",")] for key, text in values.items() if _is_sweep(key, text)}
+    if not lists:
+        return []
+    combinations = [dict(zip(lists, each, strict=True)) for each in itertools.product(*lists.values())]
+    for one in combinations:  # a mistake in the last is reported before the first begins
+        build(Recipe, {**values, **one}, where=f"recipe {name}")
+    return combinations
+
+
+def _own_values(name: str) -> dict[str, str]:
+    """The keys of a recipe file, but for its stages and data."""
+    return _as_text({key: value for key, value in _read_yaml(name).items() if key not in ("stages", "data")})
+
+
+def _is_sweep(key: str, value: str) -> bool:
+    return "," in value and any(f.name == key and f.type in (int, float) for f in dataclasses.fields(Recipe))
 
 
 def read_data(name: str) -> str:
@@ -221,7 +253,7 @@ def current_names(values: dict[str, str]) -> tuple[dict[str, str], list[str]]:
 
 def names_of(recipe: str) -> list[str]:
     """The name of a recipe without folder and suffix, then the earlier names of the same recipe."""
-    name = RENAMED.get(recipe, Path(recipe).stem)
+    name = RENAMED.get(recipe, Path(recipe).name.removesuffix(".yaml").removesuffix(".yml"))  # tcm-1.5 has no suffix
     return [name, *(old for old, new in RENAMED.items() if new == name)]
 
 

@@ -1,15 +1,14 @@
 """The YAML of recipes: every value is the text that is written, so `No` stays "No"; a key twice is an error.
 
 This module does not know which keys a recipe has. Anchors work; tags, nested mappings and lists elsewhere than in
-`stages` are no part of a recipe, but a list of plain values is joined with commas: `targets`, `clean` and `data` take it.
+`stages` are no part of a recipe, but a list of plain values is joined with commas: `targets`, `clean` and `data` take it, and a number with
+several values is a sweep.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import yaml
-
-LISTS = ("targets", "clean", "data")  # keys whose list of values is joined with commas
 
 
 class RecipeError(Exception):
@@ -74,7 +73,7 @@ def _text(key: str, node: "yaml.Node") -> str:
 
     if isinstance(node, yaml.ScalarNode):
         return "" if _is_empty(node) else str(node.value)
-    if isinstance(node, yaml.SequenceNode) and key in LISTS:
+    if isinstance(node, yaml.SequenceNode) and key:
         return ",".join(_text("", value) for value in node.value)
     raise RecipeError(f"{key}: expected one value, found a {_kind(node)}{_line(node)}.")
 

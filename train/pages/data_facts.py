@@ -49,6 +49,7 @@ class _Duplicates:
     clean: str = ",".join(STEPS)
     tokens_min: int = 0
     tokens_max: int = 0
+    answer_max: int = 0
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,14 @@ MAY_CHANGE_ON_RESUME = frozenset(
     }
 )
 
-CHOOSE_ROWS = ("clean", "near", "tokens_min", "tokens_max", "held_out")  # keys that choose rows of the data
+CHOOSE_ROWS = (
+    "clean",
+    "near",
+    "tokens_min",
+    "tokens_max",
+    "answer_max",
+    "held_out",
+)  # keys that choose rows of the data
 
 
 def read_inputs(run: Path) -> dict[str, Any] | None:

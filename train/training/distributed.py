@@ -49,6 +49,12 @@ def detect() -> RankInfo | None:
     return None
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for its run to the outside: rank 0, or the one that was started by hand."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    return SPAWNED not in os.environ and next((os.environ[n] for n in names if os.environ.get(n)), "0") == "0"
+
+
 def _from_mpi() -> RankInfo:
     """Ranks from MPI; rank 0 broadcasts its address and a free port as the meeting point."""
     try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from train.runs.provenance import lock
 from train.runs.resume import resume_point
 from train.training import distributed
 from train.training.distributed import AgreedError, RankInfo
@@ -39,6 +40,7 @@ def start_summary(prepared: "PreparedRun", checkpoint: Path | None) -> dict[str,
     """What all processes of a run must have in common before the first step, each from its own disk; short texts."""
     inputs = prepared.inputs
     return {
+        "env.lock": (lock() or "none")[:12],
         "finished": "yes" if prepared.finished else "no",
         "checkpoint": checkpoint.name if checkpoint else "none",
         "data": inputs["data"]["sha256"][:12],
@@ -77,5 +79,6 @@ def check_same_start(starts: list[tuple[str, dict[str, str]]]) -> None:
         listed = "\n  ".join(differ)
         raise AgreedError(
             f"the processes would not start from the same:\n  {listed}\nNothing was changed. Put runs/, models/ and "
-            "the data in a folder that all machines share (runs=FOLDER models=FOLDER), or copy them to each."
+            "the data in a folder that all machines share (runs=FOLDER models=FOLDER), or copy them to each; the program "
+            "and its env.lock must be the same everywhere."
         )

@@ -18,7 +18,7 @@ LONG = "Put it into cold water, wait until the water boils, then wait for eight 
 
 
 def settings(steps: str, **keys: Any) -> Any:
-    return SimpleNamespace(**{"clean": steps, "near": 0.9, "tokens_min": 0, "tokens_max": 0} | keys)
+    return SimpleNamespace(**{"clean": steps, "near": 0.9, "tokens_min": 0, "tokens_max": 0, "answer_max": 0} | keys)
 
 
 def numbered(*rows: tuple[str, ...]) -> list[Conversation]:
@@ -74,6 +74,14 @@ def test_token_limits_are_of_the_whole_conversation() -> None:
     result = clean(rows, settings("tokens", tokens_min=3, tokens_max=8), count)
     assert taken(result) == [(1, "tokens", "2 tokens, fewer than 3"), (3, "tokens", "10 tokens, more than 8")]
     assert clean(rows, settings("tokens", tokens_max=2), count).kept == [0]
+
+
+def test_a_long_answer_in_any_turn_takes_the_row() -> None:
+    rows = numbered(("a long question", "四个汉字"), ("q", "五个汉字啊"), ("q", "a", "q", "12345"), ("q", ""))
+    assert taken(clean(rows, settings("answers", answer_max=4))) == [
+        (2, "answers", "the answer in turn 2 has 5 characters, more than 4"),
+        (3, "answers", "the answer in turn 4 has 5 characters, more than 4"),
+    ]
 
 
 def test_of_exact_copies_the_first_stays() -> None:
@@ -162,6 +170,8 @@ def test_planted_near_duplicates_are_found_and_the_first_stays() -> None:
     [
         ({"steps": "tokens"}, "clean=tokens needs a limit"),
         ({"steps": "empty", "tokens_max": 9}, "limits of clean=tokens"),
+        ({"steps": "answers"}, "clean=answers and answer_max= belong together"),
+        ({"steps": "empty", "answer_max": 9}, "clean=answers and answer_max= belong together"),
         ({"steps": "tokens", "tokens_min": 9, "tokens_max": 3}, "tokens_min=9 is more than tokens_max=3"),
     ],
 )

@@ -25,6 +25,7 @@ STEPS = {  # name -> what it leaves out
     "control_characters": "a control character, or the mark of a byte that could not be read",
     "repeated_question": "an answer that repeats its question",
     "tokens": "fewer or more tokens than the limits",
+    "answers": "an answer of more characters than the limit",
     "exact_duplicates": "a copy of an earlier row",
     "near_duplicates": "nearly the same question with nearly the same answer as in an earlier row",
 }
@@ -53,6 +54,9 @@ class CleaningSettings(Protocol):
 
     @property
     def tokens_max(self) -> int: ...
+
+    @property
+    def answer_max(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def named_steps(settings: CleaningSettings) -> tuple[str, ...]:
     """The steps of a recipe, in the order in which they run.
 
     Raises:
-        UserError: limits of tokens without the step, or the step without a limit.
+        UserError: limits of tokens or answers without their step, or such a step without a limit.
     """
     named = settings.clean.split(",")
     steps = tuple(step for step in STEPS if step in named)
@@ -109,6 +113,11 @@ def named_steps(settings: CleaningSettings) -> tuple[str, ...]:
         )
     if high and low > high:
         raise UserError(f"tokens_min={low} is more than tokens_max={high}: no conversation fits. Correct one of them.")
+    if ("answers" in steps) != bool(settings.answer_max):
+        raise UserError(
+            "clean=answers and answer_max= belong together: the step, and the most characters of an answer. "
+            "Give both or neither. Example: clean=answers answer_max=100"
+        )
     return steps
 
 
@@ -173,6 +182,7 @@ def _checks(steps: tuple[str, ...], settings: CleaningSettings, count_tokens: Co
         "control_characters": _control_character,
         "repeated_question": lambda conversation: _repeated(conversation, settings.near),
         "tokens": limits,
+        "answers": lambda conversation: _long_answer(conversation, settings.answer_max),
     }
     return {step: checks[step] for step in steps if step in checks}
 
@@ -198,6 +208,13 @@ def _repeated(conversation: Conversation, near: float) -> str:
         question, answer = normalised(turns[number - 1].text), normalised(turns[number].text)
         if answer and (alike := similarity(question, answer, near)) >= near:
             return f"turn {number + 1} repeats the question: {alike:.3f} alike"
+    return ""
+
+
+def _long_answer(conversation: Conversation, most: int) -> str:
+    for number, turn in enumerate(conversation.turns, 1):
+        if turn.role == "assistant" and len(turn.text) > most:
+            return f"the answer in turn {number} has {len(turn.text):,} characters, more than {most:,}"
     return ""
 
 
