@@ -42,7 +42,7 @@ PACKAGES = {"", *FOLDERS, *(f"data.{part}" for part in PARTS_OF_DATA), "ops.kern
 FILES = sorted(TRAIN.rglob("*.py"))
 MAX_LINES = 400  # of a module
 MAX_CLASS_LINES = 200
-MAX_ARROWS = 56  # those of studio/ are seven
+MAX_ARROWS = 57  # those of studio/ are seven
 
 
 def folder_of(path: Path) -> str:
@@ -160,7 +160,7 @@ def test_files_and_classes_are_small(path: Path) -> None:
 
 
 # The verb table's reader, for docker/run; how printed commands are spelt; what people report of Docker, and of Windows
-KNOW_DOCKER = {"__main__.py", "commands.py", "failures.py", "windows.py"}
+KNOW_DOCKER = {"__main__.py", "commands.py", "failures.py", "windows.py", "listen.py"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(TRAIN)))

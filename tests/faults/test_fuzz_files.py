@@ -274,7 +274,7 @@ ON_RUN: dict[str, tuple[list[str], Callable[[str], Any]]] = {
     "train from": (["train", *NEXT, "run=next", "from=whole"], logits),
 }
 # Files of a run that hold no part of its result, or only what is written again
-NO_RESULT = ("answers.jsonl", "compare.json", "report.md", "loss.png", "lineage.txt", "manifest.json", "adapter_config.json",
+NO_RESULT = ("answers.jsonl", "scores.json", "compare.json", "report.md", "loss.png", "lineage.txt", "manifest.json", "adapter_config.json",
              "tokenizer_config.json")  # fmt: skip
 
 

@@ -36,6 +36,7 @@ def two_runs(root: Path) -> Path:
         "alpha": 8.0,
         "dropout": 0.0,
         "targets": "all",
+        "rslora": False,
         "seed": 3,
     }.items():
         setattr(recipe, key, value)

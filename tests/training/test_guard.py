@@ -150,7 +150,8 @@ def test_q_and_k_have_no_gradient_if_only_the_second_token_is_trainable(trainabl
     labels[0, trainable] = ids[0, trainable]
     model(input_ids=ids, labels=labels).loss.backward()
     grads = {name: float(p.grad.abs().sum()) for name, p in lora.trainable(model).items() if ".lora_B." in name}
-    without = {name for name, size in grads.items() if size == 0}
+    noise = 1e-6 * max(grads.values())  # some kernels of attention leave a rounding error where the gradient is zero
+    without = {name for name, size in grads.items() if size < noise}
     mask = np.zeros(3, np.uint8)
     mask[trainable] = 1
     assert without == {name for name in grads if any(part in name for part in guard.layers_allowed_zero_grad([mask]))}

@@ -139,7 +139,7 @@ def published_name(name: str) -> str:
         return f"{OUTER_NAMES[stem]}.{kind}"
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
     if block is None or block[2] not in BLOCK_NAMES:
-        raise UserError(f"GGUF: a Qwen2 or Qwen3 has no tensor {name!r}.")
+        raise UserError(f"GGUF: a Qwen2 or Qwen3 model has no tensor {name!r}.")
     return f"model.layers.{block[1]}.{BLOCK_NAMES[block[2]]}.{kind}"
 
 
