@@ -16,8 +16,6 @@ INSTALLERS = {
     "docker/apt/install": "Dir::Etc::SourceList",
     "docker/in-image": "--require-hashes",
 }  # and how theirs is pinned
-# What CI looks at the studio with; it goes into no image, and no result depends on its version
-BROWSER = ("apt-get install -qq -y --no-install-recommends chromium", "npm install --silent --no-fund --no-audit")
 FETCHES = re.compile(
     r"\b(curl|wget|npx|git clone|(?:uv )?pip3? (?:install|download)|pipx? run|npm (?:install|i|ci|exec)|"
     r"apt(?:-get)?\s+(?:-\S+\s+)*install|go install"
@@ -36,9 +34,6 @@ def commands(name: str, text: str) -> list[str]:
         code = re.sub(r"(^|\s)#.*", "", line)
         # Advice, no command
         code = re.sub(r"\b(?:fail|problem|say|echo) .*", lambda told: re.sub(r'"[^"]*"', "", told[0]), code)
-        if name == ".ci/run":
-            for known in BROWSER:
-                code = code.replace(known, "")
         if not FETCHES.search(code) and '"${apt[@]}" install' not in code and '/uv" pip install' not in code:
             continue
         if (
