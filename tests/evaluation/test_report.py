@@ -68,7 +68,7 @@ def test_the_report_has_every_answer_in_full_as_valid_markdown(tmp_path: Path) -
     write_report(run / "report.md", record, LOSSES, answered, found, "the merged model", manifest)
     text = (run / "report.md").read_text(encoding="utf-8")
     assert "| a \\| b? | line<br>next &lt;b> \\`x\\` | " + "x" * 900 + " |" in text
-    assert "| held-out loss | 9 | 2.500 | 2.000 | -0.500 (-0.700 to -0.300) |" in text
+    assert "| held-out loss | 9 | 2.500 | 2.000 | -0.500 [-0.700, -0.300] |" in text
     assert (
         "| BLEU, held-out answers | 1 | 12.3 | 12.3 |  |" in text and "| answers that are lists | 2 | 50% | 50%" in text
     )

@@ -144,7 +144,7 @@ def _loss_row(key: str, loss: dict[str, Any]) -> Row:
     change = f"{loss['after'] - loss['before']:+.3f}"
     if loss["interval"]:
         low, high = loss["interval"]
-        change += f" ({low:+.3f} to {high:+.3f})"
+        change += f" [{low:+.3f}, {high:+.3f}]"
     return Row(key, loss["texts"], f"{loss['before']:.3f}", f"{loss['after']:.3f}", change)
 
 
