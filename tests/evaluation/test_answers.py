@@ -92,8 +92,8 @@ def test_answers_with_a_separator_are_read_back(
     run.mkdir()
     row = {"question": f"q{separator}r", "before": "a", "after": "b", "seen": False}
     (run / "answers.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    (run / "compare.json").write_text(json.dumps(inputs))
     write_json(run / "scores.json", SCORES)
+    write_json(run / "compare.json", {**inputs, "scores_sha256": sha256(run / "scores.json")})
     for name in ("loss.png", "report.md"):
         (run / name).touch()
     assert answers.read_answers(run, inputs) == ([AnsweredQuestion(f"q{separator}r", "a", "b", False)], SCORES)
@@ -158,13 +158,14 @@ def test_each_of_several_files_may_have_its_questions(
         ("scores.json", "{"),
         ("scores.json", '{"answers": {}}'),
         ("scores.json", "[]"),
+        ("scores.json", json.dumps({**SCORES, "confidence": 0.9})),
     ],
 )
 def test_damaged_answers_are_asked_again(tmp_path: Path, name: str, content: str) -> None:
     row = {"question": "q", "before": "a", "after": "b", "seen": False}
     (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
-    (tmp_path / "compare.json").write_text('{"questions": ["q"]}')
     write_json(tmp_path / "scores.json", SCORES)
+    write_json(tmp_path / "compare.json", {"questions": ["q"], "scores_sha256": sha256(tmp_path / "scores.json")})
     for other in ("loss.png", "report.md"):
         (tmp_path / other).touch()
     assert answers.read_answers(tmp_path, {"questions": ["q"]}) == ([AnsweredQuestion("q", "a", "b", False)], SCORES)

@@ -33,6 +33,7 @@ from train.runs import losses
 from train.runs.folder import HELD_OUT, LOSSES, REMOVED, SCORES
 from train.runs.record_form import PARITY, find_problem
 
+DIGEST = "scores_sha256"  # in compare.json
 DATA_QUESTIONS = 8  # questions taken from the training data when no file of questions is given
 
 
@@ -237,7 +238,7 @@ def read_answers(run: Path, inputs: dict[str, Any]) -> tuple[list[AnsweredQuesti
     if not all((run / name).is_file() for name in files):
         return None
     try:
-        if read_json(run / "compare.json") != inputs:
+        if read_json(run / "compare.json") != {**inputs, DIGEST: sha256(run / SCORES)}:
             return None
         answered = [AnsweredQuestion(**row) for row in read_json_lines(run / "answers.jsonl")]
         scores = read_json(run / SCORES)
@@ -263,7 +264,7 @@ def write_answers(
     draw_losses(rows, run.name, run / "loss.png")
     manifest = read_manifest(pair.merged) if pair.merged else None
     write_report(run / "report.md", record, rows, answered, scores, pair.trained_name, manifest)
-    write_json(run / "compare.json", inputs)
+    write_json(run / "compare.json", {**inputs, DIGEST: sha256(run / SCORES)})
 
 
 def _row(one: AnsweredQuestion) -> dict[str, Any]:
