@@ -154,7 +154,7 @@ def test_the_cage_is_the_engines_too(empty: House, service: str) -> None:
     assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"] and not host["Privileged"]
     assert host["SecurityOpt"] == ["no-new-privileges:true"]
     assert host["PidsLimit"] == 8192 and host["ShmSize"] == 8 << 30
-    networks = {"yes": "bridge", "port": f"{COMPOSE[-1]}_serve"}
+    networks = {"yes": "bridge", "port": f"{COMPOSE[-1]}_{service}"}
     assert host["NetworkMode"] == networks.get(VERBS[service].network, "none")
     assert found["Config"]["User"] == "4242:4242" and found["Config"]["StopTimeout"] == 300
     mounts = {mount["Destination"]: mount["RW"] for mount in found["Mounts"]}

@@ -132,7 +132,7 @@ def test_weight_is_told_by_layer_and_is_little_more_than_torch(image: str) -> No
     *parts, together, torch = sizes
     assert len(parts) >= 5
     assert abs(sum(parts) - together) < 1
-    assert together - torch < 1000, said
+    assert together - torch < 1150, said  # of it 77 MB for the pages of `studio` and the scores of `compare`
 
 
 # --- with the builder
