@@ -82,8 +82,8 @@ def run(options: Options) -> None:
         options.port,
         options.stop_seconds,
         lambda service: notice(_describe(service, options, bool(key))),
+        lambda: notice("stopped"),
     )
-    notice("stopped")
 
 
 def _address(options: Options, key: str) -> str:

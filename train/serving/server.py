@@ -2,9 +2,12 @@
 
 Connections are taken at once, so that a client hears "loading" instead of nothing. At SIGTERM and Ctrl-C no more
 requests are taken, running answers may end for a while, and the exit status is 0; a second signal does not wait.
+
+No thread may be inside torch when Python ends: its native code would abort the process (SIGABRT, status 134).
 """
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -65,8 +68,9 @@ def serve(
     port: int,
     stop_seconds: float,
     on_ready: Callable[[Service], None] = lambda service: None,
+    on_end: Callable[[], None] = lambda: None,
 ) -> None:
-    """Listen, load, answer, until a signal comes.
+    """Listen, load, answer, until a signal comes. A signal while the model is loading ends the process here.
 
     Raises:
         UserError: see `open_listener`. Whatever `load` raises.
@@ -92,7 +96,15 @@ def serve(
             server.should_exit = True
 
     sys.setswitchinterval(SWITCH)
-    threading.Thread(target=load_beside, name="loader", daemon=True).start()
+    loader = threading.Thread(target=load_beside, name="loader", daemon=True)
+    loader.start()
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
+    if state.service is not None:
+        state.service.engine.stop(0)
+    on_end()
+    if loader.is_alive():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
