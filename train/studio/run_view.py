@@ -85,11 +85,22 @@ def made_of(facts: RunFacts) -> list[tuple[str, str]]:
     inputs: Mapping[str, Any] = facts.inputs
     found = [*_data(inputs), *_base(inputs)]
     record = facts.record or {}
-    for key in ("seed", "code", "runtime", "versions", "machine", "peak_memory", "device", "processes", "lineage"):
-        if record.get(key) not in (None, [], {}, ""):
-            found.append((key, as_text(record[key])))
-    found += [("decisions", as_text(one)) for one in record.get("decisions", [])]
+    for key in ("seed", "code", "runtime", "versions", "machine", "device", "processes", "lineage"):
+        if text := _in_words(record.get(key)):
+            found.append((key, text))
+    if memory := peak_memory(facts):
+        found.append(("peak memory", memory))
+    found += [("decision", as_text(one)) for one in record.get("decisions", [])]
     return [(key, visible(value)) for key, value in found]
+
+
+def _in_words(value: Any) -> str:
+    """A value of the record as a person reads it: {"name": "local", "image": None} is "name local"."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {text}" for key, one in value.items() if (text := _in_words(one)))
+    if isinstance(value, list):
+        return ", ".join(text for one in value if (text := _in_words(one)))
+    return "" if value is None or value == "" else as_text(value)
 
 
 def _data(inputs: Mapping[str, Any]) -> list[tuple[str, str]]:
