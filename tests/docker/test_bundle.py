@@ -5,6 +5,7 @@ or that promises what it does not hold. With a real engine: tests/image/test_bun
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
@@ -28,10 +29,9 @@ def bundle(project: Path, *words: str, status: int = 0, **variables: str) -> str
     return done.stderr
 
 
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
+def with_base(project: Path) -> Path:
     """A checkout with a base in it."""
-    project = checkout(tmp_path / "here")
+    checkout(project)
     (project / "models" / BASE).mkdir()
     for name in ("config.json", "manifest.json", ".lock"):
         (project / "models" / BASE / name).write_text(f"{name} of the base")
@@ -39,9 +39,22 @@ def here(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def archive(here: Path, tmp_path: Path) -> Path:
-    bundle(here, "write", f"out={tmp_path}/b.tar")
-    return tmp_path / "b.tar"
+def here(tmp_path: Path) -> Path:
+    return with_base(tmp_path / "here")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a checkout, here, and of the bundle that it wrote, b.tar."""
+    folder = tmp_path_factory.mktemp("written")
+    bundle(with_base(folder / "here"), "write", f"out={folder}/b.tar")
+    return folder
+
+
+@pytest.fixture
+def archive(written: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle, for a test to damage."""
+    return Path(shutil.copy(written / "b.tar", tmp_path))
 
 
 @pytest.fixture
@@ -86,19 +99,19 @@ def loaded(project: Path) -> dict[str, str]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def test_the_archive_holds_image_lock_source_and_base_hashed(here: Path, archive: Path) -> None:
-    files = read(archive)
+def test_the_archive_holds_image_lock_source_and_base_hashed(written: Path) -> None:
+    files = read(written / "b.tar")
     promised = about(files)
     image = [promised["manifest"], promised["config"], *promised["layers"].split()]
     expected = ["about", "env.lock", "source.tar", f"models/{BASE}/config.json", f"models/{BASE}/manifest.json"]
     assert sorted(files) == sorted([*expected, *(f"image/{digest}" for digest in image), "SHA256SUMS"])
     assert len(image) == 3 and all(hashlib.sha256(files[f"image/{digest}"]).hexdigest() == digest for digest in image)
     assert len(promised["fingerprint"].split()) == 8
-    checked = [entry["words"] for entry in log(here) if "verify=on" in entry["words"]]
+    checked = [entry["words"] for entry in log(written / "here") if "verify=on" in entry["words"]]
     assert checked and checked[0][-2:] == [f"model=Qwen/{BASE}", "verify=on"], (
         "the base is fetched, or its hashes checked, first"
     )
-    assert sorted(path.name for path in archive.parent.iterdir()) == ["b.tar", "here"]
+    assert sorted(path.name for path in written.iterdir()) == ["b.tar", "here"]
 
 
 def test_loaded_elsewhere_it_is_ready(archive: Path, there: Path) -> None:

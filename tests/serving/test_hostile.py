@@ -425,7 +425,7 @@ def test_sigterm_lets_answers_end_and_cuts_the_rest(folder: Path) -> None:
     for seconds in (20, 0):
         with serving(folder, f"stop_seconds={seconds}") as served:
             drawn = [{**LONG, "stream": False, "seed": seed} for seed in range(20)]
-            body = next(one for one in drawn if tokens_of(served, one) > 250)
+            body = next(one for one in drawn if tokens_of(served, one) > 100)
             with connect(served) as connection:
                 more = {"stream": True, "stream_options": {"include_usage": True}}
                 connection.sendall(http({**body, **more}, Connection="close"))
