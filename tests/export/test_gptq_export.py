@@ -281,4 +281,5 @@ def test_a_card_names_the_method_of_the_training() -> None:
     recipe = {"rank": 4, "alpha": 8.0, "learning_rate": 1e-3}
     assert _training(record, recipe) == "* training: LoRA, r 4, alpha 8.0, learning rate 0.001, 3 steps, 1,000 tokens"
     changed = _training(record, {**recipe, "rslora": True, "lora_plus": 8.0, "neftune": 5.0})
+    assert "LoRA begun as PiSSA, r 4" in _training(record, {**recipe, "start": "pissa"})
     assert "rsLoRA, r 4" in changed and "B's rate 8 times that (LoRA+), NEFTune 5, 3 steps" in changed

@@ -81,6 +81,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rslora": {"rslora": "on"},
     "lora_plus": {"lora_plus": 8},
     "neftune": {"neftune": 5},
+    "start": {"start": "pissa"},
 }
 
 

@@ -204,3 +204,9 @@ def test_a_larger_rate_of_b_takes_its_factors_and_the_values_before_an_update() 
     parameters = memory_estimate.adapter_parameters(shape, setting)
     assert plus.at_rest - plain.at_rest == 4 * parameters
     assert plus.stages["update"] - plain.stages["update"] == 8 * parameters
+
+
+def test_what_an_adapter_began_with_is_kept_in_16_bits() -> None:
+    shape, setting = PUBLISHED["Qwen3-0.6B"], Setting(1, 512, "on")
+    random, pissa = estimate(shape, setting), estimate(shape, replace(setting, start="pissa"))
+    assert pissa.at_rest - random.at_rest == 2 * memory_estimate.adapter_parameters(shape, setting)

@@ -17,7 +17,7 @@ from train.config.recipe_yaml import RecipeError, read_text_values
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RENAMED = {"voice": "two_stage"}  # an earlier name of a recipe -> its name today
-SAME_IN_ALL_STAGES = ("model", "template", "rank", "alpha", "rslora", "targets", "precision", "processes")
+SAME_IN_ALL_STAGES = ("model", "template", "rank", "alpha", "rslora", "start", "targets", "precision", "processes")
 CLEANING_STEPS = (
     *("empty", "control_characters", "repeated_question", "tokens", "answers", "exact_duplicates", "near_duplicates"),
 )
@@ -74,6 +74,12 @@ class Recipe:
     rank: int = option(64, "LoRA: r", interval="[1, 4096]")
     alpha: float = option(16.0, "LoRA: the update is scaled by alpha / rank", interval="(0, 65536]")
     rslora: bool = option(False, "rsLoRA: the update is scaled by alpha / sqrt(rank), not alpha / rank")
+    start: str = option(
+        "random",
+        "LoRA: A and B at the beginning: A random and B zero; or a part of the base's weights, by QR (OLoRA) or by SVD "
+        "(PiSSA), written as plain LoRA of twice the rank",
+        ("random", "olora", "pissa"),
+    )
     dropout: float = option(0.05, "LoRA: dropout before A", interval="[0, 1)")
     targets: str = option("all", "LoRA: all linear layers of the blocks, or names separated by commas")
     epochs: float = option(5.0, "passes over the data", interval="(0, 10000]")

@@ -67,7 +67,10 @@ def active_pairs(linear: nn.Module) -> list[LoraPair]:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if any(layer.use_dora.get(name) for name in names):
         raise ValueError("the adapter is DoRA")
-    return [(layer.lora_A[n].weight.data, layer.lora_B[n].weight.data, float(layer.scaling[n])) for n in names]
+    pairs = [(layer.lora_A[n].weight.data, layer.lora_B[n].weight.data, float(layer.scaling[n])) for n in names]
+    if getattr(layer, "start_A", None) is not None:  # in training: what the adapter began with is subtracted
+        pairs.append((layer.start_A, layer.start_B, -pairs[0][2]))
+    return pairs
 
 
 def base_of(linear: Any) -> Any:

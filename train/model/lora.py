@@ -20,6 +20,7 @@ from train.model.adapter_file import CONFIG, PREFIX, WEIGHTS, AdapterFile, read_
 from train.model.decoder import Decoder, linear_names
 from train.model.layouts import DecoderConfig
 from train.model.lora_layers import NAME, AdaptedModel, LoraLinear, LoraSettings
+from train.model.lora_start import as_plain
 
 SAME_ALPHA = 1e-6  # relative: an alpha that was typed with seven digits is the same
 PEFT_FIELDS: dict[str, Any] = {
@@ -79,11 +80,6 @@ def targets(layout: str, requested: str) -> list[str]:
     return names
 
 
-def scale_of(settings: AdapterSettings) -> float:
-    """The factor of B A: alpha / r, or with rsLoRA alpha / sqrt(r) (Kalajdzievski 2023)."""
-    return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
-
-
 def attach(model: Decoder, settings: AdapterSettings) -> AdaptedModel:
     """The decoder with new adapters: A random, B zero, both float32 and trainable.
 
@@ -91,15 +87,12 @@ def attach(model: Decoder, settings: AdapterSettings) -> AdaptedModel:
     """
     names = targets(model.config.layout, settings.targets)
     base = Path(settings.model).name if Path(settings.model).is_absolute() else settings.model
-    scale, layers = scale_of(settings), {}
+    own = LoraSettings(settings.rank, settings.alpha, settings.dropout, sorted(names), base, settings.rslora)
+    layers = {}
     for name, linear in linears(model).items():
         if name.rpartition(".")[2] in names:
-            layers[name] = LoraLinear(linear, settings.rank, scale, settings.dropout)
-    adapted = AdaptedModel(
-        model,
-        layers,
-        LoraSettings(settings.rank, settings.alpha, settings.dropout, sorted(names), base, settings.rslora),
-    )
+            layers[name] = LoraLinear(linear, settings.rank, own.scale, settings.dropout)
+    adapted = AdaptedModel(model, layers, own)
     for name, p in trainable(adapted).items():
         p.data.copy_(initial_lora_a(name, p.shape, settings.seed) if ".lora_A." in name else torch.zeros(()))
     return adapted
@@ -117,18 +110,28 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_adapter(model: AdaptedModel, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
+def save_adapter(
+    model: AdaptedModel,
+    folder: Path,
+    tensors: dict[str, Tensor] | None = None,
+    factors: dict[str, Tensor] | None = None,
+) -> None:
     """Write adapter_config.json and adapter_model.safetensors as stock peft does; equal adapters give equal bytes.
 
     Args:
         tensors: name of a parameter -> its full float32 value, where the model has only a part or a rounded copy of it.
+        factors: A and B as they began, by the same names, where they began with a part of the base: then it is written
+            as a plain adapter of twice the rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = tensors if tensors is not None else dict(trainable(model))
+    settings = model.settings
+    assert settings is not None, "an adapter that was read has its file already"
+    state: dict[str, Tensor] = tensors if tensors is not None else dict(trainable(model))
+    if factors is not None:
+        state, settings = as_plain(state, factors, settings)
     stock = {stock_name(name): state[name].detach().float().cpu().contiguous() for name in sorted(state)}
     (folder / WEIGHTS).write_bytes(save(stock, metadata={"format": "pt"}))
-    assert model.settings is not None, "an adapter that was read has its file already"
-    write_json(folder / CONFIG, _as_json(model.settings))
+    write_json(folder / CONFIG, _as_json(settings))
 
 
 def stock_name(parameter: str) -> str:

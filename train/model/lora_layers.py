@@ -4,12 +4,14 @@ Importing peft takes about two seconds (it brings accelerate, and that torch.dis
 loads a model would wait for it. Tests hold these layers to stock peft. They know nothing of files.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.model.empty_layers import EmptyLinear
@@ -26,7 +28,12 @@ class LoraSettings:
     dropout: float
     targets: list[str]
     base: str  # the base's name
-    rslora: bool = False  # the factor is alpha / sqrt(rank)
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A: alpha / r, or with rsLoRA alpha / sqrt(r) (Kalajdzievski 2023)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class LoraLinear(nn.Module):
@@ -48,6 +55,19 @@ class LoraLinear(nn.Module):
         self.lora_dropout = nn.ModuleDict({NAME: nn.Dropout(dropout) if dropout else nn.Identity()})
         self.lora_A = nn.ModuleDict({NAME: _without_values(self.in_features, rank, device)})
         self.lora_B = nn.ModuleDict({NAME: _without_values(rank, self.out_features, device)})
+        self.start_A: Tensor | None  # A and B that are subtracted: see `fix_start`
+        self.start_B: Tensor | None
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
+
+    def fix_start(self, dtype: torch.dtype) -> None:
+        """Subtract scale · B A with the values that A and B have now from the base, from here on, in `dtype`.
+
+        So the model is that of before, whatever A and B are now, and they are trained from there (OLoRA, PiSSA). The
+        base itself stays as it is: an Int4 base cannot store W - scale · B A.
+        """
+        self.start_A = self.lora_A[NAME].weight.detach().to(dtype, copy=True)
+        self.start_B = self.lora_B[NAME].weight.detach().to(dtype, copy=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
@@ -56,7 +76,10 @@ class LoraLinear(nn.Module):
             return result
         down, up = self.lora_A[NAME], self.lora_B[NAME]
         y = x.to(down.weight.dtype)
-        return (result + up(down(self.lora_dropout[NAME](y))) * self.scaling[NAME]).to(result.dtype)
+        update = up(down(self.lora_dropout[NAME](y)))
+        if self.start_A is not None and self.start_B is not None:  # a part of the base, which has no dropout
+            update = update - F.linear(F.linear(y, self.start_A.to(y.dtype)), self.start_B.to(y.dtype))
+        return (result + update * self.scaling[NAME]).to(result.dtype)
 
 
 def _without_values(columns: int, rows: int, device: torch.device | None) -> nn.Linear:

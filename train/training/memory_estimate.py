@@ -27,6 +27,7 @@ CUBLAS_WORKSPACES = 2 * (32 << 20)
 
 # Bytes of a trainable parameter
 ADAPTER_BYTES = 2 + 2 + 4 + 8  # weight and gradient in 16 bits, float32 master, AdamW's two moments
+START_BYTES = 2  # the values that A and B began with, where they began with a part of the base
 LORA_PLUS_BYTES = 4  # the factor of each update, and as much again during the update: the values before it
 UPDATE_BYTES = 4 + 4  # during the optimizer's update: the gradient in float32, and ZeRO's copy of it
 REDUCE_BYTES = 2 + 2 + 4  # while ZeRO takes a gradient over: torch's copy, its own, and the sum in float32
@@ -46,6 +47,7 @@ class Setting:
     targets: str = "all"
     embedding: str = "device"  # device | host
     lora_plus: float = 1.0
+    start: str = "random"
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Setting":
@@ -130,8 +132,7 @@ def constant_parts(shape: Shape, setting: Setting) -> dict[str, int]:
     return {
         "weights of the blocks": block_weight_bytes(shape),
         embedding_name(shape, setting): embedding_bytes(shape, setting),
-        "adapters: weights, gradients, AdamW": (ADAPTER_BYTES + lora_plus_bytes(setting))
-        * adapter_parameters(shape, setting),
+        "adapters: weights, gradients, AdamW": adapter_bytes(setting) * adapter_parameters(shape, setting),
         "cuBLAS workspaces": CUBLAS_WORKSPACES,
     }
 
@@ -358,6 +359,11 @@ def summed_gradient_bytes(shape: Shape, setting: Setting) -> int:
 def update_bytes(shape: Shape, setting: Setting) -> int:
     """Gradients in wider types, while ZeRO takes them over or the optimizer works."""
     return max(UPDATE_BYTES + lora_plus_bytes(setting), REDUCE_BYTES) * adapter_parameters(shape, setting)
+
+
+def adapter_bytes(setting: Setting) -> int:
+    """Bytes of a trainable parameter between steps."""
+    return ADAPTER_BYTES + lora_plus_bytes(setting) + (START_BYTES if setting.start != "random" else 0)
 
 
 def lora_plus_bytes(setting: Setting) -> int:

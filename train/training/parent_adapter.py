@@ -12,6 +12,7 @@ from train.common.errors import UserError
 from train.config.recipe import Recipe
 from train.model import lora
 from train.model.adapter_file import AdapterFile, read_adapter
+from train.model.lora_start import RANDOM
 from train.runs.folder import adapter_folder
 
 
@@ -24,6 +25,11 @@ def read_parent(recipe: Recipe, parent: Path | None) -> AdapterFile | None:
             f"from={parent.name}: there is no run {parent}, and no folder of that path. FROM= takes the name of a "
             "finished run, or the path of a folder with an adapter."
         )
+    if recipe.start != RANDOM:
+        raise UserError(
+            f"from={parent.name}: training continues that adapter, and start={recipe.start} begins another one with a "
+            "part of the base's weights. Give start=random, or leave FROM= out."
+        )
     source = adapter_folder(parent)
     if source != parent and not source.is_dir():
         raise UserError(f"from={parent.name}: run {parent} has no adapter. Finish it first, or leave FROM= out.")
@@ -33,6 +39,16 @@ def read_parent(recipe: Recipe, parent: Path | None) -> AdapterFile | None:
         for _ in adapter.pairs():  # raises for values that are not finite
             pass
     return adapter
+
+
+def check_begins_once(recipe: Recipe, later_stages: int) -> None:
+    """Raises UserError for a start from the base's weights where later stages go on with the adapter."""
+    if recipe.start != RANDOM and later_stages:
+        raise UserError(
+            f"start={recipe.start}: the stages of this recipe continue one adapter, and such a start is written with "
+            f"twice the rank. Train the first data alone with start={recipe.start}, then the next with FROM= that run "
+            f"and rank={2 * recipe.rank}; or give start=random."
+        )
 
 
 @contextmanager

@@ -33,13 +33,15 @@ from train.model.decoder import Decoder
 from train.model.folder import resolve
 from train.model.layouts import DecoderConfig
 from train.model.loading import load, read_folder_config
+from train.model.lora_start import RANDOM, check_rank
 from train.model.stops import no_chat_model, thinking_note
 from train.model.tokenizer import Tokenizer, load_tokenizer
 from train.runs import folder, provenance
 from train.runs.folder import CHECKPOINTS, adapter_folder
 from train.runs.resume import check_unchanged, fitted_accumulation
+from train.training import adapter_start
 from train.training.distributed import RankInfo
-from train.training.parent_adapter import about_parent, parent_notes, read_parent
+from train.training.parent_adapter import about_parent, check_begins_once, parent_notes, read_parent
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,13 @@ def prepare(
     """
     check_settings(recipe)
     check_measured(recipe)
+    check_begins_once(recipe, later_stages)
     options = ReadOptions(recipe.columns, seed=recipe.seed, keep_empty=keeps_empty(recipe.clean))
     base, adapter = _read_base(recipe, data, options, parent, models)
     base_hashes = in_background(lambda: provenance.hash_folder(base))  # hashing leaves the other cores to the data
     config, _ = read_folder_config(base)
     targets = lora.targets(config.layout, recipe.targets)
+    check_rank(recipe.start, recipe.rank, targets, config)
     if parent is not None and adapter is not None:
         with about_parent(parent):
             lora.check_targets(adapter, recipe, config)
@@ -252,7 +256,8 @@ def disk_space(config: DecoderConfig, targets: list[str], recipe: Recipe, writte
     """
     checkpoints = max(recipe.keep - written, 0) + 1
     best = recipe.keep + 2 if recipe.keep_best else 0
-    return 4 * adapter_parameters(config, targets, recipe.rank) * (3 * checkpoints + best + 1) + (64 << 20)
+    begun = 2 if recipe.start != RANDOM else 0  # the values of the beginning: in a file, and in the adapter
+    return 4 * adapter_parameters(config, targets, recipe.rank) * (3 * checkpoints + best + 1 + begun) + (64 << 20)
 
 
 def adapter_parameters(config: DecoderConfig, targets: list[str], rank: int) -> int:
@@ -329,6 +334,7 @@ def decisions(
             f"zero={recipe.zero} is for float32: in 16 bits stage {zero_stage} is used, whose float32 masters a "
             "checkpoint can hold."
         )
+    lines += adapter_start.note(recipe, "quantization_config" in read_folder_config(prepared.base)[1])
     if keep_float:
         lines.append(
             "the Int4 weights are also kept in float32: there is memory for it, and it is faster, with the same results."

@@ -11,9 +11,10 @@ from typing import Any
 from train.common.files import sha256, staged, write_json
 from train.data.tokens.chat_template import chat_template
 from train.model import lora
+from train.model.lora_start import RANDOM
 from train.model.stops import answer_end
 from train.model.tokenizer_files import write_tokenizer
-from train.runs import losses, provenance
+from train.runs import losses, provenance, start_factors
 from train.runs.folder import ADAPTER, HELD_OUT, INPUTS, LOSSES, RECIPE, RECORD, REMOVED
 from train.training import early_stop
 from train.training.async_save import write_together
@@ -56,7 +57,8 @@ def write(
     """Write the adapter `final`, then run.json; returns its content. The other arguments as in `finish`."""
     folder = run.folder
     with staged(folder / ADAPTER) as aside:
-        lora.save_adapter(engine.model, aside, final.masters)  # type: ignore[arg-type]
+        factors = None if run.recipe.start == RANDOM else start_factors.read(folder)
+        lora.save_adapter(engine.model, aside, final.masters, factors)  # type: ignore[arg-type]
         _write_prompt(prepared, engine.model.get_base_model().config.layout, aside)  # type: ignore[operator, union-attr]
     rows = losses.read(folder)
     seconds = sum(row["seconds"] for row in rows)
