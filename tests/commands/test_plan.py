@@ -97,6 +97,8 @@ def test_for_a_card_that_is_too_small_what_would_fit_is_named(capsys: pytest.Cap
         print_plan(capsys, model="Qwen/Qwen-7B-Chat-Int4", gpu="8G")
     with pytest.raises(UserError, match=r"rank=32 alpha=11\.3137 "):  # alpha / sqrt(rank) stays
         print_plan(capsys, model="Qwen/Qwen-7B-Chat-Int4", gpu="8G", rslora="on")
+    with pytest.raises(UserError, match=r"dora=on: .* is not predicted.*.make plan. with dora=off"):
+        print_plan(capsys, model="Qwen/Qwen-7B-Chat-Int4", gpu="8G", dora="on")
     with pytest.raises(UserError, match="in any way: its weights alone take"):
         print_plan(capsys, model="Qwen/Qwen-72B-Chat-Int4", gpu="24G")
 

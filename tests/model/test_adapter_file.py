@@ -152,7 +152,6 @@ def test_an_adapter_of_the_head_is_merged(tmp_path: Path) -> None:
 # --- refused by name --------------------------------------------------------------------------------------------------
 
 WRITTEN_BY_PEFT: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "use_dora=true: DoRA"),
     "pissa": ({"init_lora_weights": "pissa"}, 'init_lora_weights="pissa": it changed the weights of the base'),
     "pissa_niter": ({"init_lora_weights": "pissa_niter_4"}, 'init_lora_weights="pissa_niter_4": it changed'),
     "olora": ({"init_lora_weights": "olora"}, 'init_lora_weights="olora": it changed'),
@@ -212,8 +211,8 @@ def test_an_initialisation_that_changes_the_base_or_is_unknown_is_refused(init: 
 
 
 def test_all_reasons_are_given_at_once_and_what_to_do(plain: Path) -> None:
-    change(plain, use_dora=True, bias="all", a_key_of_tomorrow=[1])
-    refused(plain, r"use_dora=(.|\n)*a_key_of_tomorrow=(.|\n)*bias=(.|\n)*merge_and_unload.*MODEL=")
+    change(plain, fan_in_fan_out=True, bias="all", a_key_of_tomorrow=[1])
+    refused(plain, r"fan_in_fan_out=(.|\n)*a_key_of_tomorrow=(.|\n)*bias=(.|\n)*merge_and_unload.*MODEL=")
 
 
 def test_another_method_is_named(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def set_dora(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(remove_weights, "no adapter there"), (cut_off, "damaged"), (set_dora, "use_dora")],
+    [(remove_weights, "no adapter there"), (cut_off, "damaged"), (set_dora, "DoRA, and no lengths")],
 )
 def test_a_bad_adapter_is_refused(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     lora.save_adapter(lora.attach(tiny_decoder(tiny_config()), recipe()), tmp_path)

@@ -82,6 +82,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora_plus": {"lora_plus": 8},
     "neftune": {"neftune": 5},
     "start": {"start": "pissa"},
+    "dora": {"dora": "on"},
 }
 
 

@@ -62,6 +62,7 @@ def test_candidates_are_in_order_of_time() -> None:
 )
 def test_which_steps_can_be_planned(capability: tuple[int, int] | None, precision: str, expected: bool) -> None:
     assert memory_plan.can_plan(capability, Recipe(precision=precision)) is expected
+    assert not memory_plan.can_plan(capability, Recipe(precision=precision, dora=True))
 
 
 def test_the_least_memory_is_that_of_weights_and_adapter(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_an_rslora_adapter_continues_with_the_same_scale(workspace: Path, capsys
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "from=foreign: .*\n  use_dora=true: DoRA"),
+        ({"use_dora": True}, "from=foreign: .*damaged .DoRA, and no lengths for"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
         ({"alpha_pattern": {"q_proj": 8}}, "from=foreign: its linears have different ranks or scales"),
         ({"r": 8}, "the rank of .* is 4, but adapter_config.json says 8"),

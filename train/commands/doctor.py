@@ -274,7 +274,7 @@ def _check_base(report: Report, recipe: Recipe, folder: Path, here: Machine, run
         report.add(Finding("length", "warn", text, f"length={config.max_position_embeddings}"))
     if names:
         report.add(checks.check_folder("runs", runs, prepare.disk_space(config, names, recipe)))
-        parameters = prepare.adapter_parameters(config, names, recipe.rank)
+        parameters = prepare.adapter_parameters(config, names, recipe.rank, recipe.dora)
         report.add(check_training_memory(here, model, shape, folder, parameters, recipe))
     if here.cards:
         report.add(check_host_memory(here, shape, recipe))

@@ -37,11 +37,11 @@ from train.export.gguf_tensors import why_not_q4_0
 from train.export.gptq_export import GptqJob
 from train.export.merge import GB, MergeJob
 from train.export.model_card import CardSource, base_id, write_card
-from train.model.adapter_file import check_present
+from train.model.adapter_file import check_present, read_adapter
 from train.model.folder import describe_files, missing_code, read_manifest, resolve, write_manifest
 from train.model.layouts import check_convertible, stock_layout
 from train.model.loading import check_folder, load, read_folder_config
-from train.model.lora import load_adapter
+from train.model.lora import load_adapter, refuse_dora
 from train.model.tokenizer import load_tokenizer
 from train.runs.folder import read_run
 
@@ -158,9 +158,11 @@ def _issue_passport(options: Options, job: MergeJob, base: Path, record: dict[st
 def _export_gguf(options: Options, folder: Path, base: Path, recipe: Recipe) -> None:
     """GGUF files: of the Int4 base and the adapter, or of the merged model, which is exported first."""
     reason = f"ONTO={options.onto} is merged onto" if options.float_model else why_not_q4_0(base)
+    check_present(folder / "adapter")
+    if not reason and read_adapter(folder / "adapter").dora:
+        reason = "the adapter is DoRA, of which llama.cpp reads A and B only"
     if options.encoding == "q4_0" and reason:
         raise UserError(f"encoding=q4_0 would lose precision: {reason}. Leave it out, or take encoding=q8_0.")
-    check_present(folder / "adapter")
     exact = options.encoding in ("auto", "q4_0") and not reason
     if not exact:
         if options.encoding == "auto":
@@ -204,6 +206,7 @@ def _export_beside(options: Options, folder: Path, base: Path, recipe: Recipe, r
     check_present(folder / "adapter")
     if options.format == "adapter":
         return _export_adapter(options, folder, base, record)
+    refuse_dora(read_adapter(folder / "adapter"), "vLLM reads A and B only")
     layout = options.layout or stock_layout(read_folder_config(base)[0].layout)
     gptq_export.check_base(base, layout)
     prompt = (recipe.system, recipe.template)

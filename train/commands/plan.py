@@ -50,6 +50,11 @@ def run(options: Options) -> None:
 
     # --- which model, which recipe, which card
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
+    if recipe.dora:
+        raise UserError(
+            "dora=on: its steps go through torch's autograd, whose memory is not predicted. `make plan` with dora=off is "
+            "the least that it takes; begin with batch=1 checkpointing=on."
+        )
     shape, source = _find_shape(recipe.model, Path(options.models))
     card = card_bytes(options.gpu) if options.gpu else _this_card()
     console = Console(width=None if Console().is_terminal else 120)

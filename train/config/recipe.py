@@ -17,7 +17,18 @@ from train.config.recipe_yaml import RecipeError, read_text_values
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RENAMED = {"voice": "two_stage"}  # an earlier name of a recipe -> its name today
-SAME_IN_ALL_STAGES = ("model", "template", "rank", "alpha", "rslora", "start", "targets", "precision", "processes")
+SAME_IN_ALL_STAGES = (
+    "model",
+    "template",
+    "rank",
+    "alpha",
+    "rslora",
+    "start",
+    "dora",
+    "targets",
+    "precision",
+    "processes",
+)
 CLEANING_STEPS = (
     *("empty", "control_characters", "repeated_question", "tokens", "answers", "exact_duplicates", "near_duplicates"),
 )
@@ -79,6 +90,9 @@ class Recipe:
         "LoRA: A and B at the beginning: A random and B zero; or a part of the base's weights, by QR (OLoRA) or by SVD "
         "(PiSSA), written as plain LoRA of twice the rank",
         ("random", "olora", "pissa"),
+    )
+    dora: bool = option(
+        False, "DoRA: also train the length of each row of the weights; without the fused passes, so slower on a GPU"
     )
     dropout: float = option(0.05, "LoRA: dropout before A", interval="[0, 1)")
     targets: str = option("all", "LoRA: all linear layers of the blocks, or names separated by commas")

@@ -1,8 +1,8 @@
 """Merges an adapter into its base: one float checkpoint for stock tools, written block by block.
 
 Reads folders and writes a folder; knows nothing of runs. Whether the result gives the adapter's answers is measured in
-export/verify.py. Every weight that the adapter changes is W + (α/r)·B·A in float64, rounded once to the type that is
-written. float64 takes twice the time of float32, and keeps every weight within one unit in the last place. Weights are
+export/verify.py. Every weight that the adapter changes is W + (α/r)·B·A in float64 (with DoRA each row of it gets its
+trained length), rounded once to the type that is written. float64 takes twice the time of float32, and keeps every weight within one unit in the last place. Weights are
 computed in slices of their rows: on a GPU one after the other, on a CPU one slice a core. At most a block, the tensors of
 one file, and on a CPU a slice a core are in memory.
 """
@@ -23,8 +23,9 @@ from train.common.files import free_bytes, write_json
 from train.common.threads import on_cores
 from train.data.tokens.chat_template import DEFAULT_SYSTEM
 from train.export.prompt_files import write_prompt_files
-from train.model import lora
+from train.model.adapter_file import read_adapter
 from train.model.decoder import Decoder
+from train.model.dora_layers import LEAST_LENGTH
 from train.model.folder import ShardWriter, copy_companions
 from train.model.layouts import DecoderConfig, Layout, convert_config, convert_tensors, write_config
 from train.model.loading import read_folder_config, read_tensors, tensor_files
@@ -33,6 +34,7 @@ from train.ops.gptq import WORD, Scheme, dequantize
 
 State = dict[str, Tensor]
 Delta = dict[str, tuple[Tensor, Tensor, float]]  # module -> (A [r, K], B [N, r], scale)
+Magnitudes = dict[str, Tensor]  # module -> the lengths [N] of the rows of its weight; empty without DoRA
 
 GB = 10**9
 GIB = 2**30
@@ -111,7 +113,20 @@ def add_delta(weight: Tensor, delta: tuple[Tensor, Tensor, float] | None) -> Ten
     return weight.double().addmm_(B.double(), A.double(), alpha=scale)
 
 
-def merge_block(state: State, delta: Delta, bits: int, dtype: torch.dtype, device: torch.device = CPU) -> State:
+def with_length(weight: Tensor, length: Tensor) -> Tensor:
+    """weight [N, K] in float64, whose rows get these lengths [N]; a row of zeros stays one (DoRA)."""
+    now = torch.linalg.vector_norm(weight, dim=1).clamp_min(LEAST_LENGTH)
+    return weight * (length.to(weight) / now)[:, None]
+
+
+def merge_block(
+    state: State,
+    delta: Delta,
+    bits: int,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    magnitudes: Magnitudes | None = None,
+) -> State:
     """The stored tensors, Int4 or float, as float tensors in `dtype` on the CPU with the adapter's updates.
 
     Raises:
@@ -119,17 +134,19 @@ def merge_block(state: State, delta: Delta, bits: int, dtype: torch.dtype, devic
     """
     merged: State = {}
     tasks: list[tuple[str, Callable[[], bool]]] = []
+    lengths = magnitudes or {}
     for name, tensor in state.items():
         module, _, part = name.rpartition(".")
+        own = (delta.get(module), lengths.get(module))
         if part == "qweight":
             packed = [state[f"{module}.{key}"].to(device) for key in PACKED]
             out = merged[f"{module}.weight"] = torch.empty(tensor.shape[1], len(packed[3]), dtype=dtype)
             for rows in _slices(out, device):
-                tasks.append((f"{module}.weight", partial(_merge_packed, out, rows, packed, delta.get(module), bits)))
+                tasks.append((f"{module}.weight", partial(_merge_packed, out, rows, packed, *own, bits)))
         elif part == "weight" and module in delta:
             out = merged[name] = torch.empty(tensor.shape, dtype=dtype)
             for rows in _slices(out, device):
-                tasks.append((name, partial(_merge_float, out, rows, tensor, delta[module], device)))
+                tasks.append((name, partial(_merge_float, out, rows, tensor, *own, device)))
         elif f"{module}.qweight" not in state or part == "bias":
             merged[name] = tensor.to(dtype)
             tasks.append((name, partial(_is_finite, merged[name])))
@@ -149,7 +166,12 @@ def _slices(out: Tensor, device: torch.device) -> list[slice]:
 
 
 def _merge_packed(
-    out: Tensor, rows: slice, packed: list[Tensor], delta: tuple[Tensor, Tensor, float] | None, bits: int
+    out: Tensor,
+    rows: slice,
+    packed: list[Tensor],
+    delta: tuple[Tensor, Tensor, float] | None,
+    length: Tensor | None,
+    bits: int,
 ) -> bool:
     """Write these rows of an Int4 weight with its update to out [N, K]; whether all values are finite."""
     qweight, qzeros, scales, g_idx = packed
@@ -157,21 +179,29 @@ def _merge_packed(
     columns = (qweight[:, rows].contiguous(), qzeros[:, words].contiguous(), scales[:, rows].contiguous())
     # exact: the product of a 5-bit difference and a float16 scale fits a float32
     weight = dequantize(*columns, g_idx, bits, torch.float32).t()
-    return _write(out, rows, weight, delta)
+    return _write(out, rows, weight, delta, length)
 
 
 def _merge_float(
-    out: Tensor, rows: slice, tensor: Tensor, delta: tuple[Tensor, Tensor, float], device: torch.device
+    out: Tensor,
+    rows: slice,
+    tensor: Tensor,
+    delta: tuple[Tensor, Tensor, float] | None,
+    length: Tensor | None,
+    device: torch.device,
 ) -> bool:
     """As _merge_packed, of a float weight [N, K]."""
-    return _write(out, rows, tensor[rows].to(device), delta)
+    return _write(out, rows, tensor[rows].to(device), delta, length)
 
 
-def _write(out: Tensor, rows: slice, weight: Tensor, delta: tuple[Tensor, Tensor, float] | None) -> bool:
+def _write(
+    out: Tensor, rows: slice, weight: Tensor, delta: tuple[Tensor, Tensor, float] | None, length: Tensor | None
+) -> bool:
     if delta is not None:
         A, B, scale = delta
         delta = (A.to(weight.device), B[rows].to(weight.device), scale)
-    merged = add_delta(weight, delta).to(out.dtype)
+    exact = add_delta(weight, delta)
+    merged = (exact if length is None else with_length(exact, length[rows])).to(out.dtype)
     out[rows] = merged.contiguous() if merged.is_cuda else merged
     return _is_finite(merged)
 
@@ -223,14 +253,15 @@ def merged_blocks(job: MergeJob) -> Iterator[State]:
     config, published = read_folder_config(job.weights)
     quantization = published.get("quantization_config")
     bits = Scheme.from_config(quantization).bits if quantization else 0
-    delta, files = lora.delta(job.adapter), tensor_files(job.weights)
+    adapter, files = read_adapter(job.adapter), tensor_files(job.weights)
+    delta, magnitudes = adapter.load(), adapter.magnitudes()
     embedding = f"{config.names.root}.{config.names.embed}.weight"
     untie = config.tie_word_embeddings and not convert_config(config, job.layout).tie_word_embeddings
     if config.tie_word_embeddings:
         files.pop("lm_head.weight", None)
     _check_modules(delta, files, job)  # also refuses an adapter on a tied head, which has no weight of its own
     for block in block_files(files, config):
-        state = merge_block(dict(read_tensors(block)), delta, bits, job.dtype, job.device)
+        state = merge_block(dict(read_tensors(block)), delta, bits, job.dtype, job.device, magnitudes)
         if untie and embedding in state:
             state["lm_head.weight"] = state[embedding].clone()
         yield convert_tensors(drop_zero_biases(state, config.names), config, job.layout)

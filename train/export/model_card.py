@@ -167,6 +167,7 @@ def _training(record: dict[str, Any], recipe: dict[str, Any]) -> str:
     settings += f", NEFTune {recipe['neftune']:g}" if recipe.get("neftune") else ""
     steps = f", {record['steps']} steps" if "steps" in record else ""
     method = "rsLoRA" if recipe.get("rslora") else "LoRA"
+    method = f"DoRA ({method})" if recipe.get("dora") else method
     method += {"olora": " begun as OLoRA", "pissa": " begun as PiSSA"}.get(recipe.get("start", ""), "")
     return f"* training: {method}, {settings}{steps}, {record['tokens']:,} tokens"
 

@@ -56,21 +56,22 @@ class StackedAdapter:
 
 
 def active_pairs(linear: nn.Module) -> list[LoraPair]:
-    """peft's adapters that act on `linear` now.
-
-    Raises:
-        ValueError: an adapter that is more than A and B (DoRA).
-    """
+    """The A and B that act on `linear` now; none for DoRA, which is more than these: `is_dora`."""
     if not hasattr(linear, "lora_A") or linear.disable_adapters or linear.merged:  # type: ignore[union-attr]
         return []
     layer: Any = linear
+    if is_dora(layer):
+        return []
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if any(layer.use_dora.get(name) for name in names):
-        raise ValueError("the adapter is DoRA")
     pairs = [(layer.lora_A[n].weight.data, layer.lora_B[n].weight.data, float(layer.scaling[n])) for n in names]
     if getattr(layer, "start_A", None) is not None:  # in training: what the adapter began with is subtracted
         pairs.append((layer.start_A, layer.start_B, -pairs[0][2]))
     return pairs
+
+
+def is_dora(linear: Any) -> bool:
+    """Whether a layer, ours or peft's, also changes the lengths of the rows of its weight."""
+    return any(getattr(linear, "use_dora", {}).values())
 
 
 def base_of(linear: Any) -> Any:
@@ -85,6 +86,8 @@ def packed_weights(linears: Sequence[nn.Module], device: torch.device) -> list[P
     """
     layers = [base_of(linear) for linear in linears]
     if not kernels.usable(device) or not all(isinstance(layer, Int4Linear) for layer in layers):
+        return None
+    if any(map(is_dora, linears)):
         return None
     if len({(layer.scheme.bits, len(layer.scales), layer.in_features) for layer in layers}) > 1:
         return None

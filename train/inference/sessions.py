@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from train.inference.decode_graph import CAPACITY_STEP, DecodeSession
-from train.inference.decode_layers import DecodeLayers, active_pairs, base_of
+from train.inference.decode_layers import DecodeLayers, active_pairs, base_of, is_dora
 from train.model.decoder import Decoder
 from train.ops import kernels
 from train.ops.kernels.gptq_tiles import MAX_BATCH
@@ -51,6 +51,7 @@ def _signature(base: nn.Module) -> tuple[Any, ...]:
     versions = [0 if t.is_inference() else t._version for t in base.buffers()]
     adapted = [m for m in base.modules() if hasattr(m, "lora_A")]
     adapters = [(scale, base_of(m) is m) for m in adapted for *_, scale in active_pairs(m)]
+    adapters += [(0.0, bool(m.disable_adapters)) for m in adapted if is_dora(m)]  # type: ignore[arg-type]
     return (*addresses, *versions, *adapters)
 
 

@@ -1,7 +1,7 @@
 """An adapter's folder as any peft writes it: which settings are computed here, and which are refused by name.
 
 Stock peft fails on keys that are newer than itself, so adapter_config.json is read here by known keys. A key that can
-change what the adapter computes is either computed (ranks, alphas, rsLoRA, patterns) or refused. An unknown key is
+change what the adapter computes is either computed (ranks, alphas, rsLoRA, DoRA, patterns) or refused. An unknown key is
 refused if it is set. Which linears the adapter changes is read from the tensors. Nothing named in the file is imported.
 """
 
@@ -21,11 +21,11 @@ from train.common.files import read_json
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every module's name in peft's files
-A, B = ".lora_A.weight", ".lora_B.weight"
+A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 Settings = list[tuple[int, float]]  # (rank, alpha) of a linear, as one version of peft or another reads them
 
-COMPUTED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+COMPUTED = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
 CHECKED = {"peft_type", "task_type", "bias", "init_lora_weights"}
 # Settings without effect on a finished adapter: origin and training, which linears were chosen (the tensors say it),
 # details of a method that another key switches on, and of an initialisation that init_lora_weights names.
@@ -49,7 +49,6 @@ REFUSED = {
     "modules_to_save": "it holds whole modules of the base, trained further",
     "target_parameters": "it changes parameters that are not linears",
     "trainable_token_indices": "it changes rows of the embedding",
-    "use_dora": "DoRA also changes the length of each row of a weight",
     "use_qalora": "QALoRA pools the input before A",
 }
 SINCE_0_14 = {"exclude_modules", "peft_version"}  # keys that peft writes from that version on
@@ -81,6 +80,32 @@ class AdapterFile:
     config: dict[str, Any]
     updates: dict[str, LinearUpdate]
 
+    @property
+    def dora(self) -> bool:
+        """Whether each row of a changed weight also gets a length: `magnitudes`."""
+        return bool(self.config.get("use_dora"))
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Name of the linear -> the lengths [out_features] of the rows of its weight; float32. Empty without DoRA.
+
+        Raises:
+            UserError: a value that is not finite.
+        """
+        if not self.dora:
+            return {}
+        with _open(self.folder) as file:
+            vectors = {name: file.get_tensor(f"{PREFIX}{name}{MAGNITUDE}").float() for name in self.updates}
+        for name, vector in vectors.items():
+            if not vector.isfinite().all():
+                raise self._not_finite("the magnitude", name)
+        return vectors
+
+    def _not_finite(self, part: str, name: str) -> UserError:
+        return UserError(
+            f"{self.folder / WEIGHTS}: {part} of {name} has non-finite values (NaN or infinity): the training of this "
+            "adapter diverged. Use an earlier checkpoint of it."
+        )
+
     def load(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         """Name of the linear -> (A [rank, in_features], B [out_features, rank], scale); float32, on the CPU.
 
@@ -95,10 +120,7 @@ class AdapterFile:
             for name in self.updates:
                 a, b = (file.get_tensor(f"{PREFIX}{name}{part}").float() for part in (A, B))
                 if not (a.isfinite().all() and b.isfinite().all()):
-                    raise UserError(
-                        f"{self.folder / WEIGHTS}: A or B of {name} has non-finite values (NaN or infinity): the "
-                        "training of this adapter diverged. Use an earlier checkpoint of it."
-                    )
+                    raise self._not_finite("A or B", name)
                 yield name, a, b
 
 
@@ -113,7 +135,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     problems = [*_unsupported(config), *_invalid(config)]
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems)
-        raise UserError(f"{folder / CONFIG}: only plain LoRA and rsLoRA are computed here:{listed}\n{ELSEWHERE}.")
+        raise UserError(f"{folder / CONFIG}: only LoRA, rsLoRA and DoRA are computed here:{listed}\n{ELSEWHERE}.")
     return AdapterFile(folder, config, _updates(folder, config, _shapes(folder)))
 
 
@@ -183,6 +205,7 @@ def _invalid(config: dict[str, Any]) -> list[str]:
         "r": (_is_rank, "a whole number from 1"),
         "lora_alpha": (_is_number, "a number"),
         "use_rslora": (lambda value: value in (None, False, True), "true or false"),
+        "use_dora": (lambda value: value in (None, False, True), "true or false"),
         "rank_pattern": (lambda value: _is_pattern(value, _is_rank), "ranks by name of a linear"),
         "alpha_pattern": (lambda value: _is_pattern(value, _is_number), "alphas by name of a linear"),
     }
@@ -244,11 +267,14 @@ def _updates(folder: Path, config: dict[str, Any], shapes: dict[str, list[int]])
             raise UserError(f"{path}: the adapter is damaged (A of {name} has no B of the same rank). Copy it again.")
         alpha = _alpha(path, name, a[0], settings(name))
         updates[name] = LinearUpdate(a[0], a[1], b[0], alpha / (math.sqrt(a[0]) if config.get("use_rslora") else a[0]))
-    others = sorted(shapes.keys() - {f"{PREFIX}{name}{part}" for name in updates for part in (A, B)})
+        if config.get("use_dora") and shapes.get(f"{PREFIX}{name}{MAGNITUDE}") != [b[0]]:
+            raise UserError(f"{path}: the adapter is damaged (DoRA, and no lengths for {name}). Copy it again.")
+    parts = (A, B, MAGNITUDE) if config.get("use_dora") else (A, B)
+    others = sorted(shapes.keys() - {f"{PREFIX}{name}{part}" for name in updates for part in parts})
     if others or not updates:
         names = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
         problem = f"has tensors other than A and B of linears: {names}" if others else "is empty"
-        raise UserError(f"{path}: {problem}. Only plain LoRA and rsLoRA are computed here. {ELSEWHERE}.")
+        raise UserError(f"{path}: {problem}. Only LoRA, rsLoRA and DoRA are computed here. {ELSEWHERE}.")
     return updates
 
 

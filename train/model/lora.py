@@ -7,6 +7,7 @@ not lost in rounding.
 
 import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 
 from train.common.errors import UserError, first_few
 from train.common.files import write_json
-from train.model.adapter_file import CONFIG, PREFIX, WEIGHTS, AdapterFile, read_adapter
+from train.model.adapter_file import CONFIG, MAGNITUDE, PREFIX, WEIGHTS, AdapterFile, read_adapter
 from train.model.decoder import Decoder, linear_names
+from train.model.dora_layers import DoraLinear
 from train.model.layouts import DecoderConfig
 from train.model.lora_layers import NAME, AdaptedModel, LoraLinear, LoraSettings
 from train.model.lora_start import as_plain
 
+CHANGE = f"lora_magnitude_change.{NAME}.weight"  # DoRA's parameter in a linear: see DoraLinear
 SAME_ALPHA = 1e-6  # relative: an alpha that was typed with seven digits is the same
 PEFT_FIELDS: dict[str, Any] = {
     **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True},
@@ -50,6 +53,9 @@ class AdapterSettings(Protocol):
 
     @property
     def rslora(self) -> bool: ...
+
+    @property
+    def dora(self) -> bool: ...
 
     @property
     def dropout(self) -> float: ...
@@ -87,11 +93,13 @@ def attach(model: Decoder, settings: AdapterSettings) -> AdaptedModel:
     """
     names = targets(model.config.layout, settings.targets)
     base = Path(settings.model).name if Path(settings.model).is_absolute() else settings.model
-    own = LoraSettings(settings.rank, settings.alpha, settings.dropout, sorted(names), base, settings.rslora)
+    values = (settings.rank, settings.alpha, settings.dropout, sorted(names), base, settings.rslora, settings.dora)
+    own = LoraSettings(*values)
     layers = {}
     for name, linear in linears(model).items():
         if name.rpartition(".")[2] in names:
-            layers[name] = LoraLinear(linear, settings.rank, own.scale, settings.dropout)
+            kind = DoraLinear if settings.dora else LoraLinear
+            layers[name] = kind(linear, settings.rank, own.scale, settings.dropout)
     adapted = AdaptedModel(model, layers, own)
     for name, p in trainable(adapted).items():
         p.data.copy_(initial_lora_a(name, p.shape, settings.seed) if ".lora_A." in name else torch.zeros(()))
@@ -126,7 +134,9 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     settings = model.settings
     assert settings is not None, "an adapter that was read has its file already"
-    state: dict[str, Tensor] = tensors if tensors is not None else dict(trainable(model))
+    state: dict[str, Tensor] = dict(tensors) if tensors is not None else dict(trainable(model))
+    if settings.dora:
+        state |= {name: state[name] + length.to(state[name]) for name, length in _base_lengths(model)}
     if factors is not None:
         state, settings = as_plain(state, factors, settings)
     stock = {stock_name(name): state[name].detach().float().cpu().contiguous() for name in sorted(state)}
@@ -134,9 +144,16 @@ def save_adapter(
     write_json(folder / CONFIG, _as_json(settings))
 
 
+def _base_lengths(model: AdaptedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name of the parameter, |W| [N]) of each linear with DoRA, whose parameter holds the difference to it."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, DoraLinear):
+            yield f"{name}.{CHANGE}", layer.base_length
+
+
 def stock_name(parameter: str) -> str:
     """The name in the file, without the adapter's name: …q_proj.lora_A.default.weight -> …q_proj.lora_A.weight."""
-    return parameter.replace(".default.", ".")
+    return parameter.replace(f".{CHANGE}", MAGNITUDE).replace(".default.", ".")
 
 
 def _as_json(settings: LoraSettings) -> dict[str, Any]:
@@ -144,6 +161,7 @@ def _as_json(settings: LoraSettings) -> dict[str, Any]:
     alpha = int(settings.alpha) if float(settings.alpha).is_integer() else settings.alpha
     changed = {"base_model_name_or_path": settings.base, "r": settings.rank, "lora_alpha": alpha}
     changed |= {"lora_dropout": settings.dropout, "target_modules": settings.targets, "use_rslora": settings.rslora}
+    changed |= {"use_dora": settings.dora}
     return PEFT_FIELDS | changed
 
 
@@ -151,9 +169,20 @@ def delta(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Linear in the base -> (A [r, K], B [N, r], scale): its weight [N, K] gets scale · B @ A. Float32, on the CPU.
 
     Raises:
-        UserError: no adapter, a damaged one, or one that is not computed here.
+        UserError: no adapter, a damaged one, one that is not computed here, or one that does more than this: DoRA.
     """
-    return read_adapter(folder).load()
+    adapter = read_adapter(folder)
+    refuse_dora(adapter, "here only A and B are read")
+    return adapter.load()
+
+
+def refuse_dora(adapter: AdapterFile, reason: str) -> None:
+    """Raises UserError for DoRA where a file or a program has A and B only."""
+    if adapter.dora:
+        raise UserError(
+            f"{adapter.folder} is DoRA, which also changes the length of each row of a weight, and {reason}. Export the "
+            "merged model: make export RUN=… (FORMAT=gguf writes the merged model, too)."
+        )
 
 
 def load_adapter(model: Decoder, folder: Path) -> AdaptedModel:
@@ -165,11 +194,17 @@ def load_adapter(model: Decoder, folder: Path) -> AdaptedModel:
     adapter = read_adapter(folder)
     at = linears(model)
     check_linears(adapter, at)
-    layers = {name: LoraLinear(at[name], update.rank, update.scale) for name, update in adapter.updates.items()}
+    kind = DoraLinear if adapter.dora else LoraLinear
+    layers = {name: kind(at[name], update.rank, update.scale) for name, update in adapter.updates.items()}
+    magnitudes = adapter.magnitudes()
     for name, a, b in adapter.pairs():
         for part, value in ((layers[name].lora_A, a), (layers[name].lora_B, b)):
             weight: Any = part[NAME].weight
             weight.data = value.to(weight.device)
+    for name, layer in layers.items():
+        if isinstance(layer, DoraLinear):
+            layer.set_magnitude(magnitudes[name])
+            layer.fix_factor()
     return AdaptedModel(model, layers, None).requires_grad_(False).eval()
 
 
@@ -220,6 +255,9 @@ def check_start(adapter: AdapterFile, settings: AdapterSettings) -> None:
         wrong.append(f"alpha is {alpha:.9g}{origin} there and {settings.alpha:g} here")
     if wrong:
         raise UserError(f"its adapter has another shape: {', '.join(wrong)}. Give rank={first.rank} alpha={alpha:.9g}.")
+    if adapter.dora != settings.dora:
+        has, give = ("is", "on") if adapter.dora else ("is not", "off")
+        raise UserError(f"its adapter {has} DoRA. Give dora={give}.")
 
 
 def check_targets(adapter: AdapterFile, settings: AdapterSettings, config: DecoderConfig) -> None:
@@ -246,8 +284,13 @@ def check_targets(adapter: AdapterFile, settings: AdapterSettings, config: Decod
 
 def copy_adapter(adapter: AdapterFile, model: AdaptedModel) -> None:
     """Give the trainable parameters of `model` the values of `adapter`, which check_start and check_targets accepted."""
-    pairs = adapter.load()
+    pairs, magnitudes = adapter.load(), adapter.magnitudes()
+    for name, layer in model.named_modules():
+        if isinstance(layer, DoraLinear):
+            layer.set_magnitude(magnitudes[name.removeprefix(PREFIX)])
     for name, p in trainable(model).items():
+        if name.endswith(CHANGE):
+            continue
         linear, _, part = name.removeprefix(PREFIX).partition(".lora_")
         a, b, _ = pairs[linear]
         p.data.copy_(a if part.startswith("A") else b)

@@ -29,6 +29,7 @@ class LoraSettings:
     targets: list[str]
     base: str  # the base's name
     rslora: bool = False
+    dora: bool = False
 
     @property
     def scale(self) -> float:

@@ -9,13 +9,13 @@ same way (`path_initial_model_for_weight_conversion`).
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from train.common.errors import UserError, first_few
 from train.model.decoder import Decoder
+from train.model.dora_layers import float_weight
 from train.model.layouts import DecoderConfig
 from train.model.lora_layers import NAME, AdaptedModel, LoraLinear, LoraSettings
 from train.ops.low_rank_start import olora, pissa
@@ -66,12 +66,6 @@ def layers(model: AdaptedModel) -> Iterator[tuple[str, LoraLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module
-
-
-def float_weight(linear: Any) -> Tensor:
-    """The weight [N, K] of a linear of any format, float32."""
-    weight: Tensor = linear.dequantized(torch.float32) if hasattr(linear, "dequantized") else linear.weight.float()
-    return weight
 
 
 def as_plain(

@@ -33,6 +33,8 @@ def step_bytes(folder: Path, recipe: Recipe) -> int:
     shape = read_folder_shape(folder)
     attention = 2 * shape.heads * recipe.length
     block = HIDDEN_VALUES * shape.hidden + INTERMEDIATE_VALUES * shape.inner + attention
+    if recipe.dora:  # the output of each linear is kept once more, for the gradient of its lengths
+        block += sum(out_features for _, _, out_features in shape.linears())
     per_token = block * shape.layers if recipe.checkpointing == "off" else block + shape.hidden * shape.layers
     return FLOAT * per_token * recipe.batch * recipe.length
 

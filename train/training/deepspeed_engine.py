@@ -90,8 +90,12 @@ class DeepSpeedModule(nn.Module):
 
 
 def uses_fused_passes(recipe: Recipe, device: torch.device) -> bool:
-    """Whether to train with the fused passes. ZeRO 3 frees parameters between uses; a CUDA graph cannot follow that."""
-    return device.type in FUSED_DEVICES and recipe.zero < 3 and (device.type == "cpu" or kernels.usable(device))
+    """Whether to train with the fused passes, which compute plain low-rank updates: not DoRA's.
+
+    ZeRO 3 frees parameters between uses; a CUDA graph cannot follow that.
+    """
+    fits = recipe.zero < 3 and not recipe.dora
+    return device.type in FUSED_DEVICES and fits and (device.type == "cpu" or kernels.usable(device))
 
 
 def _fix_gradient_norm(optimizer: Any) -> None:

@@ -87,7 +87,7 @@ def longest_length(shape: Shape, setting: Setting, card: int) -> int:
 
 def can_plan(capability: tuple[int, int] | None, recipe: Recipe) -> bool:
     """Whether a step on a card of that compute capability is one that memory_estimate.py counts."""
-    return capability is not None and capability >= FLASH_CAPABILITY and recipe.precision != "fp32"
+    return capability is not None and capability >= FLASH_CAPABILITY and recipe.precision != "fp32" and not recipe.dora
 
 
 def least_bytes(model: "Decoder", folder: Path, recipe: Recipe, adapter_parameters: int) -> int:

@@ -200,6 +200,13 @@ def check_supported(recipe: Recipe, device: str) -> None:
     """Refuse combinations that DeepSpeed would refuse only after minutes of loading. `device`: cpu or cuda."""
     if recipe.precision == "fp16" and device == "cpu":
         raise UserError("precision=fp16 needs a GPU: on a CPU DeepSpeed refuses it. Give precision=fp32 or bf16.")
+    if recipe.dora and recipe.zero == 3:
+        raise UserError(
+            "zero=3 takes A and B apart, which dora=on needs whole to measure the rows of a weight. Give zero=2: the base "
+            "is frozen, so stage 2 shards all that the optimizer keeps."
+        )
+    if recipe.dora and recipe.start != RANDOM:
+        raise UserError(f"dora=on and start={recipe.start} are not computed together. Give dora=off, or start=random.")
     if recipe.zero == 3 and recipe.checkpointing not in ("off", "auto"):
         raise UserError(
             f"zero=3 removes weights that checkpointing={recipe.checkpointing} needs to compute blocks again. Give "
@@ -257,15 +264,16 @@ def disk_space(config: DecoderConfig, targets: list[str], recipe: Recipe, writte
     checkpoints = max(recipe.keep - written, 0) + 1
     best = recipe.keep + 2 if recipe.keep_best else 0
     begun = 2 if recipe.start != RANDOM else 0  # the values of the beginning: in a file, and in the adapter
-    return 4 * adapter_parameters(config, targets, recipe.rank) * (3 * checkpoints + best + 1 + begun) + (64 << 20)
+    parameters = adapter_parameters(config, targets, recipe.rank, recipe.dora)
+    return 4 * parameters * (3 * checkpoints + best + 1 + begun) + (64 << 20)
 
 
-def adapter_parameters(config: DecoderConfig, targets: list[str], rank: int) -> int:
-    """Number of parameters in A and B of every linear whose name is in `targets`."""
+def adapter_parameters(config: DecoderConfig, targets: list[str], rank: int, dora: bool = False) -> int:
+    """Number of parameters in A and B, and with DoRA in the lengths, of every linear whose name is in `targets`."""
     with torch.device("meta"):
         model = Decoder(config)
     linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in targets]
-    return sum(rank * (m.in_features + m.out_features) for m in linears)
+    return sum(rank * (m.in_features + m.out_features) + (m.out_features if dora else 0) for m in linears)
 
 
 def begin(prepared: PreparedRun) -> None:
@@ -334,6 +342,11 @@ def decisions(
             f"zero={recipe.zero} is for float32: in 16 bits stage {zero_stage} is used, whose float32 masters a "
             "checkpoint can hold."
         )
+    if recipe.dora:
+        passes = (
+            "" if device.type == "cpu" else ", by torch's autograd and without the fused passes: slower than dora=off"
+        )
+        lines.append(f"dora=on: the length of each row of the adapted weights is trained too{passes}.")
     lines += adapter_start.note(recipe, "quantization_config" in read_folder_config(prepared.base)[1])
     if keep_float:
         lines.append(

@@ -39,7 +39,7 @@ def train_one(prepared: PreparedRun, devices: Devices, checkpoint: Path | None) 
 def _check_memory(prepared: PreparedRun, device: torch.device, rank_info: RankInfo) -> None:
     """Refuse, before anything is written or loaded, a run on the CPU that would be killed for want of memory."""
     recipe, config = prepared.recipe, read_folder_config(prepared.base)[0]
-    parameters = adapter_parameters(config, lora.targets(config.layout, recipe.targets), recipe.rank)
+    parameters = adapter_parameters(config, lora.targets(config.layout, recipe.targets), recipe.rank, recipe.dora)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", rank_info.world_size))  # processes on this machine
     cpu_memory.check(prepared.base, recipe, parameters, keeps_float(prepared.base, device), here)
 
