@@ -90,10 +90,7 @@ class DeepSpeedModule(nn.Module):
 
 
 def uses_fused_passes(recipe: Recipe, device: torch.device) -> bool:
-    """Whether to train with the fused passes, which compute plain low-rank updates: not DoRA's.
-
-    ZeRO 3 frees parameters between uses; a CUDA graph cannot follow that.
-    """
+    """Whether to train with the fused passes: not DoRA, and not ZeRO 3, which frees parameters between uses."""
     fits = recipe.zero < 3 and not recipe.dora
     return device.type in FUSED_DEVICES and fits and (device.type == "cpu" or kernels.usable(device))
 
