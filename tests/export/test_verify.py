@@ -12,6 +12,7 @@ from tests.support.oracles import tiny_checkpoint, tiny_config
 from tests.support.runs import tiny_run
 from train.common.errors import UserError
 from train.export import merge, verify
+from train.model.adapter_file import AdapterFile
 from train.model.loading import load
 
 
@@ -39,8 +40,8 @@ def test_one_model_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: Any, caps
 def test_a_merge_with_other_answers_is_not_written(tmp_path: Path, monkeypatch: Any) -> None:
     """The adapter is added with the wrong sign."""
     folder = tiny_run(tmp_path)
-    delta = merge.lora.delta
-    monkeypatch.setattr(merge.lora, "delta", lambda f: {n: (A, -B, s) for n, (A, B, s) in delta(f).items()})
+    read = AdapterFile.load
+    monkeypatch.setattr(AdapterFile, "load", lambda file: {n: (A, -B, s) for n, (A, B, s) in read(file).items()})
     with pytest.raises(UserError, match="does not answer as the adapter"):
         export(folder)
     assert sorted(p.name for p in folder.iterdir()) == ["adapter", "losses.jsonl", "run.json"]
