@@ -37,6 +37,7 @@ def two_runs(root: Path) -> Path:
         "dropout": 0.0,
         "targets": "all",
         "rslora": False,
+        "dora": False,
         "seed": 3,
     }.items():
         setattr(recipe, key, value)
