@@ -238,7 +238,7 @@ def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: i
     processes, models = devices.processes, Path(options.models)
     begun = stage.run if has_progress(stage.run) else None
     place = pick_place(devices, stage.recipe)
-    recipe, choice = step_setting.resolve(stage.recipe, place, _shape(stage.recipe.model, models), begun)
+    recipe, choice = step_setting.resolve(stage.recipe, place, _shape(stage.recipe, models), begun)
     stage = replace(stage, recipe=recipe)
     if "accumulation" not in options.overrides:
         recipe = prepare.fitted(recipe, stage.run, processes)
@@ -266,11 +266,11 @@ def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: i
     return prepared
 
 
-def _shape(model: str, models: Path) -> Shape | None:
+def _shape(recipe: Recipe, models: Path) -> Shape | None:
     """The shape of a base that is here; None where `prepare` will report what is wrong with it."""
     try:
-        folder = find(model, models)
-        return None if folder is None else read_folder_shape(folder)
+        folder = find(recipe.model, models)
+        return None if folder is None else read_folder_shape(folder, recipe.load_as)
     except UserError:
         return None
 

@@ -39,7 +39,7 @@ def step_bytes(folder: Path, recipe: Recipe) -> int:
 
 def training_bytes(folder: Path, recipe: Recipe, adapter_parameters: int, keep_float: bool = False) -> int:
     """Everything that one process takes to train on a CPU: weights, adapter with its optimizer, a micro batch."""
-    weights = memory_needed(folder, torch.float32, keep_float)
+    weights = memory_needed(folder, torch.float32, keep_float, recipe.load_as)
     return PROCESS_BYTES + weights + 4 * FLOAT * adapter_parameters + step_bytes(folder, recipe)
 
 
