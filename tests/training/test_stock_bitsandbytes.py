@@ -63,6 +63,7 @@ def stock(folder: Path, kind: str, a_of: dict[str, Tensor]) -> Any:
         if bias:
             packed.bias = nn.Parameter(linear.bias.data, requires_grad=False)
         setattr(model.get_submodule(parent), child, packed.to("cpu"))
+    floats = {n: m.weight.data.clone() for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind != "int8", kind == "int8"
     adapted: Any = get_peft_model(
         model, LoraConfig(r=8, lora_alpha=16, target_modules=sorted({n.rpartition(".")[2] for n in a_of}))
@@ -70,6 +71,11 @@ def stock(folder: Path, kind: str, a_of: dict[str, Tensor]) -> Any:
     for name, p in adapted.named_parameters():
         if ".lora_A." in name:
             p.data.copy_(a_of[name.removeprefix("base_model.model.").partition(".lora_A.")[0]])
+    if kind == "int8":  # on a CPU each .to() of peft has rounded the codes again, with a scale of 127
+        for name, module in adapted.named_modules():
+            if isinstance(module, bnb.nn.Linear8bitLt) and name.endswith(".base_layer"):
+                float_weight = floats[name.removeprefix("base_model.model.").removesuffix(".base_layer")]
+                module.weight = bnb.nn.Int8Params(float_weight, requires_grad=False, has_fp16_weights=False).to("cpu")
     return adapted
 
 
