@@ -73,12 +73,13 @@ def measure(options: Options, recipe: str, file: Path, base: str, load_as: str, 
             **{"data": work / "data.json", "recipe": work / "recipe.yaml", "model": base, "run": "run"},
             **{"models": options.models, "runs": work, "seed": seed, "load_as": load_as, "length": options.length},
             **{"held_out": options.held_out, "steps": options.steps, "batch": 1, "accumulation": options.rows_per_step},
-            **{"warmup": 1, "precision": "fp32", "processes": 1, "clean": "", "overlong": "cut", "keep_best": "off"},
+            **{"warmup": 1, "precision": "fp32", "processes": 1, "measure_every": options.steps, "overlong": "cut"},
         }
         assert program(["train", *(f"{key}={value}" for key, value in keys.items())]) == 0
         record = read_json(work / "run" / "run.json")
     loss, seconds = record["held_out"]["loss"], round(time.monotonic() - began, 1)
     setting = {"base": base, "load_as": load_as, "data": file.name, "rows": count, "steps": record["steps"]}
+    setting["held_out"] = record["held_out"]["conversations"]
     return {"arm": recipe, "seed": seed, **setting, "before": loss["before"], "after": loss["last"], "seconds": seconds}
 
 
