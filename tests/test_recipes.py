@@ -47,6 +47,9 @@ def commands(root: Path) -> dict[str, list[str]]:
         **{f"to_{bits}": ["quantize", "model=qwen2", f"bits={bits}", "group_size=32"] for bits in (4, 8)},
         **{f"on_{bits}": train("ruozhiba-0.5b", riddles, f"qwen2-Int{bits}", f"on_{bits}") for bits in (4, 8)},
         "off_8": train("ruozhiba-0.5b", riddles, "qwen2-Int8", "off_8", "checkpointing=off"),
+        **{kind: train("ruozhiba-0.5b", riddles, "qwen2", kind, f"load_as={kind}") for kind in ("nf4", "int8")},
+        "off_nf4": train("ruozhiba-0.5b", riddles, "qwen2", "off_nf4", "load_as=nf4", "checkpointing=off"),
+        "merge_nf4": ["export", "run=nf4"],
         "table": ["infer", "run=on_8", f"questions={root / 'q.csv'}", f"answers={root / 'a.csv'}", "max_tokens=8"],
     }
 
@@ -132,9 +135,14 @@ def test_published_gptq_merges_a_run_and_calibrates_on_its_training_set(root: Pa
     assert "perplexity" in outputs["gptq"].lower()
 
 
-def test_ruozhiba_teaches_float_int4_and_int8_with_checkpointing(root: Path, outputs: dict[str, str]) -> None:
-    for run in ("float", "on_4", "on_8"):
+def test_ruozhiba_teaches_float_gptq_and_loaded_bases_with_checkpointing(root: Path, outputs: dict[str, str]) -> None:
+    runs = ("float", "on_4", "on_8", "nf4", "int8")
+    for run in runs:
         assert record(root, run)["recipe"]["checkpointing"] == "on"
     assert weights(root, "on_8") == weights(root, "off_8"), "to compute a block again changes nothing, at 8 bits too"
-    assert len({weights(root, run) for run in ("float", "on_4", "on_8")}) == 3
+    assert weights(root, "nf4") == weights(root, "off_nf4")
+    assert len({weights(root, run) for run in runs}) == len(runs)
+    assert any("load_as=nf4" in note for note in record(root, "nf4")["decisions"])
+    manifest = read_json(root / "runs" / "nf4" / "merged" / "manifest.json")  # written only where the answers agree
+    assert manifest["inputs"]["load_as"] == "nf4" and outputs["merge_nf4"]
     assert QUESTION in (root / "a.csv").read_text(encoding="utf-8-sig") and outputs["table"]

@@ -132,6 +132,15 @@ def test_it_checks_what_training_takes_by_itself(
     assert "step" not in given.state  # nothing is left to choose
 
 
+def test_a_float_base_may_be_quantised_when_it_is_loaded(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_checkpoint(workspace / "models" / "float", tiny_config("qwen2"))
+    fine = Output(capsys, "model=float", "data=data.json", "load_as=nf4")
+    assert fine.status == 0 and fine.state["load_as"] == "ok", fine.text
+    wrong = Output(capsys, "model=base-Int4", "data=data.json", "load_as=nf4")
+    assert wrong.status == 2 and wrong.state["load_as"] == "fail"
+    assert "is quantised already. Take its float checkpoint" in wrong.text
+
+
 def test_other_programs_hold_the_card(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is chosen follows from the card's size; where others use it, less memory is free than that needs."""
     shared = replace(CARD, total=24 * GB, free=3 * GB)

@@ -103,6 +103,14 @@ def test_for_a_card_that_is_too_small_what_would_fit_is_named(capsys: pytest.Cap
         print_plan(capsys, model="Qwen/Qwen-72B-Chat-Int4", gpu="24G")
 
 
+def test_a_float_base_that_is_quantised_when_it_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="in any way: its weights alone take"):
+        print_plan(capsys, model="Qwen/Qwen2.5-7B-Instruct", gpu="12G")
+    assert "fits" in print_plan(capsys, model="Qwen/Qwen2.5-7B-Instruct", gpu="12G", load_as="nf4")
+    with pytest.raises(UserError, match="load_as=int8: Qwen/Qwen-7B-Chat-Int4 is quantised already"):
+        print_plan(capsys, model="Qwen/Qwen-7B-Chat-Int4", gpu="24G", load_as="int8")
+
+
 def test_a_folders_own_config_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}
     config |= {"vocab_size": 151_936, "num_hidden_layers": 24, "intermediate_size": 4864}

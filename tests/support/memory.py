@@ -111,7 +111,7 @@ def _fake_kernels() -> Iterator[None]:
         (low_rank, "apply_dropout", _apply_dropout),
         (fused_linear, "add_dropped_product", lambda left, right, dropout, out: out),
         (fused_linear.FusedLinear, "_concatenated_bias", lambda linear: None),
-        (fused_linear.Int4Linear, "matrix", _matrix),
+        (fused_linear.PackedLinear, "matrix", _matrix),
         (cross_entropy.kernels, "usable", lambda device: True),
         (cross_entropy, "cross_entropy", lambda logits, labels, scale: torch.empty(len(logits), device=META)),
         (offload.PinnedBuffer, "slots", _slots),

@@ -221,6 +221,20 @@ def formats(capability: int) -> None:
                 product(x, PackedWeight(qweight, qzeros, scales, bits, bias, perm), tile=Tile(128 * bits // 32))
 
 
+def loaded(capability: int) -> None:
+    """The weights of a float checkpoint that is quantised when it is loaded."""
+    from train.ops.kernels import dequantize_eight_bit, dequantize_four_bit
+
+    words, absmax = (torch.empty(2048 // part, 2048, dtype=dtype, device=META) for part, dtype in (
+        (8, torch.int32), (64, torch.uint8),
+    ))  # fmt: skip
+    scales, mean, values, absmax_values, largest = (torch.empty(n, device=META) for n in (256, 1, 16, 256, 2048))
+    codes = torch.empty(2048, 2048, dtype=torch.int8, device=META)
+    for dtype in (half_dtype(capability), torch.float32):
+        dequantize_four_bit(words, absmax, scales, mean, values, absmax_values, dtype)
+        dequantize_eight_bit(codes, largest, dtype)
+
+
 def attention(capability: int) -> None:
     """Attention's own kernels for long and short rows, grouped heads and different head sizes, on every card."""
     from train.ops import attention as ops
@@ -267,6 +281,7 @@ def steps(capability: int) -> None:
     training(capability, 4, 2048, layers=2)
     training(capability, 8, 512, "on", dropout=0.05, biased=True, layers=2)
     training(capability, 2, 512, model="qwen3-0.6b", layers=2)  # norms of each head
+    loaded(capability)
 
 
 def tokens(capability: int) -> None:

@@ -9,6 +9,8 @@ import torch
 from tests.support import memory
 from train.config.recipe import Recipe, load_recipe
 from train.model.architecture import PUBLISHED, Shape
+from train.model.decoder import Decoder
+from train.model.layouts import DecoderConfig
 from train.training import memory_estimate, memory_plan
 from train.training.memory_estimate import GIB, Setting
 from train.training.step_setting import by_default
@@ -66,11 +68,33 @@ def test_which_steps_can_be_planned(capability: tuple[int, int] | None, precisio
 
 
 def test_the_least_memory_is_that_of_weights_and_adapter(tmp_path: Path) -> None:
-    model = memory.decoder(Shape("qwen2", 2, 128, 4, 2, 32, 384, 512, tied=True), torch.device("cpu"))
+    shape = Shape("qwen2", 2, 128, 4, 2, 32, 384, 512, tied=True)
+    model = memory.decoder(shape, torch.device("cpu"))
     parameters = sum(p.numel() for p in model.parameters())
-    no_files = memory_plan.least_bytes(model, tmp_path, Recipe(), 1000)
+    no_files = memory_plan.least_bytes(model, tmp_path, Recipe(), 1000, shape)
     assert no_files == 16 * 1000 + 2 * parameters
-    in_float32 = memory_plan.least_bytes(model, tmp_path, Recipe(precision="fp32"), 1000)
+    in_float32 = memory_plan.least_bytes(model, tmp_path, Recipe(precision="fp32"), 1000, shape)
     assert in_float32 == 16 * 1000 + 4 * parameters
     (tmp_path / "model.safetensors").write_bytes(b"0" * 500)
-    assert memory_plan.least_bytes(model, tmp_path, Recipe(), 1000) == 16 * 1000 + 500
+    assert memory_plan.least_bytes(model, tmp_path, Recipe(), 1000, shape) == 16 * 1000 + 500
+
+
+def test_the_least_memory_of_weights_that_are_quantised_when_they_are_loaded(tmp_path: Path) -> None:
+    shape = replace(Shape("qwen2", 2, 128, 4, 2, 32, 384, 512, tied=True), bits=16)
+    with torch.device("meta"):
+        model = Decoder(
+            DecoderConfig(
+                hidden_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=32,
+                intermediate_size=384,
+                vocab_size=512,
+                tie_word_embeddings=True,
+            )
+        )
+    in_floats = memory_plan.least_bytes(model, tmp_path, Recipe(), 0, shape)
+    weights = 2 * sum(k * n for _, k, n in shape.linears())
+    in_four_bits = memory_plan.least_bytes(model, tmp_path, Recipe(load_as="nf4"), 0, shape.loaded("nf4"))
+    assert in_floats - in_four_bits == pytest.approx(weights * (16 - 4.13) / 8, rel=0.01)

@@ -76,7 +76,8 @@ def run(options: Options) -> None:
     record = read_run(folder)
     text_scores.check_words(options.words)
     questions, source = find_questions(options.questions, record, folder, options.held_out)
-    pair = find_pair(folder, resolve(Recipe.from_record(record["recipe"]).model, Path(options.models)))
+    recipe = Recipe.from_record(record["recipe"])
+    pair = find_pair(folder, resolve(recipe.model, Path(options.models)), recipe.load_as)
     inputs = comparison_inputs(pair, questions, options.max_tokens, options.words)
 
     # before and after, unless these very answers are kept already

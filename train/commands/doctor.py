@@ -32,7 +32,7 @@ from train.host import checks, failures, machine
 from train.host.checks import Finding
 from train.host.machine import Machine
 from train.host.windows import check_windows, inspect_windows
-from train.model.architecture import Shape
+from train.model.architecture import STORED, Shape
 from train.model.folder import find, find_damage, is_hub_id, read_manifest
 from train.model.names import hub_name
 from train.model.published import read_folder_shape
@@ -96,7 +96,7 @@ def run(options: Options) -> None:
     # --- the base, the data
     folder = _check_base_folder(report, recipes[0], Path(options.models)) if recipes else None
     if folder and torch_starts:
-        shape = _shape(folder)
+        shape = _shape(folder, recipes[0].load_as)
         concrete = [as_trained(report, recipe, shape, here, options.gpus) for recipe in recipes]
         largest = max(concrete, key=lambda recipe: recipe.batch * recipe.length)
         _check_base(report, largest, folder, here, Path(options.runs))
@@ -240,10 +240,10 @@ def _check_manifest(folder: Path) -> str:
     return "names and sizes as in its manifest" if manifest else "your own folder, without a manifest"
 
 
-def _shape(folder: Path) -> Shape | None:
-    """The shape of a base; None where its config.json is wrong, which the check of its tensors reports."""
+def _shape(folder: Path, load_as: str) -> Shape | None:
+    """The shape of a base; None where it is wrong, which the checks of its tensors and of load_as report."""
     try:
-        return read_folder_shape(folder)
+        return read_folder_shape(folder, load_as)
     except UserError:
         return None
 
@@ -266,6 +266,15 @@ def _check_base(report: Report, recipe: Recipe, folder: Path, here: Machine, run
         return
     model, config = loaded[0], loaded[0].config
     shape = read_folder_shape(folder)
+    if recipe.load_as != STORED:
+        loaded_as = report.attempt(
+            "load_as",
+            lambda: shape.loaded(recipe.load_as, str(folder)),
+            lambda shape: f"{shape.load_as}: {shape.bits} bits",
+        )
+        if loaded_as is None:
+            return
+        shape = loaded_as
     if tokenizer and (text := no_chat_model(folder, tokenizer, recipe.template)):
         report.add(Finding("chat", "warn", text))
     names = report.attempt("targets", lambda: lora.targets(config.layout, recipe.targets), ", ".join)

@@ -61,7 +61,7 @@ def check_training_memory(
     if card and card.total and card.free and memory_plan.can_plan(card.capability, recipe):
         return _check_planned_memory(recipe, shape, card.free, card.total)
     if card and card.total and card.free is not None:
-        needed = memory_plan.least_bytes(model, folder, recipe, parameters)
+        needed = memory_plan.least_bytes(model, folder, recipe, parameters, shape)
         return checks.check_memory("card's memory", needed, card.free, card.total)
     needed = cpu_memory.training_bytes(folder, recipe, parameters)
     return checks.check_memory("memory", needed, here.free_memory, qualifier="about")

@@ -38,6 +38,7 @@ from train.export.gptq_export import GptqJob
 from train.export.merge import GB, MergeJob
 from train.export.model_card import CardSource, base_id, write_card
 from train.model.adapter_file import check_present, read_adapter
+from train.model.architecture import STORED
 from train.model.folder import describe_files, missing_code, read_manifest, resolve, write_manifest
 from train.model.layouts import check_convertible, stock_layout
 from train.model.loading import check_folder, load, read_folder_config
@@ -147,7 +148,8 @@ def _issue_passport(options: Options, job: MergeJob, base: Path, record: dict[st
     keep_float = dtype is torch.float32
 
     def trained() -> torch.nn.Module:
-        return load_adapter(load(job.weights, dtype, device, keep_float=keep_float), job.adapter).eval()
+        base = load(job.weights, dtype, device, keep_float=keep_float, load_as=job.load_as)
+        return load_adapter(base, job.adapter).eval()
 
     with bar("greedy answers", passport.passes(prompts), "answers") as advance:
         found = passport.issue(lambda: load(out, dtype, device), trained, prompts, advance)
@@ -300,7 +302,8 @@ def _job(options: Options, folder: Path, base: Path, recipe: Recipe) -> MergeJob
     shard_bytes = int(options.shard_size * GB)
     prompt = (recipe.system, recipe.template)
     dtype, device = DTYPES[options.dtype], merge.merge_device()
-    return MergeJob(weights, folder / "adapter", dtype, layout, shard_bytes, *prompt, device)
+    load_as = STORED if options.float_model else recipe.load_as
+    return MergeJob(weights, folder / "adapter", dtype, layout, shard_bytes, *prompt, device, load_as)
 
 
 def _compare(comparison: verify.Comparison, written: Path) -> dict[str, Any]:
@@ -324,7 +327,7 @@ def _report(options: Options, out: Path, job: MergeJob, measured: dict[str, Any]
     print(f"\n{out}: {size:.2f} GB, {dtype_name(job.dtype)}, layout {job.layout}, {count} of weights")
     print(f"  against {measured['against']}, computed in {measured['computed_in']}: {Parity.from_json(measured)}")
     if options.float_model:
-        print(f"  against the adapter on the Int4 base: {Parity.from_json(int4)}")
+        print(f"  against the adapter on the base that was trained on: {Parity.from_json(int4)}")
     if (out / passport.PASSPORT).is_file():
         print(f"  {passport.in_words(read_json(out / passport.PASSPORT))}")
     print(f"  for scale, the base without the adapter: {Parity.from_json(without)}")

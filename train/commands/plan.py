@@ -55,7 +55,7 @@ def run(options: Options) -> None:
             "dora=on: its steps go through torch's autograd, whose memory is not predicted. `make plan` with dora=off is "
             "the least that it takes; begin with batch=1 checkpointing=on."
         )
-    shape, source = _find_shape(recipe.model, Path(options.models))
+    shape, source = _find_shape(recipe, Path(options.models))
     card = card_bytes(options.gpu) if options.gpu else _this_card()
     console = Console(width=None if Console().is_terminal else 120)
 
@@ -85,12 +85,13 @@ def _choose(shape: Shape, asked: Recipe, card: int) -> "tuple[Setting, Estimate]
     return next((way for way in ways if memory_plan.has_room(way[1], card)), None)
 
 
-def _find_shape(model: str, models: Path) -> tuple[Shape, str]:
+def _find_shape(recipe: Recipe, models: Path) -> tuple[Shape, str]:
     """The shape, and where it comes from."""
-    folder = find(model, models)
+    folder = find(recipe.model, models)
     if folder is None:
-        return architecture.published(model), "not here: its published shape"
-    shape = read_folder_shape(folder)
+        published = architecture.published(recipe.model)
+        return published.loaded(recipe.load_as, recipe.model), "not here: its published shape"
+    shape = read_folder_shape(folder, recipe.load_as)
     check_without_torch(folder)  # a plan for a base that cannot be trained would mislead
     return shape, str(folder)
 

@@ -33,6 +33,7 @@ from train.model.architecture import Shape
 from train.model.folder import find
 from train.model.names import hub_name
 from train.model.published import read_folder_shape
+from train.runs import trackers
 from train.runs.folder import ADAPTER, RECIPE, TOKENS, adapter_source, finished, lock_run, read_run
 from train.runs.provenance import check_adapter
 from train.training import distributed, launch, launchers, signals
@@ -88,8 +89,9 @@ def wanted_base(words: list[str]) -> str:
 def run(options: Options) -> None:
     """Train all stages of the recipe. A signal or a full disk ends it with status 75; the same command continues it.
 
-    Where TRAIN_WEBHOOK is set, a notice says how it ended.
+    Where TRAIN_WEBHOOK is set, a notice says how it ended; where TRAIN_TRACKER is, trackers get the curves.
     """
+    trackers.asked_for()  # a wrong name is reported before anything is read
     combinations = read_sweep(options.recipe, options.overrides)
     name = options.run or _default_name(_first(options))
     with notice_at_end(name, lambda: _notice(options, name), distributed.is_first_process):
@@ -238,7 +240,7 @@ def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: i
     processes, models = devices.processes, Path(options.models)
     begun = stage.run if has_progress(stage.run) else None
     place = pick_place(devices, stage.recipe)
-    recipe, choice = step_setting.resolve(stage.recipe, place, _shape(stage.recipe.model, models), begun)
+    recipe, choice = step_setting.resolve(stage.recipe, place, _shape(stage.recipe, models), begun)
     stage = replace(stage, recipe=recipe)
     if "accumulation" not in options.overrides:
         recipe = prepare.fitted(recipe, stage.run, processes)
@@ -266,11 +268,11 @@ def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: i
     return prepared
 
 
-def _shape(model: str, models: Path) -> Shape | None:
+def _shape(recipe: Recipe, models: Path) -> Shape | None:
     """The shape of a base that is here; None where `prepare` will report what is wrong with it."""
     try:
-        folder = find(model, models)
-        return None if folder is None else read_folder_shape(folder)
+        folder = find(recipe.model, models)
+        return None if folder is None else read_folder_shape(folder, recipe.load_as)
     except UserError:
         return None
 

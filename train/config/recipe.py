@@ -18,16 +18,7 @@ from train.config.recipe_yaml import RecipeError, read_text_values
 RECIPES = Path(__file__).parents[1] / "recipes"
 RENAMED = {"voice": "two_stage"}  # an earlier name of a recipe -> its name today
 SAME_IN_ALL_STAGES = (
-    "model",
-    "template",
-    "rank",
-    "alpha",
-    "rslora",
-    "start",
-    "dora",
-    "targets",
-    "precision",
-    "processes",
+    *("model", "load_as", "template", "rank", "alpha", "rslora", "start", "dora", "targets", "precision", "processes"),
 )
 CLEANING_STEPS = (
     *("empty", "control_characters", "repeated_question", "tokens", "answers", "exact_duplicates", "near_duplicates"),
@@ -45,6 +36,12 @@ class Recipe:
     """A complete training run. Every key can be set in the YAML file or as key=value on the command line."""
 
     model: str = option("Qwen/Qwen-1_8B-Chat-Int4", "base: a name in data/models.lock, a hub id, or a folder")
+    load_as: str = option(
+        "stored",
+        "the base's weights in memory: as stored; or those of a float checkpoint quantised when they are loaded, "
+        "nf4 and fp4 at 4 bits, int8 at 8",
+        ("stored", "nf4", "fp4", "int8"),
+    )
     template: str = option(
         "chatml",
         "the text around the turns of a conversation; qwen3: ChatML with Qwen3's think blocks, answers at once; "

@@ -25,6 +25,7 @@ from train.evaluation.report import AnsweredQuestion, draw_losses, write_report
 from train.evaluation.scores import rows as score_table
 from train.inference.generate import CUT, answers
 from train.model.adapter_file import check_present
+from train.model.architecture import STORED
 from train.model.folder import find_damage, read_manifest
 from train.model.loading import fits, keeps_float, load
 from train.model.lora import load_adapter
@@ -48,6 +49,7 @@ class ModelPair:
     adapter: Path
     merged: Path | None
     reason: str = ""
+    load_as: str = STORED  # how training loaded the base
 
     @property
     def trained_name(self) -> str:
@@ -55,21 +57,22 @@ class ModelPair:
         return f"the merged model ({self.merged.name})" if self.merged else f"the adapter on its base{self.reason}"
 
 
-def find_pair(run: Path, base: Path) -> ModelPair:
+def find_pair(run: Path, base: Path, load_as: str = STORED) -> ModelPair:
     """The merged model is used if it is complete, was made from the run's present adapter, and fits the GPU."""
     merged, adapter = run / "merged", run / "adapter"
     check_present(adapter)
     manifest = read_manifest(merged) or {"inputs": {}, "files": {}}
     current = manifest.get("inputs", {}).get("adapter") == sha256(adapter / "adapter_model.safetensors")
     if not current:
-        return ModelPair(base, adapter, None)
+        return ModelPair(base, adapter, None, load_as=load_as)
     parity = find_problem(manifest.get("parity"), PARITY, "parity")
     if damage := [*find_damage(merged, manifest, full=False), *filter(None, [parity])]:
-        return ModelPair(base, adapter, None, f" (its merged export is damaged: {'; '.join(damage)})")
+        reason = f" (its merged export is damaged: {'; '.join(damage)})"
+        return ModelPair(base, adapter, None, reason, load_as)
     device = pick_device()
     if not fits(merged, pick_dtype(device), device):
-        return ModelPair(base, adapter, None, " (the GPU has no room for the merged model)")
-    return ModelPair(base, adapter, merged)
+        return ModelPair(base, adapter, None, " (the GPU has no room for the merged model)", load_as)
+    return ModelPair(base, adapter, merged, load_as=load_as)
 
 
 def find_questions(
@@ -201,7 +204,8 @@ def load_model(pair: ModelPair, trained: bool) -> nn.Module:
     dtype = pick_dtype(device)
     if trained and pair.merged:
         return load(pair.merged, dtype, device)
-    base = load(pair.base, dtype, device, keep_float=keeps_float(pair.base, device))
+    keep_float = keeps_float(pair.base, device, pair.load_as)
+    base = load(pair.base, dtype, device, keep_float=keep_float, load_as=pair.load_as)
     return load_adapter(base, pair.adapter).eval() if trained else base
 
 

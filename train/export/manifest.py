@@ -7,6 +7,7 @@ from train.common.device import dtype_name
 from train.common.errors import UserError
 from train.common.files import sha256
 from train.export.merge import MergeJob
+from train.model.architecture import STORED
 from train.model.folder import find_damage, read_manifest
 from train.runs.record_form import PARITY, find_problem
 
@@ -59,6 +60,7 @@ def export_inputs(run: str, job: MergeJob, base: dict[str, str], onto: bool, con
         "verify": conversations,
         "system": job.system,  # infer reads these two
         "template": job.template,
+        **({} if job.load_as == STORED else {"load_as": job.load_as}),
     }
 
 

@@ -24,10 +24,12 @@ from train.common.threads import on_cores
 from train.data.tokens.chat_template import DEFAULT_SYSTEM
 from train.export.prompt_files import write_prompt_files
 from train.model.adapter_file import read_adapter
+from train.model.architecture import STORED
 from train.model.decoder import Decoder
 from train.model.dora_layers import LEAST_LENGTH
 from train.model.folder import ShardWriter, copy_companions
 from train.model.layouts import DecoderConfig, Layout, convert_config, convert_tensors, write_config
+from train.model.loaded_linear import is_quantised, rounded
 from train.model.loading import read_folder_config, read_tensors, tensor_files
 from train.model.tokenizer import load_tokenizer, write_qwen1_tokenizer
 from train.ops.gptq import WORD, Scheme, dequantize
@@ -70,6 +72,7 @@ class MergeJob:
     system: str = DEFAULT_SYSTEM  # of the prompt that the adapter was trained with
     template: str = "chatml"
     device: torch.device = CPU  # that computes; the bytes are the same
+    load_as: str = STORED  # how training loaded `weights`; stored for other weights than its base
 
 
 def merge_device() -> torch.device:
@@ -261,10 +264,19 @@ def merged_blocks(job: MergeJob) -> Iterator[State]:
         files.pop("lm_head.weight", None)
     _check_modules(delta, files, job)  # also refuses an adapter on a tied head, which has no weight of its own
     for block in block_files(files, config):
-        state = merge_block(dict(read_tensors(block)), delta, bits, job.dtype, job.device, magnitudes)
+        state = as_trained(dict(read_tensors(block)), config.names, job)
+        state = merge_block(state, delta, bits, job.dtype, job.device, magnitudes)
         if untie and embedding in state:
             state["lm_head.weight"] = state[embedding].clone()
         yield convert_tensors(drop_zero_biases(state, config.names), config, job.layout)
+
+
+def as_trained(state: State, layout: Layout, job: MergeJob) -> State:
+    """The stored tensors as training had them: with load_as= the linears' weights are those of their codes, in float32."""
+    if job.load_as == STORED:
+        return state
+    loaded = {n: rounded(t.to(job.device), job.load_as, n).cpu() for n, t in state.items() if is_quantised(n, layout)}
+    return {**state, **loaded}
 
 
 def _check_modules(delta: Delta, files: dict[str, Path], job: MergeJob) -> None:

@@ -17,6 +17,7 @@ from train.common.files import write_text
 from train.data.checked.conversations import training_data
 from train.data.origins.sources import short_name
 from train.data.tokens.chat_template import DEFAULT_SYSTEM
+from train.model.architecture import STORED
 from train.model.catalogue import LOCK, OWNER, find_published, read_entries
 from train.model.folder import read_manifest
 
@@ -169,6 +170,7 @@ def _training(record: dict[str, Any], recipe: dict[str, Any]) -> str:
     method = "rsLoRA" if recipe.get("rslora") else "LoRA"
     method = f"DoRA ({method})" if recipe.get("dora") else method
     method += {"olora": " begun as OLoRA", "pissa": " begun as PiSSA"}.get(recipe.get("start", ""), "")
+    method += f" on the base loaded as {recipe['load_as']}" if recipe.get("load_as", STORED) != STORED else ""
     return f"* training: {method}, {settings}{steps}, {record['tokens']:,} tokens"
 
 

@@ -18,6 +18,7 @@ from train.common.memory import free_memory
 from train.data.checked.conversations import training_data
 from train.evaluation import parity
 from train.export.merge import GB, MergeJob, written_bytes
+from train.model.architecture import STORED
 from train.model.loading import load, read_folder_config
 from train.model.lora import load_adapter
 from train.model.tokenizer import load_tokenizer
@@ -36,11 +37,13 @@ class Comparison:
     rows: list[parity.MaskedRow]
     device: torch.device
     dtype: torch.dtype
+    load_as: str = STORED  # how training loaded the base
 
     @property
     def onto(self) -> Path | None:
-        """The weights that were merged onto, if they are others than the base's."""
-        return self.job.weights if self.job.weights != self.base else None
+        """The weights that were merged onto, if they are others than those trained against."""
+        same = (self.job.weights, self.job.load_as) == (self.base, self.load_as)
+        return None if same else self.job.weights
 
     @property
     def passes(self) -> int:
@@ -91,7 +94,8 @@ def prepare(record: dict[str, Any], base: Path, job: MergeJob, conversations: in
     trained, name = training_data(record)
     for source, data in ((trained, name), (parity.builtin_conversations(), "the built-in list")):
         if rows := parity.masked_rows(source[:conversations], tokenizer, job.template, job.system, context):
-            return Comparison(job, base, data, rows, device, dtype)
+            load_as = record["recipe"].get("load_as", STORED)
+            return Comparison(job, base, data, rows, device, dtype, load_as)
     raise UserError(f"{base}: no question fits its context of {context} tokens.")
 
 
@@ -105,12 +109,13 @@ def answer_states(comparison: Comparison, written: Path, advance: Callable[[int]
     def states(model: nn.Module, rows: int | None = None) -> parity.AnswerStates:
         return parity.answer_states(model, c.rows[:rows], advance)
 
-    def adapted(folder: Path) -> Any:
-        return load_adapter(load(folder, c.dtype, c.device, keep_float=keep_float), c.job.adapter).eval()
+    def adapted(folder: Path, load_as: str) -> Any:
+        base = load(folder, c.dtype, c.device, keep_float=keep_float, load_as=load_as)
+        return load_adapter(base, c.job.adapter).eval()
 
     # no model has a name here, so each is freed before the next is loaded
-    on_int4, without = _with_and_without(adapted(c.base), states)
-    reference = states(adapted(c.onto)) if c.onto else on_int4
+    on_int4, without = _with_and_without(adapted(c.base, c.load_as), states)
+    reference = states(adapted(c.onto, c.job.load_as)) if c.onto else on_int4
     return ModelStates(on_int4, without, reference, states(load(written, c.dtype, c.device)))
 
 

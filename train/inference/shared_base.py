@@ -17,7 +17,9 @@ from train.common.device import pick_device, pick_dtype
 from train.common.errors import UserError
 from train.common.names import below
 from train.inference.generate import context_of
+from train.inference.trained import load_as_of
 from train.model import lora
+from train.model.architecture import STORED
 from train.model.decoder import Decoder
 from train.model.folder import read_manifest, resolve
 from train.model.loading import keeps_float, load
@@ -61,6 +63,7 @@ class BaseSource:
     folder: Path
     runs: tuple[Path, ...]
     description: str
+    load_as: str = STORED  # how the runs' training loaded the base
 
 
 def find_base(models: Path, runs: Path, run: str, model: str, default_model: str) -> BaseSource:
@@ -89,9 +92,13 @@ def find_base(models: Path, runs: Path, run: str, model: str, default_model: str
     if len(set(bases.values())) > 1:
         listed = "\n".join(f"  {name}: {base}" for name, base in bases.items())
         raise UserError(f"run={run}: these runs have several bases, and a server has one:\n{listed}")
+    formats = {folder.name: load_as_of(read_run(folder)["recipe"]) for folder in folders}
+    if len(set(formats.values())) > 1:
+        listed = "\n".join(f"  {name}: load_as={load_as}" for name, load_as in formats.items())
+        raise UserError(f"run={run}: these runs loaded their base in several ways, and a server has one:\n{listed}")
     base = resolve(read_run(folders[0])["recipe"]["model"], models)
     described = ", ".join(bases) + ("" if run else ", the newest run that is finished (RUN= or MODEL= for another)")
-    return BaseSource(base, tuple(folders), f"base {base} with {described}")
+    return BaseSource(base, tuple(folders), f"base {base} with {described}", formats[folders[0].name])
 
 
 def load_base(source: BaseSource, dtype: str = "auto", notify: Callable[[str], None] = print) -> SharedBase:
@@ -103,7 +110,9 @@ def load_base(source: BaseSource, dtype: str = "auto", notify: Callable[[str], N
     device, folder = pick_device(), source.folder
     compute_dtype = pick_dtype(device, dtype)
     notify(f"loading {source.description}")
-    base = load(folder, compute_dtype, device, keeps_float(folder, device)).eval()
+    base = load(
+        folder, compute_dtype, device, keeps_float(folder, device, source.load_as), load_as=source.load_as
+    ).eval()
     inputs = (read_manifest(folder) or {}).get("inputs", {})
     models = [NamedModel(folder.name, str(folder), "", base, inputs)]
     for run in source.runs:

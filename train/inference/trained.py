@@ -19,6 +19,7 @@ from train.common.files import sha256
 from train.common.names import below
 from train.data.tokens.chat_template import Encoder
 from train.model import lora
+from train.model.architecture import STORED
 from train.model.folder import find_damage, read_manifest, resolve
 from train.model.loading import fits, keeps_float, load
 from train.model.tokenizer import Tokenizer, load_tokenizer
@@ -68,7 +69,7 @@ def load_trained(
     device = pick_device()
     compute_dtype = pick_dtype(device, dtype)
     base = resolve(source.recipe["model"], models) if source.adapter else source.folder
-    keep_float = keeps_float(base, device)
+    keep_float = keeps_float(base, device, load_as_of(source.recipe) if source.adapter else STORED)
     if source.adapter:
         loaded, tokenizer, _ = load_run(source.folder, models, compute_dtype, device, keep_float)
     else:
@@ -143,6 +144,11 @@ def _fits(merged: Path, dtype: str) -> bool:
     return fits(merged, pick_dtype(device, dtype), device)
 
 
+def load_as_of(recipe: dict[str, Any]) -> str:
+    """How training loaded the base, by the recipe in run.json; an older program had no such key."""
+    return str(recipe.get("load_as", STORED))
+
+
 def load_run(
     run: Path, models: Path, dtype: torch.dtype, device: torch.device | str = "cpu", keep_float: bool = False
 ) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
@@ -153,5 +159,6 @@ def load_run(
     """
     record = read_run(run)
     folder = resolve(record["recipe"]["model"], models)
-    model = lora.load_adapter(load(folder, dtype, device, keep_float), run / "adapter")
+    base = load(folder, dtype, device, keep_float, load_as=load_as_of(record["recipe"]))
+    model = lora.load_adapter(base, run / "adapter")
     return model.eval(), load_tokenizer(folder), record

@@ -13,6 +13,10 @@ from train.model import config_keys
 from train.model.config_keys import DERIVED, KEYS
 from train.model.names import hub_name
 
+STORED = "stored"  # load_as= of weights that stay as the checkpoint holds them
+LOADED_BITS = {"nf4": 4, "fp4": 4, "int8": 8}  # load_as= of float weights that are quantised when they are loaded
+BLOCK, ABSMAX_BLOCK = 64, 256  # of nf4 and fp4, as in ops/four_bit.py
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -29,6 +33,37 @@ class Shape:
     tied: bool = False
     bits: int = 4  # of a weight in the blocks; 16: float weights
     group: int = 128  # weights that share one scale
+    load_as: str = STORED  # or one of LOADED_BITS
+
+    def loaded(self, load_as: str, name: str = "the base") -> "Shape":
+        """The sizes with float weights loaded as `load_as`.
+
+        Raises:
+            UserError: the weights are quantised already, or the format cannot hold them.
+        """
+        if load_as == STORED:
+            return self
+        if self.bits != 16:
+            raise UserError(
+                f"load_as={load_as}: {name} is quantised already. Take its float checkpoint, or leave out load_as=."
+            )
+        bits = LOADED_BITS[load_as]
+        if bits == 4 and (odd := [f"{linear} has {k}" for linear, k, _ in self.linears() if k % BLOCK]):
+            raise UserError(
+                f"load_as={load_as}: {name}: {odd[0]} inputs, no multiple of a block of {BLOCK}. Take load_as=int8."
+            )
+        return replace(self, bits=bits, load_as=load_as)
+
+    def packed_bytes(self, inputs: int, outputs: int) -> int:
+        """Of the weight of a linear with fewer than 16 bits, in memory: codes and what belongs to them."""
+        codes = inputs * outputs * self.bits // 8
+        if self.load_as == "int8":
+            return codes + 4 * outputs  # absmax
+        if self.load_as != STORED:
+            blocks = inputs // BLOCK * outputs
+            return codes + blocks + 4 * -(-blocks // ABSMAX_BLOCK) + 4
+        groups = inputs // self.group  # scale and zero of each, and the group of each row
+        return codes + groups * outputs * 2 + groups * outputs * self.bits // 8 + 4 * inputs
 
     @property
     def queries(self) -> int:

@@ -17,12 +17,15 @@ from train.common.errors import UserError
 from train.common.memory import free_memory
 from train.common.threads import on_cores
 from train.model import awq
+from train.model.architecture import STORED
 from train.model.base_files import DamagedFileError, check_all_json, open_safetensors, weight_files
 from train.model.bin_weights import read_bin
 from train.model.decoder import Decoder
 from train.model.int4_linear import Int4Linear
 from train.model.layouts import DecoderConfig, read_config
-from train.model.published import CONFIG, check_quantised, read_published
+from train.model.loaded_linear import is_quantised, quantize, replace_linears
+from train.model.packed_linear import PackedLinear
+from train.model.published import CONFIG, check_quantised, read_folder_shape, read_published
 from train.model.stops import GENERATION, read_generation
 from train.model.tokenizer import load_tokenizer
 from train.ops.gptq import Scheme
@@ -40,37 +43,46 @@ def read_folder_config(folder: Path) -> tuple[DecoderConfig, dict[str, Any]]:
     return read_config(published, str(folder / CONFIG)), published
 
 
-def keeps_float(folder: Path, device: torch.device) -> bool:
-    """Whether to keep Int4 weights in float32 too: on a CPU whose free memory is twice the whole model in float32.
+def keeps_float(folder: Path, device: torch.device, load_as: str = STORED) -> bool:
+    """Whether to keep packed weights in float32 too: on a CPU whose free memory is twice the whole model in float32.
 
     The results are the same and come faster. A GPU dequantises quickly, and its memory is scarce.
     """
     config, published = read_folder_config(folder)
-    if device.type != "cpu" or not published.get("quantization_config"):
+    if device.type != "cpu" or not (published.get("quantization_config") or load_as != STORED):
         return False
     with torch.device("meta"):
         size = 4 * sum(p.numel() for p in Decoder(config).parameters())
     return bool(2 * size < free_memory())
 
 
-def memory_needed(folder: Path, dtype: torch.dtype, keep_float: bool = False) -> int:
-    """Bytes that the weights of `folder` take when they are loaded in `dtype`: Int4 as stored, and once more in floats.
+def memory_needed(folder: Path, dtype: torch.dtype, keep_float: bool = False, load_as: str = STORED) -> int:
+    """Bytes that the weights of `folder` take when they are loaded in `dtype`: packed ones, and once more in floats.
 
     Args:
-        keep_float: as for `load`.
+        keep_float, load_as: as for `load`.
     """
     model, files = load_structure(folder)
-    expected, _ = _match_tensors(model, files)
+    _match_tensors(model, files)
+    if load_as != STORED:
+        replace_linears(model, model.config.names, load_as)
+    expected = _needed_tensors(model)
     stored = sum(
-        tensor.numel()
-        * (dtype.itemsize if tensor.is_floating_point() and not name.endswith(".scales") else tensor.itemsize)
+        tensor.numel() * (dtype.itemsize if tensor.is_floating_point() and not _is_exact(name) else tensor.itemsize)
         for name, tensor in expected.items()
     )
-    copies = [m.in_features * m.out_features for m in model.modules() if keep_float and isinstance(m, Int4Linear)]
+    copies = [m.in_features * m.out_features for m in model.modules() if keep_float and isinstance(m, PackedLinear)]
     return stored + dtype.itemsize * sum(copies)
 
 
-def check_memory(folder: Path, dtype: torch.dtype, device: torch.device, keep_float: bool = False) -> None:
+def _is_exact(name: str) -> bool:
+    """Whether a tensor keeps its dtype: it is part of a packed weight."""
+    return name.endswith((".scales", ".absmax", ".absmax_scales", ".absmax_mean"))
+
+
+def check_memory(
+    folder: Path, dtype: torch.dtype, device: torch.device, keep_float: bool = False, load_as: str = STORED
+) -> None:
     """Refuse to load on a CPU what does not fit into its free memory, before anything is read.
 
     Raises:
@@ -78,7 +90,7 @@ def check_memory(folder: Path, dtype: torch.dtype, device: torch.device, keep_fl
     """
     if device.type != "cpu":
         return
-    needed, free = memory_needed(folder, dtype, keep_float), free_memory()
+    needed, free = memory_needed(folder, dtype, keep_float, load_as), free_memory()
     if needed > free:
         raise UserError(
             f"{folder}: {needed / 1e9:.1f} GB of memory are needed to load it, {free / 1e9:.1f} GB are free. Take an Int4 or "
@@ -193,27 +205,30 @@ def load(
     device: torch.device | str = "cpu",
     keep_float: bool = False,
     embedding: str = "device",
+    load_as: str = STORED,
 ) -> Decoder:
     """The model of `folder`, frozen and in evaluation mode; float tensors in `dtype`, Int4 as stored.
 
     Args:
-        keep_float: also keep each Int4 weight dequantised in `dtype`: the same results, faster on a CPU, 8 times the
-            memory.
+        keep_float: also keep each packed weight dequantised in `dtype`: the same results, faster on a CPU, 2 to 8 times
+            the memory.
         embedding: device, or host: its table never goes to `device` (unless the head shares it).
+        load_as: stored; or nf4, fp4, int8: the linears of the blocks of a float checkpoint are quantised, one by one.
     Raises:
         UserError: an architecture, scheme or file that this program cannot read; tensors missing or left over; too
-            little memory on a CPU.
+            little memory on a CPU; a checkpoint that is quantised already, with `load_as`.
     """
     model, files = load_structure(folder)
-    check_memory(folder, dtype, torch.device(device), keep_float)
+    read_folder_shape(folder, load_as)  # refuses what cannot be loaded so
+    check_memory(folder, dtype, torch.device(device), keep_float, load_as)
     host_embedding = embedding == "host" and not model.config.tie_word_embeddings
-    _load_weights(model, files, dtype, torch.device(device), host_embedding)
+    _load_weights(model, files, dtype, torch.device(device), host_embedding, load_as)
     model.tie_weights()
     if host_embedding:
         model.keep_embedding_on_host()
     model.requires_grad_(False).eval()
     if keep_float:
-        packed = [module for module in model.modules() if isinstance(module, Int4Linear)]
+        packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
         on_cores(lambda linear: linear.keep_float(dtype), packed, most=None if model.device.type == "cpu" else 1)
     return model
 
@@ -289,9 +304,8 @@ def _match_tensors(model: Decoder, files: dict[str, Path]) -> tuple[dict[str, Te
     Raises:
         UserError: a tensor is missing or left over.
     """
-    expected = dict(model.state_dict())
+    expected = _needed_tensors(model)
     if model.config.tie_word_embeddings:
-        expected.pop("lm_head.weight")
         files = {name: file for name, file in files.items() if name != "lm_head.weight"}
     missing, extra = sorted(expected.keys() - files.keys()), sorted(files.keys() - expected.keys())
     if missing or extra:
@@ -299,19 +313,33 @@ def _match_tensors(model: Decoder, files: dict[str, Path]) -> tuple[dict[str, Te
     return expected, files
 
 
+def _needed_tensors(model: Decoder) -> dict[str, Tensor]:
+    """Name -> tensor of everything that is loaded; a tied head is not."""
+    tensors = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight")
+    return tensors
+
+
 def _load_weights(
-    model: Decoder, files: dict[str, Path], dtype: torch.dtype, device: torch.device, host_embedding: bool
+    model: Decoder, files: dict[str, Path], dtype: torch.dtype, device: torch.device, host_embedding: bool, load_as: str
 ) -> None:
     """Load the weights onto the device; with `host_embedding` the embedding's table stays on the CPU."""
     expected, files = _match_tensors(model, files)
     layout = model.config.names
+    if load_as != STORED:
+        replace_linears(model, layout, load_as)
     table = f"{layout.root}.{layout.embed}.weight"
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in read_tensors(files):
         if name.endswith(".g_idx"):
             _check_groups(name, tensor, groups=len(expected[f"{name.removesuffix('g_idx')}scales"]))
         cast = tensor.dtype.is_floating_point and not name.endswith(".scales")  # scales are part of the Int4 format
         target = torch.device("cpu") if host_embedding and name == table else device
+        if load_as != STORED and is_quantised(name, layout):
+            module = name.removesuffix(".weight")
+            state |= {f"{module}.{part}": value for part, value in quantize(tensor.to(device), load_as, name).items()}
+            continue
         state[name] = tensor.to(target, dtype if cast else tensor.dtype)
     model.load_state_dict(state, strict=False, assign=True)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from train.common.errors import UserError
 from train.model import config_keys
-from train.model.architecture import Shape, read_architecture, read_shape
+from train.model.architecture import STORED, Shape, read_architecture, read_shape
 from train.model.base_files import check_settings, packed_linears, read_object, weights_present
 from train.model.tokenizer import TOKENIZERS, load_tokenizer
 
@@ -35,9 +35,13 @@ def read_published(folder: Path) -> dict[str, Any]:
     return kept if section is None else {**kept, "quantization_config": section}
 
 
-def read_folder_shape(folder: Path) -> Shape:
-    """The shape of a folder. Raises UserError as `read_published` and `read_shape` do."""
-    return read_shape(read_published(folder), str(folder / CONFIG))
+def read_folder_shape(folder: Path, load_as: str = STORED) -> Shape:
+    """The shape of a folder, its weights loaded as `load_as`.
+
+    Raises:
+        UserError: as `read_published`, `read_shape` and `Shape.loaded` do.
+    """
+    return read_shape(read_published(folder), str(folder / CONFIG)).loaded(load_as, str(folder))
 
 
 def check_without_torch(folder: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from train.common.files import write_text
 from train.runs.folder import LOSSES, TENSORBOARD
+from train.runs.trackers import Trackers
 
 CHARTED = ("loss", "learning_rate", "grad_norm", "held_out_loss")  # the curves in TensorBoard
 
@@ -102,12 +103,12 @@ class Appender:
 
 
 class LossLog:
-    """losses.jsonl and tensorboard/ of a run that starts, or continues after `first` steps."""
+    """losses.jsonl, tensorboard/ and `trackers` of a run that starts, or continues after `first` steps."""
 
-    def __init__(self, run: Path, first: int) -> None:
+    def __init__(self, run: Path, first: int, trackers: Trackers | None = None) -> None:
         (run / TENSORBOARD).mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._losses = Appender(run / LOSSES)
+        self._losses, self._trackers = Appender(run / LOSSES), trackers
         self._tensorboard = Appender(run / TENSORBOARD / name)
         self._tensorboard.write(_event(file_version="brain.Event:2"))
         if first:  # TensorBoard then drops later points: an earlier process computed them and was cut off
@@ -117,6 +118,8 @@ class LossLog:
         self._losses.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         values = {key: row[key] for key in CHARTED if row.get(key) is not None}
         self._tensorboard.write(_event(step=row["step"], values=values))
+        if self._trackers:
+            self._trackers.write(row["step"], values)
 
     def settle(self) -> None:
         """Put every line so far on the disk.
@@ -129,6 +132,8 @@ class LossLog:
     def close(self) -> None:
         self._losses.close()
         self._tensorboard.close()
+        if self._trackers:
+            self._trackers.close()
 
 
 def _event(

@@ -41,7 +41,7 @@ def step_bytes(folder: Path, recipe: Recipe) -> int:
 
 def training_bytes(folder: Path, recipe: Recipe, adapter_parameters: int, keep_float: bool = False) -> int:
     """Everything that one process takes to train on a CPU: weights, adapter with its optimizer, a micro batch."""
-    weights = memory_needed(folder, torch.float32, keep_float)
+    weights = memory_needed(folder, torch.float32, keep_float, recipe.load_as)
     values = 4 if recipe.start == "random" else 5  # weight, gradient, two moments; what the weight began with
     return PROCESS_BYTES + weights + values * FLOAT * adapter_parameters + step_bytes(folder, recipe)
 

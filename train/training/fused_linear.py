@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from train.model.int4_linear import Int4Linear
+from train.model.packed_linear import PackedLinear
 from train.ops.attention import Tokens
 from train.ops.dropout import Dropout
 from train.ops.kernels import Border
@@ -43,10 +43,10 @@ class FusedLinear:
     """
 
     def __init__(self, linears: Sequence[Any], layer_id: int) -> None:
-        """linears: nn.Linear or Int4Linear, or peft's LoRA layer around one. layer_id: its own number, for dropout."""
+        """linears: nn.Linear or PackedLinear, or peft's LoRA layer around one. layer_id: its own number, for dropout."""
         self.linears, self.layer_id = linears, layer_id
         self.base_layers: list[Any] = [getattr(m, "base_layer", m) for m in linears]
-        self.is_int4 = all(isinstance(base, Int4Linear) for base in self.base_layers)
+        self.is_packed = all(isinstance(base, PackedLinear) for base in self.base_layers)
         self.in_features = int(self.base_layers[0].in_features)
         self.columns = _slices([int(base.out_features) for base in self.base_layers])  # of y, a slice for each layer
         self.out_features = self.columns[-1].stop
@@ -59,7 +59,7 @@ class FusedLinear:
         self.bias = self._concatenated_bias()
         # How many extra columns h and dy should have. With dropout the mask applies to grad_lora_a_out @ A but not to
         # dy @ Wᵀ, so the two cannot be one matrix product.
-        self.extra_columns = self.rank if self.is_int4 else 0
+        self.extra_columns = self.rank if self.is_packed else 0
         self.extra_grad_columns = 0 if self.dropout_rate else self.extra_columns
 
     def parameters(self) -> list[nn.Parameter]:
@@ -173,10 +173,10 @@ class FusedLinear:
         self.grad_A.addmm_(grad_lora_a_out.t(), h, beta=int(add))
 
     def _weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """(columns of y, their weight [K, n]): all columns at once for Int4 layers, else one layer after the other."""
-        if not self.is_int4:
+        """(columns of y, their weight [K, n]): all columns at once for packed layers, else one layer after the other."""
+        if not self.is_packed:
             for columns, linear, base in zip(self.columns, self.linears, self.base_layers):
-                weight = base.dequantized(dtype) if isinstance(base, Int4Linear) else base.weight.to(dtype)
+                weight = base.dequantized(dtype) if isinstance(base, PackedLinear) else base.weight.to(dtype)
                 if (start := _start(linear, dtype)) is not None:
                     weight = weight.addmm(start.B, start.A, alpha=-self.scale)  # the base's own stays as it is
                 yield columns, weight.t()
@@ -200,8 +200,8 @@ class FusedLinear:
     def _dequantized(
         self, dtype: torch.dtype, borders: Sequence[Border | None] = (), rows_below: int = 0, columns_right: int = 0
     ) -> Tensor:
-        """W [K, N] of Int4 layers, with rows below it and columns to its right, which `borders` fill."""
-        device = self.base_layers[0].qweight.device
+        """W [K, N] of packed layers, with rows below it and columns to its right, which `borders` fill."""
+        device = self.base_layers[0].device
         whole = torch.empty(
             self.in_features + rows_below, self.out_features + columns_right, dtype=dtype, device=device
         )

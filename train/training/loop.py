@@ -8,7 +8,7 @@ the same bytes. The price is one small all-reduce per step, for the loss and the
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from train.common.errors import first_few
 from train.common.progress import Meter
 from train.config.recipe import Recipe
-from train.runs import checkpoint
+from train.runs import checkpoint, trackers
 from train.runs.folder import CHECKPOINTS
 from train.runs.losses import LossLog
 from train.runs.resume import resume_point
@@ -278,7 +278,7 @@ def _open_output(run: RunState, engine: Engine, first: int, closing: ExitStack) 
     """Open everything that is written to. `closing` closes it in the reverse order, whatever ends the run."""
     log = meter = None
     if run.is_first:
-        meter, log = closing.enter_context(Meter(len(run.schedule), first)), LossLog(run.folder, first)
+        meter, log = closing.enter_context(Meter(len(run.schedule), first)), _open_log(run, first)
         closing.callback(log.close)
     background = run.device.type == "cuda" if run.recipe.background == "auto" else run.recipe.background == "on"
     saver = Saver(run.folder, run.recipe.keep, background, log)
@@ -287,6 +287,10 @@ def _open_output(run: RunState, engine: Engine, first: int, closing: ExitStack) 
         engine.allocate_pinned_buffers()
     closing.callback(saver.join)  # runs first: waits for the checkpoint that is being written
     return _Output(saver, log, meter)
+
+
+def _open_log(run: RunState, first: int) -> LossLog:
+    return LossLog(run.folder, first, trackers.start(run.folder, asdict(run.recipe)))
 
 
 def _add_timings(run: RunState, saver: Saver) -> None:

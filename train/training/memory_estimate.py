@@ -160,14 +160,8 @@ def stage_parts(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
 
 
 def block_weight_bytes(shape: Shape) -> int:
-    """The frozen linears of all blocks: codes, scale and zero of each group, group of each row; biases and norms."""
-    total = 0
-    for _, k, n in shape.linears():
-        if shape.bits == 16:
-            total += BYTES_16 * k * n
-        else:
-            groups = k // shape.group
-            total += k * n * shape.bits // 8 + groups * n * 2 + groups * n * shape.bits // 8 + 4 * k
+    """The frozen linears of all blocks, their biases, and the norms."""
+    total = sum(BYTES_16 * k * n if shape.bits == 16 else shape.packed_bytes(k, n) for _, k, n in shape.linears())
     return shape.layers * (total + BYTES_16 * shape.vectors)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.config.recipe import Recipe
-from train.model.architecture import Shape
+from train.model.architecture import STORED, Shape
 from train.training.memory_estimate import ADAPTER_BYTES, GIB, Estimate, Setting, estimate
 from train.training.step_sizes import ROW_MULTIPLE
 
@@ -90,14 +90,17 @@ def can_plan(capability: tuple[int, int] | None, recipe: Recipe) -> bool:
     return capability is not None and capability >= FLASH_CAPABILITY and recipe.precision != "fp32" and not recipe.dora
 
 
-def least_bytes(model: "Decoder", folder: Path, recipe: Recipe, adapter_parameters: int) -> int:
+def least_bytes(model: "Decoder", folder: Path, recipe: Recipe, adapter_parameters: int, shape: Shape) -> int:
     """Weights, adapter and its optimizer: what training takes at least on a card, where a step cannot be planned.
 
     Args:
         model: the base without contents, on the meta device. folder: its files, whose sizes are those of Int4 weights.
+        shape: the base's, with load_as= of the recipe.
     """
     quantised = any(name.endswith("qweight") for name, _ in model.named_buffers())
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     width = 4 if recipe.precision == "fp32" else 2
     weights = width * sum(parameter.numel() for parameter in model.parameters())
+    if shape.load_as != STORED:
+        weights -= shape.layers * sum(width * k * n - shape.packed_bytes(k, n) for _, k, n in shape.linears())
     return ADAPTER_BYTES * adapter_parameters + (stored if quantised and stored else weights)

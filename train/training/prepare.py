@@ -29,11 +29,13 @@ from train.data.tokens.encoding import TokenArrays
 from train.data.tokens.samples import Sample, samples_of
 from train.model import lora
 from train.model.adapter_file import AdapterFile, read_adapter
+from train.model.architecture import STORED
 from train.model.decoder import Decoder
 from train.model.folder import resolve
 from train.model.layouts import DecoderConfig
 from train.model.loading import load, read_folder_config
 from train.model.lora_start import RANDOM, check_rank
+from train.model.published import read_folder_shape
 from train.model.stops import no_chat_model, thinking_note
 from train.model.tokenizer import Tokenizer, load_tokenizer
 from train.runs import folder, provenance
@@ -95,6 +97,7 @@ def prepare(
     base, adapter = _read_base(recipe, data, options, parent, models)
     base_hashes = in_background(lambda: provenance.hash_folder(base))  # hashing leaves the other cores to the data
     config, _ = read_folder_config(base)
+    read_folder_shape(base, recipe.load_as)  # refuses a base that cannot be loaded so
     targets = lora.targets(config.layout, recipe.targets)
     check_rank(recipe.start, recipe.rank, targets, config)
     if parent is not None and adapter is not None:
@@ -325,7 +328,7 @@ def decisions(
     zero_stage: int,
     keep_float: bool,
 ) -> list[str]:
-    """What was decided for the user, a line each. keep_float: whether Int4 weights are also kept in float32."""
+    """What was decided for the user, a line each. keep_float: whether packed weights are also kept in float32."""
     recipe, schedule = prepared.recipe, prepared.schedule
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     reason = "chosen for this device" if recipe.precision == "auto" else f"as precision={recipe.precision} says"
@@ -347,10 +350,15 @@ def decisions(
             "" if device.type == "cpu" else ", by torch's autograd and without the fused passes: slower than dora=off"
         )
         lines.append(f"dora=on: the length of each row of the adapted weights is trained too{passes}.")
-    lines += adapter_start.note(recipe, "quantization_config" in read_folder_config(prepared.base)[1])
+    lines += adapter_start.note(recipe, recipe.load_as != STORED or "quantization_config" in read_folder_config(prepared.base)[1])
+    if recipe.load_as != STORED:
+        lines.append(
+            f"load_as={recipe.load_as}: the linears of the blocks are quantised when they are loaded; training, answers and "
+            "exports use these weights."
+        )
     if keep_float:
         lines.append(
-            "the Int4 weights are also kept in float32: there is memory for it, and it is faster, with the same results."
+            "the quantised weights are also kept in float32: there is memory for it, and it is faster, with the same results."
         )
     if device.type == "cuda":
         lines += host_memory_notes(recipe, prepared.base)
@@ -374,7 +382,7 @@ def host_memory_notes(recipe: Recipe, base: Path) -> list[str]:
 def load_model(prepared: PreparedRun, device: torch.device, dtype: torch.dtype, keep_float: bool) -> Any:
     """The frozen base with adapters: fresh ones, or those of the run that this one starts from."""
     recipe = prepared.recipe
-    model = lora.attach(load(prepared.base, dtype, device, keep_float, recipe.embedding), recipe)
+    model = lora.attach(load(prepared.base, dtype, device, keep_float, recipe.embedding, recipe.load_as), recipe)
     if prepared.parent is not None:
         lora.copy_adapter(read_adapter(adapter_folder(prepared.parent)), model)
     model.get_base_model().set_checkpointing(recipe.checkpointing)

@@ -41,12 +41,12 @@ def _check_memory(prepared: PreparedRun, device: torch.device, rank_info: RankIn
     recipe, config = prepared.recipe, read_folder_config(prepared.base)[0]
     parameters = adapter_parameters(config, lora.targets(config.layout, recipe.targets), recipe.rank, recipe.dora)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", rank_info.world_size))  # processes on this machine
-    cpu_memory.check(prepared.base, recipe, parameters, keeps_float(prepared.base, device), here)
+    cpu_memory.check(prepared.base, recipe, parameters, keeps_float(prepared.base, device, recipe.load_as), here)
 
 
 def _load_and_train(prepared: PreparedRun, devices: Devices, rank_info: RankInfo, checkpoint: Path | None) -> bool:
     recipe, device, dtype = prepared.recipe, devices.device, devices.dtype
-    keep_float, stage = keeps_float(prepared.base, device), zero_stage(recipe, dtype)
+    keep_float, stage = keeps_float(prepared.base, device, recipe.load_as), zero_stage(recipe, dtype)
     notes = [*prepared.notes, *decisions(prepared, rank_info, device, dtype, stage, keep_float)]
     if rank_info.rank == 0:
         print("\n".join(notes), flush=True)

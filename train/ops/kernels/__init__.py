@@ -9,10 +9,20 @@ import sys
 
 import torch
 
+from train.ops.kernels.eight_bit_dequantize import dequantize_eight_bit
+from train.ops.kernels.four_bit_dequantize import dequantize_four_bit
 from train.ops.kernels.gptq_dequantize import Border, dequantize
 from train.ops.kernels.runtime import INTERPRETED, triton
 
-__all__ = ["INTERPRETED", "Border", "dequantize", "generation", "usable"]
+__all__ = [
+    "INTERPRETED",
+    "Border",
+    "dequantize",
+    "dequantize_eight_bit",
+    "dequantize_four_bit",
+    "generation",
+    "usable",
+]
 
 
 @functools.cache
