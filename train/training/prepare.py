@@ -39,6 +39,7 @@ from train.runs import folder, provenance
 from train.runs.folder import CHECKPOINTS, adapter_folder
 from train.runs.resume import check_unchanged, fitted_accumulation
 from train.training.distributed import RankInfo
+from train.training.gradient_shares import check_shares
 from train.training.parent_adapter import about_parent, parent_notes, read_parent
 
 
@@ -88,6 +89,7 @@ def prepare(
     """
     check_settings(recipe)
     check_measured(recipe)
+    check_shares(recipe, processes)
     options = ReadOptions(recipe.columns, seed=recipe.seed, keep_empty=keeps_empty(recipe.clean))
     base, adapter = _read_base(recipe, data, options, parent, models)
     base_hashes = in_background(lambda: provenance.hash_folder(base))  # hashing leaves the other cores to the data
