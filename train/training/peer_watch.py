@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from train.common.errors import UserError
 from train.training import distributed
@@ -113,7 +114,7 @@ def watching(rank_info: RankInfo) -> Iterator[None]:
 
     Every process enters it, once it has joined the process group.
     """
-    if rank_info.world_size == 1 or len(set(distributed.all_gather(socket.gethostname()))) == 1:
+    if rank_info.world_size == 1 or len(set(distributed.all_gather(_machine()))) == 1:
         yield
         return
     watch = PeerWatch(_connect(rank_info), lambda name, why: _end(rank_info, name, why))
@@ -126,6 +127,12 @@ def watching(rank_info: RankInfo) -> Iterator[None]:
         watch.thread.join(ERROR_WAIT)
         raise
     watch.close()
+
+
+def _machine() -> tuple[str, str]:
+    """What tells machines apart: containers of several may have one host name."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname(), boot_id.read_text() if boot_id.exists() else ""
 
 
 def _connect(rank_info: RankInfo) -> dict[str, socket.socket]:
