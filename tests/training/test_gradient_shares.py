@@ -14,6 +14,7 @@ import torch
 
 from tests.support.tiny_training import ROOT, adapter, losses, train
 from train.common.errors import UserError
+from train.common.files import read_json
 from train.config.recipe import Recipe
 from train.training import gradient_shares, step_setting
 from train.training.gradient_shares import GradientShares, check_shares, micro_batch_seed
@@ -169,7 +170,6 @@ def run_all(runs: list[tuple[int, dict[str, object]]]) -> None:
 
 
 PATHS: dict[str, dict[str, object]] = {
-    "zero-0": {"zero": 0},
     "zero-1-lora-plus": {"zero": 1, "lora_plus": 4},
     "zero-2-held-out": {"held_out": 2, "near": 1, "neftune": 5},
     "fused": {"fused": 1},
@@ -179,14 +179,17 @@ PATHS: dict[str, dict[str, object]] = {
 
 @pytest.mark.slow
 def test_one_two_and_four_processes_write_the_same_bytes(workspace: Path) -> None:
-    """With dropout, clipped gradients and short steps; stopped after steps 1, 2 and 3 and continued as 4, 2, 1, 4 too."""
+    """With dropout, clipped gradients and short steps; and a run that is stopped and continued as 4 → 2 → 1 → 4."""
     keys = {**KEYS, "rows_per_step": 16, "batch": 2, "shares": 4, "dropout": 0.1, "clip": 1, "save_every": 1}
     runs = [(n, {**keys, **path, "run": f"{name}-{n}"}) for name, path in PATHS.items() for n in (1, 2, 4)]
-    runs += [(n, {**keys, "run": "walk", "signal_at": step}) for step, n in enumerate((4, 2, 1))]
-    run_all([*runs, (4, {**keys, "run": "walk"}), (1, {**keys, "run": "straight"})])
+    long = {**keys, "steps": 8, "epochs": 8}
+    walk = [(4, 0), (2, 2), (1, 4)]  # a signal after that step ends the run within the next one, or after it
+    runs += [(n, {**long, "run": "walk", "signal_at": step}) for n, step in walk]
+    run_all([*runs, (4, {**long, "run": "walk"}), (1, {**long, "run": "straight"})])
     for name in PATHS:
         first, *others = [(losses(f"{name}-{n}"), adapter(f"{name}-{n}")) for n in (1, 2, 4)]
         assert others == [first, first], name
         assert first[0][0]["grad_norm"] > 1, "clipped"
     assert (losses("walk"), adapter("walk")) == (losses("straight"), adapter("straight"))
-    assert len(losses("walk")) == 4
+    starts = read_json(Path("runs/walk/run.json"))["starts"]
+    assert [(start["after"], start["processes"]) for start in starts] == [(0, 4), (2, 2), (4, 1), (5, 4)]

@@ -25,7 +25,7 @@ from train.model.lora import trainable
 from train.ops import kernels
 from train.training.adamw import RATIO, make_adamw, make_vector_adamw
 from train.training.deepspeed_config import deepspeed_config, zero_stage
-from train.training.gradient_shares import GradientShares
+from train.training.gradient_shares import shares_of
 from train.training.graph_step import GraphStep
 from train.training.optimizer_state import MASTER, MOMENTS, STATE_KEYS, OptimizerState
 from train.training.state_buffers import StateBuffers
@@ -135,7 +135,7 @@ class Engine:
         self.state = OptimizerState(self.engine, self.parameters)
         self.buffers = StateBuffers(pin=self.device.type == "cuda")
         _fix_gradient_norm(self.engine.optimizer)
-        self.shares = self._gradient_shares()
+        self.shares = shares_of(recipe, self.parameters.values(), world_size)
         self.engine.train()
         self.state.allocate()
         self.state.write_masters(
@@ -157,14 +157,6 @@ class Engine:
         sharded = self.world_size > 1 and zero_stage(self.recipe, self.dtype) > 0
         rank = torch.distributed.get_rank() if sharded else 0
         return make_vector_adamw(self.recipe, self.fused.vector, self.fused.layout.offsets, rank)
-
-    def _gradient_shares(self) -> GradientShares | None:
-        """What adds the gradients in DeepSpeed's place, with shares=; None without it."""
-        if self.recipe.shares == 1:
-            return None
-        sizes = [p.numel() for p in self.parameters.values()]
-        per_share = self.recipe.accumulation * self.world_size // self.recipe.shares
-        return GradientShares(sizes, self.device, per_share, torch.distributed.get_rank(), self.world_size)
 
     def _config(self, dtype: torch.dtype) -> dict[str, Any]:
         config = deepspeed_config(self.recipe, dtype)

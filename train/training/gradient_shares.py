@@ -11,7 +11,7 @@ instead, in an order that follows their number. The fixed order takes log2 S mor
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -59,6 +59,15 @@ class GradientShares:
             total.add_(_exchange(total, self.rank ^ distance))
             distance *= 2
         return total
+
+
+def shares_of(recipe: Recipe, parameters: Iterable[Tensor], world_size: int) -> GradientShares | None:
+    """What adds the gradients of `parameters` in DeepSpeed's place, with shares=; None without it."""
+    if recipe.shares == 1:
+        return None
+    every = list(parameters)
+    per_share = recipe.accumulation * world_size // recipe.shares
+    return GradientShares([p.numel() for p in every], every[0].device, per_share, dist.get_rank(), world_size)
 
 
 def _exchange(own: Tensor, partner: int) -> Tensor:
