@@ -52,9 +52,10 @@ def _load_and_train(prepared: PreparedRun, devices: Devices, rank_info: RankInfo
         print("\n".join(notes), flush=True)
         sweep(prepared.folder)
     distributed.join(rank_info, device.type == "cuda")
-    engine = Engine(load_model(prepared, device, dtype, keep_float), recipe, dtype, rank_info.world_size)
-    with peer_watch.watching(rank_info), closing(engine):  # closed: the next stage needs its memory
-        return _train(prepared, _run_state(prepared, devices, rank_info), engine, notes, checkpoint)
+    with peer_watch.watching(rank_info):
+        engine = Engine(load_model(prepared, device, dtype, keep_float), recipe, dtype, rank_info.world_size)
+        with closing(engine):  # the next stage needs its memory
+            return _train(prepared, _run_state(prepared, devices, rank_info), engine, notes, checkpoint)
 
 
 def _run_state(prepared: PreparedRun, devices: Devices, rank_info: RankInfo) -> RunState:
