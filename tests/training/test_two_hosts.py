@@ -4,6 +4,7 @@ As root: pytest -m slow tests/training/test_two_hosts.py
 """
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -108,23 +109,30 @@ def test_two_machines_compute_what_one_does(
     assert (losses(run), adapter(run)) == one_machine
 
 
-def test_machines_with_other_data_or_another_lock_do_not_start(machines: Machines) -> None:
-    """Before the first step: each reads the files of its own disk."""
+def test_machines_with_another_lock_or_other_files_do_not_start(machines: Machines) -> None:
+    """Before the first step: the second machine has a copy of everything, and in each a line of its own."""
     other = Path("other")
-    shutil.copytree(ROOT, other, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "models", "*cache*"))
-    (other / "env.lock").write_text((ROOT / "env.lock").read_text() + "# edited\n")
+    shutil.copytree(ROOT / "train", other / "train", ignore=shutil.ignore_patterns("__pycache__"))
+    (other / "data").mkdir()
+    shutil.copy(ROOT / "data" / "models.lock", other / "data")
+    shutil.copytree("models", other / "models")
+    edited = {ROOT / "env.lock": other / "env.lock", Path("data.jsonl"): other / "data.jsonl"}
+    config = Path("models/tiny-Int4/config.json")
+    for source, copy in {**edited, config: other / config}.items():
+        copy.write_text(source.read_text() + "\n")
     first, second = machines
     meeting = ["WORLD_SIZE=2", f"MASTER_ADDR={first.name}", "MASTER_PORT=29522"]
-    words = program("differ")
+    own = program("differ", data="other/data.jsonl", models="other/models")
     commands = {
-        first: ["env", *meeting, "RANK=0", sys.executable, *words],
-        second: ["env", *meeting, "RANK=1", f"PYTHONPATH={other.resolve()}", sys.executable, *words],
+        first: ["env", *meeting, "RANK=0", sys.executable, *program("differ")],
+        second: ["env", *meeting, "RANK=1", f"PYTHONPATH={other.resolve()}", sys.executable, *own],
     }
     started = Started(commands, ENV, "differ")
     assert [started.wait(machine) for machine in machines] == [2, 2], started.text()
-    assert f"on {first.name}" in started.text() and "env.lock:" in started.text()
-    assert "data:" not in started.text().split("would not start from the same")[1]
-    assert not Path("runs/differ/losses.jsonl").exists()
+    said = started.text()
+    listed = re.findall(rf"^  ([^:]+): \w+ on {first.name}, \w+ on {second.name}$", said, flags=re.M)
+    assert {*listed} == {"env.lock", "data", "base"}, said
+    assert not Path("runs/differ").exists(), "nothing is changed"
 
 
 @pytest.mark.parametrize(
