@@ -143,7 +143,7 @@ def test_a_machine_that_is_gone_is_reported_and_the_other_goes_on(
 ) -> None:
     """Its losses are then those of a run that nothing happened to."""
     run = f"lost-{launcher.__name__}-{end.__name__}"
-    keys = {"steps": 60, "save_every": 2, "epochs": 100}
+    keys = {"steps": 30, "save_every": 2, "epochs": 100}
     with two_machines(workspace) as (first, second):
         started = launcher((first, second), program(run, **keys), run)
         _wait_for_checkpoint(run, started)
@@ -156,7 +156,7 @@ def test_a_machine_that_is_gone_is_reported_and_the_other_goes_on(
     assert f"stopped on {first.name}: process 1 on {second.name} is gone" in said
     assert "Start the same command on the machines that are left" in said
     done = len(losses(run))
-    assert 2 <= done < 60
+    assert 2 <= done < 30
     train(run=run, **{**KEYS, **keys})
     train(run=f"{run}-never", **{**KEYS, **keys})
     assert (losses(run), adapter(run)) == (losses(f"{run}-never"), adapter(f"{run}-never"))
