@@ -17,7 +17,10 @@ ROOT = Path(__file__).parent.parent
 FRONT = ["README.md", "README.zh.md"]  # the same page in two languages
 READMES = [
     *FRONT,
-    *(f"{folder}/README.md" for folder in ("data", "docker", "tests/bench", "tests/faults", "train", "train/recipes")),
+    *(
+        f"{folder}/README.md"
+        for folder in ("data", "docker", "docker/machines", "tests/bench", "tests/faults", "train", "train/recipes")
+    ),
 ]
 WITHOUT_MAKE = {"train/README.md"}  # it describes the code
 RECIPES = ROOT / "train" / "recipes"
@@ -29,7 +32,8 @@ KEYS["bench"] = {f.name.upper() for f in fields(bench.Options)}
 LINES, TREE_LINES = 130, 15  # what a person reads before the first command must stay short
 # lines of a block that are commands, not files, JSON or a Modelfile
 COMMAND = re.compile(
-    r"^    ((?:[A-Z_]+=\S+ )?(?:make|docker|mpirun|vllm|python|ollama|export) .*?)(?: +#.*)?$", flags=re.M
+    r"^    ((?:[A-Z_]+=\S+ )?(?:make|docker|mpirun|torchrun|sbatch|kubectl|vllm|python|ollama|export) .*?)(?: +#.*)?$",
+    flags=re.M,
 )
 
 

@@ -112,6 +112,11 @@ class Recipe:
         interval="[1, 65536]",
         auto=True,
     )
+    shares: int = option(
+        1,
+        "add a step's gradients in this many fixed shares: 1, 2, 4 … processes up to it write the same bytes; 1 = off",
+        interval="[1, 64]",
+    )
     learning_rate: float = option(3e-4, "peak learning rate", interval="(0, 1]")
     lora_plus: float = option(
         1.0, "LoRA+: the learning rate of B is this many times that of A; 1 = the same", interval="[1, 1000]"

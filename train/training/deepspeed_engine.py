@@ -1,7 +1,7 @@
 """DeepSpeed under one training step: forward, backward, the optimizer's update, and all of its state by parameter name.
 
-Knows gradients, AdamW's moments and loss scales; nothing of data, files or progress. Every private name of DeepSpeed
-that the program uses is in this file. Only the adapters are trained: they are cast to the compute dtype and have
+Knows gradients, AdamW's moments and loss scales; nothing of data, files or progress. The private names of DeepSpeed
+that the program uses are in this file and in optimizer_state.py. Only the adapters are trained: they are cast to the compute dtype and have
 float32 masters in the optimizer, while the frozen base keeps its own dtype. The caller passes the learning rate at
 every step, so there is no scheduler whose state would have to be saved. On a GPU, DeepSpeed gets a single parameter,
 the vector of all adapters (graph_step.py): its Python work is per parameter and step, and for hundreds of small
@@ -12,7 +12,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 from unittest.mock import patch
@@ -25,12 +25,11 @@ from train.model.lora import trainable
 from train.ops import kernels
 from train.training.adamw import RATIO, make_adamw, make_vector_adamw
 from train.training.deepspeed_config import deepspeed_config, zero_stage
+from train.training.gradient_shares import shares_of
 from train.training.graph_step import GraphStep
+from train.training.optimizer_state import MASTER, MOMENTS, STATE_KEYS, OptimizerState
 from train.training.state_buffers import StateBuffers
 
-MASTER = ""  # the key of the float32 master weights; the other keys are those of AdamW's moments
-MOMENTS = ("exp_avg", "exp_avg_sq")
-STATE_KEYS = (MASTER, *MOMENTS)
 VECTOR = "vector"  # the name of the one parameter that holds all adapters
 NORM_CHUNK = 1 << 22  # values of a gradient that are converted to float64 at a time for its norm
 FUSED_DEVICES = ("cuda",)  # device types that train with the fused passes
@@ -115,95 +114,6 @@ def _fix_gradient_norm(optimizer: Any) -> None:
     optimizer.get_grad_norm_direct = norm
 
 
-class OptimizerState:
-    """What DeepSpeed's optimizer holds: each parameter's float32 master and AdamW moments, and the count of updates.
-
-    ZeRO shards them over the processes, so every process makes every call that reads or writes a parameter, in the same
-    order.
-    """
-
-    def __init__(self, engine: Any, parameters: Mapping[str, Tensor]) -> None:
-        """engine: DeepSpeed's. parameters: those of the optimizer, by name."""
-        self.engine, self.optimizer, self.parameters = engine, engine.optimizer, parameters
-        # stage 0: DeepSpeed uses torch's optimizer directly, on the parameters themselves
-        self.is_torch_optimizer = isinstance(self.optimizer, torch.optim.Optimizer)
-        self._adamw: torch.optim.Optimizer = self.optimizer if self.is_torch_optimizer else self.optimizer.optimizer
-
-    def allocate(self) -> None:
-        """Create AdamW's state before its first step where it is missing, and ZeRO's map from parameters into it."""
-        shards = getattr(self.optimizer, "fp32_partitioned_groups_flat", None)  # stage 3
-        for p in shards or [p for group in self._adamw.param_groups for p in group["params"]]:
-            if not self._adamw.state[p]:
-                device = p.device if self._adamw.defaults["fused"] else None  # the fused AdamW counts on the GPU
-                moments = {key: torch.zeros_like(p) for key in MOMENTS}
-                self._adamw.state[p] = {"step": torch.tensor(0.0, device=device), **moments}
-        link = getattr(self.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """The whole shape of every parameter; under ZeRO 3 the parameter itself is empty between uses."""
-        return {name: getattr(p, "ds_shape", p.shape) for name, p in self.parameters.items()}
-
-    def read(self, name: str, key: str) -> Tensor:
-        """The whole master (MASTER) or moment of one parameter, on its device; valid until the next step."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        p = self.parameters[name]
-        if self.is_torch_optimizer:
-            local: Tensor = p.detach() if key == MASTER else self.optimizer.state[p][key]
-            return local
-        whole: Tensor = safe_get_full_fp32_param(p) if key == MASTER else safe_get_full_optimizer_state(p, key)
-        return whole
-
-    def write_masters(self, masters: Mapping[str, Tensor]) -> None:
-        """Set every float32 master, and the parameter that the passes read from it."""
-        from deepspeed import zero
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        for name, p in self.parameters.items():
-            value = masters[name].to(self.engine.device)
-            if not self.is_torch_optimizer:
-                safe_set_full_fp32_param(p, value)
-            with zero.GatheredParameters([p], modifier_rank=0, enabled=hasattr(p, "ds_id")):
-                p.data.copy_(value)
-
-    def write_moments(self, key: str, values: Mapping[str, Tensor]) -> None:
-        """Set one of AdamW's moments of every parameter."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        for name, p in self.parameters.items():
-            value = values[name].to(self.engine.device)
-            if self.is_torch_optimizer:
-                self.optimizer.state[p][key].copy_(value)
-            else:
-                safe_set_full_optimizer_state(p, value, key)
-
-    def updates(self) -> int:
-        """Updates that AdamW has made; its bias correction depends on it."""
-        return max(int(state["step"]) for state in self._adamw.state.values() if "step" in state)
-
-    def set_updates(self, count: int) -> None:
-        for state in self._adamw.state.values():
-            if "step" in state:
-                state["step"].fill_(count)
-
-    def scaler(self) -> dict[str, Any]:
-        """The plain values of float16's loss scaler; empty in other dtypes."""
-        scaler = getattr(self.optimizer, "loss_scaler", None)
-        values = vars(scaler).items() if scaler is not None and self.engine.fp16_enabled() else ()
-        return {key: value for key, value in values if isinstance(value, (bool, int, float))}
-
-    def set_scaler(self, values: Mapping[str, Any]) -> None:
-        scaler = getattr(self.optimizer, "loss_scaler", None)
-        for key, value in values.items():
-            setattr(scaler, key, value)
-
-    def overflowed(self) -> bool:
-        """Whether the last step overflowed in float16, so that its update was left out."""
-        return bool(getattr(self.optimizer, "overflow", False) and self.engine.fp16_enabled())
-
-
 class Engine:
     """A model with adapters, ready to train. Every process calls every method, in the same order."""
 
@@ -226,6 +136,7 @@ class Engine:
         self.state = OptimizerState(self.engine, self.parameters)
         self.buffers = StateBuffers(pin=self.device.type == "cuda")
         _fix_gradient_norm(self.engine.optimizer)
+        self.shares = shares_of(recipe, self.parameters.values(), world_size)
         self.engine.train()
         self.state.allocate()
         self.state.write_masters(
@@ -281,7 +192,11 @@ class Engine:
                 undoes.
         """
         total = self.engine(self.to_device(batch) if isinstance(batch, dict) else batch)
-        self.engine.backward(total * (self.world_size / labels), scale_wrt_gas=False)
+        if self.shares is None:
+            self.engine.backward(total * (self.world_size / labels), scale_wrt_gas=False)
+        else:
+            scaled = total * (self.state.loss_scale() / labels)
+            self.shares.add(torch.autograd.grad(scaled, list(self.parameters.values()), allow_unused=True))
         return total.detach()
 
     def step(self, last: bool, rate: float) -> float | None:
@@ -295,6 +210,8 @@ class Engine:
         if last:
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = rate * group.get(RATIO, 1.0)
+            if self.shares is not None:
+                self.state.set_gradient(self.shares.take())
             if self.state.is_torch_optimizer:
                 limit = self.recipe.clip or float("inf")
                 norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))

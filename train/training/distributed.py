@@ -89,10 +89,11 @@ def _set_torch_variables(rank_info: RankInfo, address: str, port: int) -> None:
 
 
 def _own_address() -> str:
-    """This machine's address on its default route. Connecting a UDP socket selects the route and sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))
-        return str(probe.getsockname()[0])
+    """This machine's address on its default route; without one, that of its host name."""
+    try:
+        return launchers.source_address("192.0.2.1")
+    except OSError:
+        return socket.gethostname()
 
 
 def free_port() -> int:
@@ -138,6 +139,7 @@ def join(rank_info: RankInfo, cuda: bool) -> None:
     if cuda:
         torch.cuda.set_device(rank_info.local_rank)
     launchers.use_loopback(rank_info.world_size)
+    launchers.use_route_interface()
     store = None if rank_info.world_size == 1 else _meet(rank_info)
     alone = f"tcp://127.0.0.1:{free_port()}" if store is None else None
     backend = "nccl" if cuda else "gloo"

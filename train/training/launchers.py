@@ -154,6 +154,39 @@ def use_loopback(world_size: int) -> None:
             env["MASTER_ADDR"] = LOOPBACK
 
 
+def use_route_interface() -> None:
+    """Let gloo use the network device on the way to MASTER_ADDR, where processes are on several machines.
+
+    By default it takes the address of the machine's host name: on Debian 127.0.1.1, in a container often none.
+    """
+    env = os.environ
+    if "GLOO_SOCKET_IFNAME" in env or env.get("MASTER_ADDR", "") in ("", LOOPBACK):
+        return
+    import psutil
+
+    try:
+        address = source_address(env["MASTER_ADDR"])
+    except OSError:  # no name, or no way: meeting fails, and says so
+        return
+    devices = [
+        name for name, addresses in psutil.net_if_addrs().items() if address in [one.address for one in addresses]
+    ]
+    if devices and not _is_loopback(address):
+        env["GLOO_SOCKET_IFNAME"] = devices[0]
+
+
+def source_address(target: str) -> str:
+    """This machine's address on the way to `target`. Connecting a UDP socket selects the way and sends nothing.
+
+    Raises:
+        OSError: there is none, or `target` is no name.
+    """
+    family, kind, _, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
 def _is_loopback(address: str) -> bool:
     try:
         return address == "localhost" or ip_address(address).is_loopback

@@ -26,7 +26,8 @@ from train.training import distributed, early_stop, guard, held_out_loss
 from train.training.async_save import Saver, write_together
 from train.training.deepspeed_engine import Engine
 from train.training.distributed import AgreedError
-from train.training.micro_batches import prefetch, take, worst_samples
+from train.training.gradient_shares import micro_batch_seed
+from train.training.micro_batches import number_in_step, prefetch, take, worst_samples
 from train.training.run_state import RunState
 from train.training.save_resume import check_layers, last_checkpoint, resume, save
 from train.training.signals import StopRequest
@@ -137,7 +138,7 @@ def _step(
     began = time.monotonic()
     labels, rate = run.schedule.label_count(step), learning_rate(run.recipe, step, len(run.schedule))
     loss_sums, grad_norm = _update(run, engine, step, max(labels, 1), rate, stop)
-    loss_sum, flags = _all_reduce(loss_sums.sum(), Flags(stop.requested, save_failed))
+    loss_sum, flags = _exchange(loss_sums, Flags(stop.requested, save_failed), run.rank_info.world_size)
     loss = loss_sum / max(labels, 1)
     if fault := run.guard.find_fault(loss, grad_norm, labels):
         _refuse(run, BadStep(step, fault, worst_samples(run, step, loss_sums.tolist())))
@@ -172,6 +173,8 @@ def _update(
         if micro and generators and stop.requested:
             checkpoint.set_rng_state(generators)
             raise StoppedWithinStep
+        if run.recipe.shares > 1:  # the same masks whichever process computes it
+            torch.manual_seed(micro_batch_seed(run.recipe.seed, step, number_in_step(run, micro)))
         sums.append(engine.forward_backward(take(run, engine, step, micro), labels))
         prefetch(run, engine, step, micro)  # while the GPU computes this one
         grad_norm = engine.step(last=micro == run.recipe.accumulation - 1, rate=rate)
@@ -186,12 +189,21 @@ def _may_give_up(run: RunState) -> bool:
     return run.device.type == "cpu" and run.rank_info.world_size == 1 and run.recipe.accumulation > 1
 
 
-def _all_reduce(loss_sum: Tensor, flags: Flags) -> tuple[float, Flags]:
-    """The sum of all processes' losses, and each flag that any process has set; one exchange, float64 [3]."""
-    values = torch.cat([loss_sum[None], loss_sum.new_tensor([float(flag) for flag in flags])])
-    torch.distributed.all_reduce(values)
-    total, *counts = values.tolist()
-    return total, Flags(*(count > 0 for count in counts))
+def _exchange(loss_sums: Tensor, flags: Flags, world_size: int) -> tuple[float, Flags]:
+    """The sum of all processes' losses, and each flag that any process has set; one exchange.
+
+    The sum is exact and then rounded once, so it does not depend on which process computed what.
+
+    Args:
+        loss_sums: of this process's micro batches, float64 [accumulation].
+    """
+    values = torch.cat([loss_sums, loss_sums.new_tensor([float(flag) for flag in flags])])
+    gathered = values.new_empty(world_size * len(values))
+    torch.distributed.all_gather_into_tensor(gathered, values)
+    gathered = gathered.view(world_size, -1)
+    losses = gathered[:, : len(loss_sums)].flatten().tolist()
+    total = math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
+    return total, Flags(*gathered[:, len(loss_sums) :].bool().any(dim=0).tolist())
 
 
 def learning_rate(recipe: Recipe, step: int, total: int) -> float:

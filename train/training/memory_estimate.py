@@ -47,6 +47,7 @@ class Setting:
     targets: str = "all"
     embedding: str = "device"  # device | host
     lora_plus: float = 1.0
+    shares: int = 1
     start: str = "random"
 
     @classmethod
@@ -346,8 +347,9 @@ def logits_bytes(shape: Shape, setting: Setting) -> int:
 
 
 def summed_gradient_bytes(shape: Shape, setting: Setting) -> int:
-    """The float32 sum of the gradients of earlier micro batches."""
-    return 4 * adapter_parameters(shape, setting) if setting.accumulation > 1 else 0
+    """The float32 sum of the gradients of earlier micro batches; with shares= one for each level of their tree."""
+    sums = setting.shares.bit_length() if setting.shares > 1 else int(setting.accumulation > 1)
+    return 4 * adapter_parameters(shape, setting) * sums
 
 
 def update_bytes(shape: Shape, setting: Setting) -> int:

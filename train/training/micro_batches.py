@@ -1,7 +1,8 @@
 """The micro batches of one process: its share of a step's rows, as tensors on the device, one ahead of the GPU.
 
-A step has `batch × accumulation × processes` rows. Micro batches go round the processes: number m of process r starts
-at row (m · processes + r) · batch. So 2 processes × 4 micro batches sum the same rows as 1 × 8.
+A step has `batch × accumulation × processes` rows. Micro batches go round the processes: number m of process r is
+number m · processes + r of the step. So 2 processes × 4 micro batches sum the same rows as 1 × 8. With shares= each
+process has consecutive ones: a branch of the tree in which gradients are added.
 """
 
 import math
@@ -48,8 +49,16 @@ def _load(run: RunState, engine: Engine, step: int, micro: int) -> Any:
 
 def _own_rows(run: RunState, rows: Sequence[PackedRow], micro: int) -> list[PackedRow]:
     """This process's rows of a micro batch; fewer or none at the end of an epoch."""
-    start = (micro * run.rank_info.world_size + run.rank_info.rank) * run.recipe.batch
+    start = number_in_step(run, micro) * run.recipe.batch
     return list(rows[start : start + run.recipe.batch])
+
+
+def number_in_step(run: RunState, micro: int) -> int:
+    """The number of this process's micro batch `micro` among those of all processes."""
+    ranks = run.rank_info
+    if run.recipe.shares > 1:
+        return ranks.rank * run.recipe.accumulation + micro
+    return micro * ranks.world_size + ranks.rank
 
 
 def worst_samples(run: RunState, step: int, loss_sums: list[float]) -> list[str]:

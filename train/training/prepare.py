@@ -43,6 +43,7 @@ from train.runs.folder import CHECKPOINTS, adapter_folder
 from train.runs.resume import check_unchanged, fitted_accumulation
 from train.training import adapter_start
 from train.training.distributed import RankInfo
+from train.training.gradient_shares import check_shares
 from train.training.parent_adapter import about_parent, check_begins_once, parent_notes, read_parent
 
 
@@ -92,6 +93,7 @@ def prepare(
     """
     check_settings(recipe)
     check_measured(recipe)
+    check_shares(recipe, processes)
     check_begins_once(recipe, later_stages)
     options = ReadOptions(recipe.columns, seed=recipe.seed, keep_empty=keeps_empty(recipe.clean))
     base, adapter = _read_base(recipe, data, options, parent, models)

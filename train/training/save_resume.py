@@ -96,6 +96,8 @@ def _other_processes(run: RunState) -> list[str]:
     before, now = run.starts[-2:-1], run.rank_info.world_size
     if not before or before[0]["processes"] == now:
         return []
+    if run.recipe.shares > 1:
+        return [f"{before[0]['processes']} processes before, {now} now: the same bytes (shares={run.recipe.shares})."]
     dropout = " From here on dropout draws other masks." if run.recipe.dropout else ""
     return [
         f"{before[0]['processes']} processes before, {now} now: the same samples in the same order, and losses within "

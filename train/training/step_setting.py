@@ -48,6 +48,19 @@ def resolve(recipe: Recipe, place: Place, shape: Shape | None, run: Path | None 
     recipe = _as_begun(recipe, place, run)
     if not is_open(recipe):
         return recipe, ""
+    return _in_shares(recipe, place, shape)
+
+
+def _in_shares(recipe: Recipe, place: Place, shape: Shape | None) -> tuple[Recipe, str]:
+    """As `_chosen`. With shares= as if each share had a process of its own: every number of processes chooses the same batch."""
+    fewer = recipe.shares // place.processes
+    if fewer < 2 or recipe.shares % place.processes or recipe.accumulation != AUTO:
+        return _chosen(recipe, place, shape)
+    chosen, text = _chosen(recipe, replace(place, processes=recipe.shares), shape)
+    return replace(chosen, accumulation=chosen.accumulation * fewer), text
+
+
+def _chosen(recipe: Recipe, place: Place, shape: Shape | None) -> tuple[Recipe, str]:
     if place.card and shape is not None:
         return _fastest(recipe, place, shape)
     return by_default(recipe, place.processes), ""

@@ -11,7 +11,7 @@ from train.model import lora
 from train.model.loading import keeps_float, read_folder_config
 from train.runs.checkpoint import sweep
 from train.runs.folder import ADAPTER, lock_run
-from train.training import adapter_start, cpu_memory, distributed, loop, record, save_resume
+from train.training import adapter_start, cpu_memory, distributed, loop, peer_watch, record, save_resume
 from train.training.deepspeed_config import zero_stage
 from train.training.deepspeed_engine import Engine
 from train.training.devices import Devices
@@ -52,11 +52,12 @@ def _load_and_train(prepared: PreparedRun, devices: Devices, rank_info: RankInfo
         print("\n".join(notes), flush=True)
         sweep(prepared.folder)
     distributed.join(rank_info, device.type == "cuda")
-    model = load_model(prepared, device, dtype, keep_float)
-    adapter_start.begin(model, recipe, prepared.folder, rank_info, checkpoint is not None, dtype)
-    engine = Engine(model, recipe, dtype, rank_info.world_size)
-    with closing(engine):  # the next stage needs its memory
-        return _train(prepared, _run_state(prepared, devices, rank_info), engine, notes, checkpoint)
+    with peer_watch.watching(rank_info):
+        model = load_model(prepared, device, dtype, keep_float)
+        adapter_start.begin(model, recipe, prepared.folder, rank_info, checkpoint is not None, dtype)
+        engine = Engine(model, recipe, dtype, rank_info.world_size)
+        with closing(engine):  # the next stage needs its memory
+            return _train(prepared, _run_state(prepared, devices, rank_info), engine, notes, checkpoint)
 
 
 def _run_state(prepared: PreparedRun, devices: Devices, rank_info: RankInfo) -> RunState:
