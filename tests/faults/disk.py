@@ -1,13 +1,14 @@
 """A disk that fails at a given call: ENOSPC, EIO and SIGKILL at each write, fsync, rename, unlink and mkdir.
 
-    python -m tests.faults.disk [save] [export] [gguf] [gptq] [adapter] [every=1] [json=FILE.jsonl]
+    python -m tests.faults.disk [save] [export] [gguf] [gptq] [adapter] [quantize] [quantize-gptq] [every=1] [json=FILE.jsonl]
 
-Tried on a save and on an export of each format. One process imports everything with the preloaded shim (shim.c) and
+Tried on a save, on an export of each format with its passport, and on making an Int4 model by either method. One process imports everything with the preloaded shim (shim.c) and
 forks a child for each case, so a case takes milliseconds. After each, the last good state must be there without damage,
 no half of a new one may be visible, and the same action on a working disk must succeed.
 """
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
@@ -211,6 +212,8 @@ def export_workspace(root: Path) -> None:
 
 def exporting(workspace: Path, form: str) -> Scene:
     """Export the run `other` over an export of the run `tiny`, in one of FORMATS. `workspace`: see export_workspace."""
+    from transformers import GenerationConfig  # noqa: F401  # imported once here, not in each child
+
     from train.commands import export
     from train.common.files import staged
     from train.model.folder import find_damage, read_manifest
@@ -249,10 +252,71 @@ def exporting(workspace: Path, form: str) -> Scene:
     return Scene(lambda folder: act(folder, "tiny"), act, judge, again)
 
 
+# --- an Int4 model ----------------------------------------------------------------------------------------------------
+
+
+METHODS = {"quantize": "nearest", "quantize-gptq": "gptq"}  # scene -> method= of the command
+
+
+def quantizing(workspace: Path, method: str) -> Scene:
+    """Make out from a float model, beside a folder that was there before. Nothing of this name is ever replaced."""
+    from transformers import GenerationConfig  # noqa: F401  # imported once here, not in each child
+
+    from tests.support.oracles import tiny_checkpoint, tiny_config
+    from train.commands import quantize
+    from train.common.files import staged
+    from train.export.gptq_linear import auto_gptq
+    from train.model.folder import find_damage, read_manifest
+
+    source, data = workspace / "Tiny", workspace / "calibration.jsonl"
+    tiny_checkpoint(source, tiny_config("qwen2"))
+    rows = [{"instruction": f"What is {n} + {n}?", "input": "", "output": f"It is {2 * n}."} for n in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calibrated = {"data": str(data), "rows": 8, "held_out": 4, "length": 64} if method == "gptq" else {}
+    if calibrated:
+        auto_gptq()
+
+    def act(folder: Path) -> None:
+        given = {"model": str(source), "models": str(folder), "out": "out", "method": method, "group_size": 32}
+        quantize.run(quantize.Options(**given, **calibrated))  # type: ignore[arg-type]
+
+    def problems(out: Path) -> list[str]:
+        manifest = read_manifest(out)
+        return ["a folder without a manifest"] if manifest is None else find_damage(out, manifest, full=True)
+
+    def judge(folder: Path) -> str:
+        with staged(folder / "aside") as aside:  # as the next command that writes in this folder does
+            (aside / "x").touch()
+        if (folder / "kept" / "notes").read_text() != "mine":
+            return "another folder was changed"
+        return "; ".join(problems(folder / "out")) if (folder / "out").exists() else ""
+
+    def again(folder: Path) -> str:
+        status = forked(lambda: act(folder))
+        names = sorted(path.name for path in folder.iterdir() if path.name != "aside")
+        good = status == 0 and names == ["kept", "out"] and not problems(folder / "out")
+        return "" if good else f"again: status {status}, {names}"
+
+    def prepare(folder: Path) -> None:
+        (folder / "kept").mkdir()
+        (folder / "kept" / "notes").write_text("mine")
+
+    return Scene(prepare, act, judge, again)
+
+
+def scene_of(name: str, workspace: Path) -> Scene:
+    """The scene of a word of the command line."""
+    if name in FORMATS:
+        return exporting(workspace, FORMATS[name])
+    if name in METHODS:
+        return quantizing(workspace, METHODS[name])
+    return {"save": saving, "careless": careless}[name]()
+
+
 def main(words: list[str]) -> int:
     more = results.words(words)
     every, target = int(more.get("every", 1)), more.get("json", "")
-    names = [word for word in words if "=" not in word] or ["save", *FORMATS]
+    names = [word for word in words if "=" not in word] or ["save", *FORMATS, *METHODS]
     if "SHIM" not in os.environ:
         done = start(names, every, target)
         print(done.stdout + done.stderr, end="")
@@ -266,9 +330,7 @@ def main(words: list[str]) -> int:
         if FORMATS.keys() & set(names):
             export_workspace(workspace)
         for name in names:
-            saves = {"save": saving, "careless": careless}
-            scene = exporting(workspace, FORMATS[name]) if name in FORMATS else saves[name]()
-            wrong += campaign(name, scene, Path(made) / name, every, target)
+            wrong += campaign(name, scene_of(name, workspace), Path(made) / name, every, target)
     print("\n".join(wrong) or "nothing was lost")
     return 1 if wrong else 0
 
