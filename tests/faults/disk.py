@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,45 +96,48 @@ def armed(folder: Path, kind: int, at: int, act: Callable[[Path], None], name: P
             name.write_text(f"{calls} {last}")
 
 
-def count(scene: Scene, folder: Path) -> tuple[int, list[str]]:
-    """The number of calls of an action, and the name of each."""
-    note, names, total, at = folder.with_name("note"), [], 1, 1
+def count(scene: Scene, folder: Path, every: int) -> tuple[int, dict[int, str]]:
+    """The number of calls of an action, and the names of those that will fail: each `every`-th."""
+    note, names, total, at = folder.with_name("note"), dict[int, str](), 1, 1
     while at <= total:
         fresh(scene, folder)
         status = forked(lambda at=at: armed(folder, 0, at, scene.act, note))  # type: ignore[misc]
         assert status == 0, "it fails without a fault"
         text = note.read_text().split()
-        total = int(text[0])
-        names.append(text[1])
-        at += 1
+        total, names[at] = int(text[0]), text[1]
+        at += every
     return total, names
 
 
 def fresh(scene: Scene, folder: Path) -> None:
+    """Make the good state in `folder`: prepared once, then copied."""
+    prepared = folder.with_name(f"{folder.name}-prepared")
+    if not prepared.exists():
+        prepared.mkdir(parents=True)
+        assert forked(lambda: scene.prepare(prepared)) == 0, "it cannot be prepared"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    assert forked(lambda: scene.prepare(folder)) == 0, "it cannot be prepared"
+    shutil.copytree(prepared, folder)
 
 
 def campaign(title: str, scene: Scene, folder: Path, every: int, target: str = "") -> list[str]:
     """Every call × every kind of fault; prints a line for each kind, returns what went wrong."""
     began = time.monotonic()
-    total, names = count(scene, folder)
-    tally = {name: names.count(name) for name in dict.fromkeys(names)}
+    total, names = count(scene, folder, every)
+    tally = Counter(names.values())
     print(f"{title}: {total} calls: " + ", ".join(f"{n} {name}" for name, n in tally.items()), flush=True)
     wrong, ended = [], {}
     for kind, number in KINDS.items():
         cases = failed = 0
-        for at in range(1, total + 1, every):
+        for at in names:
             fresh(scene, folder)
             status = forked(lambda: armed(folder, number, at, scene.act))  # noqa: B023
             if kind == "SIGKILL" and status != -9:
-                wrong.append(f"{title}, {kind} at call {at} ({names[at - 1]}): was not killed, status {status}")
+                wrong.append(f"{title}, {kind} at call {at} ({names[at]}): was not killed, status {status}")
             cases += 1
             failed += status != 0
             for problem in (scene.judge(folder), scene.again(folder)):
                 if problem:
-                    wrong.append(f"{title}, {kind} at call {at} ({names[at - 1]}): {problem}")
+                    wrong.append(f"{title}, {kind} at call {at} ({names[at]}): {problem}")
         print(f"  {kind}: {cases} cases, {failed} of them ended the attempt, {len(wrong)} wrong so far", flush=True)
         ended[kind] = {"cases": cases, "ended_the_attempt": failed}
     report = {"scene": title, "calls": total, "kinds_of_calls": tally, "every": every, "faults": ended, "wrong": wrong}
