@@ -1,10 +1,12 @@
 """A disk that fails at a given call: ENOSPC, EIO and SIGKILL at each write, fsync, rename, unlink and mkdir.
 
-    python -m tests.faults.disk [save] [export] [gguf] [gptq] [adapter] [quantize] [quantize-gptq] [every=1] [json=FILE.jsonl]
+    python -m tests.faults.disk [save] [export] [gguf] [gptq] [adapter] [quantize] [quantize-gptq] [every=1]
+        [json=FILE.jsonl]
 
-Tried on a save, on an export of each format with its passport, and on making an Int4 model by either method. One process imports everything with the preloaded shim (shim.c) and
-forks a child for each case, so a case takes milliseconds. After each, the last good state must be there without damage,
-no half of a new one may be visible, and the same action on a working disk must succeed.
+Tried on a save, on an export of each format with its passport, and on making an Int4 model by either method. One
+process imports everything with the preloaded shim (shim.c) and forks a child for each case, so a case takes
+milliseconds. After each, the last good state must be there without damage, no half of a new one may be visible, and the
+same action on a working disk must succeed.
 """
 
 import ctypes
@@ -276,7 +278,7 @@ def quantizing(workspace: Path, method: str) -> Scene:
     tiny_checkpoint(source, tiny_config("qwen2"))
     rows = [{"instruction": f"What is {n} + {n}?", "input": "", "output": f"It is {2 * n}."} for n in range(12)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    calibrated = {"data": str(data), "rows": 8, "held_out": 4, "length": 64} if method == "gptq" else {}
+    calibrated = {"data": str(data), "rows": 8, "held_out": 4, "length": 256} if method == "gptq" else {}
     if calibrated:
         auto_gptq()
 
