@@ -1,7 +1,7 @@
-"""GGUF exports in llama.cpp itself: its prompts, greedy answers and logits beside this program's, on small random models.
+"""GGUF exports in llama.cpp itself: its prompts and logits beside this program's, on a small random model.
 
-LLAMA_CPP names a Python with its bindings; without that, an environment is made from the package registry. The same for a
-real model: python -m tests.bench.readers.
+LLAMA_CPP names a Python with its bindings; without that, an environment is made from the package registry. The same for
+a real model: python -m tests.bench.readers.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_it_gives_the_prompts_and_the_logits_of_this_program(tmp_path: Path, llama: str) -> None:
-    """Random weights have near ties between tokens, so answers may differ; logits tell (measured: 2e-6 and 9e-5 nats)."""
+    """Random weights have near ties, so answers may differ; the logits tell (measured: 2e-6 and 9e-5 nats)."""
     folder = tiny_run(tmp_path, vocab_size=ROWS)
     publish_tokenizer(tmp_path / "models/base-Int4")
     export(folder, format="gguf", readers=llama)

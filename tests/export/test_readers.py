@@ -1,4 +1,4 @@
-"""Other programs that read an export: what is asked of them, what is measured, and what is refused. No such program runs here."""
+"""Other programs that read an export: what is asked, measured and refused. No such program runs here."""
 
 import json
 import math
@@ -85,17 +85,21 @@ def test_an_answer_that_ends_early_differs_and_other_prompts_are_counted() -> No
 
 def test_of_the_likeliest_tokens_alone_the_kl_is_never_larger() -> None:
     ours, theirs = logs(0, 5), logs(3, 5)
-    few, all_of_them = (
-        sum(readers._place(p, dict(zip(q.topk(n).indices.tolist(), q.topk(n).values.tolist(), strict=True)))[1] for p, q in zip(ours, theirs, strict=True))
-        for n in (2, VOCABULARY)
-    )  # fmt: skip
+
+    def divergence(count: int) -> float:
+        tops = [row.topk(count) for row in theirs]
+        told = [dict(zip(one.indices.tolist(), one.values.tolist(), strict=True)) for one in tops]
+        return sum(readers._place(p, one)[1] for p, one in zip(ours, told, strict=True))
+
+    few, all_of_them = divergence(2), divergence(VOCABULARY)
     assert 0 < few < all_of_them
     assert math.isclose(all_of_them, float((ours.exp() * (ours - theirs)).sum()), rel_tol=1e-6)
 
 
 def stand_in(path: Path, body: str) -> str:
     """A program that takes the place of another environment's Python: it has xllamacpp, and its script is `body`."""
-    probe = "if sys.argv[1] == '-c':\n    print(json.dumps([n for n in sys.argv[3:] if n == 'xllamacpp']))\n    sys.exit()\n"
+    found = "[n for n in sys.argv[3:] if n == 'xllamacpp']"
+    probe = f"if sys.argv[1] == '-c':\n    print(json.dumps({found}))\n    sys.exit()\n"
     path.write_text(f"#!{sys.executable} -S\nimport json, sys\n{probe}request = json.load(sys.stdin)\n{body}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)

@@ -1,4 +1,4 @@
-"""Environments of their own for programs that do not fit into this one: named by a variable, or made from the registry."""
+"""Environments for programs that do not fit into this one: named by a variable, or made from the registry."""
 
 import os
 import subprocess
