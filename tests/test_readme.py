@@ -17,10 +17,8 @@ ROOT = Path(__file__).parent.parent
 FRONT = ["README.md", "README.zh.md"]  # the same page in two languages
 READMES = [
     *FRONT,
-    *(
-        f"{folder}/README.md"
-        for folder in ("data", "docker", "docker/machines", "tests/bench", "tests/faults", "train", "train/recipes")
-    ),
+    *(f"{folder}/README.md" for folder in ("data", "docker", "docker/machines", "tests/bench", "tests/faults")),
+    *(f"{folder}/README.md" for folder in ("train", "train/recipes", "train/serving")),
 ]
 WITHOUT_MAKE = {"train/README.md"}  # it describes the code
 RECIPES = ROOT / "train" / "recipes"

@@ -4,15 +4,14 @@ CURRENT_TRANSFORMERS names a Python that has it; without that, one is made from 
 environment's torch.
 """
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.environments import plain_environment, python_of
 from tests.support.exports import adapted, export
 from tests.support.runs import tiny_run
 from train.data.rows.formats import Turn
@@ -28,21 +27,13 @@ QUESTION = "你好！ What's 2 + 2?\n<b>naïve</b>"
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An interpreter with a current transformers."""
-    if given := os.environ.get("CURRENT_TRANSFORMERS"):
-        return given
     folder = tmp_path_factory.mktemp("current") / "venv"
-    uv, version = [sys.executable, "-m", "uv"], f"{sys.version_info.major}.{sys.version_info.minor}"
-    subprocess.run([*uv, "venv", "-q", "--python", sys.executable, str(folder)], check=True)
-    subprocess.run([*uv, "pip", "install", "-q", "--python", str(folder / "bin/python"), *PACKAGES], check=True)
-    torch_home = Path(torch.__file__).parents[1]  # after its own packages, so that only what it lacks comes from here
-    (folder / f"lib/python{version}/site-packages/zz_torch.pth").write_text(f"{torch_home}\n")
-    return str(folder / "bin/python")
+    return python_of(folder, "CURRENT_TRANSFORMERS", PACKAGES, this_torch=True)
 
 
 def ask(python: str, merged: Path, packed: Path, result: Path) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     command = [python, str(SCRIPT), str(merged), str(packed), QUESTION, str(result)]
-    subprocess.run(command, check=True, env={**environment, "HF_HUB_OFFLINE": "1"}, cwd=result.parent)
+    subprocess.run(command, check=True, env=plain_environment(), cwd=result.parent)
     found: dict[str, Any] = torch.load(result)
     return found
 

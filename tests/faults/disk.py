@@ -1,19 +1,23 @@
 """A disk that fails at a given call: ENOSPC, EIO and SIGKILL at each write, fsync, rename, unlink and mkdir.
 
-    python -m tests.faults.disk [save] [export] [gguf] [gptq] [adapter] [every=1] [json=FILE.jsonl]
+    python -m tests.faults.disk [save] [export] [gguf] [gptq] [adapter] [quantize] [quantize-gptq] [every=1]
+        [json=FILE.jsonl]
 
-Tried on a save and on an export of each format. One process imports everything with the preloaded shim (shim.c) and
-forks a child for each case, so a case takes milliseconds. After each, the last good state must be there without damage,
-no half of a new one may be visible, and the same action on a working disk must succeed.
+Tried on a save, on an export of each format with its passport, and on making an Int4 model by either method. One
+process imports everything with the preloaded shim (shim.c) and forks a child for each case, so a case takes
+milliseconds. After each, the last good state must be there without damage, no half of a new one may be visible, and the
+same action on a working disk must succeed.
 """
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,45 +98,48 @@ def armed(folder: Path, kind: int, at: int, act: Callable[[Path], None], name: P
             name.write_text(f"{calls} {last}")
 
 
-def count(scene: Scene, folder: Path) -> tuple[int, list[str]]:
-    """The number of calls of an action, and the name of each."""
-    note, names, total, at = folder.with_name("note"), [], 1, 1
+def count(scene: Scene, folder: Path, every: int) -> tuple[int, dict[int, str]]:
+    """The number of calls of an action, and the names of those that will fail: each `every`-th."""
+    note, names, total, at = folder.with_name("note"), dict[int, str](), 1, 1
     while at <= total:
         fresh(scene, folder)
         status = forked(lambda at=at: armed(folder, 0, at, scene.act, note))  # type: ignore[misc]
         assert status == 0, "it fails without a fault"
         text = note.read_text().split()
-        total = int(text[0])
-        names.append(text[1])
-        at += 1
+        total, names[at] = int(text[0]), text[1]
+        at += every
     return total, names
 
 
 def fresh(scene: Scene, folder: Path) -> None:
+    """Make the good state in `folder`: prepared once, then copied."""
+    prepared = folder.with_name(f"{folder.name}-prepared")
+    if not prepared.exists():
+        prepared.mkdir(parents=True)
+        assert forked(lambda: scene.prepare(prepared)) == 0, "it cannot be prepared"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    assert forked(lambda: scene.prepare(folder)) == 0, "it cannot be prepared"
+    shutil.copytree(prepared, folder)
 
 
 def campaign(title: str, scene: Scene, folder: Path, every: int, target: str = "") -> list[str]:
     """Every call × every kind of fault; prints a line for each kind, returns what went wrong."""
     began = time.monotonic()
-    total, names = count(scene, folder)
-    tally = {name: names.count(name) for name in dict.fromkeys(names)}
+    total, names = count(scene, folder, every)
+    tally = Counter(names.values())
     print(f"{title}: {total} calls: " + ", ".join(f"{n} {name}" for name, n in tally.items()), flush=True)
     wrong, ended = [], {}
     for kind, number in KINDS.items():
         cases = failed = 0
-        for at in range(1, total + 1, every):
+        for at in names:
             fresh(scene, folder)
             status = forked(lambda: armed(folder, number, at, scene.act))  # noqa: B023
             if kind == "SIGKILL" and status != -9:
-                wrong.append(f"{title}, {kind} at call {at} ({names[at - 1]}): was not killed, status {status}")
+                wrong.append(f"{title}, {kind} at call {at} ({names[at]}): was not killed, status {status}")
             cases += 1
             failed += status != 0
             for problem in (scene.judge(folder), scene.again(folder)):
                 if problem:
-                    wrong.append(f"{title}, {kind} at call {at} ({names[at - 1]}): {problem}")
+                    wrong.append(f"{title}, {kind} at call {at} ({names[at]}): {problem}")
         print(f"  {kind}: {cases} cases, {failed} of them ended the attempt, {len(wrong)} wrong so far", flush=True)
         ended[kind] = {"cases": cases, "ended_the_attempt": failed}
     report = {"scene": title, "calls": total, "kinds_of_calls": tally, "every": every, "faults": ended, "wrong": wrong}
@@ -211,6 +218,8 @@ def export_workspace(root: Path) -> None:
 
 def exporting(workspace: Path, form: str) -> Scene:
     """Export the run `other` over an export of the run `tiny`, in one of FORMATS. `workspace`: see export_workspace."""
+    from transformers import GenerationConfig  # noqa: F401  # imported once here, not in each child
+
     from train.commands import export
     from train.common.files import staged
     from train.model.folder import find_damage, read_manifest
@@ -249,10 +258,71 @@ def exporting(workspace: Path, form: str) -> Scene:
     return Scene(lambda folder: act(folder, "tiny"), act, judge, again)
 
 
+# --- an Int4 model ----------------------------------------------------------------------------------------------------
+
+
+METHODS = {"quantize": "nearest", "quantize-gptq": "gptq"}  # scene -> method= of the command
+
+
+def quantizing(workspace: Path, method: str) -> Scene:
+    """Make out from a float model, beside a folder that was there before. Nothing of this name is ever replaced."""
+    from transformers import GenerationConfig  # noqa: F401  # imported once here, not in each child
+
+    from tests.support.oracles import tiny_checkpoint, tiny_config
+    from train.commands import quantize
+    from train.common.files import staged
+    from train.export.gptq_linear import auto_gptq
+    from train.model.folder import find_damage, read_manifest
+
+    source, data = workspace / "Tiny", workspace / "calibration.jsonl"
+    tiny_checkpoint(source, tiny_config("qwen2"))
+    rows = [{"instruction": f"What is {n} + {n}?", "input": "", "output": f"It is {2 * n}."} for n in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calibrated = {"data": str(data), "rows": 8, "held_out": 4, "length": 256} if method == "gptq" else {}
+    if calibrated:
+        auto_gptq()
+
+    def act(folder: Path) -> None:
+        given = {"model": str(source), "models": str(folder), "out": "out", "method": method, "group_size": 32}
+        quantize.run(quantize.Options(**given, **calibrated))  # type: ignore[arg-type]
+
+    def problems(out: Path) -> list[str]:
+        manifest = read_manifest(out)
+        return ["a folder without a manifest"] if manifest is None else find_damage(out, manifest, full=True)
+
+    def judge(folder: Path) -> str:
+        with staged(folder / "aside") as aside:  # as the next command that writes in this folder does
+            (aside / "x").touch()
+        if (folder / "kept" / "notes").read_text() != "mine":
+            return "another folder was changed"
+        return "; ".join(problems(folder / "out")) if (folder / "out").exists() else ""
+
+    def again(folder: Path) -> str:
+        status = forked(lambda: act(folder))
+        names = sorted(path.name for path in folder.iterdir() if path.name != "aside")
+        good = status == 0 and names == ["kept", "out"] and not problems(folder / "out")
+        return "" if good else f"again: status {status}, {names}"
+
+    def prepare(folder: Path) -> None:
+        (folder / "kept").mkdir()
+        (folder / "kept" / "notes").write_text("mine")
+
+    return Scene(prepare, act, judge, again)
+
+
+def scene_of(name: str, workspace: Path) -> Scene:
+    """The scene of a word of the command line."""
+    if name in FORMATS:
+        return exporting(workspace, FORMATS[name])
+    if name in METHODS:
+        return quantizing(workspace, METHODS[name])
+    return {"save": saving, "careless": careless}[name]()
+
+
 def main(words: list[str]) -> int:
     more = results.words(words)
     every, target = int(more.get("every", 1)), more.get("json", "")
-    names = [word for word in words if "=" not in word] or ["save", *FORMATS]
+    names = [word for word in words if "=" not in word] or ["save", *FORMATS, *METHODS]
     if "SHIM" not in os.environ:
         done = start(names, every, target)
         print(done.stdout + done.stderr, end="")
@@ -266,9 +336,7 @@ def main(words: list[str]) -> int:
         if FORMATS.keys() & set(names):
             export_workspace(workspace)
         for name in names:
-            saves = {"save": saving, "careless": careless}
-            scene = exporting(workspace, FORMATS[name]) if name in FORMATS else saves[name]()
-            wrong += campaign(name, scene, Path(made) / name, every, target)
+            wrong += campaign(name, scene_of(name, workspace), Path(made) / name, every, target)
     print("\n".join(wrong) or "nothing was lost")
     return 1 if wrong else 0
 

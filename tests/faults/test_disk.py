@@ -22,7 +22,7 @@ def test_a_save_that_fails_anywhere_loses_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["save", *disk.FORMATS])
+@pytest.mark.parametrize("name", ["save", *disk.FORMATS, *disk.METHODS])
 def test_every_call_of_it(name: str) -> None:
     done = disk.start([name])
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,11 +11,14 @@ format=gptq writes the Int4 base with its very codes to runs/RUN/gptq/base and t
 vLLM. They have Qwen2's names, into which a Qwen-1 base is cut without a change of its codes; layout=qwen keeps its own.
 
 format=adapter writes the adapter alone to runs/RUN/peft, with the base's id on the hub.
+
+passport.json says whether training, infer and other programs (readers=) give the same greedy answers from these files.
 """
 
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +27,30 @@ import torch
 from train.common.commands import make
 from train.common.device import DTYPES, dtype_name
 from train.common.errors import UserError
-from train.common.files import read_json, recover, staged, write_json
+from train.common.files import read_json, recover, staged
 from train.common.names import below
 from train.common.progress import bar
 from train.config.options import option
 from train.config.recipe import Recipe
 from train.evaluation.parity import Parity
-from train.export import adapter_export, gguf_export, gptq_export, manifest, merge, passport, verify
+from train.export import adapter_export, gguf_export, gptq_export, manifest, merge, passport, readers, verify
 from train.export.adapter_export import AdapterJob, adapter_rank
 from train.export.gguf_export import GgufJob
+from train.export.gguf_model import load_gguf
 from train.export.gguf_tensors import why_not_q4_0
 from train.export.gptq_export import GptqJob
 from train.export.merge import GB, MergeJob
 from train.export.model_card import CardSource, base_id, write_card
+from train.export.passport_job import PROMPTS, PROMPTS_ON_CPU, PassportJob, Written, load_adapted, write_passport
 from train.model.adapter_file import check_present, read_adapter
 from train.model.architecture import STORED
 from train.model.folder import describe_files, missing_code, read_manifest, resolve, write_manifest
 from train.model.layouts import check_convertible, stock_layout
 from train.model.loading import check_folder, load, read_folder_config
-from train.model.lora import load_adapter, refuse_dora
-from train.model.tokenizer import load_tokenizer
+from train.model.lora import refuse_dora
 from train.runs.folder import read_run
 
 INT4 = "int4"  # ONTO= of the base itself
-PROMPTS, PROMPTS_ON_CPU = 20, 4  # of a passport; on two CPU cores an answer of the 0.5B takes about four seconds
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,13 @@ class Options:
     passport: int = option(
         -1,
         "prompts to which training's forward pass and infer should give equal greedy answers, in passport.json; 0: none; "
-        f"-1: {PROMPTS} on a GPU, {PROMPTS_ON_CPU} on a CPU; merged exports only",
+        f"-1: {PROMPTS} on a GPU, {PROMPTS_ON_CPU} on a CPU",
         interval="[-1, 64]",
+    )
+    readers: str = option(
+        "",
+        "Python programs of environments with transformers (format=hf) or xllamacpp (gguf), with commas between them: the "
+        "passport has their greedy answers too",
     )
     models: str = option("models", "folder of the models")
     runs: str = option("runs", "folder of the runs")
@@ -99,8 +107,9 @@ def run(options: Options) -> None:
     recipe = Recipe.from_record(record["recipe"])
     base = resolve(recipe.model, Path(options.models))
     hashes = manifest.check_base(record, base)
+    readers.check(options.readers, options.format, options.passport)
     if options.format == "gguf":
-        return _export_gguf(options, folder, base, recipe)
+        return _export_gguf(options, folder, base, recipe, record)
     if options.encoding != "auto":
         raise UserError(f"encoding={options.encoding} is of GGUF files: add FORMAT=gguf.")
     if options.format != "hf":
@@ -109,7 +118,10 @@ def run(options: Options) -> None:
     out = Path(options.out) if options.out else folder / "merged"
 
     # is it there already?
+    if options.readers and job.layout == "qwen":
+        raise UserError(f"readers={options.readers}: transformers has no LAYOUT=qwen of its own. Add LAYOUT=qwen2.")
     inputs = manifest.export_inputs(options.run, job, hashes, bool(options.float_model), options.verify)
+    inputs |= readers.as_input(options.readers, options.format)
     recover(out)
     if (measured := manifest.recorded_parity(out, inputs)) is not None:
         print(f"{out}: nothing to do, it was exported from these inputs before.")
@@ -128,7 +140,9 @@ def run(options: Options) -> None:
         with bar("merging", size, "MB", 1e6) as advance:
             merge.write(job, temporary, advance)
         source = CardSource(record, base, "merged", _typed(options, job), _uses(job.layout))
-        write_card(temporary, replace(source, parity=_issue_passport(options, job, base, record, temporary)))
+        written = Written(partial(load, temporary), temporary)
+        parity = write_passport(_passport_job(options, job, base, record), temporary, written)
+        write_card(temporary, replace(source, parity=parity))
         with ThreadPoolExecutor(1) as pool:  # the disk works while the answers are compared
             files = pool.submit(describe_files, temporary)
             measured = _compare(verify.prepare(record, base, job, options.verify), temporary)
@@ -137,27 +151,11 @@ def run(options: Options) -> None:
     _report(options, out, job, measured)
 
 
-def _issue_passport(options: Options, job: MergeJob, base: Path, record: dict[str, Any], out: Path) -> str:
-    """Write passport.json of the merged model into `out`; it in words, or nothing where none is wanted."""
-    context = read_folder_config(base)[0].seq_length
-    device, dtype = verify.placement(job)
-    count = options.passport if options.passport >= 0 else PROMPTS if device.type == "cuda" else PROMPTS_ON_CPU
-    prompts = passport.choose_prompts(record, load_tokenizer(base), job.template, job.system, context, count)
-    if not prompts.rows:
-        return ""
-    keep_float = dtype is torch.float32
-
-    def trained() -> torch.nn.Module:
-        base = load(job.weights, dtype, device, keep_float=keep_float, load_as=job.load_as)
-        return load_adapter(base, job.adapter).eval()
-
-    with bar("greedy answers", passport.passes(prompts), "answers") as advance:
-        found = passport.issue(lambda: load(out, dtype, device), trained, prompts, advance)
-    write_json(out / passport.PASSPORT, found)
-    return passport.in_words(found)
+def _passport_job(options: Options, job: MergeJob, base: Path, record: dict[str, Any]) -> PassportJob:
+    return PassportJob(record, base, job, options.passport, readers.find(options.readers, options.format))
 
 
-def _export_gguf(options: Options, folder: Path, base: Path, recipe: Recipe) -> None:
+def _export_gguf(options: Options, folder: Path, base: Path, recipe: Recipe, record: dict[str, Any]) -> None:
     """GGUF files: of the Int4 base and the adapter, or of the merged model, which is exported first."""
     reason = f"ONTO={options.onto} is merged onto" if options.float_model else why_not_q4_0(base)
     check_present(folder / "adapter")
@@ -169,13 +167,13 @@ def _export_gguf(options: Options, folder: Path, base: Path, recipe: Recipe) -> 
     if not exact:
         if options.encoding == "auto":
             print(f"Q4_0 would lose precision: {reason}. Writing the merged model instead.")
-        run(replace(options, format="hf", encoding="auto", out=""))
+        run(replace(options, format="hf", encoding="auto", out="", readers=""))
     weights = base if exact else folder / "merged"
     encoding = "q4_0" if exact else "q8_0" if options.encoding == "q8_0" else gguf_export.float_encoding(weights)
     job = GgufJob(folder.name, base, folder / "adapter", weights, encoding, recipe.system, recipe.template)
     out = Path(options.out) if options.out else folder / "gguf"
     recover(out)
-    if gguf_export.is_written(out, inputs := job.inputs()):
+    if gguf_export.is_written(out, inputs := job.inputs() | readers.as_input(options.readers, "gguf")):
         print(f"{out}: nothing to do, it was exported from these inputs before.")
         return _report_gguf(out, job)
     gguf_export.check_space(job, out)
@@ -186,6 +184,13 @@ def _export_gguf(options: Options, folder: Path, base: Path, recipe: Recipe) -> 
             gguf_export.write(job, temporary, advance)
         with bar("reading back", size, "MB", 1e6) as advance:
             checked = gguf_export.check(job, temporary, advance)
+        files = [temporary / name for name in (job.model_name, job.adapter_name) if name]
+        merged = _job(replace(options, layout="", dtype="float16"), folder, base, recipe)
+        written = Written(partial(load_gguf, files[0], files[1] if exact else None), *files)
+        parity = write_passport(_passport_job(options, merged, base, record), temporary, written)
+        typed = {"format": "gguf", "encoding": "" if options.encoding == "auto" else options.encoding}
+        typed |= {"onto": merged.weights.name if options.float_model else ""}
+        write_card(temporary, CardSource(record, base, job.contents, typed, gguf_export.commands(job, ""), parity))
         write_manifest(temporary, {"inputs": inputs, "gguf": {"checked": checked}})
     _report_gguf(out, job)
 
@@ -195,10 +200,14 @@ def _report_gguf(out: Path, job: GgufJob) -> None:
     manifest = read_manifest(out) or {}
     print(f"\n{out}: {job.model_name}{f', {job.adapter_name}' if job.adapter_name else ''}, {gguf_export.MODELFILE}")
     print(f"  {manifest['gguf']['checked']}")
-    lora = f" --lora {shlex.quote(str(out / job.adapter_name))}" if job.adapter_name else ""
-    system = f" -sys {shlex.quote(job.system)}" if job.system else ""
-    print(f"  {'llama.cpp':14} llama-cli -m {shlex.quote(str(out / job.model_name))}{lora} --temp 0{system}")
-    print(f"  {'Ollama':14} cd {shlex.quote(str(out))} && ollama create {job.run} -f {gguf_export.MODELFILE}")
+    _print_passport(out)
+    for program, command in gguf_export.commands(job, str(out)).items():
+        print(f"  {program:14} {command}")
+
+
+def _print_passport(out: Path) -> None:
+    if (out / passport.PASSPORT).is_file():
+        print(f"  {passport.in_words(read_json(out / passport.PASSPORT))}")
 
 
 def _export_beside(options: Options, folder: Path, base: Path, recipe: Recipe, record: dict[str, Any]) -> None:
@@ -207,7 +216,7 @@ def _export_beside(options: Options, folder: Path, base: Path, recipe: Recipe, r
         raise UserError(f"ONTO={options.onto} is for merged models: leave it out with FORMAT={options.format}.")
     check_present(folder / "adapter")
     if options.format == "adapter":
-        return _export_adapter(options, folder, base, record)
+        return _export_adapter(options, folder, base, recipe, record)
     refuse_dora(read_adapter(folder / "adapter"), "vLLM reads A and B only")
     layout = options.layout or stock_layout(read_folder_config(base)[0].layout)
     gptq_export.check_base(base, layout)
@@ -228,7 +237,12 @@ def _export_beside(options: Options, folder: Path, base: Path, recipe: Recipe, r
         with bar("reading back", size, "MB", 1e6) as advance:
             checked = gptq_export.check(job, temporary, advance)
         use = {"vLLM, in this folder": gptq_export.vllm_command("", job.run, adapter_rank(job.adapter), job.layout)}
-        write_card(temporary, CardSource(record, base, "packed", {"format": "gptq", "layout": options.layout}, use))
+        merged = _job(replace(options, layout="", dtype="float16"), folder, base, recipe)
+        parts = (temporary / gptq_export.BASE, temporary / gptq_export.ADAPTER)
+        written = Written(partial(load_adapted, *parts), *parts)
+        parity = write_passport(_passport_job(options, merged, base, record), temporary, written)
+        typed = {"format": "gptq", "layout": options.layout}
+        write_card(temporary, CardSource(record, base, "packed", typed, use, parity))
         write_manifest(temporary, {"inputs": inputs, "gptq": {"checked": checked}})
     _report_gptq(out, job)
 
@@ -237,10 +251,11 @@ def _report_gptq(out: Path, job: GptqJob) -> None:
     checked = (read_manifest(out) or {})["gptq"]["checked"]
     print(f"\n{out}: {gptq_export.BASE}/ and {gptq_export.ADAPTER}/, layout {job.layout}")
     print(f"  {checked}")
+    _print_passport(out)
     print(f"  {'vLLM':14} {gptq_export.vllm_command(str(out), job.run, adapter_rank(job.adapter), job.layout)}")
 
 
-def _export_adapter(options: Options, folder: Path, base: Path, record: dict[str, Any]) -> None:
+def _export_adapter(options: Options, folder: Path, base: Path, recipe: Recipe, record: dict[str, Any]) -> None:
     """The adapter alone.
 
     Raises:
@@ -259,12 +274,15 @@ def _export_adapter(options: Options, folder: Path, base: Path, record: dict[str
     adapter_export.check_space(job, out)
     with staged(out) as temporary:
         adapter_export.write(job, temporary)
-        load = f'model = AutoModelForCausalLM.from_pretrained("{job.base_id}")\nmodel = PeftModel.from_pretrained(model, ".")'
-        write_card(
-            temporary, CardSource(record, base, "adapter", {"format": "adapter"}, {"peft, in this folder": load})
-        )
+        loading = f'model = AutoModelForCausalLM.from_pretrained("{job.base_id}")\nmodel = PeftModel.from_pretrained(model, ".")'
+        merged = _job(replace(options, dtype="float16"), folder, base, recipe)
+        written = Written(partial(load_adapted, base, temporary, load_as=merged.load_as), temporary)
+        parity = write_passport(_passport_job(options, merged, base, record), temporary, written)
+        use = {"peft, in this folder": loading}
+        write_card(temporary, CardSource(record, base, "adapter", {"format": "adapter"}, use, parity))
         write_manifest(temporary, {"inputs": inputs, "adapter": {"base": job.base_id}})
     print(f"{out}: the adapter, for {job.base_id}")
+    _print_passport(out)
 
 
 def _typed(options: Options, job: MergeJob) -> dict[str, str]:
@@ -328,8 +346,7 @@ def _report(options: Options, out: Path, job: MergeJob, measured: dict[str, Any]
     print(f"  against {measured['against']}, computed in {measured['computed_in']}: {Parity.from_json(measured)}")
     if options.float_model:
         print(f"  against the adapter on the base that was trained on: {Parity.from_json(int4)}")
-    if (out / passport.PASSPORT).is_file():
-        print(f"  {passport.in_words(read_json(out / passport.PASSPORT))}")
+    _print_passport(out)
     print(f"  for scale, the base without the adapter: {Parity.from_json(without)}")
     if without["divergence"] < 1e-6:
         print("  The adapter changes nothing. See the run's losses, and train longer or with a higher learning_rate.")

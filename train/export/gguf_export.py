@@ -5,6 +5,7 @@ rounded. Elsewhere it is the merged model in its own type, or as Q8_0.
 """
 
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from train.common.errors import UserError
 from train.common.files import free_bytes, sha256, write_text
 from train.export.gguf_files import ModelCard, modelfile, write_adapter, write_model
 from train.export.gguf_tensors import float_tensors, int4_weights, q4_0_tensors
-from train.export.manifest import weight_hashes
+from train.export.manifest import covers, weight_hashes
 from train.export.merge import GB, LEGAL
 from train.model import lora
 from train.model.folder import find_damage, read_manifest
@@ -65,6 +66,11 @@ class GgufJob:
         """The file of the adapter; empty if there is none."""
         return f"{INT4_NAME.sub('', self.base.name)}-{self.run}-F32-LoRA.gguf" if self.with_adapter else ""
 
+    @property
+    def contents(self) -> str:
+        """What the folder holds, for the model card: gguf_lora (base and adapter) or gguf (the merged model)."""
+        return "gguf_lora" if self.with_adapter else "gguf"
+
     def inputs(self) -> dict[str, Any]:
         """Everything that the files depend on, for the manifest."""
         return {
@@ -90,7 +96,7 @@ def is_written(out: Path, inputs: dict[str, Any]) -> bool:
                 f"{out} exists and has no GGUF files of this program. Choose another folder with out=, or remove it."
             )
         return False
-    return manifest.get("inputs") == inputs and not find_damage(out, manifest, full=False)
+    return covers(manifest.get("inputs"), inputs) and not find_damage(out, manifest, full=False)
 
 
 def float_encoding(merged: Path) -> str:
@@ -159,3 +165,14 @@ def check(job: GgufJob, folder: Path, on_bytes: Callable[[int], None]) -> str:
             raise UserError(f"{name} in {job.model_name} has other weights than {job.base.name}.")
         count += weight.numel()
     return f"all {count:,} Int4 weights were read back and dequantised: equal to the base's, bit for bit"
+
+
+def commands(job: GgufJob, out: str) -> dict[str, str]:
+    """How programs use the files in the folder `out`, as a shell reads it; in their own folder if it is empty."""
+    model, adapter = (shlex.quote(f"{out}/{name}" if out else name) for name in (job.model_name, job.adapter_name))
+    system = f" -sys {shlex.quote(job.system)}" if job.system else ""
+    there = f"cd {shlex.quote(out)} && " if out else ""
+    return {
+        "llama.cpp": f"llama-cli -m {model}{f' --lora {adapter}' if job.with_adapter else ''} --temp 0{system}",
+        "Ollama": f"{there}ollama create {job.run} -f {MODELFILE}",
+    }

@@ -11,6 +11,8 @@ from train.model.architecture import STORED
 from train.model.folder import find_damage, read_manifest
 from train.runs.record_form import PARITY, find_problem
 
+READERS = "readers"  # key of the inputs: the other programs whose answers are in the passport
+
 
 def is_weight_file(name: str) -> bool:
     """Whether the outputs of a model depend on this file of its folder."""
@@ -64,6 +66,14 @@ def export_inputs(run: str, job: MergeJob, base: dict[str, str], onto: bool, con
     }
 
 
+def covers(recorded: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
+    """Whether an export from the inputs `recorded` is the one that is `wanted`: programs that read it may be more."""
+    known = {READERS: [], **(recorded or {})}
+    return {**known, READERS: []} == {READERS: [], **wanted, **{READERS: []}} and set(wanted.get(READERS, [])) <= set(
+        known[READERS]
+    )
+
+
 def recorded_parity(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """What was measured when `out` was exported; None if there is no complete export from `inputs`.
 
@@ -77,7 +87,7 @@ def recorded_parity(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
                 f"{out} exists and is no export of this program. Choose another folder with out=, or remove it."
             )
         return None
-    if manifest.get("inputs") != inputs or find_damage(out, manifest, full=False):
+    if not covers(manifest.get("inputs"), inputs) or find_damage(out, manifest, full=False):
         return None
     measured: dict[str, Any] = manifest["parity"]
     return None if find_problem(measured, PARITY) else measured

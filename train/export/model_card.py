@@ -34,7 +34,8 @@ KNOWN_LICENSES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}  # name in the lock 
 class CardSource:
     """What a card tells of.
 
-    contents: merged, adapter, or packed (the base that was trained on, with the adapter beside it).
+    contents: merged, adapter, packed (the base that was trained on, with the adapter beside it), gguf (the merged model
+        as one GGUF file) or gguf_lora (the base and the adapter as GGUF files).
     options: of the export command, beside run=. use: title of a program -> the lines with which it uses the folder.
     parity: the passport in a line (see passport.py); empty where none was issued.
     """
@@ -100,15 +101,18 @@ def metadata(source: CardSource) -> dict[str, Any]:
         card["license_name"] = name.lower().replace(" ", "-")
     if link:
         card["license_link"] = link
-    relation = "finetune" if source.contents == "merged" else "adapter"
+    relation = "finetune" if source.contents in ("merged", "gguf") else "adapter"
     if "/" in (base := base_id(source.base)):  # a hub takes nothing but ids
         card |= {"base_model": base, "base_model_relation": relation}
     if datasets := _datasets(str(source.record["data"]["path"])):
         card["datasets"] = datasets
     if found := languages(_sample(source.record)):
         card["language"] = found
+    tags = ["qwen", "lora", "chat"]
     library = "peft" if relation == "adapter" else "transformers"
-    card |= {"pipeline_tag": "text-generation", "library_name": library, "tags": ["qwen", "lora", "chat"]}
+    if source.contents.startswith("gguf"):
+        library, tags = "gguf", [*tags, "gguf"]
+    card |= {"pipeline_tag": "text-generation", "library_name": library, "tags": tags}
     if metrics := _metrics(source.record):
         task = {"type": "text-generation", "name": "Text generation"}
         dataset = {"name": short_name(source.record["data"]["path"]), "type": "conversations"}
@@ -148,6 +152,8 @@ def _text(source: CardSource) -> str:
         "merged": "A fine-tuned model: the LoRA adapter is merged into the weights of its base.",
         "adapter": "A LoRA adapter for its base.",
         "packed": "A LoRA adapter, and the packed base that it was trained on, with unchanged codes.",
+        "gguf": "A fine-tuned model as a GGUF file: the LoRA adapter is merged into the weights of its base.",
+        "gguf_lora": "GGUF files of the Int4 base that was trained on, with its very weights as Q4_0, and of a LoRA adapter.",
     }[source.contents]
     trained = f", trained as {source.base.name}" if not base.endswith(source.base.name) else ""
     lines = [f"# {record['run']}", "", kind, "", f"* base: {base}{trained}"]

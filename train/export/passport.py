@@ -1,14 +1,16 @@
-"""A passport of an export: do training's forward pass and `infer` at any batch give its very tokens?
+"""A passport of an export: do training's forward pass, `infer` at any batch and other programs give its very tokens?
 
 The export answers prompts of the run's own data, one at a time. `infer` answers them again in batches; the trained model
 (the adapter on its base) reads the answers in training's packed forward pass, without a cache, and must prefer each of
-their tokens. Takes loaded models one after the other; knows neither options nor how an export is written. Trade-off: the
-answers are short and the prompts few, so that a passport costs a fraction of the comparison in verify.py.
+their tokens; other programs (readers.py) answer the prompts from the files. Takes loaded models one after the other;
+knows neither options nor how an export is written. Trade-off: the answers are short and the prompts few, so that a
+passport costs a fraction of the comparison in verify.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,8 +18,11 @@ from torch import nn
 
 from train.common.device import dtype_name
 from train.data.checked.conversations import Conversation, training_data
+from train.data.rows.formats import Turn
 from train.data.tokens.chat_template import prompt
 from train.evaluation import parity
+from train.export import readers
+from train.export.readers import Question
 from train.inference import sessions
 from train.inference.generate import batch_tokens
 from train.inference.sampling import Sampling
@@ -32,9 +37,10 @@ Rows = list[list[int]]
 
 @dataclass(frozen=True)
 class Prompts:
-    """Ids of each prompt, and the name of the data that they are from."""
+    """Ids of each prompt, the same as messages, and the name of the data that they are from."""
 
     rows: Rows
+    messages: list[list[dict[str, str]]]
     data: str
     tokenizer: Tokenizer
 
@@ -52,15 +58,26 @@ def choose_prompts(
     trained, name = training_data(record)
     longest = min(parity.MAX_ROW_TOKENS, context) - NEW_TOKENS
     for source, data in ((trained, name), (parity.builtin_conversations(), "the built-in list")):
-        asked = (_prompt_ids(one, tokenizer, template, system) for one in source[: 4 * count])
-        if rows := [ids for ids in asked if ids and len(ids) <= longest][:count]:
-            return Prompts(rows, data, tokenizer)
-    return Prompts([], "", tokenizer)
+        asked = ((_prompt_ids(one, tokenizer, template, system), one) for one in source[: 4 * count])
+        if chosen := [(ids, one) for ids, one in asked if ids and len(ids) <= longest][:count]:
+            return Prompts([ids for ids, _ in chosen], [_messages(one) for _, one in chosen], data, tokenizer)
+    return Prompts([], [], "", tokenizer)
+
+
+def _question(conversation: Conversation) -> list[Turn]:
+    """The turns before the first answer."""
+    return list(takewhile(lambda turn: turn.role != "assistant", conversation.turns))
+
+
+def _messages(conversation: Conversation) -> list[dict[str, str]]:
+    """The turns before the first answer as other programs take them; a system message only where it is its own."""
+    own = [] if conversation.system is None else [{"role": "system", "content": conversation.system}]
+    return [*own, *({"role": turn.role, "content": turn.text} for turn in _question(conversation))]
 
 
 def _prompt_ids(conversation: Conversation, tokenizer: Tokenizer, template: str, system: str) -> list[int]:
     """Ids of the conversation up to where its first answer starts; none if it begins with an answer."""
-    turns = list(takewhile(lambda turn: turn.role != "assistant", conversation.turns))
+    turns = _question(conversation)
     own = system if conversation.system is None else conversation.system
     return prompt(turns, tokenizer, own, template) if turns else []
 
@@ -70,11 +87,13 @@ def issue(
     trained: Callable[[], nn.Module],
     prompts: Prompts,
     on_answers: Callable[[int], None] = lambda count: None,
+    others: Mapping[str, Callable[[Question], dict[str, Any]]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Load and ask both models, one in memory at a time; the passport.
+    """Load and ask both models and the others, one in memory at a time; the passport.
 
     Args:
         exported: loads the export from its files. trained: loads the adapter on its base.
+        others: name of another program -> its reply (see readers.py).
         on_answers: called with the number of answers just computed; passes(prompts) of them in all.
     """
     model = exported()
@@ -85,17 +104,19 @@ def issue(
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     of_export = parity.answer_states(model, rows, on_answers)
     del model  # freed before the next is loaded
+    question = Question(prompts.messages, prompts.rows, NEW_TOKENS)
+    told = [readers.compare(name, question, first, of_export, reply(question)) for name, reply in others.items()]
     of_training = parity.answer_states(trained(), rows, on_answers)
-    readers = [{"reader": f"infer at batch {size}", **_agreement(first, answers[size])} for size in BATCHES[1:]]
+    found = [{"reader": f"infer at batch {size}", **_agreement(first, answers[size])} for size in BATCHES[1:]]
     read = preferred(of_training, [len(answer) for answer in first])
-    readers.append({"reader": TRAINING, **_agreement(first, read)})
+    found.append({"reader": TRAINING, **_agreement(first, read)})
     return {
         "prompts": len(first),
         "data": prompts.data,
         "new_tokens": NEW_TOKENS,
         "computed_in": dtype_name(dtype),
         "compared_with": "infer at batch 1",
-        "readers": readers,
+        "readers": [*found, *told],
         "logits": {"between": f"{TRAINING} and the export", **parity.compare(of_training, of_export).to_json()},
     }
 
@@ -146,8 +167,15 @@ def _first_difference(one: list[int], other: list[int]) -> int:
 def in_words(passport: dict[str, Any]) -> str:
     """The passport as one line, for the model card and the terminal."""
     count, logits = passport["prompts"], parity.Parity.from_json(passport["logits"])
-    results = [f"{one['reader']} {one['equal_answers']} of {count}" for one in passport["readers"]]
+    results = [_result(one, count) for one in passport["readers"]]
     return (
         f"greedy answers to prompts of {passport['data']}, equal to those of {passport['compared_with']}: "
         f"{', '.join(results)}; {logits}"
     )
+
+
+def _result(one: dict[str, Any], count: int) -> str:
+    if "error" in one:
+        return f"{one['reader']} does not read it ({one['error']})"
+    answers = f"{one['reader']} {one['equal_answers']} of {count}"
+    return f"{answers} (mean KL {one['logits']['divergence']:.1e} nats)" if "logits" in one else answers

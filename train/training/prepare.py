@@ -352,7 +352,9 @@ def decisions(
             "" if device.type == "cpu" else ", by torch's autograd and without the fused passes: slower than dora=off"
         )
         lines.append(f"dora=on: the length of each row of the adapted weights is trained too{passes}.")
-    lines += adapter_start.note(recipe, recipe.load_as != STORED or "quantization_config" in read_folder_config(prepared.base)[1])
+    lines += adapter_start.note(
+        recipe, recipe.load_as != STORED or "quantization_config" in read_folder_config(prepared.base)[1]
+    )
     if recipe.load_as != STORED:
         lines.append(
             f"load_as={recipe.load_as}: the linears of the blocks are quantised when they are loaded; training, answers and "
