@@ -21,6 +21,7 @@ HEAVY = {
     "sympy",
     "triton",
 }
+QUICK = {"numpy", "tokenizers", *HEAVY}  # `needs` is run before each container, more than once
 LOADS_A_MODEL = {"torch", "triton"}  # torch brings the rest of what it needs; sympy and transformers are not among it
 ALLOWED: dict[str, set[str]] = {
     **{verb: set[str]() for verb in ("data", "plan", "fetch", "model", "train", "demo")},
@@ -28,9 +29,9 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 
-def loaded(code: str) -> set[str]:
-    """The packages of HEAVY that a Python process has imported after `code`."""
-    script = f"{code}\nimport json, sys\nprint(json.dumps(sorted({HEAVY!r} & set(sys.modules))))"
+def loaded(code: str, packages: set[str] = HEAVY) -> set[str]:
+    """Which of the packages a Python process has imported after `code`."""
+    script = f"{code}\nimport json, sys\nprint(json.dumps(sorted({packages!r} & set(sys.modules))))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))
 
@@ -38,6 +39,10 @@ def loaded(code: str) -> set[str]:
 @pytest.mark.parametrize("verb", ALLOWED)
 def test_a_verb_imports_only_what_it_needs(verb: str) -> None:
     assert loaded(f"import train.__main__, train.commands.{verb}") <= ALLOWED[verb]
+
+
+def test_what_runs_before_each_container_is_quick() -> None:
+    assert loaded("import train.__main__, train.commands.needs", QUICK) == set()
 
 
 def test_a_whole_summary_of_data_and_a_plan_need_none_of_them() -> None:

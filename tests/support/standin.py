@@ -13,7 +13,7 @@ FILES = (
     "train/recipes/qlora.yaml"
 )
 DOCKER = """#!@PYTHON@ -IS
-import hashlib, io, json, os, sys, tarfile, time
+import json, os, sys
 words = sys.argv[1:]
 here = os.path.dirname(os.path.abspath(__file__))
 with open(f"{here}/log", "a") as log:
@@ -24,6 +24,7 @@ def loaded():
 def note(images):
     json.dump(images, open(f"{here}/loaded", "w"))
 def save(image):  # as OCI has it: a config, a layer, the manifest of both, and what names it
+    import hashlib, io, tarfile  # here, because most calls need none of them
     hashed = lambda data: hashlib.sha256(data).hexdigest()
     config, layer = b"{}", ("layer of " + image).encode()
     parts = [{"digest": "sha256:" + hashed(data), "size": len(data)} for data in (config, layer)]
@@ -36,6 +37,7 @@ def save(image):  # as OCI has it: a config, a layer, the manifest of both, and 
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
 def load():
+    import tarfile
     with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as tar:
         files = {entry.name: tar.extractfile(entry).read() for entry in tar if entry.isfile()}
     index, old = (json.loads(files[name]) for name in ("index.json", "manifest.json"))
@@ -80,6 +82,7 @@ elif words[0] == "inspect":
     sys.exit(1)
 elif "slow=1" in words:
     open(f"{here}/started", "w").close()
+    import time
     while not os.path.exists(f"{here}/killed"):
         time.sleep(0.05)
     sys.exit(75)
@@ -88,6 +91,9 @@ elif "slow=1" in words:
 
 def answer(words: list[str]) -> None:
     """`needs` of the real program, which sees of the test's folder only data/, models/, runs/ and what is mounted."""
+    import train.commands.needs  # noqa: F401 - before the hook, which would look at every file of every package
+    from train.__main__ import main
+
     fence, stat = str(Path.cwd().parent), os.stat
     visible = os.environ["VISIBLE"].split(":")
 
@@ -102,8 +108,6 @@ def answer(words: list[str]) -> None:
 
     os.stat = look_and_stat
     sys.addaudithook(lambda event, arguments: look(arguments[0]) if event == "open" else None)
-    from train.__main__ import main
-
     sys.exit(main(words))
 
 

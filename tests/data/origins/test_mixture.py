@@ -10,7 +10,8 @@ from tests.data.samples import one_turn
 from train.common.errors import UserError
 from train.data.checked import conversations
 from train.data.origins import mixture
-from train.data.origins.mixture import Draw, draw_all, drawn, row_keys, split_suffix
+from train.data.origins.drawing import draw_rows, drawn, row_keys
+from train.data.origins.mixture import Draw, split_suffix
 from train.data.origins.sources import hash_data, named_paths, pinned, short_name, sources, stem
 from train.data.rows.data_row import ReadOptions
 
@@ -73,7 +74,7 @@ def test_the_draw_is_this_one_for_ever() -> None:
 def test_equal_rows_are_drawn_one_by_one() -> None:
     rows = [one_turn("same", "x")] * 6 + [one_turn("other", "x")] * 6
     assert len(set(row_keys(rows, 0))) == 12
-    assert len(draw_all(rows, [Draw(rows=5)], 0)) == 5
+    assert len(draw_rows(rows, [Draw(rows=5)], 0)) == 5
     assert drawn([], 5) == [] and drawn([b"b", b"a", b"a"], 2) == [1, 2]
 
 

@@ -26,7 +26,7 @@ from train.data.checked.counts import Counts
 from train.data.files import readers
 from train.data.json_text import json_mistakes
 from train.data.json_text.json_stream import Block, NotPlainError
-from train.data.origins import mixture
+from train.data.origins import drawing
 from train.data.origins.sources import Part, hash_data, parts, short_name
 from train.data.rows.data_row import GUESS, DataRow, ReadOptions
 from train.data.rows.dataset_rows import LayoutReader
@@ -123,7 +123,7 @@ def _drawn_when_needed(stream: Streamed[Conversation], part: Part, count: int, s
 
     @cache
     def drawn() -> Sequence[Conversation]:
-        return take(stream, mixture.draw_rows(stream, part.draws, seed))
+        return take(stream, drawing.draw_rows(stream, part.draws, seed))
 
     def number(row: int) -> Hashable:
         found = drawn()
@@ -141,7 +141,7 @@ def _draw(part: Part, one: CheckedData, seed: int) -> Sequence[Conversation]:
     """The conversations of a part that are used; its counts become theirs."""
     rows = one.conversations
     if part.draws and not one.problems:
-        drawn = mixture.draw_rows(rows, part.draws, seed)
+        drawn = drawing.draw_rows(rows, part.draws, seed)
         if len(rows) and not len(drawn):
             raise UserError(f"data {part.text}: this takes none of its {len(rows):,} rows. Take more, or leave it out.")
         used = take(rows, drawn)

@@ -1,25 +1,13 @@
-"""How much of a part of DATA is used: all rows, a multiple of them, or a number, drawn reproducibly.
+"""How much of a part of DATA is used, as it is typed: all rows, a multiple of them (0.3x), or a number (500rows).
 
-Rows are ordered by a hash of the seed and their content, and the first of that order are taken. So the same rows are
-drawn whatever their order in the file, and 0.5x has all rows that 0.3x has. This module does not know files.
+drawing.py draws the rows.
 """
 
-import hashlib
-import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from train.common.errors import UserError
-from train.data.streams.streamed import take
-
-if TYPE_CHECKING:
-    from train.data.checked.conversations import Conversation
 
 SUFFIX = re.compile(r"(?P<rest>.+):(?P<number>\d+(?:\.\d+)?)(?P<unit>x|rows)", re.DOTALL)
 BARE_NUMBER = re.compile(r"(?P<rest>.+):(?P<number>\d+(?:\.\d+)?|\.\d+)(?P<unit>%|X|row|times|)", re.DOTALL)
@@ -72,47 +60,3 @@ def number_without_unit(text: str) -> str:
     times = number / 100 if match["unit"] == "%" else number
     rows = f", or {rest}:{int(number)}rows for that number of rows" if number == int(number) and number else ""
     return f"data {text!r}: write {rest}:{times:f}x for {times:f} times its rows{rows}."
-
-
-def draw_all(conversations: "Sequence[Conversation]", draws: Sequence[Draw], seed: int) -> "Sequence[Conversation]":
-    """The rows that are taken by one draw after another, in the order of the file.
-
-    A row that is taken twice comes again, as the same object, after the last of the first round.
-
-    Args:
-        seed: another seed draws other rows.
-    """
-    return take(conversations, draw_rows(conversations, draws, seed))
-
-
-def draw_rows(conversations: "Sequence[Conversation]", draws: Sequence[Draw], seed: int) -> np.ndarray:
-    """The positions of these rows, int64."""
-    rows = np.arange(len(conversations))
-    for wanted in draws:
-        keys = row_keys(take(conversations, rows), seed)
-        rows = rows[np.array(drawn(keys, wanted.count(len(keys))), np.int64)]
-    return rows
-
-
-def drawn(keys: Sequence[bytes], count: int) -> list[int]:
-    """The positions of the rows that are taken: all of them as often as `count` allows, then the first by key.
-
-    Args:
-        keys: of the rows, in order.
-    """
-    if not keys:
-        return []
-    rounds, rest = divmod(count, len(keys))
-    first = sorted(range(len(keys)), key=lambda index: (keys[index], index))[:rest]
-    return [*range(len(keys))] * rounds + sorted(first)
-
-
-def row_keys(conversations: "Iterable[Conversation]", seed: int) -> list[bytes]:
-    """A hash of the seed and of each row's content, 8 bytes; of equal rows each has its own."""
-    keys, seen = [], Counter[bytes]()
-    for conversation in conversations:
-        content = json.dumps([conversation.system, [vars(turn) for turn in conversation.turns]], sort_keys=True)
-        digest = hashlib.blake2b(content.encode(), digest_size=16, key=str(seed).encode()).digest()
-        keys.append(hashlib.blake2b(digest + str(seen[digest]).encode(), digest_size=8).digest())
-        seen[digest] += 1
-    return keys
