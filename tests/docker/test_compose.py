@@ -294,16 +294,22 @@ def test_links_out_of_data_and_models_lead_somewhere(project: Path, tmp_path: Pa
     assert mounts(project, "train", "data=x", "model=base") == [f"{tmp_path}/base:{WORK}/models/base:ro"]
 
 
-@pytest.mark.parametrize(
-    "name", ["two\nlines.jsonl", 'it\'s "$HOME" `id` \\.jsonl', "-v.jsonl", "二 —.jsonl", "end\n", "#1.jsonl"]
-)
+NAMES = ["two\nlines.jsonl", 'it\'s "$HOME" `id` \\.jsonl', "-v.jsonl", "二 —.jsonl", "end\n", "#1.jsonl"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_any_name_of_a_file(project: Path, tmp_path: Path, name: str) -> None:
-    """Among the words, and in a recipe."""
     (tmp_path / name).touch()
-    expected = f"{tmp_path}/{name}:{tmp_path}/{name}:ro"
-    assert mounts(project, "data", f"data={tmp_path}/{name}") == [expected]
-    (project / "data/my.yaml").write_text(yaml.safe_dump({"stages": [{"data": f"{tmp_path}/{name}"}]}))
-    assert mounts(project, "train", "recipe=data/my.yaml") == [expected]
+    assert mounts(project, "data", f"data={tmp_path}/{name}") == [f"{tmp_path}/{name}:{tmp_path}/{name}:ro"]
+
+
+def test_any_name_of_a_file_in_a_recipe(project: Path, tmp_path: Path) -> None:
+    for name in NAMES:
+        (tmp_path / name).touch()
+    stages = [{"data": f"{tmp_path}/{name}"} for name in NAMES]
+    (project / "data/my.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    expected = {f"{tmp_path}/{name}:{tmp_path}/{name}:ro" for name in NAMES}
+    assert set(mounts(project, "train", "recipe=data/my.yaml")) == expected
 
 
 def test_one_container_is_asked_where_everything_lies_in_its_folders(project: Path) -> None:
