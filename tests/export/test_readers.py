@@ -98,7 +98,7 @@ def test_of_the_likeliest_tokens_alone_the_kl_is_never_larger() -> None:
 
 def stand_in(path: Path, body: str) -> str:
     """A program that takes the place of another environment's Python: it has xllamacpp, and its script is `body`."""
-    found = "[n for n in sys.argv[3:] if n == 'xllamacpp']"
+    found = "[n for n in json.load(sys.stdin) if n == 'xllamacpp']"
     probe = f"if sys.argv[1] == '-c':\n    print(json.dumps({found}))\n    sys.exit()\n"
     path.write_text(f"#!{sys.executable} -S\nimport json, sys\n{probe}request = json.load(sys.stdin)\n{body}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)

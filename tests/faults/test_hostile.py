@@ -155,9 +155,9 @@ def test_an_adapter_that_names_a_module_to_import_is_refused(monkeypatch: pytest
     for module in ("evil_module", "runs.r.adapter.evil_module"):
         more = {"megatron_config": {"tensor_model_parallel_size": 1}, "megatron_core": module}
         (folder / lora.CONFIG).write_text(json.dumps({**whole, **more}))
-        with pytest.raises(UserError, match="only plain LoRA and rsLoRA are computed here:\n  megatron_config="):
+        with pytest.raises(UserError, match="only LoRA, rsLoRA and DoRA are computed here:\n  megatron_config="):
             lora.load_adapter(load(base, torch.float32), folder)
-        with pytest.raises(UserError, match="only plain LoRA and rsLoRA are computed here:\n  megatron_config="):
+        with pytest.raises(UserError, match="only LoRA, rsLoRA and DoRA are computed here:\n  megatron_config="):
             export.run(export.Options(run="r"))
     more = {"auto_mapping": {"base_model_class": "spring", "parent_library": "evil_module"}}
     (folder / lora.CONFIG).write_text(json.dumps({**whole, **more}))
