@@ -83,6 +83,7 @@ def test_a_run_that_overfits_ends_early_with_its_best_weights(whole: str, capsys
     assert read_json(Path("runs/until/run.json"))["held_out"]["adapter_step"] == ended
 
 
+@pytest.mark.slow
 def test_the_kept_weights_are_those_of_a_run_that_ended_there(whole: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A constant rate, so the first steps of a longer run are those of a shorter one."""
     best = early_stop.best(held_out(losses(whole)))
@@ -97,6 +98,7 @@ def test_the_kept_weights_are_those_of_a_run_that_ended_there(whole: str, monkey
     assert f"after step {best[0]}; the adapter is that one" in Path("runs/best/report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 13, 17])
 def test_a_run_that_was_stopped_decides_the_same(step: int, whole: str) -> None:
     """Before and after its best step; the best weights may be of a step after the checkpoint."""

@@ -217,6 +217,7 @@ def test_a_step_that_is_left_out_at_the_end_of_an_epoch_is_measured(monkeypatch:
     assert measured_after("skip") == [0, 7, 14]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_rows(workspace: Path) -> None:
     """Each row is computed alone, so both have the same sum; the adapter differs by the order of sums."""
     keys = HELD | {"dropout": 0, "epochs": 1, "zero": 2, "learning_rate": 1e-30}

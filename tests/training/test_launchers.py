@@ -149,6 +149,7 @@ def test_a_process_that_nobody_joins_ends_with_what_to_check(rank: int) -> None:
     assert (f"waiting for 2 processes at 127.0.0.1:{port}" in done.stderr) == (rank == 0)
 
 
+@pytest.mark.slow
 def test_a_platforms_world_of_one_leaves_processes_as_they_were_asked_for(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
