@@ -178,6 +178,7 @@ def _export_gguf(options: Options, folder: Path, base: Path, recipe: Recipe, rec
         return _report_gguf(out, job)
     gguf_export.check_space(job, out)
     size = gguf_export.size_of(job)
+    merged = _job(replace(options, layout="", dtype="float16"), folder, base, recipe)  # for the passport
     print(f"Writing {job.model_name}: {size / GB:.2f} GB" + (f"; {job.adapter_name}" if exact else ""))
     with staged(out) as temporary:
         with bar("writing", size, "MB", 1e6) as advance:
@@ -185,7 +186,6 @@ def _export_gguf(options: Options, folder: Path, base: Path, recipe: Recipe, rec
         with bar("reading back", size, "MB", 1e6) as advance:
             checked = gguf_export.check(job, temporary, advance)
         files = [temporary / name for name in (job.model_name, job.adapter_name) if name]
-        merged = _job(replace(options, layout="", dtype="float16"), folder, base, recipe)
         written = Written(partial(load_gguf, files[0], files[1] if exact else None), *files)
         parity = write_passport(_passport_job(options, merged, base, record), temporary, written)
         typed = {"format": "gguf", "encoding": "" if options.encoding == "auto" else options.encoding}
@@ -230,6 +230,7 @@ def _export_beside(options: Options, folder: Path, base: Path, recipe: Recipe, r
         return _report_gptq(out, job)
     gptq_export.check_space(job, out)
     size = gptq_export.size_of(job)
+    merged = _job(replace(options, layout="", dtype="float16"), folder, base, recipe)  # for the passport
     print(f"Writing {base.name} in layout {layout} and its adapter: {size / GB:.2f} GB")
     with staged(out) as temporary:
         with bar("writing", size, "MB", 1e6) as advance:
@@ -237,7 +238,6 @@ def _export_beside(options: Options, folder: Path, base: Path, recipe: Recipe, r
         with bar("reading back", size, "MB", 1e6) as advance:
             checked = gptq_export.check(job, temporary, advance)
         use = {"vLLM, in this folder": gptq_export.vllm_command("", job.run, adapter_rank(job.adapter), job.layout)}
-        merged = _job(replace(options, layout="", dtype="float16"), folder, base, recipe)
         parts = (temporary / gptq_export.BASE, temporary / gptq_export.ADAPTER)
         written = Written(partial(load_adapted, *parts), *parts)
         parity = write_passport(_passport_job(options, merged, base, record), temporary, written)
@@ -272,10 +272,10 @@ def _export_adapter(options: Options, folder: Path, base: Path, recipe: Recipe, 
         print(f"{out}: nothing to do, it was exported from these inputs before.")
         return
     adapter_export.check_space(job, out)
+    merged = _job(replace(options, dtype="float16"), folder, base, recipe)  # for the passport
     with staged(out) as temporary:
         adapter_export.write(job, temporary)
         loading = f'model = AutoModelForCausalLM.from_pretrained("{job.base_id}")\nmodel = PeftModel.from_pretrained(model, ".")'
-        merged = _job(replace(options, dtype="float16"), folder, base, recipe)
         written = Written(partial(load_adapted, base, temporary, load_as=merged.load_as), temporary)
         parity = write_passport(_passport_job(options, merged, base, record), temporary, written)
         use = {"peft, in this folder": loading}
