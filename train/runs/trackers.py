@@ -34,7 +34,19 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-class WandbTracker:
+class _RunTracker:
+    """What the runs of Weights & Biases and of SwanLab have in common."""
+
+    _run: Any
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class WandbTracker(_RunTracker):
     """Weights & Biases; offline without WANDB_API_KEY unless WANDB_MODE says otherwise: `wandb sync` uploads it."""
 
     def __init__(self, run: Path, config: dict[str, Any]) -> None:
@@ -46,14 +58,8 @@ class WandbTracker:
             dir=str(run / FOLDER), config=config, mode=mode, settings=wandb.Settings(console="off", silent=True),
         )  # fmt: skip
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
-
-
-class SwanLabTracker:
+class SwanLabTracker(_RunTracker):
     """SwanLab; offline without SWANLAB_API_KEY unless SWANLAB_MODE says otherwise: `swanlab sync` uploads it."""
 
     def __init__(self, run: Path, config: dict[str, Any]) -> None:
@@ -64,12 +70,6 @@ class SwanLabTracker:
             project=PROJECT, name=run.name, id=_identity(run), resume="allow", log_dir=str(run / FOLDER / "swanlab"),
             config=config, mode=mode,
         )  # fmt: skip
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class MlflowTracker:
