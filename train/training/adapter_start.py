@@ -57,13 +57,14 @@ def _first_process(model: Any, recipe: Recipe, run: Path, continues: bool) -> st
     return ""
 
 
-def note(recipe: Recipe, int4: bool) -> list[str]:
+def note(recipe: Recipe, quantised: bool) -> list[str]:
     """What `start` means for the base and the adapter's file, a line; none where it is random."""
     if recipe.start == lora_start.RANDOM:
         return []
     base = (
-        "the Int4 base stays as it is, since Int4 cannot store what is left of it: the part is subtracted as a fixed term"
-        if int4
+        "the quantised base stays as it is, since its format cannot store what is left: the part is subtracted as a fixed "
+        "term"
+        if quantised
         else "the base stays as it is: the part is subtracted as a fixed term"
     )
     return [

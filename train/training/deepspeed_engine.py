@@ -1,8 +1,8 @@
 """DeepSpeed under one training step: forward, backward, the optimizer's update, and all of its state by parameter name.
 
 Knows gradients, AdamW's moments and loss scales; nothing of data, files or progress. The private names of DeepSpeed
-that the program uses are in this file and in optimizer_state.py. Only the adapters are trained: they are cast to the compute dtype and have
-float32 masters in the optimizer, while the frozen base keeps its own dtype. The caller passes the learning rate at
+that the program uses are in this file and in optimizer_state.py. Only the adapters are trained: they are cast to the
+compute dtype and have float32 masters in the optimizer, while the frozen base keeps its own dtype. The caller passes the learning rate at
 every step, so there is no scheduler whose state would have to be saved. On a GPU, DeepSpeed gets a single parameter,
 the vector of all adapters (graph_step.py): its Python work is per parameter and step, and for hundreds of small
 adapters it would take longer than the GPU's own work.
@@ -25,13 +25,12 @@ from train.model.lora import trainable
 from train.ops import kernels
 from train.training.adamw import RATIO, make_adamw, make_vector_adamw
 from train.training.deepspeed_config import deepspeed_config, zero_stage
-from train.training.gradient_shares import shares_of
+from train.training.gradient_shares import NORM_CHUNK, shares_of
 from train.training.graph_step import GraphStep
 from train.training.optimizer_state import MASTER, MOMENTS, STATE_KEYS, OptimizerState
 from train.training.state_buffers import StateBuffers
 
 VECTOR = "vector"  # the name of the one parameter that holds all adapters
-NORM_CHUNK = 1 << 22  # values of a gradient that are converted to float64 at a time for its norm
 FUSED_DEVICES = ("cuda",)  # device types that train with the fused passes
 Inspect = Callable[[str, dict[str, Tensor]], None]  # MASTER or a moment's key; parameter name -> tensor
 
