@@ -1,7 +1,7 @@
 """Linear layers of a float checkpoint that are quantised when it is loaded: nf4, fp4 (4 bits) and int8.
 
 All linears of the blocks are; embeddings, norms, biases and the head stay in floats, as peft and bitsandbytes have it.
-The weights are rounded from the values in the file, in float32, so every machine trains against the same ones.
+The weights are rounded from the values in the file, in float32, whatever the precision of the training.
 """
 
 from collections.abc import Mapping

@@ -16,7 +16,7 @@ CHUNK = 1 << 22  # weights that are rounded at once
 
 
 def quantize(weight: Tensor, name: str = "a linear layer") -> dict[str, Tensor]:
-    """Round a float weight [N, K]: {codes [K, N] int8, absmax [N] float32}. In float32, equal on all devices.
+    """Round a float weight [N, K]: {codes [K, N] int8, absmax [N] float32}. Computed in float32.
 
     Raises:
         UserError: a weight is not finite.

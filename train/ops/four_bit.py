@@ -61,8 +61,8 @@ def check(in_features: int, name: str = "a linear layer") -> None:
 def quantize(weight: Tensor, kind: str, name: str = "a linear layer") -> dict[str, Tensor]:
     """Round a float weight [N, K]: {codes, absmax_codes, absmax_scales, absmax_mean}, as `dequantize` reads them.
 
-    Computed in float32 on the weight's device; equal on all devices. Of two values that are equally near it takes the lower.
-    A block of zeros keeps its zeros.
+    Computed in float32 on the weight's device. Of two values that are equally near it takes the lower. A block of zeros
+    keeps its zeros.
 
     Args:
         kind: nf4 or fp4.
