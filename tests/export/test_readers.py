@@ -81,6 +81,12 @@ def test_an_answer_that_ends_early_differs_and_other_prompts_are_counted() -> No
     found = readers.compare("x", question, [ours.argmax(-1).tolist()], states(ours), reply)
     assert found["first_differences"] == [{"prompt": 1, "token": 3}]
     assert (found["equal_answers"], found["equal_prompts"]) == (0, 0)
+    own = {"reader": "own", "equal_answers": 1}
+    logits = {"tokens": 2, "agreement": 1.0, "divergence": 0.0, "without": 1.0}
+    issued = {"prompts": 1, "data": "d", "compared_with": "c", "logits": logits, "readers": [own, found]}
+    assert "it makes other ids of 1 of the 1 prompts" in passport.in_words(issued)
+    issued["readers"] = [own, found | {"equal_prompts": 1}]
+    assert "other ids" not in passport.in_words(issued)
 
 
 def test_of_the_likeliest_tokens_alone_the_kl_is_never_larger() -> None:

@@ -178,4 +178,8 @@ def _result(one: dict[str, Any], count: int) -> str:
     if "error" in one:
         return f"{one['reader']} does not read it ({one['error']})"
     answers = f"{one['reader']} {one['equal_answers']} of {count}"
-    return f"{answers} (mean KL {one['logits']['divergence']:.1e} nats)" if "logits" in one else answers
+    if "logits" not in one:
+        return answers
+    logits = f"mean KL {one['logits']['divergence']:.1e} nats"
+    other = count - one["equal_prompts"]  # the answers are to our ids, so they would not show it
+    return f"{answers} ({logits}" + (f"; it makes other ids of {other} of the {count} prompts)" if other else ")")
