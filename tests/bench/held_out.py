@@ -39,6 +39,7 @@ class Options:
     steps: int = option(8, "optimizer steps", interval="[1, 100000]")
     length: int = option(128, "tokens of a row", interval="[16, 8192]")
     rows_per_step: int = option(2, "rows of a step", interval="[1, 1024]")
+    precision: str = option("fp32", "of the passes, as the recipe's key; auto: bf16 on a GPU that has it")
     models: str = option("models", "folder of the bases")
     out: str = option("held_out.json", "the report")
 
@@ -73,7 +74,7 @@ def measure(options: Options, recipe: str, file: Path, base: str, load_as: str, 
             **{"data": work / "data.json", "recipe": work / "recipe.yaml", "model": base, "run": "run"},
             **{"models": options.models, "runs": work, "seed": seed, "load_as": load_as, "length": options.length},
             **{"held_out": options.held_out, "steps": options.steps, "batch": 1, "accumulation": options.rows_per_step},
-            **{"warmup": 1, "precision": "fp32", "processes": 1, "measure_every": options.steps, "overlong": "cut"},
+            **{"warmup": 1, "precision": options.precision, "processes": 1, "measure_every": options.steps, "overlong": "cut"},
         }
         assert program(["train", *(f"{key}={value}" for key, value in keys.items())]) == 0
         record = read_json(work / "run" / "run.json")
