@@ -10,6 +10,7 @@ A report that exists is continued.
 
 import json
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +20,6 @@ from typing import Any
 
 from tests.bench.data_rates import machine
 from tests.bench.spec import heading
-from train.__main__ import main as program
 from train.common.files import read_json, write_json
 from train.config.options import build, describe, option, pairs
 from train.config.recipe import RECIPES
@@ -76,7 +76,8 @@ def measure(options: Options, recipe: str, file: Path, base: str, load_as: str, 
             **{"held_out": options.held_out, "steps": options.steps, "batch": 1, "accumulation": options.rows_per_step},
             **{"warmup": 1, "precision": options.precision, "processes": 1, "measure_every": options.steps, "overlong": "cut"},
         }
-        assert program(["train", *(f"{key}={value}" for key, value in keys.items())]) == 0
+        words = [f"{key}={value}" for key, value in keys.items()]
+        subprocess.run([sys.executable, "-m", "train", "train", *words], check=True, stdout=subprocess.DEVNULL)
         record = read_json(work / "run" / "run.json")
     loss, seconds = record["held_out"]["loss"], round(time.monotonic() - began, 1)
     setting = {"base": base, "load_as": load_as, "data": file.name, "rows": count, "steps": record["steps"]}

@@ -50,7 +50,7 @@ def test_it_is_the_fastest_that_leaves_room(gib: float) -> None:
     found, text = resolve(recipe, Place(1, card), SMALL)
     setting = Setting.of(found)
     assert estimate(SMALL, setting).held + GIB <= card
-    faster = [s for s, needed in memory_plan.candidates(SMALL, found) if memory_plan.has_room(needed, card)]
+    faster = [s for s, needed in memory_plan.candidates(SMALL, found) if memory_plan.has_room(s, needed, card)]
     assert memory_plan.relative_time(setting) == min(memory_plan.relative_time(s) for s in faster if not s.over_the_bus)
     assert f"batch={found.batch} accumulation={found.accumulation}" in text
 

@@ -82,7 +82,7 @@ def _choose(shape: Shape, asked: Recipe, card: int) -> "tuple[Setting, Estimate]
     if not step_setting.is_open(asked):
         return memory_plan.choose(shape, asked, card)
     ways = step_setting.candidates(asked, 1, shape)
-    return next((way for way in ways if memory_plan.has_room(way[1], card)), None)
+    return next((way for way in ways if memory_plan.has_room(*way, card)), None)
 
 
 def _find_shape(recipe: Recipe, models: Path) -> tuple[Shape, str]:

@@ -154,7 +154,7 @@ def _allowed(setting: Setting, recipe: Recipe) -> bool:
 
 def _fastest(recipe: Recipe, place: Place, shape: Shape) -> tuple[Recipe, str]:
     ways = candidates(recipe, place.processes, shape)
-    fitting = next((way for way in ways if memory_plan.has_room(way[1], place.card)), None)
+    fitting = next((way for way in ways if memory_plan.has_room(*way, place.card)), None)
     if fitting is None:
         least = min(needed.held for _, needed in ways) + memory_plan.RESERVE
         plan = commands.make("plan", model=recipe.model)
