@@ -49,7 +49,16 @@ class PackedWeight:
 
 
 if triton is not None:
-    from train.ops.kernels.low_rank_segments import announce, down_part, reset_after, up_segment, wait_for
+    from train.ops.kernels.low_rank_segments import (
+        announce,
+        down_part,
+        load_b,
+        load_down,
+        reset_after,
+        segment_of,
+        times_b,
+        wait_for,
+    )
 
     @triton.jit
     def _zero_and_scale(  # type: ignore[no-untyped-def]
@@ -198,11 +207,12 @@ if triton is not None:
         DOWN_PROGRAMS: tl.constexpr, DOWN_TL: tl.constexpr, DOWN_TK: tl.constexpr, ONE_GROUP: tl.constexpr,
         STAGES: tl.constexpr, SWIGLU_SPLITS: tl.constexpr,
     ):  # fmt: skip
-        """One part of y[:, n …], `steps` steps of K; the first part adds the bias and the adapter.
+        """One part of y[:, n …], `steps` steps of K; the first part adds the bias.
 
         PAIR: the second half of the programs computes with the second weight, whose columns of y follow the first's.
         SWIGLU_SPLITS: of a single row and a pair, the parts; the last program of these columns writes silu(gate) · up.
-        DOWN_PROGRAMS: so many programs come first and compute x Aᵀ; 0: `down` holds it already.
+        RANK: the adapter's part is added by the first part. With DOWN_PROGRAMS it is a part of its own, the last: so many
+        programs come first and compute x Aᵀ, and those of the last part wait for them.
         """
         split = tl.program_id(1)
         if DOWN_PROGRAMS > 0:
@@ -230,29 +240,30 @@ if triton is not None:
         m = m0 + tl.arange(0, TM)
         first = split * steps
         last = tl.minimum(first + steps, tl.cdiv(in_features, WORDS * (32 // BITS)))
-        if TM == 1:
-            y = _one_row(
-                x + m0 * in_features, qweight, qzeros, scales, perm, first, last, n, n_mask, in_features,
-                out_features, zero_words, group, magic, BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
-            )  # fmt: skip
+        if split == tl.num_programs(1) - 1 if DOWN_PROGRAMS > 0 else False:  # False is known when it is compiled
+            b_tile = load_b(up, offset + n, n_mask, RANK)
+            wait_for(down_arrivals, DOWN_PROGRAMS)
+            column = segment_of(offset + block * TN, start2, start3) * RANK
+            y = times_b(load_down(down, m, batch, down_columns, column, DOWN_SPLITS, RANK, TM), b_tile)
+            reset_after(down_arrivals, blocks * (2 if PAIR else 1))
         else:
-            y = _several_rows(
-                x, qweight, qzeros, scales, perm, first, last, m, batch, n, n_mask, in_features, out_features,
-                zero_words, group, magic, BITS, WORDS, TM, TN, PERM, ONE_GROUP, STAGES,
-            )  # fmt: skip
-        if split == 0:
-            if BIAS:
-                y += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[None]
-            if RANK > 0:
-                if DOWN_PROGRAMS > 0:
-                    wait_for(down_arrivals, DOWN_PROGRAMS)
-                start = offset + block * TN
-                segment = (start >= start2).to(tl.int32) + (start >= start3).to(tl.int32)
-                y += up_segment(
-                    down, up, m, batch, offset + n, n_mask, down_columns, segment * RANK, DOWN_SPLITS, RANK, TM, TN
-                )
-                if DOWN_PROGRAMS > 0:
-                    reset_after(down_arrivals, blocks * (2 if PAIR else 1))
+            if TM == 1:
+                y = _one_row(
+                    x + m0 * in_features, qweight, qzeros, scales, perm, first, last, n, n_mask, in_features,
+                    out_features, zero_words, group, magic, BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
+                )  # fmt: skip
+            else:
+                y = _several_rows(
+                    x, qweight, qzeros, scales, perm, first, last, m, batch, n, n_mask, in_features, out_features,
+                    zero_words, group, magic, BITS, WORDS, TM, TN, PERM, ONE_GROUP, STAGES,
+                )  # fmt: skip
+            if split == 0:
+                if BIAS:
+                    y += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[None]
+                if RANK > 0 and DOWN_PROGRAMS == 0:
+                    column = segment_of(offset + block * TN, start2, start3) * RANK
+                    t = load_down(down, m, batch, down_columns, column, DOWN_SPLITS, RANK, TM)
+                    y += times_b(t, load_b(up, offset + n, n_mask, RANK))
         pointers = out + (split * batch + m)[:, None].to(tl.int64) * out_columns + offset + n[None]
         tl.store(pointers, y, mask=(m < batch)[:, None] & n_mask[None])
         if SWIGLU_SPLITS > 0:
@@ -284,7 +295,6 @@ def product(
     assert other.qweight.shape == weight.qweight.shape and (other.bias is None) == (weight.bias is None), "unequal pair"
     tile = tile or tile_for(len(x), weight.in_features, weight.out_features * count, weight.bits, x.device)
     tile, steps = _fit_splits(_fit_columns(tile, adapter, second is not None), weight)
-    out = torch.empty(tile.splits, len(x), weight.out_features * count, dtype=torch.float32, device=x.device)
     rows = rows_per_program(x)
     blocks, row_blocks = triton.cdiv(weight.out_features, tile.columns) * count, triton.cdiv(len(x), rows)
     down, down_programs = None, 0
@@ -292,8 +302,10 @@ def product(
         alone = len(x) > 1  # with tensor cores the product has no registers left for it
         down = down_product(x, adapter.a, rows) if alone else divide_down_product(x, adapter.a, rows, tile.warps)
         down_programs = 0 if alone else down.programs
+    parts = tile.splits + (down_programs > 0)
+    out = torch.empty(parts, len(x), weight.out_features * count, dtype=torch.float32, device=x.device)
     bias, bias2 = (w.bias if w.bias is not None else x for w in (weight, other))  # x: a pointer that is not read
-    _product[(down_programs + blocks, tile.splits, row_blocks)](
+    _product[(down_programs + blocks, parts, row_blocks)](
         x, weight.qweight, weight.qzeros, weight.scales, bias, other.qweight, other.qzeros, other.scales, bias2,
         weight.perm if weight.perm is not None else x,
         adapter.a if adapter else x, down.out if down else x, adapter.b if adapter else x,
@@ -304,7 +316,7 @@ def product(
         BIAS=weight.bias is not None, PAIR=second is not None, RANK=adapter.b.shape[1] if adapter else 0,
         DOWN_SPLITS=len(down.out) if down else 0, DOWN_PROGRAMS=down_programs, DOWN_TL=down.tile_ranks if down else 1,
         DOWN_TK=down.tile_k if down else 1, ONE_GROUP=weight.group % (tile.words * 32 // weight.bits) == 0,
-        STAGES=tile.stages, SWIGLU_SPLITS=0 if swiglu is None else tile.splits, num_warps=tile.warps,
+        STAGES=tile.stages, SWIGLU_SPLITS=0 if swiglu is None else parts, num_warps=tile.warps,
     )  # fmt: skip
     return out
 

@@ -1,9 +1,9 @@
 """The adapters of linears that are fused into one product of a few rows: y += (x Aᵀ) Bᵀ, a segment of y for each linear.
 
 Of a single row x Aᵀ takes microseconds, as much as a launch. So the first programs of the product's own kernel compute
-it, while the others multiply with the packed weight; those that add B's part wait for them at their end. GPUs start the programs of a
-kernel in the order of their numbers, so those that are waited for are never waiting themselves. Decoupled look-back
-(Merrill & Garland 2016) rests on the same.
+it, while the others multiply with the packed weight; B's product is a part of y of its own, whose programs load B and
+wait for x Aᵀ. GPUs start the programs of a kernel in the order of their numbers, so those that are waited for are never
+waiting themselves. Decoupled look-back (Merrill & Garland 2016) rests on the same.
 """
 
 from dataclasses import dataclass
@@ -97,21 +97,37 @@ if triton is not None:
             tl.store(arrivals + 1, 0)
 
     @triton.jit
-    def up_segment(  # type: ignore[no-untyped-def]
-        down, b, m, batch, n, n_mask, down_columns, offset,
-        DOWN_SPLITS: tl.constexpr, RANK: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
-    ):  # fmt: skip
-        """down [m, offset …] @ b[n]ᵀ: [TM, TN] float32. Read past the multiprocessor's own cache: just written."""
+    def segment_of(column, start2, start3):  # type: ignore[no-untyped-def]
+        """Which linear a column of y belongs to, from 0."""
+        return (column >= start2).to(tl.int32) + (column >= start3).to(tl.int32)
+
+    @triton.jit
+    def load_b(b, n, n_mask, RANK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """B[n]: [TN, RANK]."""
+        return tl.load(b + n[:, None] * RANK + tl.arange(0, RANK)[None], mask=n_mask[:, None], other=0.0)
+
+    @triton.jit
+    def load_down(  # type: ignore[no-untyped-def]
+        down, m, batch, down_columns, column, DOWN_SPLITS: tl.constexpr, RANK: tl.constexpr, TM: tl.constexpr
+    ):
+        """x[m] Aᵀ of one linear, whose columns of `down` begin at `column`: float32 [TM, RANK].
+
+        Read past the multiprocessor's own cache, since other programs have just written them.
+        """
         r = tl.arange(0, RANK)
         t = tl.zeros((TM, RANK), tl.float32)
         for s in tl.static_range(DOWN_SPLITS):
-            pointers = down + (s * batch + m)[:, None] * down_columns + offset + r[None]
+            pointers = down + (s * batch + m)[:, None] * down_columns + column + r[None]
             t += tl.load(pointers, mask=(m < batch)[:, None], other=0.0, cache_modifier=".cg")
-        b_tile = tl.load(b + n[:, None] * RANK + r[None], mask=n_mask[:, None], other=0.0)
-        if TM == 1:
+        return t
+
+    @triton.jit
+    def times_b(t, b_tile):  # type: ignore[no-untyped-def]
+        """t [TM, RANK] @ b_tileᵀ: float32 [TM, TN]."""
+        if t.shape[0] == 1:
             return tl.sum(b_tile.to(tl.float32) * t, axis=1)[None]
         else:
-            return tl.dot(t.to(b.dtype.element_ty), tl.trans(b_tile), input_precision="ieee")
+            return tl.dot(t.to(b_tile.dtype), tl.trans(b_tile), input_precision="ieee")
 
     @triton.jit(do_not_specialize=["batch"])
     def _down_product(  # type: ignore[no-untyped-def]
@@ -125,7 +141,7 @@ if triton is not None:
 def divide_down_product(x: Tensor, a: Tensor, rows: int, warps: int) -> DownProduct:
     """How programs of `rows` rows of x [M, K] and `warps` warps compute x Aᵀ for A [L, K]."""
     in_features = x.shape[1]
-    tile_ranks, tile_k = (8, 128 * warps) if rows == 1 else (16, 128)
+    tile_ranks, tile_k = (4, 128 * warps) if rows == 1 else (16, 128)
     part_k = triton.cdiv(triton.cdiv(in_features, SPLITS), tile_k) * tile_k
     out = torch.empty(triton.cdiv(in_features, part_k), len(x), len(a), dtype=torch.float32, device=x.device)
     return DownProduct(out, tile_ranks, tile_k, part_k)
