@@ -22,9 +22,8 @@ from train.ops.gptq import dequantize, groups_in_order, pack_rows, unpack_rows
 from train.ops.head_norm import HeadNorms
 from train.ops.kernels import gptq_matmul
 from train.ops.kernels.decode_step import swiglu_parts
-from train.ops.kernels.gptq_matmul import SEGMENT_COLUMNS, PackedWeight
+from train.ops.kernels.gptq_matmul import NO_SEGMENT, SEGMENT_COLUMNS, LowRankSegments, PackedWeight, down_product
 from train.ops.kernels.gptq_tiles import MAX_BATCH
-from train.ops.kernels.low_rank_segments import NO_SEGMENT, LowRankSegments
 
 Product = Callable[[Tensor], Tensor]  # x [M, K] -> [S, M, N], split-K partial sums, to be added in order
 LoraPair = tuple[Tensor, Tensor, float]  # A [r, K], B [N, r], alpha / r
@@ -161,10 +160,10 @@ def product_of_many_rows(x: Tensor, weights: Sequence[PackedWeight], adapter: St
     return y
 
 
-def _low_rank(adapter: StackedAdapter | None, starts: tuple[int, int]) -> LowRankSegments | None:
+def _low_rank(x: Tensor, adapter: StackedAdapter | None, starts: tuple[int, int]) -> LowRankSegments | None:
     if adapter is None:
         return None
-    return LowRankSegments(adapter.down, adapter.up, adapter.down.new_zeros(2, dtype=torch.int32), starts)
+    return LowRankSegments(down_product(x, adapter.down), adapter.up, starts)
 
 
 def _call(linear: nn.Module, x: Tensor) -> Tensor:
@@ -237,12 +236,11 @@ class DecodeLayers:
         weight, adapter = concatenate(weights), self._adapter(linears)
         second = weights[0].out_features if len(weights) > 1 else NO_SEGMENT
         third = second + weights[1].out_features if len(weights) > 2 else NO_SEGMENT
-        low_rank = _low_rank(adapter, (second, third))
 
         def call(x: Tensor) -> Tensor:
             if len(x) > MAX_BATCH:
                 return product_of_many_rows(x, [weight], adapter)[None]
-            return gptq_matmul.product(x, weight, low_rank)
+            return gptq_matmul.product(x, weight, _low_rank(x, adapter, (second, third)))
 
         return call
 
@@ -253,12 +251,13 @@ class DecodeLayers:
             return lambda x: _call(up, x) * F.silu(_call(gate, x))
         gate_weight, up_weight = weights
         adapter = self._adapter([gate, up])
-        low_rank = _low_rank(adapter, (gate_weight.out_features, NO_SEGMENT))
+        starts = (gate_weight.out_features, NO_SEGMENT)
         arrivals = torch.zeros(-(-gate_weight.out_features // 32), dtype=torch.int32, device=self.device)
 
         def call(x: Tensor) -> Tensor:
             if len(x) > MAX_BATCH:
                 return swiglu_parts(product_of_many_rows(x, [gate_weight, up_weight], adapter)[None], x.dtype)
+            low_rank = _low_rank(x, adapter, starts)
             if len(x) == 1:
                 y = torch.empty(1, gate_weight.out_features, dtype=x.dtype, device=x.device)
                 gptq_matmul.product(x, gate_weight, low_rank, up_weight, None, y, arrivals)

@@ -72,44 +72,38 @@ def check_product(
 
 def check_three_linears(device: str, dtype: torch.dtype, batches: tuple[int, ...] = BATCHES) -> None:
     """Three linears side by side, each with its own adapter."""
-    from train.ops.kernels.gptq_matmul import product
-    from train.ops.kernels.gptq_tiles import Tile, rows_per_program
-    from train.ops.kernels.low_rank_segments import LowRankSegments, down_product
+    from train.ops.kernels.gptq_matmul import LowRankSegments, down_product, product
+    from train.ops.kernels.gptq_tiles import Tile
 
     weight, w = weights(256, 192, 128, 4, False, device)
     a, b = adapters(dtype)
-    arrivals = torch.zeros(2, dtype=torch.int32, device=device)
-    low_rank = LowRankSegments(a.to(device), b.to(device), arrivals, (64, 128))
     for batch in batches:
         x = activations(batch, 256, dtype, device)
-        down = down_product(x, a.to(device), rows_per_program(x)).out
+        down = down_product(x, a.to(device))
         exact_down = x.double().cpu() @ a.double().t()
         check_close(down.sum(0), exact_down, TOLERANCE)
         terms = [exact_down[:, 16 * n : 16 * n + 16] @ b[64 * n : 64 * n + 64].double().t() for n in range(3)]
         expected = x.double().cpu() @ w + weight.bias.double().cpu() + torch.cat(terms, dim=1)
         for tile in (None, Tile(16, 32, 1, 4, 2), Tile(32, 64, 2, 8), Tile(16, 128)):  # the last spans two linears
-            for _ in range(2):  # the counts of programs are at zero again for the second
-                parts = product(x, weight, low_rank, tile=tile)
-                check_close(parts.sum(0), expected, ROUNDED_ONCE[dtype])
-            assert not arrivals.any()
+            parts = product(x, weight, LowRankSegments(down, b.to(device), (64, 128)), tile=tile)
+            check_close(parts.sum(0), expected, ROUNDED_ONCE[dtype])
 
 
 def check_gate_and_up(device: str, dtype: torch.dtype, batches: tuple[int, ...] = BATCHES) -> None:
     """Two weights in one product, without and with adapters, and SwiGLU of the two."""
     from train.ops.kernels.decode_step import swiglu_parts
-    from train.ops.kernels.gptq_matmul import product
-    from train.ops.kernels.low_rank_segments import NO_SEGMENT, LowRankSegments
+    from train.ops.kernels.gptq_matmul import NO_SEGMENT, LowRankSegments, down_product, product
 
     a, b = adapters(dtype)
     for batch in batches:
         x = activations(batch, 256, dtype, device)
+        down = down_product(x, a.to(device))
         exact_down = x.double().cpu() @ a.double().t()
         (gate, gate_w), (up, up_w) = (weights(256, 192, 128, 4, True, device, bias=False) for _ in range(2))
         gate.scales.mul_(1 / 64)
         up.scales.mul_(1 / 32)
         b_of_both = torch.cat([b, b.flip(0)]).to(device)
-        counts = torch.zeros(2, dtype=torch.int32, device=device)
-        for adapter in (None, LowRankSegments(a.to(device), b_of_both, counts, (192, NO_SEGMENT))):
+        for adapter in (None, LowRankSegments(down, b_of_both, (192, NO_SEGMENT))):
             gate_out, up_out = x.double().cpu() @ gate_w / 64, x.double().cpu() @ up_w / 32
             if adapter:
                 gate_out += exact_down[:, :16] @ b.double().t()
@@ -154,7 +148,7 @@ def test_products_equal_their_definition_through_the_interpreter() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
 
-POINTERS = ("x", "scales", "bias", "a", "up", "scales2", "bias2", "swiglu")  # those to activations
+POINTERS = ("x", "scales", "bias", "up", "scales2", "bias2", "swiglu")  # those to activations
 
 
 def compile_for(capability: int, rows: int) -> None:
@@ -167,10 +161,9 @@ def compile_for(capability: int, rows: int) -> None:
 
     tile = gptq_tiles.tile_for(rows, 2048, 2048, 4, torch.device("cpu"))
     constants = {"BITS": 4, "WORDS": tile.words, "TM": rows, "TN": tile.columns, "PERM": True, "BIAS": True, "RANK": 64}
-    constants |= {"DOWN_SPLITS": 4, "DOWN_PROGRAMS": 32, "DOWN_TL": 8 if rows == 1 else 16}
-    constants |= {"DOWN_TK": 128 * tile.warps if rows == 1 else 128, "ONE_GROUP": True, "STAGES": tile.stages}
+    constants |= {"DOWN_SPLITS": 4, "ONE_GROUP": True, "STAGES": tile.stages}
     types = dict.fromkeys(POINTERS, "*fp16") | dict.fromkeys(("down", "out"), "*fp32")
-    types |= dict.fromkeys(("qweight", "qzeros", "perm", "qweight2", "qzeros2", "arrivals", "down_arrivals"), "*i32")
+    types |= dict.fromkeys(("qweight", "qzeros", "perm", "qweight2", "qzeros2", "arrivals"), "*i32")
     kernel = gptq_matmul._product
     for pair in (False, True):
         values = {**constants, "PAIR": pair, "SWIGLU_SPLITS": tile.splits if pair and rows == 1 else 0}

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from train.ops.kernels.gptq_tiles import Tile, rows_per_program, tile_for
-from train.ops.kernels.low_rank_segments import LowRankSegments, divide_down_product, down_product
 from train.ops.kernels.runtime import tl, triton
 
 MAGIC = 0x4B000000  # 2^23 as the bits of a float; an argument of the kernels, so that and-or is one instruction
+NO_SEGMENT = 1 << 30  # the start of a segment that does not exist: beyond all columns
 SEGMENT_COLUMNS = 64  # linears that are fused into one matrix product begin at multiples of this
 
 
@@ -48,17 +48,20 @@ class PackedWeight:
         return self.in_features // len(self.scales)
 
 
+@dataclass(frozen=True)
+class LowRankSegments:
+    """The adapters of several linears that are fused into one matrix product.
+
+    down: float32 [S, M, L], x Aᵀ in S parts; each linear has R of the L columns. up: [N, R], the scaled B of each.
+    starts: the columns of N at which the second and the third linear begin.
+    """
+
+    down: Tensor
+    up: Tensor
+    starts: tuple[int, int] = (NO_SEGMENT, NO_SEGMENT)
+
+
 if triton is not None:
-    from train.ops.kernels.low_rank_segments import (
-        announce,
-        down_part,
-        load_b,
-        load_down,
-        reset_after,
-        segment_of,
-        times_b,
-        wait_for,
-    )
 
     @triton.jit
     def _zero_and_scale(  # type: ignore[no-untyped-def]
@@ -181,6 +184,23 @@ if triton is not None:
         return acc
 
     @triton.jit
+    def _low_rank_segment(  # type: ignore[no-untyped-def]
+        down, up, m, batch, n, n_mask, down_columns, offset,
+        DOWN_SPLITS: tl.constexpr, RANK: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
+    ):  # fmt: skip
+        """down [m, offset …] @ up[n]ᵀ: [TM, TN] float32."""
+        r = tl.arange(0, RANK)
+        t = tl.zeros((TM, RANK), tl.float32)
+        for s in tl.static_range(DOWN_SPLITS):
+            pointers = down + (s * batch + m)[:, None] * down_columns + offset + r[None]
+            t += tl.load(pointers, mask=(m < batch)[:, None], other=0.0)
+        b = tl.load(up + n[:, None] * RANK + r[None], mask=n_mask[:, None], other=0.0)
+        if TM == 1:
+            return tl.sum(b.to(tl.float32) * t, axis=1)[None]
+        else:
+            return tl.dot(t.to(up.dtype.element_ty), tl.trans(b), input_precision="ieee")
+
+    @triton.jit
     def _swiglu(  # type: ignore[no-untyped-def]
         parts, out, width, n, n_mask, SPLITS: tl.constexpr
     ):
@@ -198,38 +218,23 @@ if triton is not None:
         silu = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
         tl.store(out + n, (silu * up.to(dtype).to(tl.float32)).to(dtype), mask=n_mask)
 
-    @triton.jit(do_not_specialize=["batch", "steps", "down_columns", "down_part_k", "start2", "start3"])
+    @triton.jit(do_not_specialize=["batch", "steps", "down_columns", "start2", "start3"])
     def _product(  # type: ignore[no-untyped-def]
-        x, qweight, qzeros, scales, bias, qweight2, qzeros2, scales2, bias2, perm, a, down, up, down_arrivals, out,
-        arrivals, swiglu, batch, in_features, out_features, zero_words, group, steps, down_columns, down_part_k,
-        start2, start3, magic, BITS: tl.constexpr, WORDS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
-        PERM: tl.constexpr, BIAS: tl.constexpr, PAIR: tl.constexpr, RANK: tl.constexpr, DOWN_SPLITS: tl.constexpr,
-        DOWN_PROGRAMS: tl.constexpr, DOWN_TL: tl.constexpr, DOWN_TK: tl.constexpr, ONE_GROUP: tl.constexpr,
-        STAGES: tl.constexpr, SWIGLU_SPLITS: tl.constexpr,
+        x, qweight, qzeros, scales, bias, qweight2, qzeros2, scales2, bias2, perm, down, up, out, arrivals, swiglu,
+        batch, in_features, out_features, zero_words, group, steps, down_columns, start2, start3, magic,
+        BITS: tl.constexpr, WORDS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr,
+        BIAS: tl.constexpr, PAIR: tl.constexpr, RANK: tl.constexpr, DOWN_SPLITS: tl.constexpr,
+        ONE_GROUP: tl.constexpr, STAGES: tl.constexpr, SWIGLU_SPLITS: tl.constexpr,
     ):  # fmt: skip
-        """One part of y[:, n …], `steps` steps of K; the first part adds the bias.
+        """One part of y[:, n …], `steps` steps of K; the first part adds the bias and the adapter.
 
         PAIR: the second half of the programs computes with the second weight, whose columns of y follow the first's.
         SWIGLU_SPLITS: of a single row and a pair, the parts; the last program of these columns writes silu(gate) · up.
-        RANK: the adapter's part is added by the first part. With DOWN_PROGRAMS it is a part of its own, the last: so many
-        programs come first and compute x Aᵀ, and those of the last part wait for them.
         """
         split = tl.program_id(1)
-        if DOWN_PROGRAMS > 0:
-            number = tl.program_id(0)
-            if number < DOWN_PROGRAMS:
-                if split == 0:
-                    down_tiles = tl.cdiv(down_columns, DOWN_TL)
-                    down_part(
-                        x, a, down, number % down_tiles, number // down_tiles, tl.arange(0, TM), batch, in_features,
-                        down_columns, down_part_k, TM, DOWN_TL, DOWN_TK,
-                    )  # fmt: skip
-                    announce(down_arrivals)
-                return
-        block = tl.program_id(0) - DOWN_PROGRAMS
-        blocks = tl.cdiv(out_features, TN)
-        second = block // blocks if PAIR else 0
-        block -= second * blocks
+        block = tl.program_id(0)
+        second = block // tl.cdiv(out_features, TN) if PAIR else 0
+        block -= second * tl.cdiv(out_features, TN)
         offset, out_columns = second * out_features, out_features * (2 if PAIR else 1)
         if PAIR:  # noqa: SIM102  known when it is compiled; the next is not
             if second == 1:
@@ -240,30 +245,25 @@ if triton is not None:
         m = m0 + tl.arange(0, TM)
         first = split * steps
         last = tl.minimum(first + steps, tl.cdiv(in_features, WORDS * (32 // BITS)))
-        if split == tl.num_programs(1) - 1 if DOWN_PROGRAMS > 0 else False:  # False is known when it is compiled
-            b_tile = load_b(up, offset + n, n_mask, RANK)
-            wait_for(down_arrivals, DOWN_PROGRAMS)
-            column = segment_of(offset + block * TN, start2, start3) * RANK
-            y = times_b(load_down(down, m, batch, down_columns, column, DOWN_SPLITS, RANK, TM), b_tile)
-            reset_after(down_arrivals, blocks * (2 if PAIR else 1))
+        if TM == 1:
+            y = _one_row(
+                x + m0 * in_features, qweight, qzeros, scales, perm, first, last, n, n_mask, in_features, out_features,
+                zero_words, group, magic, BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
+            )  # fmt: skip
         else:
-            if TM == 1:
-                y = _one_row(
-                    x + m0 * in_features, qweight, qzeros, scales, perm, first, last, n, n_mask, in_features,
-                    out_features, zero_words, group, magic, BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
-                )  # fmt: skip
-            else:
-                y = _several_rows(
-                    x, qweight, qzeros, scales, perm, first, last, m, batch, n, n_mask, in_features, out_features,
-                    zero_words, group, magic, BITS, WORDS, TM, TN, PERM, ONE_GROUP, STAGES,
-                )  # fmt: skip
-            if split == 0:
-                if BIAS:
-                    y += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[None]
-                if RANK > 0 and DOWN_PROGRAMS == 0:
-                    column = segment_of(offset + block * TN, start2, start3) * RANK
-                    t = load_down(down, m, batch, down_columns, column, DOWN_SPLITS, RANK, TM)
-                    y += times_b(t, load_b(up, offset + n, n_mask, RANK))
+            y = _several_rows(
+                x, qweight, qzeros, scales, perm, first, last, m, batch, n, n_mask, in_features, out_features,
+                zero_words, group, magic, BITS, WORDS, TM, TN, PERM, ONE_GROUP, STAGES,
+            )  # fmt: skip
+        if split == 0:
+            if BIAS:
+                y += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[None]
+            if RANK > 0:
+                start = offset + block * TN
+                segment = (start >= start2).to(tl.int32) + (start >= start3).to(tl.int32)
+                y += _low_rank_segment(
+                    down, up, m, batch, offset + n, n_mask, down_columns, segment * RANK, DOWN_SPLITS, RANK, TM, TN
+                )
         pointers = out + (split * batch + m)[:, None].to(tl.int64) * out_columns + offset + n[None]
         tl.store(pointers, y, mask=(m < batch)[:, None] & n_mask[None])
         if SWIGLU_SPLITS > 0:
@@ -271,6 +271,34 @@ if triton is not None:
             if tl.atomic_add(arrivals + block, 1) == 2 * SWIGLU_SPLITS - 1:
                 tl.store(arrivals + block, 0)
                 _swiglu(out, swiglu, out_features, n, n_mask, SWIGLU_SPLITS)
+
+    @triton.jit(do_not_specialize=["batch"])
+    def _down_product(  # type: ignore[no-untyped-def]
+        x, a, out, batch, in_features, ranks, part_k, TM: tl.constexpr, TL: tl.constexpr, TK: tl.constexpr
+    ):
+        """One part of x Aᵀ, `part_k` of K, for TL rows of A [L, K]."""
+        split = tl.program_id(1)
+        r = tl.program_id(0) * TL + tl.arange(0, TL)
+        m0 = tl.program_id(2) * TM
+        m = m0 + tl.arange(0, TM)
+        lanes = tl.zeros((TL, TK), tl.float32)
+        acc = tl.zeros((TM, TL), tl.float32)
+        for start in range(split * part_k, tl.minimum((split + 1) * part_k, in_features), TK):
+            k = start + tl.arange(0, TK)
+            k_mask = k < in_features
+            a_mask = (r < ranks)[:, None] & k_mask[None]
+            a_tile = tl.load(a + r[:, None].to(tl.int64) * in_features + k[None], mask=a_mask, other=0.0)
+            if TM == 1:
+                x_row = tl.load(x + m0 * in_features + k, mask=k_mask, other=0.0).to(tl.float32)
+                lanes += a_tile.to(tl.float32) * x_row[None]
+            else:
+                x_mask = (m < batch)[:, None] & k_mask[None]
+                xs = tl.load(x + m[:, None] * in_features + k[None], mask=x_mask, other=0.0)
+                acc += tl.dot(xs, tl.trans(a_tile), input_precision="ieee")
+        if TM == 1:
+            acc += tl.sum(lanes, axis=1)[None]
+        pointers = out + (split * batch + m)[:, None] * ranks + r[None]
+        tl.store(pointers, acc, mask=(m < batch)[:, None] & (r < ranks)[None])
 
 
 def product(
@@ -295,28 +323,20 @@ def product(
     assert other.qweight.shape == weight.qweight.shape and (other.bias is None) == (weight.bias is None), "unequal pair"
     tile = tile or tile_for(len(x), weight.in_features, weight.out_features * count, weight.bits, x.device)
     tile, steps = _fit_splits(_fit_columns(tile, adapter, second is not None), weight)
+    out = torch.empty(tile.splits, len(x), weight.out_features * count, dtype=torch.float32, device=x.device)
     rows = rows_per_program(x)
-    blocks, row_blocks = triton.cdiv(weight.out_features, tile.columns) * count, triton.cdiv(len(x), rows)
-    down, down_programs = None, 0
-    if adapter is not None:
-        alone = len(x) > 1  # with tensor cores the product has no registers left for it
-        down = down_product(x, adapter.a, rows) if alone else divide_down_product(x, adapter.a, rows, tile.warps)
-        down_programs = 0 if alone else down.programs
-    parts = tile.splits + (down_programs > 0)
-    out = torch.empty(parts, len(x), weight.out_features * count, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(weight.out_features, tile.columns) * count, tile.splits, triton.cdiv(len(x), rows))
     bias, bias2 = (w.bias if w.bias is not None else x for w in (weight, other))  # x: a pointer that is not read
-    _product[(down_programs + blocks, parts, row_blocks)](
+    _product[grid](
         x, weight.qweight, weight.qzeros, weight.scales, bias, other.qweight, other.qzeros, other.scales, bias2,
         weight.perm if weight.perm is not None else x,
-        adapter.a if adapter else x, down.out if down else x, adapter.b if adapter else x,
-        adapter.arrivals if adapter else x, out, x if arrivals is None else arrivals, x if swiglu is None else swiglu,
-        len(x), weight.in_features, weight.out_features, weight.qzeros.shape[1], weight.group, steps,
-        down.out.shape[2] if down else 0, down.part_k if down else 0, *(adapter.starts if adapter else (0, 0)), MAGIC,
+        adapter.down if adapter else x, adapter.up if adapter else x, out,
+        x if arrivals is None else arrivals, x if swiglu is None else swiglu, len(x), weight.in_features, weight.out_features, weight.qzeros.shape[1], weight.group, steps,
+        adapter.down.shape[2] if adapter else 0, *(adapter.starts if adapter else (0, 0)), MAGIC,
         BITS=weight.bits, WORDS=tile.words, TM=rows, TN=tile.columns, PERM=weight.perm is not None,
-        BIAS=weight.bias is not None, PAIR=second is not None, RANK=adapter.b.shape[1] if adapter else 0,
-        DOWN_SPLITS=len(down.out) if down else 0, DOWN_PROGRAMS=down_programs, DOWN_TL=down.tile_ranks if down else 1,
-        DOWN_TK=down.tile_k if down else 1, ONE_GROUP=weight.group % (tile.words * 32 // weight.bits) == 0,
-        STAGES=tile.stages, SWIGLU_SPLITS=0 if swiglu is None else parts, num_warps=tile.warps,
+        BIAS=weight.bias is not None, PAIR=second is not None, RANK=adapter.up.shape[1] if adapter else 0,
+        DOWN_SPLITS=len(adapter.down) if adapter else 0, ONE_GROUP=weight.group % (tile.words * 32 // weight.bits) == 0,
+        STAGES=tile.stages, SWIGLU_SPLITS=0 if swiglu is None else tile.splits, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -330,9 +350,23 @@ def _fit_splits(tile: Tile, weight: PackedWeight) -> tuple[Tile, int]:
 
 def _fit_columns(tile: Tile, adapter: LowRankSegments | None, pair: bool) -> Tile:
     """The tile with columns that suit the adapter."""
-    if adapter and tile.columns > SEGMENT_COLUMNS and adapter.b.shape[1] > SEGMENT_COLUMNS:
+    if adapter and tile.columns > SEGMENT_COLUMNS and adapter.up.shape[1] > SEGMENT_COLUMNS:
         tile = replace(tile, columns=SEGMENT_COLUMNS)  # a wider block of a large adapter needs too many registers
     if adapter and not pair and any(start % tile.columns for start in adapter.starts):
         assert all(start % SEGMENT_COLUMNS == 0 for start in adapter.starts), adapter.starts
         tile = replace(tile, columns=SEGMENT_COLUMNS)  # no block of columns may span two linears
     return tile
+
+
+def down_product(x: Tensor, a: Tensor, splits: int = 4) -> Tensor:
+    """x [M, K] @ Aᵀ for A [L, K], as [S, M, L] float32 whose S parts are to be added in order."""
+    batch, ranks, in_features = len(x), len(a), x.shape[1]
+    rows = rows_per_program(x)
+    tile_ranks, tile_k = (8, 512) if rows == 1 else (16, 128)
+    part_k = triton.cdiv(triton.cdiv(in_features, splits), tile_k) * tile_k
+    out = torch.empty(triton.cdiv(in_features, part_k), batch, ranks, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(ranks, tile_ranks), len(out), triton.cdiv(batch, rows))
+    _down_product[grid](
+        x, a, out, batch, in_features, ranks, part_k, TM=rows, TL=tile_ranks, TK=tile_k, num_warps=4
+    )  # fmt: skip
+    return out
