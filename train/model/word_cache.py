@@ -202,7 +202,9 @@ def is_published(model: dict[str, Any]) -> bool:
     return dense and hashlib.sha256(json.dumps([tokens, model["merges"]]).encode()).hexdigest() == PUBLISHED
 
 
-Merge = Callable[[str], np.ndarray]  # the ids (int32) of a text in which each NUL, and what is between two, is one piece
+Merge = Callable[
+    [str], np.ndarray
+]  # the ids (int32) of a text in which each NUL, and what is between two, is one piece
 
 
 def _by_rank(token_bytes: Sequence[bytes]) -> Merge:
