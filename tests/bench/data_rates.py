@@ -330,7 +330,8 @@ def _english(draw: random.Random) -> Callable[[int], str]:
 
 def _chinese(draw: random.Random, tokenizer: Tokenizer) -> Callable[[int], str]:
     """text(bytes): words of the vocabulary by Zipf's law, with single characters and punctuation."""
-    words, single = [], []
+    words: list[str] = []
+    single: list[str] = []
     for token in range(tokenizer.backend.get_vocab_size()):
         word = tokenizer.bytes_of(token).decode("utf-8", "ignore")
         if re.fullmatch("[\u4e00-\u9fff]+", word):
