@@ -2,7 +2,7 @@
 
 Text has few different pieces (see text_pieces.py), so each is encoded once and then looked up: most of them in a hash
 table of numpy, all pieces of a batch in a few calls, so that no Python object is made for them. New pieces of Qwen's
-published vocabulary are merged by tiktoken, in an eighth of the library's time. Whatever this module does not know
+published vocabulary are merged by tiktoken, in a sixth of the library's time. Whatever this module does not know
 (another pattern, another kind of model, rare characters) is encoded by the library alone. `Tokenizer.encode` is the
 definition, and a test compares.
 """
