@@ -5,12 +5,15 @@
 cold       this program: rows checked, tokenised into the cache, packed
 warm       the same again, three times: the cache is found
 data       `python -m train data` on the same file, cache found: the whole command
-datasets   load_dataset("json"), then map() in batches with PreTrainedTokenizerFast: template, mask and ids alone
+datasets   load_dataset("json"), then map() in batches with PreTrainedTokenizerFast: template, mask and ids; packed by
+           the same function as ours, so that the number of packed rows has to be equal. Nothing is checked
 
 Every arm has a process of its own, one after another, on PROCESSES cores; `cold` and `datasets` take turns, ROUNDS times,
 because other programs may use the machine too. CPU seconds are those of the arm and its children, start included. Memory is the largest sum of the resident
 sets of a process and its children, sampled ten times a second; pages that they share count twice, and so do pages of
-files that are mapped. The first rows of the control are compared with ours: ids and mask have to be equal.
+files that are mapped. The first rows of the control are compared with ours: ids and mask have to be equal. The report
+is written after each round. The control has the settings that took it the fewest CPU seconds (20,000 rows): a process a
+core with the library's own threads off, int32 and int8 columns.
 
 The rows are made up, with a seed: about 1 KB each, half of them Chinese. English is from Python's own documentation,
 with rare words between; Chinese are words of the tokenizer's vocabulary, the frequent ones often, and single characters.
@@ -27,17 +30,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
 import psutil
 
 from tests.bench.spec import heading
 from train.common.files import write_json
 from train.config.options import build, describe, option, pairs
 from train.config.recipe import Recipe
+from train.data.tokens.packing import pack_epoch
 from train.data.tokens.samples import samples_of
 from train.data.tokens.training_set import load_tokens
 from train.model.tokenizer import Tokenizer, load_tokenizer
@@ -85,25 +91,42 @@ def run(options: Options, work: Path) -> None:
     if not options.data:
         write_rows(data, options.rows, load_tokenizer(Path(options.tokenizer)))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.processes])
-    arms, same = [], 0
-    for number in range(options.rounds):
+    report = {**heading(), "machine": machine(), "options": said(options), "bytes": data.stat().st_size}
+    arms: list[dict[str, Any]] = []
+
+    def measure(number: int, names: Sequence[str]) -> None:
+        for arm in names:
+            arms.append({"round": number, **_measured(replace(options, data=str(data), work=str(work)), arm)})
+            print(_line(arms[-1]), flush=True)
+        report.update(rows=arms, rows_compared=_compare(work), **_summary(arms))
+        write_json(Path(options.out), report)
+
+    for number in range(1, options.rounds + 1):
         shutil.rmtree(work / ".cache", ignore_errors=True)
         shutil.rmtree(work / "datasets", ignore_errors=True)
-        for arm in ("cold", "datasets", *(AGAIN if number == options.rounds - 1 else ())):
-            arms.append({"round": number + 1, **_measured(replace(options, data=str(data), work=str(work)), arm)})
-            print(_line(arms[-1]), flush=True)
-        same = _compare(work)
-    size, count = data.stat().st_size, arms[0]["rows"]
+        measure(number, ("cold", "datasets"))
+    measure(options.rounds, AGAIN)
+    print(
+        f"{arms[0]['rows']:,} rows, {report['bytes'] / 1e9:.2f} GB; ids and masks of {report['rows_compared']:,} are equal"
+    )
+    print(f"times as fast as the control: {report['times_the_control']}, in CPU {report['times_the_control_in_cpu']}")
+
+
+def _summary(arms: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the rounds so far say, in medians and by round; the packed rows of both programs have to be as many."""
     ours, control = ([one for one in arms if one["arm"] == arm] for arm in ("cold", "datasets"))
-    report = {**heading(), "machine": machine(), "options": said(options), "bytes": size, "rows": arms}
-    report["rows_compared"] = same
-    report["second_start_seconds"] = [arm["seconds"] for arm in arms if arm["arm"] == "warm"]
-    pairs_of = list(zip(ours, control, strict=True))
-    report["times_the_control"] = [round(b["map_seconds"] / a["seconds"], 2) for a, b in pairs_of]
-    report["times_the_control_in_cpu"] = [round(b["cpu_seconds"] / a["cpu_seconds"], 2) for a, b in pairs_of]
-    write_json(Path(options.out), report)
-    print(f"{count:,} rows, {size / 1e9:.2f} GB; {same:,} rows of both have equal ids and masks")
-    print(f"times as fast as map() alone: {report['times_the_control']}, in CPU {report['times_the_control_in_cpu']}")
+    if len(found := {one["packed_rows"] for one in (*ours, *control)}) > 1:
+        raise SystemExit(f"the programs packed different numbers of rows: {sorted(found)}")
+    both = {"cold": ours, "datasets": control}
+    rates = {name: round(median(one["rows"] / one["seconds"] for one in some)) for name, some in both.items()}
+    rounds = list(zip(ours, control, strict=True))
+    return {
+        "rows_per_second": rates,
+        "cpu_seconds": {name: median(one["cpu_seconds"] for one in some) for name, some in both.items()},
+        "second_start_seconds": [arm["seconds"] for arm in arms if arm["arm"] == "warm"],
+        "times_the_control": [round(b["seconds"] / a["seconds"], 2) for a, b in rounds],
+        "times_the_control_in_cpu": [round(b["cpu_seconds"] / a["cpu_seconds"], 2) for a, b in rounds],
+    }
 
 
 def _line(arm: dict[str, Any]) -> str:
@@ -198,9 +221,10 @@ def _load(options: Options) -> dict[str, Any]:
 
 
 def _datasets(options: Options) -> dict[str, Any]:
-    """The same ids and masks with datasets.map and a fast tokenizer of transformers."""
+    """The same ids, masks and packed rows with datasets.map and a fast tokenizer of transformers."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core for each process of map()
     import datasets
+    import pyarrow.compute
     from transformers import PreTrainedTokenizerFast
 
     folder = Path(options.work, "tokenizer")
@@ -213,19 +237,25 @@ def _datasets(options: Options) -> dict[str, Any]:
         "json", data_files=options.data, split="train", cache_dir=str(Path(options.work, "datasets"))
     )
     loading = time.monotonic() - began
+    columns = {name: datasets.Sequence(datasets.Value(dtype)) for name, dtype in (("ids", "int32"), ("mask", "int8"))}
     mapped = rows.map(
         Chat(stock),
         batched=True,
+        features=datasets.Features(columns),
         num_proc=options.processes,
         remove_columns=rows.column_names,
         load_from_cache_file=False,
     )
+    mapping = time.monotonic() - began - loading
+    lengths = pyarrow.compute.list_value_length(mapped.data.column("ids")).to_numpy()
+    packed = pack_epoch(np.minimum(lengths, RECIPE.length), RECIPE.length, RECIPE.seed, 0, RECIPE.pack)
     seconds = time.monotonic() - began
     write_json(Path(options.work, "control.json"), [mapped[n] for n in range(min(COMPARED, len(mapped)))])
     return {
         "rows": len(mapped),
         "seconds": round(seconds, 2),
-        "map_seconds": round(seconds - loading, 2),
+        "packed_rows": len(packed),
+        "map_seconds": round(mapping, 2),
         "load_seconds": round(loading, 2),
     }
 
@@ -300,7 +330,8 @@ def _english(draw: random.Random) -> Callable[[int], str]:
 
 def _chinese(draw: random.Random, tokenizer: Tokenizer) -> Callable[[int], str]:
     """text(bytes): words of the vocabulary by Zipf's law, with single characters and punctuation."""
-    words, single = [], []
+    words: list[str] = []
+    single: list[str] = []
     for token in range(tokenizer.backend.get_vocab_size()):
         word = tokenizer.bytes_of(token).decode("utf-8", "ignore")
         if re.fullmatch("[\u4e00-\u9fff]+", word):

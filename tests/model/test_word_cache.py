@@ -16,7 +16,7 @@ from train.model import tokenizer as tokenizer_files
 from train.model import word_cache
 from train.model.text_pieces import PATTERN, Borders, Words
 from train.model.tokenizer import MANY, Tokenizer, byte_level_bpe, load_tokenizer
-from train.model.word_cache import fits
+from train.model.word_cache import fits, is_published
 
 NASTY = [
     "",
@@ -127,6 +127,17 @@ def test_another_pattern_is_left_to_the_library(tokenizer: Tokenizer) -> None:
     assert not fits(other.backend)
     assert as_lists(other.encode_batch(["12345 年", "e\u0301"])) == [other.encode("12345 年"), other.encode("e\u0301")]
     assert other._words is None
+
+
+def test_other_merges_of_the_same_tokens_are_left_to_the_library(tokenizer: Tokenizer) -> None:
+    content = json.loads(tokenizer.backend.to_str())
+    assert is_published(content["model"])
+    content["model"]["merges"].reverse()
+    other = at_once(Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), tokenizer.control))
+    assert fits(other.backend) and not is_published(json.loads(other.backend.to_str())["model"])
+    texts = [*MATERIAL.split("\n"), *lines(200, seed=2)]
+    expected = [other.encode(text) for text in texts]
+    assert as_lists(other.encode_batch(texts)) == expected != [tokenizer.encode(text) for text in texts]
 
 
 def test_a_few_texts_do_not_wait_for_the_cache(published: Path) -> None:  # noqa: F811

@@ -5,6 +5,7 @@ text. Chinese has no spaces, and most of its runs of characters are new; but two
 token of the vocabulary spans them, and `Borders` cuts between all others, so that the pieces are old acquaintances.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -138,8 +139,11 @@ def _spanned(token_bytes: Sequence[bytes]) -> tuple[set[tuple[str, str]], list[i
     for token in token_bytes:
         if len(token) < 2 or token.isascii():
             continue
+        if text := _text(token):
+            pairs.update(itertools.pairwise(text))
+            continue
         for left, right in _sides(token):
-            one, other = _character(left), _character(right)
+            one, other = _text(left), _text(right)
             if one and other:
                 pairs.add((one, other))
             elif one:
@@ -163,8 +167,8 @@ def _sides(token: bytes) -> Iterator[tuple[bytes, bytes]]:
             yield token[start:border], token[border : borders[n + 1] if n + 1 < len(borders) else len(token)]
 
 
-def _character(raw: bytes) -> str:
-    """The character of these bytes; empty for a part of one."""
+def _text(raw: bytes) -> str:
+    """The characters of these bytes; empty if they begin or end within one."""
     try:
         return raw.decode()
     except UnicodeDecodeError:

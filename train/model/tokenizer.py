@@ -111,7 +111,7 @@ class Tokenizer:
         if token_id in self._control_names:
             return self._control_names[token_id].encode()
         chars = self.backend.id_to_token(token_id) or ""
-        return bytes(CHAR_TO_BYTE[char] for char in chars)
+        return bytes(map(CHAR_TO_BYTE.__getitem__, chars))
 
     def is_hidden(self, token_id: int) -> bool:
         """Whether an answer is shown without this token: control tokens, but not the marks around a reasoning."""

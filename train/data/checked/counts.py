@@ -23,6 +23,7 @@ LOOKED_AT = 2000  # characters of the answers, to tell the language
 HAN, KANA = re.compile("[\u3400-\u9fff\uf900-\ufaff]+"), re.compile("[\u3040-\u30ff]+")
 LETTER = re.compile(r"[^\W\d_]+")
 IS_HAN, IS_LETTER, IS_KANA = 1, 2, 4
+WITH_BIT = {bit: [n for n in range(8) if n & bit] for bit in (IS_HAN, IS_LETTER, IS_KANA)}
 EMPTY_WORDS = ("nan", "none", "null", "undefined", "n/a", "[object object]")  # an empty cell, written as a text
 
 
@@ -138,10 +139,9 @@ def is_chinese(conversation: "Conversation") -> bool:
     text = "".join(turn.text for turn in conversation.turns if turn.role == "assistant")[:LOOKED_AT]
     if text.isascii():
         return False
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    kinds = np.bincount(_kinds()[codes], minlength=8).tolist()  # numbers of characters, by their bits
-    han, letters, kana = (sum(kinds[n] for n in range(8) if n & bit) for bit in (IS_HAN, IS_LETTER, IS_KANA))
-    return not kana and bool(han > 0.3 * letters)
+    kinds = _kinds()[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)].tobytes()
+    han, letters, kana = (sum([kinds.count(n) for n in WITH_BIT[bit]]) for bit in (IS_HAN, IS_LETTER, IS_KANA))
+    return not kana and han > 0.3 * letters
 
 
 @cache

@@ -243,7 +243,7 @@ class ParsedRow:
         if not may_be_empty and not value.strip():
             remedy = "write it, or delete the row"
             self.problems.append(ValueProblem(path, "an empty text", meaning, remedy, is_empty_text=True))
-        if half := LONE_SURROGATE.search(value):
+        if not value.isascii() and (half := LONE_SURROGATE.search(value)):
             found = f"\\u{ord(half.group()):04x}, half of a character"
             self._problem(path, found, "both halves", "write the character itself")
         return value

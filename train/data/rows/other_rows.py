@@ -16,11 +16,14 @@ KTO = ("label", "kto_tag")  # true: a good answer, false: a rejected one (TRL, L
 SEEN = ("weight", "loss", "train")  # whether something is learnt (OpenAI; ms-swift; Axolotl): 0 or false means no
 CALLS = ("tool_calls", "function_call")  # keys of an answer that calls a tool
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
+ODD_KEYS = {*MEDIA, *REJECTED, *CHOSEN, *KTO, *SEEN}  # a row without them may only have several answers in a list
 TURN_KEYS = {"from": "value", "role": "content"}  # key of the role -> key of the text
 
 
 def other_kind(row: dict[str, Any]) -> list[ValueProblem]:
     """What makes `row` something else than a conversation to learn from; empty for most rows."""
+    if ODD_KEYS.isdisjoint(row) and not isinstance(row.get("output"), list):
+        return []
     return [*_preference(row), *_rejected(row), *_media(row)]
 
 

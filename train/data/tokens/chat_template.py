@@ -111,14 +111,15 @@ def render_batch(
     """
     _check(template, mask)
     parts = [list(_conversation(c, tokenizer, template, mask, system)) for c in conversations]
-    pieces = dict.fromkeys(piece for one in parts for texts, _ in one for piece in texts)
+    pieces = dict.fromkeys([piece for one in parts for texts, _ in one for piece in texts])
     texts = [piece for piece in pieces if isinstance(piece, str)]
     encoded: dict[str | int, bytes] = {n: n.to_bytes(4, sys.byteorder) for n in pieces if isinstance(n, int)}
     encoded |= zip(texts, tokenizer.encode_batch(texts), strict=True)
-    rows = [b"".join([encoded[piece] for pieces, _ in one for piece in pieces]) for one in parts]
-    runs = [sum([len(encoded[piece]) for piece in pieces]) // 4 for one in parts for pieces, _ in one]
+    rows = [[b"".join([encoded[piece] for piece in texts]) for texts, _ in one] for one in parts]
+    runs = [len(part) // 4 for row in rows for part in row]
     flags = np.array([is_labelled for one in parts for _, is_labelled in one], np.uint8)
-    return [len(row) // 4 for row in rows], np.frombuffer(b"".join(rows), np.int32), np.repeat(flags, runs)
+    ids = np.frombuffer(b"".join([part for row in rows for part in row]), np.int32)
+    return [sum(map(len, row)) // 4 for row in rows], ids, np.repeat(flags, runs)
 
 
 def prompt(
@@ -199,7 +200,7 @@ def _think_block(thought: str, tokenizer: Encoder) -> tuple[str | int, ...]:
     return thinking.block(thought, first, last)
 
 
-def _turn(role: str, text: str, tokenizer: Encoder, label_frame: bool, trained: bool = True) -> Iterator[Part]:
+def _turn(role: str, text: str, tokenizer: Encoder, label_frame: bool, trained: bool = True) -> tuple[Part, ...]:
     """One ChatML turn.
 
     Args:
@@ -207,11 +208,10 @@ def _turn(role: str, text: str, tokenizer: Encoder, label_frame: bool, trained: 
         trained: False: an answer that is read but not learnt.
     """
     is_answer = role == "assistant" and trained
-    yield (tokenizer.im_start,), label_frame
-    yield (role, "\n"), False
-    yield (text,), is_answer
-    yield (tokenizer.im_end,), is_answer or label_frame
-    yield ("\n",), label_frame
+    if not label_frame:
+        return ((tokenizer.im_start, role, "\n"), False), ((text, tokenizer.im_end), is_answer), (("\n",), False)
+    frame, head = ((tokenizer.im_start,), True), ((role, "\n"), False)
+    return frame, head, ((text,), is_answer), ((tokenizer.im_end,), True), (("\n",), True)
 
 
 def _plain(turns: Sequence[Turn], tokenizer: Encoder, system: str) -> Iterator[Part]:
