@@ -21,7 +21,7 @@ from train.commands.findings import Report
 from train.common import commands
 from train.common.errors import UserError
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
-from train.config.recipe import Recipe, check_measured, read_data, read_stages
+from train.config.recipe import Recipe, check_measured, check_preference, read_data, read_stages
 from train.config.stages import Stage, stage
 from train.data.checked import conversations
 from train.data.checked.conversations import Conversation
@@ -170,6 +170,7 @@ def _read_parts(options: Options) -> list[Part]:
     for recipe in filter(None, (part.recipe for part in parts)):
         check_settings(recipe)
         check_measured(recipe)
+        check_preference(recipe)
         step_setting.by_default(recipe, options.gpus or recipe.processes)
     return parts
 
@@ -301,7 +302,8 @@ def _check_data(report: Report, recipe: Recipe | None, folder: Path | None, data
     """Read all of it; with the base's tokenizer and a recipe also count its tokens, as training will."""
     options = GUESS
     if recipe:
-        options = ReadOptions(recipe.columns, keep_empty=keeps_empty(recipe.clean), seed=recipe.seed)
+        pairs, keep_empty = recipe.loss == "dpo", keeps_empty(recipe.clean)
+        options = ReadOptions(recipe.columns, seed=recipe.seed, pairs=pairs, keep_empty=keep_empty)
     reading = report.attempt("rows", lambda: _read(data, options), _rows_text)
     if reading is None or recipe is None:
         return

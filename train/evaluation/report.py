@@ -74,7 +74,8 @@ def draw_losses(losses: Sequence[dict[str, Any]], name: str, path: Path) -> None
     axes.plot(steps, smoothed(values), color="#1f5a96", linewidth=2.2, label="running mean")
     if points := held_out(losses):
         axes.plot(*zip(*points), color="#2e8b57", linewidth=1.6, marker="o", markersize=4, label="held-out loss")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per labelled token)", ylim=(0, None))
+    unit = "nats per pair" if "reward_margin" in losses[0] else "nats per labelled token"
+    axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})", ylim=(0, None))
     axes.set_title(f"{name}: loss" if name.isascii() else "loss", loc="left", fontweight="bold")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.spines[["top"]].set_visible(False)

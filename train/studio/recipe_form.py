@@ -11,7 +11,7 @@ from typing import Any
 
 from train.common.errors import UserError
 from train.common.names import below
-from train.config.recipe import RECIPES, Recipe, check_measured, load_recipe
+from train.config.recipe import RECIPES, Recipe, check_measured, check_preference, load_recipe
 from train.pages import run_facts
 from train.pages.run_facts import as_text
 from train.studio.folders import Folders
@@ -90,6 +90,7 @@ def check(form: Form, folders: Folders) -> Recipe:
         folders.run(form.parent)
     recipe = load_recipe(form.recipe, {**form.overrides(), "model": form.model})
     check_measured(recipe)
+    check_preference(recipe)
     return recipe
 
 
