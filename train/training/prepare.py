@@ -339,7 +339,7 @@ def decisions(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     reason = "chosen for this device" if recipe.precision == "auto" else f"as precision={recipe.precision} says"
     processes = f"{rank_info.world_size} processes" if rank_info.world_size > 1 else "1 process"
-    rows = f"{prepared.inputs['rows_per_step']} rows of at most {recipe.length} tokens"
+    rows = f"{prepared.inputs['rows_per_step']} rows of at most {row_length(recipe)} tokens"
     lines = [
         f"base: {recipe.model} in {prepared.base}; run: {prepared.folder}",
         f"device: {name}, {dtype_name(dtype)} ({reason}), ZeRO {zero_stage}",
