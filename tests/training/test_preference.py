@@ -202,9 +202,10 @@ def test_a_run_prefers_the_chosen_answers_and_says_so(capsys: pytest.CaptureFixt
 def test_it_is_resumed_to_the_bit_and_like_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {**KEYS, "dropout": 0.05, "save_every": 2}
     train(run="whole", **keys)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    with monkeypatch.context() as patch:
         signal_at_step(4, signal.SIGTERM, patch)
-        train(run="cut", **keys)
+        with pytest.raises(SystemExit) as stopped:
+            train(run="cut", **keys)
     assert stopped.value.code == EXIT_INTERRUPTED
     train(run="cut", **keys)
     assert adapter("cut") == adapter("whole") and losses("cut") == losses("whole")
