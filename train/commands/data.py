@@ -376,7 +376,9 @@ def _check_apart(out: Path, data: str) -> None:
 
 def _write(selection: Selection, out: Path, *beside: Path) -> None:
     write_conversations(out, selection.trained)
-    print(f"\n{out}: {len(selection.trained):,} conversations written, as OpenAI messages.")
+    pairs = selection.trained[0].rejected is not None
+    form = "pairs written, in the form of TRL" if pairs else "conversations written, as OpenAI messages"
+    print(f"\n{out}: {len(selection.trained):,} {form}.")
     files = iter(beside)
     if selection.split:
         write_conversations(path := next(files), selection.held_out, named=True)

@@ -133,3 +133,8 @@ def test_ranking_sets_of_llama_factory(formatting: str, tmp_path: Path, monkeypa
     Path("data/dataset_info.json").write_text(json.dumps({"one": entry}))
     with pytest.raises(UserError, match="an empty text"):
         conversations.load("data:one", options)
+
+
+def test_the_sample_has_no_mistakes() -> None:
+    checked = conversations.check(Path(__file__).parents[3] / "data" / "preference.jsonl", options=ReadOptions(pairs=True))
+    assert not checked.problems and len(checked.conversations) == 3 and not checked.unused_keys
