@@ -74,7 +74,13 @@ def measure(options: Options, recipe: str, file: Path, base: str, load_as: str, 
             **{"data": work / "data.json", "recipe": work / "recipe.yaml", "model": base, "run": "run"},
             **{"models": options.models, "runs": work, "seed": seed, "load_as": load_as, "length": options.length},
             **{"held_out": options.held_out, "steps": options.steps, "batch": 1, "accumulation": options.rows_per_step},
-            **{"warmup": 1, "precision": options.precision, "processes": 1, "measure_every": options.steps, "overlong": "cut"},
+            **{
+                "warmup": 1,
+                "precision": options.precision,
+                "processes": 1,
+                "measure_every": options.steps,
+                "overlong": "cut",
+            },
         }
         words = [f"{key}={value}" for key, value in keys.items()]
         subprocess.run([sys.executable, "-m", "train", "train", *words], check=True, stdout=subprocess.DEVNULL)

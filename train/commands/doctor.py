@@ -28,6 +28,7 @@ from train.data.checked.conversations import Conversation
 from train.data.choice.cleaning import named_steps
 from train.data.choice.selection import check_settings, keeps_empty, select, token_counter
 from train.data.rows.data_row import GUESS, ReadOptions
+from train.data.tokens.settings import row_length
 from train.host import checks, failures, machine
 from train.host.checks import Finding
 from train.host.machine import Machine
@@ -98,7 +99,7 @@ def run(options: Options) -> None:
     if folder and torch_starts:
         shape = _shape(folder, recipes[0].load_as)
         concrete = [as_trained(report, recipe, shape, here, options.gpus) for recipe in recipes]
-        largest = max(concrete, key=lambda recipe: recipe.batch * recipe.length)
+        largest = max(concrete, key=lambda recipe: recipe.batch * row_length(recipe))
         _check_base(report, largest, folder, here, Path(options.runs))
     else:
         report.add(checks.check_folder("runs", Path(options.runs)))
@@ -180,7 +181,7 @@ def _sum_up(part: Part) -> str:
     assert recipe is not None
     steps = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epochs"
     rows = step_setting.rows_of_a_process(recipe, 1)
-    step = f"{rows} × {recipe.length} tokens per step and process"
+    step = f"{rows} × {row_length(recipe)} tokens per step and process"
     return f"r {recipe.rank} on {recipe.targets}, {steps}, {step}, ZeRO {recipe.zero}"
 
 

@@ -136,5 +136,7 @@ def test_ranking_sets_of_llama_factory(formatting: str, tmp_path: Path, monkeypa
 
 
 def test_the_sample_has_no_mistakes() -> None:
-    checked = conversations.check(Path(__file__).parents[3] / "data" / "preference.jsonl", options=ReadOptions(pairs=True))
+    checked = conversations.check(
+        Path(__file__).parents[3] / "data" / "preference.jsonl", options=ReadOptions(pairs=True)
+    )
     assert not checked.problems and len(checked.conversations) == 3 and not checked.unused_keys
