@@ -13,6 +13,7 @@ from train.data.tokens.samples import Sample
 from train.model import lora
 from train.model.loading import load
 from train.training.graph_step import GraphStep
+from train.training.preference import PreferenceLoss
 
 LAYOUTS = ("qwen", "qwen2", "qwen3")
 PACKED = [[17, 40, 3], [9, 61], [64]]  # lengths of the conversations in each row
@@ -47,11 +48,15 @@ def batch_of(lengths: list[list[int]], row_length: int | None = None) -> dict[st
 
 
 def bound_step(
-    model: Any, dtype: torch.dtype | None = None, graphs: bool = False, full_shape: tuple[int, int] | None = None
+    model: Any,
+    dtype: torch.dtype | None = None,
+    graphs: bool = False,
+    full_shape: tuple[int, int] | None = None,
+    preference: PreferenceLoss | None = None,
 ) -> GraphStep:
     """The fused step of a decoder with adapters, its vector in `dtype`, or in the dtype of the adapters."""
     names = {p: name for name, p in lora.trainable(model).items()}
-    step = GraphStep(model.get_base_model(), names, 64, graphs, full_shape)
+    step = GraphStep(model.get_base_model(), names, 64, graphs, full_shape, preference)
     step.vector.data = step.vector.data.to(dtype or next(iter(names)).dtype)
     step.bind()
     return step

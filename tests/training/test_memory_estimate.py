@@ -210,3 +210,13 @@ def test_what_an_adapter_began_with_is_kept_in_16_bits() -> None:
     shape, setting = PUBLISHED["Qwen3-0.6B"], Setting(1, 512, "on")
     random, pissa = estimate(shape, setting), estimate(shape, replace(setting, start="pissa"))
     assert pissa.at_rest - random.at_rest == 2 * memory_estimate.adapter_parameters(shape, setting)
+
+
+def test_a_row_of_pairs_is_twice_as_long_and_the_reference_keeps_the_values_that_are_trained() -> None:
+    shape, setting = PUBLISHED["Qwen3-0.6B"], Setting(2, 512, "on", loss="dpo")
+    pairs, rows = estimate(shape, setting), estimate(shape, replace(setting, length=1024, loss="sft"))
+    reference = pairs.stages.pop("forward: the reference")
+    assert pairs.stages == rows.stages and pairs.at_rest == rows.at_rest
+    parameters = memory_estimate.adapter_parameters(shape, setting)
+    forward = max(value for name, value in rows.stages.items() if name.startswith(("forward", "loss")))
+    assert reference == forward + 2 * parameters

@@ -34,7 +34,7 @@ from train.common.errors import UserError
 from train.common.files import make_folder
 from train.common.terminal import understands_escapes
 from train.config.options import SWITCH, RecipeOptions, build_with_overrides, describe, option, shown
-from train.config.recipe import Recipe, load_recipe, read_data
+from train.config.recipe import Recipe, check_preference, load_recipe, read_data
 from train.data.checked import conversations
 from train.data.checked.conversations import CheckedData, Conversation, ProblemsError
 from train.data.checked.counts import Counts
@@ -45,7 +45,8 @@ from train.data.mending import repair, repair_report
 from train.data.origins.sources import short_name, sources, stem
 from train.data.rows.data_row import ReadOptions
 from train.data.tokens import chat_template, training_set
-from train.data.tokens.samples import samples_of
+from train.data.tokens.pairs import examples_of
+from train.data.tokens.settings import row_length
 from train.model.folder import resolve
 from train.pages import data_page
 from train.runs.folder import TOKENS
@@ -94,13 +95,15 @@ def run(options: Options) -> None:
         raise UserError("data: which file? Example: make data DATA=data/demo.jsonl")
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
     check_settings(recipe)
+    check_preference(recipe)
     if options.fix:
         return _fix(options, recipe)
     html = _page_path(options)
     _check_outputs(options, recipe)
     tokenizer, reason = _tokenizer(recipe, Path(options.models))
-    read_options = ReadOptions(recipe.columns, seed=recipe.seed, keep_empty=keeps_empty(recipe.clean))
-    with _hint_of_fix(options.data, html):
+    pairs, keep_empty = recipe.loss == "dpo", keeps_empty(recipe.clean)
+    read_options = ReadOptions(recipe.columns, seed=recipe.seed, pairs=pairs, keep_empty=keep_empty)
+    with _hint_of_fix(options.data, html, pairs):
         checked, tokens = _load(options, recipe, read_options, tokenizer)
 
     # --- clean, set aside -------------------------------------------------------------------------------------------
@@ -108,11 +111,12 @@ def run(options: Options) -> None:
     counts = conversations.count(selection.trained) if selection.cleaned or selection.split else checked.counts
 
     # --- count ------------------------------------------------------------------------------------------------------
-    rows = {"conversations": f"{len(checked.conversations):,} ({_formats(checked)})", **_parts(checked)}
+    unit = "pairs" if pairs else "conversations"
+    rows = {unit: f"{len(checked.conversations):,} ({_formats(checked)})", **_parts(checked)}
     rows |= _selected(selection) | _words(counts)
     samples = summary = None
     if tokens is not None:
-        samples, summary = samples_of(tokens, recipe, selection.trained_rows)
+        samples, summary = examples_of(tokens, recipe, selection.trained_rows)
         rows |= _tokens(summary, recipe)
     else:
         rows["tokens"] = f"not counted, that needs the base. {reason}"
@@ -145,13 +149,13 @@ def _load(
 
 
 @contextmanager
-def _hint_of_fix(data: str, html: Path | None) -> Iterator[None]:
+def _hint_of_fix(data: str, html: Path | None, pairs: bool) -> Iterator[None]:
     """Name FIX=1 below the report of problems, if they are in a text; write the page of them, if one is wanted."""
     try:
         yield
     except ProblemsError as error:
         hints = [str(error)]
-        if not error.problems[0].cell:
+        if not (error.problems[0].cell or pairs):
             hints.append(f"What has one correction only: make data DATA={shlex.quote(data)} FIX=1")
         if html:
             make_folder(html.parent)
@@ -210,18 +214,19 @@ def _words(counts: Counts) -> dict[str, str]:
 
 
 def _tokens(s: "Summary", recipe: Recipe) -> dict[str, str]:
-    mode = "packed" if recipe.pack else "one conversation per row"
+    mode = "packed" if recipe.pack else f"one {s.unit} per row"
     spread = f"min {s.tokens_min:,}, median {s.tokens_median:,}, p95 {s.tokens_p95:,}, max {s.tokens_max:,}"
     real = f"{s.efficiency:.1%} of their positions are real tokens"
     rows = {
-        "tokens": f"{s.tokens:,}; per conversation: {spread}",
+        "tokens": f"{s.tokens:,}; per {'sequence, two a pair' if s.pairs else 'conversation'}: {spread}",
         "trained on": f"{s.label_tokens:,} tokens",
         "too long": s.overlong_text,
-        "an epoch": f"{s.rows:,} rows of at most {s.length} tokens, {mode}: {real}",
+        "an epoch": f"{s.rows:,} rows of at most {row_length(recipe)} tokens, {mode}: {real}",
     }
     if s.unlearnable:
         listed = ", ".join(s.unlearnable[:5]) + (", …" if len(s.unlearnable) > 5 else "")
-        rows["left out"] = f"{len(s.unlearnable):,}, no answer within the length: {listed}"
+        reason = "no two different answers" if s.pairs else "no answer"
+        rows["left out"] = f"{len(s.unlearnable):,}, {reason} within the length: {listed}"
     return rows
 
 
@@ -252,9 +257,11 @@ def _print_table(rows: dict[str, str]) -> None:
 def _print_example(conversation: Conversation, tokenizer: "Tokenizer", recipe: Recipe) -> None:
     """A conversation as the model reads it, with marks around the tokens that are trained on."""
     before, after = ("\033[1;32m", "\033[0m") if understands_escapes() else ("⟦", "⟧")
-    ids, mask = chat_template.render(conversation, tokenizer, recipe.template, recipe.mask, recipe.system)
-    print(f"\n{conversation.location} as the model reads it, {before}trained on{after}:")
-    print(mark(ids[: recipe.length], mask[: recipe.length], tokenizer, before, after))
+    kinds = ("",) if conversation.rejected is None else (", chosen", ", rejected")
+    for kind, sequence in zip(kinds, conversation.sequences, strict=True):
+        ids, mask = chat_template.render(sequence, tokenizer, recipe.template, recipe.mask, recipe.system)
+        print(f"\n{conversation.location} as the model reads it{kind}, {before}trained on{after}:")
+        print(mark(ids[: recipe.length], mask[: recipe.length], tokenizer, before, after))
 
 
 def mark(ids: list[int], mask: list[int], tokenizer: "Tokenizer", before: str, after: str) -> str:
@@ -279,6 +286,8 @@ def _fix(options: Options, recipe: Recipe) -> None:
     """
     if recipe.clean or recipe.held_out:
         raise UserError("fix=1 only mends: clean= and held_out= are for its result. Leave them out here.")
+    if recipe.loss == "dpo":
+        raise UserError("fix=1 mends rows with one answer. Correct rows of loss=dpo by hand, where the report says.")
     if options.html:
         raise UserError("fix=1 only mends: html= is for its result. Leave it out here.")
     if options.out:
@@ -367,7 +376,9 @@ def _check_apart(out: Path, data: str) -> None:
 
 def _write(selection: Selection, out: Path, *beside: Path) -> None:
     write_conversations(out, selection.trained)
-    print(f"\n{out}: {len(selection.trained):,} conversations written, as OpenAI messages.")
+    pairs = selection.trained[0].rejected is not None
+    form = "pairs written, in the form of TRL" if pairs else "conversations written, as OpenAI messages"
+    print(f"\n{out}: {len(selection.trained):,} {form}.")
     files = iter(beside)
     if selection.split:
         write_conversations(path := next(files), selection.held_out, named=True)

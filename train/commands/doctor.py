@@ -21,13 +21,14 @@ from train.commands.findings import Report
 from train.common import commands
 from train.common.errors import UserError
 from train.config.options import RecipeOptions, build_with_overrides, describe, option
-from train.config.recipe import Recipe, check_measured, read_data, read_stages
+from train.config.recipe import Recipe, check_measured, check_preference, read_data, read_stages
 from train.config.stages import Stage, stage
 from train.data.checked import conversations
 from train.data.checked.conversations import Conversation
 from train.data.choice.cleaning import named_steps
 from train.data.choice.selection import check_settings, keeps_empty, select, token_counter
 from train.data.rows.data_row import GUESS, ReadOptions
+from train.data.tokens.settings import row_length
 from train.host import checks, failures, machine
 from train.host.checks import Finding
 from train.host.machine import Machine
@@ -98,7 +99,7 @@ def run(options: Options) -> None:
     if folder and torch_starts:
         shape = _shape(folder, recipes[0].load_as)
         concrete = [as_trained(report, recipe, shape, here, options.gpus) for recipe in recipes]
-        largest = max(concrete, key=lambda recipe: recipe.batch * recipe.length)
+        largest = max(concrete, key=lambda recipe: recipe.batch * row_length(recipe))
         _check_base(report, largest, folder, here, Path(options.runs))
     else:
         report.add(checks.check_folder("runs", Path(options.runs)))
@@ -170,6 +171,7 @@ def _read_parts(options: Options) -> list[Part]:
     for recipe in filter(None, (part.recipe for part in parts)):
         check_settings(recipe)
         check_measured(recipe)
+        check_preference(recipe)
         step_setting.by_default(recipe, options.gpus or recipe.processes)
     return parts
 
@@ -179,7 +181,7 @@ def _sum_up(part: Part) -> str:
     assert recipe is not None
     steps = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epochs"
     rows = step_setting.rows_of_a_process(recipe, 1)
-    step = f"{rows} × {recipe.length} tokens per step and process"
+    step = f"{rows} × {row_length(recipe)} tokens per step and process"
     return f"r {recipe.rank} on {recipe.targets}, {steps}, {step}, ZeRO {recipe.zero}"
 
 
@@ -301,7 +303,8 @@ def _check_data(report: Report, recipe: Recipe | None, folder: Path | None, data
     """Read all of it; with the base's tokenizer and a recipe also count its tokens, as training will."""
     options = GUESS
     if recipe:
-        options = ReadOptions(recipe.columns, keep_empty=keeps_empty(recipe.clean), seed=recipe.seed)
+        pairs, keep_empty = recipe.loss == "dpo", keeps_empty(recipe.clean)
+        options = ReadOptions(recipe.columns, seed=recipe.seed, pairs=pairs, keep_empty=keep_empty)
     reading = report.attempt("rows", lambda: _read(data, options), _rows_text)
     if reading is None or recipe is None:
         return

@@ -24,7 +24,7 @@ from train.common.errors import UserError
 from train.common.names import below
 from train.common.webhook import notice_at_end
 from train.config.options import RecipeOptions, build_with_overrides, describe, option, pairs
-from train.config.recipe import Recipe, check_measured, load_recipe, names_of, read_sweep
+from train.config.recipe import Recipe, check_measured, check_preference, load_recipe, names_of, read_sweep
 from train.config.stages import Stage, count
 from train.config.stages import stage as stage_of_recipe
 from train.data.choice.selection import check_settings
@@ -219,6 +219,7 @@ def _stage(options: Options) -> Stage:
     stage = stage_of_recipe(options.recipe, options.stage, overrides, options.data, folder, parent)
     check_settings(stage.recipe)
     check_measured(stage.recipe)
+    check_preference(stage.recipe)
     return stage
 
 

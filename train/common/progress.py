@@ -100,7 +100,8 @@ class Meter:
         left = median(seconds) * (self.total - row["step"])
         speed = f"{sum(tokens) / max(sum(seconds), 1e-9):,.0f} tokens/s"
         held_out = "" if self._held_out is None else f" · held out {self._held_out:.4f}"
-        return f"loss {row['loss']:.4f}{held_out} · epoch {row['epoch'] + 1} · {speed} · {clock(left)} left"
+        accuracy = f" · chosen preferred {row['reward_accuracy']:.0%}" if "reward_accuracy" in row else ""
+        return f"loss {row['loss']:.4f}{held_out}{accuracy} · epoch {row['epoch'] + 1} · {speed} · {clock(left)} left"
 
 
 def clock(seconds: float) -> str:

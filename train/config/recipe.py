@@ -117,6 +117,18 @@ class Recipe:
         "add a step's gradients in this many fixed shares: 1, 2, 4 … processes up to it write the same bytes; 1 = off",
         interval="[1, 64]",
     )
+    loss: str = option(
+        "sft",
+        "what is minimised: the cross entropy of the answers; or on preference data that of the choice between two "
+        "answers, against the model before training (DPO)",
+        ("sft", "dpo"),
+    )
+    dpo_beta: float = option(
+        0.1, "DPO: how closely the model is held to that before training; less is freer", interval="(0, 100]"
+    )
+    dpo_label_smoothing: float = option(
+        0.0, "DPO: the share of pairs that is assumed to be the wrong way round", interval="[0, 0.5)"
+    )
     learning_rate: float = option(3e-4, "peak learning rate", interval="(0, 1]")
     lora_plus: float = option(
         1.0, "LoRA+: the learning rate of B is this many times that of A; 1 = the same", interval="[1, 1000]"
@@ -191,6 +203,31 @@ def check_measured(recipe: Recipe) -> None:
         raise UserError(
             f"{', '.join(asked)}: decided by conversations that are set aside, and held_out= is 0. "
             "Add held_out=0.05 for one conversation in twenty."
+        )
+
+
+def check_preference(recipe: Recipe) -> None:
+    """Raises UserError for keys that do not go with preference data, or that need them."""
+    if recipe.loss != "dpo":
+        changed = {"dpo_beta": recipe.dpo_beta != 0.1, "dpo_label_smoothing": recipe.dpo_label_smoothing != 0}
+        if asked := [key for key, value in changed.items() if value]:
+            raise UserError(
+                f"{', '.join(asked)}: of DPO alone, and loss={recipe.loss}. Give loss=dpo, or leave it out."
+            )
+        return
+    if recipe.mask != "assistant":
+        raise UserError(
+            f"loss=dpo compares answers alone, and mask={recipe.mask} counts other tokens. Give mask=assistant."
+        )
+    if recipe.columns:
+        raise UserError(
+            "columns= names one answer a row, and loss=dpo reads two, by keys of their own: chosen and rejected "
+            "(data/README.md). Leave columns= out, and rename the keys if they have other names."
+        )
+    if recipe.zero == 3:
+        raise UserError(
+            "zero=3 takes A and B apart, and loss=dpo computes without them too. Give zero=2: the base is frozen, so "
+            "stage 2 shards all that the optimizer keeps."
         )
 
 

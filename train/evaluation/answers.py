@@ -17,7 +17,7 @@ from train.common.device import pick_device, pick_dtype
 from train.common.errors import UserError
 from train.common.files import read_json, read_json_lines, sha256, write_json, write_text
 from train.data.checked import conversations
-from train.data.checked.conversations import Conversation, training_data
+from train.data.checked.conversations import Conversation, ReadOptions, training_data
 from train.data.files.questions import read as read_question_file
 from train.data.streams.streamed import take
 from train.evaluation.parity import BUILTIN_QUESTIONS
@@ -111,7 +111,8 @@ def held_out_conversations(record: dict[str, Any], run: Path) -> Sequence[Conver
     """
     if "held_out" not in record:
         return []
-    return conversations.load(_unchanged(run / HELD_OUT, record["held_out"]["sha256"]))
+    pairs = record["recipe"].get("loss", "sft") == "dpo"
+    return conversations.load(_unchanged(run / HELD_OUT, record["held_out"]["sha256"]), ReadOptions(pairs=pairs))
 
 
 def trained_on(record: dict[str, Any], run: Path) -> tuple[Sequence[Conversation], str]:

@@ -74,7 +74,8 @@ def draw_losses(losses: Sequence[dict[str, Any]], name: str, path: Path) -> None
     axes.plot(steps, smoothed(values), color="#1f5a96", linewidth=2.2, label="running mean")
     if points := held_out(losses):
         axes.plot(*zip(*points), color="#2e8b57", linewidth=1.6, marker="o", markersize=4, label="held-out loss")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per labelled token)", ylim=(0, None))
+    unit = "nats per pair" if "reward_margin" in losses[0] else "nats per labelled token"
+    axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})", ylim=(0, None))
     axes.set_title(f"{name}: loss" if name.isascii() else "loss", loc="left", fontweight="bold")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.spines[["top"]].set_visible(False)
@@ -194,7 +195,7 @@ def _facts(
         ("steps", str(losses[-1]["step"])),
         ("loss of the first and the last step", f"{losses[0]['loss']:.4f}, {losses[-1]['loss']:.4f}"),
     ]
-    facts += _facts_of_rows(record)
+    facts += [*_facts_of_rows(record), *_facts_of_pairs(losses)]
     seconds, machine = record["timings"]["steps_seconds"], record["machine"]
     facts += [
         ("training", f"{seconds:,.0f} s, {record['tokens'] / max(seconds, 1e-9):,.0f} tokens/s"),
@@ -208,6 +209,22 @@ def _facts(
             (f"export against {parity['against']}", _parity(parity)),
             ("for scale: the base without the adapter", _parity(without)),
         ]
+    return facts
+
+
+def _facts_of_pairs(losses: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Of preference data: how often, and by how much, the chosen answer gained more than the rejected one."""
+    rows = [row for row in losses if "reward_margin" in row]
+    if not rows:
+        return []
+    epoch = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
+    accuracy, margin = (sum(row[key] for row in epoch) / len(epoch) for key in ("reward_accuracy", "reward_margin"))
+    facts = [("last epoch: chosen answer preferred, reward margin", f"{accuracy:.1%}, {margin:.3f}")]
+    measured = [row for row in rows if "held_out_reward_margin" in row]
+    if measured:
+        last = measured[-1]
+        text = f"{last['held_out_reward_accuracy']:.1%}, {last['held_out_reward_margin']:.3f}"
+        facts.append(("the same on the pairs held out", text))
     return facts
 
 

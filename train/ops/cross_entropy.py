@@ -5,6 +5,7 @@ multiplied with the head, and the logits of one chunk at most are in memory. The
 pass, from the logits that are there anyway: that costs one stored matrix [M, H], and saves computing the logits twice.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,22 @@ def logit_grad_scale(dtype: torch.dtype) -> float:
     that scaling does not round; no product comes near the largest float16.
     """
     return 1024.0 if dtype == torch.float16 else 1.0
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, positions: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        grad = torch.zeros_like(hidden, dtype=_loss_dtype(hidden)) if ctx.needs_input_grad[0] else None
+        losses = token_losses(hidden, weight, positions, labels, chunk, grad)
+        ctx.save_for_backward(grad, positions)
+        ctx.dtype, ctx.grad_scale = hidden.dtype, logit_grad_scale(weight.dtype)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        grad, positions = ctx.saved_tensors
+        weights = grad.new_zeros(len(grad)).index_copy_(0, positions, grads[0].to(grad.dtype) / ctx.grad_scale)
+        return (grad * weights[:, None]).to(ctx.dtype), None, None, None, None
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -54,16 +71,34 @@ def summed_cross_entropy(
         grad: [N, H], gets `logit_grad_scale` times the gradient in those rows; the other rows are not touched.
     """
     dtype = _loss_dtype(hidden)
-    fast = weight.dtype in (torch.float16, torch.bfloat16) and kernels.usable(weight.device)
     total = torch.zeros((), dtype=dtype, device=hidden.device)
+    for losses in _chunks_of_losses(hidden, weight, positions, labels, chunk, grad):
+        total += losses.sum().to(dtype)
+    return total
+
+
+def token_losses(
+    hidden: Tensor, weight: Tensor, positions: Tensor, labels: Tensor, chunk: int, grad: Tensor | None = None
+) -> Tensor:
+    """As `summed_cross_entropy`, but the loss of each label, [M], and in `grad` the gradient of each row's own loss."""
+    parts = list(_chunks_of_losses(hidden, weight, positions, labels, chunk, grad))
+    dtype = _loss_dtype(hidden)
+    return torch.cat(parts).to(dtype) if parts else torch.zeros(0, dtype=dtype, device=hidden.device)
+
+
+def _chunks_of_losses(
+    hidden: Tensor, weight: Tensor, positions: Tensor, labels: Tensor, chunk: int, grad: Tensor | None
+) -> Iterator[Tensor]:
+    """The losses of `chunk` rows at a time; `grad` gets their gradients."""
+    dtype = _loss_dtype(hidden)
+    fast = weight.dtype in (torch.float16, torch.bfloat16) and kernels.usable(weight.device)
     for part in (slice(start, start + chunk) for start in range(0, len(positions), chunk)):
         rows = hidden[positions[part]].to(weight.dtype)
-        loss, logits = (_chunk_by_kernel if fast else _chunk)(rows, weight, labels[part], dtype)
-        total += loss
+        losses, logits = (_chunk_by_kernel if fast else _chunk)(rows, weight, labels[part], dtype)
         if grad is not None:
             grad[positions[part]] = (logits.to(weight.dtype) @ weight).to(grad.dtype)
         del logits  # before those of the next chunk are allocated
-    return total
+        yield losses
 
 
 def _loss_dtype(x: Tensor) -> torch.dtype:
@@ -71,19 +106,31 @@ def _loss_dtype(x: Tensor) -> torch.dtype:
 
 
 def _chunk(rows: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The summed loss of rows [C, H], and the scaled d loss / d logits [C, V]: softmax minus one at the label."""
+    """The losses [C] of rows [C, H], and the scaled d loss / d logits [C, V]: softmax minus one at the label."""
     logits = (rows @ weight.t()).to(dtype)
     norm = logits.logsumexp(-1, keepdim=True)
     index = labels[:, None]
-    loss = (norm - logits.gather(1, index)).sum()
+    losses = (norm - logits.gather(1, index)).squeeze(1)
     grad = logits.sub_(norm).exp_().scatter_add_(1, index, torch.full_like(norm, -1.0))
-    return loss, grad.mul_(logit_grad_scale(weight.dtype))
+    return losses, grad.mul_(logit_grad_scale(weight.dtype))
 
 
 def _chunk_by_kernel(rows: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The same by the kernel, which overwrites the 16-bit logits with their gradient."""
     logits = rows @ weight.t()
-    return cross_entropy(logits, labels, logit_grad_scale(weight.dtype)).sum().to(dtype), logits
+    return cross_entropy(logits, labels, logit_grad_scale(weight.dtype)), logits
+
+
+def token_cross_entropy(
+    hidden: Tensor, weight: Tensor, positions: Tensor, labels: Tensor, chunk: int = CHUNK
+) -> Tensor:
+    """The loss [M] of each label, float32 (float64 if `hidden` is float64), through which `hidden` gets a gradient.
+
+    Args:
+        hidden: [N, H]. weight: [V, H], the frozen head. positions, labels: [M] int64. chunk: rows of logits at once.
+    """
+    assert not weight.requires_grad, "the head must be frozen: no gradient of it is computed here"
+    return _TokenCrossEntropy.apply(hidden, weight, positions, labels, chunk)  # type: ignore[no-any-return]
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:

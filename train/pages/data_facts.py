@@ -16,7 +16,8 @@ from train.data.checked.checked_data import Conversation
 from train.data.checked.counts import LOOKED_AT, is_chinese
 from train.data.choice.cleaning import Removed, clean
 from train.data.streams.streamed import Streamed, take
-from train.data.tokens.samples import Samples
+from train.data.tokens.pairs import Pairs
+from train.data.tokens.samples import Sample, Samples
 from train.pages import token_text
 from train.pages.token_text import Decoder, Shown
 
@@ -73,7 +74,7 @@ def collect(
     trained: Sequence[Conversation],
     settings: FactSettings,
     tokens: "TokenArrays | None" = None,
-    samples: Samples | None = None,
+    samples: Samples | Pairs | None = None,
     rows: np.ndarray | None = None,
     decoder: Decoder | None = None,
 ) -> Facts:
@@ -89,12 +90,16 @@ def collect(
     found = clean(sample, _Duplicates(settings.near), None).removed
     lengths, questions = None, np.array([len(one.turns) // 2 for one in sample])
     if tokens is not None:
-        lengths, questions = (a if rows is None else a[rows] for a in (tokens.lengths, tokens.turns // 2))
+        each = 2 if isinstance(samples, Pairs) else 1  # sequences of a conversation
+        by_row = (a.reshape(-1, each) for a in (tokens.lengths, tokens.turns // 2))
+        lengths, questions = (a if rows is None else a[rows] for a in by_row)
+        lengths, questions = lengths.reshape(-1), questions[:, 0]
     if samples is not None and decoder is not None:
-        shown = [_of_sample(samples, index, decoder) for index in evenly_spaced(len(samples), SHOWN)]
+        examples = (samples[index] for index in evenly_spaced(len(samples), SHOWN))
+        shown = [_of_sample(sequence, decoder) for one in examples for sequence in one.sequences]
     else:
         texts = (sample[index] for index in evenly_spaced(len(sample), SHOWN))
-        shown = [token_text.of_texts(one, settings.system) for one in texts]
+        shown = [token_text.of_texts(sequence, settings.system) for one in texts for sequence in one.sequences]
     steps = Counter(one.step for one in found)
     return Facts(
         total=len(trained),
@@ -123,8 +128,7 @@ def _kept(conversations: Sequence[Conversation]) -> Sequence[Conversation]:
     return Streamed(lambda: iter(kept), len(kept), number=conversations.number)
 
 
-def _of_sample(samples: Samples, index: int, decoder: Decoder) -> Shown:
-    sample = samples[index]
+def _of_sample(sample: Sample, decoder: Decoder) -> Shown:
     return token_text.of_tokens(sample.location, sample.ids.tolist(), sample.mask.tolist(), decoder)
 
 

@@ -11,6 +11,7 @@ from train.data.choice.cleaning import STEPS
 from train.data.choice.selection import Selection
 from train.data.rows.formats import FORMATS
 from train.data.rows.problems import Problem
+from train.data.tokens.pairs import Pairs
 from train.data.tokens.samples import Samples, Summary
 from train.data.tokens.settings import SampleSettings
 from train.pages import charts, data_facts, page
@@ -37,7 +38,7 @@ def write(
     checked: CheckedData,
     selection: Selection,
     settings: PageSettings,
-    tokens: "tuple[TokenArrays, Samples, Summary, Decoder] | None",
+    tokens: "tuple[TokenArrays, Samples | Pairs, Summary, Decoder] | None",
     reason: str = "",
 ) -> None:
     """Write the page of data without problems.

@@ -19,7 +19,9 @@ from train.common.files import write_text
 from train.runs.folder import LOSSES, TENSORBOARD
 from train.runs.trackers import Trackers
 
-CHARTED = ("loss", "learning_rate", "grad_norm", "held_out_loss")  # the curves in TensorBoard
+OF_PAIRS = ("reward_accuracy", "reward_margin")  # of preference data
+HELD_OUT = tuple(f"held_out_{name}" for name in ("loss", *OF_PAIRS))
+CHARTED = ("loss", "learning_rate", "grad_norm", *OF_PAIRS, *HELD_OUT)  # the curves in TensorBoard
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from train.config.recipe import Recipe
 from train.data.checked.conversations import CheckedData, ProblemsError
 from train.data.rows.data_row import ReadOptions
 from train.data.tokens import training_set
-from train.data.tokens.samples import samples_of
+from train.data.tokens.pairs import examples_of
 from train.model.folder import resolve
 from train.pages import charts, data_facts
 from train.pages.page import visible
@@ -82,7 +82,7 @@ def _broken(checked: CheckedData) -> DataView:
 def _sound(path: Path, recipe: Recipe, folders: Folders) -> DataView:
     from train.model.tokenizer import load_tokenizer  # seconds
 
-    options = ReadOptions(recipe.columns, seed=recipe.seed)
+    options = ReadOptions(recipe.columns, seed=recipe.seed, pairs=recipe.loss == "dpo")
     try:
         tokenizer = load_tokenizer(resolve(recipe.model, folders.models))
     except UserError as error:
@@ -90,7 +90,7 @@ def _sound(path: Path, recipe: Recipe, folders: Folders) -> DataView:
         facts = data_facts.collect(checked.conversations, recipe)
         return DataView(counts=_counts(checked), samples=facts.samples, reason=visible(str(error)))
     checked, tokens = training_set.load_tokens(str(path), tokenizer, recipe, folders.runs / TOKENS, options)
-    samples, summary = samples_of(tokens, recipe)
+    samples, summary = examples_of(tokens, recipe)
     facts = data_facts.collect(checked.conversations, recipe, tokens, samples, None, tokenizer)
     assert facts.lengths is not None  # there are tokens
     counts = [*_counts(checked), ("tokens", summary.tokens), ("learnt tokens", summary.label_tokens)]

@@ -11,7 +11,8 @@ from typing import Any
 
 from train.common.errors import UserError
 from train.common.names import below
-from train.config.recipe import RECIPES, Recipe, check_measured, load_recipe
+from train.config.recipe import RECIPES, Recipe, check_measured, check_preference, load_recipe
+from train.data.tokens.settings import row_length
 from train.pages import run_facts
 from train.pages.run_facts import as_text
 from train.studio.folders import Folders
@@ -90,6 +91,7 @@ def check(form: Form, folders: Folders) -> Recipe:
         folders.run(form.parent)
     recipe = load_recipe(form.recipe, {**form.overrides(), "model": form.model})
     check_measured(recipe)
+    check_preference(recipe)
     return recipe
 
 
@@ -142,7 +144,9 @@ def known_speed(model: str, folders: Folders) -> Speed | None:
 def tokens_of(recipe: Recipe, tokens: int) -> float:
     """Tokens that a run computes. tokens: of the data, once."""
     both = recipe.batch * recipe.accumulation
-    return recipe.steps * (both or recipe.rows_per_step) * recipe.length if recipe.steps else recipe.epochs * tokens
+    return (
+        recipe.steps * (both or recipe.rows_per_step) * row_length(recipe) if recipe.steps else recipe.epochs * tokens
+    )
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ import torch
 from train.common.errors import UserError
 from train.common.memory import free_memory
 from train.config.recipe import Recipe
+from train.data.tokens.settings import row_length
 from train.model.loading import memory_needed
 from train.model.published import read_folder_shape
 
@@ -31,12 +32,13 @@ REMEDY = (
 def step_bytes(folder: Path, recipe: Recipe) -> int:
     """What one micro batch of `recipe` adds to the weights of the base in `folder`, at most, on a CPU."""
     shape = read_folder_shape(folder)
-    attention = 2 * shape.heads * recipe.length
+    length = row_length(recipe)
+    attention = 2 * shape.heads * length
     block = HIDDEN_VALUES * shape.hidden + INTERMEDIATE_VALUES * shape.inner + attention
     if recipe.dora:  # the output of each linear is kept once more, for the gradient of its lengths
         block += sum(out_features for _, _, out_features in shape.linears())
     per_token = block * shape.layers if recipe.checkpointing == "off" else block + shape.hidden * shape.layers
-    return FLOAT * per_token * recipe.batch * recipe.length
+    return FLOAT * per_token * recipe.batch * length
 
 
 def training_bytes(folder: Path, recipe: Recipe, adapter_parameters: int, keep_float: bool = False) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from train.config.recipe import Recipe
+from train.data.tokens.settings import row_length
 from train.model.lora import trainable
 from train.ops import kernels
 from train.training import torch_compiler
@@ -29,6 +30,7 @@ from train.training.deepspeed_config import deepspeed_config, zero_stage
 from train.training.gradient_shares import NORM_CHUNK, shares_of
 from train.training.graph_step import GraphStep
 from train.training.optimizer_state import MASTER, MOMENTS, STATE_KEYS, OptimizerState
+from train.training.preference import PreferenceLoss, without_noise
 from train.training.state_buffers import StateBuffers
 
 VECTOR = "vector"  # the name of the one parameter that holds all adapters
@@ -66,14 +68,16 @@ def import_deepspeed() -> Any:
 class DeepSpeedModule(nn.Module):
     """The model as DeepSpeed sees it: `half` and `bfloat16` cast the trainable parameters only, not the base."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, preference: PreferenceLoss | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.preference = model, preference
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """The SUM of the batch's token losses, 0-d."""
+        """The SUM of the batch's token losses, 0-d; of pairs that of their losses, and of METRICS, [1 + METRICS]."""
         if isinstance(self.model, GraphStep):
             return self.model(batch)  # type: ignore[no-any-return]
+        if self.preference is not None:
+            return self.preference(batch)
         return self.model(**batch).loss  # type: ignore[no-any-return]
 
     def half(self) -> "DeepSpeedModule":
@@ -124,8 +128,9 @@ class Engine:
         names = {p: name for name, p in trainable(model).items()}
         self.device = next(iter(names)).device
         initial = {name: p.detach().clone() for p, name in names.items()}
+        self.preference = self._preference_loss(model)
         self.fused = self._graph_step(model, names)
-        module = DeepSpeedModule(self.fused or model)
+        module = DeepSpeedModule(self.fused or model, self.preference)
         warnings.filterwarnings("ignore", message=".*(c10d::|reduce_scatter_tensor|Full backward hook).*")
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         with redirect_stdout(io.StringIO()):
@@ -146,11 +151,16 @@ class Engine:
         if self.fused:
             self.fused.bind()
 
+    def _preference_loss(self, model: Any) -> PreferenceLoss | None:
+        recipe = self.recipe
+        return PreferenceLoss(model, recipe.dpo_beta, recipe.dpo_label_smoothing) if recipe.loss == "dpo" else None
+
     def _graph_step(self, model: Any, names: dict[nn.Parameter, str]) -> GraphStep | None:
         if not uses_fused_passes(self.recipe, self.device):
             return None
-        full = (self.recipe.batch, self.recipe.length) if self.recipe.pack else None
-        return GraphStep(model.get_base_model(), names, self.recipe.length, self.recipe.graphs, full)
+        length = row_length(self.recipe)
+        full = (self.recipe.batch, length) if self.recipe.pack else None
+        return GraphStep(model.get_base_model(), names, length, self.recipe.graphs, full, self.preference)
 
     def _adamw(self, parameters: dict[str, nn.Parameter]) -> torch.optim.AdamW:
         if not self.fused:
@@ -183,21 +193,22 @@ class Engine:
         return {key: value.to(self.device) for key, value in batch.items()}
 
     def forward_backward(self, batch: Any, labels: int) -> Tensor:
-        """Forward and backward of one micro batch; returns the SUM of its token losses, 0-d.
+        """Forward and backward of one micro batch; returns the SUM of its token losses, 0-d; of pairs METRICS too, [5].
 
         Args:
             batch: what `data.batches.collate` or `to_device` returns.
-            labels: labelled tokens of the whole global step, over all processes. Each token has the same weight, in
+            labels: labelled tokens (or pairs) of the whole global step, over all processes. Each has the same weight, in
                 whichever micro batch it is. DeepSpeed averages gradients over processes, which the factor `world_size`
                 undoes.
         """
-        total = self.engine(self.to_device(batch) if isinstance(batch, dict) else batch)
+        sums: Tensor = self.engine(self.to_device(batch) if isinstance(batch, dict) else batch)
+        total = sums[0] if sums.dim() else sums
         if self.shares is None:
             self.engine.backward(total * (self.world_size / labels), scale_wrt_gas=False)
         else:
             scaled = total * (self.state.loss_scale() / labels)
             self.shares.add(torch.autograd.grad(scaled, list(self.parameters.values()), allow_unused=True))
-        return total.detach()
+        return sums.detach()
 
     def step(self, last: bool, rate: float) -> float | None:
         """Finish a micro batch; after the last one of a global step, update the weights with learning rate `rate`.
@@ -222,23 +233,16 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
-        """The SUM of a collated batch's token losses, 0-d, without dropout and noise. It draws no random number.
+        """What `forward_backward` returns of a collated batch, without dropout and noise. It draws no random number.
 
         The decoder's own passes compute it, also where the fused ones train: their adapters are the same memory.
         """
-        dropouts = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.training]
-        backbone = self.model.get_base_model().backbone  # type: ignore[operator]
-        neftune, backbone.neftune = backbone.neftune, 0.0
-        for module in dropouts:
-            module.eval()
-        try:
-            moved = {key: value.to(self.device) for key, value in batch.items()}
+        moved = {key: value.to(self.device) for key, value in batch.items()}
+        with without_noise(self.model):
+            if self.preference is not None:
+                return self.preference(moved)
             # ZeRO 3 collects weights in the hooks of its own module
             loss: Tensor = self.model(**moved).loss if self.fused else self.engine.module(moved)
-        finally:
-            backbone.neftune = neftune
-            for module in dropouts:
-                module.train()
         return loss
 
     # --- all state, by the names of the adapters' parameters

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.ops.attention import Tokens, reads_cu_seqlens
-from train.ops.cross_entropy import CHUNK, IGNORE, logit_grad_scale, summed_cross_entropy
+from train.ops.cross_entropy import CHUNK, IGNORE, logit_grad_scale, summed_cross_entropy, token_losses
 from train.ops.neftune import add_noise, draw_seed
 from train.ops.offload import HostEmbedding
-from train.training import step_sizes
+from train.ops.preference_loss import sequence_numbers
+from train.training import fused_preference, step_sizes
 from train.training.fused_decoder import FusedDecoder
 from train.training.fused_linear import FusedLinear
+from train.training.preference import PreferenceLoss
 
 CONVERSATIONS = 8  # cu_seqlens is padded to this many conversations, or 2, 4, 8 … times as many
 MAX_GRAPHS = 12  # shapes that are captured at most: the activations of each stay allocated in the shared memory pool
@@ -75,6 +77,8 @@ class DeviceBatch:
     tokens: Tokens
     labelled_positions: Tensor  # [L] int64: the tokens whose successor is a label
     labels: Tensor  # [L] int64
+    numbers: Tensor | None = None  # [L] int64, the sequence of each label, below `sequences`: of pairs only
+    sequences: int = 0
     embeddings: Tensor | None = None  # [M, H] in pinned memory, if the embedding table is on the host
 
 
@@ -133,14 +137,18 @@ class GraphStep(nn.Module):
         length: int,
         graphs: bool,
         full_shape: tuple[int, int] | None = None,
+        preference: PreferenceLoss | None = None,
     ) -> None:
         """
         Args:
             names: of every trainable parameter. length: of the longest row to come. graphs: whether to capture graphs.
+            preference: batches are pairs, and this is their loss.
             full_shape: (rows, tokens) of a full batch. A batch with at least half as many tokens is padded to it, so
                 that most batches have one shape: no other shape can use the memory of a graph's activations.
         """
         super().__init__()
+        self.preference = preference
+        self._start: Tensor | None = None
         self._decoder = [decoder]  # in a list, so that nn.Module does not register its parameters
         self.fused_decoder = FusedDecoder(decoder, length)  # type: ignore[arg-type]
         self.layout = FlatParameters(self.fused_decoder.linears, names)
@@ -188,8 +196,14 @@ class GraphStep(nn.Module):
                 if full_name in views:
                     p.data = views[full_name]
 
+    def start_vector(self, start: dict[str, Tensor]) -> Tensor:
+        """The values of the adapters before training as a vector [n]; joined once."""
+        if self._start is None:
+            self._start = self.layout.join(start, self.vector.device).to(self.vector.dtype)
+        return self._start
+
     def forward(self, batch: DeviceBatch | dict[str, Tensor]) -> Tensor:
-        """The summed loss of a batch, from `to_device` or from data.batches.collate."""
+        """The summed loss of a batch, from `to_device` or from data.batches.collate; of pairs also METRICS, [5]."""
         return _FusedLoss.apply(self.vector, self, batch)  # type: ignore[no-any-return]
 
     def release_graphs(self) -> None:
@@ -222,9 +236,12 @@ class GraphStep(nn.Module):
         embeddings = self._pinned(self.embedding.rows(flat["input_ids"])) if on_host else None
         moved = {key: self._move(value) for key, value in flat.items()}
         tokens: Any = {name: moved[name] for name in TOKEN_TENSORS}
-        return DeviceBatch(
-            moved["input_ids"], Tokens(**tokens), moved["labelled_positions"], moved["labels"], embeddings
-        )
+        on_device = DeviceBatch(moved["input_ids"], Tokens(**tokens), moved["labelled_positions"], moved["labels"])
+        on_device.embeddings = embeddings
+        if self.preference is not None:
+            numbers, on_device.sequences = sequence_numbers(flat["segment_ids"])
+            on_device.numbers = self._move(numbers.flatten()[flat["labelled_positions"]])
+        return on_device
 
     def draw_dropout_seed(self, tokens: Tokens) -> None:
         """Draw the batch's dropout seed from torch's generator on the CPU, whose state is in every checkpoint."""
@@ -250,9 +267,12 @@ class _GraphedPasses:
         self.forward_graph: Any = None
         self.backward_graph: Any = None
 
-    def forward(self, batch: DeviceBatch, step: GraphStep) -> tuple[Tensor, Tensor]:
-        """hidden [M, H], and a zeroed tensor for its gradient; the next call overwrites both."""
-        self.uses += 1
+    def forward(self, batch: DeviceBatch, step: GraphStep, learns: bool = True) -> tuple[Tensor, Tensor]:
+        """hidden [M, H], and a zeroed tensor for its gradient; the next call overwrites both.
+
+        learns: False: a backward pass does not follow, so the shape is not yet ready to be captured.
+        """
+        self.uses += learns
         if self.forward_graph is None and not self._may_capture(step):
             self.tokens = batch.tokens
             hidden, self.saved = self.fused_decoder.forward(step.embed(batch), batch.tokens, self.checkpointing)
@@ -282,11 +302,16 @@ class _GraphedPasses:
         self.forward_graph, (self.hidden, self.saved) = _capture(step, forward)
         self.grad_hidden = torch.empty_like(self.hidden)
 
+    def forget(self) -> None:
+        """Free what a forward pass has saved; graphs keep it in memory of their own."""
+        if self.forward_graph is None:
+            self.grad_hidden = self.saved = self.tokens = None
+
     def backward(self, scale: Tensor, step: GraphStep) -> None:
         """Write every adapter's gradient to step.grads, for `scale` times the gradient in `grad_hidden`."""
         if self.forward_graph is None:
             self.fused_decoder.backward(self.grad_hidden, self.saved, self.tokens, scale)
-            self.grad_hidden = self.saved = self.tokens = None  # not captured: free the memory of this batch
+            self.forget()
             return
         if self.backward_graph is None:
             self.scale = scale.clone()
@@ -313,22 +338,33 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vector: Tensor, step: GraphStep, batch: "DeviceBatch | dict[str, Tensor]") -> Tensor:
         on_device = batch if isinstance(batch, DeviceBatch) else step.to_device(batch)
+        reference = None
+        if step.preference is not None:
+            reference = fused_preference.reference_losses(
+                step.preference, step, on_device, logits_rows(on_device.input_ids)
+            )
         if step.has_dropout:
             step.draw_dropout_seed(on_device.tokens)
         passes = step.passes_for(on_device)
         hidden, grad_hidden = passes.forward(on_device, step)
         head = step.decoder.lm_head.weight
         ctx.step, ctx.passes = step, passes
+        if step.preference is not None and reference is not None:
+            losses = token_losses(
+                hidden, head, on_device.labelled_positions, on_device.labels, logits_rows(hidden), grad_hidden
+            )
+            return fused_preference.weigh(step.preference, on_device, losses, reference, grad_hidden)
         return summed_cross_entropy(
             hidden, head, on_device.labelled_positions, on_device.labels, logits_rows(hidden), grad_hidden
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.passes.backward(grads[0] / logit_grad_scale(ctx.step.decoder.lm_head.weight.dtype), ctx.step)
+        total = grads[0] if grads[0].dim() == 0 else grads[0][0]  # the metrics of pairs have no gradient
+        ctx.passes.backward(total / logit_grad_scale(ctx.step.decoder.lm_head.weight.dtype), ctx.step)
         return ctx.step.grads, None, None
 
 
 def logits_rows(hidden: Tensor) -> int:
-    """Rows of logits in memory at once, for hidden states [M, H]."""
+    """Rows of logits in memory at once, for M tokens: hidden states [M, H], or ids [M]."""
     return step_sizes.logits_rows(len(hidden)) if hidden.is_cuda else CHUNK

@@ -28,6 +28,7 @@ from train.training.deepspeed_engine import Engine
 from train.training.distributed import AgreedError
 from train.training.gradient_shares import micro_batch_seed
 from train.training.micro_batches import number_in_step, prefetch, take, worst_samples
+from train.training.preference import METRICS
 from train.training.run_state import RunState
 from train.training.save_resume import check_layers, last_checkpoint, resume, save
 from train.training.signals import StopRequest
@@ -136,12 +137,12 @@ def _step(
         StoppedWithinStep: a signal asked to stop, and the step has more micro batches.
     """
     began = time.monotonic()
-    labels, rate = run.schedule.label_count(step), learning_rate(run.recipe, step, len(run.schedule))
-    loss_sums, grad_norm = _update(run, engine, step, max(labels, 1), rate, stop)
-    loss_sum, flags = _exchange(loss_sums, Flags(stop.requested, save_failed), run.rank_info.world_size)
-    loss = loss_sum / max(labels, 1)
-    if fault := run.guard.find_fault(loss, grad_norm, labels):
-        _refuse(run, BadStep(step, fault, worst_samples(run, step, loss_sums.tolist())))
+    count, rate = run.schedule.loss_count(step), learning_rate(run.recipe, step, len(run.schedule))
+    sums, grad_norm = _update(run, engine, step, max(count, 1), rate, stop)
+    totals, flags = _exchange(sums, Flags(stop.requested, save_failed), run.rank_info.world_size)
+    loss, *metrics = (total / max(count, 1) for total in totals)
+    if fault := run.guard.find_fault(loss, grad_norm, count):
+        _refuse(run, BadStep(step, fault, worst_samples(run, step, sums[:, 0].tolist())))
     run.guard.accept(loss)
     row = {
         "step": step + 1,
@@ -150,19 +151,23 @@ def _step(
         "learning_rate": rate,
         "grad_norm": grad_norm,  # None: float16 overflowed, the update was left out
         "tokens": run.schedule.token_count(step),
-        "label_tokens": labels,
+        "label_tokens": run.schedule.label_count(step),
         "seconds": time.monotonic() - began,
+        **dict(zip(METRICS, metrics)),  # of preference data
     }
     return row, flags
 
 
 def _update(
-    run: RunState, engine: Engine, step: int, labels: int, rate: float, stop: StopRequest
+    run: RunState, engine: Engine, step: int, count: int, rate: float, stop: StopRequest
 ) -> tuple[Tensor, float | None]:
     """Forward and backward of this process's micro batches, then AdamW.
 
+    Args:
+        count: of what the loss is the mean over, in this step.
     Returns:
-        The summed loss of each micro batch, float64 [accumulation], on the device; the norm of the gradient.
+        The summed loss of each micro batch, and of pairs the summed METRICS, float64 [accumulation, 1 or 5], on the
+        device; the norm of the gradient.
     Raises:
         StoppedWithinStep: the generators are as before the step.
     """
@@ -175,10 +180,10 @@ def _update(
             raise StoppedWithinStep
         if run.recipe.shares > 1:  # the same masks whichever process computes it
             torch.manual_seed(micro_batch_seed(run.recipe.seed, step, number_in_step(run, micro)))
-        sums.append(engine.forward_backward(take(run, engine, step, micro), labels))
+        sums.append(engine.forward_backward(take(run, engine, step, micro), count))
         prefetch(run, engine, step, micro)  # while the GPU computes this one
         grad_norm = engine.step(last=micro == run.recipe.accumulation - 1, rate=rate)
-    return torch.stack([s.double() for s in sums]), grad_norm
+    return torch.stack([s.double().reshape(-1) for s in sums]), grad_norm
 
 
 def _may_give_up(run: RunState) -> bool:
@@ -189,21 +194,21 @@ def _may_give_up(run: RunState) -> bool:
     return run.device.type == "cpu" and run.rank_info.world_size == 1 and run.recipe.accumulation > 1
 
 
-def _exchange(loss_sums: Tensor, flags: Flags, world_size: int) -> tuple[float, Flags]:
-    """The sum of all processes' losses, and each flag that any process has set; one exchange.
+def _exchange(sums: Tensor, flags: Flags, world_size: int) -> tuple[list[float], Flags]:
+    """The sums over all processes' micro batches, and each flag that any process has set; one exchange.
 
-    The sum is exact and then rounded once, so it does not depend on which process computed what.
+    A sum is exact and then rounded once, so it does not depend on which process computed what.
 
     Args:
-        loss_sums: of this process's micro batches, float64 [accumulation].
+        sums: of this process's micro batches, float64 [accumulation, S]: the loss first.
     """
-    values = torch.cat([loss_sums, loss_sums.new_tensor([float(flag) for flag in flags])])
+    values = torch.cat([sums.flatten(), sums.new_tensor([float(flag) for flag in flags])])
     gathered = values.new_empty(world_size * len(values))
     torch.distributed.all_gather_into_tensor(gathered, values)
     gathered = gathered.view(world_size, -1)
-    losses = gathered[:, : len(loss_sums)].flatten().tolist()
-    total = math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
-    return total, Flags(*gathered[:, len(loss_sums) :].bool().any(dim=0).tolist())
+    columns = gathered[:, : sums.numel()].reshape(-1, sums.shape[1]).t().tolist()
+    totals = [math.fsum(one) if all(map(math.isfinite, one)) else sum(one) for one in columns]
+    return totals, Flags(*gathered[:, sums.numel() :].bool().any(dim=0).tolist())
 
 
 def learning_rate(recipe: Recipe, step: int, total: int) -> float:
@@ -282,8 +287,7 @@ def _held_out(run: RunState, engine: Engine, output: _Output, key: str, stop: St
     """The held-out loss under `key`, for the row of a step; {} where none is held out, None if a signal asked to stop."""
     if not run.held_out:
         return {}
-    loss = held_out_loss.measure(run, engine, stop, output.meter.note if output.meter else None)
-    return None if loss is None else {key: loss}
+    return held_out_loss.measure(run, engine, stop, output.meter.note if output.meter else None, key)
 
 
 def _open_output(run: RunState, engine: Engine, first: int, closing: ExitStack) -> _Output:

@@ -29,6 +29,7 @@ CUBLAS_WORKSPACES = 2 * (32 << 20)
 ADAPTER_BYTES = 2 + 2 + 4 + 8  # weight and gradient in 16 bits, float32 master, AdamW's two moments
 START_BYTES = 2  # the values that A and B began with, where they began with a part of the base
 LORA_PLUS_BYTES = 4  # the factor of each update, and as much again during the update: the values before it
+REFERENCE_BYTES = 2  # the values that are trained, while the vector has those of DPO's reference
 UPDATE_BYTES = 4 + 4  # during the optimizer's update: the gradient in float32, and ZeRO's copy of it
 REDUCE_BYTES = 2 + 2 + 4  # while ZeRO takes a gradient over: torch's copy, its own, and the sum in float32
 
@@ -49,6 +50,7 @@ class Setting:
     lora_plus: float = 1.0
     shares: int = 1
     start: str = "random"
+    loss: str = "sft"  # dpo: a row holds pairs of two sequences of that length
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Setting":
@@ -66,7 +68,7 @@ class Setting:
     @property
     def tokens(self) -> int:
         """Tokens of a micro batch, padding included."""
-        return self.batch * padded(self.length)
+        return self.batch * padded(2 * self.length if self.loss == "dpo" else self.length)
 
     @property
     def over_the_bus(self) -> bool:
@@ -152,6 +154,13 @@ def stage_parts(shape: Shape, setting: Setting) -> dict[str, dict[str, int]]:
             stages[f"{phase}: {stage.name}"] = {**saved, f"{phase} pass": summed + stage.bytes(tokens)}
         if phase == "forward":
             stages["loss"] = {**saved, "loss": summed + hidden + logits_bytes(shape, setting)}
+    if setting.loss == "dpo":  # its forward pass and its losses, while the adapter has the values before training
+        kept = {
+            **saved,
+            "the adapter, while the reference computes": REFERENCE_BYTES * adapter_parameters(shape, setting),
+        }
+        passes = max(largest(forward_stages(shape, setting), setting), hidden + logits_bytes(shape, setting))
+        stages["forward: the reference"] = {**kept, "forward pass": summed + passes}
     kept_by_graphs = hidden if setting.graphs else 0
     stages["update"] = {"gradients during the update": kept_by_graphs + update_bytes(shape, setting)}
     return stages

@@ -64,13 +64,13 @@ def number_in_step(run: RunState, micro: int) -> int:
 def worst_samples(run: RunState, step: int, loss_sums: list[float]) -> list[str]:
     """Where the samples of the worst micro batch of a step are from, of all processes' ("data.jsonl:13").
 
-    The worst has a non-finite loss, or else the highest mean loss per label.
+    The worst has a non-finite loss, or else the highest mean loss per label, or per pair.
 
     Args:
         loss_sums: the summed loss of each micro batch of this process.
     """
     batches = [_own_rows(run, run.schedule.rows(step), micro) for micro in range(len(loss_sums))]
-    counts = [sum(run.samples[i].label_count for row in batch for i in row) for batch in batches]
+    counts = [sum(run.samples[i].loss_count for row in batch for i in row) for batch in batches]
     means = [s / max(n, 1) if math.isfinite(s) else math.inf for s, n in zip(loss_sums, counts, strict=True)]
     names = [[run.samples[i].location for row in batch for i in row] for batch in batches]
     pairs = [pair for part in distributed.all_gather(list(zip(means, names, strict=True))) for pair in part]

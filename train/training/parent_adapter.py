@@ -71,3 +71,11 @@ def parent_notes(recipe: Recipe, adapter: AdapterFile) -> list[str]:
     if base and Path(base).name != Path(recipe.model).name:
         notes.append(f"the adapter in {adapter.folder} names another base, {base}: here it starts on {recipe.model}.")
     return notes
+
+
+def reference_note(recipe: Recipe, parent: Path | None) -> list[str]:
+    """What the model is compared with in DPO, a line; none for other losses."""
+    if recipe.loss != "dpo":
+        return []
+    reference = "the base" if parent is None else f"the base with the adapter of {parent.name!r}, as it is now"
+    return [f"loss=dpo: the reference is {reference}, computed in each step: one forward pass more."]

@@ -18,7 +18,7 @@ from train.common.device import dtype_name
 from train.common.errors import UserError, first_few
 from train.common.files import free_bytes, sha256
 from train.common.threads import in_background
-from train.config.recipe import Recipe, check_measured
+from train.config.recipe import Recipe, check_measured, check_preference
 from train.data.choice.selection import Selection, check_settings, keeps_empty, select, token_counter
 from train.data.choice.writing import write_conversations, write_removed
 from train.data.origins.sources import hash_data, pinned
@@ -26,7 +26,9 @@ from train.data.rows.data_row import ReadOptions
 from train.data.tokens import training_set
 from train.data.tokens.batches import Schedule
 from train.data.tokens.encoding import TokenArrays
-from train.data.tokens.samples import Sample, samples_of
+from train.data.tokens.pairs import examples_of
+from train.data.tokens.samples import Example
+from train.data.tokens.settings import row_length
 from train.model import lora
 from train.model.adapter_file import AdapterFile, read_adapter
 from train.model.architecture import STORED
@@ -44,7 +46,7 @@ from train.runs.resume import check_unchanged, fitted_accumulation
 from train.training import adapter_start
 from train.training.distributed import RankInfo
 from train.training.gradient_shares import check_shares
-from train.training.parent_adapter import about_parent, check_begins_once, parent_notes, read_parent
+from train.training.parent_adapter import about_parent, check_begins_once, parent_notes, read_parent, reference_note
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,14 @@ class PreparedRun:
     folder: Path
     base: Path
     tokenizer: Tokenizer
-    samples: Sequence[Sample]
+    samples: Sequence[Example]
     schedule: Schedule
     inputs: dict[str, Any]
     parent: Path | None
     notes: list[str]
     lineage: list[dict[str, Any]]
     selection: Selection  # without the conversations that are trained on: those are samples now
-    held_out: Sequence[Sample]
+    held_out: Sequence[Example]
 
     @property
     def finished(self) -> bool:
@@ -93,9 +95,11 @@ def prepare(
     """
     check_settings(recipe)
     check_measured(recipe)
+    check_preference(recipe)
     check_shares(recipe, processes)
     check_begins_once(recipe, later_stages)
-    options = ReadOptions(recipe.columns, seed=recipe.seed, keep_empty=keeps_empty(recipe.clean))
+    pairs, keep_empty = recipe.loss == "dpo", keeps_empty(recipe.clean)
+    options = ReadOptions(recipe.columns, seed=recipe.seed, pairs=pairs, keep_empty=keep_empty)
     base, adapter = _read_base(recipe, data, options, parent, models)
     base_hashes = in_background(lambda: provenance.hash_folder(base))  # hashing leaves the other cores to the data
     config, _ = read_folder_config(base)
@@ -109,16 +113,16 @@ def prepare(
     hashes = hash_data(data)
     loaded, tokens = training_set.load_tokens(data, tokenizer, recipe, cache, options, hashes)
     selection = select(loaded.conversations, recipe, token_counter(tokenizer, recipe), show_progress)
-    samples, summary = samples_of(tokens, recipe, selection.trained_rows)
+    samples, summary = examples_of(tokens, recipe, selection.trained_rows)
     held_out = _held_out_samples(tokens, selection, recipe)
     notes = [*selection.notes(), str(summary), *_without_labels(summary.unlearnable, recipe.unlearnable)]
     notes += [f"data: {notice}." for notice in loaded.notices()]
     notes += parent_notes(recipe, adapter) if adapter else []
     template = recipe.template
     notes += filter(None, [no_chat_model(base, tokenizer, template), thinking_note(config.layout, tokenizer, template)])
-    notes += beyond_context(config, recipe.length, samples.lengths)
+    notes += beyond_context(config, recipe.length, samples.longest)
     rows = recipe.batch * recipe.accumulation * processes
-    schedule = Schedule(samples, recipe.length, rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
+    schedule = Schedule(samples, row_length(recipe), rows, recipe.epochs, recipe.steps, recipe.seed, recipe.pack)
     inputs = _inputs(recipe, {"path": pinned(data), **hashes}, base_hashes(), parent, rows, dtype)
     inputs |= {"rows": digest} if (digest := selection.digest()) else {}
     lineage, selection = provenance.lineage(parent), replace(selection, trained=[])
@@ -151,12 +155,12 @@ def _read_base(
     return base, adapter
 
 
-def _held_out_samples(tokens: TokenArrays, selection: Selection, recipe: Recipe) -> Sequence[Sample]:
+def _held_out_samples(tokens: TokenArrays, selection: Selection, recipe: Recipe) -> Sequence[Example]:
     """The samples to measure on; conversations without a token to measure on are left out."""
     if not selection.held_out:
         return []
     try:
-        return samples_of(tokens, recipe, selection.held_out_rows)[0]
+        return examples_of(tokens, recipe, selection.held_out_rows)[0]
     except UserError as error:
         raise UserError(f"held_out={recipe.held_out:g}, the conversations set aside: {error}") from error
 
@@ -335,7 +339,7 @@ def decisions(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     reason = "chosen for this device" if recipe.precision == "auto" else f"as precision={recipe.precision} says"
     processes = f"{rank_info.world_size} processes" if rank_info.world_size > 1 else "1 process"
-    rows = f"{prepared.inputs['rows_per_step']} rows of at most {recipe.length} tokens"
+    rows = f"{prepared.inputs['rows_per_step']} rows of at most {row_length(recipe)} tokens"
     lines = [
         f"base: {recipe.model} in {prepared.base}; run: {prepared.folder}",
         f"device: {name}, {dtype_name(dtype)} ({reason}), ZeRO {zero_stage}",
@@ -366,6 +370,7 @@ def decisions(
         )
     if device.type == "cuda":
         lines += host_memory_notes(recipe, prepared.base)
+    lines += reference_note(recipe, prepared.parent)
     if prepared.parent is not None:
         lines.append(f"starts from the adapter of run {prepared.parent.name!r}.")
     return lines

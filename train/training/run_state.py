@@ -13,7 +13,7 @@ import torch
 
 from train.config.recipe import Recipe
 from train.data.tokens.batches import Schedule
-from train.data.tokens.samples import Sample
+from train.data.tokens.samples import Example
 from train.training.distributed import RankInfo
 from train.training.guard import Guard
 
@@ -30,12 +30,12 @@ class RunState:
 
     recipe: Recipe
     schedule: Schedule
-    samples: Sequence[Sample]
+    samples: Sequence[Example]
     pad_id: int
     folder: Path
     rank_info: RankInfo
     device: torch.device
-    held_out: Sequence[Sample] = field(default_factory=list)  # measured on, not trained on
+    held_out: Sequence[Example] = field(default_factory=list)  # measured on, not trained on
     points: list[tuple[int, float]] = field(default_factory=list)
     guard: Guard = field(default_factory=Guard)
     timings: dict[str, float] = field(default_factory=dict)

@@ -62,7 +62,9 @@ def _load_and_train(prepared: PreparedRun, devices: Devices, rank_info: RankInfo
 
 def _run_state(prepared: PreparedRun, devices: Devices, rank_info: RankInfo) -> RunState:
     samples, pad_id = prepared.samples, prepared.tokenizer.pad
-    guard = Guard(prepared.recipe.spike, layers_allowed_zero_grad(sample.mask for sample in samples))
+    guard = Guard(
+        prepared.recipe.spike, layers_allowed_zero_grad(one.mask for sample in samples for one in sample.sequences)
+    )
     return RunState(
         prepared.recipe,
         prepared.schedule,

@@ -289,7 +289,7 @@ def test_rows_of_other_kinds_are_refused_by_name(entry: dict[str, Any], row: dic
     [
         ({"file_name": None, "script_url": "mine"}, ["code of a data set is never run here"]),
         ({"script_url": "mine"}, ['"script_url"', "never run"]),  # counts before file_name
-        ({"ranking": True, "columns": {"prompt": "p", "chosen": "c", "rejected": "r"}}, ["preference data"]),
+        ({"ranking": True, "columns": {"prompt": "p", "response": "r"}}, ["without the column chosen and rejected"]),
         ({"colums": {}}, ['the key "colums"', 'write "columns"']),
         ({"columns": {"promt": "q"}}, ['the key "promt"', 'write "prompt"']),
         ({"formatting": "sharegtp"}, ['the formatting "sharegtp"', 'write "sharegpt"']),

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from train.common.errors import UserError
@@ -25,6 +25,22 @@ class Conversation:
     turns: tuple[Turn, ...]
     system: str | None  # the system message; None = the recipe's, "" = none
     location: str  # "file:line"
+    rejected: str | None = None  # of preference data: a worse answer than that of the last turn
+
+    @property
+    def all_turns(self) -> tuple[Turn, ...]:
+        """Its turns, and the rejected answer as one more."""
+        return self.turns if self.rejected is None else (*self.turns, Turn("assistant", self.rejected))
+
+    @property
+    def sequences(self) -> "tuple[Conversation, ...]":
+        """What the model reads: the conversation itself; or of preference data one with the chosen and one with the
+        rejected answer, and only that answer is trained on."""
+        if self.rejected is None:
+            return (self,)
+        before = tuple(replace(turn, trained=False) for turn in self.turns[:-1])
+        answers = (self.turns[-1].text, self.rejected)
+        return tuple(Conversation((*before, Turn("assistant", text)), self.system, self.location) for text in answers)
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,8 @@ class CheckedData:
             only_empty = self.keep_empty and all(p.is_empty_text for p in parsed.problems)
             wrong = [] if only_empty else parsed.problems
             if not problems and not wrong:
-                return self._add_sound(Conversation(parsed.turns, parsed.system, row.location), parsed, row.format)
+                conversation = Conversation(parsed.turns, parsed.system, row.location, parsed.rejected)
+                return self._add_sound(conversation, parsed, row.format)
             problems += _wrong_values(row, wrong, file)
         self.problems += problems
         return None

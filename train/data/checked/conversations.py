@@ -28,6 +28,7 @@ from train.data.json_text import json_mistakes
 from train.data.json_text.json_stream import Block, NotPlainError
 from train.data.origins import drawing
 from train.data.origins.sources import Part, hash_data, parts, short_name
+from train.data.rows import pair_rows
 from train.data.rows.data_row import GUESS, DataRow, ReadOptions
 from train.data.rows.dataset_rows import LayoutReader
 from train.data.rows.formats import ParsedRow, Turn
@@ -57,7 +58,8 @@ def training_data(record: dict[str, Any]) -> tuple[Sequence[Conversation], str]:
     try:
         recipe = record["recipe"]
         keep_empty = "empty" in recipe.get("clean", "").split(",")
-        options = ReadOptions(recipe.get("columns", ""), seed=recipe.get("seed", 0), keep_empty=keep_empty)
+        pairs = recipe.get("loss", "sft") == "dpo"
+        options = ReadOptions(recipe.get("columns", ""), seed=recipe.get("seed", 0), pairs=pairs, keep_empty=keep_empty)
         return (load(data, options), name) if hash_data(data)["sha256"] == record["data"]["sha256"] else ([], name)
     except UserError:  # a file is missing; or it was accepted when the run began, and this program is stricter now
         return [], name
@@ -180,8 +182,27 @@ class _PartReader:
     def _layout(self) -> tuple[ReadOptions, LayoutReader | None]:
         if self.part.layout is None:
             return self.options, None
+        self._check_kind(self.part.layout.ranking)
         reader = LayoutReader(self.part.layout, self.part.name, self.part.origin)
         return replace(self.options, columns="", named=reader.roles_of_columns()), reader
+
+    def _check_kind(self, ranking: bool) -> None:
+        """Raises UserError for a set that dataset_info.json calls preference data where none are wanted, or the reverse."""
+        where = f'{self.part.origin}: "{self.part.name}"'
+        if ranking and not self.options.pairs:
+            raise UserError(
+                f'{where} is preference data ("ranking": true), a chosen and a rejected answer a row. Train on both with '
+                "RECIPE=dpo (loss=dpo), or choose another set."
+            )
+        if self.options.pairs and not ranking:
+            raise UserError(
+                f'{where} has one answer a row, and loss=dpo compares two. If it has two, add "ranking": true and the '
+                'columns "chosen" and "rejected"; else train with loss=sft (RECIPE=qlora).'
+            )
+
+    def _parse(self, reader: LayoutReader | None) -> Parse:
+        """What a row means, as its layout or the recipe says."""
+        return reader.parse if reader else pair_rows.parse if self.options.pairs else ParsedRow
 
     def check(self, on_progress: OnProgress | None, keep: bool) -> CheckedData:
         """All of it, once.
@@ -193,7 +214,7 @@ class _PartReader:
         checked, (options, reader) = CheckedData(), self._layout()
         for path in self.part.files:
             one = _check_blocks(path, options, on_progress) if kept is None and reader is None else None
-            one = one or _check_rows(path, options, on_progress, kept, reader.parse if reader else ParsedRow)
+            one = one or _check_rows(path, options, on_progress, kept, self._parse(reader))
             _finish(path, one)
             checked.merge(one)
             if on_progress:
@@ -219,7 +240,7 @@ class _PartReader:
         options, reader = self._layout()
         checked = CheckedData(keep_empty=options.keep_empty)
         for row in readers.rows(path, options):
-            conversation = checked.add(row, str(path), reader.parse if reader else ParsedRow)
+            conversation = checked.add(row, str(path), self._parse(reader))
             if checked.problems:
                 raise changed(path)
             if conversation:

@@ -81,11 +81,11 @@ class Counts:
 
     def add(self, conversation: "Conversation", is_new: bool = True) -> None:
         """is_new: False: the same row again, which is no copy of another."""
-        turns = conversation.turns
+        turns = conversation.all_turns
         self.conversations += 1
-        self.turns += len(turns)
-        self.several += len(turns) // 2 > 1
-        self.most = max(self.most, len(turns) // 2)
+        self.turns += len(conversation.turns)
+        self.several += len(conversation.turns) // 2 > 1
+        self.most = max(self.most, len(conversation.turns) // 2)
         for turn in turns:
             self.untrained += not turn.trained
             self.characters += len(turn.text)
@@ -130,7 +130,7 @@ def digest(conversation: "Conversation") -> bytes:
     """DIGEST bytes that are the same for conversations of equal turns and system message, wherever they are."""
     system = conversation.system
     parts = ["-" if system is None else f"{len(system)} {system}"]
-    parts += [f"{turn.role[0]}{int(turn.trained)}{len(turn.text)} {turn.text}" for turn in conversation.turns]
+    parts += [f"{turn.role[0]}{int(turn.trained)}{len(turn.text)} {turn.text}" for turn in conversation.all_turns]
     return blake2b("".join(parts).encode("utf-8", "surrogatepass"), digest_size=DIGEST).digest()
 
 

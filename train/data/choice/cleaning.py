@@ -188,14 +188,14 @@ def _checks(steps: tuple[str, ...], settings: CleaningSettings, count_tokens: Co
 
 
 def _empty(conversation: Conversation) -> str:
-    for number, turn in enumerate(conversation.turns, 1):
+    for number, turn in enumerate(conversation.all_turns, 1):
         if all(unicodedata.category(character)[0] in "CZ" for character in turn.text):
             return f"turn {number} is empty"
     return ""
 
 
 def _control_character(conversation: Conversation) -> str:
-    for number, turn in enumerate(conversation.turns, 1):
+    for number, turn in enumerate(conversation.all_turns, 1):
         if match := CONTROL.search(turn.text):
             return f"U+{ord(match.group()):04X} in turn {number}"
     return ""
@@ -212,7 +212,7 @@ def _repeated(conversation: Conversation, near: float) -> str:
 
 
 def _long_answer(conversation: Conversation, most: int) -> str:
-    for number, turn in enumerate(conversation.turns, 1):
+    for number, turn in enumerate(conversation.all_turns, 1):
         if turn.role == "assistant" and len(turn.text) > most:
             return f"the answer in turn {number} has {len(turn.text):,} characters, more than {most:,}"
     return ""
@@ -278,7 +278,10 @@ class _Duplicates:
 
 
 def _hash(conversation: Conversation) -> bytes:
-    parts = [repr(conversation.system), *(repr((turn.role, turn.text, turn.trained)) for turn in conversation.turns)]
+    parts = [
+        repr(conversation.system),
+        *(repr((turn.role, turn.text, turn.trained)) for turn in conversation.all_turns),
+    ]
     return hashlib.blake2b("\n".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -291,7 +294,7 @@ def hash_of_text(text: str | None) -> int:
 def _text(conversation: Conversation) -> str:
     """Questions and answers of a row as they are compared."""
     parts = [
-        normalised("\n".join(turn.text for turn in conversation.turns if turn.role == role))
+        normalised("\n".join(turn.text for turn in conversation.all_turns if turn.role == role))
         for role in ("user", "assistant")
     ]
     return BETWEEN.join(parts)

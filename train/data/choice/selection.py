@@ -88,11 +88,11 @@ def keeps_empty(clean: str) -> bool:
 
 
 def token_counter(tokenizer: "Encoder", settings: TemplateSettings) -> CountTokens:
-    """The number of tokens of a conversation as the model reads it, before any is cut."""
+    """The number of tokens of a conversation as the model reads it, before any is cut; of two answers with the longer."""
 
     def count(conversation: Conversation) -> int:
-        ids, _ = chat_template.render(conversation, tokenizer, settings.template, settings.mask, settings.system)
-        return len(ids)
+        keys = (settings.template, settings.mask, settings.system)
+        return max(len(chat_template.render(one, tokenizer, *keys)[0]) for one in conversation.sequences)
 
     return count
 

@@ -10,12 +10,16 @@ from train.data.choice.cleaning import Removed
 
 
 def as_messages(conversation: Conversation, name: str = "") -> str:
-    """One line of OpenAI messages; it is read back as the same conversation. name: becomes its "id"."""
+    """One line of OpenAI messages, or of preference data; it is read back as the same. name: becomes its "id"."""
     system = conversation.system
     messages: list[dict[str, str | int]] = [] if system is None else [{"role": "system", "content": system}]
     for turn in conversation.turns:
         messages.append({"role": turn.role, "content": turn.text} | ({} if turn.trained else {"weight": 0}))
-    return json.dumps(({"id": name} if name else {}) | {"messages": messages}, ensure_ascii=False)
+    row: dict[str, object] = {"messages": messages}
+    if conversation.rejected is not None:
+        rejected = [{"role": "assistant", "content": conversation.rejected}]
+        row = {"prompt": messages[:-1], "chosen": messages[-1:], "rejected": rejected}
+    return json.dumps(({"id": name} if name else {}) | row, ensure_ascii=False)
 
 
 def write_conversations(path: Path, conversations: Iterable[Conversation], named: bool = False) -> None:

@@ -44,7 +44,7 @@ def blocks(path: Path, options: ReadOptions = GUESS) -> Iterator[Block] | None:
         file = DataFile.of(path)
         plain = (
             file_kinds.kind_of(file) == "json"
-            and not (options.columns or options.keep_empty)
+            and not (options.columns or options.keep_empty or options.pairs)
             and not list(_renamed(file, "json"))
         )
         return json_stream.blocks(path) if plain else None

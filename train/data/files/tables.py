@@ -12,7 +12,7 @@ from itertools import chain, islice
 from typing import Any
 
 from train.data.rows import columns
-from train.data.rows.columns import ColumnError, Columns
+from train.data.rows.columns import OF_PAIRS, ColumnError, Columns
 from train.data.rows.data_row import DataFile, DataRow, ReadOptions, only_problem
 from train.data.rows.problems import KeyPath, Place, Problem
 
@@ -221,6 +221,8 @@ class _RowReader:
             return reason or (value or "" if role in REQUIRED else None)
         if role in LISTS:
             return as_list(value)
+        if role in OF_PAIRS and (turns := turns_in(value)) is not None:
+            return turns
         text = as_text(value)
         if not isinstance(value, str) and isinstance(text, str):
             self.numbers += 1
@@ -275,6 +277,14 @@ def shown(value: Any) -> str:
         return ""
     text = as_text(value)
     return text if isinstance(text, str) else "" if value is None else str(value)
+
+
+def turns_in(value: Any) -> list[Any] | dict[str, Any] | None:
+    """The turn or the turns in a cell that may also hold a text; None for a text."""
+    if isinstance(value, dict):
+        return value
+    found = as_list(value)
+    return found if isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found) else None
 
 
 def as_list(value: Any) -> list[Any] | BadCell:

@@ -244,7 +244,7 @@ class _EntryReader:
         if columns is not None and formatting in FORMATTINGS and len(self.registry.problems) == before:
             self._check_columns(columns, formatting)
         self._check_tags(tags or {})
-        return Layout(formatting, columns, tags)
+        return Layout(formatting, columns, tags, self.value.get("ranking") is True)
 
     def _texts(self, key: str, known: Sequence[str]) -> dict[str, str] | None:
         """The object `key` of the data set, without keys that are null; None if it is not there."""
@@ -284,9 +284,14 @@ class _EntryReader:
             )
 
     def _check_preference(self) -> None:
-        if self.value.get("ranking") is True:
-            remedy = "choose another data set, or make rows of the good answers alone"
-            self._add(("ranking",), 'preference data ("ranking": true)', "one answer a row", remedy)
+        """Preference data have columns for both answers, which LLaMA-Factory gives no default."""
+        columns = self.value.get("columns")
+        named = columns if isinstance(columns, dict) else {}
+        if self.value.get("ranking") is True and (lacking := [one for one in PREFERENCE if one not in named]):
+            names = ", ".join(f'"{one}": "{one}"' for one in PREFERENCE)
+            remedy = f'name the keys of the two answers: "columns": {{…, {names}}}'
+            found = f'"ranking": true without the column {" and ".join(lacking)}'
+            self._add(("ranking",), found, "both columns, chosen and rejected", remedy)
 
     # Sentences
 
@@ -305,7 +310,8 @@ class _EntryReader:
             )
         if (value.get("formatting") or "alpaca") == "alpaca" and "tags" in value:
             self.notes.append(f'{name}: tags count with "formatting": "sharegpt" or "openai" only; not used')
-        if preference := [column for column in PREFERENCE if column in (value.get("columns") or {})]:
+        preference = [column for column in PREFERENCE if column in (value.get("columns") or {})]
+        if preference and value.get("ranking") is not True:
             self.notes.append(f'{name}: not used without "ranking": the columns {", ".join(preference)}')
         useless = [key for key in ("subset", "folder", "revision") if value.get(key)]
         if place == "file_name" and useless:

@@ -11,6 +11,7 @@ from typing import Any
 
 from train.common.errors import UserError
 from train.data.rows.data_row import DataFile, DataRow, ReadOptions
+from train.data.rows.other_rows import CHOSEN, REJECTED
 from train.data.rows.problems import KeyPath, visible
 
 # Role -> names of it, in small letters; the role itself is the word of columns=
@@ -31,6 +32,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 KEYS = {"question": "instruction", "input": "input", "answer": "output", "system": "system", "history": "history"}
 LISTS = ("messages", "conversations")
 NEEDED = ("question", "answer", "messages")
+OF_PAIRS = ("prompt", "question", *CHOSEN, *REJECTED)  # columns of preference data that may hold turns
 EXAMPLE = "columns=question:NAME,answer:NAME"
 
 
@@ -96,6 +98,34 @@ class NamedColumns(Columns):
         return NamedColumns(there)
 
 
+@dataclass(frozen=True)
+class PairColumns(Columns):
+    """Columns of preference data: the rows keep their names, which pair_rows.py knows."""
+
+    def rename(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        answers = (*CHOSEN, *REJECTED)
+        return {name: value for name, value in values.items() if value is not None or name in answers}
+
+    def original(self, path: KeyPath) -> KeyPath:
+        return path if path and path[0] in self.of_role.values() else ()
+
+    def found_in(self, names: Sequence[str]) -> "Columns":
+        """Those that have a role, or one of the two answers.
+
+        Raises:
+            ColumnError: one of the two is missing, or a name is there twice.
+        """
+        for kind, known in (("chosen", CHOSEN), ("rejected", REJECTED)):
+            if not set(known) & {*names}:
+                expected = f'a column "{kind}": loss=dpo compares two answers'
+                remedy = f'rename it to "{kind}"; or train on one answer a row with loss=sft (RECIPE=qlora)'
+                raise ColumnError(f"no {kind} answer among {listed(names)}", expected, remedy)
+        used = [name for name in names if name in (*CHOSEN, *REJECTED) or role_of(name)]
+        for name in used:
+            _check_once(name, names)
+        return PairColumns({name: name for name in used})
+
+
 def rename_keys(row: DataRow, file: DataFile, told: Columns) -> DataRow:
     """A row of JSON with the keys that the user named renamed; the other keys stay, and are said not to be used."""
     if not row.readable or not isinstance(row.value, dict):
@@ -125,7 +155,9 @@ def list_key(turns: Any) -> str:
 
 def told(options: ReadOptions) -> Columns | None:
     """The columns of a table as a dataset_info.json names them, or as typed; None if they are to be guessed."""
-    return NamedColumns(options.named) if options.named else parse(options.columns)
+    if options.named:
+        return NamedColumns(options.named)
+    return PairColumns({}) if options.pairs else parse(options.columns)
 
 
 def parse(text: str) -> Columns | None:
@@ -241,6 +273,8 @@ def _unknown(missing: str, of_role: Mapping[str, str], names: Sequence[str]) -> 
     remedy = f"say which: columns={option} (with make: ARGS='columns=…')"
     if neither:
         remedy = f"if these are no names, add a first row with question,answer; else {remedy}"
+    if {*CHOSEN} & {*names} and {*REJECTED} & {*names}:
+        remedy = "train on both answers with RECIPE=dpo (loss=dpo); or rename the column of the good one to answer"
     expected = "the names of columns in the first row, such as question and answer"
     return ColumnError(f"no column for the {' and the '.join(wanted)} among {listed(names)}", expected, remedy)
 

@@ -64,6 +64,7 @@ class ReadOptions:
     columns: str = ""  # names of columns or keys, as typed: "question:症状,answer:建议"; empty: guessed
     named: Mapping[str, str] | None = None  # role -> column, of a dataset_info.json: rows keep the names that they have
     seed: int = 0  # of the recipe, for parts of DATA that are drawn from
+    pairs: bool = False  # rows are preference data: a chosen and a rejected answer (loss=dpo)
     keep_empty: bool = False  # a row with an empty text is no mistake: cleaning takes it (data/choice/cleaning.py)
     files: tuple[Path, ...] = ()  # all files of DATA, for those that are read together (questions with answers)
 

@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from train.data.rows import pair_rows
 from train.data.rows.formats import ParsedRow
 from train.data.rows.problems import KeyPath, ValueProblem, visible
 
 ALPACA_KEYS = {"prompt": "instruction", "query": "input", "response": "output"}  # column -> key of the Alpaca format
+ANSWERS = {name: name for name in ("chosen", "rejected")}  # of preference data
 SHARED_KEYS = {name: name for name in ("history", "system", "tools", "images", "videos", "audios", "kto_tag")}
 SHAREGPT_TAGS = {
     "role_tag": "from",
@@ -43,6 +45,7 @@ class Layout:
     formatting: str = "alpaca"  # alpaca, sharegpt, openai
     columns: Mapping[str, str] | None = None  # as in dataset_info.json; None: the defaults of the formatting
     tags: Mapping[str, str] | None = None
+    ranking: bool = False  # preference data: the columns chosen and rejected are the two answers
 
     @property
     def used(self) -> dict[str, str]:
@@ -84,9 +87,13 @@ class LayoutReader:
         named = {*self.columns.values(), "id"}
         self.unnamed.update(key for key in row if key not in named and not _is_empty(row[key]))
         rewritten, problems = self._alpaca(row) if self.layout.formatting == "alpaca" else self._turns(row)
-        parsed = ParsedRow({} if problems else rewritten)
+        if self.layout.ranking:
+            problems += self._add_answers(row, rewritten)
+        parse = pair_rows.parse if self.layout.ranking else ParsedRow
+        parsed = parse({} if problems else rewritten)
         parsed.problems = problems or [self._as_written(problem) for problem in parsed.problems]
-        if self.layout.formatting != "alpaca" and parsed.problems and self._is_left_out(row):
+        turns = self.layout.formatting != "alpaca" and not self.layout.ranking
+        if turns and parsed.problems and self._is_left_out(row):
             first, remedy = parsed.problems[0], " (LLaMA-Factory leaves such a row out, with a warning in its log)"
             parsed.problems[0] = replace(first, remedy=first.remedy + remedy)
         return parsed
@@ -118,7 +125,7 @@ class LayoutReader:
     # Rewriting
 
     def _alpaca(self, row: dict[str, Any]) -> tuple[dict[str, Any], list[ValueProblem]]:
-        needed = [("response", "the answer")]
+        needed = [] if self.layout.ranking else [("response", "the answer")]
         if _is_empty(row.get(self.columns.get("query", ""))):
             needed.insert(0, ("prompt", "the question"))
         problems = [
@@ -130,6 +137,20 @@ class LayoutReader:
         rewritten = {keys[column]: row[key] for column, key in self.columns.items() if column in keys and key in row}
         rewritten.setdefault("instruction", "")
         return _without_empty_system(rewritten), problems
+
+    def _add_answers(self, row: dict[str, Any], rewritten: dict[str, Any]) -> list[ValueProblem]:
+        """Give the rewritten row the two answers of preference data; returns what is wrong with them."""
+        rewritten.pop("output", None)
+        problems: list[ValueProblem] = []
+        for name in ANSWERS:
+            if (key := self.columns[name]) not in row:
+                problems.append(self._missing(row, name, f"the {name} answer"))
+                continue
+            answer = row[key]
+            if isinstance(answer, dict) and self.layout.formatting != "alpaca":
+                answer = self._turn(answer, (key,), problems)
+            rewritten[name] = answer
+        return problems
 
     def _turns(self, row: dict[str, Any]) -> tuple[dict[str, Any], list[ValueProblem]]:
         key = self.columns["messages"]
@@ -204,6 +225,7 @@ class LayoutReader:
         """Name in the format -> name in this file."""
         keys = {**ALPACA_KEYS, **SHARED_KEYS} if self.layout.formatting == "alpaca" else SHARED_KEYS
         names = {keys[column]: key for column, key in self.columns.items() if column in keys}
+        names |= {name: self.columns[name] for name in ANSWERS if self.layout.ranking}
         if self.layout.formatting == "alpaca":
             return names
         names |= {role: tag for tag, role in self.roles.items()}

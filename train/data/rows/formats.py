@@ -57,6 +57,7 @@ class ParsedRow:
     def __init__(self, row: Any) -> None:
         self.turns: tuple[Turn, ...] = ()
         self.system: str | None = None
+        self.rejected: str | None = None  # of preference data: see pair_rows.py
         self.format = ""
         self.unused_keys: set[str] = set()
         self.unused_turn_keys: Counter[str] = Counter()  # key of a turn that is not read -> turns

@@ -33,7 +33,7 @@ def _preference(row: dict[str, Any]) -> Iterable[ValueProblem]:
         keys, remedy = " and ".join(f'"{key}"' for key in good_and_bad), "keep the good answer alone"
         good = next((key for key in good_and_bad if key in CHOSEN), "")
         if good:
-            remedy = f'keep the answer of "{good}" alone, as "output" or as the last turn; drop the rejected one'
+            remedy = f'train on both with RECIPE=dpo (loss=dpo); or keep the answer of "{good}" alone, as "output"'
         yield ValueProblem((), f"preference data: {keys} in a row", "one answer a row", remedy, "preference")
     elif isinstance(answers, list) and len(answers) > 1 and all(isinstance(one, str) for one in answers):
         remedy = "keep the best of them (often the first) as a text"

@@ -14,7 +14,8 @@ import numpy as np
 
 from train.common.errors import UserError
 from train.data.tokens.packing import PackedRow, PackedRows, pack_epoch
-from train.data.tokens.samples import Sample, Samples
+from train.data.tokens.pairs import Pairs
+from train.data.tokens.samples import Example, Samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ class Schedule:
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[Example],
         length: int,
         rows_per_step: int,
         epochs: float,
@@ -52,7 +53,7 @@ class Schedule:
                 f"a run needs samples ({len(samples)}), rows per step ({rows_per_step}), and epochs ({epochs}) or "
                 f"steps ({steps}), all above 0."
             )
-        self._lengths, self._label_counts = _sizes(samples)
+        self._lengths, self._label_counts, self._loss_counts = _sizes(samples)
         self._length, self._seed, self._pack, self._rows_per_step = length, seed, pack, rows_per_step
         self._cached: tuple[int, PackedRows] | None = None
         self._starts = self._epoch_starts(epochs, steps)
@@ -94,31 +95,36 @@ class Schedule:
         return [packed[row] for row in range(at, min(at + self._rows_per_step, len(packed)))]
 
     def label_count(self, step: int) -> int:
-        """Labelled tokens of a step, over all processes: what its summed loss is divided by."""
+        """Labelled tokens of a step, over all processes."""
         return sum(int(self._label_counts[row].sum()) for row in self.rows(step))
+
+    def loss_count(self, step: int) -> int:
+        """What the summed loss of a step is divided by, over all processes: labelled tokens, or pairs."""
+        return sum(int(self._loss_counts[row].sum()) for row in self.rows(step))
 
     def token_count(self, step: int) -> int:
         """Real tokens (no padding) of a step, over all processes."""
         return sum(int(self._lengths[row].sum()) for row in self.rows(step))
 
 
-def _sizes(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
-    """(lengths, label counts) of samples, int32 [N]."""
-    if isinstance(samples, Samples):
-        return samples.lengths, samples.label_counts
-    sizes = np.array([(len(sample.ids), sample.label_count) for sample in samples], np.int32)
-    return sizes[:, 0], sizes[:, 1]
+def _sizes(samples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(lengths, label counts, loss counts) of samples or pairs, int32 [N]."""
+    if isinstance(samples, Samples | Pairs):
+        return samples.lengths, samples.label_counts, samples.loss_counts
+    labels = [sum(sequence.label_count for sequence in one.sequences) for one in samples]
+    lengths, loss_counts = ([getattr(one, name) for one in samples] for name in ("length", "loss_count"))
+    return np.array(lengths, np.int32), np.array(labels, np.int32), np.array(loss_counts, np.int32)
 
 
 def collate(
-    rows: Sequence[PackedRow], samples: Sequence[Sample], pad_id: int, width: int | None = None
+    rows: Sequence[PackedRow], samples: Sequence[Example], pad_id: int, width: int | None = None
 ) -> dict[str, Tensor]:
     """Tensors int64 [B, T] of `rows`; T = `width`, or the longest row.
 
     input_ids: the samples of a row one after another, then `pad_id`.
     labels: the ids that are trained on; IGNORE elsewhere and at the first token of each sample, which nothing predicts.
     position_ids: from 0 in each sample; 0 in the padding.
-    segment_ids: 1, 2, … for the samples of a row; 0 in the padding.
+    segment_ids: 1, 2, … for the samples of a row; 0 in the padding. Of pairs, odd ones are chosen, even ones rejected.
 
     Raises:
         ValueError: no rows, or one longer than `width`.
@@ -127,17 +133,17 @@ def collate(
 
     if not rows:
         raise ValueError("no rows to collate")
-    longest = max(sum(len(samples[i].ids) for i in row) for row in rows)
+    sequences = [[one for index in row for one in samples[index].sequences] for row in rows]
+    longest = max(sum(len(one.ids) for one in row) for row in sequences)
     if width is not None and longest > width:
         raise ValueError(f"a row of {longest} tokens in a batch of width {width}")
     shape = (len(rows), longest if width is None else width)
     batch = {name: np.zeros(shape, np.int64) for name in ("input_ids", "labels", "position_ids", "segment_ids")}
     batch["input_ids"][:] = pad_id
     batch["labels"][:] = IGNORE
-    for number, row in enumerate(rows):
+    for number, row_sequences in enumerate(sequences):
         start = 0
-        for segment, index in enumerate(row, 1):
-            sample = samples[index]
+        for segment, sample in enumerate(row_sequences, 1):
             span = slice(start, start := start + len(sample.ids))
             batch["input_ids"][number, span] = sample.ids
             batch["labels"][number, span] = np.where(sample.mask, sample.ids, IGNORE)

@@ -103,6 +103,8 @@ def encode_in_process(conversations: Sequence[Conversation]) -> TokenArrays:
 
 
 def encode_batch(conversations: Sequence[Conversation], tokenizer: Encoder, template: Template) -> TokenArrays:
+    """Their tokens; those of preference data are two sequences for each, the chosen one first."""
+    conversations = [sequence for one in conversations for sequence in one.sequences]
     lengths, ids, mask = _render(conversations, tokenizer, template)
     starts = np.cumsum([0, *lengths])
     counted = mask.copy()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from train.common.errors import UserError
 from train.data.checked.conversations import Conversation
 from train.data.tokens.encoding import TokenArrays, encode_all, join
 from train.data.tokens.packing import pack_epoch
-from train.data.tokens.settings import SampleSettings
+from train.data.tokens.settings import SampleSettings, row_length
 
 if TYPE_CHECKING:
     from train.data.tokens.chat_template import Encoder
@@ -37,11 +37,42 @@ class Sample:
         """Tokens that count in the loss. The first token of a sample does not: nothing predicts it."""
         return int(self.mask[1:].sum())
 
+    @property
+    def loss_count(self) -> int:
+        """What it adds to what the loss of a step is divided by: every token has the same weight."""
+        return self.label_count
+
+    @property
+    def sequences(self) -> tuple[Sample, ...]:
+        """The sequences that a row has of it: itself."""
+        return (self,)
+
+    @property
+    def length(self) -> int:
+        """Its tokens."""
+        return len(self.ids)
+
+
+class Example(Protocol):
+    """What rows are packed from: a sample, or a pair of them (pairs.py)."""
+
+    @property
+    def sequences(self) -> tuple[Sample, ...]: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def loss_count(self) -> int: ...
+
+    @property
+    def location(self) -> str: ...
+
 
 class Samples(Sequence[Sample]):
     """Conversations of whole `arrays` as samples of at most `length` tokens; which of them, and in what order, is `rows`.
 
-    lengths, label_counts: int32 [N], of each sample.
+    lengths, label_counts, loss_counts, longest: int32 [N], of each sample; see Pairs for where they differ.
     """
 
     def __init__(self, arrays: TokenArrays, length: int, rows: np.ndarray | None = None) -> None:
@@ -54,6 +85,15 @@ class Samples(Sequence[Sample]):
         self.label_counts = arrays.label_counts[self._rows]
         for index in np.flatnonzero(whole > length):
             self.label_counts[index] = self._mask(self._rows[index], length)[1:].sum()
+
+    @property
+    def loss_counts(self) -> np.ndarray:
+        return self.label_counts
+
+    @property
+    def longest(self) -> np.ndarray:
+        """int32 [N], tokens of the longest sequence of each."""
+        return self.lengths
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -98,6 +138,12 @@ class Summary:
     samples: int
     rows: int  # of an epoch
     efficiency: float  # of the first epoch: real tokens / positions in its rows
+    pairs: bool = False  # each conversation is a pair of two; then tokens_* are of each of the two sequences
+
+    @property
+    def unit(self) -> str:
+        """What `conversations` counts."""
+        return "pair" if self.pairs else "conversation"
 
     @property
     def overlong_text(self) -> str:
@@ -110,7 +156,7 @@ class Summary:
     def __str__(self) -> str:
         left_out = f"; {len(self.unlearnable):,} left out, no token to train on" if self.unlearnable else ""
         return (
-            f"{self.conversations:,} conversations, {self.turns:,} turns, {self.tokens:,} tokens "
+            f"{self.conversations:,} {self.unit}s, {self.turns:,} turns, {self.tokens:,} tokens "
             f"({self.tokens_min} to {self.tokens_max}, median {self.tokens_median}), {self.label_tokens:,} trained on; "
             f"{self.overlong_text}{left_out}; {self.rows:,} rows per epoch, "
             f"{self.efficiency:.1%} of their positions are real tokens"
@@ -167,7 +213,9 @@ def samples_of(whole: TokenArrays, settings: SampleSettings, rows: np.ndarray | 
             f"(overlong={settings.overlong}). Raise length=."
         )
     unlearnable = tuple(kept.location(index) for index in np.flatnonzero(kept.label_counts == 0))
-    return samples, _summary(whole, rows, samples, unlearnable, settings)
+    overlong = int((whole.lengths[rows] > settings.length).sum())
+    counts = (samples.lengths, samples.label_counts)
+    return samples, summary_of(whole, rows, *counts, unlearnable, settings, overlong)
 
 
 def _check_lengths(whole: TokenArrays, rows: np.ndarray, length: int) -> None:
@@ -180,39 +228,53 @@ def _check_lengths(whole: TokenArrays, rows: np.ndarray, length: int) -> None:
         raise UserError("\n".join([first, *listed, *more]))
 
 
-def _summary(
-    whole: TokenArrays, rows: np.ndarray, samples: Samples, unlearnable: tuple[str, ...], settings: SampleSettings
+def summary_of(
+    whole: TokenArrays,
+    rows: np.ndarray,
+    kept_lengths: np.ndarray,
+    label_counts: np.ndarray,
+    unlearnable: tuple[str, ...],
+    settings: SampleSettings,
+    overlong: int,
 ) -> Summary:
+    """What happened to the sequences `rows` of `whole`.
+
+    Args:
+        kept_lengths, label_counts: int32 [N], tokens and labelled tokens of what is packed into rows: samples or pairs.
+        overlong: samples or pairs that were too long.
+    """
     lengths = whole.lengths[rows].astype(np.int64)
-    overlong = lengths[lengths > settings.length]
-    packed_rows, efficiency = _efficiency(samples.lengths, settings)
+    beyond = np.maximum(lengths - settings.length, 0)
+    packed_rows, efficiency = _efficiency(kept_lengths, settings)
     low, median, p95, high = (int(np.quantile(lengths, q, method="higher")) for q in (0, 0.5, 0.95, 1))
+    pairs = settings.loss == "dpo"
     return Summary(
-        conversations=len(lengths),
+        conversations=len(lengths) // (2 if pairs else 1),
         turns=int(whole.turns[rows].sum(dtype=np.int64)),
         tokens=int(lengths.sum()),
         tokens_min=low,
         tokens_median=median,
         tokens_p95=p95,
         tokens_max=high,
-        label_tokens=int(samples.label_counts.sum(dtype=np.int64)),
+        label_tokens=int(label_counts.sum(dtype=np.int64)),
         length=settings.length,
-        overlong=len(overlong),
+        overlong=overlong,
         action=settings.overlong,
-        tokens_cut=int((overlong - settings.length).sum()) if settings.overlong == "cut" else 0,
+        tokens_cut=int(beyond.sum()) if settings.overlong == "cut" else 0,
         unlearnable=unlearnable,
-        samples=len(samples),
+        samples=len(kept_lengths),
         rows=packed_rows,
         efficiency=efficiency,
+        pairs=pairs,
     )
 
 
 def _efficiency(lengths: np.ndarray, settings: SampleSettings) -> tuple[int, float]:
     """(rows, real tokens / positions) of the first epoch. Without packing, rows are as long as the longest of a batch."""
-    rows = pack_epoch(lengths, settings.length, settings.seed, 0, settings.pack)
+    rows = pack_epoch(lengths, row_length(settings), settings.seed, 0, settings.pack)
     tokens = int(lengths.sum(dtype=np.int64))
     if settings.pack:
-        return len(rows), tokens / (len(rows) * settings.length)
+        return len(rows), tokens / (len(rows) * row_length(settings))
     widths = lengths[rows.order]
     batches = np.arange(0, len(widths), settings.batch or 2)  # auto: as where no card decides
     sizes = np.diff([*batches, len(widths)])

@@ -21,6 +21,9 @@ class SampleSettings(TemplateSettings, Protocol):
     """These, and those that decide what is cut, and which samples share a row."""
 
     @property
+    def loss(self) -> str: ...
+
+    @property
     def length(self) -> int: ...
 
     @property
@@ -34,6 +37,11 @@ class SampleSettings(TemplateSettings, Protocol):
 
     @property
     def seed(self) -> int: ...
+
+
+def row_length(settings: SampleSettings) -> int:
+    """Tokens in a row: `length`, or with loss=dpo a pair of two sequences of that length."""
+    return 2 * settings.length if settings.loss == "dpo" else settings.length
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from train.data.rows.data_row import GUESS, ReadOptions
 from train.data.tokens.chat_template import BatchEncoder
 from train.data.tokens.encoding import TokenArrays, encode_all, join
 from train.data.tokens.one_pass import OnePass
+from train.data.tokens.pairs import examples_of
 from train.data.tokens.sample_cache import key_of, load_or_build
-from train.data.tokens.samples import Summary, samples_of, with_progress
+from train.data.tokens.samples import Summary, with_progress
 from train.data.tokens.settings import SampleSettings, Template
 
 SMALL = 32_000_000  # bytes of files up to which nothing is written
@@ -43,7 +44,7 @@ def load_tokens(
     options: ReadOptions = GUESS,
     hashes: dict[str, Any] | None = None,
 ) -> tuple[CheckedData, TokenArrays]:
-    """The conversations of DATA without problems, and their tokens; see `samples_of`.
+    """The conversations of DATA without problems, and their tokens; see `examples_of`.
 
     Args:
         cache: the folder of caches, which is made if the data are large.
@@ -84,13 +85,13 @@ def load_tokens(
 def count_tokens(
     checked: Sequence[Conversation], tokenizer: BatchEncoder, settings: SampleSettings, characters: int
 ) -> Summary:
-    """What `samples_of` says of these conversations, of so many characters; no id is kept.
+    """What `examples_of` says of these conversations, of so many characters; no id is kept.
 
     Raises:
-        UserError: whatever `samples_of` finds.
+        UserError: whatever `examples_of` finds.
     """
     parts = encode_all(checked, tokenizer, settings, characters)
-    return samples_of(join([replace(part, ids=part.ids[:0]) for part in parts]), settings)[1]
+    return examples_of(join([replace(part, ids=part.ids[:0]) for part in parts]), settings)[1]
 
 
 def read(data: str, options: ReadOptions = GUESS) -> CheckedData:
@@ -114,13 +115,13 @@ def _in_one_pass(
 def _encoded(
     data: str, checked: CheckedData, tokenizer: CachedEncoder, settings: SampleSettings, size: int
 ) -> Iterator[TokenArrays]:
-    count = 0
-    with _bar("counting tokens", len(checked.conversations), size) as done:
+    count, sequences = 0, len(checked.conversations) * (2 if settings.loss == "dpo" else 1)
+    with _bar("counting tokens", sequences, size) as done:
         parts = encode_all(checked.conversations, tokenizer, settings, checked.counts.characters)
         for part in with_progress(parts, done):
             count += len(part.lengths)
             yield part
-    if count != len(checked.conversations):
+    if count != sequences:
         raise conversations.changed(*sources(data))
 
 
