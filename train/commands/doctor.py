@@ -255,7 +255,7 @@ def _check_base(report: Report, recipe: Recipe, folder: Path, here: Machine, run
     from train.model.loading import load_structure
     from train.model.stops import no_chat_model
     from train.model.tokenizer import load_tokenizer
-    from train.training import prepare
+    from train.training import trained_size
 
     tokenizer = report.attempt("tokenizer", lambda: load_tokenizer(folder), lambda read: f"{read.vocab_size:,} tokens")
     report.attempt("files", lambda: check_all_json(folder), lambda _: "every JSON file can be read")
@@ -282,8 +282,8 @@ def _check_base(report: Report, recipe: Recipe, folder: Path, here: Machine, run
         text = f"length={recipe.length} is more than the {config.max_position_embeddings} it was made for"
         report.add(Finding("length", "warn", text, f"length={config.max_position_embeddings}"))
     if names:
-        report.add(checks.check_folder("runs", runs, prepare.disk_space(config, names, recipe)))
-        parameters = prepare.adapter_parameters(config, names, recipe.rank, recipe.dora)
+        report.add(checks.check_folder("runs", runs, trained_size.disk_space(config, names, recipe)))
+        parameters = trained_size.trained_parameters(config, names, recipe)
         report.add(check_training_memory(here, model, shape, folder, parameters, recipe))
     if here.cards:
         report.add(check_host_memory(here, shape, recipe))
