@@ -26,12 +26,12 @@ from train.evaluation.scores import rows as score_table
 from train.inference.generate import CUT, answers
 from train.model.adapter_file import WEIGHTS, check_present
 from train.model.architecture import STORED
-from train.model.folder import MANIFEST, find_damage, read_manifest
+from train.model.folder import MANIFEST, check_whole, find_damage, read_manifest
 from train.model.loading import fits, keeps_float, load
 from train.model.lora import load_adapter
 from train.model.tokenizer import Tokenizer
 from train.runs import losses
-from train.runs.folder import HELD_OUT, LOSSES, REMOVED, SCORES, trained_model
+from train.runs.folder import HELD_OUT, LOSSES, REMOVED, RESTORE, SCORES, trained_model
 from train.runs.record_form import PARITY, find_problem
 
 DIGEST = "scores_sha256"  # in compare.json
@@ -75,8 +75,7 @@ def find_pair(run: Path, base: Path, load_as: str = STORED) -> ModelPair:
         UserError: the run's adapter or model is missing or damaged.
     """
     if own := trained_model(run):
-        if damage := find_damage(own, read_manifest(own) or {"files": {}}, full=False):
-            raise UserError(f"{own} is damaged: {'; '.join(damage)}. Restore it from a copy, or train again.")
+        check_whole(own, RESTORE)
         return ModelPair(base, None, own)
     merged, adapter = run / "merged", run / "adapter"
     check_present(adapter)

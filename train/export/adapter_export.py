@@ -14,9 +14,9 @@ from train.common.files import free_bytes, read_json, sha256, write_json
 from train.export.merge import GB, LEGAL, State
 from train.model import lora
 from train.model.adapter_file import CONFIG, PREFIX, WEIGHTS, A, B, check_present, read_adapter
-from train.model.folder import find_damage, read_manifest
+from train.model.folder import check_whole, find_damage, read_manifest
 from train.model.layouts import DecoderConfig, convert_tensors
-from train.runs.folder import ADAPTER, trained_model
+from train.runs.folder import ADAPTER, RESTORE, trained_model
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,10 @@ def adapter_of(run: Path) -> Path | None:
     """The folder of a run's adapter; None where the run trained every weight.
 
     Raises:
-        UserError: there is neither an adapter nor a model.
+        UserError: there is neither an adapter nor a model, or the model is damaged.
     """
-    if trained_model(run):
+    if model := trained_model(run):
+        check_whole(model, RESTORE)
         return None
     check_present(run / ADAPTER)
     return run / ADAPTER

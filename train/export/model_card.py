@@ -202,8 +202,9 @@ def _again(source: CardSource) -> list[str]:
     code = record["code"]
     commit = f", commit {code['commit']}" if code.get("commit") else ""
     data, run = short_name(record["data"]["path"]), record["run"]
+    own = "run" in (read_manifest(source.base) or {}).get("source", {})  # the model of a run, which its recipe names
     commands = [
-        make("train", data=data, model=source.base.name, recipe=f"runs/{run}/recipe.yaml", run=run),
+        make("train", data=data, model="" if own else source.base.name, recipe=f"runs/{run}/recipe.yaml", run=run),
         make("export", run=run, **source.options),
     ]
     return [f"With version {code['version']}{commit} of the program:", "", *(f"    {line}" for line in commands)]

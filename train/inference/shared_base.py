@@ -21,11 +21,11 @@ from train.inference.trained import load_as_of
 from train.model import lora
 from train.model.architecture import STORED
 from train.model.decoder import Decoder
-from train.model.folder import read_manifest, resolve
+from train.model.folder import check_whole, read_manifest, resolve
 from train.model.loading import keeps_float, load
 from train.model.stops import read_generation
 from train.model.tokenizer import Tokenizer, load_tokenizer
-from train.runs.folder import newest_run, read_run, trained_model
+from train.runs.folder import RESTORE, newest_run, read_run, trained_model
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ def _whole_model(folders: list[Path], run: Path, remark: str) -> BaseSource:
     """
     model = trained_model(run)
     assert model is not None
+    check_whole(model, RESTORE)
     if len(folders) > 1:
         raise UserError(
             f"run={','.join(folder.name for folder in folders)}: run {run.name} trained every weight of its base, and a server "

@@ -20,10 +20,10 @@ from train.common.names import below
 from train.data.tokens.chat_template import Encoder
 from train.model import lora
 from train.model.architecture import STORED
-from train.model.folder import find_damage, read_manifest, resolve
+from train.model.folder import check_whole, read_manifest, resolve
 from train.model.loading import fits, keeps_float, load
 from train.model.tokenizer import Tokenizer, load_tokenizer
-from train.runs.folder import newest_run, read_run, trained_model
+from train.runs.folder import RESTORE, newest_run, read_run, trained_model
 
 
 @dataclass(frozen=True)
@@ -131,25 +131,13 @@ def identity(source: Source) -> dict[str, Any]:
 def _source_of_run(folder: Path, description: str, dtype: str, any_size: bool) -> Source:
     recipe, merged = read_run(folder)["recipe"], folder / "merged"
     if model := trained_model(folder):
-        _check_whole(model, f"Restore it from a copy, or train again under another RUN= than {folder.name}.")
+        check_whole(model, RESTORE)
         return Source(model, f"{description}: its model {model}", recipe=recipe)
-    exported = _check_whole(merged, f"Export it again: make export RUN={folder.name}")
+    exported = check_whole(merged, f"Export it again: make export RUN={folder.name}")
     if exported and (any_size or _fits(merged, dtype)):
         return Source(merged, f"{description}: its merged export {merged}", recipe=recipe)
     reason = "the GPU has no room for the merged export" if exported else "no merged export yet"
     return Source(folder, f"{description}: its adapter on {recipe['model']} ({reason})", adapter=True, recipe=recipe)
-
-
-def _check_whole(folder: Path, remedy: str) -> bool:
-    """Whether a model that this program wrote is there.
-
-    Raises:
-        UserError: it is damaged; ends with the remedy.
-    """
-    manifest = read_manifest(folder)
-    if manifest and (damage := find_damage(folder, manifest, full=False)):
-        raise UserError(f"{folder} is damaged: {'; '.join(damage)}. {remedy}")
-    return manifest is not None
 
 
 def _fits(merged: Path, dtype: str) -> bool:

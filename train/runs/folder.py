@@ -35,6 +35,7 @@ ANSWERS = "answers.jsonl"  # before and after, by `compare`
 SCORES = "scores.json"  # of both models, by `compare`
 REPORT = "report.html"  # the page about the run
 
+RESTORE = "Restore it from a copy, or train again under another RUN=."  # a result that is damaged
 TOKENS = ".cache/tokens"  # beside the runs: tokens of large data, which several runs share
 
 

@@ -140,9 +140,7 @@ class Engine:
         self.shares = shares_of(recipe, self.parameters.values(), world_size)
         self.engine.train()
         self.state.allocate()
-        self.state.write_masters(
-            self._join(initial)
-        )  # again, in float32: DeepSpeed has made the masters from 16-bit values
+        self.state.write_masters(self._join(initial))  # in float32: DeepSpeed has made them from 16-bit values
         self.state.set_updates(0)
         if self.fused:
             self.fused.bind()
