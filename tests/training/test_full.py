@@ -19,7 +19,7 @@ from train.config.recipe import Recipe
 from train.inference.shared_base import find_base, load_base
 from train.model.decoder import Decoder
 from train.model.loading import load
-from train.training import distributed, full_weights
+from train.training import distributed, full_recipe
 from train.training.deepspeed_engine import Engine, uses_fused_passes
 from train.training.prepare import check_supported
 from train.training.signals import EXIT_INTERRUPTED
@@ -262,7 +262,6 @@ def test_what_does_not_go_with_it_is_refused_at_once(run: Path) -> None:
 
 
 def test_a_rate_for_adapters_is_pointed_out() -> None:
-    cpu, card = torch.device("cpu"), torch.device("cuda")
-    assert "learning_rate=0.0003 is one for adapters" in full_weights.notes(Recipe(method="full"), cpu, 9)[1]
-    (line,) = full_weights.notes(Recipe(method="full", learning_rate=1e-5), card, 9)
+    assert "learning_rate=0.0003 is one for adapters" in full_recipe.notes(Recipe(method="full"), "cpu", 9)[1]
+    (line,) = full_recipe.notes(Recipe(method="full", learning_rate=1e-5), "cuda", 9)
     assert "by torch's autograd and without the fused passes: slower than method=lora" in line

@@ -24,7 +24,10 @@ def make_adamw(recipe: Recipe, parameters: Mapping[str, nn.Parameter]) -> torch.
     if recipe.trains_all:
         matrices, vectors = ([p for p in parameters.values() if (p.dim() > 1) == wanted] for wanted in (True, False))
         both: Any = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW(both, **_settings(recipe))
+        on_card = any(p.is_cuda for p in matrices)
+        return torch.optim.AdamW(
+            both, **_settings(recipe), fused=True if on_card else None
+        )  # without copies of the state
     if recipe.lora_plus == 1:
         every: Any = list(parameters.values())
         return torch.optim.AdamW(every, **_settings(recipe))

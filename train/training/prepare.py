@@ -39,7 +39,7 @@ from train.model.tokenizer import Tokenizer, load_tokenizer
 from train.runs import folder, provenance
 from train.runs.folder import CHECKPOINTS, adapter_folder, trained_model
 from train.runs.resume import check_unchanged, fitted_accumulation
-from train.training import adapter_start, full_weights
+from train.training import adapter_start, full_recipe, full_weights
 from train.training.distributed import RankInfo
 from train.training.gradient_shares import check_shares
 from train.training.parent_adapter import about_parent, check_begins_once, digest_of, parent_notes, read_parent
@@ -98,7 +98,7 @@ def prepare(
     base, adapter = _read_base(recipe, data, options, parent, models)
     base_hashes = in_background(lambda: provenance.hash_folder(base))  # hashing leaves the other cores to the data
     config, _ = read_folder_config(base)
-    full_weights.check_base(recipe, read_folder_shape(base, recipe.load_as))  # also refuses what cannot be loaded so
+    full_recipe.check_base(recipe, read_folder_shape(base, recipe.load_as))  # also refuses what cannot be loaded so
     targets = lora.targets(config.layout, recipe.targets)
     check_rank(recipe.start, recipe.rank, targets, config)
     if parent is not None and adapter is not None:
@@ -202,7 +202,7 @@ def beyond_context(config: DecoderConfig, length: int, lengths: np.ndarray) -> l
 
 def check_supported(recipe: Recipe, device: str) -> None:
     """Refuse combinations that DeepSpeed would refuse only after minutes of loading. `device`: cpu or cuda."""
-    full_weights.check_recipe(recipe)
+    full_recipe.check_recipe(recipe)
     if recipe.precision == "fp16" and device == "cpu":
         raise UserError("precision=fp16 needs a GPU: on a CPU DeepSpeed refuses it. Give precision=fp32 or bf16.")
     if recipe.dora and recipe.zero == 3:
@@ -352,7 +352,7 @@ def decisions(
     if device.type == "cuda":
         lines += host_memory_notes(recipe, prepared.base)
     parameters = trained_parameters(read_folder_config(prepared.base)[0], [], recipe) if recipe.trains_all else 0
-    lines += full_weights.notes(recipe, device, parameters)
+    lines += full_recipe.notes(recipe, device.type, parameters)
     if prepared.parent is not None:
         kind = "adapter" if trained_model(prepared.parent) is None else "weights"
         lines.append(f"starts from the {kind} of run {prepared.parent.name!r}.")
