@@ -26,6 +26,7 @@ from train.training.signals import EXIT_INTERRUPTED
 from train.training.trained_size import trained_parameters
 
 KEYS: dict[str, Any] = {"method": "full", "model": "tiny-float", "steps": 6, "learning_rate": 3e-3}
+BEST: dict[str, Any] = {"zero": 2, "held_out": 3, "near": 1, "keep_best": "on", "measure_every": 2}
 BATCH = torch.randint(0, 300, (3, 17), generator=torch.Generator().manual_seed(3))
 
 
@@ -33,7 +34,7 @@ BATCH = torch.randint(0, 300, (3, 17), generator=torch.Generator().manual_seed(3
 def run(workspace: Path) -> Path:
     """A run of every weight of a float base whose head is tied; the best step is not its last."""
     tiny_checkpoint(workspace / "models" / "tiny-float", tiny_config(tie_word_embeddings=True))
-    train(run="full", **KEYS, zero=2, held_out=3, near=1, keep_best="on", measure_every=2)
+    train(run="full", **KEYS, recipe="full", **BEST)
     return Path("runs/full")
 
 
@@ -230,7 +231,7 @@ def test_a_damaged_model_is_named(run: Path, capsys: pytest.CaptureFixture[str])
             printed = capsys.readouterr()
             assert "config.json" in printed.out + printed.err, words
         with pytest.raises(UserError, match=r"config\.json in runs/full/model is missing or has changed"):
-            train(run="full", **KEYS, zero=2, held_out=3, near=1, keep_best="on", measure_every=2)
+            train(run="full", **KEYS, recipe="full", **BEST)
     finally:
         path.write_bytes(good)
 
