@@ -55,7 +55,8 @@ def adapter_folder(source: Path) -> Path:
 def trained_model(run: Path) -> Path | None:
     """The model folder of a run that trained every weight; None for a run with an adapter, and for any other folder."""
     folder = run / MODEL
-    return folder if (folder / "config.json").is_file() and (run / INPUTS).is_file() else None
+    whole = all(os.path.isfile(path) for path in (folder / "config.json", run / INPUTS))  # noqa: PTH113  # as above
+    return folder if whole else None
 
 
 def result_folder(run: Path) -> Path:
