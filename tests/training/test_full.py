@@ -1,6 +1,7 @@
 """method=full: gradients and steps against transformers and torch; resumed to the bit, exported, answered with, continued."""
 
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.export.test_current_transformers import PACKAGES
+from tests.support.environments import plain_environment, python_of
 from tests.support.exports import IDS
 from tests.support.oracles import llama, tiny_checkpoint, tiny_config, tiny_decoder
 from tests.support.tiny_training import losses, signal_at_step, train
+from tests.training.test_gradient_shares import run_all
 from train.__main__ import main
 from train.common.errors import UserError
 from train.common.files import read_json
@@ -26,6 +30,7 @@ from train.training.signals import EXIT_INTERRUPTED
 from train.training.trained_size import trained_parameters
 
 KEYS: dict[str, Any] = {"method": "full", "model": "tiny-float", "steps": 6, "learning_rate": 3e-3}
+SCRIPT = Path(__file__).with_name("full_transformers.py")
 BEST: dict[str, Any] = {"zero": 2, "held_out": 3, "near": 1, "keep_best": "on", "measure_every": 2}
 BATCH = torch.randint(0, 300, (3, 17), generator=torch.Generator().manual_seed(3))
 
@@ -66,12 +71,16 @@ def test_gradients_are_those_of_transformers(tied: bool) -> None:
     ours, stock = pair(tied)
     ours(input_ids=BATCH, labels=BATCH).loss.backward()
     stock_loss(stock, BATCH).backward()
-    expected = {name: p.grad for name, p in trained_by_stock(stock).items()}
     grads = {name: p.grad for name, p in ours.named_parameters()}
-    assert grads.keys() == expected.keys() and ("lm_head.weight" in grads) != tied
-    largest = max(float(g.abs().max()) for g in expected.values())  # type: ignore[union-attr]
+    assert ("lm_head.weight" in grads) != tied
+    check_grads(grads, {name: p.grad for name, p in trained_by_stock(stock).items()})
+
+
+def check_grads(grads: dict[str, Any], expected: dict[str, Any]) -> None:
+    """A bias of k changes no softmax: its gradient is rounding, so all are compared on one scale."""
+    assert grads.keys() == expected.keys()
+    largest = max(float(grad.abs().max()) for grad in expected.values())
     for name, grad in grads.items():
-        # a bias of k changes no softmax: its gradient is rounding, so all are compared on one scale
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6 * largest, msg=name)
 
 
@@ -88,9 +97,7 @@ def test_gradients_of_the_other_layouts_are_those_of_autograd_through_the_logits
 @pytest.mark.parametrize("zero", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1))])
 def test_twenty_steps_are_those_of_torchs_adamw(zero: int, workspace: Path) -> None:
     """Through DeepSpeed, two unequal micro batches a step, with clipping; norms and biases without weight decay."""
-    recipe = Recipe(method="full", zero=zero, batch=2, accumulation=2, clip=0.5)
-    generator = torch.Generator().manual_seed(5)
-    steps = [[torch.randint(0, 300, (2, 12 - n), generator=generator) for n in range(2)] for _ in range(20)]
+    steps = twenty_steps()
     ours, stock = pair(tied=True)
     before = {name: p.detach().clone() for name, p in ours.named_parameters()}
     wanted = trained_by_stock(stock)
@@ -99,22 +106,91 @@ def test_twenty_steps_are_those_of_torchs_adamw(zero: int, workspace: Path) -> N
     optimizer = torch.optim.AdamW(
         [{"params": p, "weight_decay": decay} for p, decay in zip(groups, (0.1, 0.0))], **settings
     )
-    distributed.join(distributed.RankInfo(), cuda=False)
-    engine = Engine(ours, recipe, torch.float32, 1)
-    for micros in steps:
+    trained, norms = trained_by_engine(ours, steps, zero)
+    for micros, norm in zip(steps, norms, strict=True):
         labels = sum(ids[:, 1:].numel() for ids in micros)
         optimizer.zero_grad()
-        for n, ids in enumerate(micros):
-            engine.forward_backward({"input_ids": ids, "labels": ids}, labels)
-            norm = engine.step(last=n == 1, rate=1e-3)
+        for ids in micros:
             (stock_loss(stock, ids) / labels).backward()
         assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(list(wanted.values()), 0.5)), rel=1e-4)
         optimizer.step()
-    for name, value in engine.full_state("").items():
-        if "k_proj.bias" not in name:  # AdamW makes whole steps of a gradient that is rounding
-            moved = (wanted[name] - before[name]).norm()
-            assert (value - wanted[name]).norm() < 1e-3 * moved, name
+    check_way(trained, {name: p.detach() for name, p in wanted.items()}, before)
+
+
+@pytest.mark.slow
+def test_a_current_transformers_trains_to_the_same_weights(
+    run: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Its own Qwen2: the gradient, twenty steps, and the logits of the export."""
+    python = python_of(tmp_path_factory.mktemp("current") / "venv", "CURRENT_TRANSFORMERS", PACKAGES, this_torch=True)
+    train(run="exported", **KEYS)
+    assert main(["export", "run=exported", "dtype=float32", "passport=0"]) == 0
+    base, steps = Path("models/tiny-float"), twenty_steps()
+    torch.save(steps, tmp_path / "steps.pt")
+    words = [base.absolute(), Path("runs/exported/merged").absolute(), tmp_path / "steps.pt", tmp_path / "result.pt"]
+    subprocess.run([python, str(SCRIPT), *map(str, words)], check=True, env=plain_environment(), cwd=tmp_path)
+    found = torch.load(tmp_path / "result.pt")
+    assert found["class"] == "Qwen2ForCausalLM" and not found["version"].startswith("4.")
+    ours = load(base, torch.float32).requires_grad_(True).train()
+    ours(input_ids=steps[0][0], labels=steps[0][0]).loss.backward()
+    check_grads({name: p.grad for name, p in ours.named_parameters()}, found["grads"])
+    with torch.no_grad():
+        logits = load(Path("runs/exported/model"), torch.float32)(steps[0][0]).logits
+        torch.testing.assert_close(found["logits"], logits, rtol=1e-4, atol=1e-4)
+    ours.zero_grad()
+    before = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    check_way(trained_by_engine(ours, steps, 2)[0], found["weights"], before)
+
+
+def twenty_steps() -> list[list[Tensor]]:
+    """Ids [2, 12] and [2, 11] of two micro batches a step."""
+    generator = torch.Generator().manual_seed(5)
+    return [[torch.randint(0, 300, (2, 12 - n), generator=generator) for n in range(2)] for _ in range(20)]
+
+
+def trained_by_engine(model: Decoder, steps: list[list[Tensor]], zero: int) -> tuple[dict[str, Tensor], list[float]]:
+    """The weights after the steps, and the norm of each step's gradient."""
+    recipe, norms = Recipe(method="full", zero=zero, batch=2, accumulation=2, clip=0.5), []
+    distributed.join(distributed.RankInfo(), cuda=False)
+    engine = Engine(model, recipe, torch.float32, 1)
+    for micros in steps:
+        labels = sum(ids[:, 1:].numel() for ids in micros)
+        for n, ids in enumerate(micros):
+            engine.forward_backward({"input_ids": ids, "labels": ids}, labels)
+            norm = engine.step(last=n == 1, rate=1e-3)
+        assert norm is not None
+        norms.append(norm)
+    weights = {name: value.clone() for name, value in engine.full_state("").items()}
     engine.close()
+    return weights, norms
+
+
+def check_way(trained: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+    """Each tensor is where it should be within a thousandth of its way from `before`."""
+    assert trained.keys() == expected.keys()
+    for name, value in trained.items():
+        if "k_proj.bias" not in name:  # AdamW makes whole steps of a gradient that is rounding
+            assert (value - expected[name]).norm() < 1e-3 * (expected[name] - before[name]).norm(), name
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_model_and_go_on_to_the_same_bytes(run: Path) -> None:
+    keys = {**KEYS, "batch": 1, "accumulation": 2}
+    one, shares = {**keys, "accumulation": 4}, {"shares": 2}
+    run_all(
+        [
+            (1, {**one, "run": "one"}),
+            (2, {**keys, "zero": 1, "run": "stage-1"}),
+            (2, {**keys, "zero": 2, "run": "two"}),
+            (2, {**keys, "zero": 2, "run": "stopped", "signal_at": 2}),
+            (2, {**keys, "zero": 2, "run": "stopped"}),
+            (1, {**one, **shares, "zero": 2, "run": "shares-1"}),
+            (2, {**keys, **shares, "zero": 2, "run": "shares-2"}),
+        ]
+    )
+    assert weights("stopped") == weights("two") and weights("shares-1") == weights("shares-2")
+    for name in ("two", "stage-1"):
+        assert [row["loss"] for row in losses(name)] == pytest.approx([row["loss"] for row in losses("one")], rel=1e-5)
 
 
 # --- runs
