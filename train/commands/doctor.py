@@ -180,7 +180,8 @@ def _sum_up(part: Part) -> str:
     steps = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epochs"
     rows = step_setting.rows_of_a_process(recipe, 1)
     step = f"{rows} × {recipe.length} tokens per step and process"
-    return f"r {recipe.rank} on {recipe.targets}, {steps}, {step}, ZeRO {recipe.zero}"
+    trained = "all weights" if recipe.trains_all else f"r {recipe.rank} on {recipe.targets}"
+    return f"{trained}, {steps}, {step}, ZeRO {recipe.zero}"
 
 
 def _check_precision(report: Report, recipe: Recipe, here: Machine) -> None:
@@ -255,7 +256,7 @@ def _check_base(report: Report, recipe: Recipe, folder: Path, here: Machine, run
     from train.model.loading import load_structure
     from train.model.stops import no_chat_model
     from train.model.tokenizer import load_tokenizer
-    from train.training import trained_size
+    from train.training import full_recipe, trained_size
 
     tokenizer = report.attempt("tokenizer", lambda: load_tokenizer(folder), lambda read: f"{read.vocab_size:,} tokens")
     report.attempt("files", lambda: check_all_json(folder), lambda _: "every JSON file can be read")
@@ -266,6 +267,8 @@ def _check_base(report: Report, recipe: Recipe, folder: Path, here: Machine, run
         return
     model, config = loaded[0], loaded[0].config
     shape = read_folder_shape(folder)
+    if recipe.trains_all:
+        report.attempt("method", lambda: full_recipe.check_base(recipe, shape), lambda _: "every weight can be trained")
     if recipe.load_as != STORED:
         loaded_as = report.attempt(
             "load_as",

@@ -176,7 +176,10 @@ def _replay(options: Options, folder: Path, record: dict[str, Any]) -> None:
     if difference := _difference(folder, replay / "again", TOLERANCE if mixed else 0.0):
         raise UserError(f"the replay is not the same: {difference}.\nIt is kept in {replay}.")
     shutil.rmtree(replay)
-    what = f"losses within {TOLERANCE:g}, in {processes[-1]} processes" if mixed else "losses, and the adapter's bytes"
+    result = "model" if "weights" in record else "adapter"
+    what = (
+        f"losses within {TOLERANCE:g}, in {processes[-1]} processes" if mixed else f"losses, and the {result}'s bytes"
+    )
     print(f"the replay is the same: {record['steps']} {what}.")
 
 
