@@ -73,9 +73,17 @@ def test_without_labels_loss_and_gradient_are_zero(rows: int) -> None:
     assert loss.item() == 0 and hidden.grad is not None and not hidden.grad.any()
 
 
-def test_a_trainable_head_is_refused() -> None:
-    with pytest.raises(AssertionError, match="frozen"):
-        chunked_cross_entropy(torch.randn(2, 4), torch.randn(9, 4, requires_grad=True), torch.tensor([1, 2]))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_trained_head_gets_the_gradient_of_torch(dtype: torch.dtype) -> None:
+    """In 16 bits against the same values in float64; the sum over all chunks is in float32."""
+    hidden, weight, labels = case(200, 32, 300, dtype)
+    head = weight.clone().requires_grad_()
+    (3 * chunked_cross_entropy(hidden, head, labels, 64)).backward()
+    exact = weight.double().requires_grad_()
+    (3 * F.cross_entropy(hidden.double() @ exact.t(), labels, reduction="sum")).backward()
+    assert head.grad is not None and exact.grad is not None and head.grad.dtype == dtype
+    error = (head.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert error < {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
 
 
 def test_under_no_grad_the_loss_has_no_graph() -> None:

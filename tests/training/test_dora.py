@@ -19,7 +19,8 @@ from train.model.adapter_file import read_adapter
 from train.model.dora_layers import DoraLinear
 from train.model.loading import load
 from train.training.deepspeed_engine import uses_fused_passes
-from train.training.prepare import adapter_parameters, check_supported
+from train.training.prepare import check_supported
+from train.training.trained_size import adapter_parameters
 
 KEYS: dict[str, Any] = {"steps": 6, "learning_rate": 2e-2, "dora": "on"}
 

@@ -19,7 +19,7 @@ from train.data.checked import conversations
 from train.model import lora
 from train.model.loading import load
 from train.runs import checkpoint
-from train.training import distributed, prepare, same_start
+from train.training import distributed, prepare, same_start, trained_size
 
 ASSETS = Path(__file__).parents[1] / "assets"
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -41,7 +41,7 @@ def test_space_for_all_stages_is_counted_before_the_first(workspace: Path, monke
     write_rows(workspace / "small.jsonl", 4)
     stages = "\nstages:\n  - data: small.jsonl\n  - epochs: 1\n"
     (workspace / "two.yaml").write_text((RECIPES / "smoke.yaml").read_text() + stages)
-    one = prepare.disk_space(tiny_config(), TARGETS, load_recipe("two.yaml", {"rank": "4"}))
+    one = trained_size.disk_space(tiny_config(), TARGETS, load_recipe("two.yaml", {"rank": "4"}))
     monkeypatch.setattr(prepare, "free_bytes", lambda path: one * 3 // 2)
     message = r"stages/1: .*for 2 checkpoints and the adapter, in this stage and the 1 after it"
     with pytest.raises(UserError, match=message):
@@ -51,7 +51,7 @@ def test_space_for_all_stages_is_counted_before_the_first(workspace: Path, monke
 
 def test_checkpoints_that_are_written_need_no_more_space(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint is three times the adapter. Free are five times the adapter."""
-    adapter = 4 * prepare.adapter_parameters(tiny_config(), TARGETS, 4)
+    adapter = 4 * trained_size.adapter_parameters(tiny_config(), TARGETS, 4)
     monkeypatch.setattr(prepare, "free_bytes", lambda path: 5 * adapter + (64 << 20))
     with pytest.raises(UserError, match=r"GB free.*GB needed for 2 checkpoints"):
         train(run="continued", steps=1)
@@ -65,7 +65,7 @@ def test_checkpoints_that_are_written_need_no_more_space(monkeypatch: pytest.Mon
 def test_the_parameters_of_an_adapter_are_counted_without_one() -> None:
     model = lora.attach(load(Path("models/tiny-Int4"), torch.float32), Recipe(rank=4))
     expected = sum(p.numel() for p in lora.trainable(model).values())
-    assert prepare.adapter_parameters(tiny_config(), TARGETS, 4) == expected
+    assert trained_size.adapter_parameters(tiny_config(), TARGETS, 4) == expected
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

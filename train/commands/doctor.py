@@ -182,7 +182,8 @@ def _sum_up(part: Part) -> str:
     steps = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epochs"
     rows = step_setting.rows_of_a_process(recipe, 1)
     step = f"{rows} × {row_length(recipe)} tokens per step and process"
-    return f"r {recipe.rank} on {recipe.targets}, {steps}, {step}, ZeRO {recipe.zero}"
+    trained = "all weights" if recipe.trains_all else f"r {recipe.rank} on {recipe.targets}"
+    return f"{trained}, {steps}, {step}, ZeRO {recipe.zero}"
 
 
 def _check_precision(report: Report, recipe: Recipe, here: Machine) -> None:
@@ -257,7 +258,7 @@ def _check_base(report: Report, recipe: Recipe, folder: Path, here: Machine, run
     from train.model.loading import load_structure
     from train.model.stops import no_chat_model
     from train.model.tokenizer import load_tokenizer
-    from train.training import prepare
+    from train.training import full_recipe, trained_size
 
     tokenizer = report.attempt("tokenizer", lambda: load_tokenizer(folder), lambda read: f"{read.vocab_size:,} tokens")
     report.attempt("files", lambda: check_all_json(folder), lambda _: "every JSON file can be read")
@@ -268,6 +269,8 @@ def _check_base(report: Report, recipe: Recipe, folder: Path, here: Machine, run
         return
     model, config = loaded[0], loaded[0].config
     shape = read_folder_shape(folder)
+    if recipe.trains_all:
+        report.attempt("method", lambda: full_recipe.check_base(recipe, shape), lambda _: "every weight can be trained")
     if recipe.load_as != STORED:
         loaded_as = report.attempt(
             "load_as",
@@ -284,8 +287,8 @@ def _check_base(report: Report, recipe: Recipe, folder: Path, here: Machine, run
         text = f"length={recipe.length} is more than the {config.max_position_embeddings} it was made for"
         report.add(Finding("length", "warn", text, f"length={config.max_position_embeddings}"))
     if names:
-        report.add(checks.check_folder("runs", runs, prepare.disk_space(config, names, recipe)))
-        parameters = prepare.adapter_parameters(config, names, recipe.rank, recipe.dora)
+        report.add(checks.check_folder("runs", runs, trained_size.disk_space(config, names, recipe)))
+        parameters = trained_size.trained_parameters(config, names, recipe)
         report.add(check_training_memory(here, model, shape, folder, parameters, recipe))
     if here.cards:
         report.add(check_host_memory(here, shape, recipe))

@@ -49,7 +49,7 @@ def _card(here: Machine) -> Card | None:
 def check_host_memory(here: Machine, shape: Shape, recipe: Recipe) -> Finding:
     """The machine's memory beside a card: weights are loaded one tensor at a time, so the largest one counts."""
     largest_tensor = memory_estimate.BYTES_16 * shape.vocabulary * shape.hidden
-    kept_for_card = memory_estimate.host_bytes(shape, Setting.of(recipe))
+    kept_for_card = memory_plan.host_bytes(shape, Setting.of(recipe))
     return checks.check_memory("memory", PROCESS_BYTES + largest_tensor + kept_for_card, here.free_memory)
 
 
@@ -69,7 +69,7 @@ def check_training_memory(
 
 def _check_planned_memory(recipe: Recipe, shape: Shape, free: int, total: int) -> Finding:
     """The peak of a step, CUDA's context included. The remedy is the fastest way to compute the same rows that fits."""
-    needed = memory_estimate.estimate(shape, Setting.of(recipe)).with_context
+    needed = memory_plan.estimate(shape, Setting.of(recipe)).with_context
     finding = checks.check_memory("card's memory", needed, free, total, qualifier="at its peak about")
     chosen = memory_plan.choose(shape, recipe, free)
     if finding.state == "ok" or (chosen and chosen[0] == Setting.of(recipe)):

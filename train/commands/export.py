@@ -34,7 +34,7 @@ from train.config.options import option
 from train.config.recipe import Recipe
 from train.evaluation.parity import Parity
 from train.export import adapter_export, gguf_export, gptq_export, manifest, merge, passport, readers, verify
-from train.export.adapter_export import AdapterJob, adapter_rank
+from train.export.adapter_export import AdapterJob, adapter_of, adapter_rank
 from train.export.gguf_export import GgufJob
 from train.export.gguf_model import load_gguf
 from train.export.gguf_tensors import why_not_q4_0
@@ -42,13 +42,13 @@ from train.export.gptq_export import GptqJob
 from train.export.merge import GB, MergeJob
 from train.export.model_card import CardSource, base_id, write_card
 from train.export.passport_job import PROMPTS, PROMPTS_ON_CPU, PassportJob, Written, load_adapted, write_passport
-from train.model.adapter_file import check_present, read_adapter
+from train.model.adapter_file import read_adapter
 from train.model.architecture import STORED
 from train.model.folder import describe_files, missing_code, read_manifest, resolve, write_manifest
 from train.model.layouts import check_convertible, stock_layout
 from train.model.loading import check_folder, load, read_folder_config
 from train.model.lora import refuse_dora
-from train.runs.folder import read_run
+from train.runs.folder import read_run, result_folder
 
 INT4 = "int4"  # ONTO= of the base itself
 
@@ -133,13 +133,13 @@ def run(options: Options) -> None:
 
     # merge, read back, compare; then it gets its name
     size = merge.written_bytes(job)
-    print(
-        f"Merging {folder / 'adapter'} into {job.weights}: {size / GB:.2f} GB, {dtype_name(job.dtype)}, layout {job.layout}"
-    )
+    what = f"Merging {job.adapter} into {job.weights}" if job.adapter else f"Writing {job.weights}"
+    print(f"{what}: {size / GB:.2f} GB, {dtype_name(job.dtype)}, layout {job.layout}")
     with staged(out) as temporary:
         with bar("merging", size, "MB", 1e6) as advance:
             merge.write(job, temporary, advance)
-        source = CardSource(record, base, "merged", _typed(options, job), _uses(job.layout))
+        contents = "merged" if job.adapter else "full"
+        source = CardSource(record, base, contents, _typed(options, job), _uses(job.layout))
         written = Written(partial(load, temporary), temporary)
         parity = write_passport(_passport_job(options, job, base, record), temporary, written)
         write_card(temporary, replace(source, parity=parity))
@@ -158,8 +158,10 @@ def _passport_job(options: Options, job: MergeJob, base: Path, record: dict[str,
 def _export_gguf(options: Options, folder: Path, base: Path, recipe: Recipe, record: dict[str, Any]) -> None:
     """GGUF files: of the Int4 base and the adapter, or of the merged model, which is exported first."""
     reason = f"ONTO={options.onto} is merged onto" if options.float_model else why_not_q4_0(base)
-    check_present(folder / "adapter")
-    if not reason and read_adapter(folder / "adapter").dora:
+    adapter = adapter_of(folder)
+    if adapter is None:
+        reason = "every weight was trained, in floats"
+    elif not reason and read_adapter(adapter).dora:
         reason = "the adapter is DoRA, of which llama.cpp reads A and B only"
     if options.encoding == "q4_0" and reason:
         raise UserError(f"encoding=q4_0 would lose precision: {reason}. Leave it out, or take encoding=q8_0.")
@@ -170,7 +172,7 @@ def _export_gguf(options: Options, folder: Path, base: Path, recipe: Recipe, rec
         run(replace(options, format="hf", encoding="auto", out="", readers=""))
     weights = base if exact else folder / "merged"
     encoding = "q4_0" if exact else "q8_0" if options.encoding == "q8_0" else gguf_export.float_encoding(weights)
-    job = GgufJob(folder.name, base, folder / "adapter", weights, encoding, recipe.system, recipe.template)
+    job = GgufJob(folder.name, base, adapter, weights, encoding, recipe.system, recipe.template)
     out = Path(options.out) if options.out else folder / "gguf"
     recover(out)
     if gguf_export.is_written(out, inputs := job.inputs() | readers.as_input(options.readers, "gguf")):
@@ -214,15 +216,20 @@ def _export_beside(options: Options, folder: Path, base: Path, recipe: Recipe, r
     """The adapter, alone or beside the base that it was trained on. Neither is merged, so the base cannot be another."""
     if options.float_model:
         raise UserError(f"ONTO={options.onto} is for merged models: leave it out with FORMAT={options.format}.")
-    check_present(folder / "adapter")
+    adapter = adapter_of(folder)
+    if adapter is None:
+        raise UserError(
+            f"run {folder.name!r} trained every weight: there is no adapter for FORMAT={options.format}. Leave FORMAT= out, or "
+            "take FORMAT=gguf; `make quantize` makes the export Int4."
+        )
     if options.format == "adapter":
         return _export_adapter(options, folder, base, recipe, record)
-    refuse_dora(read_adapter(folder / "adapter"), "vLLM reads A and B only")
+    refuse_dora(read_adapter(adapter), "vLLM reads A and B only")
     layout = options.layout or stock_layout(read_folder_config(base)[0].layout)
     gptq_export.check_base(base, layout)
     prompt = (recipe.system, recipe.template)
     size = int(options.shard_size * GB)
-    job = GptqJob(folder.name, base, folder / "adapter", layout, size, *prompt, base_id(base))
+    job = GptqJob(folder.name, base, adapter, layout, size, *prompt, base_id(base))
     out = Path(options.out) if options.out else folder / "gptq"
     recover(out)
     if gptq_export.is_written(out, inputs := job.inputs()):
@@ -308,8 +315,14 @@ def _job(options: Options, folder: Path, base: Path, recipe: Recipe) -> MergeJob
     weights = resolve(options.float_model, Path(options.models)) if options.float_model else base
     if options.float_model:
         merge.check_onto(base, weights)
+    adapter = adapter_of(folder)
+    if adapter is None:
+        if options.float_model:
+            raise UserError(
+                f"ONTO={options.onto}: run {folder.name!r} trained every weight: it is merged onto nothing. Leave it out."
+            )
+        weights = result_folder(folder)
     check_folder(weights)
-    check_present(folder / "adapter")
     if options.shard_size <= 0:
         raise UserError(f"shard_size={options.shard_size}: expected GB in one file, more than 0. Example: shard_size=4")
     if options.verify < 1:
@@ -321,15 +334,14 @@ def _job(options: Options, folder: Path, base: Path, recipe: Recipe) -> MergeJob
     prompt = (recipe.system, recipe.template)
     dtype, device = DTYPES[options.dtype], merge.merge_device()
     load_as = STORED if options.float_model else recipe.load_as
-    return MergeJob(weights, folder / "adapter", dtype, layout, shard_bytes, *prompt, device, load_as)
+    return MergeJob(weights, adapter, dtype, layout, shard_bytes, *prompt, device, load_as)
 
 
 def _compare(comparison: verify.Comparison, written: Path) -> dict[str, Any]:
     c = comparison
-    print(
-        f"Comparing it with the adapter on its base: {len(c.rows)} conversations of {c.data}, "
-        f"computed in {dtype_name(c.dtype)} on {c.device.type}"
-    )
+    other = "the adapter on its base" if c.job.adapter else "the trained model"
+    rows = f"{len(c.rows)} conversations of {c.data}"
+    print(f"Comparing it with {other}: {rows}, computed in {dtype_name(c.dtype)} on {c.device.type}")
     with bar("comparing", c.passes, "answers") as advance:
         states = verify.answer_states(c, written, advance)
     print("Counting equal answers", flush=True)
@@ -347,9 +359,11 @@ def _report(options: Options, out: Path, job: MergeJob, measured: dict[str, Any]
     if options.float_model:
         print(f"  against the adapter on the base that was trained on: {Parity.from_json(int4)}")
     _print_passport(out)
-    print(f"  for scale, the base without the adapter: {Parity.from_json(without)}")
+    print(f"  for scale, the base before training: {Parity.from_json(without)}")
     if without["divergence"] < 1e-6:
-        print("  The adapter changes nothing. See the run's losses, and train longer or with a higher learning_rate.")
+        print(
+            "  The training has changed nothing. See the run's losses, and train longer or with a higher learning_rate."
+        )
     system = f"system message {job.system!r}" if job.system else "no system message"
     print(f"  {'prompt':14} {job.template}, {system}, as trained: the default of the chat template in {out.name}/")
     for tool, command in _commands(options, out, job).items():

@@ -20,7 +20,7 @@ from train.model import architecture
 from train.model.architecture import Shape
 from train.model.folder import find
 from train.model.published import check_without_torch, read_folder_shape
-from train.training import memory_estimate, memory_plan, step_setting
+from train.training import full_memory, full_recipe, memory_estimate, memory_plan, step_setting
 from train.training.memory_estimate import CONTEXT, GIB, Estimate, Setting
 from train.training.step_sizes import ROW_MULTIPLE
 
@@ -50,17 +50,20 @@ def run(options: Options) -> None:
 
     # --- which model, which recipe, which card
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
+    full_recipe.check_recipe(recipe)
     if recipe.dora:
         raise UserError(
             "dora=on: its steps go through torch's autograd, whose memory is not predicted. `make plan` with dora=off is "
             "the least that it takes; begin with batch=1 checkpointing=on."
         )
     shape, source = _find_shape(recipe, Path(options.models))
+    full_recipe.check_base(recipe, shape)
     card = card_bytes(options.gpu) if options.gpu else _this_card()
     console = Console(width=None if Console().is_terminal else 120)
 
     # --- what it takes, and what to say to make train
-    print(f"{recipe.model} ({source}), recipe {options.recipe}, rank {recipe.rank}, {card / GIB:.1f} GiB on the card")
+    trained = f"all {shape.parameters:,} weights" if recipe.trains_all else f"rank {recipe.rank}"
+    print(f"{recipe.model} ({source}), recipe {options.recipe}, {trained}, {card / GIB:.1f} GiB on the card")
     asked, recipe = recipe, step_setting.by_default(recipe)
     chosen = _choose(shape, asked, card)
     console.print(_ways_table(shape, recipe, card, chosen[0] if chosen else None))
@@ -68,7 +71,7 @@ def run(options: Options) -> None:
         raise UserError(_too_small(options, shape, recipe, card, step_setting.is_open(asked)))
     console.print(_stages_table(chosen[1]))
     console.print(_peak_table(chosen[1]))
-    if needed := memory_estimate.host_bytes(shape, chosen[0]):
+    if needed := memory_plan.host_bytes(shape, chosen[0]):
         print(f"Of the machine's own memory it keeps {needed / GIB:.2f} GiB for the card.")
     if step_setting.is_open(asked):  # make train chooses the same
         recipe = replace(recipe, **chosen[0].overrides())  # type: ignore[arg-type]
@@ -183,7 +186,7 @@ def _gib(size: int) -> str:
 def _recipe_unchanged(shape: Shape, recipe: Recipe, card: int) -> str:
     """Whether the recipe itself fits."""
     own = Setting.of(recipe)
-    estimate = memory_estimate.estimate(shape, own)
+    estimate = memory_plan.estimate(shape, own)
     verdict = "fits" if memory_plan.fits(estimate, card) else "does not fit"
     sizes = f"{_gib(estimate.peak)} GiB at its peak, {_gib(estimate.with_context)} of the card"
     return f"The recipe as it is ({own.as_text()}) {verdict}: {sizes}."
@@ -214,6 +217,13 @@ def _longest_rows(shape: Shape, chosen: Setting, card: int) -> str:
 
 def _too_small(options: Options, shape: Shape, recipe: Recipe, card: int, is_open: bool) -> str:
     """What would fit: the same with a smaller rank (the scale of its update as it was), then with shorter rows."""
+    if recipe.trains_all:
+        least = min(needed.with_context for _, needed in memory_plan.candidates(shape, recipe))
+        return (
+            f"no way to train all weights of {recipe.model} fits this card: at least {_gib(least)} GiB are needed. Take several "
+            f"cards, which share {_gib(full_memory.STATE_BYTES * shape.parameters)} GiB of it (GPUS=), a smaller base, a "
+            "smaller length=, or method=lora, which takes about a tenth."
+        )
     ranks = [rank for rank in (recipe.rank, 32, 16, 8) if rank <= recipe.rank]
     lengths = [n for n in (recipe.length, 2048, 1024, 512, 256) if n <= recipe.length]
     for length in lengths:

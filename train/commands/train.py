@@ -34,7 +34,16 @@ from train.model.folder import find
 from train.model.names import hub_name
 from train.model.published import read_folder_shape
 from train.runs import trackers
-from train.runs.folder import ADAPTER, RECIPE, TOKENS, adapter_source, finished, lock_run, read_run
+from train.runs.folder import (
+    RECIPE,
+    TOKENS,
+    adapter_source,
+    finished,
+    lock_run,
+    read_run,
+    result_folder,
+    trained_model,
+)
 from train.runs.provenance import check_adapter
 from train.training import distributed, launch, launchers, signals
 from train.training.distributed import RankInfo
@@ -55,7 +64,7 @@ class Options(RecipeOptions):
     model: str = option("", "base; empty: the recipe's")
     recipe: str = option("qlora", "a name in train/recipes/, or the path of a .yaml file")
     run: str = option("", "name of the run folder below runs/; empty: data-recipe-model")
-    from_run: str = option("", "(or from=) the adapter to start from: name of a run, or a folder with a peft adapter")
+    from_run: str = option("", "(or from=) the run to start from: its name, or a folder with a peft adapter")
     stage: int = option(0, "one stage of a recipe that has several; 0 = all, one after another", interval="[0, 1000]")
     gpus: int = option(1, "how many GPUs of this machine to use, if it has any", interval="[1, 64]")
     models: str = option("models", "folder of bases")
@@ -198,7 +207,8 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
     checkpoint = agree_on_start(prepared, chosen.rank_info, chosen.device)
     if prepared.finished:
         check_adapter(stage.run)
-        _say(rank_info, f"run {stage.run.name!r} is finished: nothing to do. Its adapter is {stage.run / ADAPTER}.")
+        result = f"{'model' if trained_model(stage.run) else 'adapter'} is {result_folder(stage.run)}"
+        _say(rank_info, f"run {stage.run.name!r} is finished: nothing to do. Its {result}.")
         _say(rank_info, _next_commands(options, stage.run))
         return 0
 
@@ -217,6 +227,8 @@ def _stage(options: Options) -> Stage:
     folder = below(options.runs, options.run or _default_name(options), "run")
     parent = adapter_source(options.from_run, Path(options.runs)) if options.from_run else None
     stage = stage_of_recipe(options.recipe, options.stage, overrides, options.data, folder, parent)
+    if stage.parent and (model := trained_model(stage.parent)):  # every weight was trained: its model is the base
+        stage = replace(stage, recipe=replace(stage.recipe, model=model.as_posix()))
     check_settings(stage.recipe)
     check_measured(stage.recipe)
     check_preference(stage.recipe)

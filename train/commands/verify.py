@@ -26,7 +26,7 @@ from train.config.recipe import Recipe
 from train.data.origins.sources import hash_data
 from train.model.folder import find, find_damage, read_manifest
 from train.runs import checkpoint, losses, provenance
-from train.runs.folder import HELD_OUT, REMOVED, read_run
+from train.runs.folder import HELD_OUT, REMOVED, read_run, result_folder, trained_model
 from train.runs.record_form import VERIFIED, find_problem
 
 TOLERANCE = 1e-5  # relative, where float32 is summed in another order
@@ -78,7 +78,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file. The run is not finished; the command that began it continues it.")
     record = read_run(folder)
-    if problem := find_problem(record, VERIFIED):
+    missing = "" if provenance.recorded_hashes(record) else "adapter is missing"
+    if problem := find_problem(record, VERIFIED) or missing:
         raise UserError(f"{path} is damaged, or not of this program: {problem}. Restore it from a copy.")
     return record
 
@@ -89,7 +90,9 @@ def _check_run(folder: Path, record: dict[str, Any]) -> Checks:
     files: Checks = [(name, _check_file(folder / name, record[key])) for name, key in keys.items()]
     for name, key in ((HELD_OUT, "held_out"), (REMOVED, "cleaned")):
         files += [(name, _check_file(folder / name, record[key]["sha256"]))] if key in record else []
-    return [*files, ("adapter", _compare_hashes(provenance.hash_folder(folder / "adapter"), record["adapter"]))]
+    result = result_folder(folder)
+    hashes = provenance.hash_folder(result)
+    return [*files, (result.name, _compare_hashes(hashes, provenance.recorded_hashes(record)))]
 
 
 def _check_file(path: Path, recorded: str) -> list[str]:
@@ -131,6 +134,8 @@ def _check_outputs(folder: Path) -> Checks:
         problem = checkpoint.find_damage(path)
         checks.append((f"checkpoint {path.name}", [problem] if problem else []))
     for path in sorted(folder.glob("*/manifest.json")):
+        if path.parent == trained_model(folder):  # the result itself
+            continue
         if manifest := read_manifest(path.parent):
             checks.append((f"export {path.parent.name}", find_damage(path.parent, manifest, full=True)))
     return checks
@@ -171,7 +176,10 @@ def _replay(options: Options, folder: Path, record: dict[str, Any]) -> None:
     if difference := _difference(folder, replay / "again", TOLERANCE if mixed else 0.0):
         raise UserError(f"the replay is not the same: {difference}.\nIt is kept in {replay}.")
     shutil.rmtree(replay)
-    what = f"losses within {TOLERANCE:g}, in {processes[-1]} processes" if mixed else "losses, and the adapter's bytes"
+    result = "model" if "weights" in record else "adapter"
+    what = (
+        f"losses within {TOLERANCE:g}, in {processes[-1]} processes" if mixed else f"losses, and the {result}'s bytes"
+    )
     print(f"the replay is the same: {record['steps']} {what}.")
 
 
@@ -203,7 +211,7 @@ def _difference(first: Path, second: Path, tolerance: float) -> str:
             return f"step {old['step']}: " + ", ".join(f"{key} was {old[key]}, is {new.get(key)}" for key in keys)
     if len(before) != len(after):
         return f"{len(before)} steps before, {len(after)} now"
-    recorded, again = (provenance.hash_folder(folder / "adapter") for folder in (first, second))
+    recorded, again = (provenance.hash_folder(result_folder(folder)) for folder in (first, second))
     same_files = {name: value for name, value in again.items() if name in recorded}  # older runs saved no tokenizer
     return "" if tolerance else ", ".join(_compare_hashes(same_files, recorded))
 

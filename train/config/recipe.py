@@ -18,7 +18,8 @@ from train.config.recipe_yaml import RecipeError, read_text_values
 RECIPES = Path(__file__).parents[1] / "recipes"
 RENAMED = {"voice": "two_stage"}  # an earlier name of a recipe -> its name today
 SAME_IN_ALL_STAGES = (
-    *("model", "load_as", "template", "rank", "alpha", "rslora", "start", "dora", "targets", "precision", "processes"),
+    *("model", "load_as", "template", "rank", "alpha", "rslora", "start", "dora", "method", "targets"),
+    *("precision", "processes"),
 )
 CLEANING_STEPS = (
     *("empty", "control_characters", "repeated_question", "tokens", "answers", "exact_duplicates", "near_duplicates"),
@@ -90,6 +91,12 @@ class Recipe:
     )
     dora: bool = option(
         False, "DoRA: also train the length of each row of the weights; without the fused passes, so slower on a GPU"
+    )
+    method: str = option(
+        "lora",
+        "what is trained: lora, an adapter by the keys above and below; full, every weight of a float base, which takes ten "
+        "times its memory and goes without the fused passes",
+        ("lora", "full"),
     )
     dropout: float = option(0.05, "LoRA: dropout before A", interval="[0, 1)")
     targets: str = option("all", "LoRA: all linear layers of the blocks, or names separated by commas")
@@ -181,6 +188,11 @@ class Recipe:
         30.0, "minutes to wait on a full disk before the run stops; it can be resumed", interval="[0, 525600]"
     )
     processes: int = option(1, "processes when training on a CPU", interval="[1, 1024]")
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every weight of the base is trained, and no adapter."""
+        return self.method == "full"
 
     @classmethod
     def from_record(cls, values: Mapping[str, Any]) -> "Recipe":

@@ -24,14 +24,14 @@ from train.evaluation.parity import BUILTIN_QUESTIONS
 from train.evaluation.report import AnsweredQuestion, draw_losses, write_report
 from train.evaluation.scores import rows as score_table
 from train.inference.generate import CUT, answers
-from train.model.adapter_file import check_present
+from train.model.adapter_file import WEIGHTS, check_present
 from train.model.architecture import STORED
-from train.model.folder import find_damage, read_manifest
+from train.model.folder import MANIFEST, check_whole, find_damage, read_manifest
 from train.model.loading import fits, keeps_float, load
 from train.model.lora import load_adapter
 from train.model.tokenizer import Tokenizer
 from train.runs import losses
-from train.runs.folder import HELD_OUT, LOSSES, REMOVED, SCORES
+from train.runs.folder import HELD_OUT, LOSSES, REMOVED, RESTORE, SCORES, trained_model
 from train.runs.record_form import PARITY, find_problem
 
 DIGEST = "scores_sha256"  # in compare.json
@@ -42,11 +42,12 @@ DATA_QUESTIONS = 8  # questions taken from the training data when no file of que
 class ModelPair:
     """The two models that answer. `merged` is the verified export, or None for the adapter on its base.
 
+    Where every weight was trained, `merged` is the model of the run itself, and there is no adapter.
     `reason`: why an existing export is not used.
     """
 
     base: Path
-    adapter: Path
+    adapter: Path | None
     merged: Path | None
     reason: str = ""
     load_as: str = STORED  # how training loaded the base
@@ -54,11 +55,28 @@ class ModelPair:
     @property
     def trained_name(self) -> str:
         """The trained model as messages and the report name it."""
+        if self.adapter is None:
+            return "the trained model"
         return f"the merged model ({self.merged.name})" if self.merged else f"the adapter on its base{self.reason}"
+
+    @property
+    def weights(self) -> Path:
+        """The file whose hash stands for the trained weights: a manifest has those of all files."""
+        if self.merged:
+            return self.merged / MANIFEST
+        assert self.adapter is not None
+        return self.adapter / WEIGHTS
 
 
 def find_pair(run: Path, base: Path, load_as: str = STORED) -> ModelPair:
-    """The merged model is used if it is complete, was made from the run's present adapter, and fits the GPU."""
+    """The merged model is used if it is complete, was made from the run's present adapter, and fits the GPU.
+
+    Raises:
+        UserError: the run's adapter or model is missing or damaged.
+    """
+    if own := trained_model(run):
+        check_whole(own, RESTORE)
+        return ModelPair(base, None, own)
     merged, adapter = run / "merged", run / "adapter"
     check_present(adapter)
     manifest = read_manifest(merged) or {"inputs": {}, "files": {}}
@@ -207,7 +225,7 @@ def load_model(pair: ModelPair, trained: bool) -> nn.Module:
         return load(pair.merged, dtype, device)
     keep_float = keeps_float(pair.base, device, pair.load_as)
     base = load(pair.base, dtype, device, keep_float=keep_float, load_as=pair.load_as)
-    return load_adapter(base, pair.adapter).eval() if trained else base
+    return load_adapter(base, pair.adapter).eval() if trained and pair.adapter else base
 
 
 def answered_questions(
@@ -225,14 +243,13 @@ def answered_questions(
 
 def comparison_inputs(pair: ModelPair, questions: Sequence[str], max_tokens: int, words: str) -> dict[str, Any]:
     """Everything that the answers depend on, as compare.json keeps it."""
-    weights = pair.merged / "manifest.json" if pair.merged else pair.adapter / "adapter_model.safetensors"
     return {
         "questions": list(questions),
         "max_tokens": max_tokens,
         "words": words,
         "device": pick_device().type,
         "after": pair.trained_name,
-        "weights": sha256(weights),
+        "weights": sha256(pair.weights),
         "base": str(pair.base),
     }
 
@@ -267,7 +284,7 @@ def write_answers(
     write_json(run / SCORES, scores)
     rows = read_losses(run, record)
     draw_losses(rows, run.name, run / "loss.png")
-    manifest = read_manifest(pair.merged) if pair.merged else None
+    manifest = read_manifest(pair.merged) if pair.merged and pair.adapter else None
     write_report(run / "report.md", record, rows, answered, scores, pair.trained_name, manifest)
     write_json(run / "compare.json", {**inputs, DIGEST: sha256(run / SCORES)})
 

@@ -207,7 +207,7 @@ def _facts(
         parity, without = merged["parity"], merged["parity"]["without_adapter"]
         facts += [
             (f"export against {parity['against']}", _parity(parity)),
-            ("for scale: the base without the adapter", _parity(without)),
+            ("for scale: the base before training", _parity(without)),
         ]
     return facts
 
@@ -239,7 +239,8 @@ def _facts_of_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         measured = f"{loss['before']:.4f}, {loss['last']:.4f}, of {count} conversations"
         facts.append(("held-out loss before training and after the last step", measured))
         if loss.get("best") is not None:
-            kept = "; the adapter is that one" if held_out["adapter_step"] == held_out["best_step"] else ""
+            result = "model" if "weights" in record else "adapter"
+            kept = f"; the {result} is that one" if held_out["adapter_step"] == held_out["best_step"] else ""
             facts.append(("least held-out loss", f"{loss['best']:.4f} after step {held_out['best_step']}{kept}"))
     return facts
 

@@ -13,9 +13,10 @@ from train.common.errors import UserError
 from train.common.files import free_bytes, read_json, sha256, write_json
 from train.export.merge import GB, LEGAL, State
 from train.model import lora
-from train.model.adapter_file import CONFIG, PREFIX, WEIGHTS, A, B, read_adapter
-from train.model.folder import find_damage, read_manifest
+from train.model.adapter_file import CONFIG, PREFIX, WEIGHTS, A, B, check_present, read_adapter
+from train.model.folder import check_whole, find_damage, read_manifest
 from train.model.layouts import DecoderConfig, convert_tensors
+from train.runs.folder import ADAPTER, RESTORE, trained_model
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,19 @@ def _padded(x: Tensor, rank: int, dim: int) -> Tensor:
     missing = rank - x.shape[dim]
     shape = [missing if n == dim else size for n, size in enumerate(x.shape)]
     return torch.cat([x, x.new_zeros(shape)], dim) if missing else x.contiguous().clone()
+
+
+def adapter_of(run: Path) -> Path | None:
+    """The folder of a run's adapter; None where the run trained every weight.
+
+    Raises:
+        UserError: there is neither an adapter nor a model, or the model is damaged.
+    """
+    if model := trained_model(run):
+        check_whole(model, RESTORE)
+        return None
+    check_present(run / ADAPTER)
+    return run / ADAPTER
 
 
 def adapter_rank(adapter: Path) -> int:

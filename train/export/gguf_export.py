@@ -44,7 +44,7 @@ class GgufJob:
 
     run: str
     base: Path
-    adapter: Path
+    adapter: Path | None  # None where every weight was trained
     weights: Path
     encoding: str
     system: str
@@ -76,7 +76,7 @@ class GgufJob:
         return {
             "run": self.run,
             "weights": weight_hashes(self.weights),
-            "adapter": sha256(self.adapter / "adapter_model.safetensors"),
+            **({"adapter": sha256(self.adapter / "adapter_model.safetensors")} if self.adapter else {}),
             "encoding": self.encoding,
             "system": self.system,
             "template": self.template,
@@ -131,7 +131,7 @@ def write(job: GgufJob, folder: Path, on_bytes: Callable[[int], None]) -> None:
     tokenizer, config = load_tokenizer(job.base), read_folder_config(job.weights)[0]
     card = ModelCard(f"{job.base.name} {job.run}", job.base.name, job.system, job.template)
     write_model(folder / job.model_name, job.weights, _tensors(job), tokenizer, card, job.encoding, on_bytes)
-    if job.with_adapter:
+    if job.with_adapter and job.adapter:
         write_adapter(folder / job.adapter_name, lora.delta(job.adapter), config, card)
     context = convert_config(config, stock_layout(config.layout)).max_position_embeddings
     text = modelfile(job.model_name, job.adapter_name, job.system, job.template, context)

@@ -17,10 +17,11 @@ from train.common.errors import UserError
 from train.common.files import free_bytes, sha256, write_json
 from train.export.adapter_export import write_adapter
 from train.export.manifest import weight_hashes
-from train.export.merge import GB, LEGAL, NOT_COPIED, PACKED, State, block_files, drop_zero_biases
+from train.export.merge import GB, LEGAL, PACKED, State, block_files, drop_zero_biases
 from train.export.model_card import PACKED_BASE
 from train.export.prompt_files import write_prompt_files
 from train.model.adapter_file import CONFIG, WEIGHTS
+from train.model.float_folder import NOT_COPIED
 from train.model.folder import ShardWriter, copy_companions, find_damage, read_manifest, write_manifest
 from train.model.layouts import DecoderConfig, check_convertible, convert_config, convert_tensors, write_config
 from train.model.loading import read_folder_config, read_tensors, tensor_files

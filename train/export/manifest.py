@@ -54,8 +54,7 @@ def export_inputs(run: str, job: MergeJob, base: dict[str, str], onto: bool, con
         "run": run,
         "base": base,
         "onto": weight_hashes(job.weights) if onto else None,
-        "adapter": sha256(job.adapter / "adapter_model.safetensors"),
-        "adapter_config": sha256(job.adapter / "adapter_config.json"),
+        **(_adapter_hashes(job.adapter) if job.adapter else {"weights": weight_hashes(job.weights)}),
         "dtype": dtype_name(job.dtype),
         "layout": job.layout,
         "shard_bytes": job.shard_bytes,
@@ -63,6 +62,13 @@ def export_inputs(run: str, job: MergeJob, base: dict[str, str], onto: bool, con
         "system": job.system,  # infer reads these two
         "template": job.template,
         **({} if job.load_as == STORED else {"load_as": job.load_as}),
+    }
+
+
+def _adapter_hashes(adapter: Path) -> dict[str, str]:
+    return {
+        "adapter": sha256(adapter / "adapter_model.safetensors"),
+        "adapter_config": sha256(adapter / "adapter_config.json"),
     }
 
 

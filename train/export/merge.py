@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from train.model.adapter_file import read_adapter
 from train.model.architecture import STORED
 from train.model.decoder import Decoder
 from train.model.dora_layers import LEAST_LENGTH
+from train.model.float_folder import NOT_COPIED, dtype_keys, float_config
 from train.model.folder import ShardWriter, copy_companions
 from train.model.layouts import DecoderConfig, Layout, convert_config, convert_tensors, write_config
 from train.model.loaded_linear import is_quantised, rounded
@@ -42,9 +42,6 @@ GB = 10**9
 GIB = 2**30
 CPU = torch.device("cpu")
 SLICE = {"cpu": 1 << 22, "cuda": 1 << 26}  # weights that are computed at once, in float64 32 MB and 512 MB
-# Files of the base that an export does not copy. In this order: written again, describes the Int4 format, describes the
-# base, the base's own prompt.
-NOT_COPIED = ("config.json", "quantize_config.json", "README.md", "chat_template.*")
 LEGAL = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
 # Fields of the config in which a float checkpoint must equal the base that the run was trained on
@@ -62,10 +59,13 @@ SAME_MODEL = (
 
 @dataclass(frozen=True)
 class MergeJob:
-    """What to merge, and how to write it. `weights`: the base of the training, or a float folder to merge onto."""
+    """What to merge, and how to write it. `weights`: the base of the training, or a float folder to merge onto.
+
+    Without an adapter, `weights` is the model of a run that trained every weight.
+    """
 
     weights: Path
-    adapter: Path
+    adapter: Path | None
     dtype: torch.dtype
     layout: str  # of the folder that is written
     shard_bytes: int
@@ -256,8 +256,8 @@ def merged_blocks(job: MergeJob) -> Iterator[State]:
     config, published = read_folder_config(job.weights)
     quantization = published.get("quantization_config")
     bits = Scheme.from_config(quantization).bits if quantization else 0
-    adapter, files = read_adapter(job.adapter), tensor_files(job.weights)
-    delta, magnitudes = adapter.load(), adapter.magnitudes()
+    adapter, files = read_adapter(job.adapter) if job.adapter else None, tensor_files(job.weights)
+    delta, magnitudes = (adapter.load(), adapter.magnitudes()) if adapter else ({}, {})
     embedding = f"{config.names.root}.{config.names.embed}.weight"
     untie = config.tie_word_embeddings and not convert_config(config, job.layout).tie_word_embeddings
     if config.tie_word_embeddings:
@@ -312,23 +312,6 @@ def write(job: MergeJob, folder: Path, on_bytes: Callable[[int], None]) -> None:
         _convert_companions(job, folder)
     tokenizer = load_tokenizer(job.weights)
     write_prompt_files(job.weights, folder, job.layout, tokenizer, job.system, job.template)
-
-
-def dtype_keys(layout: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The keys of config.json for the type of the weights.
-
-    `torch_dtype` is read by transformers 4 and 5 alike. Qwen-1's own code has three switches, of which one at most may be
-    on. All are off here, as Qwen publishes them, so that users can choose one: with fp16 on, from_pretrained(…, bf16=True)
-    fails.
-    """
-    keys: dict[str, Any] = {"torch_dtype": dtype_name(dtype)}
-    return keys | (dict.fromkeys(("bf16", "fp16", "fp32"), False) if layout == "qwen" else {})
-
-
-def float_config(published: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The base's config.json for float weights."""
-    kept = {key: value for key, value in published.items() if key != "quantization_config"}
-    return {**kept, **dtype_keys(published["model_type"], dtype)}
 
 
 def _convert_companions(job: MergeJob, folder: Path) -> None:

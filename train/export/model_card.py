@@ -34,7 +34,7 @@ KNOWN_LICENSES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}  # name in the lock 
 class CardSource:
     """What a card tells of.
 
-    contents: merged, adapter, packed (the base that was trained on, with the adapter beside it), gguf (the merged model
+    contents: merged, full (every weight was trained), adapter, packed (the base that was trained on, with the adapter beside it), gguf (the merged model
         as one GGUF file) or gguf_lora (the base and the adapter as GGUF files).
     options: of the export command, beside run=. use: title of a program -> the lines with which it uses the folder.
     parity: the passport in a line (see passport.py); empty where none was issued.
@@ -53,6 +53,8 @@ def base_id(base: Path) -> str:
     origin = (read_manifest(base) or {}).get("source", {})
     if "hub" in origin:
         return str(origin["hub"])
+    if "run" in origin:  # the model of a run that trained every weight
+        return str(origin["run"])
     entries, published = read_entries(LOCK)
     if "folder" not in origin and (found := find_published(base.name, published)):  # not one that was made here
         return found.hub
@@ -101,14 +103,14 @@ def metadata(source: CardSource) -> dict[str, Any]:
         card["license_name"] = name.lower().replace(" ", "-")
     if link:
         card["license_link"] = link
-    relation = "finetune" if source.contents in ("merged", "gguf") else "adapter"
+    relation = "finetune" if source.contents in ("merged", "full", "gguf") else "adapter"
     if "/" in (base := base_id(source.base)):  # a hub takes nothing but ids
         card |= {"base_model": base, "base_model_relation": relation}
     if datasets := _datasets(str(source.record["data"]["path"])):
         card["datasets"] = datasets
     if found := languages(_sample(source.record)):
         card["language"] = found
-    tags = ["qwen", "lora", "chat"]
+    tags = ["qwen", "chat"] if _is_full(source.record["recipe"]) else ["qwen", "lora", "chat"]
     library = "peft" if relation == "adapter" else "transformers"
     if source.contents.startswith("gguf"):
         library, tags = "gguf", [*tags, "gguf"]
@@ -148,11 +150,13 @@ def _metrics(record: dict[str, Any]) -> list[dict[str, Any]]:
 def _text(source: CardSource) -> str:
     record, recipe = source.record, source.record["recipe"]
     base = base_id(source.base)
+    gguf = "every weight was trained" if _is_full(recipe) else "the LoRA adapter is merged into the weights of its base"
     kind = {
+        "full": "A fine-tuned model: every weight of its base was trained.",
         "merged": "A fine-tuned model: the LoRA adapter is merged into the weights of its base.",
         "adapter": "A LoRA adapter for its base.",
         "packed": "A LoRA adapter, and the packed base that it was trained on, with unchanged codes.",
-        "gguf": "A fine-tuned model as a GGUF file: the LoRA adapter is merged into the weights of its base.",
+        "gguf": f"A fine-tuned model as a GGUF file: {gguf}.",
         "gguf_lora": "GGUF files of the Int4 base that was trained on, with its very weights as Q4_0, and of a LoRA adapter.",
     }[source.contents]
     trained = f", trained as {source.base.name}" if not base.endswith(source.base.name) else ""
@@ -167,13 +171,19 @@ def _text(source: CardSource) -> str:
     return "\n".join([*lines, "## Make it again", "", *_again(source), ""])
 
 
+def _is_full(recipe: dict[str, Any]) -> bool:
+    """Whether every weight was trained; an older program had no such key."""
+    return recipe.get("method") == "full"
+
+
 def _training(record: dict[str, Any], recipe: dict[str, Any]) -> str:
-    known = {"rank": "r", "alpha": "alpha", "learning_rate": "learning rate", "epochs": "epochs", "seed": "seed"}
+    known = {} if _is_full(recipe) else {"rank": "r", "alpha": "alpha"}
+    known |= {"learning_rate": "learning rate", "epochs": "epochs", "seed": "seed"}
     settings = ", ".join(f"{name} {recipe[key]}" for key, name in known.items() if key in recipe)
     settings += f", B's rate {recipe['lora_plus']:g} times that (LoRA+)" if recipe.get("lora_plus", 1) != 1 else ""
     settings += f", NEFTune {recipe['neftune']:g}" if recipe.get("neftune") else ""
     steps = f", {record['steps']} steps" if "steps" in record else ""
-    method = "rsLoRA" if recipe.get("rslora") else "LoRA"
+    method = "all weights" if _is_full(recipe) else "rsLoRA" if recipe.get("rslora") else "LoRA"
     method = f"DoRA ({method})" if recipe.get("dora") else method
     method += {"olora": " begun as OLoRA", "pissa": " begun as PiSSA"}.get(recipe.get("start", ""), "")
     method += f" on the base loaded as {recipe['load_as']}" if recipe.get("load_as", STORED) != STORED else ""
@@ -192,8 +202,9 @@ def _again(source: CardSource) -> list[str]:
     code = record["code"]
     commit = f", commit {code['commit']}" if code.get("commit") else ""
     data, run = short_name(record["data"]["path"]), record["run"]
+    own = "run" in (read_manifest(source.base) or {}).get("source", {})  # the model of a run, which its recipe names
     commands = [
-        make("train", data=data, model=source.base.name, recipe=f"runs/{run}/recipe.yaml", run=run),
+        make("train", data=data, model="" if own else source.base.name, recipe=f"runs/{run}/recipe.yaml", run=run),
         make("export", run=run, **source.options),
     ]
     return [f"With version {code['version']}{commit} of the program:", "", *(f"    {line}" for line in commands)]

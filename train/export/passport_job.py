@@ -78,8 +78,10 @@ def write_passport(job: PassportJob, out: Path, written: Written) -> str:
 
 
 def load_adapted(
-    base: Path, adapter: Path, dtype: torch.dtype, device: torch.device, load_as: str = STORED
+    base: Path, adapter: Path | None, dtype: torch.dtype, device: torch.device, load_as: str = STORED
 ) -> nn.Module:
-    """An adapter on its base, which is loaded as training did."""
+    """An adapter on its base, which is loaded as training did; or a model without one."""
+    if adapter is None:
+        return load(base, dtype, device)
     loaded = load(base, dtype, device, keep_float=dtype is torch.float32, load_as=load_as)
     return load_adapter(loaded, adapter).eval()

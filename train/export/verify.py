@@ -43,7 +43,7 @@ class Comparison:
     def onto(self) -> Path | None:
         """The weights that were merged onto, if they are others than those trained against."""
         same = (self.job.weights, self.job.load_as) == (self.base, self.load_as)
-        return None if same else self.job.weights
+        return None if same or self.job.adapter is None else self.job.weights
 
     @property
     def passes(self) -> int:
@@ -55,7 +55,7 @@ class Comparison:
 class ModelStates:
     """The states from which each model predicts the answer tokens of the rows."""
 
-    on_int4: parity.AnswerStates  # the adapter on the base that was trained on
+    on_int4: parity.AnswerStates  # the adapter on the base that was trained on; or the model that training left
     without: parity.AnswerStates  # this base alone, on the first SCALE_ROWS rows
     reference: parity.AnswerStates  # the adapter on what was merged onto
     merged: parity.AnswerStates
@@ -109,9 +109,15 @@ def answer_states(comparison: Comparison, written: Path, advance: Callable[[int]
     def states(model: nn.Module, rows: int | None = None) -> parity.AnswerStates:
         return parity.answer_states(model, c.rows[:rows], advance)
 
+    if c.job.adapter is None:
+        on_int4 = states(load(c.job.weights, c.dtype, c.device))
+        without = states(load(c.base, c.dtype, c.device), SCALE_ROWS)
+        return ModelStates(on_int4, without, on_int4, states(load(written, c.dtype, c.device)))
+    adapter = c.job.adapter
+
     def adapted(folder: Path, load_as: str) -> Any:
         base = load(folder, c.dtype, c.device, keep_float=keep_float, load_as=load_as)
-        return load_adapter(base, c.job.adapter).eval()
+        return load_adapter(base, adapter).eval()
 
     # no model has a name here, so each is freed before the next is loaded
     on_int4, without = _with_and_without(adapted(c.base, c.load_as), states)
@@ -138,7 +144,7 @@ def measure(comparison: Comparison, states: ModelStates) -> dict[str, Any]:
         merged, without = parity.compare_all(states.on_int4, [states.merged, states.without])
         on_int4 = merged
     return {
-        "against": f"the adapter on {comparison.job.weights.name}",
+        "against": f"the adapter on {comparison.job.weights.name}" if comparison.job.adapter else "the trained model",
         "data": comparison.data,
         "rows": len(comparison.rows),
         "computed_in": dtype_name(comparison.dtype),
@@ -153,7 +159,7 @@ def require_parity(measured: dict[str, Any], dtype: torch.dtype) -> None:
     result = parity.Parity.from_json(measured)
     if not result.holds(dtype):
         raise UserError(
-            f"the merged model does not answer as the adapter on its base did: {result}; expected at least "
+            f"what was written does not answer as {measured['against']}: {result}; expected at least "
             f"{parity.MIN_AGREEMENT[dtype]:.1%} and at most {parity.MAX_DIVERGENCE[dtype]:.0e}.\n"
-            "Nothing was written. Try DTYPE=float32; if that fails too, the base or the adapter is damaged: train again."
+            "Nothing was written. Try DTYPE=float32; if that fails too, the base or the trained weights are damaged: train again."
         )

@@ -21,11 +21,11 @@ from train.inference.trained import load_as_of
 from train.model import lora
 from train.model.architecture import STORED
 from train.model.decoder import Decoder
-from train.model.folder import read_manifest, resolve
+from train.model.folder import check_whole, read_manifest, resolve
 from train.model.loading import keeps_float, load
 from train.model.stops import read_generation
 from train.model.tokenizer import Tokenizer, load_tokenizer
-from train.runs.folder import newest_run, read_run
+from train.runs.folder import RESTORE, newest_run, read_run, trained_model
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,16 @@ class SharedBase:
 
 @dataclass(frozen=True)
 class BaseSource:
-    """What is to be loaded: the folder of a base, and those of runs whose adapters go on it."""
+    """What is to be loaded: the folder of a base, and those of runs whose adapters go on it.
+
+    whole: the folder of a run whose own model is the base, because it trained every weight.
+    """
 
     folder: Path
     runs: tuple[Path, ...]
     description: str
     load_as: str = STORED  # how the runs' training loaded the base
+    whole: Path | None = None
 
 
 def find_base(models: Path, runs: Path, run: str, model: str, default_model: str) -> BaseSource:
@@ -88,6 +92,10 @@ def find_base(models: Path, runs: Path, run: str, model: str, default_model: str
         except UserError as error:
             train = commands.make("train", data="mine.jsonl", run="mine")
             raise UserError(f"there is no finished run below {runs}/ yet. Train one: {train}\nOr {error}") from error
+    if own := [folder for folder in folders if trained_model(folder)]:
+        return _whole_model(
+            folders, own[0], "" if run else ", the newest run that is finished (RUN= or MODEL= for another)"
+        )
     bases = {folder.name: resolve(read_run(folder)["recipe"]["model"], models).resolve() for folder in folders}
     if len(set(bases.values())) > 1:
         listed = "\n".join(f"  {name}: {base}" for name, base in bases.items())
@@ -99,6 +107,23 @@ def find_base(models: Path, runs: Path, run: str, model: str, default_model: str
     base = resolve(read_run(folders[0])["recipe"]["model"], models)
     described = ", ".join(bases) + ("" if run else ", the newest run that is finished (RUN= or MODEL= for another)")
     return BaseSource(base, tuple(folders), f"base {base} with {described}", formats[folders[0].name])
+
+
+def _whole_model(folders: list[Path], run: Path, remark: str) -> BaseSource:
+    """The model of a run that trained every weight, which is served alone.
+
+    Raises:
+        UserError: `folders` has other runs too.
+    """
+    model = trained_model(run)
+    assert model is not None
+    check_whole(model, RESTORE)
+    if len(folders) > 1:
+        raise UserError(
+            f"run={','.join(folder.name for folder in folders)}: run {run.name} trained every weight of its base, and a server "
+            f"has one base. Serve it alone: RUN={run.name}"
+        )
+    return BaseSource(model, (), f"run {run.name}: its model {model}{remark}", whole=run)
 
 
 def load_base(source: BaseSource, dtype: str = "auto", notify: Callable[[str], None] = print) -> SharedBase:
@@ -113,8 +138,11 @@ def load_base(source: BaseSource, dtype: str = "auto", notify: Callable[[str], N
     base = load(
         folder, compute_dtype, device, keeps_float(folder, device, source.load_as), load_as=source.load_as
     ).eval()
-    inputs = (read_manifest(folder) or {}).get("inputs", {})
-    models = [NamedModel(folder.name, str(folder), "", base, inputs)]
+    if source.whole:
+        models = [NamedModel(source.whole.name, str(source.whole), "", base, read_run(source.whole)["recipe"])]
+    else:
+        inputs = (read_manifest(folder) or {}).get("inputs", {})
+        models = [NamedModel(folder.name, str(folder), "", base, inputs)]
     for run in source.runs:
         if run.name == folder.name:
             raise UserError(f"run {run.name} has the name of its base: rename one of their folders.")

@@ -1,7 +1,7 @@
 """What RUN= or MODEL= names, found and loaded: a finished run, its merged export, or any model, ready to answer.
 
 Knows folders, and neither options nor terminals. A merged export is taken before the adapter on its base, because it
-answers faster, if the GPU has room for it.
+answers faster, if the GPU has room for it. A run that trained every weight has its model itself.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from train.common.names import below
 from train.data.tokens.chat_template import Encoder
 from train.model import lora
 from train.model.architecture import STORED
-from train.model.folder import find_damage, read_manifest, resolve
+from train.model.folder import check_whole, read_manifest, resolve
 from train.model.loading import fits, keeps_float, load
 from train.model.tokenizer import Tokenizer, load_tokenizer
-from train.runs.folder import newest_run, read_run
+from train.runs.folder import RESTORE, newest_run, read_run, trained_model
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def find_source(
     """The model that `run` or `model` names; with neither the newest finished run, and without any the default model.
 
     Args:
-        run: a finished run below `runs`: its merged export if there is one and it fits, else its adapter on its base.
+        run: a finished run below `runs`: its merged export if there is one and it fits, else its adapter on its base;
+            or the model of a run that trained every weight.
         model: a name below `models`, or a folder.
         any_size: take a merged export even where the GPU has no room for it.
     Raises:
@@ -129,10 +130,10 @@ def identity(source: Source) -> dict[str, Any]:
 
 def _source_of_run(folder: Path, description: str, dtype: str, any_size: bool) -> Source:
     recipe, merged = read_run(folder)["recipe"], folder / "merged"
-    manifest = read_manifest(merged)
-    if manifest and (damage := find_damage(merged, manifest, full=False)):
-        raise UserError(f"{merged} is damaged: {'; '.join(damage)}. Export it again: make export RUN={folder.name}")
-    exported = manifest is not None
+    if model := trained_model(folder):
+        check_whole(model, RESTORE)
+        return Source(model, f"{description}: its model {model}", recipe=recipe)
+    exported = check_whole(merged, f"Export it again: make export RUN={folder.name}")
     if exported and (any_size or _fits(merged, dtype)):
         return Source(merged, f"{description}: its merged export {merged}", recipe=recipe)
     reason = "the GPU has no room for the merged export" if exported else "no merged export yet"
@@ -152,12 +153,14 @@ def load_as_of(recipe: dict[str, Any]) -> str:
 def load_run(
     run: Path, models: Path, dtype: torch.dtype, device: torch.device | str = "cpu", keep_float: bool = False
 ) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
-    """A finished run: its base with the adapter, the tokenizer, and run.json.
+    """A finished run: its base with the adapter, or its own model; the tokenizer; and run.json.
 
     Raises:
         UserError: the run is not finished, or its base is missing.
     """
     record = read_run(run)
+    if own := trained_model(run):
+        return load(own, dtype, device), load_tokenizer(own), record
     folder = resolve(record["recipe"]["model"], models)
     base = load(folder, dtype, device, keep_float, load_as=load_as_of(record["recipe"]))
     model = lora.load_adapter(base, run / "adapter")

@@ -256,7 +256,7 @@ class Backbone(nn.Module):
         if segments is None:
             segments = torch.ones_like(ids) if mask is None else mask.long()
         lengths = conversation_lengths(segments).flatten()
-        return add_noise(x.detach().flatten(0, 1), lengths, self.neftune, draw_seed()).view_as(x)
+        return add_noise(x.flatten(0, 1), lengths, self.neftune, draw_seed()).view_as(x)
 
     @property
     def checkpointing(self) -> str:
@@ -337,6 +337,10 @@ class Decoder(nn.Module):
     @property
     def backbone(self) -> Backbone:
         return getattr(self, self.config.names.root)
+
+    def get_base_model(self) -> "Decoder":
+        """This model itself: one with an adapter has the same method."""
+        return self
 
     def forward(
         self,

@@ -278,6 +278,18 @@ def find_damage(folder: Path, manifest: dict[str, Any], full: bool) -> list[str]
     return problems
 
 
+def check_whole(folder: Path, remedy: str) -> bool:
+    """Whether a folder with a manifest is there; its files have their sizes, the small ones their hashes.
+
+    Raises:
+        UserError: it is damaged; ends with the remedy.
+    """
+    manifest = read_manifest(folder)
+    if manifest and (damage := find_damage(folder, manifest, full=False)):
+        raise UserError(f"{folder} is damaged: {'; '.join(damage)}. {remedy}")
+    return manifest is not None
+
+
 def check_revision(folder: Path, revision: str) -> None:
     """Check that the folder is what `revision` asks for; empty asks for nothing.
 

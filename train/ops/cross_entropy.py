@@ -1,8 +1,9 @@
 """The cross entropy of a large vocabulary, a chunk of rows at a time.
 
-Knows hidden states, a frozen head and labels; nothing of models, shifts or averages. Only rows with a label are
-multiplied with the head, and the logits of one chunk at most are in memory. The gradient is computed in the forward
-pass, from the logits that are there anyway: that costs one stored matrix [M, H], and saves computing the logits twice.
+Knows hidden states, a head and labels; nothing of models, shifts or averages. Only rows with a label are multiplied with
+the head, and the logits of one chunk at most are in memory. The gradients are computed in the forward pass, from the
+logits that are there anyway: that costs one stored matrix [M, H], and where the head is trained its own gradient [V, H]
+in float32; it saves computing the logits twice.
 """
 
 from collections.abc import Iterator
@@ -48,31 +49,45 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
         labelled = (labels != IGNORE).nonzero().squeeze(1)  # [M]
-        grad = torch.zeros_like(hidden, dtype=_loss_dtype(hidden)) if ctx.needs_input_grad[0] else None
-        total = summed_cross_entropy(hidden, weight, labelled, labels[labelled], chunk, grad)
-        ctx.save_for_backward(grad)
-        ctx.dtype, ctx.grad_scale = hidden.dtype, logit_grad_scale(weight.dtype)
+        grad, head_grad = (
+            torch.zeros_like(x, dtype=_loss_dtype(hidden)) if needed else None
+            for x, needed in zip((hidden, weight), ctx.needs_input_grad)
+        )
+        total = summed_cross_entropy(hidden, weight, labelled, labels[labelled], chunk, grad, head_grad)
+        ctx.save_for_backward(grad, head_grad)
+        ctx.dtypes, ctx.grad_scale = (hidden.dtype, weight.dtype), logit_grad_scale(weight.dtype)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = ctx.saved_tensors
-        return (grad * (grads[0] / ctx.grad_scale)).to(ctx.dtype), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        factor = grads[0] / ctx.grad_scale
+        of_hidden, of_head = (
+            None if grad is None else (grad * factor).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return of_hidden, of_head, None, None
 
 
 def summed_cross_entropy(
-    hidden: Tensor, weight: Tensor, positions: Tensor, labels: Tensor, chunk: int, grad: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    labels: Tensor,
+    chunk: int,
+    grad: Tensor | None = None,
+    head_grad: Tensor | None = None,
 ) -> Tensor:
     """The summed loss of some rows of `hidden`; a scalar, float32, or float64 if `hidden` is float64.
 
     Args:
-        hidden: [N, H]. weight: [V, H], the frozen head. positions: [M] int64, the rows that have a label.
+        hidden: [N, H]. weight: [V, H], the head. positions: [M] int64, the rows that have a label.
         labels: [M] int64, theirs. chunk: rows of logits in memory at once.
         grad: [N, H], gets `logit_grad_scale` times the gradient in those rows; the other rows are not touched.
+        head_grad: [V, H], `logit_grad_scale` times the gradient of the head is added to it.
     """
     dtype = _loss_dtype(hidden)
     total = torch.zeros((), dtype=dtype, device=hidden.device)
-    for losses in _chunks_of_losses(hidden, weight, positions, labels, chunk, grad):
+    for losses in _chunks_of_losses(hidden, weight, positions, labels, chunk, grad, head_grad):
         total += losses.sum().to(dtype)
     return total
 
@@ -87,9 +102,15 @@ def token_losses(
 
 
 def _chunks_of_losses(
-    hidden: Tensor, weight: Tensor, positions: Tensor, labels: Tensor, chunk: int, grad: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    labels: Tensor,
+    chunk: int,
+    grad: Tensor | None,
+    head_grad: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """The losses of `chunk` rows at a time; `grad` gets their gradients."""
+    """The losses of `chunk` rows at a time; `grad` and `head_grad` get their gradients."""
     dtype = _loss_dtype(hidden)
     fast = weight.dtype in (torch.float16, torch.bfloat16) and kernels.usable(weight.device)
     for part in (slice(start, start + chunk) for start in range(0, len(positions), chunk)):
@@ -97,6 +118,8 @@ def _chunks_of_losses(
         losses, logits = (_chunk_by_kernel if fast else _chunk)(rows, weight, labels[part], dtype)
         if grad is not None:
             grad[positions[part]] = (logits.to(weight.dtype) @ weight).to(grad.dtype)
+        if head_grad is not None:
+            head_grad += logits.to(weight.dtype).t() @ rows
         del logits  # before those of the next chunk are allocated
         yield losses
 
@@ -137,12 +160,11 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk:
     """The SUM of the token losses, in float32 (float64 if `hidden` is float64); the caller divides.
 
     Args:
-        hidden: [N, H], any float dtype; gets a gradient. weight: [V, H], the frozen head. labels: [N] int64, IGNORE
-            where there is no label. chunk: rows of logits in memory at once.
+        hidden: [N, H], any float dtype; gets a gradient. weight: [V, H], the head, which gets one where it is trained.
+            labels: [N] int64, IGNORE where there is no label. chunk: rows of logits in memory at once.
     Returns:
         A scalar that is always connected to `hidden`: without any label it is 0, and its gradient is zeros.
     """
     assert hidden.dim() == 2 and labels.shape == hidden.shape[:1], (hidden.shape, labels.shape)
     assert weight.dim() == 2 and weight.shape[1] == hidden.shape[1], (weight.shape, hidden.shape)
-    assert not weight.requires_grad, "the head must be frozen: no gradient of it is computed here"
     return _SummedCrossEntropy.apply(hidden, weight, labels, chunk)  # type: ignore[no-any-return]

@@ -139,7 +139,7 @@ def _provenance(run: RunFacts) -> dict[str, str]:
         "seed": run.recipe.get("seed"),
         "began": _when(timings.get("began")),
         "finished": _when(timings.get("finished")),
-        **{f"adapter: {name}": digest for name, digest in record.get("adapter", {}).items()},
+        **{f"{key}: {name}": digest for key in ("adapter", "weights") for name, digest in record.get(key, {}).items()},
         "losses.jsonl": record.get("losses_sha256"),
         "recipe.yaml": record.get("recipe_sha256"),
         "inputs.json": record.get("inputs_sha256"),

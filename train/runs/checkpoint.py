@@ -10,6 +10,8 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +71,17 @@ def write(run: Path, snapshot: Snapshot, keep: int) -> Path:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """save_file in the order of the names, with OSError for an error of the disk: the library's own hides its number."""
-    try:
+    with disk_errors(path):
         ordered = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(tensors.items())}
         save_file(ordered, path, metadata={"format": "pt"})
         path.chmod(0o644)  # safetensors makes files that only their owner may read
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Within the block an error of the disk that safetensors hides is an OSError. path: what is written."""
+    try:
+        yield
     except SafetensorError as error:
         if match := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error

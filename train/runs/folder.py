@@ -29,11 +29,13 @@ LOSSES = "losses.jsonl"  # one line per step
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"  # step-000123/
 ADAPTER = "adapter"  # in the files that peft reads
+MODEL = "model"  # instead of an adapter where every weight was trained: a model folder, in float32
 RECORD = "run.json"  # written last: its presence means that the run is finished
 ANSWERS = "answers.jsonl"  # before and after, by `compare`
 SCORES = "scores.json"  # of both models, by `compare`
 REPORT = "report.html"  # the page about the run
 
+RESTORE = "Restore it from a copy, or train again under another RUN=."  # a result that is damaged
 TOKENS = ".cache/tokens"  # beside the runs: tokens of large data, which several runs share
 
 
@@ -48,6 +50,18 @@ def adapter_folder(source: Path) -> Path:
     """Where the adapter of a run is; `source` itself if that is no run's folder."""
     is_run = (source / ADAPTER).is_dir() or (source / INPUTS).is_file() or not source.is_dir()
     return source / ADAPTER if is_run else source
+
+
+def trained_model(run: Path) -> Path | None:
+    """The model folder of a run that trained every weight; None for a run with an adapter, and for any other folder."""
+    folder = run / MODEL
+    whole = all(os.path.isfile(path) for path in (folder / "config.json", run / INPUTS))  # noqa: PTH113  # as above
+    return folder if whole else None
+
+
+def result_folder(run: Path) -> Path:
+    """Where the result of a run is: its adapter, or its model where every weight was trained."""
+    return trained_model(run) or run / ADAPTER
 
 
 def finished(run: Path) -> bool:

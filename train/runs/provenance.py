@@ -16,7 +16,7 @@ from typing import Any
 from train import __version__
 from train.common.errors import UserError
 from train.common.files import read_json, sha256
-from train.runs.folder import ADAPTER, RECORD, adapter_folder, read_run
+from train.runs.folder import RECORD, adapter_folder, read_run, result_folder, trained_model
 
 HASHED_AT_ONCE = 4  # files; one core hashes 0.4 to 2 GB/s, a disk reads several times that
 ROOT = Path(__file__).parents[2]
@@ -69,23 +69,29 @@ def lock() -> str | None:
 
 
 def hash_adapter(source: Path) -> dict[str, str]:
-    """File name -> sha256 of the adapter of a run, or of a folder with an adapter (FROM=) and whatever else is in it."""
-    folder = adapter_folder(source)
+    """File name -> sha256 of the result of a run, or of a folder with an adapter (FROM=) and whatever else is in it."""
+    folder = trained_model(source) or adapter_folder(source)
     if folder != source:
         return hash_folder(folder)
     return {path.name: sha256(path) for path in sorted(folder.glob("adapter_*")) if path.is_file()}
 
 
+def recorded_hashes(record: dict[str, Any]) -> dict[str, str]:
+    """File name -> sha256 of the result of a run, as its run.json has it: of its adapter, or of all its weights."""
+    hashes: dict[str, str] = record.get("weights") or record.get("adapter", {})
+    return hashes
+
+
 def check_adapter(run: Path) -> None:
-    """Check that the adapter of a finished run is what its record says.
+    """Check that the result of a finished run, its adapter or its model, is what its record says.
 
     Raises:
-        UserError: the record is damaged, or a file of the adapter is missing or has another hash.
+        UserError: the record is damaged, or a file of the result is missing or has another hash.
     """
-    recorded, present = read_run(run).get("adapter", {}), hash_adapter(run)
+    recorded, present = recorded_hashes(read_run(run)), hash_adapter(run)
     if different := sorted(name for name in recorded if present.get(name) != recorded[name]):
         raise UserError(
-            f"run {run.name!r} is finished, but {', '.join(different)} in {run / ADAPTER} is missing or has changed since. "
+            f"run {run.name!r} is finished, but {', '.join(different)} in {result_folder(run)} is missing or has changed since. "
             f"Restore it from a copy; or remove {run / RECORD}, and the same command trains on from the last checkpoint."
         )
 

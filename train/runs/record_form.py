@@ -24,6 +24,7 @@ RECORD: dict[str, Any] = {
     "tokens": int,
     "losses_sha256?": str,
     "adapter?": HASHES,
+    "weights?": HASHES,  # instead of an adapter where every weight was trained
     "lineage?": list,
     "loss?": dict,
     "held_out?": {"conversations": int, "loss": {"before": NUMBER_OR_NONE, "last": NUMBER_OR_NONE}, "sha256": str},
@@ -31,7 +32,6 @@ RECORD: dict[str, Any] = {
 }
 # What `verify` needs besides: a finished run of any version has it.
 VERIFIED: dict[str, Any] = {
-    "adapter": HASHES,
     "inputs_sha256": str,
     "recipe_sha256": str,
     "losses_sha256": str,

@@ -17,7 +17,7 @@ from train.pages import run_facts
 from train.pages.run_facts import as_text
 from train.studio.folders import Folders
 
-MAIN = ("epochs", "steps", "learning_rate", "rank", "length", "batch", "held_out", "seed")
+MAIN = ("epochs", "steps", "learning_rate", "method", "rank", "length", "batch", "held_out", "seed")
 OF_THE_PAGE = ("model",)  # has a list of its own
 MOST_RUNS = 50  # whose speed is looked at
 
@@ -44,7 +44,7 @@ class Form:
     model: str
     recipe: str
     run: str
-    parent: str = ""  # a run whose adapter is the start
+    parent: str = ""  # a run whose adapter or model is the start
     card: str = ""
     values: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

@@ -58,7 +58,7 @@ TEXTS = {
     "base": ("Base", "基座模型"),
     "card": ("Memory of the card, as 8G; empty: this machine's", "显卡内存，如 8G；空：本机显卡"),
     "run name": ("Name of the run", "运行名称"),
-    "from run": ("Start from the adapter of", "从该运行的适配器开始"),
+    "from run": ("Start from the result of", "从该运行的结果开始"),
     "all keys": ("All keys of the recipe", "配方的全部参数"),
     "plan": ("Memory and time", "内存与时间"),
     "plan button": ("Predict memory and time", "预测内存与时间"),

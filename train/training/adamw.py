@@ -17,7 +17,17 @@ RATIO = "lora_plus"  # key of a parameter group: how many times the learning rat
 
 
 def make_adamw(recipe: Recipe, parameters: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW of named A and B: one group, or with LoRA+ one of A and one of B."""
+    """AdamW of named A and B: one group, or with LoRA+ one of A and one of B.
+
+    Where every weight is trained: a group of the matrices, and one of norms and biases, which have no weight decay.
+    """
+    if recipe.trains_all:
+        matrices, vectors = ([p for p in parameters.values() if (p.dim() > 1) == wanted] for wanted in (True, False))
+        both: Any = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        on_card = any(p.is_cuda for p in matrices)
+        return torch.optim.AdamW(
+            both, **_settings(recipe), fused=True if on_card else None
+        )  # without copies of the state
     if recipe.lora_plus == 1:
         every: Any = list(parameters.values())
         return torch.optim.AdamW(every, **_settings(recipe))

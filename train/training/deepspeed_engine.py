@@ -1,8 +1,9 @@
 """DeepSpeed under one training step: forward, backward, the optimizer's update, and all of its state by parameter name.
 
 Knows gradients, AdamW's moments and loss scales; nothing of data, files or progress. The private names of DeepSpeed
-that the program uses are in this file and in optimizer_state.py. Only the adapters are trained: they are cast to the
-compute dtype and have float32 masters in the optimizer, while the frozen base keeps its own dtype. The caller passes the learning rate at
+that the program uses are in this file and in optimizer_state.py. Only the adapters are trained, or with method=full
+every weight: what is trained is cast to the compute dtype and has float32 masters in the optimizer, while a frozen base
+keeps its own dtype. The caller passes the learning rate at
 every step, so there is no scheduler whose state would have to be saved. On a GPU, DeepSpeed gets a single parameter,
 the vector of all adapters (graph_step.py): its Python work is per parameter and step, and for hundreds of small
 adapters it would take longer than the GPU's own work.
@@ -93,8 +94,8 @@ class DeepSpeedModule(nn.Module):
 
 
 def uses_fused_passes(recipe: Recipe, device: torch.device) -> bool:
-    """Whether to train with the fused passes: not DoRA, and not ZeRO 3, which frees parameters between uses."""
-    fits = recipe.zero < 3 and not recipe.dora
+    """Whether to train with the fused passes: not DoRA, not every weight, not ZeRO 3, which frees them between uses."""
+    fits = recipe.zero < 3 and not recipe.dora and not recipe.trains_all
     return device.type in FUSED_DEVICES and fits and (device.type == "cpu" or kernels.usable(device))
 
 
@@ -119,10 +120,10 @@ def _fix_gradient_norm(optimizer: Any) -> None:
 
 
 class Engine:
-    """A model with adapters, ready to train. Every process calls every method, in the same order."""
+    """A model with adapters, or one whose every weight is trained. Every process calls every method, in the same order."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, dtype: torch.dtype, world_size: int) -> None:
-        """model: peft's, on its device. dtype: of the passes."""
+        """model: on its device, what is trained in float32. dtype: of the passes."""
         deepspeed = import_deepspeed()
         self.recipe, self.world_size, self.model, self.dtype = recipe, world_size, model, dtype
         names = {p: name for name, p in trainable(model).items()}
@@ -144,9 +145,7 @@ class Engine:
         self.shares = shares_of(recipe, self.parameters.values(), world_size)
         self.engine.train()
         self.state.allocate()
-        self.state.write_masters(
-            self._join(initial)
-        )  # again, in float32: DeepSpeed has made the masters from 16-bit values
+        self.state.write_masters(self._join(initial))  # in float32: DeepSpeed has made them from 16-bit values
         self.state.set_updates(0)
         if self.fused:
             self.fused.bind()
@@ -261,7 +260,7 @@ class Engine:
         """
         by_key: dict[str, dict[str, Tensor]] = {}
         for key in STATE_KEYS:
-            values = self._gather(key, inspect, pinned, keep)
+            values = self._gather(key, inspect, pinned and keep, keep)
             if keep:
                 by_key[key] = values
         masters = by_key.pop(MASTER, {})
@@ -279,11 +278,12 @@ class Engine:
             inspect(key, self._split({VECTOR: vector}))
         return self._split({VECTOR: self._to_host(vector, VECTOR, key, pinned)}) if keep else {}
 
-    def full_state(self, key: str) -> dict[str, Tensor]:
-        """All masters, or one moment of all parameters, by name; valid until the next step."""
+    def full_state(self, key: str, keep: bool = True) -> dict[str, Tensor]:
+        """All masters, or one moment of all parameters, by name; valid until the next step. keep: as for `gather`."""
         if self.fused:
             return self._split({VECTOR: self.state.read(VECTOR, key)})
-        return {name: self._to_host(self.state.read(name, key), name, key, pinned=False) for name in self.parameters}
+        values = ((name, self.state.read(name, key)) for name in self.parameters)
+        return {name: self._to_host(value, name, key, pinned=False) for name, value in values if keep}
 
     def allocate_pinned_buffers(self) -> None:
         """Allocate the memory of `gather(pinned=True)`. Done before training starts, because pinning memory is slow."""

@@ -15,6 +15,7 @@ from train.runs import best_weights, losses
 from train.training import distributed
 from train.training.async_save import write_together
 from train.training.deepspeed_engine import Engine
+from train.training.optimizer_state import MASTER
 from train.training.run_state import RunState
 from train.training.signals import StopRequest
 
@@ -64,7 +65,7 @@ def keep_best(run: RunState, engine: Engine, stop: StopRequest) -> None:
     if not run.recipe.keep_best or found is None or found != run.points[-1]:
         return
     step, loss = found
-    masters, _ = engine.gather(keep=run.is_first)
+    masters = engine.full_state(MASTER, keep=run.is_first)
 
     def attempt() -> Exception | None:
         try:
@@ -77,7 +78,7 @@ def keep_best(run: RunState, engine: Engine, stop: StopRequest) -> None:
 
 
 class FinalWeights(NamedTuple):
-    """What the run's adapter is: float32 by parameter name, after how many steps, and a note for the person."""
+    """What the run's result is: float32 by parameter name, after how many steps, and a note for the person."""
 
     masters: dict[str, Tensor]
     step: int
@@ -93,9 +94,9 @@ def final_weights(run: RunState, last: dict[str, Tensor], steps: int) -> FinalWe
     if step == steps:
         return FinalWeights(last, steps, [f"the held-out loss was the least after the last step: {loss:.4f}."])
     if not best_weights.is_whole(run.folder, step):
-        note = f"the weights after step {step} are damaged or gone: the adapter is that of step {steps}."
+        note = f"the weights after step {step} are damaged or gone: the {run.result} is that of step {steps}."
         return FinalWeights(last, steps, [note])
-    note = f"the adapter is that of step {step}, where the held-out loss was the least: {loss:.4f} (keep_best=on)."
+    note = f"the {run.result} is that of step {step}, where the held-out loss was the least: {loss:.4f} (keep_best=on)."
     return FinalWeights(best_weights.read(run.folder, step), step, [note])
 
 

@@ -64,7 +64,8 @@ class Guard:
     def layers_without_grad(self, first_moments: dict[str, Tensor], updates: int, beta1: float) -> list[str]:
         """Names of each B without gradient in all updates since the last check; none if fewer than MIN_HISTORY passed.
 
-        Only B is judged: the gradient of A is zero while B is zero. Where the gradients of all layers have faded with
+        Of an adapter only B is judged: the gradient of A is zero while B is zero. Where every weight is trained the matrices
+        are: the gradient of k's bias is zero by definition. Where the gradients of all layers have faded with
         the loss, the run has learned all there is, which is no fault: a gradient of a layer that is under the rounding
         of its first moment looks the same as none.
 
@@ -75,7 +76,7 @@ class Guard:
         passed = updates - self.updates
         if passed < MIN_HISTORY:
             return []
-        sums = _sums({name: x for name, x in first_moments.items() if ".lora_B." in name})
+        sums = _sums(_judged(first_moments))
         without = [
             name
             for name, new in sums.items()
@@ -108,6 +109,12 @@ class Guard:
         self.recent_losses = deque(state["recent"], maxlen=WINDOW)
         self.first_moments = {name: tuple(pair) for name, pair in state["means"].items()}
         self.updates = state["updates"]
+
+
+def _judged(first_moments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of each B; without an adapter those of each matrix."""
+    of_b = {name: x for name, x in first_moments.items() if ".lora_B." in name}
+    return of_b or {name: x for name, x in first_moments.items() if x.dim() == 2}
 
 
 def _sums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
@@ -154,5 +161,5 @@ def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
 
 def layer_name(parameter: str) -> str:
     """…layers.3.self_attn.q_proj.lora_B.default.weight -> layers.3.self_attn.q_proj"""
-    name = parameter.partition(".lora_")[0]
+    name = parameter.partition(".lora_")[0].removesuffix(".weight")
     return name.removeprefix("module.").removeprefix("base_model.model.").removeprefix("model.")

@@ -51,10 +51,13 @@ class Setting:
     shares: int = 1
     start: str = "random"
     loss: str = "sft"  # dpo: a row holds pairs of two sequences of that length
+    method: str = "lora"
+    shards: int = 1  # processes that share the optimizer's state out among them; counted with method=full
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "Setting":
-        return cls(**{field.name: getattr(recipe, field.name) for field in fields(cls)})
+    def of(cls, recipe: Recipe, shards: int = 1) -> "Setting":
+        keys = [field.name for field in fields(cls) if field.name != "shards"]
+        return cls(**{key: getattr(recipe, key) for key in keys}, shards=shards)
 
     def overrides(self, over: Recipe | None = None) -> dict[str, object]:
         """The keys that a plan chooses, with their values; with `over` only those in which that recipe differs."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from train.config.recipe import Recipe
 from train.model.architecture import STORED, Shape
-from train.training.memory_estimate import ADAPTER_BYTES, GIB, Estimate, Setting, estimate
+from train.training import full_memory, memory_estimate
+from train.training.memory_estimate import ADAPTER_BYTES, GIB, Estimate, Setting
 from train.training.step_sizes import ROW_MULTIPLE
 
 if TYPE_CHECKING:
@@ -34,14 +35,25 @@ SLOWDOWN = {"off": 1.0, "on": 4 / 3, "offload": 1.4}
 HOST_EMBEDDING_SLOWDOWN = 1.01
 
 
-def candidates(shape: Shape, recipe: Recipe) -> Iterator[tuple[Setting, Estimate]]:
-    """Every way to compute a step, with its memory, the fastest first.
+def estimate(shape: Shape, setting: Setting) -> Estimate:
+    """What one step takes at its peak, with an adapter or of every weight."""
+    return (full_memory if setting.method == "full" else memory_estimate).estimate(shape, setting)
+
+
+def host_bytes(shape: Shape, setting: Setting) -> int:
+    """Bytes of the machine's memory that the training of one process takes beside a card."""
+    return (full_memory if setting.method == "full" else memory_estimate).host_bytes(shape, setting)
+
+
+def candidates(shape: Shape, recipe: Recipe, processes: int = 1) -> Iterator[tuple[Setting, Estimate]]:
+    """Every way to compute a step in one of `processes`, with its memory, the fastest first.
 
     The ways that copy over the bus come after all others: their cost depends on the machine around the card. An
     embedding that the recipe keeps on the host stays there in all of them.
     """
-    rows, base = recipe.batch * recipe.accumulation, Setting.of(recipe)
-    embeddings = (base.embedding,) if shape.tied or base.embedding == "host" else ("device", "host")
+    rows, base = recipe.batch * recipe.accumulation, Setting.of(recipe, processes)
+    fixed = shape.tied or base.embedding == "host" or recipe.trains_all
+    embeddings = (base.embedding,) if fixed else ("device", "host")
     settings = [
         replace(base, batch=batch, accumulation=rows // batch, checkpointing=checkpointing, embedding=embedding)
         for batch in range(1, rows + 1)
@@ -105,4 +117,6 @@ def least_bytes(model: "Decoder", folder: Path, recipe: Recipe, adapter_paramete
     weights = width * sum(parameter.numel() for parameter in model.parameters())
     if shape.load_as != STORED:
         weights -= shape.layers * sum(width * k * n - shape.packed_bytes(k, n) for _, k, n in shape.linears())
+    if recipe.trains_all:
+        return (width + full_memory.STATE_BYTES) * shape.parameters
     return ADAPTER_BYTES * adapter_parameters + (stored if quantised and stored else weights)

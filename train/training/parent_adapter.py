@@ -1,6 +1,7 @@
 """The adapter that FROM= names: read, compared with the recipe, and what is decided about it.
 
-Knows adapters and recipes; nothing of data and bases.
+Knows adapters and recipes; nothing of data and bases. A run that trained every weight has no adapter: its model is the
+base of the next run.
 """
 
 import os
@@ -9,21 +10,32 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from train.common.errors import UserError
+from train.common.files import sha256
 from train.config.recipe import Recipe
 from train.model import lora
 from train.model.adapter_file import AdapterFile, read_adapter
+from train.model.folder import MANIFEST
 from train.model.lora_start import RANDOM
-from train.runs.folder import adapter_folder
+from train.runs.folder import adapter_folder, trained_model
 
 
 def read_parent(recipe: Recipe, parent: Path | None) -> AdapterFile | None:
-    """The adapter that FROM= names, which must have the rank and the scale of the recipe."""
-    if parent is None:
+    """The adapter that FROM= names, which must have the rank and the scale of the recipe; None where it has none.
+
+    Raises:
+        UserError: no such run, or an adapter that cannot be continued with this recipe.
+    """
+    if parent is None or trained_model(parent) is not None:
         return None
     if not os.path.isdir(parent):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
         raise UserError(
             f"from={parent.name}: there is no run {parent}, and no folder of that path. FROM= takes the name of a "
             "finished run, or the path of a folder with an adapter."
+        )
+    if recipe.trains_all:
+        raise UserError(
+            f"from={parent.name}: that is an adapter, and method=full trains the weights of the base. Merge it first: make "
+            f"export RUN={parent.name}, then MODEL= that folder without FROM=."
         )
     if recipe.start != RANDOM:
         raise UserError(
@@ -39,6 +51,12 @@ def read_parent(recipe: Recipe, parent: Path | None) -> AdapterFile | None:
         for _ in adapter.pairs():  # raises for values that are not finite
             pass
     return adapter
+
+
+def digest_of(parent: Path) -> str:
+    """sha256 of the weights of an adapter; of a whole model, that of its manifest, which has those of its files."""
+    model = trained_model(parent)
+    return sha256(adapter_folder(parent) / lora.WEIGHTS if model is None else model / MANIFEST)
 
 
 def check_begins_once(recipe: Recipe, later_stages: int) -> None:

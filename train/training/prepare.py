@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from train.common.device import dtype_name
 from train.common.errors import UserError, first_few
-from train.common.files import free_bytes, sha256
+from train.common.files import free_bytes
 from train.common.threads import in_background
 from train.config.recipe import Recipe, check_measured, check_preference
 from train.data.choice.selection import Selection, check_settings, keeps_empty, select, token_counter
@@ -32,7 +31,6 @@ from train.data.tokens.settings import row_length
 from train.model import lora
 from train.model.adapter_file import AdapterFile, read_adapter
 from train.model.architecture import STORED
-from train.model.decoder import Decoder
 from train.model.folder import resolve
 from train.model.layouts import DecoderConfig
 from train.model.loading import load, read_folder_config
@@ -41,12 +39,20 @@ from train.model.published import read_folder_shape
 from train.model.stops import no_chat_model, thinking_note
 from train.model.tokenizer import Tokenizer, load_tokenizer
 from train.runs import folder, provenance
-from train.runs.folder import CHECKPOINTS, adapter_folder
+from train.runs.folder import CHECKPOINTS, adapter_folder, trained_model
 from train.runs.resume import check_unchanged, fitted_accumulation
-from train.training import adapter_start
+from train.training import adapter_start, full_recipe, full_weights
 from train.training.distributed import RankInfo
 from train.training.gradient_shares import check_shares
-from train.training.parent_adapter import about_parent, check_begins_once, parent_notes, read_parent, reference_note
+from train.training.parent_adapter import (
+    about_parent,
+    check_begins_once,
+    digest_of,
+    parent_notes,
+    read_parent,
+    reference_note,
+)
+from train.training.trained_size import disk_space, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def prepare(
     base, adapter = _read_base(recipe, data, options, parent, models)
     base_hashes = in_background(lambda: provenance.hash_folder(base))  # hashing leaves the other cores to the data
     config, _ = read_folder_config(base)
-    read_folder_shape(base, recipe.load_as)  # refuses a base that cannot be loaded so
+    full_recipe.check_base(recipe, read_folder_shape(base, recipe.load_as))  # also refuses what cannot be loaded so
     targets = lora.targets(config.layout, recipe.targets)
     check_rank(recipe.start, recipe.rank, targets, config)
     if parent is not None and adapter is not None:
@@ -207,6 +213,7 @@ def beyond_context(config: DecoderConfig, length: int, lengths: np.ndarray) -> l
 
 def check_supported(recipe: Recipe, device: str) -> None:
     """Refuse combinations that DeepSpeed would refuse only after minutes of loading. `device`: cpu or cuda."""
+    full_recipe.check_recipe(recipe)
     if recipe.precision == "fp16" and device == "cpu":
         raise UserError("precision=fp16 needs a GPU: on a CPU DeepSpeed refuses it. Give precision=fp32 or bf16.")
     if recipe.dora and recipe.zero == 3:
@@ -228,7 +235,7 @@ def _inputs(
     recipe: Recipe, data: dict[str, Any], base: dict[str, str], parent: Path | None, rows: int, dtype: str
 ) -> dict[str, Any]:
     """The content of inputs.json: all that decides the results of the run. base: file name -> sha256."""
-    adapter = {"run": parent.name, "sha256": sha256(adapter_folder(parent) / lora.WEIGHTS)} if parent else None
+    adapter = {"run": parent.name, "sha256": digest_of(parent)} if parent else None
     return {
         "data": data,
         "base": {"name": recipe.model, "files": base},
@@ -264,27 +271,6 @@ def _check_disk(prepared: PreparedRun, config: DecoderConfig, targets: list[str]
         )
 
 
-def disk_space(config: DecoderConfig, targets: list[str], recipe: Recipe, written: int = 0) -> int:
-    """Bytes for the checkpoints that are kept and not yet `written`, one more that is being written, and the adapter.
-
-    A checkpoint has three float32 values per parameter of the adapter: master and both moments; the adapter has one,
-    and so have the best weights so far, kept once for each checkpoint, once more, and once while they are written.
-    """
-    checkpoints = max(recipe.keep - written, 0) + 1
-    best = recipe.keep + 2 if recipe.keep_best else 0
-    begun = 2 if recipe.start != RANDOM else 0  # the values of the beginning: in a file, and in the adapter
-    parameters = adapter_parameters(config, targets, recipe.rank, recipe.dora)
-    return 4 * parameters * (3 * checkpoints + best + 1 + begun) + (64 << 20)
-
-
-def adapter_parameters(config: DecoderConfig, targets: list[str], rank: int, dora: bool = False) -> int:
-    """Number of parameters in A and B, and with DoRA in the lengths, of every linear whose name is in `targets`."""
-    with torch.device("meta"):
-        model = Decoder(config)
-    linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in targets]
-    return sum(rank * (m.in_features + m.out_features) + (m.out_features if dora else 0) for m in linears)
-
-
 def begin(prepared: PreparedRun) -> None:
     """Make the run's folder: the recipe after overrides, the inputs, and the lineage. The caller holds its lock.
 
@@ -311,11 +297,17 @@ def _write_selection(run: Path, selection: Selection) -> None:
         removed.unlink(missing_ok=True)
 
 
+def _weights_text(hashes: dict[str, str]) -> str:
+    """The first digits of the hash of an adapter, or of the first file of a model's weights."""
+    kind, names = ("adapter", [lora.WEIGHTS]) if lora.WEIGHTS in hashes else ("weights", sorted(hashes))
+    return f"{kind} {next((hashes[name] for name in names if name.endswith('.safetensors')), '')[:12]}"
+
+
 def _lineage_text(prepared: PreparedRun) -> str:
     """The runs that this one starts from, a line each, for a person."""
     lines = [
         f"{entry['run']}: {entry['steps']} steps on {entry['data']}, learning rate {entry['learning_rate']}, "
-        f"loss {entry['loss']}, adapter {entry['adapter'].get(lora.WEIGHTS, '')[:12]}"
+        f"loss {entry['loss']}, {_weights_text(entry['adapter'])}"
         for entry in prepared.lineage
     ]
     steps, data = len(prepared.schedule), prepared.inputs["data"]["path"]
@@ -371,8 +363,11 @@ def decisions(
     if device.type == "cuda":
         lines += host_memory_notes(recipe, prepared.base)
     lines += reference_note(recipe, prepared.parent)
+    parameters = trained_parameters(read_folder_config(prepared.base)[0], [], recipe) if recipe.trains_all else 0
+    lines += full_recipe.notes(recipe, device.type, parameters)
     if prepared.parent is not None:
-        lines.append(f"starts from the adapter of run {prepared.parent.name!r}.")
+        kind = "adapter" if trained_model(prepared.parent) is None else "weights"
+        lines.append(f"starts from the {kind} of run {prepared.parent.name!r}.")
     return lines
 
 
@@ -389,10 +384,14 @@ def host_memory_notes(recipe: Recipe, base: Path) -> list[str]:
 
 
 def load_model(prepared: PreparedRun, device: torch.device, dtype: torch.dtype, keep_float: bool) -> Any:
-    """The frozen base with adapters: fresh ones, or those of the run that this one starts from."""
+    """The frozen base with adapters: fresh ones, or those of the run that this one starts from; or all of it trainable."""
     recipe = prepared.recipe
-    model = lora.attach(load(prepared.base, dtype, device, keep_float, recipe.embedding, recipe.load_as), recipe)
-    if prepared.parent is not None:
+    model: Any
+    if recipe.trains_all:
+        model = full_weights.load_model(prepared.base, device)
+    else:
+        model = lora.attach(load(prepared.base, dtype, device, keep_float, recipe.embedding, recipe.load_as), recipe)
+    if prepared.parent is not None and trained_model(prepared.parent) is None:
         lora.copy_adapter(read_adapter(adapter_folder(prepared.parent)), model)
     model.get_base_model().set_checkpointing(recipe.checkpointing)
     model.get_base_model().backbone.neftune = recipe.neftune

@@ -1,4 +1,4 @@
-"""The end of a run: its adapter, and run.json, which says what the run was made of and is written last.
+"""The end of a run: its adapter or its whole model, and run.json, which says what the run was made of and is written last.
 
 Knows the folder of a run and what happened while it trained; nothing of how a step is computed. run.json is plain JSON
 with the hash of every file that it names, so `verify` needs only this file to tell whether anything has changed.
@@ -15,11 +15,12 @@ from train.model.lora_start import RANDOM
 from train.model.stops import answer_end
 from train.model.tokenizer_files import write_tokenizer
 from train.runs import losses, provenance, start_factors
-from train.runs.folder import ADAPTER, HELD_OUT, INPUTS, LOSSES, RECIPE, RECORD, REMOVED
-from train.training import early_stop
+from train.runs.folder import ADAPTER, HELD_OUT, INPUTS, LOSSES, MODEL, RECIPE, RECORD, REMOVED, result_folder
+from train.training import early_stop, full_weights
 from train.training.async_save import write_together
 from train.training.deepspeed_engine import Engine
 from train.training.early_stop import FinalWeights
+from train.training.optimizer_state import MASTER
 from train.training.prepare import PreparedRun
 from train.training.run_state import RunState
 from train.training.signals import StopRequest
@@ -28,14 +29,14 @@ from train.training.signals import StopRequest
 def finish(
     prepared: PreparedRun, run: RunState, engine: Engine, notes: list[str], began: float
 ) -> dict[str, Any] | None:
-    """Write the adapter and run.json. Every process calls it: all wait on a full disk.
+    """Write the adapter, or the model, and run.json. Every process calls it: all wait on a full disk.
 
     Args:
         notes: the decisions taken for the user. began: seconds since 1970.
     Returns:
         The record in the first process, None in the others.
     """
-    masters, _ = engine.gather()
+    masters = engine.full_state(MASTER, keep=run.is_first)
     written: list[dict[str, Any]] = []
 
     def attempt() -> Exception | None:
@@ -54,12 +55,16 @@ def finish(
 def write(
     prepared: PreparedRun, run: RunState, engine: Engine, final: FinalWeights, notes: list[str], began: float
 ) -> dict[str, Any]:
-    """Write the adapter `final`, then run.json; returns its content. The other arguments as in `finish`."""
+    """Write the result `final`, then run.json; returns its content. The other arguments as in `finish`."""
     folder = run.folder
-    with staged(folder / ADAPTER) as aside:
-        factors = None if run.recipe.start == RANDOM else start_factors.read(folder)
-        lora.save_adapter(engine.model, aside, final.masters, factors)  # type: ignore[arg-type]
-        _write_prompt(prepared, engine.model.get_base_model().config.layout, aside)  # type: ignore[operator, union-attr]
+    if run.recipe.trains_all:
+        with staged(folder / MODEL) as aside:
+            full_weights.write(prepared.base, final.masters, aside, prepared.tokenizer, run.recipe, folder.name)
+    else:
+        with staged(folder / ADAPTER) as aside:
+            factors = None if run.recipe.start == RANDOM else start_factors.read(folder)
+            lora.save_adapter(engine.model, aside, final.masters, factors)  # type: ignore[arg-type]
+            _write_prompt(prepared, engine.model.get_base_model().config.layout, aside)  # type: ignore[operator, union-attr]
     rows = losses.read(folder)
     seconds = sum(row["seconds"] for row in rows)
     record = {
@@ -86,7 +91,7 @@ def write(
         "tokens": sum(row["tokens"] for row in rows),
         "label_tokens": sum(row["label_tokens"] for row in rows),
         "timings": {"steps_seconds": seconds, "began": began, "finished": time.time(), **run.timings},
-        "adapter": provenance.hash_folder(folder / ADAPTER),
+        "weights" if run.recipe.trains_all else "adapter": provenance.hash_folder(result_folder(folder)),
         **_selection(prepared, rows, final.step),
     }
     write_json(folder / RECORD, record)

@@ -47,6 +47,11 @@ class RunState:
         """Whether this is the process that prints and writes."""
         return self.rank_info.rank == 0
 
+    @property
+    def result(self) -> str:
+        """What the run makes, for messages: adapter, or the model where every weight is trained."""
+        return "model" if self.recipe.trains_all else "adapter"
+
     def say(self, text: str) -> None:
         """Print it once for all processes."""
         if self.is_first:

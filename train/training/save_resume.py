@@ -63,10 +63,11 @@ def check_layers(run: RunState, engine: Engine, first_moments: dict[str, Tensor]
     if not names:
         return
     layers = first_few([guard.layer_name(name) for name in names])
-    text = f"no gradient reached {layers} in {guard.MIN_HISTORY} updates or more: the adapter is not trained there."
+    text = f"no gradient reached {layers} in {guard.MIN_HISTORY} updates or more: nothing is trained there."
     if run.recipe.guard == "skip":
         return run.say(f"{text} Training continues (guard=skip).")
-    raise AgreedError(f"{text}\nLeave it out of targets=, or give guard=skip to train all the same.")
+    leave_out = "Give" if run.recipe.trains_all else "Leave it out of targets=, or give"
+    raise AgreedError(f"{text}\n{leave_out} guard=skip to train all the same.")
 
 
 def last_checkpoint(folder: Path) -> str:

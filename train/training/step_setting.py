@@ -138,7 +138,7 @@ def _check_rows(recipe: Recipe, place: Place, rows: int, recorded: int, is_auto:
 def candidates(recipe: Recipe, processes: int, shape: Shape) -> list[tuple[Setting, memory_plan.Estimate]]:
     """The ways to compute a step that the recipe leaves open, the fastest first."""
     concrete = by_default(recipe, processes)
-    return [(s, needed) for s, needed in memory_plan.candidates(shape, concrete) if _allowed(s, recipe)]
+    return [(s, needed) for s, needed in memory_plan.candidates(shape, concrete, processes) if _allowed(s, recipe)]
 
 
 def _allowed(setting: Setting, recipe: Recipe) -> bool:
@@ -158,9 +158,11 @@ def _fastest(recipe: Recipe, place: Place, shape: Shape) -> tuple[Recipe, str]:
     if fitting is None:
         least = min(needed.held for _, needed in ways) + memory_plan.RESERVE
         plan = commands.make("plan", model=recipe.model)
+        how = "method=full" if recipe.trains_all else f"rank={recipe.rank}"
+        others = "method=lora takes a tenth of it. " if recipe.trains_all else ""
         raise UserError(
-            f"no way to train {recipe.model} with rank={recipe.rank} and length={recipe.length} fits this card: at least "
-            f"{least / GIB:.1f} GiB are needed of {place.card / GIB:.1f}. `{plan}` names what fits, RECIPE=8gb among "
+            f"no way to train {recipe.model} with {how} and length={recipe.length} fits this card: at least "
+            f"{least / GIB:.1f} GiB are needed of {place.card / GIB:.1f}. {others}`{plan}` names what fits, RECIPE=8gb among "
             "others. With batch=, accumulation=, checkpointing= and embedding= given, training starts unchecked."
         )
     setting, needed = fitting

@@ -10,15 +10,16 @@ import torch
 from train.model import lora
 from train.model.loading import keeps_float, read_folder_config
 from train.runs.checkpoint import sweep
-from train.runs.folder import ADAPTER, lock_run
+from train.runs.folder import lock_run, result_folder
 from train.training import adapter_start, cpu_memory, distributed, loop, peer_watch, record, save_resume
 from train.training.deepspeed_config import zero_stage
 from train.training.deepspeed_engine import Engine
 from train.training.devices import Devices
 from train.training.distributed import RankInfo
 from train.training.guard import Guard, layers_allowed_zero_grad
-from train.training.prepare import PreparedRun, adapter_parameters, begin, decisions, load_model
+from train.training.prepare import PreparedRun, begin, decisions, load_model
 from train.training.run_state import RunState
+from train.training.trained_size import trained_parameters
 
 
 def train_one(prepared: PreparedRun, devices: Devices, checkpoint: Path | None) -> bool:
@@ -39,7 +40,7 @@ def train_one(prepared: PreparedRun, devices: Devices, checkpoint: Path | None) 
 def _check_memory(prepared: PreparedRun, device: torch.device, rank_info: RankInfo) -> None:
     """Refuse, before anything is written or loaded, a run on the CPU that would be killed for want of memory."""
     recipe, config = prepared.recipe, read_folder_config(prepared.base)[0]
-    parameters = adapter_parameters(config, lora.targets(config.layout, recipe.targets), recipe.rank, recipe.dora)
+    parameters = trained_parameters(config, lora.targets(config.layout, recipe.targets), recipe)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", rank_info.world_size))  # processes on this machine
     cpu_memory.check(prepared.base, recipe, parameters, keeps_float(prepared.base, device, recipe.load_as), here)
 
@@ -84,5 +85,5 @@ def _train(prepared: PreparedRun, run: RunState, engine: Engine, notes: list[str
     if not loop.train(run, engine, done):
         return False
     if written := record.finish(prepared, run, engine, [*notes, *start_notes], began):
-        print(f"{record.summary(written)}\nadapter: {run.folder / ADAPTER}", flush=True)
+        print(f"{record.summary(written)}\n{run.result}: {result_folder(run.folder)}", flush=True)
     return True
