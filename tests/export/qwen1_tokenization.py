@@ -5,11 +5,15 @@ ranks, the control tokens and ids of a text. `encode` knows no control tokens.
 """
 
 import base64
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import tiktoken
-from transformers import PreTrainedTokenizer
+from transformers import PreTrainedTokenizer, convert_slow_tokenizer
+
+# The converter makes this table of 256 characters once for each token: six minutes in all
+convert_slow_tokenizer.bytes_to_unicode = cache(convert_slow_tokenizer.bytes_to_unicode)
 
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -61,7 +61,6 @@ def test_of_qwen2_it_makes_the_file_of_format_gguf(tmp_path: Path, program: Path
 
 
 def test_of_qwen_it_keeps_every_tensor(tmp_path: Path, program: Path) -> None:
-    """Minutes: the converter finds the merges of 151,643 tokens in plain Python."""
     folder = tiny_run(tmp_path, "qwen", vocab_size=ROWS)
     base = tmp_path / "models/base-Int4"
     publish_tokenizer(base)
