@@ -42,16 +42,19 @@ def measure(arm: str, python: str, given: dict[str, str], prompts: str) -> dict[
 def main() -> int:
     words = pairs(sys.argv[1:])
     given = {"run": words["run"], "models": words.get("models", "models"), "runs": words.get("runs", "runs")}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    report = {**heading(), "machine": machine(), "run": given["run"], "rows": rows}
     for arm, (program, _) in ARMS.items():
         if python := words.get(program):
             rows.append(measure(arm, python, given, words.get("prompts", "20")))
-    report = {**heading(), "machine": machine(), "run": given["run"], "rows": rows}
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    print(text)
-    if out := words.get("out"):
-        Path(out).write_text(text + "\n", encoding="utf-8")
+            if out := words.get("out"):  # after each arm: on two cores one takes many minutes
+                Path(out).write_text(as_text(report) + "\n", encoding="utf-8")
+    print(as_text(report))
     return 0
+
+
+def as_text(report: dict[str, Any]) -> str:
+    return json.dumps(report, indent=1, ensure_ascii=False)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,16 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_it_gives_the_prompts_and_the_logits_of_this_program(tmp_path: Path, llama: str) -> None:
-    """Random weights have near ties, so answers may differ; the logits tell (measured: 2e-6 and 9e-5 nats)."""
+    """Measured: 2e-6 nats for Q4_0, because llama.cpp rounds the inputs of its products to 8 bits; 2e-8 for F32.
+
+    Random weights have near ties, so answers of Q4_0 may differ. Those of F32 have tokens that end within a character.
+    """
     folder = tiny_run(tmp_path, vocab_size=ROWS)
     publish_tokenizer(tmp_path / "models/base-Int4")
     export(folder, format="gguf", readers=llama)
     export(folder, format="gguf", encoding="float", dtype="float32", readers=llama, out=str(folder / "merged-gguf"))
-    for name in ("gguf", "merged-gguf"):
+    for name, most in (("gguf", 1e-4), ("merged-gguf", 1e-6)):
         found = read_json(folder / name / "passport.json")["readers"][-1]
         assert (found["reader"], found["equal_prompts"]) == ("llama.cpp", len(DATA))
-        assert found["logits"]["divergence"] < 1e-3
+        assert found["logits"]["divergence"] < most
+    assert found["equal_answers"] == len(DATA)

@@ -16,7 +16,7 @@ from train.commands.export import Options
 from train.common.errors import UserError
 from train.common.files import read_json
 from train.evaluation.parity import AnswerStates
-from train.export import passport, readers
+from train.export import passport, reader_llama_cpp, readers
 from train.export.manifest import covers
 from train.export.readers import Question
 
@@ -100,6 +100,35 @@ def test_of_the_likeliest_tokens_alone_the_kl_is_never_larger() -> None:
     few, all_of_them = divergence(2), divergence(VOCABULARY)
     assert 0 < few < all_of_them
     assert math.isclose(all_of_them, float((ours.exp() * (ours - theirs)).sum()), rel_tol=1e-6)
+
+
+class StandInServer(reader_llama_cpp.Server):
+    """A server that knows three tokens, of which 1 ends within a character: then it gives no probabilities, as
+    llama.cpp's does. The likeliest tokens are 1 after an even number of tokens, 0 after an odd one; 2 ends an answer.
+    """
+
+    def __init__(self) -> None:
+        self.requests = 0
+
+    def post(self, path: str, content: dict[str, Any]) -> Any:
+        self.requests += 1
+        count, banned = len(content["prompt"]), [token for token, _ in content["logit_bias"]]
+        order = [2, 0, 1] if count > 4 else [1, 0, 2] if count % 2 == 0 else [0, 1, 2]
+        chosen = next(token for token in order if token not in banned)
+        reply = {"tokens": [chosen], "stop_type": "eos" if chosen == 2 else "limit"}
+        top = [{"id": token, "logprob": -1.0 - n} for n, token in enumerate(order)]
+        return reply if chosen == 1 else reply | {"completion_probabilities": [{"id": chosen, "top_logprobs": top}]}
+
+
+def test_each_token_of_llama_cpp_has_its_own_probabilities() -> None:
+    server = StandInServer()
+    found = reader_llama_cpp.answer(server, [5, 6], {"new_tokens": 9, "top": 3})
+    assert found["tokens"] == [1, 0, 1, 2]
+    assert [[token for token, _ in place] for place in found["top"]] == [[1, 0, 2], [0, 1, 2], [1, 0, 2], [2, 0, 1]]
+    assert server.requests == 6 and reader_llama_cpp.answer(server, [5], {"new_tokens": 2, "top": 3})["tokens"] == [
+        0,
+        1,
+    ]
 
 
 def stand_in(path: Path, body: str) -> str:

@@ -44,12 +44,32 @@ def prompt(server: Server, messages: list[dict[str, str]]) -> list[int]:
 
 def answer(server: Server, ids: list[int], request: dict[str, Any]) -> dict[str, Any]:
     """The greedy answer to `ids`: each token, and the likeliest tokens at its place with their log-probabilities."""
-    settings = {"n_predict": request["new_tokens"], "n_probs": request["top"], "return_tokens": True}
-    greedy = {"temperature": 0, "repeat_penalty": 1.0, "cache_prompt": False}
-    reply = server.post("/completion", {"prompt": ids, **settings, **greedy})
-    places = reply["completion_probabilities"]
-    top = [[[one["id"], one["logprob"]] for one in place["top_logprobs"]] for place in places]
-    return {"tokens": [place["id"] for place in places], "top": top}
+    tokens: list[int] = []
+    top: list[list[tuple[int, float]]] = []
+    ended = False
+    while not ended and len(tokens) < request["new_tokens"]:
+        likeliest, ended = place(server, ids + tokens, request["top"])
+        tokens.append(likeliest[0][0])
+        top.append(likeliest)
+    return {"tokens": tokens, "top": top}
+
+
+def place(server: Server, ids: list[int], count: int) -> tuple[list[tuple[int, float]], bool]:
+    """The `count` likeliest tokens after `ids`, with their log-probabilities; does the likeliest one end the answer?
+
+    The server gives no probabilities where the token that it chose ends within a character, as many a Chinese character
+    of several tokens does. It is then asked to choose another one: its probabilities are those before the choice.
+    """
+    settings = {"n_predict": 1, "n_probs": count, "return_tokens": True, "cache_prompt": True}
+    greedy = {"temperature": 0, "repeat_penalty": 1.0}
+    chosen: list[int] = []
+    while True:
+        banned = {"logit_bias": [[token, False] for token in chosen]}
+        reply = server.post("/completion", {"prompt": ids, **settings, **greedy, **banned})
+        if places := reply.get("completion_probabilities"):
+            found = [(one["id"], one["logprob"]) for one in places[0]["top_logprobs"]]
+            return found, not chosen and reply["stop_type"] == "eos"
+        chosen += reply["tokens"]
 
 
 def main() -> None:
