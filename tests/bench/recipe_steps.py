@@ -111,7 +111,7 @@ def train(cell: Cell, recipe: Path, options: Options, words: dict[str, object]) 
     record = read_json(work / "runs" / cell.name / "run.json")
     peak, seconds = record["peak_memory"]["gpu"], record["timings"]["steps_seconds"]
     speed = {"steps": record["steps"], "tokens_per_s": round(record["tokens"] / seconds), "seconds": round(seconds, 1)}
-    return {**speed, "peak_gib": peak and round(peak / GIB, 2), "loss": record["loss"]}
+    return {**speed, "measured_peak_gib": peak and round(peak / GIB, 2), "loss": record["loss"]}
 
 
 def main(words: list[str]) -> int:
