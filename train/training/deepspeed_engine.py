@@ -12,6 +12,7 @@ adapters it would take longer than the GPU's own work.
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -63,7 +64,20 @@ def import_deepspeed() -> Any:
     torch_compiler.use_stand_in()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a C++ extension for inference only
+    _leave_out_memory_reports()
     return deepspeed
+
+
+def _leave_out_memory_reports() -> None:
+    """ZeRO logs its memory while it begins, each time after a whole garbage collection: a second in all, for no reader."""
+
+    def begin_again(message: str, force: bool = False) -> None:
+        if force and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # as a report does: the peak of a run is that of its steps
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("deepspeed.") and "see_memory_usage" in vars(module):
+            module.see_memory_usage = begin_again  # type: ignore[attr-defined]
 
 
 class DeepSpeedModule(nn.Module):
