@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 FLASH_CAPABILITY = (8, 0)  # the first compute capability with flash attention and bfloat16
 MARGIN = 0.02  # share of a card that a plan leaves free
-# The allocator keeps gaps that the estimate does not count. Of 32 settings under their cards' limits on an H200, three
-# ran out of memory with checkpointing and this many tokens at once, having 3 to 7 % more than `held`.
+# The allocator keeps gaps that the estimate does not count. Under their cards' limits on an H200 four of the settings that
+# `auto` had taken ran out of memory, three of them with checkpointing and MANY tokens at once and little above `held`.
 GAPS = 0.06
 GAPS_OF_MANY, MANY = 0.12, 8192  # with checkpointing, tokens of a micro batch
 RESERVE = GIB  # what `auto` leaves for CUDA's context, NCCL and a desktop: 1.29 GiB were outside torch on an H100
