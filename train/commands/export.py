@@ -42,12 +42,11 @@ from train.export.gptq_export import GptqJob
 from train.export.merge import GB, MergeJob
 from train.export.model_card import CardSource, base_id, write_card
 from train.export.passport_job import PROMPTS, PROMPTS_ON_CPU, PassportJob, Written, load_adapted, write_passport
-from train.model.adapter_file import read_adapter
+from train.model.adapters import check_low_rank, more_than_low_rank
 from train.model.architecture import STORED
 from train.model.folder import describe_files, missing_code, read_manifest, resolve, write_manifest
 from train.model.layouts import check_convertible, stock_layout
 from train.model.loading import check_folder, load, read_folder_config
-from train.model.lora import refuse_dora
 from train.runs.folder import read_run, result_folder
 
 INT4 = "int4"  # ONTO= of the base itself
@@ -161,8 +160,8 @@ def _export_gguf(options: Options, folder: Path, base: Path, recipe: Recipe, rec
     adapter = adapter_of(folder)
     if adapter is None:
         reason = "every weight was trained, in floats"
-    elif not reason and read_adapter(adapter).dora:
-        reason = "the adapter is DoRA, of which llama.cpp reads A and B only"
+    elif not reason and (title := more_than_low_rank(adapter)):
+        reason = f"the adapter is {title}, of which llama.cpp reads A and B only"
     if options.encoding == "q4_0" and reason:
         raise UserError(f"encoding=q4_0 would lose precision: {reason}. Leave it out, or take encoding=q8_0.")
     exact = options.encoding in ("auto", "q4_0") and not reason
@@ -224,7 +223,7 @@ def _export_beside(options: Options, folder: Path, base: Path, recipe: Recipe, r
         )
     if options.format == "adapter":
         return _export_adapter(options, folder, base, recipe, record)
-    refuse_dora(read_adapter(adapter), "vLLM reads A and B only")
+    check_low_rank(adapter, "vLLM reads A and B only")
     layout = options.layout or stock_layout(read_folder_config(base)[0].layout)
     gptq_export.check_base(base, layout)
     prompt = (recipe.system, recipe.template)

@@ -18,8 +18,8 @@ from train.config.recipe_yaml import RecipeError, read_text_values
 RECIPES = Path(__file__).parents[1] / "recipes"
 RENAMED = {"voice": "two_stage"}  # an earlier name of a recipe -> its name today
 SAME_IN_ALL_STAGES = (
-    *("model", "load_as", "template", "rank", "alpha", "rslora", "start", "dora", "method", "targets"),
-    *("precision", "processes"),
+    *("model", "load_as", "template", "rank", "alpha", "rslora", "start", "dora", "method", "lokr_factor"),
+    *("targets", "precision", "processes"),
 )
 CLEANING_STEPS = (
     *("empty", "control_characters", "repeated_question", "tokens", "answers", "exact_duplicates", "near_duplicates"),
@@ -80,8 +80,8 @@ class Recipe:
     length: int = option(512, "tokens in a row", interval="[2, 1048576]")
     overlong: str = option("cut", "conversations longer than a row", ("cut", "skip", "error"))
     pack: bool = option(True, "put several conversations in one row; each attends only to itself")
-    rank: int = option(64, "LoRA: r", interval="[1, 4096]")
-    alpha: float = option(16.0, "LoRA: the update is scaled by alpha / rank", interval="(0, 65536]")
+    rank: int = option(64, "LoRA, VeRA, LoHa, LoKr: r", interval="[1, 4096]")
+    alpha: float = option(16.0, "LoRA, LoHa: the update is scaled by alpha / rank", interval="(0, 65536]")
     rslora: bool = option(False, "rsLoRA: the update is scaled by alpha / sqrt(rank), not alpha / rank")
     start: str = option(
         "random",
@@ -94,12 +94,17 @@ class Recipe:
     )
     method: str = option(
         "lora",
-        "what is trained: lora, an adapter by the keys above and below; full, every weight of a float base, which takes ten "
-        "times its memory and goes without the fused passes",
-        ("lora", "full"),
+        "what is trained: lora, an adapter by the keys above and below; ia3, vera, loha or lokr, another adapter of peft; full, "
+        "every weight of a float base, which takes ten times its memory. All but lora go without the fused passes",
+        ("lora", "ia3", "vera", "loha", "lokr", "full"),
     )
-    dropout: float = option(0.05, "LoRA: dropout before A", interval="[0, 1)")
-    targets: str = option("all", "LoRA: all linear layers of the blocks, or names separated by commas")
+    lokr_factor: int = option(
+        0,
+        "LoKr: rows and columns of its first factor; 0: as near to the second's as they divide",
+        interval="[0, 65536]",
+    )
+    dropout: float = option(0.05, "LoRA, VeRA: dropout before A", interval="[0, 1)")
+    targets: str = option("all", "adapters: all linear layers of the blocks, or names separated by commas")
     epochs: float = option(5.0, "passes over the data", interval="(0, 10000]")
     steps: int = option(0, "optimizer steps; 0 = as many as epochs= needs", interval="[0, 1000000]")
     rows_per_step: int = option(
@@ -193,6 +198,11 @@ class Recipe:
     def trains_all(self) -> bool:
         """Whether every weight of the base is trained, and no adapter."""
         return self.method == "full"
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether A and B are all that is trained: the fused passes compute these alone."""
+        return self.method == "lora" and not self.dora
 
     @classmethod
     def from_record(cls, values: Mapping[str, Any]) -> "Recipe":

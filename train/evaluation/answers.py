@@ -25,10 +25,10 @@ from train.evaluation.report import AnsweredQuestion, draw_losses, write_report
 from train.evaluation.scores import rows as score_table
 from train.inference.generate import CUT, answers
 from train.model.adapter_file import WEIGHTS, check_present
+from train.model.adapters import load_adapter
 from train.model.architecture import STORED
 from train.model.folder import MANIFEST, check_whole, find_damage, read_manifest
 from train.model.loading import fits, keeps_float, load
-from train.model.lora import load_adapter
 from train.model.tokenizer import Tokenizer
 from train.runs import losses
 from train.runs.folder import HELD_OUT, LOSSES, REMOVED, RESTORE, SCORES, trained_model

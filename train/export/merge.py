@@ -2,13 +2,13 @@
 
 Reads folders and writes a folder; knows nothing of runs. Whether the result gives the adapter's answers is measured in
 export/verify.py. Every weight that the adapter changes is W + (α/r)·B·A in float64 (with DoRA each row of it gets its
-trained length), rounded once to the type that is written. float64 takes twice the time of float32, and keeps every weight within one unit in the last place. Weights are
+trained length; peft_updates.py has other methods), rounded once to the type that is written. float64 takes twice the time of float32, and keeps every weight within one unit in the last place. Weights are
 computed in slices of their rows: on a GPU one after the other, on a CPU one slice a core. At most a block, the tensors of
 one file, and on a CPU a slice a core are in memory.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,9 @@ from train.common.errors import UserError
 from train.common.files import free_bytes, write_json
 from train.common.threads import on_cores
 from train.data.tokens.chat_template import DEFAULT_SYSTEM
+from train.export.peft_updates import WeightUpdate, updates_of
 from train.export.prompt_files import write_prompt_files
-from train.model.adapter_file import read_adapter
+from train.model import adapters
 from train.model.architecture import STORED
 from train.model.decoder import Decoder
 from train.model.dora_layers import LEAST_LENGTH
@@ -31,12 +32,14 @@ from train.model.folder import ShardWriter, copy_companions
 from train.model.layouts import DecoderConfig, Layout, convert_config, convert_tensors, write_config
 from train.model.loaded_linear import is_quantised, rounded
 from train.model.loading import read_folder_config, read_tensors, tensor_files
+from train.model.peft_file import PeftFile
 from train.model.tokenizer import load_tokenizer, write_qwen1_tokenizer
 from train.ops.gptq import WORD, Scheme, dequantize
 
 State = dict[str, Tensor]
 Delta = dict[str, tuple[Tensor, Tensor, float]]  # module -> (A [r, K], B [N, r], scale)
 Magnitudes = dict[str, Tensor]  # module -> the lengths [N] of the rows of its weight; empty without DoRA
+Updates = dict[str, WeightUpdate]  # module -> what another method than these makes of its weight and bias
 
 GB = 10**9
 GIB = 2**30
@@ -80,6 +83,25 @@ def merge_device() -> torch.device:
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 3 * GIB:
         return torch.device("cuda", torch.cuda.current_device())
     return CPU
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the adapter does to one linear: the fields are those of Delta, Magnitudes and Updates. None of them: nothing."""
+
+    delta: tuple[Tensor, Tensor, float] | None
+    length: Tensor | None
+    update: WeightUpdate | None
+
+    def rows(self, weight: Tensor, rows: slice) -> Tensor:
+        """weight: these rows of the base's [rows, K] -> the same of the merged one, in float64 if it changes."""
+        if self.update is not None:
+            return self.update.rows(weight, rows)
+        if self.delta is None:
+            return weight
+        a, b, scale = self.delta
+        exact = add_delta(weight, (a.to(weight.device), b[rows].to(weight.device), scale))
+        return exact if self.length is None else with_length(exact, self.length[rows])
 
 
 def check_onto(base: Path, weights: Path) -> None:
@@ -129,6 +151,7 @@ def merge_block(
     dtype: torch.dtype,
     device: torch.device = CPU,
     magnitudes: Magnitudes | None = None,
+    updates: Updates | None = None,
 ) -> State:
     """The stored tensors, Int4 or float, as float tensors in `dtype` on the CPU with the adapter's updates.
 
@@ -137,21 +160,22 @@ def merge_block(
     """
     merged: State = {}
     tasks: list[tuple[str, Callable[[], bool]]] = []
-    lengths = magnitudes or {}
+    lengths, others = magnitudes or {}, updates or {}
     for name, tensor in state.items():
         module, _, part = name.rpartition(".")
-        own = (delta.get(module), lengths.get(module))
+        own = Change(delta.get(module), lengths.get(module), others.get(module))
         if part == "qweight":
             packed = [state[f"{module}.{key}"].to(device) for key in PACKED]
             out = merged[f"{module}.weight"] = torch.empty(tensor.shape[1], len(packed[3]), dtype=dtype)
             for rows in _slices(out, device):
-                tasks.append((f"{module}.weight", partial(_merge_packed, out, rows, packed, *own, bits)))
-        elif part == "weight" and module in delta:
+                tasks.append((f"{module}.weight", partial(_merge_packed, out, rows, packed, own, bits)))
+        elif part == "weight" and (module in delta or module in others):
             out = merged[name] = torch.empty(tensor.shape, dtype=dtype)
             for rows in _slices(out, device):
-                tasks.append((name, partial(_merge_float, out, rows, tensor, *own, device)))
+                tasks.append((name, partial(_merge_float, out, rows, tensor, own, device)))
         elif f"{module}.qweight" not in state or part == "bias":
-            merged[name] = tensor.to(dtype)
+            changed = tensor if own.update is None or part != "bias" else own.update.bias(tensor)
+            merged[name] = changed.to(dtype)
             tasks.append((name, partial(_is_finite, merged[name])))
     _check_finite([name for name, _ in tasks], on_cores(lambda task: task[1](), tasks, most=_most(device)), dtype)
     return merged
@@ -172,8 +196,7 @@ def _merge_packed(
     out: Tensor,
     rows: slice,
     packed: list[Tensor],
-    delta: tuple[Tensor, Tensor, float] | None,
-    length: Tensor | None,
+    change: Change,
     bits: int,
 ) -> bool:
     """Write these rows of an Int4 weight with its update to out [N, K]; whether all values are finite."""
@@ -182,29 +205,22 @@ def _merge_packed(
     columns = (qweight[:, rows].contiguous(), qzeros[:, words].contiguous(), scales[:, rows].contiguous())
     # exact: the product of a 5-bit difference and a float16 scale fits a float32
     weight = dequantize(*columns, g_idx, bits, torch.float32).t()
-    return _write(out, rows, weight, delta, length)
+    return _write(out, rows, weight, change)
 
 
 def _merge_float(
     out: Tensor,
     rows: slice,
     tensor: Tensor,
-    delta: tuple[Tensor, Tensor, float] | None,
-    length: Tensor | None,
+    change: Change,
     device: torch.device,
 ) -> bool:
     """As _merge_packed, of a float weight [N, K]."""
-    return _write(out, rows, tensor[rows].to(device), delta, length)
+    return _write(out, rows, tensor[rows].to(device), change)
 
 
-def _write(
-    out: Tensor, rows: slice, weight: Tensor, delta: tuple[Tensor, Tensor, float] | None, length: Tensor | None
-) -> bool:
-    if delta is not None:
-        A, B, scale = delta
-        delta = (A.to(weight.device), B[rows].to(weight.device), scale)
-    exact = add_delta(weight, delta)
-    merged = (exact if length is None else with_length(exact, length[rows])).to(out.dtype)
+def _write(out: Tensor, rows: slice, weight: Tensor, change: Change) -> bool:
+    merged = change.rows(weight, rows).to(out.dtype)
     out[rows] = merged.contiguous() if merged.is_cuda else merged
     return _is_finite(merged)
 
@@ -256,19 +272,31 @@ def merged_blocks(job: MergeJob) -> Iterator[State]:
     config, published = read_folder_config(job.weights)
     quantization = published.get("quantization_config")
     bits = Scheme.from_config(quantization).bits if quantization else 0
-    adapter, files = read_adapter(job.adapter) if job.adapter else None, tensor_files(job.weights)
-    delta, magnitudes = (adapter.load(), adapter.magnitudes()) if adapter else ({}, {})
+    files = tensor_files(job.weights)
+    delta, magnitudes, updates = _changes(job.adapter)
     embedding = f"{config.names.root}.{config.names.embed}.weight"
     untie = config.tie_word_embeddings and not convert_config(config, job.layout).tie_word_embeddings
     if config.tie_word_embeddings:
         files.pop("lm_head.weight", None)
-    _check_modules(delta, files, job)  # also refuses an adapter on a tied head, which has no weight of its own
+    _check_modules(
+        {*delta, *updates}, files, job
+    )  # also refuses an adapter on a tied head, which has no weight of its own
     for block in block_files(files, config):
         state = as_trained(dict(read_tensors(block)), config.names, job)
-        state = merge_block(state, delta, bits, job.dtype, job.device, magnitudes)
+        state = merge_block(state, delta, bits, job.dtype, job.device, magnitudes, updates)
         if untie and embedding in state:
             state["lm_head.weight"] = state[embedding].clone()
         yield convert_tensors(drop_zero_biases(state, config.names), config, job.layout)
+
+
+def _changes(folder: Path | None) -> tuple[Delta, Magnitudes, Updates]:
+    """What the adapter in `folder` does; nothing without one."""
+    if folder is None:
+        return {}, {}, {}
+    adapter = adapters.read(folder)
+    if isinstance(adapter, PeftFile):
+        return {}, {}, updates_of(adapter)
+    return adapter.load(), adapter.magnitudes(), {}
 
 
 def as_trained(state: State, layout: Layout, job: MergeJob) -> State:
@@ -279,8 +307,8 @@ def as_trained(state: State, layout: Layout, job: MergeJob) -> State:
     return {**state, **loaded}
 
 
-def _check_modules(delta: Delta, files: dict[str, Path], job: MergeJob) -> None:
-    missing = [m for m in delta if f"{m}.qweight" not in files and f"{m}.weight" not in files]
+def _check_modules(changed: Collection[str], files: dict[str, Path], job: MergeJob) -> None:
+    missing = [m for m in sorted(changed) if f"{m}.qweight" not in files and f"{m}.weight" not in files]
     if missing:
         raise UserError(
             f"{job.weights}: has no {missing[0]}, which the adapter {job.adapter} changes. Was it trained on another model?"

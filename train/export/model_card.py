@@ -20,6 +20,7 @@ from train.data.tokens.chat_template import DEFAULT_SYSTEM
 from train.model.architecture import STORED
 from train.model.catalogue import LOCK, OWNER, find_published, read_entries
 from train.model.folder import read_manifest
+from train.model.peft_file import TITLES
 
 README = "README.md"
 HUB = "https://huggingface.co"
@@ -27,6 +28,8 @@ LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 PACKED_BASE = "base"  # folder of the base in an export with FORMAT=gptq
 SAMPLE = 200  # conversations whose texts tell the languages
 MADE_HERE = re.compile(r"(-Qwen[12])?(-GPTQ)?-Int[48]$")  # what `quantize` adds to a name
+# of methods that have not both: key of the recipe -> its name in a card
+OWN_KEYS: dict[str, dict[str, str]] = {"full": {}, "ia3": {}, "vera": {"rank": "r"}, "lokr": {"rank": "r"}}
 KNOWN_LICENSES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}  # name in the lock -> identifier of the hubs
 
 
@@ -110,7 +113,8 @@ def metadata(source: CardSource) -> dict[str, Any]:
         card["datasets"] = datasets
     if found := languages(_sample(source.record)):
         card["language"] = found
-    tags = ["qwen", "chat"] if _is_full(source.record["recipe"]) else ["qwen", "lora", "chat"]
+    recipe = source.record["recipe"]
+    tags = ["qwen", "chat"] if _is_full(recipe) else ["qwen", _kind(recipe).lower(), "chat"]
     library = "peft" if relation == "adapter" else "transformers"
     if source.contents.startswith("gguf"):
         library, tags = "gguf", [*tags, "gguf"]
@@ -150,11 +154,15 @@ def _metrics(record: dict[str, Any]) -> list[dict[str, Any]]:
 def _text(source: CardSource) -> str:
     record, recipe = source.record, source.record["recipe"]
     base = base_id(source.base)
-    gguf = "every weight was trained" if _is_full(recipe) else "the LoRA adapter is merged into the weights of its base"
+    gguf = (
+        "every weight was trained"
+        if _is_full(recipe)
+        else f"the {_kind(recipe)} adapter is merged into the weights of its base"
+    )
     kind = {
         "full": "A fine-tuned model: every weight of its base was trained.",
-        "merged": "A fine-tuned model: the LoRA adapter is merged into the weights of its base.",
-        "adapter": "A LoRA adapter for its base.",
+        "merged": f"A fine-tuned model: the {_kind(recipe)} adapter is merged into the weights of its base.",
+        "adapter": f"A{'n' if _kind(recipe) == 'IA3' else ''} {_kind(recipe)} adapter for its base.",
         "packed": "A LoRA adapter, and the packed base that it was trained on, with unchanged codes.",
         "gguf": f"A fine-tuned model as a GGUF file: {gguf}.",
         "gguf_lora": "GGUF files of the Int4 base that was trained on, with its very weights as Q4_0, and of a LoRA adapter.",
@@ -176,14 +184,19 @@ def _is_full(recipe: dict[str, Any]) -> bool:
     return recipe.get("method") == "full"
 
 
+def _kind(recipe: dict[str, Any]) -> str:
+    """The family of an adapter: LoRA, or another method of peft; an older program had no such key."""
+    return TITLES.get(recipe.get("method", ""), "LoRA")
+
+
 def _training(record: dict[str, Any], recipe: dict[str, Any]) -> str:
-    known = {} if _is_full(recipe) else {"rank": "r", "alpha": "alpha"}
+    known = OWN_KEYS.get(recipe.get("method", ""), {"rank": "r", "alpha": "alpha"})
     known |= {"learning_rate": "learning rate", "epochs": "epochs", "seed": "seed"}
     settings = ", ".join(f"{name} {recipe[key]}" for key, name in known.items() if key in recipe)
     settings += f", B's rate {recipe['lora_plus']:g} times that (LoRA+)" if recipe.get("lora_plus", 1) != 1 else ""
     settings += f", NEFTune {recipe['neftune']:g}" if recipe.get("neftune") else ""
     steps = f", {record['steps']} steps" if "steps" in record else ""
-    method = "all weights" if _is_full(recipe) else "rsLoRA" if recipe.get("rslora") else "LoRA"
+    method = "all weights" if _is_full(recipe) else "rsLoRA" if recipe.get("rslora") else _kind(recipe)
     method = f"DoRA ({method})" if recipe.get("dora") else method
     method += {"olora": " begun as OLoRA", "pissa": " begun as PiSSA"}.get(recipe.get("start", ""), "")
     method += f" on the base loaded as {recipe['load_as']}" if recipe.get("load_as", STORED) != STORED else ""

@@ -19,9 +19,9 @@ from train.common.progress import bar
 from train.export import passport, readers, verify
 from train.export.merge import MergeJob
 from train.export.readers import Reader
+from train.model.adapters import load_adapter
 from train.model.architecture import STORED
 from train.model.loading import load, read_folder_config
-from train.model.lora import load_adapter
 from train.model.tokenizer import load_tokenizer
 
 PROMPTS, PROMPTS_ON_CPU = 20, 4  # on two CPU cores an answer of the 0.5B takes about four seconds

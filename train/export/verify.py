@@ -18,9 +18,9 @@ from train.common.memory import free_memory
 from train.data.checked.conversations import training_data
 from train.evaluation import parity
 from train.export.merge import GB, MergeJob, written_bytes
+from train.model.adapters import load_adapter
 from train.model.architecture import STORED
 from train.model.loading import load, read_folder_config
-from train.model.lora import load_adapter
 from train.model.tokenizer import load_tokenizer
 
 GIB = 2**30

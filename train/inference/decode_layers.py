@@ -56,11 +56,11 @@ class StackedAdapter:
 
 
 def active_pairs(linear: nn.Module) -> list[LoraPair]:
-    """The A and B that act on `linear` now; none for DoRA, which is more than these: `is_dora`."""
+    """The A and B that act on `linear` now; none for an adapter that is more than these: `is_more_than_low_rank`."""
     if not hasattr(linear, "lora_A") or linear.disable_adapters or linear.merged:  # type: ignore[union-attr]
         return []
     layer: Any = linear
-    if is_dora(layer):
+    if is_more_than_low_rank(layer):
         return []
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     pairs = [(layer.lora_A[n].weight.data, layer.lora_B[n].weight.data, float(layer.scaling[n])) for n in names]
@@ -69,9 +69,11 @@ def active_pairs(linear: nn.Module) -> list[LoraPair]:
     return pairs
 
 
-def is_dora(linear: Any) -> bool:
-    """Whether a layer, ours or peft's, also changes the lengths of the rows of its weight."""
-    return any(getattr(linear, "use_dora", {}).values())
+def is_more_than_low_rank(linear: Any) -> bool:
+    """Whether a layer, ours or peft's, has an adapter that is not A and B alone: DoRA, IA3, VeRA, LoHa, LoKr."""
+    if base_of(linear) is linear:
+        return False
+    return not hasattr(linear, "lora_A") or any(getattr(linear, "use_dora", {}).values())
 
 
 def base_of(linear: Any) -> Any:
@@ -87,7 +89,7 @@ def packed_weights(linears: Sequence[nn.Module], device: torch.device) -> list[P
     layers = [base_of(linear) for linear in linears]
     if not kernels.usable(device) or not all(isinstance(layer, Int4Linear) for layer in layers):
         return None
-    if any(map(is_dora, linears)):
+    if any(map(is_more_than_low_rank, linears)):
         return None
     if len({(layer.scheme.bits, len(layer.scales), layer.in_features) for layer in layers}) > 1:
         return None

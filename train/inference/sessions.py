@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from train.inference.decode_graph import CAPACITY_STEP, DecodeSession
-from train.inference.decode_layers import DecodeLayers, active_pairs, base_of, is_dora
+from train.inference.decode_layers import DecodeLayers, active_pairs, base_of, is_more_than_low_rank
 from train.model.decoder import Decoder
 from train.ops import kernels
 from train.ops.kernels.gptq_tiles import MAX_BATCH
@@ -49,9 +49,9 @@ def _signature(base: nn.Module) -> tuple[Any, ...]:
     """Changes when a weight is replaced or moved, an Int4 weight overwritten, or an adapter switched."""
     addresses = [t.data_ptr() for t in (*base.parameters(), *base.buffers())]
     versions = [0 if t.is_inference() else t._version for t in base.buffers()]
-    adapted = [m for m in base.modules() if hasattr(m, "lora_A")]
+    adapted = [m for m in base.modules() if base_of(m) is not m]
     adapters = [(scale, base_of(m) is m) for m in adapted for *_, scale in active_pairs(m)]
-    adapters += [(0.0, bool(m.disable_adapters)) for m in adapted if is_dora(m)]  # type: ignore[arg-type]
+    adapters += [(0.0, bool(m.disable_adapters)) for m in adapted if is_more_than_low_rank(m)]  # type: ignore[arg-type]
     return (*addresses, *versions, *adapters)
 
 

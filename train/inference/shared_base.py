@@ -18,7 +18,7 @@ from train.common.errors import UserError
 from train.common.names import below
 from train.inference.generate import context_of
 from train.inference.trained import load_as_of
-from train.model import lora
+from train.model import adapters
 from train.model.architecture import STORED
 from train.model.decoder import Decoder
 from train.model.folder import check_whole, read_manifest, resolve
@@ -146,7 +146,7 @@ def load_base(source: BaseSource, dtype: str = "auto", notify: Callable[[str], N
     for run in source.runs:
         if run.name == folder.name:
             raise UserError(f"run {run.name} has the name of its base: rename one of their folders.")
-        adapted: Any = lora.load_adapter(twin(base), run / "adapter").eval()
+        adapted: Any = adapters.load_adapter(twin(base), run / "adapter").eval()
         recipe = read_run(run)["recipe"]
         models.append(NamedModel(run.name, str(run), folder.name, adapted.get_base_model(), recipe))
     return SharedBase(

@@ -18,7 +18,7 @@ from train.common.errors import UserError
 from train.common.files import sha256
 from train.common.names import below
 from train.data.tokens.chat_template import Encoder
-from train.model import lora
+from train.model import adapters
 from train.model.architecture import STORED
 from train.model.folder import check_whole, read_manifest, resolve
 from train.model.loading import fits, keeps_float, load
@@ -163,5 +163,5 @@ def load_run(
         return load(own, dtype, device), load_tokenizer(own), record
     folder = resolve(record["recipe"]["model"], models)
     base = load(folder, dtype, device, keep_float, load_as=load_as_of(record["recipe"]))
-    model = lora.load_adapter(base, run / "adapter")
+    model = adapters.load_adapter(base, run / "adapter")
     return model.eval(), load_tokenizer(folder), record

@@ -93,7 +93,7 @@ class AdapterFile:
         """
         if not self.dora:
             return {}
-        with _open(self.folder) as file:
+        with open_weights(self.folder) as file:
             vectors = {name: file.get_tensor(f"{PREFIX}{name}{MAGNITUDE}").float() for name in self.updates}
         for name, vector in vectors.items():
             if not vector.isfinite().all():
@@ -116,7 +116,7 @@ class AdapterFile:
 
     def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, A, B) of one linear after the other, as in `load`."""
-        with _open(self.folder) as file:
+        with open_weights(self.folder) as file:
             for name in self.updates:
                 a, b = (file.get_tensor(f"{PREFIX}{name}{part}").float() for part in (A, B))
                 if not (a.isfinite().all() and b.isfinite().all()):
@@ -131,12 +131,12 @@ def read_adapter(folder: Path) -> AdapterFile:
         UserError: no adapter, a damaged one, or one that does more than add s · B @ A to linears: all reasons at once.
     """
     check_present(folder)
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     problems = [*_unsupported(config), *_invalid(config)]
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise UserError(f"{folder / CONFIG}: only LoRA, rsLoRA and DoRA are computed here:{listed}\n{ELSEWHERE}.")
-    return AdapterFile(folder, config, _updates(folder, config, _shapes(folder)))
+    return AdapterFile(folder, config, _updates(folder, config, shapes_of(folder)))
 
 
 def check_present(folder: Path) -> None:
@@ -157,7 +157,8 @@ def check_present(folder: Path) -> None:
     raise UserError(f"{folder}: no adapter there ({' and '.join(missing)} missing).{remedy}")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of adapter_config.json. Raises UserError if it is damaged."""
     try:
         config = read_json(path)
     except (ValueError, OSError, RecursionError) as error:  # ValueError: neither JSON nor UTF-8
@@ -172,16 +173,16 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
     kind = config.get("peft_type")
     if kind != "LORA":
         return [f"peft_type is {kind}" if kind else "peft_type is missing: this is not an adapter of peft"]
-    problems = [f"{key}={_short(config[key])}: {reason}" for key, reason in REFUSED.items() if config.get(key)]
+    problems = [f"{key}={shown(config[key])}: {reason}" for key, reason in REFUSED.items() if config.get(key)]
     known = {*COMPUTED, *CHECKED, *WITHOUT_EFFECT, *REFUSED}
     unknown = sorted(key for key in config.keys() - known if config[key])
-    problems += [f"{key}={_short(config[key])}: this setting is not known here" for key in unknown]
+    problems += [f"{key}={shown(config[key])}: this setting is not known here" for key in unknown]
     if config.get("task_type") not in (None, "CAUSAL_LM"):
-        problems.append(f"task_type={_short(config['task_type'])}: only CAUSAL_LM is computed")
+        problems.append(f"task_type={shown(config['task_type'])}: only CAUSAL_LM is computed")
     if (bias := config.get("bias")) not in (None, "none"):
-        problems.append(f"bias={_short(bias)}: it changes biases of the base")
+        problems.append(f"bias={shown(bias)}: it changes biases of the base")
     if reason := _changed_base(config.get("init_lora_weights", True)):
-        problems.append(f"init_lora_weights={_short(config['init_lora_weights'])}: {reason}")
+        problems.append(f"init_lora_weights={shown(config['init_lora_weights'])}: {reason}")
     return problems
 
 
@@ -194,7 +195,8 @@ def _changed_base(init: Any) -> str:
     return "it changed the weights of the base before training" if known else "this initialisation is not known here"
 
 
-def _short(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of the config for a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -202,27 +204,27 @@ def _short(value: Any) -> str:
 def _invalid(config: dict[str, Any]) -> list[str]:
     """A sentence for each computed setting whose value has the wrong type or is missing."""
     checks = {
-        "r": (_is_rank, "a whole number from 1"),
-        "lora_alpha": (_is_number, "a number"),
+        "r": (is_rank, "a whole number from 1"),
+        "lora_alpha": (is_number, "a number"),
         "use_rslora": (lambda value: value in (None, False, True), "true or false"),
         "use_dora": (lambda value: value in (None, False, True), "true or false"),
-        "rank_pattern": (lambda value: _is_pattern(value, _is_rank), "ranks by name of a linear"),
-        "alpha_pattern": (lambda value: _is_pattern(value, _is_number), "alphas by name of a linear"),
+        "rank_pattern": (lambda value: _is_pattern(value, is_rank), "ranks by name of a linear"),
+        "alpha_pattern": (lambda value: _is_pattern(value, is_number), "alphas by name of a linear"),
     }
     if config.get("peft_type") != "LORA":
         return []
     return [
-        f"{key}={_short(config.get(key))}: expected {expected}"
+        f"{key}={shown(config.get(key))}: expected {expected}"
         for key, (holds, expected) in checks.items()
         if not holds(config.get(key))
     ]
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_rank(value: Any) -> bool:
+def is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
@@ -243,7 +245,8 @@ def _is_regex(key: str) -> bool:
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _open(folder: Path) -> Any:
+def open_weights(folder: Path) -> Any:
+    """The opened adapter_model.safetensors. Raises UserError if it is damaged."""
     try:
         return safe_open(folder / WEIGHTS, "pt")
     except (OSError, SafetensorError) as error:
@@ -252,8 +255,9 @@ def _open(folder: Path) -> Any:
         ) from error
 
 
-def _shapes(folder: Path) -> dict[str, list[int]]:
-    with _open(folder) as file:
+def shapes_of(folder: Path) -> dict[str, list[int]]:
+    """Name of each tensor -> its shape."""
+    with open_weights(folder) as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
 
 

@@ -7,7 +7,7 @@ not lost in rounding.
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +39,26 @@ PARTIAL = (
 )
 
 
+class Sized(Protocol):
+    """The size of the weight of one linear that an adapter changes; None where its file does not tell it."""
+
+    @property
+    def in_features(self) -> int | None: ...
+
+    @property
+    def out_features(self) -> int | None: ...
+
+
+class ChangesLinears(Protocol):
+    """An adapter's file of any method. updates: by the name of the linear."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def updates(self) -> Mapping[str, Sized]: ...
+
+
 class AdapterSettings(Protocol):
     """The settings of a new adapter; a recipe has these fields."""
 
@@ -56,6 +76,12 @@ class AdapterSettings(Protocol):
 
     @property
     def dora(self) -> bool: ...
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def lokr_factor(self) -> int: ...
 
     @property
     def dropout(self) -> float: ...
@@ -92,18 +118,21 @@ def attach(model: Decoder, settings: AdapterSettings) -> AdaptedModel:
     The values of A depend on the seed and the parameter's name alone, not on the device or the state of any generator.
     """
     names = targets(model.config.layout, settings.targets)
-    base = Path(settings.model).name if Path(settings.model).is_absolute() else settings.model
-    values = (settings.rank, settings.alpha, settings.dropout, sorted(names), base, settings.rslora, settings.dora)
-    own = LoraSettings(*values)
-    layers = {}
-    for name, linear in linears(model).items():
-        if name.rpartition(".")[2] in names:
-            kind = DoraLinear if settings.dora else LoraLinear
-            layers[name] = kind(linear, settings.rank, own.scale, settings.dropout)
+    values = (settings.rank, settings.alpha, settings.dropout, sorted(names), base_name(settings))
+    own = LoraSettings(*values, settings.rslora, settings.dora)
+    kind = DoraLinear if settings.dora else LoraLinear
+    layers = {
+        name: kind(linear, settings.rank, own.scale, settings.dropout) for name, linear in linears(model, names).items()
+    }
     adapted = AdaptedModel(model, layers, own)
     for name, p in trainable(adapted).items():
         p.data.copy_(initial_lora_a(name, p.shape, settings.seed) if ".lora_A." in name else torch.zeros(()))
     return adapted
+
+
+def base_name(settings: AdapterSettings) -> str:
+    """The base's name for adapter_config.json, without folders of this machine."""
+    return Path(settings.model).name if Path(settings.model).is_absolute() else settings.model
 
 
 def initial_lora_a(name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -208,12 +237,13 @@ def load_adapter(model: Decoder, folder: Path) -> AdaptedModel:
     return AdaptedModel(model, layers, None).requires_grad_(False).eval()
 
 
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Name -> module of every linear of a decoder, of which adapters change some."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+def linears(model: nn.Module, names: Collection[str] | None = None) -> dict[str, nn.Linear]:
+    """Name -> module of every linear of a decoder, of which adapters change some; or of those called one of `names`."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name: linear for name, linear in found.items() if names is None or name.rpartition(".")[2] in names}
 
 
-def check_linears(adapter: AdapterFile, linears: dict[str, nn.Linear]) -> None:
+def check_linears(adapter: ChangesLinears, linears: dict[str, nn.Linear]) -> None:
     """Raises UserError if the adapter changes a linear that the base lacks, or that has another shape there."""
     for name, update in adapter.updates.items():
         linear = linears.get(name)
@@ -222,8 +252,9 @@ def check_linears(adapter: AdapterFile, linears: dict[str, nn.Linear]) -> None:
                 f"{adapter.folder}: the adapter changes {name}, which this base does not have. Was it trained on "
                 "another model?"
             )
-        if (update.in_features, update.out_features) != (linear.in_features, linear.out_features):
-            in_adapter, in_base = (f"[{x.out_features}, {x.in_features}]" for x in (update, linear))
+        sizes = (update.out_features, linear.out_features), (update.in_features, linear.in_features)
+        if any(found not in (None, own) for found, own in sizes):
+            in_adapter, in_base = (f"[{n or 'any'}, {k or 'any'}]" for n, k in zip(*sizes, strict=True))
             raise UserError(
                 f"{adapter.folder}: {name} is {in_adapter} in the adapter and {in_base} in the base. Was it trained on "
                 "another model?"
@@ -260,7 +291,7 @@ def check_start(adapter: AdapterFile, settings: AdapterSettings) -> None:
         raise UserError(f"its adapter {has} DoRA. Give dora={give}.")
 
 
-def check_targets(adapter: AdapterFile, settings: AdapterSettings, config: DecoderConfig) -> None:
+def check_targets(adapter: ChangesLinears, settings: AdapterSettings, config: DecoderConfig) -> None:
     """Check that training with `settings` has adapters on the very linears that `adapter` changes.
 
     Raises:

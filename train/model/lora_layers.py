@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -97,13 +97,20 @@ class _Holder(nn.Module):
         self.model = model
 
 
-class AdaptedModel(nn.Module):
-    """A frozen model of which some linears are a LoraLinear now; called as the model itself.
+class AdaptedLayer(Protocol):
+    """A linear with an adapter of any method."""
 
-    settings: of an adapter made here; None for one that was read.
+    base_layer: Any
+    disable_adapters: bool
+
+
+class AdaptedModel(nn.Module):
+    """A frozen model of which some linears are an AdaptedLayer now; called as the model itself.
+
+    settings: of an adapter made here, of its method's type; None for one that was read.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, LoraLinear], settings: LoraSettings | None) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, AdaptedLayer], settings: Any = None) -> None:
         """layers: by the name of the linear that each replaces."""
         super().__init__()
         model.requires_grad_(False)

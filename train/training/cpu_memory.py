@@ -13,6 +13,7 @@ from train.common.errors import UserError
 from train.common.memory import free_memory
 from train.config.recipe import Recipe
 from train.data.tokens.settings import row_length
+from train.model.architecture import Shape
 from train.model.loading import memory_needed
 from train.model.published import read_folder_shape
 
@@ -26,6 +27,7 @@ HIDDEN_VALUES, INTERMEDIATE_VALUES = 24, 9
 # and of the moments once more as safetensors writes them. Measured on 116 and 57 million parameters: 36 bytes each at ZeRO
 # 2 in all, 30 at ZeRO 0.
 SAVING_VALUES = 5
+LOHA_VALUES = 5  # of a weight: both its factors multiplied out, their product, its gradient, and that of a factor
 TOLERANCE = 0.9  # share of the estimate that must be free: it may be a tenth too high
 REMEDY = (
     "batch=1, a smaller length= and checkpointing=on take less; so does an Int4 base with an adapter. Or close other programs, or raise "
@@ -39,10 +41,15 @@ def step_bytes(folder: Path, recipe: Recipe) -> int:
     length = row_length(recipe)
     attention = 2 * shape.heads * length
     block = HIDDEN_VALUES * shape.hidden + INTERMEDIATE_VALUES * shape.inner + attention
-    if recipe.dora:  # the output of each linear is kept once more, for the gradient of its lengths
+    if not (recipe.is_low_rank or recipe.trains_all):  # the output of each linear is kept once more
         block += sum(out_features for _, _, out_features in shape.linears())
     per_token = block * shape.layers if recipe.checkpointing == "off" else block + shape.hidden * shape.layers
-    return FLOAT * per_token * recipe.batch * length
+    return FLOAT * (per_token * recipe.batch * length + _built_weight(shape, recipe))
+
+
+def _built_weight(shape: Shape, recipe: Recipe) -> int:
+    """Values of the largest weight that LoHa builds for a moment of the backward pass, with its gradients."""
+    return LOHA_VALUES * max(k * n for _, k, n in shape.linears()) if recipe.method == "loha" else 0
 
 
 def training_bytes(folder: Path, recipe: Recipe, adapter_parameters: int, keep_float: bool = False) -> int:

@@ -108,8 +108,8 @@ class DeepSpeedModule(nn.Module):
 
 
 def uses_fused_passes(recipe: Recipe, device: torch.device) -> bool:
-    """Whether to train with the fused passes: not DoRA, not every weight, not ZeRO 3, which frees them between uses."""
-    fits = recipe.zero < 3 and not recipe.dora and not recipe.trains_all
+    """Whether to train with the fused passes: of A and B alone, and not with ZeRO 3, which frees them between uses."""
+    fits = recipe.zero < 3 and recipe.is_low_rank
     return device.type in FUSED_DEVICES and fits and (device.type == "cpu" or kernels.usable(device))
 
 

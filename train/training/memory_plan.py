@@ -101,7 +101,13 @@ def longest_length(shape: Shape, setting: Setting, card: int) -> int:
 
 def can_plan(capability: tuple[int, int] | None, recipe: Recipe) -> bool:
     """Whether a step on a card of that compute capability is one that memory_estimate.py counts."""
-    return capability is not None and capability >= FLASH_CAPABILITY and recipe.precision != "fp32" and not recipe.dora
+    return (
+        capability is not None and capability >= FLASH_CAPABILITY and recipe.precision != "fp32" and _is_counted(recipe)
+    )
+
+
+def _is_counted(recipe: Recipe) -> bool:
+    return recipe.is_low_rank or recipe.trains_all
 
 
 def least_bytes(model: "Decoder", folder: Path, recipe: Recipe, adapter_parameters: int, shape: Shape) -> int:

@@ -12,14 +12,14 @@ from pathlib import Path
 from train.common.errors import UserError
 from train.common.files import sha256
 from train.config.recipe import Recipe
-from train.model import lora
-from train.model.adapter_file import AdapterFile, read_adapter
+from train.model import adapters, lora
+from train.model.adapters import AnyAdapter
 from train.model.folder import MANIFEST
 from train.model.lora_start import RANDOM
 from train.runs.folder import adapter_folder, trained_model
 
 
-def read_parent(recipe: Recipe, parent: Path | None) -> AdapterFile | None:
+def read_parent(recipe: Recipe, parent: Path | None) -> AnyAdapter | None:
     """The adapter that FROM= names, which must have the rank and the scale of the recipe; None where it has none.
 
     Raises:
@@ -46,10 +46,9 @@ def read_parent(recipe: Recipe, parent: Path | None) -> AdapterFile | None:
     if source != parent and not source.is_dir():
         raise UserError(f"from={parent.name}: run {parent} has no adapter. Finish it first, or leave FROM= out.")
     with about_parent(parent):
-        adapter = read_adapter(source)
-        lora.check_start(adapter, recipe)
-        for _ in adapter.pairs():  # raises for values that are not finite
-            pass
+        adapter = adapters.read(source)
+        adapters.check_start(adapter, recipe)
+        adapters.check_values(adapter)
     return adapter
 
 
@@ -78,7 +77,7 @@ def about_parent(parent: Path) -> Iterator[None]:
         raise UserError(f"from={parent.name}: {error}") from error
 
 
-def parent_notes(recipe: Recipe, adapter: AdapterFile) -> list[str]:
+def parent_notes(recipe: Recipe, adapter: AnyAdapter) -> list[str]:
     """What is decided about an adapter that another program may have written."""
     notes, base = [], str(adapter.config.get("base_model_name_or_path") or "")
     if adapter.config.get("use_rslora") and not recipe.rslora:

@@ -28,8 +28,8 @@ from train.data.tokens.encoding import TokenArrays
 from train.data.tokens.pairs import examples_of
 from train.data.tokens.samples import Example
 from train.data.tokens.settings import row_length
-from train.model import lora
-from train.model.adapter_file import AdapterFile, read_adapter
+from train.model import adapters, lora
+from train.model.adapters import AnyAdapter
 from train.model.architecture import STORED
 from train.model.folder import resolve
 from train.model.layouts import DecoderConfig
@@ -41,7 +41,7 @@ from train.model.tokenizer import Tokenizer, load_tokenizer
 from train.runs import folder, provenance
 from train.runs.folder import CHECKPOINTS, adapter_folder, trained_model
 from train.runs.resume import check_unchanged, fitted_accumulation
-from train.training import adapter_start, full_recipe, full_weights
+from train.training import adapter_start, full_recipe, full_weights, peft_recipe
 from train.training.distributed import RankInfo
 from train.training.gradient_shares import check_shares
 from train.training.parent_adapter import (
@@ -114,7 +114,7 @@ def prepare(
     check_rank(recipe.start, recipe.rank, targets, config)
     if parent is not None and adapter is not None:
         with about_parent(parent):
-            lora.check_targets(adapter, recipe, config)
+            adapters.check_targets(adapter, recipe, config)
     tokenizer = load_tokenizer(base)
     hashes = hash_data(data)
     loaded, tokens = training_set.load_tokens(data, tokenizer, recipe, cache, options, hashes)
@@ -143,7 +143,7 @@ def prepare(
 
 def _read_base(
     recipe: Recipe, data: str, options: ReadOptions, parent: Path | None, models: Path
-) -> tuple[Path, AdapterFile | None]:
+) -> tuple[Path, AnyAdapter | None]:
     """The base's folder and the adapter to start from.
 
     Raises:
@@ -214,6 +214,7 @@ def beyond_context(config: DecoderConfig, length: int, lengths: np.ndarray) -> l
 def check_supported(recipe: Recipe, device: str) -> None:
     """Refuse combinations that DeepSpeed would refuse only after minutes of loading. `device`: cpu or cuda."""
     full_recipe.check_recipe(recipe)
+    peft_recipe.check_recipe(recipe)
     if recipe.precision == "fp16" and device == "cpu":
         raise UserError("precision=fp16 needs a GPU: on a CPU DeepSpeed refuses it. Give precision=fp32 or bf16.")
     if recipe.dora and recipe.zero == 3:
@@ -365,6 +366,7 @@ def decisions(
     lines += reference_note(recipe, prepared.parent)
     parameters = trained_parameters(read_folder_config(prepared.base)[0], [], recipe) if recipe.trains_all else 0
     lines += full_recipe.notes(recipe, device.type, parameters)
+    lines += peft_recipe.notes(recipe, device.type)
     if prepared.parent is not None:
         kind = "adapter" if trained_model(prepared.parent) is None else "weights"
         lines.append(f"starts from the {kind} of run {prepared.parent.name!r}.")
@@ -390,9 +392,11 @@ def load_model(prepared: PreparedRun, device: torch.device, dtype: torch.dtype, 
     if recipe.trains_all:
         model = full_weights.load_model(prepared.base, device)
     else:
-        model = lora.attach(load(prepared.base, dtype, device, keep_float, recipe.embedding, recipe.load_as), recipe)
+        model = adapters.attach(
+            load(prepared.base, dtype, device, keep_float, recipe.embedding, recipe.load_as), recipe
+        )
     if prepared.parent is not None and trained_model(prepared.parent) is None:
-        lora.copy_adapter(read_adapter(adapter_folder(prepared.parent)), model)
+        adapters.copy_adapter(adapters.read(adapter_folder(prepared.parent)), model)
     model.get_base_model().set_checkpointing(recipe.checkpointing)
     model.get_base_model().backbone.neftune = recipe.neftune
     return model.to(device)

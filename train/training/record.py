@@ -10,7 +10,7 @@ from typing import Any
 
 from train.common.files import sha256, staged, write_json
 from train.data.tokens.chat_template import chat_template
-from train.model import lora
+from train.model import adapters
 from train.model.lora_start import RANDOM
 from train.model.stops import answer_end
 from train.model.tokenizer_files import write_tokenizer
@@ -63,7 +63,7 @@ def write(
     else:
         with staged(folder / ADAPTER) as aside:
             factors = None if run.recipe.start == RANDOM else start_factors.read(folder)
-            lora.save_adapter(engine.model, aside, final.masters, factors)  # type: ignore[arg-type]
+            adapters.save_adapter(engine.model, aside, final.masters, factors)  # type: ignore[arg-type]
             _write_prompt(prepared, engine.model.get_base_model().config.layout, aside)  # type: ignore[operator, union-attr]
     rows = losses.read(folder)
     seconds = sum(row["seconds"] for row in rows)
