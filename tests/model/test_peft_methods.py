@@ -43,7 +43,9 @@ def stock(method: str, layout: str, model: nn.Module, **keys: Any) -> Any:
         down = f"{names.mlp}.{names.down}"
         wanted = {*linear_names(layout)} - {names.down} | {down}
         wanted |= {f"{names.attention}.{names.out}"} if names.out == names.down else set()
-        return get_peft_model(model, IA3Config(task_type="CAUSAL_LM", target_modules=[*wanted], feedforward_modules=[down]))
+        return get_peft_model(
+            model, IA3Config(task_type="CAUSAL_LM", target_modules=[*wanted], feedforward_modules=[down])
+        )
     config = {
         "vera": lambda: VeraConfig(r=8, projection_prng_key=5, **common),
         "loha": lambda: LoHaConfig(r=4, alpha=8, **common),
@@ -201,7 +203,8 @@ def test_counts_and_values_at_the_beginning(method: str, tmp_path: Path) -> None
     inputs = [getattr(layer, "scales_input", False) for layer in layers]
     sizes = [(layer.in_features, layer.out_features) for layer in layers]
     counted = sum(
-        count(method, k, n, settings.rank, settings.lokr_factor, down) for (k, n), down in zip(sizes, inputs, strict=True)
+        count(method, k, n, settings.rank, settings.lokr_factor, down)
+        for (k, n), down in zip(sizes, inputs, strict=True)
     )
     assert counted == sum(p.numel() for p in lora.trainable(model).values())
     torch.manual_seed(99)
@@ -262,7 +265,10 @@ def test_another_shape_cannot_be_continued(tmp_path: Path) -> None:
         adapters.save_adapter(ours(method, tiny_decoder(tiny_config())), tmp_path / method)
     wrong: dict[str, tuple[dict[str, Any], str]] = {
         "vera": ({"seed": 6}, "its VeRA differs: seed is 5 there and 6 here. Give seed=5"),
-        "loha": ({"alpha": 4.0, "rank": 2}, "rank is 4 there and 2 here, alpha is 8 there and 4 here. Give rank=4 alpha=8"),
+        "loha": (
+            {"alpha": 4.0, "rank": 2},
+            "rank is 4 there and 2 here, alpha is 8 there and 4 here. Give rank=4 alpha=8",
+        ),
         "lokr": ({"lokr_factor": 8}, "its LoKr has other parts of .*Give lokr_factor="),
     }
     for method, (keys, problem) in wrong.items():

@@ -182,7 +182,8 @@ def _sum_up(part: Part) -> str:
     steps = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epochs"
     rows = step_setting.rows_of_a_process(recipe, 1)
     step = f"{rows} × {row_length(recipe)} tokens per step and process"
-    trained = "all weights" if recipe.trains_all else f"r {recipe.rank} on {recipe.targets}"
+    words = ["" if recipe.method == "lora" else recipe.method, "" if recipe.method == "ia3" else f"r {recipe.rank}"]
+    trained = "all weights" if recipe.trains_all else " ".join([*filter(None, words), f"on {recipe.targets}"])
     return f"{trained}, {steps}, {step}, ZeRO {recipe.zero}"
 
 

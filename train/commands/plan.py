@@ -20,7 +20,7 @@ from train.model import architecture
 from train.model.architecture import Shape
 from train.model.folder import find
 from train.model.published import check_without_torch, read_folder_shape
-from train.training import full_memory, full_recipe, memory_estimate, memory_plan, step_setting
+from train.training import full_memory, full_recipe, memory_estimate, memory_plan, peft_recipe, step_setting
 from train.training.memory_estimate import CONTEXT, GIB, Estimate, Setting
 from train.training.step_sizes import ROW_MULTIPLE
 
@@ -51,11 +51,8 @@ def run(options: Options) -> None:
     # --- which model, which recipe, which card
     recipe = load_recipe(options.recipe, options.overrides | ({"model": options.model} if options.model else {}))
     full_recipe.check_recipe(recipe)
-    if recipe.dora:
-        raise UserError(
-            "dora=on: its steps go through torch's autograd, whose memory is not predicted. `make plan` with dora=off is "
-            "the least that it takes; begin with batch=1 checkpointing=on."
-        )
+    peft_recipe.check_recipe(recipe)
+    _check_counted(recipe)
     shape, source = _find_shape(recipe, Path(options.models))
     full_recipe.check_base(recipe, shape)
     card = card_bytes(options.gpu) if options.gpu else _this_card()
@@ -78,6 +75,17 @@ def run(options: Options) -> None:
     print(_recipe_unchanged(shape, recipe, card))
     print(_suggestion(options, recipe, chosen[0]))
     print(_longest_rows(shape, chosen[0], card))
+
+
+def _check_counted(recipe: Recipe) -> None:
+    """Raises UserError for steps whose memory is not predicted."""
+    if memory_plan.is_counted(recipe):
+        return
+    given, least = ("dora=on", "dora=off") if recipe.dora else (f"method={recipe.method}", "method=lora rank=1")
+    raise UserError(
+        f"{given}: its steps go through torch's autograd, whose memory is not predicted. `make plan` with {least} is the "
+        "least that it takes; begin with batch=1 checkpointing=on."
+    )
 
 
 def _choose(shape: Shape, asked: Recipe, card: int) -> "tuple[Setting, Estimate] | None":

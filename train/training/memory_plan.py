@@ -102,11 +102,12 @@ def longest_length(shape: Shape, setting: Setting, card: int) -> int:
 def can_plan(capability: tuple[int, int] | None, recipe: Recipe) -> bool:
     """Whether a step on a card of that compute capability is one that memory_estimate.py counts."""
     return (
-        capability is not None and capability >= FLASH_CAPABILITY and recipe.precision != "fp32" and _is_counted(recipe)
+        capability is not None and capability >= FLASH_CAPABILITY and recipe.precision != "fp32" and is_counted(recipe)
     )
 
 
-def _is_counted(recipe: Recipe) -> bool:
+def is_counted(recipe: Recipe) -> bool:
+    """Whether the steps are those of the fused passes, or of method=full; those of other adapters are not counted."""
     return recipe.is_low_rank or recipe.trains_all
 
 
