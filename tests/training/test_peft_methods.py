@@ -23,9 +23,9 @@ from train.model import adapters
 from train.model.loading import load
 from train.model.peft_file import TITLES
 from train.model.peft_layers import METHODS
-from train.training.signals import EXIT_INTERRUPTED
 from train.training.deepspeed_engine import uses_fused_passes
 from train.training.prepare import check_supported
+from train.training.signals import EXIT_INTERRUPTED
 from train.training.trained_size import shared_values, trained_parameters
 
 RATES = {"ia3": 0.1, "vera": 0.3, "loha": 0.03, "lokr": 0.03}
