@@ -365,8 +365,7 @@ def decisions(
         lines += host_memory_notes(recipe, prepared.base)
     lines += reference_note(recipe, prepared.parent)
     parameters = trained_parameters(read_folder_config(prepared.base)[0], [], recipe) if recipe.trains_all else 0
-    lines += full_recipe.notes(recipe, device.type, parameters)
-    lines += peft_recipe.notes(recipe, device.type)
+    lines += full_recipe.notes(recipe, device.type, parameters) + peft_recipe.notes(recipe, device.type)
     if prepared.parent is not None:
         kind = "adapter" if trained_model(prepared.parent) is None else "weights"
         lines.append(f"starts from the {kind} of run {prepared.parent.name!r}.")
@@ -392,9 +391,8 @@ def load_model(prepared: PreparedRun, device: torch.device, dtype: torch.dtype, 
     if recipe.trains_all:
         model = full_weights.load_model(prepared.base, device)
     else:
-        model = adapters.attach(
-            load(prepared.base, dtype, device, keep_float, recipe.embedding, recipe.load_as), recipe
-        )
+        base = load(prepared.base, dtype, device, keep_float, recipe.embedding, recipe.load_as)
+        model = adapters.attach(base, recipe)
     if prepared.parent is not None and trained_model(prepared.parent) is None:
         adapters.copy_adapter(adapters.read(adapter_folder(prepared.parent)), model)
     model.get_base_model().set_checkpointing(recipe.checkpointing)
