@@ -3,6 +3,7 @@ had it. The samples in tests/assets/recipes were written for these tests.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from train.common.files import read_json
 from train.config.recipe import RECIPES
 
 SAMPLES = Path(__file__).parent / "assets" / "recipes"
+PREFERENCES = Path(__file__).parents[1] / "data" / "preference.jsonl"
 SHORT = ("processes=1", "precision=fp32", "length=256", "batch=2", "accumulation=1", "warmup=2", "learning_rate=0.02")
 STEPS = 12
 QUESTION = "鱼会不会被水呛到？"
@@ -50,6 +52,7 @@ def commands(root: Path) -> dict[str, list[str]]:
         **{kind: train("ruozhiba-0.5b", riddles, "qwen2", kind, f"load_as={kind}") for kind in ("nf4", "int8")},
         "off_nf4": train("ruozhiba-0.5b", riddles, "qwen2", "off_nf4", "load_as=nf4", "checkpointing=off"),
         "merge_nf4": ["export", "run=nf4"],
+        "dpo": train("dpo", str(PREFERENCES), "qwen-Int4", "dpo", "from=medical", "rank=64", "alpha=16"),
         "table": ["infer", "run=on_8", f"questions={root / 'q.csv'}", f"answers={root / 'a.csv'}", "max_tokens=8"],
     }
 
@@ -133,6 +136,13 @@ def test_published_gptq_merges_a_run_and_calibrates_on_its_training_set(root: Pa
     quantised = read_json(root / "models" / "chat-Int4" / "config.json")["quantization_config"]
     assert (quantised["bits"], quantised["quant_method"]) == (4, "gptq")
     assert "perplexity" in outputs["gptq"].lower()
+
+
+def test_dpo_goes_on_from_a_run_and_prefers_the_chosen_answers(root: Path, outputs: dict[str, str]) -> None:
+    found = read_json(root / "runs" / "dpo" / "run.json")
+    assert found["recipe"]["loss"] == "dpo" and abs(found["loss"]["first"] - math.log(2)) < 1e-4
+    assert found["loss"]["last"] < found["loss"]["first"] - 0.3
+    assert "chosen preferred 100%" in outputs["dpo"]
 
 
 def test_ruozhiba_teaches_float_gptq_and_loaded_bases_with_checkpointing(root: Path, outputs: dict[str, str]) -> None:
