@@ -137,7 +137,7 @@ def test_a_word_that_a_list_does_not_know_is_refused(text: str, message: str) ->
 
 def test_bounds_are_in_the_help_and_in_words() -> None:
     assert "empty: none (empty, control_characters, repeated_question" in describe(Recipe)
-    assert "LoRA: dropout before A (from 0, below 1)" in describe(Recipe)
+    assert "LoRA, VeRA: dropout before A (from 0, below 1)" in describe(Recipe)
     assert str(Interval.parse("(0, 1]")) == "above 0, at most 1"
 
 
