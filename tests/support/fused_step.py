@@ -53,10 +53,11 @@ def bound_step(
     graphs: bool = False,
     full_shape: tuple[int, int] | None = None,
     preference: PreferenceLoss | None = None,
+    fp8: bool = False,
 ) -> GraphStep:
     """The fused step of a decoder with adapters, its vector in `dtype`, or in the dtype of the adapters."""
     names = {p: name for name, p in lora.trainable(model).items()}
-    step = GraphStep(model.get_base_model(), names, 64, graphs, full_shape, preference)
+    step = GraphStep(model.get_base_model(), names, 64, graphs, full_shape, preference, fp8)
     step.vector.data = step.vector.data.to(dtype or next(iter(names)).dtype)
     step.bind()
     return step
@@ -72,10 +73,10 @@ def by_autograd(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str,
 
 
 def by_fused_step(
-    model: Any, batch: dict[str, Tensor], graphs: bool = False, times: int = 1
+    model: Any, batch: dict[str, Tensor], graphs: bool = False, times: int = 1, fp8: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients by the fused step, of the last of `times` equal batches."""
-    step = bound_step(model, graphs=graphs)
+    step = bound_step(model, graphs=graphs, fp8=fp8)
     for _ in range(times):
         step.vector.grad = None
         loss = step(batch)

@@ -20,8 +20,8 @@ from tests.bench import shapes
 from train.config.recipe import Recipe
 from train.model import lora
 from train.model.architecture import Shape
-from train.ops import cross_entropy, low_rank, offload
-from train.training import fused_decoder, fused_linear, graph_step, step_sizes
+from train.ops import cross_entropy, fp8, low_rank, offload
+from train.training import fp8_linear, fused_decoder, fused_linear, graph_step, step_sizes
 from train.training.memory_estimate import Setting
 
 META = torch.device("meta")
@@ -74,10 +74,11 @@ def decoder(shape: Shape, device: torch.device) -> Any:
 def passes(shape: Shape, setting: Setting) -> tuple[int, int]:
     """The largest sum of living bytes up to the end of the loss, and from there on; without graphs."""
     recipe = Recipe(rank=setting.rank, dropout=setting.dropout, targets=setting.targets)
+    in_fp8 = setting.precision == "fp8"
     with _fake_kernels():
         model = lora.attach(decoder(shape, META), recipe)
         base, names = model.get_base_model(), {p: name for name, p in lora.trainable(model).items()}
-        step = graph_step.GraphStep(base, names, setting.length, graphs=False)
+        step = graph_step.GraphStep(base, names, setting.length, graphs=False, fp8=in_fp8)
         step.vector.data = step.vector.data.bfloat16()
         step.bind()
         base.set_checkpointing(setting.checkpointing)
@@ -99,9 +100,9 @@ def _fake_kernels() -> Iterator[None]:
     """Replaces every kernel of the passes by what it allocates."""
     fakes: list[tuple[Any, str, Any]] = [
         (fused_decoder, "rms_norm", _rms_norm),
-        (fused_decoder, "rms_norm_backward", lambda *args, normed=None, dropout=None: args[5]),  # its `out`
-        (fused_decoder, "swiglu", lambda gate_up, out: out),
-        (fused_decoder, "swiglu_backward", lambda gate_up, grad, dropout: None),
+        (fused_decoder, "rms_norm_backward", lambda *args, **more: args[5]),  # its `out`
+        (fused_decoder, "swiglu", lambda gate_up, out, rounded: out),
+        (fused_decoder, "swiglu_backward", lambda gate_up, grad, dropout, rounded: None),
         (fused_decoder, "apply_rope", lambda qkv, bias, rope_tables, positions, out: out),
         (fused_decoder, "norm_heads", lambda qkv, norms, heads, out: out),
         (fused_decoder, "norm_heads_backward", lambda grad, qkv, norms, heads: grad),
@@ -110,6 +111,11 @@ def _fake_kernels() -> Iterator[None]:
         (fused_decoder, "attend_backward", _attend_backward),
         (low_rank, "apply_dropout", _apply_dropout),
         (fused_linear, "add_dropped_product", lambda left, right, dropout, out: out),
+        (fp8_linear, "add_dropped_product", lambda left, right, dropout, out: out),
+        (fp8, "row_scales", lambda x: torch.empty(len(x), device=META)),
+        (fp8, "quantize_rows", lambda x: fp8.Fp8Rows.empty(len(x), x.shape[1], META)),
+        (fp8, "quantize_with", lambda x, scale: fp8.Fp8Rows(torch.empty(x.shape, dtype=fp8.E4M3, device=META), scale)),
+        (fp8, "product", lambda x, weight, dtype, term: torch.empty(len(x), len(weight), dtype=dtype, device=META)),
         (fused_linear.FusedLinear, "_concatenated_bias", lambda linear: None),
         (fused_linear.PackedLinear, "matrix", _matrix),
         (cross_entropy.kernels, "usable", lambda device: True),
@@ -124,7 +130,9 @@ def _fake_kernels() -> Iterator[None]:
         yield
 
 
-def _rms_norm(x: Tensor, weight: Any, eps: Any, out: Any = None, add: Any = None, dropout: Any = None) -> Tensor:
+def _rms_norm(
+    x: Tensor, weight: Any, eps: Any, out: Any = None, add: Any = None, dropout: Any = None, rounded: Any = None
+) -> Tensor:
     return torch.empty_like(x) if out is None else out  # type: ignore[no-any-return]
 
 

@@ -54,7 +54,11 @@ class Card:
         self.capability, self.target = capability, GPUTarget("cuda", capability, 32)
         self.compiled: list[Compiled] = []
         limits = {"max_shared_mem": SHARED[capability]}
-        self.utils = SimpleNamespace(get_device_properties=lambda device: limits, load_binary=self._load)
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: limits,
+            load_binary=self._load,
+            fill_2d_tma_descriptor=lambda *args: None,
+        )
 
     def get_current_device(self) -> int:
         return self.capability  # a key of Triton's caches
@@ -100,7 +104,7 @@ def card(capability: int) -> Iterator[Card]:
 
     from train.model import int4_linear
     from train.ops import attention, gptq, kernels
-    from train.ops.kernels import gptq_tiles
+    from train.ops.kernels import fp8, gptq_tiles
 
     faked = Card(capability)
     fakes: list[tuple[Any, str, Any]] = [
@@ -108,6 +112,7 @@ def card(capability: int) -> Iterator[Card]:
         (kernels, "generation", lambda device: capability // 10),
         (gptq_tiles, "multiprocessors", lambda device: UNITS),
         (gptq_tiles, "tensor_cores", lambda x: capability >= 80),
+        (fp8, "_capability", lambda device: divmod(capability, 10)),
         (attention, "use_own_kernels", lambda q: capability == 90 and q.dtype != torch.float32),
         (attention, "use_torch_flash", lambda q: capability >= 80),
         (gptq, "dequantize", kernels.dequantize),  # the real one takes the kernel for tensors on a GPU only
@@ -291,8 +296,27 @@ def tokens(capability: int) -> None:
     decoding(capability, 1, adapter=False, model="qwen3-0.6b", prompt=64)
 
 
+def fp8(capability: int) -> None:
+    """Products in fp8 with and without an adapter, and the rounding of their factors; there are none below 89."""
+    from train.ops import fp8 as ops
+
+    if capability < 89:
+        return
+    dtype = half_dtype(capability)
+    for inner, columns, blocks in ((2048, 6144, 3), (2048, 11008, 2), (5504, 2048, 1), (11008, 2048, 1)):
+        x, weight = torch.empty(8192, inner, dtype=dtype, device=META), torch.empty(inner, columns, device=META)
+        rows, by_output = ops.quantize_rows(x), ops.quantize_with(weight.to(dtype).t(), weight[0])
+        left = torch.empty(8192, blocks * 64, dtype=dtype, device=META)
+        starts = tuple(range(0, columns, columns // blocks))
+        b = torch.empty(columns, 64, dtype=dtype, device=META).as_strided((blocks, 64, columns), (0, 1, 64))
+        a = torch.empty(blocks, 64, columns, dtype=dtype, device=META)
+        for low_rank in (None, ops.LowRankProduct(left, b, starts), ops.LowRankProduct(left, a)):
+            ops.product(rows, by_output, dtype, low_rank)
+
+
 GROUPS: dict[str, Callable[[int], None]] = {
-    "training": steps, "decoding": tokens, "formats": formats, "attention": attention, "rest": rest, "full": full
+    "training": steps, "decoding": tokens, "formats": formats, "attention": attention, "rest": rest, "full": full,
+    "fp8": fp8,
 }  # fmt: skip
 
 

@@ -72,9 +72,12 @@ def test_the_names_of_linears_are_those_of_the_layout() -> None:
 @pytest.mark.parametrize("batch", [4, 16])  # fewer and more tokens than those from which checkpointing halves the MLP
 @pytest.mark.parametrize("checkpointing", ["off", "on", "offload"])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_the_passes_allocate_what_is_estimated(shape: Shape, batch: int, checkpointing: str, dropout: float) -> None:
+@pytest.mark.parametrize("precision", ["auto", "fp8"])
+def test_the_passes_allocate_what_is_estimated(
+    shape: Shape, batch: int, checkpointing: str, dropout: float, precision: str
+) -> None:
     """The real passes on tensors without contents: up to the end of the loss, and from there to the end."""
-    setting = Setting(batch, 512, checkpointing, rank=16, graphs=False, dropout=dropout)
+    setting = Setting(batch, 512, checkpointing, rank=16, graphs=False, dropout=dropout, precision=precision)
     forward, backward = memory.passes(shape, setting)
     saved = memory_estimate.saved_bytes(shape, setting)
     loss = memory_estimate.hidden_bytes(shape, setting) + memory_estimate.logits_bytes(shape, setting)

@@ -189,11 +189,18 @@ def _sum_up(part: Part) -> str:
 
 def _check_precision(report: Report, recipe: Recipe, here: Machine) -> None:
     """Do precision, ZeRO stage and checkpointing work together on this machine?"""
+    from train.training import fp8_recipe
     from train.training.prepare import check_supported
+
+    oldest = min((card.capability for card in here.cards if card.capability), default=None)
+
+    def check() -> None:
+        check_supported(recipe, device)
+        fp8_recipe.check_recipe(recipe, oldest)
 
     device = "cuda" if here.cards else "cpu"
     works = f"precision={recipe.precision} and zero={recipe.zero} work together here"
-    report.attempt("combination", lambda: check_supported(recipe, device), lambda _: works)
+    report.attempt("combination", check, lambda _: works)
     old = [card for card in here.cards if card.capability and card.capability < (8, 0)]
     if old and recipe.precision == "bf16":
         text = f"bf16 on {old[0].name}, which has no arithmetic for it: slow"

@@ -22,8 +22,11 @@ def pick_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
     """The dtype to compute in.
 
     Args:
-        precision: a key of DTYPES, or "auto": bfloat16 from compute capability 8.0, float16 below, float32 on a CPU.
+        precision: a key of DTYPES, or "auto": bfloat16 from compute capability 8.0, float16 below, float32 on a CPU; or
+            "fp8": bfloat16, beside which some products are in fp8.
     """
+    if precision == "fp8":
+        return torch.bfloat16
     if precision != "auto":
         return DTYPES[precision]
     if device.type == "cpu":

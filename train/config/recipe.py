@@ -162,7 +162,10 @@ class Recipe:
     clip: float = option(1.0, "clip the norm of all gradients to this; 0 = no clipping", interval="[0, 1000000]")
     seed: int = option(1234, "random seed of the order of samples, LoRA's A and dropout", interval=SEEDS)
     precision: str = option(
-        "auto", "auto: bf16 from sm_80, fp16 below, fp32 on a CPU", ("auto", "bf16", "fp16", "fp32")
+        "auto",
+        "auto: bf16 from sm_80, fp16 below, fp32 on a CPU; fp8: bf16 with the products of the frozen weights in fp8, "
+        "faster from sm_89",
+        ("auto", "bf16", "fp16", "fp32", "fp8"),
     )
     checkpointing: str = option(
         "auto",

@@ -22,6 +22,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from train.common.errors import UserError
 from train.config.recipe import Recipe
 from train.data.tokens.settings import row_length
 from train.model.lora import trainable
@@ -169,11 +170,14 @@ class Engine:
         return PreferenceLoss(model, recipe.dpo_beta, recipe.dpo_label_smoothing) if recipe.loss == "dpo" else None
 
     def _graph_step(self, model: Any, names: dict[nn.Parameter, str]) -> GraphStep | None:
+        fp8 = self.recipe.precision == "fp8"
         if not uses_fused_passes(self.recipe, self.device):
+            if fp8:
+                raise UserError("precision=fp8 needs Triton, which does not run here. Give precision=bf16.")
             return None
         length = row_length(self.recipe)
         full = (self.recipe.batch, length) if self.recipe.pack else None
-        return GraphStep(model.get_base_model(), names, length, self.recipe.graphs, full, self.preference)
+        return GraphStep(model.get_base_model(), names, length, self.recipe.graphs, full, self.preference, fp8)
 
     def _adamw(self, parameters: dict[str, nn.Parameter]) -> torch.optim.AdamW:
         if not self.fused:

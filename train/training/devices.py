@@ -7,7 +7,7 @@ import torch
 from train.common.device import pick_dtype
 from train.common.errors import UserError
 from train.config.recipe import Recipe
-from train.training import distributed, launchers
+from train.training import distributed, fp8_recipe, launchers
 from train.training.distributed import RankInfo
 from train.training.memory_plan import can_plan
 from train.training.prepare import check_supported
@@ -54,6 +54,7 @@ def pick(gpus: int, recipe: Recipe, rank_info: RankInfo | None) -> Devices:
     local_rank = distributed.assign_gpu(rank_info or RankInfo(), present).local_rank if present else 0
     device = torch.device("cuda", local_rank) if present else torch.device("cpu")
     check_supported(recipe, device.type)
+    fp8_recipe.check_recipe(recipe, torch.cuda.get_device_capability(device) if present else None)
     if rank_info is not None and present:
         rank_info = replace(rank_info, local_rank=local_rank)
     processes = rank_info.world_size if rank_info else (gpus if present else recipe.processes)

@@ -17,12 +17,14 @@ from train.model.decoder import Decoder
 from train.model.decoder import rope_tables as cos_and_sin
 from train.ops.attention import AttentionState, Tokens, attend, attend_backward
 from train.ops.dropout import apply_dropout
+from train.ops.fp8 import Fp8Rows
 from train.ops.head_norm import HeadNorms, norm_heads, norm_heads_backward
 from train.ops.low_rank import LowRankTerm
 from train.ops.offload import ActivationStack, PinnedBuffer
 from train.ops.rms_norm import rms_norm, rms_norm_backward
 from train.ops.rope import RopeTables, apply_rope
 from train.ops.swiglu import swiglu, swiglu_backward
+from train.training.fp8_linear import Fp8Linear
 from train.training.fused_linear import FusedLinear, empty_with_extra, view_with_extra
 from train.training.step_sizes import HALVED_MLP_TOKENS
 
@@ -47,21 +49,23 @@ class FusedBlock:
     Inputs, outputs and their gradients are [M, H]. A residual is not added by the block itself, but by the kernel of the
     norm that follows it. So the output of a block is two tensors, (mlp_out, residual); the next norm adds them.
 
-    Some matrices have extra columns in memory for the adapters: see FusedLinear.
+    Some matrices have extra columns in memory for the adapters: see FusedLinear. With fp8 whoever writes the input of a
+    product, or its gradient, also writes it rounded (Fp8Linear).
     """
 
-    def __init__(self, block: nn.Module, config: Any, number: int) -> None:
-        """number: of the block within the decoder, from 0."""
+    def __init__(self, block: nn.Module, config: Any, number: int, fp8: bool = False) -> None:
+        """number: of the block within the decoder, from 0. fp8: multiply with the frozen weights in fp8."""
         names = config.names
         attention, mlp = getattr(block, names.attention), getattr(block, names.mlp)
         self.norm1, self.norm2, self.eps = getattr(block, names.norm1), getattr(block, names.norm2), config.rms_norm_eps
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.head_norms: HeadNorms | None = attention.head_norms
         self.is_first = number == 0
-        self.qkv = FusedLinear([getattr(attention, name) for name in names.qkv], 4 * number)
-        self.out = FusedLinear([getattr(attention, names.out)], 4 * number + 1)
-        self.gate_up = FusedLinear([getattr(mlp, names.gate), getattr(mlp, names.up)], 4 * number + 2)
-        self.down = FusedLinear([getattr(mlp, names.down)], 4 * number + 3)
+        linear = Fp8Linear if fp8 else FusedLinear
+        self.qkv = linear([getattr(attention, name) for name in names.qkv], 4 * number)
+        self.out = linear([getattr(attention, names.out)], 4 * number + 1)
+        self.gate_up = linear([getattr(mlp, names.gate), getattr(mlp, names.up)], 4 * number + 2)
+        self.down = linear([getattr(mlp, names.down)], 4 * number + 3)
 
     @property
     def linears(self) -> tuple[FusedLinear, ...]:
@@ -90,9 +94,9 @@ class FusedBlock:
         self, x: Tensor, tokens: Tokens, rope_tables: RopeTables, residual: Tensor | None = None
     ) -> SavedActivations:
         """The first half of the block, up to the MLP. Returns what `backward` needs of it; gate_up is None."""
-        h = self._norm(x, self.norm1, self.qkv, residual)
-        qkv, qkv_lora = self.qkv.forward(h, tokens, add_bias=self.head_norms is not None)
-        del h
+        h, rounded = self._norm(x, self.norm1, self.qkv, residual)
+        qkv, qkv_lora = self.qkv.forward(h, tokens, add_bias=self.head_norms is not None, rounded=rounded)
+        del h, rounded
         norm_input, bias = None, self.qkv.bias
         if self.head_norms is not None:
             norm_input, bias = qkv[:, : sum(self.heads[:2]) * self.heads[2]].contiguous(), None
@@ -105,38 +109,43 @@ class FusedBlock:
 
     def _gate_up_forward(self, attn_out: Tensor, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """gate_up [M, 2 I] and its lora_a_out. x is added to `attn_out` in place."""
-        h = self._norm(attn_out, self.norm2, self.gate_up, x)
+        h, rounded = self._norm(attn_out, self.norm2, self.gate_up, x)
         # Its gradient will overwrite gate_up, and needs extra columns
-        return self.gate_up.forward(h, tokens, extra_columns=self.gate_up.extra_grad_columns)
+        return self.gate_up.forward(h, tokens, extra_columns=self.gate_up.extra_grad_columns, rounded=rounded)
 
     def _down_forward(self, gate_up: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """The output of the MLP [M, H], and the lora_a_out of its last linear."""
         activated = empty_with_extra(gate_up, self.down.in_features, self.down.extra_columns)
-        swiglu(gate_up, activated[:, : self.down.in_features])
-        return self.down.forward(activated, tokens)
+        rounded = self.down.input_rows(len(gate_up))
+        swiglu(gate_up, activated[:, : self.down.in_features], rounded)
+        return self.down.forward(activated, tokens, rounded=rounded)
 
-    def backward(self, grad: Tensor, saved: SavedActivations, tokens: Tokens, rope_tables: RopeTables) -> None:
+    def backward(
+        self, grad: Tensor, saved: SavedActivations, tokens: Tokens, rope_tables: RopeTables, rounded: Fp8Rows | None
+    ) -> None:
         """Turn the gradient of the output into the gradient of the input, in place; write the adapters' gradients.
 
         Args:
             grad: made by `empty_grad`. saved: its tensors are dropped as soon as they are not needed any more.
+            rounded: `grad` in fp8, if the linears read that; it is kept equal.
         """
-        self._mlp_backward(grad, saved, tokens)  # grad: now of attn_out + x
-        grad_qkv, computed = self._attention_backward(grad, saved, tokens, rope_tables)
+        self._mlp_backward(grad, saved, tokens, rounded)  # grad: now of attn_out + x
+        grad_qkv, computed = self._attention_backward(grad, saved, tokens, rope_tables, rounded)
         grad_h, grad_lora_a_out = self.qkv.backward(grad_qkv, tokens, computed, needs_dh=not self.is_first)
         if self.is_first:  # no parameter before it is trained
             dropout = self.qkv.input_dropout(tokens)
             h = rms_norm(saved.x, self.norm1.weight, self.eps, dropout=dropout)
         else:
-            h = self._norm_backward(grad_h, saved.x, self.norm1, self.qkv, grad[:, : saved.x.shape[1]], tokens)
+            before = grad[:, : saved.x.shape[1]]
+            h = self._norm_backward(grad_h, saved.x, self.norm1, self.qkv, before, tokens, rounded)
         self.qkv.accumulate_lora_grads(grad_qkv, grad_lora_a_out, h, saved.lora_a_outs[0])
 
     def _attention_backward(
-        self, grad: Tensor, saved: SavedActivations, tokens: Tokens, rope_tables: RopeTables
+        self, grad: Tensor, saved: SavedActivations, tokens: Tokens, rope_tables: RopeTables, rounded: Fp8Rows | None
     ) -> tuple[Tensor, LowRankTerm | None]:
         """The gradient of what the linears of q, k and v gave, and its `lora_grad_term` if that is computed already."""
         dy = grad[:, : self.out.out_features + self.out.extra_grad_columns]
-        grad_context, grad_lora_a_out = self.out.backward(dy, tokens)
+        grad_context, grad_lora_a_out = self.out.backward(dy, tokens, rounded=rounded)
         dropout, context = self.out.input_dropout(tokens), saved.context.flatten(1)
         context = apply_dropout(context, dropout) if dropout else context
         self.out.accumulate_lora_grads(dy, grad_lora_a_out, context, saved.lora_a_outs[1])
@@ -156,39 +165,41 @@ class FusedBlock:
             saved.norm_input = None
         return grad_qkv, term
 
-    def _mlp_backward(self, grad: Tensor, saved: SavedActivations, tokens: Tokens) -> None:
+    def _mlp_backward(self, grad: Tensor, saved: SavedActivations, tokens: Tokens, rounded: Fp8Rows | None) -> None:
         """Turn the gradient of the output into that of attn_out + x, in place.
 
         Without a saved gate_up it is computed again, for a part of the tokens at a time: it is the widest tensor.
         """
         if saved.gate_up is not None:
-            self._mlp_part_backward(grad, saved.attn_out, saved.gate_up, saved.lora_a_outs[2:], tokens)
+            self._mlp_part_backward(grad, saved.attn_out, saved.gate_up, saved.lora_a_outs[2:], tokens, rounded)
             saved.gate_up = None
             return
         for rows, part in _mlp_parts(len(grad), tokens):
             gate_up, gate_up_lora = self._gate_up_forward(saved.attn_out[rows], saved.x[rows], part)
-            self._mlp_part_backward(
-                grad[rows], saved.attn_out[rows], gate_up, (gate_up_lora, None), part, add=rows.start > 0
-            )
+            loras, of_part = (gate_up_lora, None), rounded[rows] if rounded is not None else None
+            self._mlp_part_backward(grad[rows], saved.attn_out[rows], gate_up, loras, part, of_part, add=rows.start > 0)
             del gate_up, gate_up_lora
 
     def _mlp_part_backward(
-        self, grad: Tensor, x: Tensor, gate_up: Tensor, lora_a_outs: Any, tokens: Tokens, add: bool = False
-    ) -> None:
+        self, grad: Tensor, x: Tensor, gate_up: Tensor, lora_a_outs: Any, tokens: Tokens, rounded: Fp8Rows | None,
+        add: bool = False,
+    ) -> None:  # fmt: skip
         """`_mlp_backward` for m tokens. x [m, H] is the input of the norm, attn_out + x. Overwrites gate_up [m, 2 I].
 
         add: add to the gradients of the adapters, instead of overwriting them.
         """
         gate_up_lora, down_lora = lora_a_outs
         dy = grad[:, : self.down.out_features + self.down.extra_grad_columns]
-        grad_activated, grad_lora_a_out = self.down.backward(dy, tokens)
-        swiglu_backward(gate_up, grad_activated, self.down.input_dropout(tokens))
+        grad_activated, grad_lora_a_out = self.down.backward(dy, tokens, rounded=rounded)
+        of_gate_up = self.gate_up.grad_rows(len(grad))
+        swiglu_backward(gate_up, grad_activated, self.down.input_dropout(tokens), of_gate_up)
         grad_gate_up, activated = gate_up, grad_activated  # swiglu_backward has overwritten them with these
         self.down.accumulate_lora_grads(dy, grad_lora_a_out, activated, down_lora, add)
         del activated, grad_activated
         dy = view_with_extra(grad_gate_up, self.gate_up.extra_grad_columns)
-        grad_h, grad_lora_a_out = self.gate_up.backward(dy, tokens)
-        h = self._norm_backward(grad_h, x, self.norm2, self.gate_up, grad[:, : x.shape[1]], tokens)
+        grad_h, grad_lora_a_out = self.gate_up.backward(dy, tokens, rounded=of_gate_up)
+        del of_gate_up
+        h = self._norm_backward(grad_h, x, self.norm2, self.gate_up, grad[:, : x.shape[1]], tokens, rounded)
         self.gate_up.accumulate_lora_grads(grad_gate_up, grad_lora_a_out, h, gate_up_lora, add)
 
     def empty_grad(self, x: Tensor) -> Tensor:
@@ -198,22 +209,25 @@ class FusedBlock:
         """
         return empty_with_extra(x, x.shape[1], max(self.down.extra_grad_columns, self.out.extra_grad_columns))
 
-    def _norm(self, x: Tensor, norm: Any, reader: FusedLinear, residual: Tensor | None) -> Tensor:
-        """The norm of x + residual [M, H], with the extra columns that its reader needs. x becomes the sum."""
-        h = empty_with_extra(x, x.shape[1], reader.extra_columns)
-        rms_norm(x, norm.weight, self.eps, h[:, : x.shape[1]], residual)
-        return h
+    def _norm(
+        self, x: Tensor, norm: Any, reader: FusedLinear, residual: Tensor | None
+    ) -> tuple[Tensor, Fp8Rows | None]:
+        """The norm of x + residual [M, H], with the extra columns, and in fp8, as its reader needs it. x becomes the sum."""
+        h, rounded = empty_with_extra(x, x.shape[1], reader.extra_columns), reader.input_rows(len(x))
+        rms_norm(x, norm.weight, self.eps, h[:, : x.shape[1]], residual, rounded=rounded)
+        return h, rounded
 
     def _norm_backward(
-        self, grad_h: Tensor, x: Tensor, norm: Any, reader: FusedLinear, grad: Tensor, tokens: Tokens
-    ) -> Tensor:
-        """Add the gradient of x [M, H] through the norm to `grad`.
+        self, grad_h: Tensor, x: Tensor, norm: Any, reader: FusedLinear, grad: Tensor, tokens: Tokens,
+        rounded: Fp8Rows | None,
+    ) -> Tensor:  # fmt: skip
+        """Add the gradient of x [M, H] through the norm to `grad`, and write the sum to `rounded` too.
 
         Returns the norm's output computed again, with the dropout of its reader's adapters applied.
         """
         h = torch.empty_like(x)
         dropout = reader.input_dropout(tokens)
-        rms_norm_backward(grad_h, x, norm.weight, self.eps, grad, grad, normed=h, dropout=dropout)
+        rms_norm_backward(grad_h, x, norm.weight, self.eps, grad, grad, normed=h, dropout=dropout, rounded=rounded)
         return h
 
     def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,11 +247,11 @@ def _mlp_parts(count: int, tokens: Tokens) -> Iterator[tuple[slice, Tokens]]:
 class FusedDecoder:
     """All blocks and the last norm: embeddings [M, H] -> hidden states [M, H], and the backward pass."""
 
-    def __init__(self, decoder: Decoder, length: int) -> None:
-        """length: of the longest row to come; `ensure_length` allows longer ones."""
+    def __init__(self, decoder: Decoder, length: int, fp8: bool = False) -> None:
+        """length: of the longest row to come; `ensure_length` allows longer ones. fp8: as FusedBlock has it."""
         self.config = c = decoder.config
         backbone = decoder.backbone
-        self.blocks = [FusedBlock(block, c, n) for n, block in enumerate(getattr(backbone, c.names.blocks))]
+        self.blocks = [FusedBlock(block, c, n, fp8) for n, block in enumerate(getattr(backbone, c.names.blocks))]
         self.norm = getattr(backbone, c.names.norm)
         self.rope_tables = self._make_rope_tables(length)
         self.pinned_buffer = PinnedBuffer(self.norm.weight.device)
@@ -285,13 +299,14 @@ class FusedDecoder:
         """
         x = saved.pop()
         grad = self.blocks[-1].empty_grad(x)
+        rounded = self.blocks[-1].down.grad_rows(len(x))
         eps, grad_x = self.config.rms_norm_eps, grad[:, : x.shape[1]]
-        rms_norm_backward(grad_hidden, x, self.norm.weight, eps, None, grad_x, scale)
+        rms_norm_backward(grad_hidden, x, self.norm.weight, eps, None, grad_x, scale, rounded=rounded)
         for block in reversed(self.blocks):
             activations = saved.pop()
             if isinstance(activations, Tensor):  # checkpointing
                 activations = block.attention_forward(activations, tokens, self.rope_tables)
-            block.backward(grad, activations, tokens, self.rope_tables)
+            block.backward(grad, activations, tokens, self.rope_tables, rounded)
             del activations
 
     def _make_rope_tables(self, length: int) -> RopeTables:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from train.model.packed_linear import PackedLinear
 from train.ops.attention import Tokens
 from train.ops.dropout import Dropout
+from train.ops.fp8 import Fp8Rows
 from train.ops.kernels import Border
 from train.ops.low_rank import LowRankTerm, add_dropped_product
 
@@ -81,28 +82,49 @@ class FusedLinear:
             start += out_features * rank
         return A, B
 
+    def input_rows(self, count: int) -> Fp8Rows | None:
+        """Where whoever writes h [count, K] also writes it rounded to fp8; None where the product does not read that."""
+        return None
+
+    def grad_rows(self, count: int) -> Fp8Rows | None:
+        """The same for dy [count, N]."""
+        return None
+
     def forward(
-        self, h: Tensor, tokens: Tokens, add_bias: bool = True, extra_columns: int = 0
+        self,
+        h: Tensor,
+        tokens: Tokens,
+        add_bias: bool = True,
+        extra_columns: int = 0,
+        rounded: Fp8Rows | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """y [M, N] and lora_a_out [M, R], which is None without adapters.
 
         Args:
             h: [M, K], or [M, K + R], whose last R columns are overwritten. add_bias: False if the caller adds it.
-            extra_columns: how many the rows of y get.
+            extra_columns: how many the rows of y get. rounded: the filled `input_rows`, if h was rounded already.
         """
         lora_a_out = self._lora_a_out(h[:, : self.in_features], self.input_dropout(tokens))
-        y = empty_with_extra(h, self.out_features, extra_columns)[:, : self.out_features]
-        if lora_a_out is not None and h.shape[1] > self.in_features:
-            h[:, self.in_features :] = lora_a_out
-            torch.mm(h, self._weight_above_b(h.dtype), out=y)
-        else:
-            for columns, weight in self._weights(h.dtype):
-                torch.mm(h[:, : self.in_features], weight, out=y[:, columns])
-            for n, ranks, B in zip(self.adapted, self.ranks, self.B):
-                y[:, self.columns[n]].addmm_(lora_a_out[:, ranks], B.t())  # type: ignore[index]
+        y = self._product(h, lora_a_out, extra_columns, rounded)
         if add_bias and self.bias is not None:
             y += self.bias
         return y, lora_a_out
+
+    def _product(self, h: Tensor, lora_a_out: Tensor | None, extra_columns: int, rounded: Fp8Rows | None) -> Tensor:
+        """h W + lora_a_out Bᵀ [M, N]; the arguments are those of `forward`."""
+        y = empty_with_extra(h, self.out_features, extra_columns)[:, : self.out_features]
+        if lora_a_out is not None and h.shape[1] > self.in_features:
+            h[:, self.in_features :] = lora_a_out
+            return torch.mm(h, self._weight_above_b(h.dtype), out=y)
+        for columns, weight in self._weights(h.dtype):
+            torch.mm(h[:, : self.in_features], weight, out=y[:, columns])
+        self._add_lora_b(y, lora_a_out)
+        return y
+
+    def _add_lora_b(self, y: Tensor, lora_a_out: Tensor | None) -> None:
+        """y [M, N] += lora_a_out Bᵀ, one adapter after the other."""
+        for n, ranks, B in zip(self.adapted, self.ranks, self.B):
+            y[:, self.columns[n]].addmm_(lora_a_out[:, ranks], B.t())  # type: ignore[index]
 
     def _lora_a_out(self, h: Tensor, dropout: Dropout | None) -> Tensor | None:
         """scale · dropout(h) Aᵀ [M, R], or None without adapters."""
@@ -129,28 +151,40 @@ class FusedLinear:
         return LowRankTerm([(self.columns[n], B) for n, B in zip(self.adapted, self.B)], self.scale, out)
 
     def backward(
-        self, dy: Tensor, tokens: Tokens, computed: LowRankTerm | None = None, needs_dh: bool = True
+        self,
+        dy: Tensor,
+        tokens: Tokens,
+        computed: LowRankTerm | None = None,
+        needs_dh: bool = True,
+        rounded: Fp8Rows | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The gradient of h [M, K] (empty unless `needs_dh`), and grad_lora_a_out [M, R] (None without adapters).
 
         Args:
             dy: [M, N], the gradient of y, or [M, N + R], whose last R columns are overwritten.
             computed: the `lora_grad_term` of dy, if it was computed already.
+            rounded: the filled `grad_rows`, if dy was rounded already.
         """
         grad_lora_a_out = computed.out if computed else self._grad_lora_a_out(dy)
         if not needs_dh:
             return dy[:0], grad_lora_a_out
+        return self._input_grad(dy, grad_lora_a_out, tokens, rounded), grad_lora_a_out
+
+    def _input_grad(
+        self, dy: Tensor, grad_lora_a_out: Tensor | None, tokens: Tokens, rounded: Fp8Rows | None
+    ) -> Tensor:
+        """dy Wᵀ + dropout(grad_lora_a_out A) [M, K]; the arguments are those of `backward`."""
         if grad_lora_a_out is not None and dy.shape[1] > self.out_features:
-            return dy @ self._weight_beside_a(dy.dtype).t(), grad_lora_a_out
+            return dy @ self._weight_beside_a(dy.dtype).t()
         dh = empty_with_extra(dy, self.in_features, 0)
         for number, (columns, weight) in enumerate(self._weights(dy.dtype)):
             dh.addmm_(dy[:, columns], weight.t(), beta=min(number, 1))
-        if grad_lora_a_out is None:
-            return dh, None
         dropout = self.input_dropout(tokens)
+        if grad_lora_a_out is None:
+            return dh
         if dropout:
-            return add_dropped_product(grad_lora_a_out, self.A, dropout, dh), grad_lora_a_out
-        return dh.addmm_(grad_lora_a_out, self.A), grad_lora_a_out
+            return add_dropped_product(grad_lora_a_out, self.A, dropout, dh)
+        return dh.addmm_(grad_lora_a_out, self.A)
 
     def _grad_lora_a_out(self, dy: Tensor) -> Tensor | None:
         term = self.lora_grad_term(dy)

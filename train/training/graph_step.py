@@ -138,11 +138,12 @@ class GraphStep(nn.Module):
         graphs: bool,
         full_shape: tuple[int, int] | None = None,
         preference: PreferenceLoss | None = None,
+        fp8: bool = False,
     ) -> None:
         """
         Args:
             names: of every trainable parameter. length: of the longest row to come. graphs: whether to capture graphs.
-            preference: batches are pairs, and this is their loss.
+            preference: batches are pairs, and this is their loss. fp8: multiply with the frozen weights in fp8.
             full_shape: (rows, tokens) of a full batch. A batch with at least half as many tokens is padded to it, so
                 that most batches have one shape: no other shape can use the memory of a graph's activations.
         """
@@ -150,7 +151,7 @@ class GraphStep(nn.Module):
         self.preference = preference
         self._start: Tensor | None = None
         self._decoder = [decoder]  # in a list, so that nn.Module does not register its parameters
-        self.fused_decoder = FusedDecoder(decoder, length)  # type: ignore[arg-type]
+        self.fused_decoder = FusedDecoder(decoder, length, fp8)  # type: ignore[arg-type]
         self.layout = FlatParameters(self.fused_decoder.linears, names)
         self.graphs = graphs and next(iter(names)).is_cuda
         values = self.layout.join({name: p.detach() for p, name in names.items()}, next(iter(names)).device)

@@ -16,6 +16,7 @@ from train.model.architecture import Shape
 from train.training.step_sizes import HALVED_MLP_TOKENS, logits_rows, padded
 
 GIB = 2**30
+FP8_VALUES = 0.5  # of a value in fp8, in units of one in 16 bits
 BYTES_16 = 2  # of a value in float16 or bfloat16, in which the passes compute
 # CUDA's own context, assumed for a small card. On an H100, 1.29 GiB were outside torch, NCCL's and the driver's memory
 # included
@@ -52,6 +53,7 @@ class Setting:
     start: str = "random"
     loss: str = "sft"  # dpo: a row holds pairs of two sequences of that length
     method: str = "lora"
+    precision: str = "auto"  # of it counts whether it is fp8
     shards: int = 1  # processes that share the optimizer's state out among them; counted with method=full
 
     @classmethod
@@ -72,6 +74,11 @@ class Setting:
     def tokens(self) -> int:
         """Tokens of a micro batch, padding included."""
         return self.batch * padded(2 * self.length if self.loss == "dpo" else self.length)
+
+    @property
+    def fp8(self) -> float:
+        """FP8_VALUES where the products read copies of their factors in fp8, else 0: copies in units of 16 bits."""
+        return FP8_VALUES if self.precision == "fp8" else 0.0
 
     @property
     def over_the_bus(self) -> bool:
@@ -112,11 +119,11 @@ class Stage:
     """One moment of a pass: what is allocated then beside the saved activations."""
 
     name: str
-    values_per_token: int
-    weight_values: int = 0  # of the one weight that is dequantised at that moment
+    values_per_token: float
+    weight_values: float = 0  # of the one weight that is dequantised at that moment
 
     def bytes(self, tokens: int) -> int:
-        return BYTES_16 * (tokens * self.values_per_token + self.weight_values)
+        return int(BYTES_16 * (tokens * self.values_per_token + self.weight_values))
 
 
 def estimate(shape: Shape, setting: Setting) -> Estimate:
@@ -224,6 +231,7 @@ class Widths:
     rank_down: int
     normed_heads: int  # q and k before a norm of each head; 0 where the layout has no such norms
     dropout: int  # 1 where dropout copies the input of an adapter, else 0
+    fp8: float  # 0.5 where a product's factors are copied in fp8, else 0
 
     @classmethod
     def of(cls, shape: Shape, setting: Setting) -> "Widths":
@@ -231,11 +239,11 @@ class Widths:
         qkv, out, gate_up, down = (setting.rank * sum(name in targets for name in group) for group in shape.groups())
         sizes = (shape.hidden, shape.queries, shape.qkv, shape.inner, shape.heads)
         ranks, dropout = (qkv, out, gate_up, down), 1 if setting.dropout else 0
-        return cls(*sizes, *ranks, normed_heads=shape.normed_heads, dropout=dropout)
+        return cls(*sizes, *ranks, normed_heads=shape.normed_heads, dropout=dropout, fp8=setting.fp8)
 
     def extra(self, rank: int) -> int:
-        """Extra columns of a gradient for the adapter's part; with dropout there are none."""
-        return 0 if self.dropout else rank
+        """Extra columns of a gradient for the adapter's part; with dropout there are none, and with fp8."""
+        return 0 if self.dropout or self.fp8 else rank
 
     @property
     def attention(self) -> int:
@@ -254,11 +262,11 @@ class Widths:
 
     @property
     def gate_up_input(self) -> int:
-        return self.hidden + self.rank_gate_up
+        return self.hidden + (0 if self.fp8 else self.rank_gate_up)
 
     @property
     def down_input(self) -> int:
-        return self.inner + self.rank_down
+        return self.inner + (0 if self.fp8 else self.rank_down)
 
     @property
     def block(self) -> int:
@@ -288,25 +296,28 @@ def forward_stages(shape: Shape, setting: Setting) -> list[Stage]:
     MLP, which takes half of the tokens at a time where they are many.
     """
     w = Widths.of(shape, setting)
+    weight, copied = 1 + w.fp8, 1 + w.fp8  # of a product: its weight and its input, with their copies in fp8
     if setting.checkpointing == "off":
         return [
-            Stage("gate and up product", w.gate_up_input, w.gate_up_input * 2 * w.inner),
-            Stage("down product", w.down_input + w.hidden, w.down_input * w.hidden),
-            Stage("SwiGLU", w.down_input + w.dropout * w.inner),
+            Stage("gate and up product", copied * w.gate_up_input, weight * w.gate_up_input * 2 * w.inner),
+            Stage("down product", copied * w.down_input + w.hidden, weight * w.down_input * w.hidden),
+            Stage("SwiGLU", copied * w.down_input + w.dropout * w.inner),
         ]
     share = 0.5 if setting.tokens >= HALVED_MLP_TOKENS else 1.0
-    mlp = w.gate_up + w.rank_down + w.down_input
+    mlp = w.gate_up + w.rank_down + copied * w.down_input
+    gate_up_input = copied * w.gate_up_input
+    ranks_qkv = (1 if w.fp8 else 2) * w.rank_qkv
     return [
-        Stage("q, k and v product", w.hidden + 2 * w.rank_qkv + w.qkv, (w.hidden + w.rank_qkv) * w.qkv),
-        Stage("attention's output projection", w.attention, w.queries * w.hidden),
+        Stage("q, k and v product", copied * w.hidden + ranks_qkv + w.qkv, weight * (w.hidden + w.rank_qkv) * w.qkv),
+        Stage("attention's output projection", w.attention + w.fp8 * w.queries, weight * w.queries * w.hidden),
         Stage("attention", w.attention - w.hidden + w.dropout * w.queries),
         Stage(
             "gate and up product",
-            w.hidden + int(share * (w.gate_up + w.rank_gate_up + w.gate_up_input)),
-            w.gate_up_input * 2 * w.inner,
+            w.hidden + share * (w.gate_up + w.rank_gate_up + gate_up_input),
+            weight * w.gate_up_input * 2 * w.inner,
         ),
-        Stage("down product", w.hidden + int(share * (mlp + w.hidden)), w.down_input * w.hidden),
-        Stage("SwiGLU", w.hidden + int(share * (mlp + w.dropout * w.inner))),
+        Stage("down product", w.hidden + share * (mlp + w.hidden), weight * w.down_input * w.hidden),
+        Stage("SwiGLU", w.hidden + share * (mlp + w.dropout * w.inner)),
     ]
 
 
@@ -314,30 +325,37 @@ def backward_stages(shape: Shape, setting: Setting) -> list[Stage]:
     """The stages of the last block's backward pass, whose gradients of the block's output share one buffer."""
     w, checkpointed = Widths.of(shape, setting), setting.checkpointing != "off"
     share = 0.5 if checkpointed and setting.tokens >= HALVED_MLP_TOKENS else 1.0
-    around = w.hidden * (3 if setting.graphs else 2)  # the last norm's input, its gradient, and with graphs its output
+    around: float = w.hidden * (
+        3 if setting.graphs else 2
+    )  # the last norm's input, its gradient, and with graphs its output
     if setting.checkpointing == "offload" and shape.layers > 1:
         around += w.hidden  # the input of the block before, which is being copied
-    around += w.hidden + w.extra(max(w.rank_out, w.rank_down))  # the gradient of the block's output
+    # the gradient of the block's output, and its copy in fp8
+    around += (1 + w.fp8) * w.hidden + w.extra(max(w.rank_out, w.rank_down))
     recomputed = w.attention if checkpointed else 0
     recomputed_mlp = w.gate_up + w.rank_gate_up if checkpointed else 0
     after_mlp = around + recomputed - (0 if checkpointed else w.gate_up)  # gate and up are freed after the MLP
     around += recomputed
-    extra_qkv = w.extra(w.rank_qkv)
+    extra_qkv, weight = w.extra(w.rank_qkv), 1 + w.fp8
     return [
         Stage(
             "gradient of down's input",
-            around + int(share * (recomputed_mlp + w.inner)),
-            w.inner * (w.hidden + w.extra(w.rank_down)),
+            around + share * (recomputed_mlp + w.inner),
+            weight * w.inner * (w.hidden + w.extra(w.rank_down)),
         ),
+        Stage("gradients of gate and up", around + share * (recomputed_mlp + (1 + 2 * w.fp8) * w.inner)),
         Stage(
-            "gradient of the MLP's input", around + int(share * (recomputed_mlp + 2 * w.hidden)), w.hidden * w.gate_up
+            "gradient of the MLP's input",
+            around + share * (recomputed_mlp + (0 if w.fp8 else 2 * w.hidden) + w.fp8 * 2 * w.inner),
+            weight * w.hidden * w.gate_up,  # in fp8 the product begins when its weight in 16 bits is gone
         ),
-        Stage("gradient of attention's output", after_mlp + w.queries * (1 + w.dropout), w.queries * w.hidden),
+        Stage("norm of the MLP's input", around + share * (recomputed_mlp + 2 * w.hidden)),
+        Stage("gradient of attention's output", after_mlp + w.queries * (1 + w.dropout), weight * w.queries * w.hidden),
         Stage("gradients of q, k and v", after_mlp + w.queries + w.qkv + extra_qkv + 2 * w.heads),
         Stage(
             "gradient of attention's input",
-            after_mlp - w.queries - w.normed_heads + extra_qkv + 2 * w.hidden,
-            w.hidden * w.qkv,
+            after_mlp - w.queries - w.normed_heads + extra_qkv + 2 * w.hidden + w.fp8 * w.qkv,
+            weight * w.hidden * w.qkv,
         ),
     ]
 

@@ -41,7 +41,7 @@ from train.model.tokenizer import Tokenizer, load_tokenizer
 from train.runs import folder, provenance
 from train.runs.folder import CHECKPOINTS, adapter_folder, trained_model
 from train.runs.resume import check_unchanged, fitted_accumulation
-from train.training import adapter_start, full_recipe, full_weights, peft_recipe
+from train.training import adapter_start, fp8_recipe, full_recipe, full_weights, peft_recipe
 from train.training.distributed import RankInfo
 from train.training.gradient_shares import check_shares
 from train.training.parent_adapter import (
@@ -361,11 +361,11 @@ def decisions(
         lines.append(
             "the quantised weights are also kept in float32: there is memory for it, and it is faster, with the same results."
         )
-    if device.type == "cuda":
-        lines += host_memory_notes(recipe, prepared.base)
+    lines += host_memory_notes(recipe, prepared.base) if device.type == "cuda" else []
     lines += reference_note(recipe, prepared.parent)
     parameters = trained_parameters(read_folder_config(prepared.base)[0], [], recipe) if recipe.trains_all else 0
     lines += full_recipe.notes(recipe, device.type, parameters) + peft_recipe.notes(recipe, device.type)
+    lines += fp8_recipe.notes(recipe)
     if prepared.parent is not None:
         kind = "adapter" if trained_model(prepared.parent) is None else "weights"
         lines.append(f"starts from the {kind} of run {prepared.parent.name!r}.")

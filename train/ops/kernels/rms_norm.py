@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from train.ops.kernels.dropout_mask import drop_values, dropout_arguments
+from train.ops.kernels.fp8_rows import rows_arguments, store_fp8_row
 from train.ops.kernels.runtime import tl, triton
 
 if triton is not None:
@@ -15,7 +16,7 @@ if triton is not None:
     @triton.jit
     def _norm_row(  # type: ignore[no-untyped-def]
         x, add, weight, out, size, eps, add_stride, out_stride, seed, salt, first_row, threshold, keep_scale,
-        ADD: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
+        values, scales, ADD: tl.constexpr, DROP: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         n = tl.arange(0, BLOCK)
@@ -32,12 +33,15 @@ if triton is not None:
         y = (scaled * w).to(out.dtype.element_ty)
         y = drop_values(y, seed, salt, first_row + tl.program_id(0), n, size, threshold, keep_scale, DROP)
         tl.store(out + row * out_stride + n, y, mask=inside)
+        if FP8:
+            store_fp8_row(y, values, scales, row, n, size, inside)
 
     @triton.jit
     def _norm_row_backward(  # type: ignore[no-untyped-def]
         grad, x, weight, residual, out, normed, size, eps, scale, residual_stride, out_stride,
-        seed, salt, first_row, threshold, keep_scale,
-        RESIDUAL: tl.constexpr, SCALE: tl.constexpr, NORMED: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
+        seed, salt, first_row, threshold, keep_scale, values, scales,
+        RESIDUAL: tl.constexpr, SCALE: tl.constexpr, NORMED: tl.constexpr, DROP: tl.constexpr, FP8: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         n = tl.arange(0, BLOCK)
@@ -58,35 +62,40 @@ if triton is not None:
         grad_x = inverse_rms * (weighted - unit * (tl.sum(weighted * unit, 0) / size))
         if RESIDUAL:
             grad_x += tl.load(residual + row * residual_stride + n, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + row * out_stride + n, grad_x.to(out.dtype.element_ty), mask=inside)
+        result = grad_x.to(out.dtype.element_ty)
+        tl.store(out + row * out_stride + n, result, mask=inside)
+        if FP8:
+            store_fp8_row(result, values, scales, row, n, size, inside)
 
 
 def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None, dropout: Any) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None, dropout: Any, rounded: Any
+) -> Tensor:
     """ops.rms_norm.rms_norm: x [M, H], plus `add` in place -> out [M, H]."""
     block = triton.next_power_of_2(x.shape[1])
     added = x if add is None else add
     _norm_row[(len(x),)](
         x, added, weight, out, x.shape[1], eps, added.stride(0), out.stride(0), *dropout_arguments(dropout, x),
-        ADD=add is not None, DROP=dropout is not None, BLOCK=block, num_warps=_warps(block),
+        *rows_arguments(rounded, x), ADD=add is not None, DROP=dropout is not None, FP8=rounded is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out
 
 
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor, scale: Tensor | None,
-    normed: Tensor | None, dropout: Any,
+    normed: Tensor | None, dropout: Any, rounded: Any,
 ) -> Tensor:  # fmt: skip
     """ops.rms_norm.rms_norm_backward: the gradient of x [M, H], plus `residual` [M, H], into `out`."""
     added = x if residual is None else residual
     block = triton.next_power_of_2(x.shape[1])
     _norm_row_backward[(len(x),)](
         grad, x, weight, added, out, x if normed is None else normed, x.shape[1], eps, x if scale is None else scale,
-        added.stride(0), out.stride(0), *dropout_arguments(dropout, x), RESIDUAL=residual is not None,
-        SCALE=scale is not None, NORMED=normed is not None, DROP=dropout is not None, BLOCK=block,
-        num_warps=_warps(block),
+        added.stride(0), out.stride(0), *dropout_arguments(dropout, x), *rows_arguments(rounded, x),
+        RESIDUAL=residual is not None, SCALE=scale is not None, NORMED=normed is not None, DROP=dropout is not None,
+        FP8=rounded is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out

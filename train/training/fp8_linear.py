@@ -1,0 +1,75 @@
+"""A FusedLinear whose products with the frozen weight are in fp8 (precision=fp8): forward, and the gradient of the input.
+
+Adapters and their gradients stay bfloat16. The weight is dequantised to bfloat16 in each pass, as without fp8, and then
+rounded; its scales are computed once, because it is frozen.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.ops import fp8
+from train.ops.attention import Tokens
+from train.ops.fp8 import Fp8Rows, LowRankProduct
+from train.ops.low_rank import add_dropped_product
+from train.training.fused_linear import FusedLinear
+
+
+class Fp8Linear(FusedLinear):
+    """A FusedLinear in fp8. Both factors of a product need their scales by row of the summed dimension's other side:
+
+    forward W as [N, K] with a scale for each output, backward as [K, N] with a scale for each input.
+    """
+
+    def __init__(self, linears: Sequence[Any], layer_id: int) -> None:
+        super().__init__(linears, layer_id)
+        self.extra_columns = self.extra_grad_columns = 0  # the product's kernel adds the adapters by itself
+        weight = self._whole_weight(torch.bfloat16)
+        self.output_scale, self.input_scale = fp8.row_scales(weight.t()), fp8.row_scales(weight)
+
+    def input_rows(self, count: int) -> Fp8Rows:
+        return Fp8Rows.empty(count, self.in_features, self.output_scale.device)
+
+    def grad_rows(self, count: int) -> Fp8Rows:
+        return Fp8Rows.empty(count, self.out_features, self.output_scale.device)
+
+    def _product(self, h: Tensor, lora_a_out: Tensor | None, extra_columns: int, rounded: Fp8Rows | None) -> Tensor:
+        assert extra_columns == 0, extra_columns
+        x = fp8.quantize_rows(h) if rounded is None else rounded
+        weight = fp8.quantize_with(self._whole_weight(h.dtype).t(), self.output_scale)
+        low_rank = self._lora_b_product(lora_a_out)
+        y = fp8.product(x, weight, h.dtype, low_rank)
+        if low_rank is None:
+            self._add_lora_b(y, lora_a_out)
+        return y
+
+    def _lora_b_product(self, lora_a_out: Tensor | None) -> LowRankProduct | None:
+        """lora_a_out Bᵀ for the product's kernel, if every layer has an adapter: then their B lie one below the other."""
+        if lora_a_out is None or len(self.adapted) < len(self.columns):
+            return None
+        rank = self.B[0].shape[1]
+        stacked = self.B[0].as_strided((self.out_features, rank), (rank, 1))
+        right = stacked.t().expand(len(self.columns), rank, self.out_features)
+        return LowRankProduct(lora_a_out, right, tuple(columns.start for columns in self.columns))
+
+    def _input_grad(
+        self, dy: Tensor, grad_lora_a_out: Tensor | None, tokens: Tokens, rounded: Fp8Rows | None
+    ) -> Tensor:
+        x = fp8.quantize_rows(dy) if rounded is None else rounded
+        weight = fp8.quantize_with(self._whole_weight(dy.dtype), self.input_scale)
+        dropout = self.input_dropout(tokens)
+        low_rank = None
+        if grad_lora_a_out is not None and not dropout:
+            A = self.A.view(len(self.adapted), -1, self.in_features)
+            low_rank = LowRankProduct(grad_lora_a_out, A)
+        dh = fp8.product(x, weight, dy.dtype, low_rank)
+        if grad_lora_a_out is not None and dropout:
+            add_dropped_product(grad_lora_a_out, self.A, dropout, dh)
+        return dh
+
+    def _whole_weight(self, dtype: torch.dtype) -> Tensor:
+        """W [K, N]; its rows or its columns are contiguous."""
+        weights = [weight for _, weight in self._weights(dtype)]
+        return weights[0] if len(weights) == 1 else torch.cat([weight.t() for weight in weights]).t()
