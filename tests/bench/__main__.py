@@ -23,7 +23,7 @@ from train.common.errors import UserError
 from train.common.files import write_json
 from train.config.options import build, describe, option, pairs
 
-ALL = ("ours", "stock", "stock-lean")
+ALL = ("ours", "ours-fp8", "stock", "stock-lean")
 MODELS = ("", "tiny", "0.5b", "1.8b", "7b", "14b", "72b")
 CHECKPOINTING = ("off", "on", "offload")
 
@@ -121,7 +121,7 @@ def _settings(options: Options, device: str) -> Iterator[list[Spec]]:
         for batch, length in shapes:
             for checkpointing in kinds:
                 setting = (batch, length, checkpointing, rate, options.rank, options.embedding)
-                able = [arm for arm in arms if checkpointing != "offload" or arm == "ours"]
+                able = [arm for arm in arms if checkpointing != "offload" or arm.startswith("ours")]
                 steps = (options.warm, options.counted)
                 specs = [Spec(arm, options.model, *setting, *steps, device) for arm in able]
                 if options.control and len(specs) > 1:

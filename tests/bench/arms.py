@@ -5,6 +5,7 @@ every token in the loss. All arms have the same shape of model with random Int4 
 tokens. Knows nothing of clocks and reports.
 
 ours         this program: training/deepspeed_engine.py as `make train` uses it.
+ours-fp8     the same with precision=fp8.
 stock        as Qwen's finetune_qlora_single_gpu.sh runs: transformers' LlamaForCausalLM in the same shape (its class
              computes what the checkpoint's own code does), auto_gptq's QuantLinear as optimum picks it without exllama,
              peft, float16, DeepSpeed ZeRO-2 with the published bucket sizes. One difference: torch's fused AdamW, since
@@ -50,9 +51,14 @@ class Arm(Protocol):
 class Ours:
     """This program's own step."""
 
+    precision = "auto"
+
     def __init__(self, spec: Spec, rank_info: RankInfo, device: torch.device) -> None:
         same = ("batch", "length", "checkpointing", "dropout", "rank", "embedding")
-        recipe = load_recipe("qlora", {"accumulation": "1", **{name: str(getattr(spec, name)) for name in same}})
+        recipe = load_recipe(
+            "qlora",
+            {"accumulation": "1", "precision": self.precision, **{name: str(getattr(spec, name)) for name in same}},
+        )
         self.engine = self.engine_for(recipe, spec.model, rank_info, device)
         self.world_size = rank_info.world_size
         self.labels = spec.batch * (spec.length - 1) * rank_info.world_size
@@ -78,6 +84,12 @@ class Ours:
 
     def close(self) -> None:
         self.engine.close()
+
+
+class OursFp8(Ours):
+    """This program's own step with products in fp8."""
+
+    precision = "fp8"
 
 
 class Stock:
@@ -123,7 +135,12 @@ def _number(norm: Any) -> float | None:
     return None if norm is None else float(norm)
 
 
-ARMS: dict[str, type[Ours] | type[Stock]] = {"ours": Ours, "stock": Stock, "stock-lean": Stock}
+ARMS: dict[str, type[Ours] | type[Stock]] = {
+    "ours": Ours,
+    "ours-fp8": OursFp8,
+    "stock": Stock,
+    "stock-lean": Stock,
+}
 
 
 def join(device: torch.device) -> RankInfo:

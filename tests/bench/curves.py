@@ -1,4 +1,4 @@
-"""The same 300 steps in this program and in the published recipe's stack: same base, data, order and first weights.
+"""The same 300 steps in this program and in others, or in fp8: same base, data, order and first weights.
 
     python -m tests.bench.curves data=FILE base=FOLDER [steps=300] [out=runs/curves] …
 
@@ -6,6 +6,7 @@ ours         as `make train` does it: our decoder, kernels and engine
 stock        transformers' LlamaForCausalLM with auto_gptq's QuantLinear, peft, DeepSpeed ZeRO-2, float16 (stack.py)
 ours-again   ours with other first weights and other dropout, the data in the same order: how much two runs of one
              program differ
+ours-fp8     ours with precision=fp8, on a card that has it
 
 A row is one conversation, padded to the longest of its batch, since the stock stack cannot pack. Each arm runs in a
 process of its own and writes OUT/ARM.jsonl, a line a step. Then OUT/curves.json has the sums and OUT/curves.png the
@@ -27,7 +28,7 @@ from train.common.files import write_json
 from train.config.options import build, describe, option, pairs
 from train.config.recipe import Recipe, load_recipe
 
-ARMS = ("ours", "stock", "ours-again")
+ARMS = ("ours", "stock", "ours-again", "ours-fp8")
 LAST = 50  # steps whose mean is the final loss
 
 
@@ -43,6 +44,7 @@ class Options:
     rank: int = option(64, "LoRA: r")
     dropout: float = option(0.05, "LoRA: dropout")
     learning_rate: float = option(3e-4, "the peak")
+    arms: str = option("ours,stock,ours-again", f"which, by comma: {', '.join(ARMS)}")
     out: str = option("runs/curves", "folder for lines, summary and picture")
     only: str = option("", "one arm, in this process", ("", *ARMS))
 
@@ -57,10 +59,11 @@ def main(words: list[str]) -> int:
         return 0
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    failed = run_arms("tests.bench.curves", ARMS, options)
-    losses = {arm: read(out / f"{arm}.jsonl") for arm in ARMS if (out / f"{arm}.jsonl").is_file()}
+    arms = [arm for arm in ARMS if arm in options.arms.split(",")]
+    failed = run_arms("tests.bench.curves", arms, options)
+    losses = {arm: read(out / f"{arm}.jsonl") for arm in arms if (out / f"{arm}.jsonl").is_file()}
     rows = sum_up(losses) + [row for row in failed if row["arm"] not in losses]
-    settings = {f.name: getattr(options, f.name) for f in fields(Options) if f.name not in ("only", "out")}
+    settings = {f.name: getattr(options, f.name) for f in fields(Options) if f.name not in ("only", "arms", "out")}
     settings |= {name: Path(settings[name]).name for name in ("data", "base")}
     write_json(out / "curves.json", {**heading(), "settings": settings, "rows": rows})
     print(json.dumps(rows))
@@ -91,6 +94,8 @@ def _recipe(options: Options) -> Recipe:
     values = {name: str(getattr(options, name)) for name in same}
     fixed = {"pack": "off", "accumulation": "1", "checkpointing": "off", "model": Path(options.base).name}
     recipe = load_recipe("qlora", {**values, **fixed})
+    if options.only == "ours-fp8":
+        return replace(recipe, precision="fp8")
     return replace(recipe, seed=recipe.seed + 1) if options.only == "ours-again" else recipe
 
 

@@ -3,8 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-COLOURS = {"ours": "#1f5a96", "stock": "#c2571a", "ours-again": "#8a8a8a"}
-NAMES = {"ours": "ours", "stock": "stock stack", "ours-again": "ours, other first weights and dropout"}
+COLOURS = {"ours": "#1f5a96", "stock": "#c2571a", "ours-again": "#8a8a8a", "ours-fp8": "#2f7d4f"}
+NAMES = {
+    "ours": "ours",
+    "stock": "stock stack",
+    "ours-again": "ours, other first weights and dropout",
+    "ours-fp8": "ours in fp8",
+}
 
 
 def draw(losses: dict[str, list[float]], path: Path) -> None:
@@ -22,7 +27,7 @@ def draw(losses: dict[str, list[float]], path: Path) -> None:
     for arm, values in _in_drawing_order(losses):
         steps = range(1, len(values) + 1)
         above.plot(steps, values, color=COLOURS[arm], linewidth=0.6, alpha=0.35)
-        style = "--" if arm == "stock" else "-"
+        style = "--" if arm in ("stock", "ours-fp8") else "-"
         above.plot(steps, smoothed(values), color=COLOURS[arm], linewidth=2, label=NAMES[arm], linestyle=style)
         if arm != "ours" and "ours" in losses:
             difference = [b - a for a, b in zip(losses["ours"], values)]
@@ -42,6 +47,6 @@ def draw(losses: dict[str, list[float]], path: Path) -> None:
 
 def _in_drawing_order(losses: dict[str, list[float]]) -> Iterator[tuple[str, list[float]]]:
     """The arms in the order of drawing: the most important one last, on top."""
-    for arm in ("ours-again", "ours", "stock"):
+    for arm in ("ours-again", "ours", "stock", "ours-fp8"):
         if arm in losses:
             yield arm, losses[arm]

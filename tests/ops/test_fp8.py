@@ -1,12 +1,10 @@
 """Products in fp8: the definition against the numbers it stands for, the kernels against the definition."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from tests.support.interpreter import run_interpreted
+from tests.support.interpreter import round_as_cards, run_interpreted
 from tests.support.tensors import normal
 from train.ops import fp8
 from train.ops.dropout import Dropout
@@ -74,22 +72,8 @@ def rounded_rows(device: str, dtype: torch.dtype) -> list[Fp8Rows]:
 
 def rounded_floats(device: str, dtype: torch.dtype) -> list[Tensor]:
     if INTERPRETED:
-        mend_interpreter()
+        round_as_cards()
     return [one.floats() for one in rounded_rows(device, dtype)]
-
-
-def mend_interpreter() -> None:
-    """Triton's interpreter rounds to e4m3 wrongly where a value is rounded up to the next power of two: torch does it."""
-    from triton.runtime import interpreter
-
-    convert: Any = interpreter._convert_float
-
-    def rounded(x: Any, of: Any, to: Any, mode: Any) -> Any:
-        if str(to) != "fp8e4nv" or str(of) != "fp32":
-            return convert(x, of, to, mode)
-        return torch.from_numpy(x.view("float32").copy()).to(fp8.E4M3).view(torch.uint8).numpy()
-
-    interpreter._convert_float = rounded
 
 
 # --- the definition

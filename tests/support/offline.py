@@ -138,7 +138,7 @@ def half_dtype(capability: int) -> torch.dtype:
 
 def training(
     capability: int, batch: int, length: int, checkpointing: str = "off", dropout: float = 0.0, rank: int = 64,
-    model: str = "1.8b", biased: bool = False, in_order: bool = True, layers: int = 0,
+    model: str = "1.8b", biased: bool = False, in_order: bool = True, layers: int = 0, fp8: bool = False,
 ) -> None:  # fmt: skip
     """The passes of a training step.
 
@@ -169,7 +169,7 @@ def training(
         base = shapes.random_decoder(shapes.decoder_config(shape), META, dtype)
         wrapped = lora.attach(base, Recipe(rank=rank, dropout=dropout))
         names = {p: name for name, p in lora.trainable(wrapped).items()}
-        step = graph_step.GraphStep(base, names, length, graphs=False)
+        step = graph_step.GraphStep(base, names, length, graphs=False, fp8=fp8)
         step.vector.data = step.vector.data.to(dtype)
         step.bind()
         base.set_checkpointing("on" if checkpointing == "on" else "off")
@@ -302,6 +302,8 @@ def fp8(capability: int) -> None:
 
     if capability < 89:
         return
+    training(capability, 4, 2048, layers=2, fp8=True)
+    training(capability, 8, 512, "on", dropout=0.05, biased=True, layers=2, fp8=True)
     dtype = half_dtype(capability)
     for inner, columns, blocks in ((2048, 6144, 3), (2048, 11008, 2), (5504, 2048, 1), (11008, 2048, 1)):
         x, weight = torch.empty(8192, inner, dtype=dtype, device=META), torch.empty(inner, columns, device=META)

@@ -9,6 +9,8 @@ from torch import Tensor
 from train.model.packed_linear import PackedLinear
 from train.ops import kernels
 from train.ops.gptq import WORD, Scheme, dequantize, groups_in_order
+from train.ops.kernels import gptq_fp8
+from train.ops.kernels.runtime import use_kernel
 
 
 def _zeros(*size: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
@@ -41,10 +43,21 @@ class Int4Linear(PackedLinear):
         self._in_order: bool | None = None  # whether g_idx is in order: computed at first use, as it synchronises a GPU
 
     def _unpack(self, dtype: torch.dtype, out: Tensor | None, border: kernels.Border | None) -> Tensor:
+        g_idx = None if self._has_groups_in_order() else self.g_idx
+        return dequantize(self.qweight, self.qzeros, self.scales, g_idx, self.scheme.bits, dtype, out, border)
+
+    def write_fp8(self, out: Tensor, scale: Tensor, by_output: bool) -> bool:
+        bits = self.scheme.bits
+        fits = use_kernel(self.scales) and gptq_fp8.supports(self.qweight, self.scales, bits)
+        if not fits or not self._has_groups_in_order():
+            return False
+        gptq_fp8.dequantize_to_fp8(self.qweight, self.qzeros, self.scales, bits, scale, by_output, out)
+        return True
+
+    def _has_groups_in_order(self) -> bool:
         if self._in_order is None:
             self._in_order = groups_in_order(self.g_idx, len(self.scales))
-        g_idx = None if self._in_order else self.g_idx
-        return dequantize(self.qweight, self.qzeros, self.scales, g_idx, self.scheme.bits, dtype, out, border)
+        return self._in_order
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -29,6 +29,14 @@ class PackedLinear(nn.Linear):
         """W [K, N] in `dtype`, dequantised; the arguments are those of `matrix`."""
         raise NotImplementedError
 
+    def write_fp8(self, out: Tensor, scale: Tensor, by_output: bool) -> bool:
+        """Write W / scale, rounded to e4m3, in one kernel. False where that is not possible; nothing is written then.
+
+        Args:
+            out: [K, N] e4m3, any strides. scale: [N] float32 if `by_output`, else [K].
+        """
+        return False
+
     @property
     def device(self) -> torch.device:
         """Where the packed weight is."""

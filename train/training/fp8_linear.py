@@ -1,7 +1,7 @@
 """A FusedLinear whose products with the frozen weight are in fp8 (precision=fp8): forward, and the gradient of the input.
 
-Adapters and their gradients stay bfloat16. The weight is dequantised to bfloat16 in each pass, as without fp8, and then
-rounded; its scales are computed once, because it is frozen.
+Adapters and their gradients stay bfloat16. The weight is rounded in each pass, as it is dequantised without fp8; its
+scales are computed once, because it is frozen.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class Fp8Linear(FusedLinear):
     def _product(self, h: Tensor, lora_a_out: Tensor | None, extra_columns: int, rounded: Fp8Rows | None) -> Tensor:
         assert extra_columns == 0, extra_columns
         x = fp8.quantize_rows(h) if rounded is None else rounded
-        weight = fp8.quantize_with(self._whole_weight(h.dtype).t(), self.output_scale)
+        weight = self._rounded_by_output(h.dtype)
         low_rank = self._lora_b_product(lora_a_out)
         y = fp8.product(x, weight, h.dtype, low_rank)
         if low_rank is None:
@@ -58,7 +58,7 @@ class Fp8Linear(FusedLinear):
         self, dy: Tensor, grad_lora_a_out: Tensor | None, tokens: Tokens, rounded: Fp8Rows | None
     ) -> Tensor:
         x = fp8.quantize_rows(dy) if rounded is None else rounded
-        weight = fp8.quantize_with(self._whole_weight(dy.dtype), self.input_scale)
+        weight = self._rounded_by_input(dy.dtype)
         dropout = self.input_dropout(tokens)
         low_rank = None
         if grad_lora_a_out is not None and not dropout:
@@ -68,6 +68,27 @@ class Fp8Linear(FusedLinear):
         if grad_lora_a_out is not None and dropout:
             add_dropped_product(grad_lora_a_out, self.A, dropout, dh)
         return dh
+
+    def _rounded_by_output(self, dtype: torch.dtype) -> Fp8Rows:
+        """W as [N, K] with a scale for each output."""
+        values = torch.empty(self.out_features, self.in_features, dtype=fp8.E4M3, device=self.output_scale.device)
+        parts = [(values[columns].t(), self.output_scale[columns]) for columns in self.columns]
+        if self._write_fp8(parts, by_output=True):
+            return Fp8Rows(values, self.output_scale)
+        return fp8.quantize_with(self._whole_weight(dtype).t(), self.output_scale)
+
+    def _rounded_by_input(self, dtype: torch.dtype) -> Fp8Rows:
+        """W as [K, N] with a scale for each input."""
+        values = torch.empty(self.in_features, self.out_features, dtype=fp8.E4M3, device=self.input_scale.device)
+        if self._write_fp8([(values[:, columns], self.input_scale) for columns in self.columns], by_output=False):
+            return Fp8Rows(values, self.input_scale)
+        return fp8.quantize_with(self._whole_weight(dtype), self.input_scale)
+
+    def _write_fp8(self, parts: Sequence[tuple[Tensor, Tensor]], by_output: bool) -> bool:
+        """Whether each layer wrote its part [K, n], by its scale, without a copy of W in 16 bits."""
+        if not self.is_packed or any(getattr(linear, "start_A", None) is not None for linear in self.linears):
+            return False
+        return all(base.write_fp8(*part, by_output) for base, part in zip(self.base_layers, parts))
 
     def _whole_weight(self, dtype: torch.dtype) -> Tensor:
         """W [K, N]; its rows or its columns are contiguous."""

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from tests.support.interpreter import run_interpreted
-from train.ops import gptq
+from tests.support.interpreter import round_as_cards, run_interpreted
+from train.ops import fp8, gptq
+from train.ops.kernels import gptq_fp8
 from train.ops.kernels.gptq_dequantize import Border, dequantize
 
 CASES = [  # rows, columns, group, bits
     (64, 64, 32, 4), (128, 200, 128, 4), (256, 72, 64, 4), (96, 40, 96, 4), (256, 130, 128, 8), (128, 48, 32, 2),
 ]  # fmt: skip
+FP8_CASES = 6  # those whose tiles lie in one group, both ways round
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -39,6 +41,25 @@ def check(device: str, dtypes: Sequence[torch.dtype]) -> int:
                 fast = dequantize(*parts[:3], parts[3] if shuffled else None, bits, dtype)
                 assert torch.equal(fast, plain), (rows, columns, group, bits, shuffled, dtype)
                 count += 1
+    return count
+
+
+def check_fp8(device: str) -> int:
+    """The weight rounded to fp8 in one kernel is that of the float32 weight; both ways round. Returns the cases."""
+    count = 0
+    for rows, columns, group, bits in CASES:
+        parts = packed(rows, columns, group, bits, False, device)
+        if not gptq_fp8.supports(parts[0], parts[2], bits):
+            continue
+        weight = gptq.dequantize_plain(*parts, bits, torch.float32)
+        for by_output, matrix in ((True, weight.t()), (False, weight)):
+            scale = fp8.row_scales(matrix)
+            values = torch.empty(matrix.shape, dtype=fp8.E4M3, device=device)
+            out = values.t() if by_output else values
+            gptq_fp8.dequantize_to_fp8(*parts[:3], bits, scale, by_output, out)
+            expected = (matrix * scale.reciprocal()[:, None]).to(fp8.E4M3)
+            assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8)), (rows, columns, by_output)
+            count += 1
     return count
 
 
@@ -79,6 +100,8 @@ def test_the_definition_of_a_border() -> None:
 
 def interpreted() -> int:
     check_border("cpu")
+    round_as_cards()
+    assert check_fp8("cpu") == FP8_CASES
     return check("cpu", DTYPES[:2])  # the interpreter truncates to bfloat16, a GPU rounds
 
 
@@ -90,3 +113,5 @@ def test_the_kernel_equals_the_definition_through_the_interpreter() -> None:
 def test_the_kernel_equals_the_definition_on_a_gpu() -> None:
     assert check("cuda", DTYPES) == len(CASES) * 6
     check_border("cuda")
+    if torch.cuda.get_device_capability() >= fp8.LEAST_CAPABILITY:
+        assert check_fp8("cuda") == FP8_CASES

@@ -40,6 +40,30 @@ class Border:
 if triton is not None:
 
     @triton.jit
+    def unpack_tile(  # type: ignore[no-untyped-def]
+        qweight, first, n, rows, columns, BITS: tl.constexpr, TR: tl.constexpr, TC: tl.constexpr
+    ):
+        """The codes [TR, TC] of the rows from `first` on, and the columns n."""
+        PER: tl.constexpr = 32 // BITS
+        words = first // PER + tl.arange(0, TR // PER)
+        packed = tl.load(
+            qweight + words[:, None].to(tl.int64) * columns + n[None],
+            mask=(words[:, None] * PER < rows) & (n < columns)[None],
+            other=0,
+        )
+        shifts = tl.arange(0, PER) * BITS
+        return tl.reshape((packed[:, None, :] >> shifts[None, :, None]) & ((1 << BITS) - 1), (TR, TC))
+
+    @triton.jit
+    def zero_and_scale(qzeros, scales, g, n, columns, zero_words, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The zeros and scales [TC] of group g."""
+        PER: tl.constexpr = 32 // BITS
+        MASK: tl.constexpr = (1 << BITS) - 1
+        inside = n < columns
+        stored = tl.load(qzeros + g * zero_words + n // PER, mask=inside, other=0) >> ((n % PER) * BITS)
+        return ((stored & MASK) + 1) & MASK, tl.load(scales + g * columns + n, mask=inside, other=0.0).to(tl.float32)
+
+    @triton.jit
     def _dequantize_tile(  # type: ignore[no-untyped-def]
         qweight, qzeros, scales, g_idx, out, rows, columns, out_stride, zero_words, group,
         below, below_row_stride, below_column_stride, below_rows, offset, height,
@@ -71,20 +95,11 @@ if triton is not None:
             first = row_tile * TR
             n = column_tile * TC + tl.arange(0, TC)
             inside = n < columns
-            words = first // PER + tl.arange(0, TR // PER)
-            packed = tl.load(
-                qweight + words[:, None].to(tl.int64) * columns + n[None],
-                mask=(words[:, None] * PER < rows) & inside[None],
-                other=0,
-            )
-            shifts = tl.arange(0, PER) * BITS
-            codes = tl.reshape((packed[:, None, :] >> shifts[None, :, None]) & MASK, (TR, TC))
+            codes = unpack_tile(qweight, first, n, rows, columns, BITS, TR, TC)
             k = first + tl.arange(0, TR)
             if ONE_GROUP:  # the tile lies in one group: one row of scales and zeros
-                g = first // group
-                stored = tl.load(qzeros + g * zero_words + n // PER, mask=inside, other=0) >> ((n % PER) * BITS)
-                zero = (((stored & MASK) + 1) & MASK)[None]
-                scale = tl.load(scales + g * columns + n, mask=inside, other=0.0).to(tl.float32)[None]
+                zero, scale = zero_and_scale(qzeros, scales, first // group, n, columns, zero_words, BITS)
+                zero, scale = zero[None], scale[None]
             else:
                 g = k // group if IN_ORDER else tl.load(g_idx + k, mask=k < rows, other=0)
                 valid = (k < rows)[:, None] & inside[None]
