@@ -25,7 +25,8 @@ from train.common.files import write_json
 from train.config.recipe import Recipe, load_recipe
 from train.model.architecture import PUBLISHED
 from train.training import memory_estimate
-from train.training.memory_estimate import GIB, Setting
+from train.training.memory_estimate import GIB
+from train.training.memory_setting import Setting
 from train.training.step_setting import Place, resolve
 
 BASES = (

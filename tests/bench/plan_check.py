@@ -19,7 +19,8 @@ from rich.table import Table
 from tests.bench.shapes import SHAPES
 from train.model.architecture import PUBLISHED
 from train.training import memory_estimate
-from train.training.memory_estimate import GIB, Setting
+from train.training.memory_estimate import GIB
+from train.training.memory_setting import Setting
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 0.10

@@ -26,7 +26,8 @@ from train.config.options import build, option, pairs
 from train.config.recipe import RECIPES, load_recipe
 from train.model.published import read_folder_shape
 from train.training import memory_estimate
-from train.training.memory_estimate import GIB, Setting
+from train.training.memory_estimate import GIB
+from train.training.memory_setting import Setting
 from train.training.step_setting import Place, resolve
 
 CHILD = """

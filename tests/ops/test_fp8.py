@@ -1,5 +1,7 @@
 """Products in fp8: the definition against the numbers it stands for, the kernels against the definition."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,6 @@ from tests.support.tensors import normal
 from train.ops import fp8
 from train.ops.dropout import Dropout
 from train.ops.fp8 import Fp8Rows, LowRankProduct
-from train.ops.kernels import INTERPRETED
 from train.ops.rms_norm import rms_norm, rms_norm_backward
 from train.ops.swiglu import swiglu, swiglu_backward
 
@@ -71,9 +72,12 @@ def rounded_rows(device: str, dtype: torch.dtype) -> list[Fp8Rows]:
 
 
 def rounded_floats(device: str, dtype: torch.dtype) -> list[Tensor]:
-    if INTERPRETED:
-        round_as_cards()
     return [one.floats() for one in rounded_rows(device, dtype)]
+
+
+def all_results() -> tuple[list[Tensor], list[Tensor]]:
+    round_as_cards()
+    return products("cpu", torch.float32), rounded_floats("cpu", torch.float32)
 
 
 # --- the definition
@@ -121,14 +125,19 @@ def test_a_rank_too_wide_for_the_kernel_is_added_after_it() -> None:
 # --- the kernels
 
 
-def test_the_product_equals_the_definition_through_the_interpreter() -> None:
-    for y, expected in zip(run_interpreted(__name__, "products", "cpu", torch.float32), products("cpu", torch.float32)):
+@pytest.fixture(scope="module")
+def interpreted() -> tuple[list[Tensor], list[Tensor]]:
+    both: tuple[list[Tensor], list[Tensor]] = run_interpreted(__name__, "all_results")
+    return both
+
+
+def test_the_product_equals_the_definition_through_the_interpreter(interpreted: Any) -> None:
+    for y, expected in zip(interpreted[0], products("cpu", torch.float32), strict=True):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_rounding_equals_the_definition_through_the_interpreter() -> None:
-    interpreted = run_interpreted(__name__, "rounded_floats", "cpu", torch.float32)
-    expected = [rows.floats() for rows in rounded_rows("cpu", torch.float32)]
+def test_rounding_equals_the_definition_through_the_interpreter(interpreted: Any) -> None:
+    interpreted, expected = interpreted[1], rounded_floats("cpu", torch.float32)
     for y, exact in zip(interpreted[:3], expected[:3], strict=True):
         assert torch.equal(y, exact)
     for y, near in zip(interpreted[3:], expected[3:], strict=True):  # a pass may round its own value the other way

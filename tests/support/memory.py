@@ -20,9 +20,10 @@ from tests.bench import shapes
 from train.config.recipe import Recipe
 from train.model import lora
 from train.model.architecture import Shape
+from train.model.packed_linear import PackedLinear
 from train.ops import cross_entropy, fp8, low_rank, offload
 from train.training import fp8_linear, fused_decoder, fused_linear, graph_step, step_sizes
-from train.training.memory_estimate import Setting
+from train.training.memory_setting import Setting
 
 META = torch.device("meta")
 
@@ -117,7 +118,7 @@ def _fake_kernels() -> Iterator[None]:
         (fp8, "quantize_with", lambda x, scale: fp8.Fp8Rows(torch.empty(x.shape, dtype=fp8.E4M3, device=META), scale)),
         (fp8, "product", lambda x, weight, dtype, term: torch.empty(len(x), len(weight), dtype=dtype, device=META)),
         (fused_linear.FusedLinear, "_concatenated_bias", lambda linear: None),
-        (fused_linear.PackedLinear, "matrix", _matrix),
+        (PackedLinear, "matrix", _matrix),
         (cross_entropy.kernels, "usable", lambda device: True),
         (cross_entropy, "cross_entropy", lambda logits, labels, scale: torch.empty(len(logits), device=META)),
         (offload.PinnedBuffer, "slots", _slots),

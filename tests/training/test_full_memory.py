@@ -14,7 +14,8 @@ from train.common.errors import UserError
 from train.config.recipe import Recipe
 from train.model.architecture import PUBLISHED, Shape
 from train.training import cpu_memory, full_memory, memory_plan, step_setting
-from train.training.memory_estimate import GIB, Setting
+from train.training.memory_estimate import GIB
+from train.training.memory_setting import Setting
 from train.training.step_setting import Place
 
 SMALL = PUBLISHED["Qwen2.5-0.5B"]

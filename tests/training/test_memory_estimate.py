@@ -18,8 +18,9 @@ from train.model import lora
 from train.model.architecture import PUBLISHED, Shape
 from train.model.int4_linear import Int4Linear
 from train.model.layouts import LAYOUTS
-from train.training import memory_estimate
-from train.training.memory_estimate import GIB, Setting, estimate
+from train.training import memory_estimate, memory_setting
+from train.training.memory_estimate import GIB, estimate
+from train.training.memory_setting import Setting
 from train.training.step_setting import by_default
 
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def test_the_names_of_linears_are_those_of_the_layout() -> None:
     for layout, shape in TINY.items():
         assert {name for name, _, _ in shape.linears()} == set(LAYOUTS[layout].linears)
     with pytest.raises(UserError, match=r"c_fc.*There are: c_attn, c_proj"):
-        memory_estimate.adapted_linears(TINY["qwen"], "c_fc")
+        memory_setting.adapted_linears(TINY["qwen"], "c_fc")
 
 
 @pytest.mark.parametrize("shape", PEAKS, ids=lambda s: f"{s.layout}-{s.inner}")
@@ -100,7 +101,7 @@ def test_the_count_of_the_passes_notices_one_more_tensor() -> None:
 
 
 def test_about_23_800_values_a_token_and_block_in_the_small_qwen() -> None:
-    assert memory_estimate.Widths.of(PUBLISHED["Qwen-1_8B"], Setting(1, 512, "off")).block == 23_776
+    assert memory_setting.Widths.of(PUBLISHED["Qwen-1_8B"], Setting(1, 512, "off")).block == 23_776
 
 
 # --- the estimate

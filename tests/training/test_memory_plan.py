@@ -12,7 +12,8 @@ from train.model.architecture import PUBLISHED, Shape
 from train.model.decoder import Decoder
 from train.model.layouts import DecoderConfig
 from train.training import memory_estimate, memory_plan
-from train.training.memory_estimate import GIB, Setting
+from train.training.memory_estimate import GIB
+from train.training.memory_setting import Setting
 from train.training.step_setting import by_default
 
 RECIPE = by_default(load_recipe("qlora", {}))

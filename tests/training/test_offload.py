@@ -28,7 +28,7 @@ from train.ops.offload import HostEmbedding
 from train.runs import resume
 from train.training import deepspeed_engine, loop, memory_estimate, prepare
 from train.training.graph_step import GraphStep
-from train.training.memory_estimate import Setting
+from train.training.memory_setting import Setting
 
 BATCHES = (PACKED, RAGGED, [[64], [64], [64], [12]])  # of two shapes; the last one needs a larger buffer
 

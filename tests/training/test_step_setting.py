@@ -12,7 +12,8 @@ from train.common.files import read_json
 from train.config.recipe import Recipe, load_recipe
 from train.model.architecture import PUBLISHED
 from train.training import memory_plan, step_setting
-from train.training.memory_estimate import GIB, Setting, estimate
+from train.training.memory_estimate import GIB, estimate
+from train.training.memory_setting import Setting
 from train.training.step_setting import Place, by_default, is_open, resolve
 
 SMALL, SEVEN = PUBLISHED["Qwen-1_8B"], PUBLISHED["Qwen-7B"]

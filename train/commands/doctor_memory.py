@@ -13,7 +13,7 @@ from train.host.checks import Finding
 from train.host.machine import Card, Machine
 from train.model.architecture import Shape
 from train.training import cpu_memory, memory_estimate, memory_plan, step_setting
-from train.training.memory_estimate import Setting
+from train.training.memory_setting import Setting
 from train.training.step_setting import Place
 
 if TYPE_CHECKING:

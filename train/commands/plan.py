@@ -21,7 +21,8 @@ from train.model.architecture import Shape
 from train.model.folder import find
 from train.model.published import check_without_torch, read_folder_shape
 from train.training import full_memory, full_recipe, memory_estimate, memory_plan, peft_recipe, step_setting
-from train.training.memory_estimate import CONTEXT, GIB, Estimate, Setting
+from train.training.memory_estimate import CONTEXT, GIB, Estimate
+from train.training.memory_setting import Setting
 from train.training.step_sizes import ROW_MULTIPLE
 
 if TYPE_CHECKING:

@@ -109,9 +109,16 @@ class DeepSpeedModule(nn.Module):
 
 
 def uses_fused_passes(recipe: Recipe, device: torch.device) -> bool:
-    """Whether to train with the fused passes: of A and B alone, and not with ZeRO 3, which frees them between uses."""
+    """Whether to train with the fused passes: of A and B alone, and not with ZeRO 3, which frees them between uses.
+
+    Raises:
+        UserError: precision=fp8, which they alone compute, where they do not run.
+    """
     fits = recipe.zero < 3 and recipe.is_low_rank
-    return device.type in FUSED_DEVICES and fits and (device.type == "cpu" or kernels.usable(device))
+    runs = device.type in FUSED_DEVICES and (device.type == "cpu" or kernels.usable(device))
+    if recipe.precision == "fp8" and not runs:
+        raise UserError("precision=fp8 needs Triton, which does not run here. Give precision=bf16.")
+    return fits and runs
 
 
 def _fix_gradient_norm(optimizer: Any) -> None:
@@ -170,11 +177,9 @@ class Engine:
         return PreferenceLoss(model, recipe.dpo_beta, recipe.dpo_label_smoothing) if recipe.loss == "dpo" else None
 
     def _graph_step(self, model: Any, names: dict[nn.Parameter, str]) -> GraphStep | None:
-        fp8 = self.recipe.precision == "fp8"
         if not uses_fused_passes(self.recipe, self.device):
-            if fp8:
-                raise UserError("precision=fp8 needs Triton, which does not run here. Give precision=bf16.")
             return None
+        fp8 = self.recipe.precision == "fp8"
         length = row_length(self.recipe)
         full = (self.recipe.batch, length) if self.recipe.pack else None
         return GraphStep(model.get_base_model(), names, length, self.recipe.graphs, full, self.preference, fp8)

@@ -18,9 +18,10 @@ from train.training.fused_linear import FusedLinear
 
 
 class Fp8Linear(FusedLinear):
-    """A FusedLinear in fp8. Both factors of a product need their scales by row of the summed dimension's other side:
+    """A FusedLinear in fp8.
 
-    forward W as [N, K] with a scale for each output, backward as [K, N] with a scale for each input.
+    A product sums along the rows of both its factors, and each row has one scale. So the forward pass rounds W as
+    [N, K] with a scale for each output, and the backward pass as [K, N] with a scale for each input.
     """
 
     def __init__(self, linears: Sequence[Any], layer_id: int) -> None:
@@ -89,8 +90,3 @@ class Fp8Linear(FusedLinear):
         if not self.is_packed or any(getattr(linear, "start_A", None) is not None for linear in self.linears):
             return False
         return all(base.write_fp8(*part, by_output) for base, part in zip(self.base_layers, parts))
-
-    def _whole_weight(self, dtype: torch.dtype) -> Tensor:
-        """W [K, N]; its rows or its columns are contiguous."""
-        weights = [weight for _, weight in self._weights(dtype)]
-        return weights[0] if len(weights) == 1 else torch.cat([weight.t() for weight in weights]).t()

@@ -12,10 +12,10 @@ from train.training.memory_estimate import (
     BYTES_16,
     CUBLAS_WORKSPACES,
     Estimate,
-    Setting,
     hidden_bytes,
     logits_bytes,
 )
+from train.training.memory_setting import Setting
 
 FLOAT = 4  # bytes of a float32 value
 STATE_BYTES = FLOAT + 2 * FLOAT  # of a parameter in the optimizer: master and AdamW's two moments

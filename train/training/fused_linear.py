@@ -4,18 +4,18 @@ Works on the decoder's own layers and peft's own adapters. The base is frozen; t
 vector of all gradients. The layers of one FusedLinear share one dropout mask.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from train.model.packed_linear import PackedLinear
 from train.ops.attention import Tokens
 from train.ops.dropout import Dropout
 from train.ops.fp8 import Fp8Rows
 from train.ops.kernels import Border
 from train.ops.low_rank import LowRankTerm, add_dropped_product
+from train.training.fused_weights import FusedWeights, size_of, slices_of
 
 
 def empty_with_extra(like: Tensor, columns: int, extra: int) -> Tensor:
@@ -28,7 +28,7 @@ def view_with_extra(x: Tensor, extra: int) -> Tensor:
     return x.as_strided((len(x), x.shape[1] + extra), x.stride()) if extra else x
 
 
-class FusedLinear:
+class FusedLinear(FusedWeights):
     """y = h W + scale · dropout(h) Aᵀ Bᵀ + bias for several linear layers at once.
 
     h is [M, K]. W [K, N] holds the weights of the layers side by side, A [R, K] the A of their adapters one below the
@@ -38,26 +38,17 @@ class FusedLinear:
     If the rows of h have R extra columns in memory, one matrix product computes y including the adapters:
     [h, lora_a_out] @ [W; Bᵀ]. In the same way the backward pass computes [dy, grad_lora_a_out] @ [W, Aᵀ]ᵀ. That saves
     reading and writing y and dh, which are as large as an activation, a second time.
-
-    Of an adapter that began with a part of W (start=olora, start=pissa), W is what is left of it: that part is subtracted
-    wherever W is made, which takes r / M of the product's own time.
     """
 
     def __init__(self, linears: Sequence[Any], layer_id: int) -> None:
         """linears: nn.Linear or PackedLinear, or peft's LoRA layer around one. layer_id: its own number, for dropout."""
-        self.linears, self.layer_id = linears, layer_id
-        self.base_layers: list[Any] = [getattr(m, "base_layer", m) for m in linears]
-        self.is_packed = all(isinstance(base, PackedLinear) for base in self.base_layers)
-        self.in_features = int(self.base_layers[0].in_features)
-        self.columns = _slices([int(base.out_features) for base in self.base_layers])  # of y, a slice for each layer
-        self.out_features = self.columns[-1].stop
+        adapters = [m for m in linears if hasattr(m, "lora_A")]
+        super().__init__(linears, float(adapters[0].scaling["default"]) if adapters else 0.0)
+        self.layer_id = layer_id
         self.adapted = [n for n, m in enumerate(linears) if hasattr(m, "lora_A")]  # which layers have an adapter
-        adapters = [linears[n] for n in self.adapted]
-        self.ranks = _slices([_a_and_b(m)[0].shape[0] for m in adapters])  # of lora_a_out, a slice for each adapter
+        self.ranks = slices_of([_a_and_b(m)[0].shape[0] for m in adapters])  # of lora_a_out, a slice for each adapter
         self.rank = self.ranks[-1].stop if adapters else 0
-        self.scale = float(adapters[0].scaling["default"]) if adapters else 0.0
         self.dropout_rate = _dropout_rate(adapters[0]) if adapters else 0.0
-        self.bias = self._concatenated_bias()
         # How many extra columns h and dy should have. With dropout the mask applies to grad_lora_a_out @ A but not to
         # dy @ Wᵀ, so the two cannot be one matrix product.
         self.extra_columns = self.rank if self.is_packed else 0
@@ -77,7 +68,7 @@ class FusedLinear:
         start = self.rank * self.in_features
         A, B = vector[:start].view(-1, self.in_features), []
         for n, ranks in zip(self.adapted, self.ranks):
-            out_features, rank = _size(self.columns[n]), _size(ranks)
+            out_features, rank = size_of(self.columns[n]), size_of(ranks)
             B.append(vector[start : start + out_features * rank].view(out_features, rank))
             start += out_features * rank
         return A, B
@@ -206,19 +197,6 @@ class FusedLinear:
             grad_B.addmm_(dy[:, self.columns[n]].t(), lora_a_out[:, ranks], beta=int(add))
         self.grad_A.addmm_(grad_lora_a_out.t(), h, beta=int(add))
 
-    def _weights(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """(columns of y, their weight [K, n]): all columns at once for packed layers, else one layer after the other."""
-        if not self.is_packed:
-            for columns, linear, base in zip(self.columns, self.linears, self.base_layers):
-                weight = base.dequantized(dtype) if isinstance(base, PackedLinear) else base.weight.to(dtype)
-                if (start := _start(linear, dtype)) is not None:
-                    weight = weight.addmm(start.B, start.A, alpha=-self.scale)  # the base's own stays as it is
-                yield columns, weight.t()
-        elif len(self.base_layers) == 1 and _start(self.linears[0], dtype) is None:
-            yield self.columns[0], self.base_layers[0].matrix(dtype)
-        else:
-            yield slice(0, self.out_features), self._dequantized(dtype)
-
     def _weight_above_b(self, dtype: torch.dtype) -> Tensor:
         """[W; Bᵀ] [K + R, N]: below W the Bᵀ of each adapter, in the columns of its own layer, and zeros elsewhere."""
         borders = [Border(height=self.rank) for _ in self.base_layers]
@@ -231,60 +209,9 @@ class FusedLinear:
         borders = [*(Border() for _ in self.base_layers[1:]), Border(right=self.A.t())]
         return self._dequantized(dtype, borders, columns_right=self.rank)
 
-    def _dequantized(
-        self, dtype: torch.dtype, borders: Sequence[Border | None] = (), rows_below: int = 0, columns_right: int = 0
-    ) -> Tensor:
-        """W [K, N] of packed layers, with rows below it and columns to its right, which `borders` fill."""
-        device = self.base_layers[0].device
-        whole = torch.empty(
-            self.in_features + rows_below, self.out_features + columns_right, dtype=dtype, device=device
-        )
-        for columns, base, border in zip(self.columns, self.base_layers, borders or (None,) * len(self.base_layers)):
-            base.matrix(dtype, whole[: self.in_features, columns], border)
-        for columns, linear in zip(self.columns, self.linears):
-            if (start := _start(linear, dtype)) is not None:
-                whole[: self.in_features, columns].addmm_(start.A.t(), start.B.t(), alpha=-self.scale)
-        return whole
-
-    def _concatenated_bias(self) -> Tensor | None:
-        """[N] float32, or None if all are zero: each linear of Qwen-1 has a bias, but only that of c_attn is not zero."""
-        biases: list[Any] = [base.bias for base in self.base_layers]
-        if all(bias is None or not bool(bias.any()) for bias in biases):
-            return None
-        device = next(bias.device for bias in biases if bias is not None)
-        return torch.cat(
-            [
-                bias.float() if bias is not None else torch.zeros(_size(columns), device=device)
-                for bias, columns in zip(biases, self.columns)
-            ]
-        )
-
-
-def _slices(sizes: Sequence[int]) -> list[slice]:
-    """One slice after the other, of these sizes."""
-    ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
-    return [slice(end - size, end) for end, size in zip(ends, sizes)]
-
-
-def _size(part: slice) -> int:
-    return int(part.stop - part.start)
-
 
 def _a_and_b(linear: Any) -> tuple[nn.Parameter, nn.Parameter]:
     return linear.lora_A["default"].weight, linear.lora_B["default"].weight
-
-
-class _Start(NamedTuple):
-    """The part of a weight [N, K] that its adapter began with and that is subtracted from it: scale · B A."""
-
-    A: Tensor  # [r, K]
-    B: Tensor  # [N, r]
-
-
-def _start(linear: Any, dtype: torch.dtype) -> _Start | None:
-    """None for an adapter that began with zero, and without an adapter."""
-    a = getattr(linear, "start_A", None)
-    return None if a is None else _Start(a.to(dtype), linear.start_B.to(dtype))
 
 
 def _dropout_rate(linear: Any) -> float:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from train.config.recipe import Recipe
 from train.model.architecture import STORED, Shape
 from train.training import full_memory, memory_estimate
-from train.training.memory_estimate import ADAPTER_BYTES, GIB, Estimate, Setting
+from train.training.memory_estimate import ADAPTER_BYTES, GIB, Estimate
+from train.training.memory_setting import Setting
 from train.training.step_sizes import ROW_MULTIPLE
 
 if TYPE_CHECKING:

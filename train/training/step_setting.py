@@ -16,7 +16,8 @@ from train.config.options import AUTO
 from train.config.recipe import Recipe
 from train.model.architecture import Shape
 from train.training import memory_plan
-from train.training.memory_estimate import GIB, Setting
+from train.training.memory_estimate import GIB
+from train.training.memory_setting import Setting
 
 DEFAULT_BATCH = 2  # rows at once where no card decides
 AUTO_TEXT = "auto"  # of checkpointing
