@@ -170,6 +170,22 @@ def test_blackwell_with_cuda_12_6(capsys: pytest.CaptureFixture[str], monkeypatc
     assert output.error == f"error: 2 of {len(output.state)} checks fail. Nothing was changed.\n"
 
 
+@pytest.mark.parametrize(("capability", "state"), [((8, 6), "fail"), ((8, 9), "ok"), ((9, 0), "ok")])
+def test_fp8_needs_a_card_that_has_it(
+    capability: tuple[int, int], state: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(
+        monkeypatch,
+        replace(WITH_CARD, cards=(replace(CARD, capability=capability),)),
+        {"seen": 1, "errors": []},
+    )
+    output = Output(capsys, "model=base-Int4", "precision=fp8")
+    assert output.state["combination"] == state
+    assert ("of compute capability 8.9 or newer (RTX 40, L4, H100), and this one has 8.6" in output.text) == (
+        state == "fail"
+    )
+
+
 def test_torch_that_does_not_start_does_not_stop_the_other_checks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
