@@ -186,7 +186,7 @@ def planned(model: str, card: str, recipe: str) -> tuple[str, ...]:
 
 def test_ci_runs_the_readmes_test_command() -> None:
     assert "make test" in text_of("README.md")
-    assert re.search(r"^step make test$", text_of(".ci/run"), flags=re.M)
+    assert re.search(r"^(step|beside \w+) make test$", text_of(".ci/run"), flags=re.M)
 
 
 def test_no_file_names_a_registry_or_a_path_of_the_machine_it_was_written_on() -> None:

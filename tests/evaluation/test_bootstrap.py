@@ -9,7 +9,7 @@ TRUE = -0.3  # nats per token
 TRIALS = 400
 
 
-@pytest.mark.parametrize("count", [20, 200])
+@pytest.mark.parametrize("count", [20, 80])
 def test_the_interval_covers_a_known_difference(count: int) -> None:
     """Conversations of unlike length, and differences that are skewed and vary from one to the next."""
     draw = np.random.default_rng(7)

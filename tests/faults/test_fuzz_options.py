@@ -6,6 +6,7 @@ folder of the project. The commands run in this process through train.__main__.m
 start a process or use the network, `Cut` ends the case: the options have passed every check.
 """
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -23,6 +24,7 @@ import pytest
 from tests.support.oracles import tiny_checkpoint, tiny_config
 from tests.support.runs import tiny_run
 from train.__main__ import VERBS, main
+from train.config import recipe, recipe_yaml
 from train.config.options import RecipeOptions, _options
 from train.config.recipe import Recipe
 
@@ -157,6 +159,12 @@ def _values(kind: Any, field: "dataclasses.Field[Any]") -> Iterator[tuple[str, b
 
 
 @functools.cache
+def read_recipe(text: str) -> dict[str, Any]:
+    """A recipe's YAML: a thousand cases read the same few."""
+    return recipe_yaml.read_text_values(text)
+
+
+@functools.cache
 def installed_versions() -> dict[str, str]:
     from train.host import machine
 
@@ -195,6 +203,7 @@ def house(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     versions = installed_versions()
     monkeypatch.setattr(checks, "installed_versions", lambda: versions)
     monkeypatch.setattr(subprocess, "run", cut)
+    monkeypatch.setattr(recipe, "read_text_values", lambda text: copy.deepcopy(read_recipe(text)))
     return house
 
 
@@ -219,7 +228,7 @@ def run(case: Case, capsys: pytest.CaptureFixture[str], needs: bool = False) -> 
 
 
 def check(case: Case, house: Path, before: dict[str, tuple[int, int]], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a case; returns its status, or fails with what does not hold."""
+    """Run a case; returns its status, or fails with what does not hold. `before` becomes what is there after it."""
     status, printed = run(case, capsys)
     name = f"{case.verb} {case.key}={case.value[:60]!r}: status {status}"
     assert status in ("0", "1", "2", "cut"), name
@@ -236,6 +245,9 @@ def check(case: Case, house: Path, before: dict[str, tuple[int, int]], capsys: p
     assert not outside or case.key in WRITTEN, f"{name}: wrote {outside}"
     for path in sorted(after.keys() - before.keys()):  # what a case has begun does not meet the next one
         shutil.rmtree(path, ignore_errors=True) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
+    if after != before:
+        before.clear()
+        before.update(listed(root))
     return status
 
 
@@ -249,9 +261,10 @@ def fuzz(verb: str, whole: bool, house: Path, capsys: pytest.CaptureFixture[str]
             statuses[check(case, house, before, capsys)] += 1
         except AssertionError as error:
             failures.append(str(error).partition("\nassert")[0])
+            before = listed(house.parents[2])
         except Exception as error:
             failures.append(f"{verb} {case.key}={case.value[:60]!r}: {type(error).__name__}: {error!s:.200}")
-        before = listed(house.parents[2])
+            before = listed(house.parents[2])
     assert not failures, f"{len(failures)} of {sum(statuses.values()) + len(failures)}:\n" + "\n".join(failures)
     return statuses
 

@@ -54,7 +54,10 @@ HOSTILE = "import tests.faults.test_hostile as there\nthere.spring(__file__)\nra
 
 @pytest.fixture(autouse=True)
 def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    """Work three folders deep: what climbs out stays in tmp_path, and is found without a look at other tests' files."""
+    place = tmp_path / "folder" / "in" / "folder"
+    place.mkdir(parents=True)
+    monkeypatch.chdir(place)
     TRAP.clear()
 
 
@@ -195,10 +198,10 @@ def test_a_gguf_whose_tensors_are_called_like_paths_is_refused(name: bytes, tmp_
     old = b"blk.0.attn_output.weight"
     Path("m.gguf").write_bytes(whole.replace(old, name.ljust(len(old), b"x")))
     Path("out").mkdir()
-    before = set(tmp_path.parent.rglob("*"))
+    before = set(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="a Qwen2 or Qwen3 model has no tensor"):
         gguf_reader.convert(Path("m.gguf"), Path("out"))
-    assert {path.parent for path in set(tmp_path.parent.rglob("*")) - before} <= {tmp_path / "out"}
+    assert {path.parent for path in set(tmp_path.rglob("*")) - before} <= {Path("out").absolute()}
     assert not Path("/tmp/climbed-out.bias").exists()
 
 
@@ -229,17 +232,17 @@ def test_a_gguf_with_any_header_is_read_or_refused_in_words() -> None:
 
 
 @pytest.mark.parametrize("name", ["../climbed", "/tmp/climbed-out", "a/../../climbed"])
-def test_a_path_that_climbs_out_of_an_archive_is_not_followed(name: str) -> None:
+def test_a_path_that_climbs_out_of_an_archive_is_not_followed(name: str, tmp_path: Path) -> None:
     wheel = Path("evil-1.0-py3-none-any.whl")
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(name, b"evil")
         archive.writestr("piece.bin", b"good")
-    before = set(Path("..").rglob("*"))
+    before = set(tmp_path.rglob("*"))
     taken, out = io.BytesIO(), io.BytesIO()
     download._unzip(wheel, "piece.bin", taken)
     download._unzip(wheel, name, out)  # asked for by its name it is only bytes: no path is made of the name
     assert taken.getvalue() == b"good" and out.getvalue() == b"evil"
-    assert set(Path("..").rglob("*")) == before
+    assert set(tmp_path.rglob("*")) == before
     assert not Path("/tmp/climbed-out").exists()
 
 

@@ -20,7 +20,7 @@ def check_attention(device: str) -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    for batch, heads, key_heads, head_dim, new in ((2, 4, 2, 16, 200), (1, 2, 2, 64, 255), (3, 2, 1, 32, 3)):
+    for batch, heads, key_heads, head_dim, new in ((2, 4, 2, 16, 200), (1, 2, 2, 64, 255), (2, 2, 1, 32, 3)):
         qkv, angles = random(3, batch, (heads + 2 * key_heads) * head_dim), random(1, 256, head_dim // 2)
         rope = (angles.cos(), angles.sin())
         pads = torch.arange(batch, dtype=torch.int32, device=device)
@@ -34,7 +34,7 @@ def check_attention(device: str) -> None:
                 [t.clone() for t in cache],
                 torch.zeros(batch, heads, dtype=torch.int32, device=device),
             )
-            for _ in range(2):  # the count of programs is at zero again for the second
+            for _ in range(min(splits, 2)):  # the count of programs is at zero again for the second
                 out = decode_step_kernels.attend(qkv, *rope, logn, pads, slot, *kernel_cache, heads, splits, arrivals)
                 assert torch.allclose(out, expected, atol=2e-5), (batch, splits)
                 assert not arrivals.any()

@@ -1,5 +1,7 @@
 """keep_best and stop_after: a run that overfits ends early, with the weights that it had at its best, to the bit."""
 
+import contextlib
+import io
 import json
 import random
 import signal
@@ -25,6 +27,7 @@ OVERFITS: dict[str, Any] = {
     **{"data": "noise.jsonl", "held_out": 8, "length": 192, "steps": 40, "measure_every": 4, "save_every": 6},
     **{"learning_rate": 0.02, "schedule": "constant", "rank": 8, "dropout": 0, "zero": 2},
 }
+EARLY = {**OVERFITS, "keep_best": "on", "stop_after": 3}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,6 +43,14 @@ def whole(workspace: Path) -> str:
     """A run to its end, without either key."""
     train(run="whole", **OVERFITS)
     return "whole"
+
+
+@pytest.fixture(scope="module")
+def early(workspace: Path) -> str:
+    """What the run "early" printed, which ends early with its best weights."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        train(run="early", **EARLY)
+    return out.getvalue()
 
 
 def test_the_best_is_the_first_of_the_least() -> None:
@@ -63,18 +74,15 @@ def test_without_held_out_conversations_the_keys_are_refused(key: str) -> None:
     assert not Path("runs/refused").exists()
 
 
-def test_a_run_that_overfits_ends_early_with_its_best_weights(whole: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_overfits_ends_early_with_its_best_weights(whole: str, early: str) -> None:
     points = held_out(losses(whole))
     assert [step for step, _ in points] == [*range(0, 41, 4)]
     best = early_stop.best(points)
     assert best is not None and 0 < best[0] < 28, f"the data must make the run overfit: {points}"
-    capsys.readouterr()
-    train(run="early", **OVERFITS, keep_best="on", stop_after=3)
-    out = capsys.readouterr().out
     ended = best[0] + 12
     assert losses("early") == losses(whole)[:ended]
-    assert f"ended after step {ended} of 40" in out
-    assert f"(least: {best[1]:.4f} after step {best[0]}, which is kept)" in out
+    assert f"ended after step {ended} of 40" in early
+    assert f"(least: {best[1]:.4f} after step {best[0]}, which is kept)" in early
     train(run="until", **OVERFITS | {"steps": 40}, stop_after=3)  # the same steps; the last weights
     assert losses("until") == losses("early") and adapter("until") != adapter("early")
     record = read_json(Path("runs/early/run.json"))
@@ -100,17 +108,16 @@ def test_the_kept_weights_are_those_of_a_run_that_ended_there(whole: str, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 13, 17])
-def test_a_run_that_was_stopped_decides_the_same(step: int, whole: str) -> None:
+@pytest.mark.usefixtures("early")
+def test_a_run_that_was_stopped_decides_the_same(step: int) -> None:
     """Before and after its best step; the best weights may be of a step after the checkpoint."""
-    keys = {**OVERFITS, "keep_best": "on", "stop_after": 3}
-    train(run="decides", **keys)
     with pytest.MonkeyPatch.context() as patch:
         signal_at_step(step, signal.SIGTERM, patch)
         with pytest.raises(SystemExit) as stopped:
-            train(run=f"cut-{step}", **keys)
+            train(run=f"cut-{step}", **EARLY)
     assert stopped.value.code == EXIT_INTERRUPTED
-    train(run=f"cut-{step}", **keys)
-    assert losses(f"cut-{step}") == losses("decides") and adapter(f"cut-{step}") == adapter("decides")
+    train(run=f"cut-{step}", **EARLY)
+    assert losses(f"cut-{step}") == losses("early") and adapter(f"cut-{step}") == adapter("early")
 
 
 def test_each_checkpoint_keeps_the_weights_that_were_the_best_at_its_step(tmp_path: Path) -> None:
@@ -161,20 +168,18 @@ def _cut_off() -> None:
     raise KeyboardInterrupt
 
 
-def test_a_kill_between_the_end_and_the_record_is_made_up_for(whole: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {**OVERFITS, "keep_best": "on", "stop_after": 3}
-    train(run="decides", **keys)
-
+@pytest.mark.usefixtures("early")
+def test_a_kill_between_the_end_and_the_record_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("train.training.record.write", killed)
         with pytest.raises(KeyboardInterrupt):
-            train(run="killed", **keys)
+            train(run="killed", **EARLY)
     assert not Path("runs/killed/run.json").exists()
-    train(run="killed", **keys)
-    assert losses("killed") == losses("decides") and adapter("killed") == adapter("decides")
+    train(run="killed", **EARLY)
+    assert losses("killed") == losses("early") and adapter("killed") == adapter("early")
 
 
 def test_damaged_weights_are_said_and_not_used(whole: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,8 +199,8 @@ def test_damaged_weights_are_said_and_not_used(whole: str, capsys: pytest.Captur
     assert adapter("damaged") == adapter(whole)
 
 
-def test_two_processes_decide_together(whole: str) -> None:
-    keys = {**OVERFITS, "keep_best": "on", "stop_after": 3, "processes": 2, "accumulation": 1}
+def test_two_processes_decide_together() -> None:
+    keys = {**EARLY, "processes": 2, "accumulation": 1}
     process = start({"run": "two", **keys})
     out, _ = process.communicate(timeout=400)
     assert process.returncode == 0, out

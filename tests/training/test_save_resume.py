@@ -80,7 +80,7 @@ def test_a_signal_between_micro_batches_gives_the_step_up(monkeypatch: pytest.Mo
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, batch, labels)
 
-    keys = {**LONG, "batch": 1, "accumulation": 4}
+    keys = {**LONG, "steps": 8, "batch": 1, "accumulation": 4}
     train(run="whole-steps", **keys)
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "forward_backward", counted)
