@@ -20,6 +20,7 @@ from tests.bench import shapes
 from train.config.recipe import Recipe
 from train.model import lora
 from train.model.architecture import Shape
+from train.model.int4_linear import Int4Linear
 from train.model.packed_linear import PackedLinear
 from train.ops import cross_entropy, fp8, low_rank, offload
 from train.training import fp8_linear, fused_decoder, fused_linear, graph_step, step_sizes
@@ -119,6 +120,7 @@ def _fake_kernels() -> Iterator[None]:
         (fp8, "product", lambda x, weight, dtype, term: torch.empty(len(x), len(weight), dtype=dtype, device=META)),
         (fused_linear.FusedLinear, "_concatenated_bias", lambda linear: None),
         (PackedLinear, "matrix", _matrix),
+        (Int4Linear, "writes_fp8", False),  # the way that takes more memory, as bases in floats go
         (cross_entropy.kernels, "usable", lambda device: True),
         (cross_entropy, "cross_entropy", lambda logits, labels, scale: torch.empty(len(logits), device=META)),
         (offload.PinnedBuffer, "slots", _slots),

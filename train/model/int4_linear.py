@@ -46,13 +46,14 @@ class Int4Linear(PackedLinear):
         g_idx = None if self._has_groups_in_order() else self.g_idx
         return dequantize(self.qweight, self.qzeros, self.scales, g_idx, self.scheme.bits, dtype, out, border)
 
-    def write_fp8(self, out: Tensor, scale: Tensor, by_output: bool) -> bool:
-        bits = self.scheme.bits
-        fits = use_kernel(self.scales) and gptq_fp8.supports(self.qweight, self.scales, bits)
-        if not fits or not self._has_groups_in_order():
-            return False
-        gptq_fp8.dequantize_to_fp8(self.qweight, self.qzeros, self.scales, bits, scale, by_output, out)
-        return True
+    @property
+    def writes_fp8(self) -> bool:
+        fits = gptq_fp8.supports(self.qweight, self.scales, self.scheme.bits)
+        return use_kernel(self.scales) and fits and self._has_groups_in_order()
+
+    def write_fp8(self, out: Tensor, scale: Tensor, by_output: bool) -> None:
+        packed = (self.qweight, self.qzeros, self.scales)
+        gptq_fp8.dequantize_to_fp8(*packed, self.scheme.bits, scale, by_output, out)
 
     def _has_groups_in_order(self) -> bool:
         if self._in_order is None:

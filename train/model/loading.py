@@ -30,6 +30,7 @@ from train.model.stops import GENERATION, read_generation
 from train.model.tokenizer import load_tokenizer
 from train.ops.gptq import Scheme
 
+MAPPED_BYTES = 1 << 30
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers of old checkpoints, not weights
 
 
@@ -192,11 +193,22 @@ def open_tensors(file: Path) -> Iterator[Any]:
 
 
 def read_tensors(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor in `files` (as `tensor_files` gives it), one by one, file by file."""
+    """(name, tensor) of every tensor in `files` (as `tensor_files` gives it), one by one, file by file.
+
+    What was read of a safetensors file stays mapped until it is closed, and counts as this process's memory. So it is
+    opened again after every MAPPED_BYTES: a reader that copies each tensor to a card needs no more than that.
+    """
     for file in sorted(set(files.values())):
-        with open_tensors(file) as tensors:
-            for name in sorted(n for n, f in files.items() if f == file):
-                yield name, tensors.get_tensor(name)
+        names = sorted((n for n, f in files.items() if f == file), reverse=True)
+        most = MAPPED_BYTES if file.suffix == ".safetensors" else float("inf")
+        while names:
+            read = 0
+            with open_tensors(file) as tensors:
+                while names and read < most:
+                    tensor = tensors.get_tensor(names[-1])
+                    read += tensor.nbytes
+                    yield names.pop(), tensor
+                    del tensor
 
 
 def load(

@@ -29,13 +29,18 @@ class PackedLinear(nn.Linear):
         """W [K, N] in `dtype`, dequantised; the arguments are those of `matrix`."""
         raise NotImplementedError
 
-    def write_fp8(self, out: Tensor, scale: Tensor, by_output: bool) -> bool:
-        """Write W / scale, rounded to e4m3, in one kernel. False where that is not possible; nothing is written then.
+    @property
+    def writes_fp8(self) -> bool:
+        """Whether there is `write_fp8` for this weight, here."""
+        return False
+
+    def write_fp8(self, out: Tensor, scale: Tensor, by_output: bool) -> None:
+        """Write W / scale, rounded to e4m3, in one kernel.
 
         Args:
             out: [K, N] e4m3, any strides. scale: [N] float32 if `by_output`, else [K].
         """
-        return False
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:

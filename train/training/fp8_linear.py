@@ -72,21 +72,23 @@ class Fp8Linear(FusedLinear):
 
     def _rounded_by_output(self, dtype: torch.dtype) -> Fp8Rows:
         """W as [N, K] with a scale for each output."""
+        if not self._writes_fp8():
+            return fp8.quantize_with(self._whole_weight(dtype).t(), self.output_scale)
         values = torch.empty(self.out_features, self.in_features, dtype=fp8.E4M3, device=self.output_scale.device)
-        parts = [(values[columns].t(), self.output_scale[columns]) for columns in self.columns]
-        if self._write_fp8(parts, by_output=True):
-            return Fp8Rows(values, self.output_scale)
-        return fp8.quantize_with(self._whole_weight(dtype).t(), self.output_scale)
+        for base, columns in zip(self.base_layers, self.columns):
+            base.write_fp8(values[columns].t(), self.output_scale[columns], by_output=True)
+        return Fp8Rows(values, self.output_scale)
 
     def _rounded_by_input(self, dtype: torch.dtype) -> Fp8Rows:
         """W as [K, N] with a scale for each input."""
+        if not self._writes_fp8():
+            return fp8.quantize_with(self._whole_weight(dtype), self.input_scale)
         values = torch.empty(self.in_features, self.out_features, dtype=fp8.E4M3, device=self.input_scale.device)
-        if self._write_fp8([(values[:, columns], self.input_scale) for columns in self.columns], by_output=False):
-            return Fp8Rows(values, self.input_scale)
-        return fp8.quantize_with(self._whole_weight(dtype), self.input_scale)
+        for base, columns in zip(self.base_layers, self.columns):
+            base.write_fp8(values[:, columns], self.input_scale, by_output=False)
+        return Fp8Rows(values, self.input_scale)
 
-    def _write_fp8(self, parts: Sequence[tuple[Tensor, Tensor]], by_output: bool) -> bool:
-        """Whether each layer wrote its part [K, n], by its scale, without a copy of W in 16 bits."""
-        if not self.is_packed or any(getattr(linear, "start_A", None) is not None for linear in self.linears):
-            return False
-        return all(base.write_fp8(*part, by_output) for base, part in zip(self.base_layers, parts))
+    def _writes_fp8(self) -> bool:
+        """Whether each layer writes its part of W in fp8 by itself, without a copy of W in 16 bits."""
+        starts = any(getattr(linear, "start_A", None) is not None for linear in self.linears)
+        return self.is_packed and not starts and all(base.writes_fp8 for base in self.base_layers)
