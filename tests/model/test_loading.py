@@ -152,3 +152,23 @@ def test_a_float_model_fits_a_gpu_in_the_type_it_is_loaded_in(tmp_path: Path, mo
         assert loading.fits(folder, torch.float32, gpu) == in_float32
         assert loading.fits(folder, torch.float16, gpu) == in_float16
     assert loading.fits(folder, torch.float32, torch.device("cpu"))
+
+
+def _mapped_bytes() -> int:
+    """Bytes of files that are mapped and in memory."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.parametrize(("most", "stays_mapped"), [(1 << 20, False), (1 << 40, True)])
+def test_a_file_that_was_read_does_not_stay_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, stays_mapped: bool
+) -> None:
+    file, size = tmp_path / "model.safetensors", 4 << 20
+    save_file({f"t{n}": torch.full((size,), n, dtype=torch.uint8) for n in range(12)}, file)
+    monkeypatch.setattr(loading, "MAPPED_BYTES", most)
+    before, largest = _mapped_bytes(), 0
+    for name, tensor in loading.read_tensors({f"t{n}": file for n in range(12)}):
+        assert tensor.clone().sum() == size * int(name[1:])
+        largest = max(largest, _mapped_bytes() - before)
+    assert (largest > 10 * size) == stays_mapped, largest

@@ -26,11 +26,14 @@ def write_tokenizer(base: Path, tokenizer: Tokenizer, folder: Path, layout: str,
         tokenizer: that of `base`, for the files that it lacks. layout: of the base.
         end: the token that ends an answer. Qwen-1's own code reads it from the generation config.
     """
+    is_whole = all((base / name).is_file() for name in (FILES[layout][0], SETTINGS))
     if layout == "qwen":
-        write_qwen1_tokenizer(tokenizer, folder)
         stops = {}
+        if not is_whole:
+            write_qwen1_tokenizer(tokenizer, folder)
     else:
-        tokenizer.save(folder)
+        if not is_whole:
+            tokenizer.save(folder)
         names = (tokenizer.decode([token], skip_control=False) for token in (end, tokenizer.pad))
         stops = dict(zip(("eos_token", "pad_token"), names, strict=True))
     for name in FILES[layout]:
