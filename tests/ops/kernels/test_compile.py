@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 # Bytes of stack per thread that registers may spill to: with these tiles the kernels were the fastest on an H100
 SPILLS = {"_for_keys": 384, "_forward": 16, "_inverse_rope_with_product": 40, "_fp8_product": 240, "_quantize_tile": 16}
+ADA_SPILLS = 392  # of products in fp8 without descriptors: not measured on such a card
 GROUPED_SPILLS = {
     "_for_keys": 1312
 }  # grouped heads of 128: the tiles were chosen for Qwen-1, whose heads have keys each
@@ -92,6 +93,8 @@ def test_attention_compiles_for_every_head_size() -> None:
 
 
 def allowed_stack(row: dict[str, Any]) -> int:
+    if row["kernel"] == "_fp8_product" and not row["constants"]["DESCRIPTORS"]:
+        return ADA_SPILLS
     grouped = row["constants"].get("GROUP", 1) > 1 and row["constants"].get("D") == 128
     return (GROUPED_SPILLS if grouped else {}).get(row["kernel"], SPILLS.get(row["kernel"], 0))
 
