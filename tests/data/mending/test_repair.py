@@ -52,6 +52,16 @@ def test_what_is_right_stays_to_the_letter() -> None:
     assert mended(pretty.encode(), Path("x")).rows == [row.replace(",  ", ", "), NEXT]
 
 
+def test_a_row_whose_end_is_gone_does_not_take_the_next_one_as_a_value() -> None:
+    """After `"id"` there are a colon, a value and the row's end missing; the next row would fit as the value."""
+    text = '[\n{\n "instruction": "q",\n "output": "a",\n "id"\n' + NEXT + "\n]"
+    found = mended(text.encode(), Path("x"))
+    assert (found.rows, found.left_rows) == ([], 1)
+    assert [(p.line, p.column) for p in found.left][0] == (6, 1)
+    own = '{"instruction": "q", "output": "a", "meta" {"source": "x"}}'  # a value that is no row is the row's own
+    assert mended(own.encode(), Path("x")).rows == [own.replace('"meta" ', '"meta": ')]
+
+
 def test_of_a_lost_row_only_this_row_is_missing() -> None:
     """In an array without line breaks, a string that is not closed seems to swallow the next rows."""
     for lost in ('{"instruction": "q", "output": "a}', '{"instruction": "q, "output": "a"}', '{"instruction" "q" "a"}'):

@@ -26,6 +26,7 @@ from train.data.origins.sources import sources
 from train.data.rows import columns
 from train.data.rows.columns import Columns
 from train.data.rows.data_row import GUESS, DataFile, ReadOptions
+from train.data.rows.formats import ParsedRow
 from train.data.rows.problems import Edit, Problem, TextProblem, merge_kinds
 
 NOT_JSON = (
@@ -165,7 +166,8 @@ class _Builder:
         piece = Piece.of(self.text, row.start, row.stop)
         if not row.sound:
             piece = piece.edited(_inside(row, problems))
-            if not _is_sound(piece.text):  # two corrections that do not fit together
+            # two corrections that do not fit together, or one that takes the next row for a value of this one
+            if not _is_sound(piece.text) or _holds_a_row(piece.text):
                 self.result.left_rows += 1
                 self.left += merge_kinds(problems or [json_mistakes.unclear_row(row.start)], "kind", "in this row")
                 return
@@ -239,6 +241,13 @@ def _is_sound(text: str) -> bool:
     except ValueError:
         return False
     return not text[stop:].strip(" \t\r\n")
+
+
+def _holds_a_row(text: str) -> bool:
+    """Whether a value of the object is a whole row itself: in a file as it was written none is."""
+    row, _ = strict(text, len(text) - len(text.lstrip(" \t\r\n")))
+    values = list(row.values()) if isinstance(row, dict) else []
+    return any(isinstance(value, dict) and not ParsedRow(value).problems for value in values)
 
 
 def one_line(text: str) -> str:
