@@ -57,7 +57,7 @@ def test_a_row_whose_end_is_gone_does_not_take_the_next_one_as_a_value() -> None
     text = '[\n{\n "instruction": "q",\n "output": "a",\n "id"\n' + NEXT + "\n]"
     found = mended(text.encode(), Path("x"))
     assert (found.rows, found.left_rows) == ([], 1)
-    assert [(p.line, p.column) for p in found.left][0] == (6, 1)
+    assert (found.left[0].line, found.left[0].column) == (6, 1)
     own = '{"instruction": "q", "output": "a", "meta" {"source": "x"}}'  # a value that is no row is the row's own
     assert mended(own.encode(), Path("x")).rows == [own.replace('"meta" ', '"meta": ')]
 
