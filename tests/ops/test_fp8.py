@@ -11,6 +11,7 @@ from tests.support.tensors import normal
 from train.ops import fp8
 from train.ops.dropout import Dropout
 from train.ops.fp8 import Fp8Rows, LowRankProduct
+from train.ops.kernels.fp8 import LEAST_CAPABILITY
 from train.ops.rms_norm import rms_norm, rms_norm_backward
 from train.ops.swiglu import swiglu, swiglu_backward
 
@@ -147,7 +148,7 @@ def test_rounding_equals_the_definition_through_the_interpreter(interpreted: Any
 
 @pytest.fixture
 def card() -> str:
-    if torch.cuda.get_device_capability() < fp8.LEAST_CAPABILITY:
+    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
         pytest.skip("this card has no fp8")
     return "cuda"
 

@@ -10,8 +10,9 @@ from tests.support.tiny_training import adapter, losses, signal_at_step, train, 
 from train.common.errors import UserError
 from train.common.files import read_json
 from train.config.recipe import Recipe
+from train.ops.kernels.fp8 import LEAST_CAPABILITY
 from train.training import fp8_recipe
-from train.training.fp8_recipe import LEAST_CAPABILITY, check_recipe
+from train.training.fp8_recipe import check_recipe
 
 
 def test_it_is_refused_without_such_a_card(workspace: Path) -> None:

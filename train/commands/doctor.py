@@ -192,13 +192,13 @@ def _check_precision(report: Report, recipe: Recipe, here: Machine) -> None:
     from train.training import fp8_recipe
     from train.training.prepare import check_supported
 
+    device = "cuda" if here.cards else "cpu"
     oldest = min((card.capability for card in here.cards if card.capability), default=None)
 
     def check() -> None:
         check_supported(recipe, device)
         fp8_recipe.check_recipe(recipe, oldest)
 
-    device = "cuda" if here.cards else "cpu"
     works = f"precision={recipe.precision} and zero={recipe.zero} work together here"
     report.attempt("combination", check, lambda _: works)
     old = [card for card in here.cards if card.capability and card.capability < (8, 0)]

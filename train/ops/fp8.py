@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.ops import kernels
 from train.ops.kernels import fp8 as kernel
 from train.ops.kernels.runtime import use_kernel
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
-LEAST_CAPABILITY = (8, 9)  # Ada: the first whose tensor cores multiply fp8
 
 
 @dataclass(frozen=True)
@@ -112,12 +110,3 @@ def _add_by_torch(low_rank: LowRankProduct, y: Tensor) -> None:
     for block in range(blocks):
         part = slice(low_rank.starts[block] if low_rank.starts else 0, ends[block])
         y[:, part].addmm_(low_rank.left[:, block * rank : (block + 1) * rank], low_rank.right[block, :, part])
-
-
-def runs_on(device: torch.device) -> bool:
-    """Whether products in fp8 are fast on that device."""
-    return (
-        device.type == "cuda"
-        and kernels.usable(device)
-        and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
-    )

@@ -1,9 +1,9 @@
-"""precision=fp8: what goes with it, and what is said about it. Knows recipes; imports no torch."""
+"""precision=fp8: what goes with it, and what is said about it."""
 
 from train.common.errors import UserError
 from train.config.recipe import Recipe
+from train.ops.kernels.fp8 import LEAST_CAPABILITY
 
-LEAST_CAPABILITY = (8, 9)  # Ada: the first whose tensor cores multiply fp8
 NOTE = (
     "precision=fp8: the products with the frozen weights are in fp8 (e4m3, a scale a row), also in the held-out loss; "
     "adapters, their gradients and the optimizer are those of bf16."

@@ -8,6 +8,7 @@ import torch
 from tests.support.interpreter import round_as_cards, run_interpreted
 from train.ops import fp8, gptq
 from train.ops.kernels import gptq_fp8
+from train.ops.kernels.fp8 import LEAST_CAPABILITY
 from train.ops.kernels.gptq_dequantize import Border, dequantize
 
 CASES = [  # rows, columns, group, bits
@@ -113,5 +114,5 @@ def test_the_kernel_equals_the_definition_through_the_interpreter() -> None:
 def test_the_kernel_equals_the_definition_on_a_gpu() -> None:
     assert check("cuda", DTYPES) == len(CASES) * 6
     check_border("cuda")
-    if torch.cuda.get_device_capability() >= fp8.LEAST_CAPABILITY:
+    if torch.cuda.get_device_capability() >= LEAST_CAPABILITY:
         assert check_fp8("cuda") == FP8_CASES

@@ -15,6 +15,7 @@ from torch import Tensor
 from train.ops.kernels.fp8_rows import scale_of
 from train.ops.kernels.runtime import INTERPRETED, multiprocessors, tl, triton
 
+LEAST_CAPABILITY = (8, 9)  # Ada: the first whose tensor cores multiply fp8
 MAX_RANK = 64  # of a block of the low-rank product: wider ones do not fit beside the tiles
 ROW_BLOCK = 4096  # values of a row that are rounded at a time
 # Tiles (BM, BN, BK), warps, stages: on Hopper the fastest of a sweep; on Ada what fits its 99 KB of shared memory
@@ -133,7 +134,7 @@ def quantize_with(x: Tensor, scale: Tensor, values: Tensor) -> None:
 
 def supports(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` takes x [M, K] and weight [N, K]: their card, and rows that begin at multiples of 16 bytes."""
-    on_card = x.device.type != "cuda" or _capability(x.device) >= (8, 9)
+    on_card = x.device.type != "cuda" or _capability(x.device) >= LEAST_CAPABILITY
     return on_card and x.shape[1] % 16 == 0 and len(weight) % 8 == 0
 
 

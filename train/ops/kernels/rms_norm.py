@@ -80,7 +80,8 @@ def rms_norm(
     added = x if add is None else add
     _norm_row[(len(x),)](
         x, added, weight, out, x.shape[1], eps, added.stride(0), out.stride(0), *dropout_arguments(dropout, x),
-        *rows_arguments(rounded, x), ADD=add is not None, DROP=dropout is not None, FP8=rounded is not None, BLOCK=block, num_warps=_warps(block),
+        *rows_arguments(rounded, x), ADD=add is not None, DROP=dropout is not None, FP8=rounded is not None,
+        BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out
 
