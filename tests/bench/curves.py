@@ -57,6 +57,12 @@ def main(words: list[str]) -> int:
     if options.only:
         _train(options)
         return 0
+    if unknown := set(options.arms.split(",")) - set(ARMS):
+        print(
+            f"error: arms={options.arms}: there are {', '.join(ARMS)}, not {', '.join(sorted(unknown))}.",
+            file=sys.stderr,
+        )
+        return 2
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     arms = [arm for arm in ARMS if arm in options.arms.split(",")]
