@@ -1,36 +1,47 @@
-"""The Int4 weight rounded to fp8 in one kernel: ops.fp8.quantize_with of the dequantised weight, which is never written."""
+"""The Int4 weight rounded to fp8 in one kernel: ops.fp8.quantize_with of the dequantised weight, which is never written.
+
+A code becomes a float without a conversion, as in gptq_matmul.py.
+"""
 
 import torch
 from torch import Tensor
 
-from train.ops.kernels.gptq_dequantize import TILE_COLUMNS, TILE_ROWS, unpack_tile, zero_and_scale
+from train.ops.kernels.gptq_dequantize import unpack_tile, zero_and_scale
+from train.ops.kernels.gptq_matmul import MAGIC
 from train.ops.kernels.runtime import tl, triton
+
+# Rows and columns of a tile, and warps: where a row of `out` belongs to an output, and where to an input
+BY_OUTPUT, BY_INPUT = (64, 128, 8), (64, 128, 8)
 
 if triton is not None:
 
     @triton.jit
     def _dequantize_to_fp8(  # type: ignore[no-untyped-def]
-        qweight, qzeros, scales, fp8_scale, out, rows, columns, row_stride, column_stride, zero_words, group,
+        qweight, qzeros, scales, fp8_scale, out, rows, columns, row_stride, column_stride, zero_words, group, magic,
         BY_OUTPUT: tl.constexpr, BITS: tl.constexpr, TR: tl.constexpr, TC: tl.constexpr,
     ):  # fmt: skip
-        """out[k, n] = (q − z)·s / fp8_scale, for a tile that lies in one group; fp8_scale is of n, or of k."""
-        first, n = tl.program_id(0) * TR, tl.program_id(1) * TC + tl.arange(0, TC)
-        k = first + tl.arange(0, TR)
+        """out[k, n] = (q − z)·s / fp8_scale, for a tile of whole rows that lies in one group; fp8_scale is of n, or of k."""
+        first, first_column = tl.program_id(0) * TR, tl.program_id(1) * TC
+        i, j = tl.arange(0, TR), tl.arange(0, TC)
+        n = first_column + j
         codes = unpack_tile(qweight, first, n, rows, columns, BITS, TR, TC)
         zero, scale = zero_and_scale(qzeros, scales, first // group, n, columns, zero_words, BITS)
-        weight = (codes - zero[None]).to(tl.float32) * scale[None]
+        floats = (codes | magic).to(tl.float32, bitcast=True)  # 2^23 + q
+        weight = (floats - (zero.to(tl.float32) + 8388608.0)[None]) * scale[None]
         if BY_OUTPUT:
             weight = weight * tl.div_rn(1.0, tl.load(fp8_scale + n, mask=n < columns, other=1.0))[None]
         else:
-            weight = weight * tl.div_rn(1.0, tl.load(fp8_scale + k, mask=k < rows, other=1.0))[:, None]
-        target = out + k.to(tl.int64)[:, None] * row_stride + n.to(tl.int64)[None] * column_stride
-        tl.store(target, weight.to(tl.float8e4nv), mask=(k < rows)[:, None] & (n < columns)[None])
+            weight = weight * tl.div_rn(1.0, tl.load(fp8_scale + first + i))[:, None]
+        # 32 bits are enough within a tile
+        tile = out + first.to(tl.int64) * row_stride + first_column.to(tl.int64) * column_stride
+        target = tile + i[:, None] * row_stride + j[None] * column_stride
+        tl.store(target, weight.to(tl.float8e4nv), mask=(n < columns)[None])
 
 
 def supports(qweight: Tensor, scales: Tensor, bits: int) -> bool:
     """Whether each tile lies in one group. qweight [K * bits / 32, N]; scales [G, N]."""
     rows = len(qweight) * 32 // bits
-    return (rows // len(scales)) % TILE_ROWS == 0
+    return all((rows // len(scales)) % tile_rows == 0 for tile_rows, _, _ in (BY_OUTPUT, BY_INPUT))
 
 
 def dequantize_to_fp8(
@@ -44,8 +55,9 @@ def dequantize_to_fp8(
     """
     assert out.dtype == torch.float8_e4m3fn, out.dtype
     rows, columns = out.shape
-    grid = (triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))
+    tile_rows, tile_columns, warps = BY_OUTPUT if by_output else BY_INPUT
+    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(columns, tile_columns))
     _dequantize_to_fp8[grid](
         qweight, qzeros, scales, fp8_scale, out, rows, columns, *out.stride(), qzeros.shape[1], rows // len(scales),
-        BY_OUTPUT=by_output, BITS=bits, TR=TILE_ROWS, TC=TILE_COLUMNS, num_warps=4,
+        MAGIC, BY_OUTPUT=by_output, BITS=bits, TR=tile_rows, TC=tile_columns, num_warps=warps,
     )  # fmt: skip
