@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 
 from tests.support.fused_step import PACKED, adapted_decoder, batch_of, by_fused_step, relative_error
-from train.training import fp8_linear
+from train.ops.cross_entropy import IGNORE
+from train.training import fp8_linear, fused_decoder
 from train.training.fp8_linear import Fp8Linear
+from train.training.step_sizes import blocks_in_fp8
 
 LOSS_OFF, GRADS_OFF = 5e-3, 0.25  # relative: what rounding to 4 significant bits costs in a decoder of two blocks
+
+
+@pytest.fixture(autouse=True)
+def every_block_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small decoders have two blocks, which would both stay in 16 bits."""
+    monkeypatch.setattr(fused_decoder, "blocks_in_fp8", range)
 
 
 def both(model: Any, **options: Any) -> tuple[tuple[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
@@ -57,16 +65,62 @@ def test_checkpointing_computes_the_same(tmp_path: Path) -> None:
     assert relative_error(grads_again, grads) < 1e-6
 
 
-def test_only_the_rounding_makes_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With factors that are not rounded, loss and gradients are those of the step without fp8."""
-    model = adapted_decoder(tmp_path, "qwen2", True, torch.float32, "cpu")
+def without_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factors of the products in fp8 stay as they are."""
     monkeypatch.setattr(fp8_linear.fp8, "quantize_with", lambda x, scale, out=None: Floats(x))
     monkeypatch.setattr(Fp8Linear, "input_rows", lambda self, count: None)
     monkeypatch.setattr(Fp8Linear, "grad_rows", lambda self, count: None)
     monkeypatch.setattr(fp8_linear.fp8, "quantize_rows", lambda x, out=None: Floats(x))
+
+
+def test_only_the_rounding_makes_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With factors that are not rounded, loss and gradients are those of the step without fp8."""
+    model = adapted_decoder(tmp_path, "qwen2", True, torch.float32, "cpu")
+    without_rounding(monkeypatch)
     (loss, grads), (expected_loss, expected) = both(model)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
     assert relative_error(grads, expected) < 1e-5
+
+
+@pytest.mark.parametrize(("layers", "numbers"), [(1, []), (2, []), (3, [1]), (24, list(range(1, 23)))])
+def test_the_blocks_at_both_ends_stay_in_16_bits(layers: int, numbers: list[int]) -> None:
+    assert list(blocks_in_fp8(layers)) == numbers
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+@pytest.mark.parametrize("in_fp8", [range(0, 1), range(1, 2)], ids=str)
+def test_blocks_of_both_kinds_pass_gradients_to_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_fp8: range, checkpointing: str
+) -> None:
+    """Without rounding, whichever block is in fp8, loss and gradients are those of the step without fp8."""
+    model = adapted_decoder(tmp_path, "qwen2", True, torch.float32, "cpu")
+    model.get_base_model().set_checkpointing(checkpointing)
+    monkeypatch.setattr(fused_decoder, "blocks_in_fp8", lambda layers: in_fp8)
+    (rounded_loss, rounded), (expected_loss, expected) = both(model)
+    torch.testing.assert_close(rounded_loss, expected_loss, rtol=LOSS_OFF, atol=0)
+    assert 1e-4 < relative_error(rounded, expected) < GRADS_OFF
+    without_rounding(monkeypatch)
+    (loss, grads), _ = both(model)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    assert relative_error(grads, expected) < 1e-5
+
+
+def test_the_head_is_rounded_for_the_gradient_and_not_for_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted_decoder(tmp_path, "qwen2", True, torch.float32, "cpu")
+    monkeypatch.setattr(fused_decoder, "blocks_in_fp8", lambda layers: range(0))
+    (loss, grads), (expected_loss, expected) = both(model)
+    assert torch.equal(loss, expected_loss)
+    assert 1e-4 < relative_error(grads, expected) < 0.06
+
+
+def test_without_labels_the_loss_in_fp8_is_zero(tmp_path: Path) -> None:
+    model = adapted_decoder(tmp_path, "qwen2", True, torch.float32, "cpu")
+    batch = batch_of(PACKED)
+    batch["labels"].fill_(IGNORE)
+    loss, grads = by_fused_step(model, batch, fp8=True)
+    assert loss == 0 and not any(grad.any() for grad in grads.values())
 
 
 class Floats:

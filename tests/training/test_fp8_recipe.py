@@ -11,7 +11,7 @@ from train.common.errors import UserError
 from train.common.files import read_json
 from train.config.recipe import Recipe
 from train.ops.kernels.fp8 import LEAST_CAPABILITY
-from train.training import fp8_recipe
+from train.training import fp8_recipe, fused_decoder
 from train.training.fp8_recipe import check_recipe
 
 
@@ -42,7 +42,8 @@ def test_without_triton_it_is_refused_and_not_left_out(workspace: Path, monkeypa
 
 
 def test_it_learns_is_recorded_and_resumes_to_the_bit(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The definition, which a CPU computes too."""
+    """The definition, which a CPU computes too; both blocks of the small decoder are in fp8."""
+    monkeypatch.setattr(fused_decoder, "blocks_in_fp8", range)
     monkeypatch.setattr(fp8_recipe, "check_recipe", lambda recipe, capability: None)
     keys = {"steps": 6, "learning_rate": 3e-3, "dropout": 0.05, **use_fused_path(monkeypatch)}
     train(run="bf16", **keys, precision="bf16")

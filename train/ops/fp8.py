@@ -64,7 +64,7 @@ class LowRankProduct:
 
 def row_scales(x: Tensor) -> Tensor:
     """The scale [M] float32 of each row of x [M, K]: its largest value becomes 448. A row of zeros gets 1."""
-    largest = x.abs().amax(1).float()
+    largest = torch.maximum(x.amax(1), -x.amin(1)).float()  # without a copy of x, which may be the whole head
     return torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
 
 

@@ -26,7 +26,7 @@ from train.ops.rope import RopeTables, apply_rope
 from train.ops.swiglu import swiglu, swiglu_backward
 from train.training.fp8_linear import Fp8Linear
 from train.training.fused_linear import FusedLinear, empty_with_extra, view_with_extra
-from train.training.step_sizes import HALVED_MLP_TOKENS
+from train.training.step_sizes import HALVED_MLP_TOKENS, blocks_in_fp8
 
 
 @dataclass
@@ -60,7 +60,7 @@ class FusedBlock:
         self.norm1, self.norm2, self.eps = getattr(block, names.norm1), getattr(block, names.norm2), config.rms_norm_eps
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.head_norms: HeadNorms | None = attention.head_norms
-        self.is_first = number == 0
+        self.is_first, self.in_fp8 = number == 0, fp8
         linear = Fp8Linear if fp8 else FusedLinear
         self.qkv = linear([getattr(attention, name) for name in names.qkv], 4 * number)
         self.out = linear([getattr(attention, names.out)], 4 * number + 1)
@@ -127,10 +127,11 @@ class FusedBlock:
 
         Args:
             grad: made by `empty_grad`. saved: its tensors are dropped as soon as they are not needed any more.
-            rounded: `grad` in fp8, if the linears read that; it is kept equal.
+            rounded: in fp8 `grad`, which a block in fp8 reads; gets the gradient of the input. None if no block reads it.
         """
-        self._mlp_backward(grad, saved, tokens, rounded)  # grad: now of attn_out + x
-        grad_qkv, computed = self._attention_backward(grad, saved, tokens, rope_tables, rounded)
+        own = rounded if self.in_fp8 else None
+        self._mlp_backward(grad, saved, tokens, own)  # grad: now of attn_out + x
+        grad_qkv, computed = self._attention_backward(grad, saved, tokens, rope_tables, own)
         grad_h, grad_lora_a_out = self.qkv.backward(grad_qkv, tokens, computed, needs_dh=not self.is_first)
         if self.is_first:  # no parameter before it is trained
             dropout = self.qkv.input_dropout(tokens)
@@ -205,7 +206,7 @@ class FusedBlock:
     def empty_grad(self, x: Tensor) -> Tensor:
         """Memory for a gradient of x [M, H], with the extra columns that the linears reading it need.
 
-        All blocks have the same shapes, so one such tensor serves all of them.
+        One such tensor serves all blocks, those in fp8 too, which need no extra columns.
         """
         return empty_with_extra(x, x.shape[1], max(self.down.extra_grad_columns, self.out.extra_grad_columns))
 
@@ -248,10 +249,12 @@ class FusedDecoder:
     """All blocks and the last norm: embeddings [M, H] -> hidden states [M, H], and the backward pass."""
 
     def __init__(self, decoder: Decoder, length: int, fp8: bool = False) -> None:
-        """length: of the longest row to come; `ensure_length` allows longer ones. fp8: as FusedBlock has it."""
+        """length: of the longest row to come; `ensure_length` allows longer ones. fp8: in most blocks: step_sizes.py."""
         self.config = c = decoder.config
         backbone = decoder.backbone
-        self.blocks = [FusedBlock(block, c, n, fp8) for n, block in enumerate(getattr(backbone, c.names.blocks))]
+        blocks = getattr(backbone, c.names.blocks)
+        in_fp8 = blocks_in_fp8(len(blocks)) if fp8 else range(0)
+        self.blocks = [FusedBlock(block, c, n, n in in_fp8) for n, block in enumerate(blocks)]
         self.norm = getattr(backbone, c.names.norm)
         self.rope_tables = self._make_rope_tables(length)
         self.pinned_buffer = PinnedBuffer(self.norm.weight.device)
@@ -299,9 +302,11 @@ class FusedDecoder:
         """
         x = saved.pop()
         grad = self.blocks[-1].empty_grad(x)
-        rounded = self.blocks[-1].down.grad_rows(len(x))
+        in_fp8 = [block for block in self.blocks if block.in_fp8]
+        rounded = in_fp8[0].down.grad_rows(len(x)) if in_fp8 else None
+        of_last = rounded if self.blocks[-1].in_fp8 else None
         eps, grad_x = self.config.rms_norm_eps, grad[:, : x.shape[1]]
-        rms_norm_backward(grad_hidden, x, self.norm.weight, eps, None, grad_x, scale, rounded=rounded)
+        rms_norm_backward(grad_hidden, x, self.norm.weight, eps, None, grad_x, scale, rounded=of_last)
         for block in reversed(self.blocks):
             activations = saved.pop()
             if isinstance(activations, Tensor):  # checkpointing

@@ -8,11 +8,12 @@ Valid for the fused passes in 16 bits with flash attention (compute capability 8
 part of the count: it is named separately.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from train.model.architecture import Shape
 from train.training.memory_setting import Setting, Widths, adapted_linears
-from train.training.step_sizes import HALVED_MLP_TOKENS, logits_rows
+from train.training.step_sizes import HALVED_MLP_TOKENS, blocks_in_fp8, logits_rows
 
 GIB = 2**30
 BYTES_16 = 2  # of a value in float16 or bfloat16, in which the passes compute
@@ -89,9 +90,11 @@ def estimate(shape: Shape, setting: Setting) -> Estimate:
 
 def constant_parts(shape: Shape, setting: Setting) -> dict[str, int]:
     """What is allocated all the time, by name."""
+    rounded_head = int(BYTES_16 * setting.fp8 * shape.vocabulary * shape.hidden)
     return {
         "weights of the blocks": block_weight_bytes(shape),
         embedding_name(shape, setting): embedding_bytes(shape, setting),
+        **({"the head in fp8": rounded_head} if rounded_head else {}),
         "adapters: weights, gradients, AdamW": adapter_bytes(setting) * adapter_parameters(shape, setting),
         "cuBLAS workspaces": CUBLAS_WORKSPACES,
     }
@@ -149,28 +152,56 @@ def adapter_parameters(shape: Shape, setting: Setting) -> int:
 # --- what a micro batch adds
 
 
+def in_16_bits(setting: Setting) -> Setting:
+    """The setting for the blocks that precision=fp8 leaves as they are."""
+    return replace(setting, precision="auto")
+
+
 def saved_bytes(shape: Shape, setting: Setting) -> int:
     """What the forward pass saves on the card for the backward pass.
 
     Without checkpointing everything of every block; with it the input of each block; with offload the input of the last
     block only, and with graphs that of the first, whose memory the graph keeps.
     """
-    w = Widths.of(shape, setting)
+    w, plain = Widths.of(shape, setting), Widths.of(shape, in_16_bits(setting))
     if setting.checkpointing == "off":
-        return BYTES_16 * setting.tokens * shape.layers * w.block
+        in_fp8 = len(blocks_in_fp8(shape.layers)) if setting.fp8 else 0
+        return BYTES_16 * setting.tokens * (in_fp8 * w.block + (shape.layers - in_fp8) * plain.block)
     inputs = shape.layers if setting.checkpointing == "on" else min(shape.layers, 2 if setting.graphs else 1)
     return BYTES_16 * setting.tokens * inputs * w.hidden
 
 
 def forward_stages(shape: Shape, setting: Setting) -> list[Stage]:
-    """The stages of the last block's forward pass.
+    """The stages of the last block's forward pass, and with fp8 also of the last one that is in fp8."""
+    return _of_last_blocks(_forward_stages, shape, setting)
+
+
+def backward_stages(shape: Shape, setting: Setting) -> list[Stage]:
+    """The same of the backward pass."""
+    return _of_last_blocks(_backward_stages, shape, setting)
+
+
+def _of_last_blocks(
+    stages: Callable[[Shape, Setting, Widths], list[Stage]], shape: Shape, setting: Setting
+) -> list[Stage]:
+    plain = Widths.of(shape, in_16_bits(setting))
+    found = stages(shape, setting, plain)
+    if not setting.fp8 or not (in_fp8 := blocks_in_fp8(shape.layers)):
+        return found
+    after = shape.layers - in_fp8.stop  # blocks that have saved nothing then
+    less = after * {"off": plain.block, "on": plain.hidden, "offload": 0}[setting.checkpointing]
+    rounded = stages(shape, setting, Widths.of(shape, setting))
+    return found + [Stage(f"{one.name}, in fp8", one.values_per_token - less, one.weight_values) for one in rounded]
+
+
+def _forward_stages(shape: Shape, setting: Setting, w: Widths) -> list[Stage]:
+    """The stages of a block's forward pass.
 
     Each is a product with its input, output and weight, or the input of one with its copy for dropout.
 
     With checkpointing (fused_decoder.py) the tensors count too that are saved without it: of attention, then of the
     MLP, which takes half of the tokens at a time where they are many.
     """
-    w = Widths.of(shape, setting)
     weight, copied = 1 + w.fp8, 1 + w.fp8  # of a product: its weight and its input, with their copies in fp8
     if setting.checkpointing == "off":
         return [
@@ -196,9 +227,9 @@ def forward_stages(shape: Shape, setting: Setting) -> list[Stage]:
     ]
 
 
-def backward_stages(shape: Shape, setting: Setting) -> list[Stage]:
-    """The stages of the last block's backward pass, whose gradients of the block's output share one buffer."""
-    w, checkpointed = Widths.of(shape, setting), setting.checkpointing != "off"
+def _backward_stages(shape: Shape, setting: Setting, w: Widths) -> list[Stage]:
+    """The stages of a block's backward pass; the gradients of all blocks' outputs share one buffer."""
+    checkpointed, plain = setting.checkpointing != "off", Widths.of(shape, in_16_bits(setting))
     share = 0.5 if checkpointed and setting.tokens >= HALVED_MLP_TOKENS else 1.0
     around: float = w.hidden * (
         3 if setting.graphs else 2
@@ -206,7 +237,7 @@ def backward_stages(shape: Shape, setting: Setting) -> list[Stage]:
     if setting.checkpointing == "offload" and shape.layers > 1:
         around += w.hidden  # the input of the block before, which is being copied
     # the gradient of the block's output, and its copy in fp8
-    around += (1 + w.fp8) * w.hidden + w.extra(max(w.rank_out, w.rank_down))
+    around += (1 + setting.fp8) * w.hidden + plain.extra(max(w.rank_out, w.rank_down))
     recomputed = w.attention if checkpointed else 0
     recomputed_mlp = w.gate_up + w.rank_gate_up if checkpointed else 0
     after_mlp = around + recomputed - (0 if checkpointed else w.gate_up)  # gate and up are freed after the MLP
@@ -246,9 +277,9 @@ def hidden_bytes(shape: Shape, setting: Setting) -> int:
 
 
 def logits_bytes(shape: Shape, setting: Setting) -> int:
-    """A chunk of logits, with the hidden states that it is computed from and their gradient."""
+    """A chunk of logits, with their gradient in fp8, the hidden states that it is computed from and their gradient."""
     rows = min(logits_rows(setting.tokens), setting.tokens)
-    return BYTES_16 * rows * (shape.vocabulary + 2 * shape.hidden)
+    return int(BYTES_16 * rows * ((1 + setting.fp8) * shape.vocabulary + 2 * shape.hidden))
 
 
 def summed_gradient_bytes(shape: Shape, setting: Setting) -> int:

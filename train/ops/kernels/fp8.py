@@ -20,6 +20,7 @@ MAX_RANK = 64  # of a block of the low-rank product: wider ones do not fit besid
 ROW_BLOCK = 4096  # values of a row that are rounded at a time
 # Tiles (BM, BN, BK), warps, stages: on Hopper the fastest of a sweep; on Ada what fits its 99 KB of shared memory
 HOPPER, OTHERS = (128, 256, 128, 8, 3), (128, 128, 64, 8, 4)
+LEAST_PART = 16384  # columns of x that are worth a part of their own, whose sums are written and read again
 GROUP = 8  # rows of tiles that run together, so that they find their columns of W in the cache
 
 if triton is not None:
@@ -76,18 +77,21 @@ if triton is not None:
 
     @triton.jit
     def _fp8_product(  # type: ignore[no-untyped-def]
-        x, weight, y, x_scale, weight_scale, left, right, rows, columns, inner, second, third,
-        left_stride, right_block, right_row, right_column, rank,
-        BLOCKS: tl.constexpr, BY_COLUMNS: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+        x, weight, y, x_scale, weight_scale, left, right, rows, columns, inner, part, second,
+        third, left_stride, right_block, right_row, right_column, rank,
+        BLOCKS: tl.constexpr, BY_COLUMNS: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr,
         DESCRIPTORS: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
         GROUP: tl.constexpr,
     ):  # fmt: skip
         """y = (x Wᵀ) · x_scale · weight_scale, plus the low-rank product where BLOCKS is not 0.
 
-        DESCRIPTORS: x, weight and y are descriptors, else pointers to contiguous matrices.
+        DESCRIPTORS: x, weight and y are descriptors, else pointers to contiguous matrices. SPLITS: y has so many blocks of
+        row_tiles · BM rows, each of them the product of `part` columns of x.
         """
         row_tiles, column_tiles = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
-        for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=False):
+        tiles = row_tiles * column_tiles
+        for number in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=False):
+            split, tile = number // tiles, number % tiles
             group = tile // (GROUP * column_tiles)
             group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
             in_group = tile % (GROUP * column_tiles)
@@ -95,7 +99,7 @@ if triton is not None:
             i, n = row_tile * BM + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
             row, column = tl.minimum(i, rows - 1).to(tl.int64), tl.minimum(n, columns - 1).to(tl.int64)
             acc = tl.zeros((BM, BN), tl.float32)
-            for start in range(0, inner, BK):
+            for start in range(split * part, tl.minimum((split + 1) * part, inner), BK):
                 if DESCRIPTORS:
                     a = tl._experimental_descriptor_load(x, [row_tile * BM, start], [BM, BK], tl.float8e4nv)
                     b = tl._experimental_descriptor_load(weight, [column_tile * BN, start], [BN, BK], tl.float8e4nv)
@@ -111,11 +115,12 @@ if triton is not None:
                     acc, left, right, i, n, rows, columns, second, third, left_stride, right_block, right_row,
                     right_column, rank, BLOCKS, BY_COLUMNS, R, PRECISION,
                 )  # fmt: skip
+            block = split * row_tiles * BM
             if DESCRIPTORS:
-                tl._experimental_descriptor_store(y, acc.to(OUT), [row_tile * BM, column_tile * BN])
+                tl._experimental_descriptor_store(y, acc.to(OUT), [block + row_tile * BM, column_tile * BN])
             else:
                 inside = (i < rows)[:, None] & (n < columns)[None]
-                tl.store(y + row[:, None] * columns + column[None], acc.to(OUT), mask=inside)
+                tl.store(y + (block + row)[:, None] * columns + column[None], acc.to(OUT), mask=inside)
 
 
 def quantize_rows(x: Tensor, values: Tensor, scale: Tensor) -> None:
@@ -151,10 +156,14 @@ def product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, y:
     """
     (rows, inner), columns = x.shape, len(weight)
     BM, BN, BK, warps, stages = HOPPER if _has_descriptors(x.device) else OTHERS
-    matrices: tuple[Any, ...] = (x, weight, y)
-    programs = triton.cdiv(rows, BM) * triton.cdiv(columns, BN)
+    row_tiles = triton.cdiv(rows, BM)
+    programs = row_tiles * triton.cdiv(columns, BN)
+    splits, part = (1, inner) if low_rank is not None else _splits(programs, inner, BK, x.device)
+    out = y if splits == 1 else y.new_empty(splits * row_tiles * BM, columns)
+    programs *= splits
+    matrices: tuple[Any, ...] = (x, weight, out)
     if _has_descriptors(x.device):
-        matrices = (_descriptor(x, BM, BK), _descriptor(weight, BN, BK), _descriptor(y, BM, BN))
+        matrices = (_descriptor(x, BM, BK), _descriptor(weight, BN, BK), _descriptor(out, BM, BN))
         programs = min(programs, multiprocessors(x.device))
     if low_rank is None:
         left, right, blocks, rank, starts = x_scale[:, None], weight_scale[None, None], 0, 0, ()
@@ -163,12 +172,24 @@ def product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, y:
         blocks, rank = right.shape[:2]
     second, third = (*starts[1:], columns, columns)[:2]
     _fp8_product[(programs,)](
-        *matrices, x_scale, weight_scale, left, right, rows, columns, inner, second, third,
+        *matrices, x_scale, weight_scale, left, right, rows, columns, inner, part, second, third,
         left.stride(0), *right.stride(), rank, BLOCKS=blocks, BY_COLUMNS=len(starts) > 1,
         R=max(16, triton.next_power_of_2(rank)), PRECISION="ieee" if left.dtype == torch.float32 else "tf32",
-        DESCRIPTORS=_has_descriptors(x.device), OUT=TYPES[y.dtype], BM=BM, BN=BN, BK=BK, GROUP=GROUP,
+        SPLITS=splits, DESCRIPTORS=_has_descriptors(x.device), OUT=TYPES[y.dtype], BM=BM, BN=BN, BK=BK, GROUP=GROUP,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    if splits > 1:
+        torch.sum(out.view(splits, -1, columns)[:, :rows], 0, out=y)
+
+
+def _splits(tiles: int, inner: int, step: int, device: torch.device) -> tuple[int, int]:
+    """Parts into which K = `inner` is cut where y has fewer tiles than the card has multiprocessors; columns of a part.
+
+    The gradient of the last hidden states is such a product: K is the vocabulary there.
+    """
+    splits = max(1, min(multiprocessors(device) // tiles, inner // LEAST_PART))
+    part = triton.cdiv(triton.cdiv(inner, step), splits) * step
+    return triton.cdiv(inner, part), part
 
 
 TYPES: dict[torch.dtype, Any] = {}
