@@ -1,0 +1,119 @@
+"""Which tiles are the fastest for the passes of precision=fp8 that are no products of the blocks, on this card.
+
+    python -m tests.bench.fp8_passes OUT.json
+
+SwiGLU with its rounding, an Int4 weight to fp8, the loss with its gradient in fp8, and the gradient of the last hidden
+states; beside each the pass without fp8 in the same run. One layer of the 1.8B shape, 8,192 tokens, 1,024 rows of
+logits; medians in microseconds.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.bench.passes import measure
+from tests.bench.spec import heading
+from train.common.files import write_json
+from train.ops import fp8
+from train.ops.fp8 import Fp8Rows
+
+TOKENS, HIDDEN, INNER, ROWS, VOCABULARY, GROUP = 8192, 2048, 5504, 1024, 151_936, 128
+WARPS = (4, 8, 16)
+WEIGHT_TILES = [(64, 128, 4), (64, 128, 8), (128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 256, 8), (64, 64, 4)]
+LOSS_TILES = [(4096, 8), (4096, 16), (8192, 16), (8192, 32), (16384, 32)]
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda").bfloat16()
+
+
+def swiglu() -> Iterator[tuple[str, Any, Callable[[], object]]]:
+    from train.ops.kernels import swiglu as kernel
+
+    gate_up, grad, out = _random(TOKENS, 2 * INNER), _random(TOKENS, INNER), _random(TOKENS, INNER)
+    rows, grad_rows = (Fp8Rows.empty(TOKENS, n * INNER, grad.device) for n in (1, 2))
+    parts = kernel._parts
+    for warps in (None, *WARPS):
+        if warps:
+            kernel._parts = lambda size, warps=warps: (*parts(size)[:2], warps)  # type: ignore[misc]
+        forward, backward = (rows, grad_rows) if warps else (None, None)
+        yield "swiglu", warps, lambda out=out, forward=forward: kernel.swiglu(gate_up, out, forward)
+        yield "swiglu_backward", warps, lambda backward=backward: kernel.swiglu_backward(gate_up, grad, None, backward)
+    kernel._parts = parts
+
+
+def weights() -> Iterator[tuple[str, Any, Callable[[], object]]]:
+    from train.ops import kernels
+    from train.ops.kernels import gptq_fp8
+
+    shape = (HIDDEN, INNER)
+    qweight = torch.randint(-(2**31), 2**31 - 1, (shape[0] // 8, shape[1]), device="cuda", dtype=torch.int32)
+    qzeros = torch.full((shape[0] // GROUP, shape[1] // 8), 0x77777777, device="cuda", dtype=torch.int32)
+    scales = torch.rand(shape[0] // GROUP, shape[1], device="cuda").bfloat16()
+    packed = (qweight, qzeros, scales)
+    yield "weight", None, lambda: kernels.dequantize(*packed, None, 4, torch.bfloat16)
+    usual = gptq_fp8.BY_OUTPUT
+    for by_output, rows in ((True, shape[1]), (False, shape[0])):
+        scale = torch.rand(rows, device="cuda") + 0.1
+        values = torch.empty(rows, shape[0] + shape[1] - rows, device="cuda", dtype=fp8.E4M3)
+        out = values.t() if by_output else values
+        for tile in WEIGHT_TILES:
+            gptq_fp8.BY_OUTPUT = gptq_fp8.BY_INPUT = tile
+            name = "weight_by_output" if by_output else "weight_by_input"
+            yield (
+                name, tile,
+                lambda scale=scale, by_output=by_output, out=out: gptq_fp8.dequantize_to_fp8(
+                    *packed, 4, scale, by_output, out
+                ),
+            )  # fmt: skip
+    gptq_fp8.BY_OUTPUT = gptq_fp8.BY_INPUT = usual
+
+
+def loss() -> Iterator[tuple[str, Any, Callable[[], object]]]:
+    from train.ops.kernels import cross_entropy as kernel
+
+    logits, labels = _random(ROWS, VOCABULARY), torch.arange(ROWS, device="cuda")
+    rounded = Fp8Rows.empty(ROWS, VOCABULARY, logits.device)
+    usual = kernel.FP8_TILE
+    for tile in LOSS_TILES:
+        kernel.FP8_TILE = tile
+        yield "loss", tile, lambda: kernel.cross_entropy(logits, labels, 1.0, rounded)
+    kernel.FP8_TILE = usual
+    yield "loss", None, lambda: kernel.cross_entropy(logits, labels, 1.0)
+
+
+def hidden_gradient() -> Iterator[tuple[str, Any, Callable[[], object]]]:
+    from train.ops.kernels import fp8 as kernel
+
+    head, logits = _random(VOCABULARY, HIDDEN), _random(ROWS, VOCABULARY)
+    yield "hidden_gradient", None, lambda: logits @ head
+    rounded, rows = fp8.quantize_with(head.t(), fp8.row_scales(head.t())), fp8.quantize_rows(logits)
+    usual = kernel._splits
+    for splits in (1, 2, 3, 4):
+        part = -(-VOCABULARY // (128 * splits)) * 128
+        chosen = (splits, part)
+        kernel._splits = lambda *sizes, chosen=chosen: chosen  # type: ignore[misc]
+        yield "hidden_gradient", splits, lambda: fp8.product(rows, rounded, head.dtype)
+    kernel._splits = usual
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print(__doc__, file=sys.stderr)
+        return 2
+    rows = []
+    for passes in (swiglu, weights, loss, hidden_gradient):
+        for name, tile, call in passes():
+            rows.append({"pass": name, "tile": tile or "without fp8", "us": measure(call, time=True)})
+            print(rows[-1], flush=True)
+        torch.cuda.empty_cache()
+    write_json(Path(arguments[0]), {**heading(), "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
