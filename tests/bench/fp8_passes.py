@@ -36,14 +36,13 @@ def swiglu() -> Iterator[tuple[str, Any, Callable[[], object]]]:
 
     gate_up, grad, out = _random(TOKENS, 2 * INNER), _random(TOKENS, INNER), _random(TOKENS, INNER)
     rows, grad_rows = (Fp8Rows.empty(TOKENS, n * INNER, grad.device) for n in (1, 2))
-    parts = kernel._parts
+    usual = kernel._row_warps
     for warps in (None, *WARPS):
-        if warps:
-            kernel._parts = lambda size, warps=warps: (*parts(size)[:2], warps)  # type: ignore[misc]
+        kernel._row_warps = lambda size, warps=warps: warps  # type: ignore[misc]
         forward, backward = (rows, grad_rows) if warps else (None, None)
         yield "swiglu", warps, lambda out=out, forward=forward: kernel.swiglu(gate_up, out, forward)
         yield "swiglu_backward", warps, lambda backward=backward: kernel.swiglu_backward(gate_up, grad, None, backward)
-    kernel._parts = parts
+    kernel._row_warps = usual
 
 
 def weights() -> Iterator[tuple[str, Any, Callable[[], object]]]:
@@ -56,13 +55,13 @@ def weights() -> Iterator[tuple[str, Any, Callable[[], object]]]:
     scales = torch.rand(shape[0] // GROUP, shape[1], device="cuda").bfloat16()
     packed = (qweight, qzeros, scales)
     yield "weight", None, lambda: kernels.dequantize(*packed, None, 4, torch.bfloat16)
-    usual = gptq_fp8.BY_OUTPUT
+    usual = gptq_fp8.TILE_ROWS, gptq_fp8.TILE_COLUMNS, gptq_fp8.WARPS
     for by_output, rows in ((True, shape[1]), (False, shape[0])):
         scale = torch.rand(rows, device="cuda") + 0.1
         values = torch.empty(rows, shape[0] + shape[1] - rows, device="cuda", dtype=fp8.E4M3)
         out = values.t() if by_output else values
         for tile in WEIGHT_TILES:
-            gptq_fp8.BY_OUTPUT = gptq_fp8.BY_INPUT = tile
+            gptq_fp8.TILE_ROWS, gptq_fp8.TILE_COLUMNS, gptq_fp8.WARPS = tile
             name = "weight_by_output" if by_output else "weight_by_input"
             yield (
                 name, tile,
@@ -70,7 +69,7 @@ def weights() -> Iterator[tuple[str, Any, Callable[[], object]]]:
                     *packed, 4, scale, by_output, out
                 ),
             )  # fmt: skip
-    gptq_fp8.BY_OUTPUT = gptq_fp8.BY_INPUT = usual
+    gptq_fp8.TILE_ROWS, gptq_fp8.TILE_COLUMNS, gptq_fp8.WARPS = usual
 
 
 def loss() -> Iterator[tuple[str, Any, Callable[[], object]]]:

@@ -302,7 +302,7 @@ def fp8(capability: int) -> None:
 
     if capability < 89:
         return
-    training(capability, 4, 2048, layers=2, fp8=True)
+    training(capability, 4, 2048, layers=3, fp8=True)
     dtype = half_dtype(capability)
     weight = torch.empty(2048, 6144, dtype=dtype, device=META)
     by_output = ops.quantize_with(weight.t(), torch.empty(6144, device=META))  # a base in floats

@@ -53,33 +53,43 @@ if triton is not None:
         tl.store(values + row * columns + n[None], (y * inverse[:, None]).to(tl.float8e4nv), mask=inside)
 
     @triton.jit
-    def _add_low_rank(  # type: ignore[no-untyped-def]
-        acc, left, right, i, n, rows, columns, second, third, left_stride, right_block, right_row, right_column, rank,
-        BLOCKS: tl.constexpr, BY_COLUMNS: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
-    ):  # fmt: skip
-        """acc plus the low-rank product. BY_COLUMNS: columns below `second` have block 0, below `third` 1, then 2."""
-        r = tl.arange(0, R)
-        first_block, last_block = 0, BLOCKS - 1
-        if BY_COLUMNS:  # most tiles lie in one block
+    def _blocks_of(n, columns, second, third, BLOCKS: tl.constexpr, BY_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The first and the last block of the low-rank product that the columns n need; most tiles lie in one."""
+        first, last = 0, BLOCKS - 1
+        if BY_COLUMNS:
             lowest, highest = tl.min(n, 0), tl.minimum(tl.max(n, 0), columns - 1)
-            first_block = (lowest >= second).to(tl.int32) + (lowest >= third).to(tl.int32)
-            last_block = (highest >= second).to(tl.int32) + (highest >= third).to(tl.int32)
-        for block in tl.range(first_block, last_block + 1, num_stages=1):
-            at = left + i.to(tl.int64)[:, None] * left_stride + block * rank + r[None]
-            x = tl.load(at, mask=(i < rows)[:, None] & (r < rank)[None], other=0.0)
-            valid = n < columns
-            if BY_COLUMNS:
-                valid = valid & ((n >= second).to(tl.int32) + (n >= third).to(tl.int32) == block)
-            at = right + block * right_block + r[:, None] * right_row + n[None] * right_column
-            part = tl.load(at, mask=(r < rank)[:, None] & valid[None], other=0.0)
-            acc = tl.dot(x, part, acc, input_precision=PRECISION)
-        return acc
+            first = (lowest >= second).to(tl.int32) + (lowest >= third).to(tl.int32)
+            last = (highest >= second).to(tl.int32) + (highest >= third).to(tl.int32)
+        return first, last
+
+    @triton.jit
+    def _low_rank_factors(  # type: ignore[no-untyped-def]
+        left, right, block, i, n, rows, columns, second, third, left_stride, right_block, right_row, right_column, rank,
+        BY_COLUMNS: tl.constexpr, R: tl.constexpr,
+    ):  # fmt: skip
+        """Both factors of one block. BY_COLUMNS: columns below `second` have block 0, below `third` 1, then 2."""
+        r = tl.arange(0, R)
+        at = left + i.to(tl.int64)[:, None] * left_stride + block * rank + r[None]
+        x = tl.load(at, mask=(i < rows)[:, None] & (r < rank)[None], other=0.0)
+        valid = n < columns
+        if BY_COLUMNS:
+            valid = valid & ((n >= second).to(tl.int32) + (n >= third).to(tl.int32) == block)
+        at = right + block * right_block + r[:, None] * right_row + n[None] * right_column
+        return x, tl.load(at, mask=(r < rank)[:, None] & valid[None], other=0.0)
+
+    @triton.jit
+    def _in_registers(x):  # type: ignore[no-untyped-def]
+        """x itself, in 16 bits. Triton would move a factor of a product to shared memory where it is loaded.
+
+        There it would wait for memory, and find no room beside the tiles of x and W.
+        """
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
 
     @triton.jit
     def _fp8_product(  # type: ignore[no-untyped-def]
         x, weight, y, x_scale, weight_scale, left, right, rows, columns, inner, part, second,
         third, left_stride, right_block, right_row, right_column, rank,
-        BLOCKS: tl.constexpr, BY_COLUMNS: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr,
+        BLOCKS: tl.constexpr, BY_COLUMNS: tl.constexpr, R: tl.constexpr, HELD: tl.constexpr, SPLITS: tl.constexpr,
         DESCRIPTORS: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
         GROUP: tl.constexpr,
     ):  # fmt: skip
@@ -98,6 +108,13 @@ if triton is not None:
             row_tile, column_tile = group * GROUP + in_group % group_rows, in_group // group_rows
             i, n = row_tile * BM + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
             row, column = tl.minimum(i, rows - 1).to(tl.int64), tl.minimum(n, columns - 1).to(tl.int64)
+            if BLOCKS:
+                block, last_block = _blocks_of(n, columns, second, third, BLOCKS, BY_COLUMNS)
+                if HELD:  # the first block is on its way while the tile is computed
+                    narrow, wide = _low_rank_factors(
+                        left, right, block, i, n, rows, columns, second, third, left_stride, right_block, right_row,
+                        right_column, rank, BY_COLUMNS, R,
+                    )  # fmt: skip
             acc = tl.zeros((BM, BN), tl.float32)
             for start in range(split * part, tl.minimum((split + 1) * part, inner), BK):
                 if DESCRIPTORS:
@@ -111,16 +128,22 @@ if triton is not None:
             scale = tl.load(x_scale + row)[:, None] * tl.load(weight_scale + column)[None]
             acc = acc * scale
             if BLOCKS:
-                acc = _add_low_rank(
-                    acc, left, right, i, n, rows, columns, second, third, left_stride, right_block, right_row,
-                    right_column, rank, BLOCKS, BY_COLUMNS, R, PRECISION,
-                )  # fmt: skip
-            block = split * row_tiles * BM
+                precision: tl.constexpr = "ieee" if left.dtype.element_ty == tl.float32 else "tf32"
+                if HELD:
+                    acc = tl.dot(_in_registers(narrow), _in_registers(wide), acc, input_precision=precision)
+                    block += 1
+                for other in tl.range(block, last_block + 1, num_stages=1):
+                    x_part, w_part = _low_rank_factors(
+                        left, right, other, i, n, rows, columns, second, third, left_stride, right_block, right_row,
+                        right_column, rank, BY_COLUMNS, R,
+                    )  # fmt: skip
+                    acc = tl.dot(x_part, w_part, acc, input_precision=precision)
+            first = split * row_tiles * BM
             if DESCRIPTORS:
-                tl._experimental_descriptor_store(y, acc.to(OUT), [block + row_tile * BM, column_tile * BN])
+                tl._experimental_descriptor_store(y, acc.to(OUT), [first + row_tile * BM, column_tile * BN])
             else:
                 inside = (i < rows)[:, None] & (n < columns)[None]
-                tl.store(y + (block + row)[:, None] * columns + column[None], acc.to(OUT), mask=inside)
+                tl.store(y + (first + row)[:, None] * columns + column[None], acc.to(OUT), mask=inside)
 
 
 def quantize_rows(x: Tensor, values: Tensor, scale: Tensor) -> None:
@@ -174,12 +197,17 @@ def product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, y:
     _fp8_product[(programs,)](
         *matrices, x_scale, weight_scale, left, right, rows, columns, inner, part, second, third,
         left.stride(0), *right.stride(), rank, BLOCKS=blocks, BY_COLUMNS=len(starts) > 1,
-        R=max(16, triton.next_power_of_2(rank)), PRECISION="ieee" if left.dtype == torch.float32 else "tf32",
+        R=max(16, triton.next_power_of_2(rank)), HELD=_is_held(left, blocks, len(starts) > 1),
         SPLITS=splits, DESCRIPTORS=_has_descriptors(x.device), OUT=TYPES[y.dtype], BM=BM, BN=BN, BK=BK, GROUP=GROUP,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         torch.sum(out.view(splits, -1, columns)[:, :rows], 0, out=y)
+
+
+def _is_held(left: Tensor, blocks: int, by_columns: bool) -> bool:
+    """Whether the low-rank product's factors are loaded ahead: where a tile needs one block, and registers suffice."""
+    return not INTERPRETED and left.element_size() == 2 and (blocks == 1 or by_columns)
 
 
 def _splits(tiles: int, inner: int, step: int, device: torch.device) -> tuple[int, int]:

@@ -13,6 +13,9 @@ from train.ops.kernels.dropout_mask import drop_values, dropout_arguments
 from train.ops.kernels.fp8_rows import MAX_ROW, scale_of
 from train.ops.kernels.runtime import tl, triton
 
+TILE, TILE_WARPS = 2048, 4
+ROW_WARPS = 4
+
 if triton is not None:
 
     @triton.jit
@@ -129,14 +132,15 @@ def fits_fp8(size: int) -> bool:
     return triton.next_power_of_2(size) <= MAX_ROW
 
 
-def _parts(size: int) -> tuple[int, int, int]:
-    """A row of `size` columns in two parts, FIRST + REST ≥ size, powers of two or REST = 0; and the warps for it."""
+def _parts(size: int) -> tuple[int, int]:
+    """FIRST + REST ≥ `size`, for a row of so many columns: powers of two, or REST = 0."""
     first = 1 << (size.bit_length() - 1)
-    rest = triton.next_power_of_2(size - first) if size > first else 0
-    return first, rest, min(16, max(4, (first + rest) // 768))
+    return first, triton.next_power_of_2(size - first) if size > first else 0
 
 
-TILE, TILE_WARPS = 2048, 4
+def _row_warps(size: int) -> int:
+    """4 were as fast as 8 and 16 for 5,504 columns on an H200; wider rows need their registers."""
+    return ROW_WARPS if size < 8192 else 2 * ROW_WARPS
 
 
 def swiglu(gate_up: Tensor, out: Tensor, rounded: Any) -> None:
@@ -148,10 +152,10 @@ def swiglu(gate_up: Tensor, out: Tensor, rounded: Any) -> None:
             gate_up, out, size, gate_up.stride(0), out.stride(0), BLOCK=TILE, num_warps=TILE_WARPS
         )  # fmt: skip
         return
-    first, rest, warps = _parts(size)
+    first, rest = _parts(size)
     _swiglu_row[(rows,)](
         gate_up, out, rounded.values, rounded.scale, size, gate_up.stride(0), out.stride(0),
-        FIRST=first, REST=rest, num_warps=warps,
+        FIRST=first, REST=rest, num_warps=_row_warps(size),
     )  # fmt: skip
 
 
@@ -164,8 +168,8 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor, dropout: Any, rounded: Any) -
             gate_up, grad, size, gate_up.stride(0), *drop, DROP=dropout is not None, BLOCK=TILE, num_warps=TILE_WARPS
         )  # fmt: skip
         return
-    first, rest, warps = _parts(size)
+    first, rest = _parts(size)
     _swiglu_row_backward[(rows,)](
         gate_up, grad, rounded.values, rounded.scale, size, gate_up.stride(0), *drop,
-        DROP=dropout is not None, FIRST=first, REST=rest, num_warps=warps,
+        DROP=dropout is not None, FIRST=first, REST=rest, num_warps=_row_warps(size),
     )  # fmt: skip
