@@ -41,7 +41,7 @@ class Fp8Linear(FusedLinear):
         weight = self._whole_weight(torch.bfloat16)
         self.output_scale, self.input_scale = fp8.row_scales(weight.t()), fp8.row_scales(weight)
 
-    def input_rows(self, count: int) -> Fp8Rows:
+    def input_rows(self, count: int) -> Fp8Rows | None:
         return Fp8Rows.empty(count, self.in_features, self.output_scale.device)
 
     def grad_rows(self, count: int) -> Fp8Rows:
@@ -103,3 +103,17 @@ class Fp8Linear(FusedLinear):
         """Whether each layer writes its part of W in fp8 by itself, without a copy of W in 16 bits."""
         starts = any(getattr(linear, "start_A", None) is not None for linear in self.linears)
         return self.is_packed and not starts and all(base.writes_fp8 for base in self.base_layers)
+
+
+class Fp8BackwardLinear(Fp8Linear):
+    """A FusedLinear whose forward product stays in 16 bits: for the layers whose rounding costs the loss the most."""
+
+    def __init__(self, linears: Sequence[Any], layer_id: int) -> None:
+        super().__init__(linears, layer_id)
+        self.extra_columns = self.rank if self.is_packed else 0  # the forward product takes the adapters along in them
+
+    def input_rows(self, count: int) -> None:
+        return None
+
+    def _product(self, h: Tensor, lora_a_out: Tensor | None, extra_columns: int, rounded: Fp8Rows | None) -> Tensor:
+        return FusedLinear._product(self, h, lora_a_out, extra_columns, rounded)

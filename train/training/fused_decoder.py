@@ -24,7 +24,7 @@ from train.ops.offload import ActivationStack, PinnedBuffer
 from train.ops.rms_norm import rms_norm, rms_norm_backward
 from train.ops.rope import RopeTables, apply_rope
 from train.ops.swiglu import swiglu, swiglu_backward
-from train.training.fp8_linear import Fp8Linear
+from train.training.fp8_linear import Fp8BackwardLinear, Fp8Linear
 from train.training.fused_linear import FusedLinear, empty_with_extra, view_with_extra
 from train.training.step_sizes import HALVED_MLP_TOKENS, blocks_in_fp8
 
@@ -64,7 +64,9 @@ class FusedBlock:
         linear = Fp8Linear if fp8 else FusedLinear
         self.qkv = linear([getattr(attention, name) for name in names.qkv], 4 * number)
         self.out = linear([getattr(attention, names.out)], 4 * number + 1)
-        self.gate_up = linear([getattr(mlp, names.gate), getattr(mlp, names.up)], 4 * number + 2)
+        self.gate_up = (Fp8BackwardLinear if fp8 else FusedLinear)(
+            [getattr(mlp, names.gate), getattr(mlp, names.up)], 4 * number + 2
+        )
         self.down = linear([getattr(mlp, names.down)], 4 * number + 3)
 
     @property

@@ -205,13 +205,12 @@ def _forward_stages(shape: Shape, setting: Setting, w: Widths) -> list[Stage]:
     weight, copied = 1 + w.fp8, 1 + w.fp8  # of a product: its weight and its input, with their copies in fp8
     if setting.checkpointing == "off":
         return [
-            Stage("gate and up product", copied * w.gate_up_input, weight * w.gate_up_input * 2 * w.inner),
+            Stage("gate and up product", w.gate_up_input, w.gate_up_input * 2 * w.inner),
             Stage("down product", copied * w.down_input + w.hidden, weight * w.down_input * w.hidden),
             Stage("SwiGLU", copied * w.down_input + w.dropout * w.inner),
         ]
     share = 0.5 if setting.tokens >= HALVED_MLP_TOKENS else 1.0
     mlp = w.gate_up + w.rank_down + copied * w.down_input
-    gate_up_input = copied * w.gate_up_input
     ranks_qkv = (1 if w.fp8 else 2) * w.rank_qkv
     return [
         Stage("q, k and v product", copied * w.hidden + ranks_qkv + w.qkv, weight * (w.hidden + w.rank_qkv) * w.qkv),
@@ -219,8 +218,8 @@ def _forward_stages(shape: Shape, setting: Setting, w: Widths) -> list[Stage]:
         Stage("attention", w.attention - w.hidden + w.dropout * w.queries),
         Stage(
             "gate and up product",
-            w.hidden + share * (w.gate_up + w.rank_gate_up + gate_up_input),
-            weight * w.gate_up_input * 2 * w.inner,
+            w.hidden + share * (w.gate_up + w.rank_gate_up + w.gate_up_input),
+            w.gate_up_input * 2 * w.inner,
         ),
         Stage("down product", w.hidden + share * (mlp + w.hidden), weight * w.down_input * w.hidden),
         Stage("SwiGLU", w.hidden + share * (mlp + w.dropout * w.inner)),

@@ -121,7 +121,8 @@ class Widths:
 
     @property
     def gate_up_input(self) -> int:
-        return self.hidden + (0 if self.fp8 else self.rank_gate_up)
+        """In 16 bits with fp8 too."""
+        return self.hidden + self.rank_gate_up
 
     @property
     def down_input(self) -> int:
