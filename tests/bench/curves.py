@@ -9,7 +9,8 @@ ours-again   ours with other first weights and other dropout, the data in the sa
 ours-fp8     ours with precision=fp8, on a card that has it
 
 A row is one conversation, padded to the longest of its batch, since the stock stack cannot pack. Each arm runs in a
-process of its own and writes OUT/ARM.jsonl, a line a step. Then OUT/curves.json has the sums and OUT/curves.png the
+process of its own and writes OUT/ARM.jsonl, a line a step; ours also OUT/ARM-held-out.json, the mean loss of later
+conversations before and after, computed without dropout and without fp8. Then OUT/curves.json has the sums and OUT/curves.png the
 curves in one picture.
 """
 
@@ -27,6 +28,7 @@ from tests.bench.spec import heading
 from train.common.files import write_json
 from train.config.options import build, describe, option, pairs
 from train.config.recipe import Recipe, load_recipe
+from train.data.tokens.batches import IGNORE
 
 ARMS = ("ours", "stock", "ours-again", "ours-fp8")
 LAST = 50  # steps whose mean is the final loss
@@ -41,6 +43,7 @@ class Options:
     steps: int = option(300, "optimizer steps")
     batch: int = option(8, "conversations a step")
     length: int = option(512, "tokens of a conversation at most; longer ones are cut")
+    held_out: int = option(64, "batches of later conversations, in the same epoch, whose loss is measured too")
     rank: int = option(64, "LoRA: r")
     dropout: float = option(0.05, "LoRA: dropout")
     learning_rate: float = option(3e-4, "the peak")
@@ -68,7 +71,9 @@ def main(words: list[str]) -> int:
     arms = [arm for arm in ARMS if arm in options.arms.split(",")]
     failed = run_arms("tests.bench.curves", arms, options)
     losses = {arm: read(out / f"{arm}.jsonl") for arm in arms if (out / f"{arm}.jsonl").is_file()}
-    rows = sum_up(losses) + [row for row in failed if row["arm"] not in losses]
+    rows = sum_up(losses)
+    add_held_out(rows, out)
+    rows += [row for row in failed if row["arm"] not in losses]
     settings = {f.name: getattr(options, f.name) for f in fields(Options) if f.name not in ("only", "arms", "out")}
     settings |= {name: Path(settings[name]).name for name in ("data", "base")}
     write_json(out / "curves.json", {**heading(), "settings": settings, "rows": rows})
@@ -94,6 +99,17 @@ def sum_up(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
     return rows
 
 
+def add_held_out(rows: list[dict[str, Any]], out: Path) -> None:
+    """The held-out losses of the arms that have them, and how much larger each is than ours."""
+    found = {row["arm"]: out / f"{row['arm']}-held-out.json" for row in rows}
+    losses = {arm: json.loads(path.read_text()) for arm, path in found.items() if path.is_file()}
+    for row in rows:
+        if row["arm"] in losses:
+            row["held_out"] = losses[row["arm"]]
+            if "ours" in losses:
+                row["held_out_over_ours"] = row["held_out"]["after"] / losses["ours"]["after"]
+
+
 def _recipe(options: Options) -> Recipe:
     """The default recipe with one conversation a row; ours-again has another seed of weights and dropout."""
     same = ("steps", "batch", "length", "rank", "dropout", "learning_rate")
@@ -114,24 +130,31 @@ def _train(options: Options) -> None:
 
     recipe = _recipe(options)
     order = load_recipe("qlora", {}).seed  # the seed of the order of samples: the same for every arm
-    data = Conversations(options.data, Path(options.base), recipe, recipe.steps, order)
+    data = Conversations(options.data, Path(options.base), recipe, recipe.steps + options.held_out, order)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint.seed_all(recipe.seed)
-    step_of_arm = _stock(options, recipe, device) if options.only == "stock" else _ours(options, recipe, device)
+    held_out = [data.batch(step) for step in range(recipe.steps, recipe.steps + options.held_out)]
+    step_of_arm, evaluate = (_stock if options.only == "stock" else _ours)(options, recipe, device)
+    before = evaluate(held_out)
     with (Path(options.out) / f"{options.only}.jsonl").open("w") as file:
-        for step in range(len(data.schedule)):
-            rate = learning_rate(recipe, step, len(data.schedule))
+        for step in range(recipe.steps):
+            rate = learning_rate(recipe, step, recipe.steps)
             loss = step_of_arm(data.batch(step), data.schedule.label_count(step), rate)
             file.write(json.dumps({"step": step + 1, "loss": loss, "learning_rate": rate}) + "\n")
             file.flush()
             if step % 50 == 0:
                 print(f"{options.only}: step {step + 1}, loss {loss:.4f}", flush=True)
+    if before is not None:
+        write_json(Path(options.out) / f"{options.only}-held-out.json", {"before": before, "after": evaluate(held_out)})
 
 
 Step = Callable[[dict[str, Any], int, float], float]  # batch, its labelled tokens, learning rate -> their mean loss
+Evaluate = Callable[[list[dict[str, Any]]], float | None]  # batches -> the mean loss of their labelled tokens
 
 
-def _ours(options: Options, recipe: Recipe, device: Any) -> Step:
+def _ours(options: Options, recipe: Recipe, device: Any) -> tuple[Step, Evaluate]:
+    import torch
+
     from tests.bench.arms import join
     from train.common.device import pick_dtype
     from train.model import lora
@@ -148,10 +171,18 @@ def _ours(options: Options, recipe: Recipe, device: Any) -> Step:
         engine.step(last=True, rate=rate)
         return float(total) / labels
 
-    return step
+    @torch.no_grad()
+    def evaluate(batches: list[dict[str, Any]]) -> float | None:
+        model.eval()
+        sums = [float(engine.evaluate(batch)) for batch in batches]
+        model.train()
+        count = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+        return sum(sums) / count if count else None
+
+    return step, evaluate
 
 
-def _stock(options: Options, recipe: Recipe, device: Any) -> Step:
+def _stock(options: Options, recipe: Recipe, device: Any) -> tuple[Step, Evaluate]:
     import torch
 
     from tests.bench.arms import join
@@ -182,7 +213,7 @@ def _stock(options: Options, recipe: Recipe, device: Any) -> Step:
         engine.step()
         return float(loss)
 
-    return step
+    return step, lambda batches: None
 
 
 if __name__ == "__main__":
