@@ -8,19 +8,26 @@ are in ops/decode_step.py.
 import torch
 from torch import Tensor
 
+from train.ops.kernels import overlap
+from train.ops.kernels.overlap import prefetch, start_next, wait_for_previous
 from train.ops.kernels.runtime import tl, triton
 
 if triton is not None:
 
     @triton.jit(do_not_specialize=["batch"])
     def _add_norm(  # type: ignore[no-untyped-def]
-        x, parts, weight, total, normed, batch, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr
-    ):
+        x, parts, weight, total, normed, batch, width, eps,
+        PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
         """One row: total = x + sum of parts; normed = total / rms(total) · weight."""
         m = tl.program_id(0)
         i = tl.arange(0, BLOCK)
         mask = i < width
         dtype = x.dtype.element_ty
+        scale = tl.load(weight + i, mask=mask, other=0.0).to(tl.float32)
+        if OVERLAP:
+            start_next()
+            wait_for_previous()
         y = tl.load(x + m * width + i, mask=mask, other=0.0).to(tl.float32)
         if PARTS > 0:
             added = tl.zeros((BLOCK,), tl.float32)
@@ -29,7 +36,6 @@ if triton is not None:
             y = (y + added.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
             tl.store(total + m * width + i, y.to(dtype), mask=mask)
         inverse_rms = tl.rsqrt(tl.sum(y * y, axis=0) / width + eps)
-        scale = tl.load(weight + i, mask=mask, other=0.0).to(tl.float32)
         tl.store(normed + m * width + i, ((y * inverse_rms).to(dtype).to(tl.float32) * scale).to(dtype), mask=mask)
 
     @triton.jit
@@ -63,6 +69,7 @@ if triton is not None:
         qkv, cos, sin, logn, pads, slot, keys, values, sums, stats, arrivals, out,
         batch, heads, key_heads, capacity, rope_stride, scale, cache_rows, slot_stride, CACHE_ROWS: tl.constexpr,
         PARTS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, LOGN: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """One query head of one row over one split of the cached keys.
 
@@ -79,6 +86,21 @@ if triton is not None:
         new, pad = tl.load(slot + m * slot_stride), tl.load(pads + m)
         c = tl.load(cos + cache_row * rope_stride + (new - pad) * HALF + i)
         s = tl.load(sin + cache_row * rope_stride + (new - pad) * HALF + i)
+        d = tl.arange(0, D)
+        cache = (cache_row * key_heads + key_head).to(tl.int64) * capacity * D
+        split_length = tl.cdiv(tl.cdiv(new - pad, SPLITS), BLOCK) * BLOCK
+        start = pad + split * split_length
+        end = tl.minimum(start + split_length, new)
+        if OVERLAP:
+            start_next()
+            if OVERLAP == 2 and D >= 16:  # earlier steps wrote these keys and values
+                for block in range(start, end, BLOCK):
+                    n = block + tl.arange(0, BLOCK)[:, None]
+                    at = cache + n * D + 16 * tl.arange(0, D // 16)[None]
+                    inside = tl.broadcast_to((n < end).to(tl.int32), at.shape)
+                    prefetch(keys + at, inside)
+                    prefetch(values + at, inside)
+            wait_for_previous()
 
         # the new token's query, key and value
         first = _sum_parts(qkv, batch, m, width, head * D, i, dtype, PARTS)
@@ -93,9 +115,7 @@ if triton is not None:
         second = _sum_parts(qkv, batch, m, width, column + HALF, i, dtype, PARTS)
         k1 = (first * c - second * s).to(dtype)
         k2 = (second * c + first * s).to(dtype)
-        d = tl.arange(0, D)
         v = _sum_parts(qkv, batch, m, width, column + key_heads * D, d, dtype, PARTS)
-        cache = (cache_row * key_heads + key_head).to(tl.int64) * capacity * D
         if split == 0 and head % heads_per_key == 0:
             tl.store(keys + cache + new * D + i, k1)
             tl.store(keys + cache + new * D + HALF + i, k2)
@@ -106,9 +126,6 @@ if triton is not None:
         row_max = tl.where(split == 0, new_score, float("-inf"))
         row_sum = tl.where(split == 0, 1.0, 0.0)
         y = tl.where(split == 0, v, 0.0)
-        split_length = tl.cdiv(tl.cdiv(new - pad, SPLITS), BLOCK) * BLOCK
-        start = pad + split * split_length
-        end = tl.minimum(start + split_length, new)
         for block in tl.range(start, end, BLOCK, num_stages=2):
             n = block + tl.arange(0, BLOCK)
             mask = (n < end)[:, None]
@@ -137,7 +154,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["batch"])
     def _swiglu_parts(  # type: ignore[no-untyped-def]
-        parts, out, batch, width, PARTS: tl.constexpr, BLOCK: tl.constexpr
+        parts, out, batch, width, PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
     ):
         """silu(gate) · up of columns that stand side by side in parts, each rounded where separate layers round."""
         m = tl.program_id(0)
@@ -146,6 +163,9 @@ if triton is not None:
         dtype = out.dtype.element_ty
         gate = tl.zeros((BLOCK,), tl.float32)
         up = tl.zeros((BLOCK,), tl.float32)
+        if OVERLAP:
+            start_next()
+            wait_for_previous()
         for s in tl.static_range(PARTS):
             row = parts + (s * batch + m) * 2 * width + i
             gate += tl.load(row, mask=mask, other=0.0)
@@ -160,10 +180,11 @@ def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tup
     total = x if parts is None else torch.empty_like(x)
     normed = torch.empty_like(x)
     batch, width = x.shape
-    block = triton.next_power_of_2(width)
+    block, early = triton.next_power_of_2(width), overlap.mode(x.device)
     _add_norm[(batch,)](
         x, x if parts is None else parts, weight, total, normed, batch, width, eps,
-        PARTS=0 if parts is None else len(parts), BLOCK=block, num_warps=max(1, min(16, block // 128)),
+        PARTS=0 if parts is None else len(parts), BLOCK=block, OVERLAP=early,
+        num_warps=max(1, min(16, block // 128)), **overlap.launch_options(early),
     )  # fmt: skip
     return total, normed
 
@@ -174,8 +195,11 @@ def swiglu_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     width = gate_up // 2
     out = torch.empty(batch, width, dtype=dtype, device=parts.device)
     block = 256 if batch < 8 else 1024
-    grid = (batch, triton.cdiv(width, block))
-    _swiglu_parts[grid](parts, out, batch, width, PARTS=splits, BLOCK=block, num_warps=2 if batch < 8 else 4)
+    grid, early = (batch, triton.cdiv(width, block)), overlap.mode(parts.device)
+    _swiglu_parts[grid](
+        parts, out, batch, width, PARTS=splits, BLOCK=block, OVERLAP=early, num_warps=2 if batch < 8 else 4,
+        **overlap.launch_options(early),
+    )  # fmt: skip
     return out
 
 
@@ -204,11 +228,12 @@ def attend(
         arrivals = torch.zeros(batch, heads, dtype=torch.int32, device=keys.device)
     sums = torch.empty(splits, batch, heads, width, dtype=torch.float32, device=keys.device)
     stats = torch.empty(splits, batch, heads, 2, dtype=torch.float32, device=keys.device)
+    early = overlap.mode(keys.device)
     _attend[(batch * heads, splits)](
         qkv, cos, sin, cos if logn is None else logn, pads, slot, keys, values, sums, stats, arrivals, out,
         batch, heads, key_heads, capacity, cos.stride(0) if len(cos) > 1 else 0, width**-0.5,
         slot if cache_rows is None else cache_rows, int(len(slot) > 1), CACHE_ROWS=cache_rows is not None,
         PARTS=len(qkv), HALF=width // 2, BLOCK=32 if width > 64 else 64, SPLITS=splits,
-        LOGN=logn is not None, num_warps=2,
+        LOGN=logn is not None, OVERLAP=early, num_warps=2, **overlap.launch_options(early),
     )  # fmt: skip
     return out

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from train.ops.kernels import overlap
 from train.ops.kernels.gptq_tiles import Tile, rows_per_program, tile_for
+from train.ops.kernels.overlap import prefetch, start_next, wait_for_previous
 from train.ops.kernels.runtime import tl, triton
 
 MAGIC = 0x4B000000  # 2^23 as the bits of a float; an argument of the kernels, so that and-or is one instruction
@@ -218,13 +220,30 @@ if triton is not None:
         silu = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
         tl.store(out + n, (silu * up.to(dtype).to(tl.float32)).to(dtype), mask=n_mask)
 
+    @triton.jit
+    def _prefetch_weight(  # type: ignore[no-untyped-def]
+        qweight, qzeros, scales, first, last, n0, in_features, out_features, zero_words, group,
+        BITS: tl.constexpr, WORDS: tl.constexpr, TN: tl.constexpr,
+    ):  # fmt: skip
+        """The words, zeros and scales of the steps first … last at the columns n0 … n0 + TN, 32 bytes at a time."""
+        PER: tl.constexpr = 32 // BITS
+        n = n0 + 8 * tl.arange(0, TN // 8)[None]
+        scale_column = n0 + 16 * tl.arange(0, TN // 16)
+        for step in range(first, last):
+            word = step * WORDS + tl.arange(0, WORDS)[:, None]
+            inside = (word * PER < in_features) & (n < out_features)
+            prefetch(qweight + word.to(tl.int64) * out_features + n, inside.to(tl.int32))
+            g = step * WORDS * PER // group
+            prefetch(scales + g * out_features + scale_column, (scale_column < out_features).to(tl.int32))
+            prefetch(qzeros + g * zero_words + scale_column // PER, (scale_column < out_features).to(tl.int32))
+
     @triton.jit(do_not_specialize=["batch", "steps", "down_columns", "start2", "start3"])
     def _product(  # type: ignore[no-untyped-def]
         x, qweight, qzeros, scales, bias, qweight2, qzeros2, scales2, bias2, perm, down, up, out, arrivals, swiglu,
         batch, in_features, out_features, zero_words, group, steps, down_columns, start2, start3, magic,
         BITS: tl.constexpr, WORDS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr,
         BIAS: tl.constexpr, PAIR: tl.constexpr, RANK: tl.constexpr, DOWN_SPLITS: tl.constexpr,
-        ONE_GROUP: tl.constexpr, STAGES: tl.constexpr, SWIGLU_SPLITS: tl.constexpr,
+        ONE_GROUP: tl.constexpr, STAGES: tl.constexpr, SWIGLU_SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """One part of y[:, n …], `steps` steps of K; the first part adds the bias and the adapter.
 
@@ -245,6 +264,19 @@ if triton is not None:
         m = m0 + tl.arange(0, TM)
         first = split * steps
         last = tl.minimum(first + steps, tl.cdiv(in_features, WORDS * (32 // BITS)))
+        if OVERLAP:
+            start_next()
+            if OVERLAP == 2:
+                _prefetch_weight(
+                    qweight, qzeros, scales, first, last, block * TN, in_features, out_features, zero_words, group,
+                    BITS, WORDS, TN,
+                )  # fmt: skip
+                if RANK > 0:  # noqa: SIM102  known when it is compiled; the next is not
+                    if split == 0:
+                        rank_column = 16 * tl.arange(0, RANK // 16)[None]
+                        at = up + (offset + n)[:, None] * RANK + rank_column
+                        prefetch(at, tl.broadcast_to(n_mask[:, None].to(tl.int32), at.shape))
+            wait_for_previous()
         if TM == 1:
             y = _one_row(
                 x + m0 * in_features, qweight, qzeros, scales, perm, first, last, n, n_mask, in_features, out_features,
@@ -274,8 +306,9 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["batch"])
     def _down_product(  # type: ignore[no-untyped-def]
-        x, a, out, batch, in_features, ranks, part_k, TM: tl.constexpr, TL: tl.constexpr, TK: tl.constexpr
-    ):
+        x, a, out, batch, in_features, ranks, part_k, TM: tl.constexpr, TL: tl.constexpr, TK: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):  # fmt: skip
         """One part of x Aᵀ, `part_k` of K, for TL rows of A [L, K]."""
         split = tl.program_id(1)
         r = tl.program_id(0) * TL + tl.arange(0, TL)
@@ -283,6 +316,14 @@ if triton is not None:
         m = m0 + tl.arange(0, TM)
         lanes = tl.zeros((TL, TK), tl.float32)
         acc = tl.zeros((TM, TL), tl.float32)
+        if OVERLAP:
+            start_next()
+            if OVERLAP == 2:
+                for start in range(split * part_k, tl.minimum((split + 1) * part_k, in_features), TK):
+                    k = start + 16 * tl.arange(0, TK // 16)[None]
+                    inside = (r < ranks)[:, None] & (k < in_features)
+                    prefetch(a + r[:, None].to(tl.int64) * in_features + k, inside.to(tl.int32))
+            wait_for_previous()
         for start in range(split * part_k, tl.minimum((split + 1) * part_k, in_features), TK):
             k = start + tl.arange(0, TK)
             k_mask = k < in_features
@@ -327,6 +368,7 @@ def product(
     rows = rows_per_program(x)
     grid = (triton.cdiv(weight.out_features, tile.columns) * count, tile.splits, triton.cdiv(len(x), rows))
     bias, bias2 = (w.bias if w.bias is not None else x for w in (weight, other))  # x: a pointer that is not read
+    early = overlap.mode(x.device)
     _product[grid](
         x, weight.qweight, weight.qzeros, weight.scales, bias, other.qweight, other.qzeros, other.scales, bias2,
         weight.perm if weight.perm is not None else x,
@@ -336,7 +378,8 @@ def product(
         BITS=weight.bits, WORDS=tile.words, TM=rows, TN=tile.columns, PERM=weight.perm is not None,
         BIAS=weight.bias is not None, PAIR=second is not None, RANK=adapter.up.shape[1] if adapter else 0,
         DOWN_SPLITS=len(adapter.down) if adapter else 0, ONE_GROUP=weight.group % (tile.words * 32 // weight.bits) == 0,
-        STAGES=tile.stages, SWIGLU_SPLITS=0 if swiglu is None else tile.splits, num_warps=tile.warps,
+        STAGES=tile.stages, SWIGLU_SPLITS=0 if swiglu is None else tile.splits, OVERLAP=early,
+        num_warps=tile.warps, **overlap.launch_options(early),
     )  # fmt: skip
     return out
 
@@ -366,7 +409,9 @@ def down_product(x: Tensor, a: Tensor, splits: int = 4) -> Tensor:
     part_k = triton.cdiv(triton.cdiv(in_features, splits), tile_k) * tile_k
     out = torch.empty(triton.cdiv(in_features, part_k), batch, ranks, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(ranks, tile_ranks), len(out), triton.cdiv(batch, rows))
+    early = overlap.mode(x.device)
     _down_product[grid](
-        x, a, out, batch, in_features, ranks, part_k, TM=rows, TL=tile_ranks, TK=tile_k, num_warps=4
+        x, a, out, batch, in_features, ranks, part_k, TM=rows, TL=tile_ranks, TK=tile_k, OVERLAP=early, num_warps=4,
+        **overlap.launch_options(early),
     )  # fmt: skip
     return out
