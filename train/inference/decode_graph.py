@@ -193,14 +193,17 @@ class DecodeSession:
     def _blocks(self, x: Tensor, attend: Callable[[Tensor, int], Tensor]) -> Tensor:
         """[M, H] through all blocks and the last norm; `attend` gets q, k, v as split-K partial sums, and the block index."""
         layers, eps = self.layers, self.layers.config.rms_norm_eps
-        next_norms = [block.norm1 for block in layers.blocks[1:]] + [layers.norm]
-        x, h = decode_step.add_norm(x, None, layers.blocks[0].norm1, eps)
-        for n, (block, next_norm) in enumerate(zip(layers.blocks, next_norms)):
-            qkv = block.qkv(h)
+        first = layers.blocks[0]
+        next_inputs = [(block.norm1, block.qkv.lora_a) for block in layers.blocks[1:]] + [(layers.norm, None)]
+        x, h, down = decode_step.add_norm(x, None, first.norm1, eps, first.qkv.lora_a)
+        for n, (block, next_input) in enumerate(zip(layers.blocks, next_inputs)):
+            qkv = block.qkv(h, down)
             if block.head_norms is not None:
                 qkv = self._with_normed_heads(qkv, block.head_norms)
-            x, h = decode_step.add_norm(x, block.out(attend(qkv, n)), block.norm2, eps)
-            x, h = decode_step.add_norm(x, block.down(block.swiglu(h)), next_norm, eps)
+            out = block.out(attend(qkv, n))
+            x, h, down = decode_step.add_norm(x, out, block.norm2, eps, block.swiglu.lora_a)
+            next_norm, next_a = next_input
+            x, h, down = decode_step.add_norm(x, block.down(block.swiglu(h, down)), next_norm, eps, next_a)
         return h
 
     def _with_normed_heads(self, qkv: Tensor, norms: HeadNorms) -> Tensor:

@@ -12,16 +12,26 @@ from train.ops.kernels import decode_step as decode_step_kernels
 from train.ops.kernels.runtime import use_kernel
 
 
-def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [M, H] + the sum of parts [S, M, H], and the RMSNorm of that times weight [H]; both [M, H] in x's dtype."""
-    return (decode_step_kernels.add_norm if use_kernel(x) else add_norm_plain)(x, parts, weight, eps)
+def add_norm(
+    x: Tensor, parts: Tensor | None, weight: Tensor, eps: float, a: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [M, H] + the sum of parts [S, M, H], and the RMSNorm of that times weight [H]; both [M, H] in x's dtype.
+
+    Args:
+        a: A [L, H] of adapters of the linears that read the norm. Where the kernel can compute it beside the norm, the
+            third result is their product x Aᵀ [1, M, L] float32; else it is None.
+    """
+    return (decode_step_kernels.add_norm if use_kernel(x) else add_norm_plain)(x, parts, weight, eps, a)
 
 
-def add_norm_plain(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm_plain(
+    x: Tensor, parts: Tensor | None, weight: Tensor, eps: float, a: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The definition of add_norm."""
     total = x if parts is None else x + parts.sum(0).to(x.dtype)
     y = total.float()
-    return total, (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    normed = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    return total, normed, None if a is None else (normed.float() @ a.float().t())[None]
 
 
 def attend(

@@ -9,10 +9,31 @@ import torch
 from torch import Tensor
 
 from train.ops.kernels import overlap
-from train.ops.kernels.overlap import prefetch, start_next, wait_for_previous
 from train.ops.kernels.runtime import tl, triton
 
+COLUMNS_PER_WARP = 128  # of a row that is normed, with up to 16 warps
+RANKS_PER_NORM = 2  # rows of A that a program multiplies with the row that it has normed
+
 if triton is not None:
+    from train.ops.kernels.overlap import prefetch, start_next, wait_for_previous
+
+    @triton.jit
+    def _norm_of_sum(  # type: ignore[no-untyped-def]
+        x, parts, scale, batch, m, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """x + sum of parts in row m, and that / rms · scale, each [BLOCK] in the dtype of x."""
+        i = tl.arange(0, BLOCK)
+        mask = i < width
+        dtype = x.dtype.element_ty
+        total = tl.load(x + m * width + i, mask=mask, other=0.0)
+        if PARTS > 0:
+            added = tl.zeros((BLOCK,), tl.float32)
+            for s in tl.static_range(PARTS):
+                added += tl.load(parts + (s * batch + m) * width + i, mask=mask, other=0.0).to(tl.float32)
+            total = (total.to(tl.float32) + added.to(dtype).to(tl.float32)).to(dtype)
+        y = total.to(tl.float32)
+        inverse_rms = tl.rsqrt(tl.sum(y * y, axis=0) / width + eps)
+        return total, ((y * inverse_rms).to(dtype).to(tl.float32) * scale.to(tl.float32)).to(dtype)
 
     @triton.jit(do_not_specialize=["batch"])
     def _add_norm(  # type: ignore[no-untyped-def]
@@ -23,20 +44,41 @@ if triton is not None:
         m = tl.program_id(0)
         i = tl.arange(0, BLOCK)
         mask = i < width
-        dtype = x.dtype.element_ty
-        scale = tl.load(weight + i, mask=mask, other=0.0).to(tl.float32)
         if OVERLAP:
             start_next()
+        scale = tl.load(weight + i, mask=mask, other=0.0)
+        if OVERLAP:
             wait_for_previous()
-        y = tl.load(x + m * width + i, mask=mask, other=0.0).to(tl.float32)
+        y, h = _norm_of_sum(x, parts, scale, batch, m, width, eps, PARTS, BLOCK)
         if PARTS > 0:
-            added = tl.zeros((BLOCK,), tl.float32)
-            for s in tl.static_range(PARTS):
-                added += tl.load(parts + (s * batch + m) * width + i, mask=mask, other=0.0).to(tl.float32)
-            y = (y + added.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-            tl.store(total + m * width + i, y.to(dtype), mask=mask)
-        inverse_rms = tl.rsqrt(tl.sum(y * y, axis=0) / width + eps)
-        tl.store(normed + m * width + i, ((y * inverse_rms).to(dtype).to(tl.float32) * scale).to(dtype), mask=mask)
+            tl.store(total + m * width + i, y, mask=mask)
+        tl.store(normed + m * width + i, h, mask=mask)
+
+    @triton.jit
+    def _add_norm_down(  # type: ignore[no-untyped-def]
+        x, parts, weight, a, total, normed, down, width, ranks, eps,
+        PARTS: tl.constexpr, TL: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """_add_norm of a single row, by every program, and its product with TL rows of A; the first stores the norm.
+
+        A and the norm's weight, which do not depend on the kernel before, are loaded first.
+        """
+        i = tl.arange(0, BLOCK)
+        mask = i < width
+        r = tl.program_id(0) * TL + tl.arange(0, TL)
+        if OVERLAP:
+            start_next()
+        a_mask = (r < ranks)[:, None] & mask[None]
+        a_rows = tl.load(a + r[:, None].to(tl.int64) * width + i[None], mask=a_mask, other=0.0)
+        scale = tl.load(weight + i, mask=mask, other=0.0)
+        if OVERLAP:
+            wait_for_previous()
+        y, h = _norm_of_sum(x, parts, scale, 1, 0, width, eps, PARTS, BLOCK)
+        if tl.program_id(0) == 0:
+            if PARTS > 0:
+                tl.store(total + i, y, mask=mask)
+            tl.store(normed + i, h, mask=mask)
+        tl.store(down + r, tl.sum(a_rows.to(tl.float32) * h.to(tl.float32)[None], axis=1), mask=r < ranks)
 
     @triton.jit
     def _sum_parts(  # type: ignore[no-untyped-def]
@@ -175,18 +217,24 @@ if triton is not None:
         tl.store(out + m * width + i, (silu * up.to(dtype).to(tl.float32)).to(dtype), mask=mask)
 
 
-def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """ops/decode_step.add_norm; `x` itself is the sum where there are no parts."""
+def add_norm(
+    x: Tensor, parts: Tensor | None, weight: Tensor, eps: float, a: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """ops/decode_step.add_norm; `x` itself is the sum where there are no parts. Only a single row gets the product."""
     total = x if parts is None else torch.empty_like(x)
     normed = torch.empty_like(x)
     batch, width = x.shape
     block, early = triton.next_power_of_2(width), overlap.mode(x.device)
-    _add_norm[(batch,)](
-        x, x if parts is None else parts, weight, total, normed, batch, width, eps,
-        PARTS=0 if parts is None else len(parts), BLOCK=block, OVERLAP=early,
-        num_warps=max(1, min(16, block // 128)), **overlap.launch_options(early),
-    )  # fmt: skip
-    return total, normed
+    inputs = (x, x if parts is None else parts, weight)
+    options = {"PARTS": 0 if parts is None else len(parts), "BLOCK": block, "OVERLAP": early}
+    options |= {"num_warps": max(1, min(16, block // COLUMNS_PER_WARP)), **overlap.launch_options(early)}
+    if a is None or batch > 1:
+        _add_norm[(batch,)](*inputs, total, normed, batch, width, eps, **options)
+        return total, normed, None
+    down = torch.empty(1, 1, len(a), dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(len(a), RANKS_PER_NORM),)
+    _add_norm_down[grid](*inputs, a, total, normed, down, width, len(a), eps, TL=RANKS_PER_NORM, **options)
+    return total, normed, down
 
 
 def swiglu_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
