@@ -1,8 +1,9 @@
 """What a decoding step of one row takes on this GPU, by the ways in which its kernels follow each other.
 
-    python -m tests.bench.step out.json [--model 1.8b] [--seconds 100]
+    python -m tests.bench.step out.json [--model 1.8b] [--seconds 100] [--compile]
 
-First without, then with an adapter of rank 64 on every linear: every arm alone, `before` once more at the end. Then
+With `--compile` the kernels of all arms are compiled in several processes at once, into Triton's cache on the disk, and
+nothing is measured. Else first without, then with an adapter of rank 64 on every linear: every arm alone, `before` once more at the end. Then
 some choices on top of the last arm, one at a time: the tiles of the products whose parts a norm adds up, and the norms'
 warps. A step is the replay of its CUDA graph, from 128 tokens in the cache to 384 as in tests/bench/decode.py.
 `error` is the largest difference of the logits of 32 steps from those of `before`, which are fed the same tokens, by
@@ -11,6 +12,7 @@ the largest logit. When the seconds are over no further choice is begun; the fil
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Iterator
@@ -32,7 +34,7 @@ from train.inference.decode_layers import DecodeLayers, Product
 from train.ops.kernels import decode_step, gptq_tiles, overlap
 from train.ops.kernels.gptq_tiles import Tile
 
-REPEATS, CHECKED = 5, 32  # times STEPS steps that are timed; steps whose logits are compared
+REPEATS, CHECKED = 3, 32  # times STEPS steps that are timed; steps whose logits are compared
 STEPS = NEW if DEVICE.type == "cuda" else 2
 
 
@@ -72,21 +74,21 @@ def arms(adapter: bool) -> list[Arm]:
     return [BEFORE, *alone, ALL, replace(BEFORE, name="before, again")]
 
 
-def choices(adapter: bool, model: str) -> Iterator[Arm]:
+def choices(model: str) -> Iterator[Arm]:
     """ALL with one thing changed."""
     config = shapes.config(model)
-    for ranks in (4, 8) if adapter else ():
-        yield replace(ALL, name=f"{ranks} rows of A", ranks_per_norm=ranks)
-    for columns in (256, 512):
-        yield replace(ALL, name=f"norm: {columns} columns a warp", columns_per_warp=columns)
     for name, size in (("out", config.hidden_size), ("down", config.intermediate_size)):
         shape = (True, size, config.hidden_size)
         base = gptq_tiles.MEASURED.get(shape, Tile())
-        for splits in (2, 4, 6):
-            yield replace(ALL, name=f"{name}: {splits} splits", tiles=((shape, replace(base, splits=splits)),))
-        for tile in (Tile(16, 32, 8, 4, 1), Tile(16, 64, 8, 4, 1), Tile(16, 64, 8, 4, 3), Tile(16, 32, 8, 2, 1)):
+        tiles = [replace(base, splits=splits) for splits in (2, 4, 6)]
+        tiles += [Tile(16, 32, 8, 4, 1), Tile(16, 32, 8, 2, 1), Tile(16, 64, 8, 4, 1), Tile(16, 32, 4, 4, 1)]
+        for tile in tiles:
             if tile != base:
                 yield replace(ALL, name=f"{name}: {tile}", tiles=((shape, tile),))
+    for columns in (256, 512):
+        yield replace(ALL, name=f"norm: {columns} columns a warp", columns_per_warp=columns)
+    for ranks in (4, 8):
+        yield replace(ALL, name=f"norm: {ranks} rows of A", ranks_per_norm=ranks)
 
 
 def session_of(arm: Arm, layers: DecodeLayers) -> DecodeSession:
@@ -152,12 +154,31 @@ def rows(model: str, seconds: float) -> Iterator[dict[str, Any]]:
         layers.refresh()
         for arm in arms(adapter):
             yield {"adapter": adapter} | _row(arm, layers, expected_of, adapter)
-    for adapter in (False, True):
-        for arm in choices(adapter, model):
-            if time.perf_counter() - begin > seconds:
-                print(f"not begun: {arm.name}", flush=True)
-                continue
+    for arm, adapter in [(arm, adapter) for arm in choices(model) for adapter in (False, True)]:
+        if time.perf_counter() - begin > seconds:
+            print(f"not begun: {arm.name}, adapter {adapter}", flush=True)
+        else:
             yield {"adapter": adapter} | _row(arm, layers_of[adapter], expected_of, adapter)
+
+
+def compile_arm(arm: Arm, adapter: bool, model: str) -> str:
+    """Capture one block of the model; returns why that failed, or nothing."""
+    shape = replace(shapes.SHAPES[model], layers=1, vocabulary=512)
+    try:
+        base: Any = shapes.random_decoder(shapes.decoder_config(shape), DEVICE, torch.bfloat16).eval()
+        session_of(arm, DecodeLayers(with_adapter(base).get_base_model() if adapter else base))
+        synchronize()
+    except Exception as error:
+        return f"{arm.name}: {type(error).__name__}: {error!s:.200}"
+    return ""
+
+
+def compile_all(model: str, workers: int) -> None:
+    cases = [(arm, adapter, model) for adapter in (True, False) for arm in [*arms(adapter), *choices(model)]]
+    start = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        failed = list(filter(None, pool.starmap(compile_arm, cases, chunksize=1)))
+    print(f"{len(cases)} arms compiled in {time.perf_counter() - start:.0f} s; failed: {failed}", flush=True)
 
 
 def _row(arm: Arm, layers: DecodeLayers, expected_of: dict[bool, Tensor], adapter: bool) -> dict[str, Any]:
@@ -174,7 +195,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="1.8b")
     parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--workers", type=int, default=12)
     args = parser.parse_args()
+    if args.compile:
+        compile_all(args.model, args.workers)
+        return
     torch.manual_seed(0)
     found: list[dict[str, Any]] = []
     for row in rows(args.model, args.seconds):

@@ -1,10 +1,10 @@
-"""Decoding with a key/value cache of fixed size. A step runs ten kernels per block; on a GPU it is one CUDA graph.
+"""Decoding with a key/value cache of fixed size. On a GPU a step is one CUDA graph.
 
 A `DecodeSession` holds keys and values [B, Hkv, capacity, D] of every block, the rotary tables, and where each row
 begins. A prompt runs through the matrix products of the step (DecodeLayers), up to 512 tokens as a graph of its own; a
 very long one through the decoder itself, whose cache is then copied into the session. Positions, logn and dynamic NTK
-are those of the decoder, precomputed in tables. The last kernel of the graph writes the most likely tokens into the input of the next step, so
-greedy decoding never waits for the host. Knows nothing of text and sampling. Trade-off: memory for the whole answer is
+are those of the decoder, precomputed in tables. A step of one row runs seven kernels a block, and nine with adapters. The last kernel of the graph
+writes the most likely tokens into the input of the next step, so greedy decoding never waits for the host. Knows nothing of text and sampling. Trade-off: memory for the whole answer is
 allocated at its start. Without a GPU the same step runs without a graph, in plain PyTorch; only tests do that, because
 on a CPU a growing cache is as fast.
 """
@@ -187,7 +187,7 @@ class DecodeSession:
     def _step(self) -> None:
         h = self._blocks(F.embedding(self.token, self.layers.embed), self._attend)
         self.logits.copy_(self.layers.head(h))
-        self.token.copy_(self.logits.argmax(-1))
+        torch.argmax(self.logits, -1, out=self.token)
         self.slot += 1
 
     def _blocks(self, x: Tensor, attend: Callable[[Tensor, int], Tensor]) -> Tensor:
