@@ -30,7 +30,7 @@ from tests.bench.decode import DEVICE, NEW, PROMPT, synchronize, with_adapter
 from tests.bench.spec import heading
 from train.common.files import write_json
 from train.inference.decode_graph import DecodeSession
-from train.inference.decode_layers import DecodeLayers, Product
+from train.inference.decode_layers import DecodeLayers
 from train.ops.kernels import decode_step, gptq_tiles, overlap
 from train.ops.kernels.gptq_tiles import Tile
 
@@ -40,11 +40,14 @@ STEPS = NEW if DEVICE.type == "cuda" else 2
 
 @dataclass(frozen=True)
 class Arm:
-    """overlap: the most that train/ops/kernels/overlap.py may do. norm_down: the norms' kernels compute x Aᵀ too."""
+    """overlap: the most that train/ops/kernels/overlap.py may do. norm_down, head_down: the kernels of norms and of attention
+    compute x Aᵀ of the linears that follow too.
+    """
 
     name: str
     overlap: int = overlap.OFF
     norm_down: bool = False
+    head_down: bool = False
     ranks_per_norm: int = decode_step.RANKS_PER_NORM
     columns_per_warp: int = decode_step.COLUMNS_PER_WARP
     tiles: tuple[tuple[tuple[bool, int, int], Tile], ...] = ()
@@ -58,19 +61,27 @@ class Arm:
             patch.dict(gptq_tiles.MEASURED, dict(self.tiles)),
         ]
         if not self.norm_down:
-            found.append(patch.object(Product, "lora_a", None))
+            found.append(_without_a(decode_step, "add_norm"))
+        if not self.head_down:
+            found.append(_without_a(decode_step, "attend"))
         return found
 
 
+def _without_a(module: Any, name: str) -> Any:
+    """The function, told of no adapter: the products compute x Aᵀ themselves."""
+    function, position = getattr(module, name), {"add_norm": 4, "attend": 12}[name]
+    return patch.object(module, name, lambda *args: function(*args[:position]))
+
+
 BEFORE = Arm("before")
-ALL = Arm("all", overlap.PREFETCHES, norm_down=True)
+ALL = Arm("all", overlap.PREFETCHES, norm_down=True, head_down=True)
 
 
 def arms(adapter: bool) -> list[Arm]:
     """`before`, each idea alone, all of them, `before` again."""
     alone = [Arm("starts early", overlap.STARTS), Arm("starts early, weights on their way", overlap.PREFETCHES)]
     if adapter:
-        alone.append(Arm("x A with the norms", norm_down=True))
+        alone += [Arm("x A with the norms", norm_down=True), Arm("x A with attention", head_down=True)]
     return [BEFORE, *alone, ALL, replace(BEFORE, name="before, again")]
 
 
