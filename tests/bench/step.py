@@ -74,15 +74,21 @@ def _without_a(module: Any, name: str) -> Any:
 
 
 BEFORE = Arm("before")
-ALL = Arm("all", overlap.PREFETCHES, norm_down=True, head_down=True)
+ALL = Arm("all", overlap.LOADS, norm_down=True, head_down=True)
 
 
 def arms(adapter: bool) -> list[Arm]:
     """`before`, each idea alone, all of them, `before` again."""
-    alone = [Arm("starts early", overlap.STARTS), Arm("starts early, weights on their way", overlap.PREFETCHES)]
+    alone = [
+        Arm("starts early", overlap.STARTS),
+        Arm("starts early, weights on their way", overlap.PREFETCHES),
+        Arm("starts early, first words in registers", overlap.LOADS),
+    ]
     if adapter:
         alone += [Arm("x A with the norms", norm_down=True), Arm("x A with attention", head_down=True)]
-    return [BEFORE, *alone, ALL, replace(BEFORE, name="before, again")]
+        alone.append(replace(ALL, name="all but words in registers", overlap=overlap.PREFETCHES))
+        alone.append(ALL)
+    return [BEFORE, *alone, replace(BEFORE, name="before, again")]
 
 
 def choices(model: str) -> Iterator[Arm]:

@@ -163,7 +163,7 @@ def compile_for(capability: int, rows: int) -> None:
 
     tile = gptq_tiles.tile_for(rows, 2048, 2048, 4, torch.device("cpu"))
     constants = {"BITS": 4, "WORDS": tile.words, "TM": rows, "TN": tile.columns, "PERM": True, "BIAS": True, "RANK": 64}
-    constants |= {"DOWN_SPLITS": 4, "ONE_GROUP": True, "STAGES": tile.stages, "OVERLAP": 2 if capability >= 90 else 0}
+    constants |= {"DOWN_SPLITS": 4, "ONE_GROUP": True, "STAGES": tile.stages, "OVERLAP": 3 if capability >= 90 else 0}
     types = dict.fromkeys(POINTERS, "*fp16") | dict.fromkeys(("down", "out"), "*fp32")
     types |= dict.fromkeys(("qweight", "qzeros", "perm", "qweight2", "qzeros2", "arrivals"), "*i32")
     kernel = gptq_matmul._product

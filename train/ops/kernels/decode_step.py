@@ -148,7 +148,7 @@ if triton is not None:
         end = tl.minimum(start + split_length, new)
         if OVERLAP:
             start_next()
-            if OVERLAP == 2 and D >= 16:  # earlier steps wrote these keys and values
+            if OVERLAP >= 2 and D >= 16:  # earlier steps wrote these keys and values
                 for block in range(start, end, BLOCK):
                     n = block + tl.arange(0, BLOCK)[:, None]
                     at = cache + n * D + 16 * tl.arange(0, D // 16)[None]

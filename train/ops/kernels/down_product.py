@@ -28,7 +28,7 @@ if triton is not None:
         acc = tl.zeros((TM, TL), tl.float32)
         if OVERLAP:
             start_next()
-            if OVERLAP == 2:
+            if OVERLAP >= 2:
                 for start in range(split * part_k, tl.minimum((split + 1) * part_k, in_features), TK):
                     k = start + 16 * tl.arange(0, TK // 16)[None]
                     inside = (r < ranks)[:, None] & (k < in_features)

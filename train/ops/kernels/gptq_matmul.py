@@ -77,21 +77,38 @@ if triton is not None:
         return (((stored & CODE) + 1) & CODE).to(tl.float32), scale
 
     @triton.jit
+    def _load_words(  # type: ignore[no-untyped-def]
+        qweight, step, n, n_mask, in_features, out_features, BITS: tl.constexpr, WORDS: tl.constexpr
+    ):
+        """The packed words [WORDS, TN] of one step of K at the columns n."""
+        word = step * WORDS + tl.arange(0, WORDS)
+        mask = (word * (32 // BITS) < in_features)[:, None] & n_mask[None]
+        return tl.load(qweight + word[:, None].to(tl.int64) * out_features + n[None], mask=mask, other=0)
+
+    @triton.jit
     def _one_row(  # type: ignore[no-untyped-def]
-        x, qweight, qzeros, scales, perm, first, last, n, n_mask, in_features, out_features, zero_words, group, magic,
-        BITS: tl.constexpr, WORDS: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr, ONE_GROUP: tl.constexpr,
-        STAGES: tl.constexpr,
+        x, qweight, qzeros, scales, perm, words, first, last, n, n_mask, in_features, out_features, zero_words, group,
+        magic, BITS: tl.constexpr, WORDS: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr, ONE_GROUP: tl.constexpr,
+        STAGES: tl.constexpr, AHEAD: tl.constexpr,
     ):  # fmt: skip
-        """x [K] @ W[:, n] over the steps first … last of K, on ordinary lanes: [1, TN] float32."""
+        """x [K] @ W[:, n] over the steps first … last of K, on ordinary lanes: [1, TN] float32.
+
+        AHEAD: `words` are those of the first step, and each step loads those of the next.
+        """
         PER: tl.constexpr = 32 // BITS
         CODE: tl.constexpr = (1 << BITS) - 1
         LOW: tl.constexpr = 23 // BITS  # codes of a word that lie within the mantissa without a shift
+        LOOP_STAGES: tl.constexpr = 1 if AHEAD else STAGES
         acc = tl.zeros((WORDS, TN), tl.float32)
-        for step in tl.range(first, last, num_stages=STAGES):
+        for step in tl.range(first, last, num_stages=LOOP_STAGES):
             word = step * WORDS + tl.arange(0, WORDS)
             word_mask = word * PER < in_features
-            pointers = qweight + word[:, None].to(tl.int64) * out_features + n[None]
-            packed = tl.load(pointers, mask=word_mask[:, None] & n_mask[None], other=0)
+            if AHEAD:
+                packed = words
+                next_mask = n_mask & (step + 1 < last)
+                words = _load_words(qweight, step + 1, n, next_mask, in_features, out_features, BITS, WORDS)
+            else:
+                packed = _load_words(qweight, step, n, n_mask, in_features, out_features, BITS, WORDS)
             code_sum = tl.zeros((WORDS, TN), tl.float32)
             x_sum = tl.zeros((WORDS,), tl.float32)
             for j in tl.static_range(PER):
@@ -264,9 +281,13 @@ if triton is not None:
         m = m0 + tl.arange(0, TM)
         first = split * steps
         last = tl.minimum(first + steps, tl.cdiv(in_features, WORDS * (32 // BITS)))
+        AHEAD: tl.constexpr = TM == 1 and OVERLAP == 3
+        words = 0
         if OVERLAP:
             start_next()
-            if OVERLAP == 2:
+            if AHEAD:
+                words = _load_words(qweight, first, n, n_mask, in_features, out_features, BITS, WORDS)
+            if OVERLAP >= 2:
                 _prefetch_weight(
                     qweight, qzeros, scales, first, last, block * TN, in_features, out_features, zero_words, group,
                     BITS, WORDS, TN,
@@ -279,8 +300,8 @@ if triton is not None:
             wait_for_previous()
         if TM == 1:
             y = _one_row(
-                x + m0 * in_features, qweight, qzeros, scales, perm, first, last, n, n_mask, in_features, out_features,
-                zero_words, group, magic, BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
+                x + m0 * in_features, qweight, qzeros, scales, perm, words, first, last, n, n_mask, in_features,
+                out_features, zero_words, group, magic, BITS, WORDS, TN, PERM, ONE_GROUP, STAGES, AHEAD,
             )  # fmt: skip
         else:
             y = _several_rows(
