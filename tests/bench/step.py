@@ -3,7 +3,7 @@
     python -m tests.bench.step out.json [--model 1.8b] [--seconds 100] [--compile]
 
 With `--compile` the kernels of all arms are compiled in several processes at once, into Triton's cache on the disk, and
-nothing is measured. Else first without, then with an adapter of rank 64 on every linear: every arm alone, `before` once more at the end. Then
+nothing is measured. Else every arm without and with an adapter of rank 64 on every linear, and `before` once more. Then
 some choices on top of the last arm, one at a time: the tiles of the products whose parts a norm adds up, and the norms'
 warps. A step is the replay of its CUDA graph, from 128 tokens in the cache to 384 as in tests/bench/decode.py.
 `error` is the largest difference of the logits of 32 steps from those of `before`, which are fed the same tokens, by
@@ -78,17 +78,15 @@ ALL = Arm("all", overlap.LOADS, norm_down=True, head_down=True)
 
 
 def arms(adapter: bool) -> list[Arm]:
-    """`before`, each idea alone, all of them, `before` again."""
-    alone = [
+    """`before`, each idea alone, all of them, `before` again; those without an early start first, which cannot fail."""
+    inside = [Arm("x A with the norms", norm_down=True), Arm("x A with attention", head_down=True)]
+    early = [
         Arm("starts early", overlap.STARTS),
         Arm("starts early, weights on their way", overlap.PREFETCHES),
         Arm("starts early, first words in registers", overlap.LOADS),
     ]
-    if adapter:
-        alone += [Arm("x A with the norms", norm_down=True), Arm("x A with attention", head_down=True)]
-        alone.append(replace(ALL, name="all but words in registers", overlap=overlap.PREFETCHES))
-        alone.append(ALL)
-    return [BEFORE, *alone, replace(BEFORE, name="before, again")]
+    together = [replace(ALL, name="all but words in registers", overlap=overlap.PREFETCHES), ALL]
+    return [BEFORE, *(inside if adapter else []), *early, *(together if adapter else [])]
 
 
 def choices(model: str) -> Iterator[Arm]:
@@ -161,16 +159,18 @@ def measure(arm: Arm, layers: DecodeLayers, expected: Tensor | None) -> tuple[di
 
 
 def rows(model: str, seconds: float) -> Iterator[dict[str, Any]]:
-    """All arms without and with an adapter, then the choices in turns, as long as there is time."""
+    """All arms without and with an adapter in turns, `before` again, then the choices, as long as there is time."""
     begin = time.perf_counter()
     base: Any = shapes.random_decoder(shapes.config(model), DEVICE, torch.bfloat16).eval()
-    layers_of, expected_of = {}, {}
-    for adapter in (False, True):
-        base = with_adapter(base).get_base_model() if adapter else base
-        layers_of[adapter] = layers = DecodeLayers(base)
-        layers.refresh()
-        for arm in arms(adapter):
-            yield {"adapter": adapter} | _row(arm, layers, expected_of, adapter)
+    layers_of = {False: DecodeLayers(base)}
+    layers_of[True] = DecodeLayers(with_adapter(base).get_base_model())
+    layers_of[True].refresh()
+    expected_of: dict[bool, Tensor] = {}
+    both = [(arm, adapter) for adapter in (False, True) for arm in arms(adapter)]
+    both.sort(key=lambda case: case[0].overlap)
+    both += [(replace(BEFORE, name="before, again"), adapter) for adapter in (False, True)]
+    for arm, adapter in both:
+        yield {"adapter": adapter} | _row(arm, layers_of[adapter], expected_of, adapter)
     for arm, adapter in [(arm, adapter) for arm in choices(model) for adapter in (False, True)]:
         if time.perf_counter() - begin > seconds:
             print(f"not begun: {arm.name}, adapter {adapter}", flush=True)
