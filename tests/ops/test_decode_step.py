@@ -26,7 +26,7 @@ def check_attention(device: str) -> None:
         pads = torch.arange(batch, dtype=torch.int32, device=device)
         slot = torch.tensor([new], dtype=torch.int32, device=device)
         cache = (random(batch, key_heads, 256, head_dim), random(batch, key_heads, 256, head_dim))
-        logn = random(256).abs()
+        logn, a = random(256).abs(), random(32, heads * head_dim)
         expected_cache = [t.clone() for t in cache]
         expected = decode_step.attend_plain(qkv, *rope, logn, pads, slot, *expected_cache, heads)
         for splits in (1, 2, 4):
@@ -35,8 +35,11 @@ def check_attention(device: str) -> None:
                 torch.zeros(batch, heads, dtype=torch.int32, device=device),
             )
             for _ in range(min(splits, 2)):  # the count of programs is at zero again for the second
-                out = decode_step_kernels.attend(qkv, *rope, logn, pads, slot, *kernel_cache, heads, splits, arrivals)
+                args = (qkv, *rope, logn, pads, slot, *kernel_cache, heads, splits, arrivals)
+                out, down = decode_step_kernels.attend(*args, a=a)
                 assert torch.allclose(out, expected, atol=2e-5), (batch, splits)
+                assert (down is None) == (batch > 1)  # a single row gets the product with A too
+                assert down is None or torch.allclose(down, decode_step.product_by_head(out, a, heads), atol=1e-4)
                 assert not arrivals.any()
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(kernel_cache, expected_cache))
 
@@ -62,7 +65,7 @@ def check_rows(device: str) -> None:
         expected_cache, cache = [keys.clone(), values.clone()], [keys.clone(), values.clone()]
         expected = decode_step.attend_rows_plain(*args, *expected_cache, heads, rows)
         for splits in (1, 2):
-            out = decode_step_kernels.attend(*args, *cache, heads, splits, cache_rows=rows)
+            out, _ = decode_step_kernels.attend(*args, *cache, heads, splits, cache_rows=rows)
             assert torch.allclose(out, expected, atol=2e-5), (tables, splits)
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(cache, expected_cache))
         alone = decode_step.attend_plain(
@@ -71,19 +74,47 @@ def check_rows(device: str) -> None:
         assert torch.equal(expected[1:2], alone)
 
 
-def test_attention_in_splits_through_the_interpreter() -> None:
+def check_norm(device: str) -> None:
+    """The norm of a sum, and its product with the rows of A that a single row gets in the same kernel."""
+    from train.ops.kernels import decode_step as decode_step_kernels
+
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    for batch, width, ranks, splits in ((1, 200, 5, 3), (1, 256, 48, 0), (2, 200, 5, 2)):
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 4e-3)):
+            x, weight, a = (random(*shape).to(device, dtype) for shape in ((batch, width), (width,), (ranks, width)))
+            parts = random(splits, batch, width).to(device) if splits else None
+            total, normed, down = decode_step_kernels.add_norm(x, parts, weight, 1e-6, a)
+            expected = decode_step.add_norm_plain(x, parts, weight, 1e-6, a)
+            assert torch.allclose(total, expected[0], atol=tolerance, rtol=tolerance)
+            assert torch.allclose(normed, expected[1], atol=tolerance, rtol=tolerance)
+            assert (down is None) == (batch > 1)
+            if down is not None:
+                product = (normed.float() @ a.float().t())[None]  # of the rounded row: sums in float32 agree closely
+                assert torch.allclose(down, product, atol=1e-4)
+            without = decode_step_kernels.add_norm(x, parts, weight, 1e-6)
+            assert torch.equal(without[0], total)
+            assert torch.allclose(without[1], normed, atol=tolerance, rtol=tolerance)
+
+
+def test_the_kernels_of_a_step_through_the_interpreter() -> None:
     """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
     code = (
         "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
-        "from tests.ops.test_decode_step import check_attention, check_rows\ncheck_attention('cpu'); check_rows('cpu')"
+        "from tests.ops.test_decode_step import check_attention, check_norm, check_rows\n"
+        "check_attention('cpu'); check_rows('cpu'); check_norm('cpu')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 @pytest.mark.gpu
-def test_attention_in_splits_on_the_gpu() -> None:
+def test_the_kernels_of_a_step_on_the_gpu() -> None:
     check_attention("cuda")
     check_rows("cuda")
+    check_norm("cuda")
 
 
 def test_padding_and_empty_slots_are_not_read() -> None:

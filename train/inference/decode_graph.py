@@ -1,12 +1,13 @@
-"""Decoding with a key/value cache of fixed size. A step runs ten kernels per block; on a GPU it is one CUDA graph.
+"""Decoding with a key/value cache of fixed size. On a GPU a step is one CUDA graph.
 
 A `DecodeSession` holds keys and values [B, Hkv, capacity, D] of every block, the rotary tables, and where each row
 begins. A prompt runs through the matrix products of the step (DecodeLayers), up to 512 tokens as a graph of its own; a
 very long one through the decoder itself, whose cache is then copied into the session. Positions, logn and dynamic NTK
-are those of the decoder, precomputed in tables. The last kernel of the graph writes the most likely tokens into the input of the next step, so
-greedy decoding never waits for the host. Knows nothing of text and sampling. Trade-off: memory for the whole answer is
-allocated at its start. Without a GPU the same step runs without a graph, in plain PyTorch; only tests do that, because
-on a CPU a growing cache is as fast.
+are those of the decoder, precomputed in tables. A step of one row runs seven kernels a block, and eight with adapters.
+The graph writes the most likely tokens into the input of the next step, so greedy decoding
+never waits for the host. Knows nothing of text and sampling. Trade-off: memory for the whole answer is allocated at its
+start. Without a GPU the same step runs without a graph, in plain PyTorch; only tests do that, because on a CPU a growing
+cache is as fast.
 """
 
 import math
@@ -152,7 +153,7 @@ class DecodeSession:
         logn = None if self.logn is None else self.logn[positions]
         allowed = prompt_mask(mask) if width <= WIDTHS[-1] else sdpa_mask(mask, None, width, width, ids.device)
 
-        def attend(qkv: Tensor, n: int) -> Tensor:
+        def attend(qkv: Tensor, n: int) -> tuple[Tensor, None]:
             by_head = qkv.sum(0).to(self.keys.dtype).view(batch, width, -1, c.head_dim).transpose(1, 2)  # [B, H, T, D]
             q, k, v = by_head.split([self.heads, c.num_key_value_heads, c.num_key_value_heads], dim=1)
             q, k = rotate_heads(q, cos, sin), rotate_heads(k, cos, sin)
@@ -161,7 +162,7 @@ class DecodeSession:
                 q = q * logn[:, None, :, None].to(q.dtype)
             k, v = (t.repeat_interleave(self.heads // c.num_key_value_heads, dim=1) for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None)
-            return y.transpose(1, 2).reshape(batch * width, -1)
+            return y.transpose(1, 2).reshape(batch * width, -1), None
 
         h = self._blocks(F.embedding(ids.flatten(), self.layers.embed), attend)
         logits: Tensor = self.layers.head(h.view(batch, width, -1)[:, -1])
@@ -187,20 +188,26 @@ class DecodeSession:
     def _step(self) -> None:
         h = self._blocks(F.embedding(self.token, self.layers.embed), self._attend)
         self.logits.copy_(self.layers.head(h))
-        self.token.copy_(self.logits.argmax(-1))
+        torch.argmax(self.logits, -1, out=self.token)
         self.slot += 1
 
-    def _blocks(self, x: Tensor, attend: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """[M, H] through all blocks and the last norm; `attend` gets q, k, v as split-K partial sums, and the block index."""
+    def _blocks(self, x: Tensor, attend: Callable[[Tensor, int], tuple[Tensor, Tensor | None]]) -> Tensor:
+        """[M, H] through all blocks and the last norm.
+
+        `attend` gets q, k, v as split-K partial sums, and the block index; it returns what decode_step.attend does.
+        """
         layers, eps = self.layers, self.layers.config.rms_norm_eps
-        next_norms = [block.norm1 for block in layers.blocks[1:]] + [layers.norm]
-        x, h = decode_step.add_norm(x, None, layers.blocks[0].norm1, eps)
-        for n, (block, next_norm) in enumerate(zip(layers.blocks, next_norms)):
-            qkv = block.qkv(h)
+        first = layers.blocks[0]
+        next_inputs = [(block.norm1, block.qkv.lora_a) for block in layers.blocks[1:]] + [(layers.norm, None)]
+        x, h, down = decode_step.add_norm(x, None, first.norm1, eps, first.qkv.lora_a)
+        for n, (block, next_input) in enumerate(zip(layers.blocks, next_inputs)):
+            qkv = block.qkv(h, down)
             if block.head_norms is not None:
                 qkv = self._with_normed_heads(qkv, block.head_norms)
-            x, h = decode_step.add_norm(x, block.out(attend(qkv, n)), block.norm2, eps)
-            x, h = decode_step.add_norm(x, block.down(block.swiglu(h)), next_norm, eps)
+            out = block.out(*attend(qkv, n))
+            x, h, down = decode_step.add_norm(x, out, block.norm2, eps, block.swiglu.lora_a)
+            next_norm, next_a = next_input
+            x, h, down = decode_step.add_norm(x, block.down(block.swiglu(h, down)), next_norm, eps, next_a)
         return h
 
     def _with_normed_heads(self, qkv: Tensor, norms: HeadNorms) -> Tensor:
@@ -208,8 +215,8 @@ class DecodeSession:
         total = qkv.sum(0).to(self.keys.dtype)
         return norm_heads(total, norms, (self.heads, self.layers.config.num_key_value_heads), out=total)[None]
 
-    def _attend(self, qkv: Tensor, n: int) -> Tensor:
-        keys, values = self.keys[n], self.values[n]
+    def _attend(self, qkv: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
         return decode_step.attend(
-            qkv, *self.rope, self.logn, self.pads, self.slot, keys, values, self.heads, self.splits, self.arrivals
-        )
+            qkv, *self.rope, self.logn, self.pads, self.slot, self.keys[n], self.values[n], self.heads, self.splits,
+            self.arrivals, a=self.layers.blocks[n].out.lora_a,
+        )  # fmt: skip

@@ -22,10 +22,10 @@ from train.ops.gptq import dequantize, groups_in_order, pack_rows, unpack_rows
 from train.ops.head_norm import HeadNorms
 from train.ops.kernels import gptq_matmul
 from train.ops.kernels.decode_step import swiglu_parts
-from train.ops.kernels.gptq_matmul import NO_SEGMENT, SEGMENT_COLUMNS, LowRankSegments, PackedWeight, down_product
+from train.ops.kernels.down_product import down_product
+from train.ops.kernels.gptq_matmul import NO_SEGMENT, SEGMENT_COLUMNS, LowRankSegments, PackedWeight
 from train.ops.kernels.gptq_tiles import MAX_BATCH
 
-Product = Callable[[Tensor], Tensor]  # x [M, K] -> [S, M, N], split-K partial sums, to be added in order
 LoraPair = tuple[Tensor, Tensor, float]  # A [r, K], B [N, r], alpha / r
 
 
@@ -53,6 +53,24 @@ class StackedAdapter:
                 self.copies.append((self.down[n * self.rank + first :][: len(a)], a, 1.0))
                 self.copies.append((self.ups[n][:, first : first + len(a)], b, scale))
                 first += len(a)
+
+
+@dataclass(frozen=True)
+class Product:
+    """x [M, K] -> `call`'s result for x and, where it is computed already, x Aᵀ [S, M, L] float32.
+
+    adapter: of the linears, if the kernel of packed products adds it; its A is `lora_a` [L, K].
+    """
+
+    call: Callable[[Tensor, Tensor | None], Tensor]
+    adapter: StackedAdapter | None = None
+
+    def __call__(self, x: Tensor, down: Tensor | None = None) -> Tensor:
+        return self.call(x, down)
+
+    @property
+    def lora_a(self) -> Tensor | None:
+        return self.adapter.down if self.adapter else None
 
 
 def active_pairs(linear: nn.Module) -> list[LoraPair]:
@@ -162,10 +180,12 @@ def product_of_many_rows(x: Tensor, weights: Sequence[PackedWeight], adapter: St
     return y
 
 
-def _low_rank(x: Tensor, adapter: StackedAdapter | None, starts: tuple[int, int]) -> LowRankSegments | None:
+def _low_rank(
+    x: Tensor, adapter: StackedAdapter | None, starts: tuple[int, int], down: Tensor | None
+) -> LowRankSegments | None:
     if adapter is None:
         return None
-    return LowRankSegments(down_product(x, adapter.down), adapter.up, starts)
+    return LowRankSegments(down_product(x, adapter.down) if down is None else down, adapter.up, starts)
 
 
 def _call(linear: nn.Module, x: Tensor) -> Tensor:
@@ -176,7 +196,10 @@ def _call(linear: nn.Module, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DecodeBlock:
-    """One block: the weights of its norms (also of the heads of q and k, where the layout has them), its products, and x -> silu(gate) · up [M, I]."""
+    """One block: the weights of its norms (also of the heads of q and k, where the layout has them) and its products.
+
+    Those give [S, M, N], split-K partial sums that are to be added in order; `swiglu` gives silu(gate) · up [M, I].
+    """
 
     norm1: Tensor
     qkv: Product
@@ -234,36 +257,36 @@ class DecodeLayers:
         """The product of one input with several linears, their columns side by side."""
         weights = packed_weights(linears, self.device)
         if weights is None or any(w.out_features % SEGMENT_COLUMNS for w in weights[:-1]):
-            return lambda x: torch.cat([_call(linear, x) for linear in linears], dim=-1)[None]
+            return Product(lambda x, _: torch.cat([_call(linear, x) for linear in linears], dim=-1)[None])
         weight, adapter = concatenate(weights), self._adapter(linears)
         second = weights[0].out_features if len(weights) > 1 else NO_SEGMENT
         third = second + weights[1].out_features if len(weights) > 2 else NO_SEGMENT
 
-        def call(x: Tensor) -> Tensor:
+        def call(x: Tensor, down: Tensor | None) -> Tensor:
             if len(x) > MAX_BATCH:
                 return product_of_many_rows(x, [weight], adapter)[None]
-            return gptq_matmul.product(x, weight, _low_rank(x, adapter, (second, third)))
+            return gptq_matmul.product(x, weight, _low_rank(x, adapter, (second, third), down))
 
-        return call
+        return Product(call, adapter)
 
     def _swiglu(self, gate: nn.Module, up: nn.Module) -> Product:
         """x -> silu(gate) · up [M, I]."""
         weights = packed_weights([gate, up], self.device)
         if weights is None or (weights[0].bias is None) != (weights[1].bias is None):
-            return lambda x: _call(up, x) * F.silu(_call(gate, x))
+            return Product(lambda x, _: _call(up, x) * F.silu(_call(gate, x)))
         gate_weight, up_weight = weights
         adapter = self._adapter([gate, up])
         starts = (gate_weight.out_features, NO_SEGMENT)
         arrivals = torch.zeros(-(-gate_weight.out_features // 32), dtype=torch.int32, device=self.device)
 
-        def call(x: Tensor) -> Tensor:
+        def call(x: Tensor, down: Tensor | None) -> Tensor:
             if len(x) > MAX_BATCH:
                 return swiglu_parts(product_of_many_rows(x, [gate_weight, up_weight], adapter)[None], x.dtype)
-            low_rank = _low_rank(x, adapter, starts)
+            low_rank = _low_rank(x, adapter, starts, down)
             if len(x) == 1:
                 y = torch.empty(1, gate_weight.out_features, dtype=x.dtype, device=x.device)
                 gptq_matmul.product(x, gate_weight, low_rank, up_weight, None, y, arrivals)
                 return y
             return swiglu_parts(gptq_matmul.product(x, gate_weight, low_rank, up_weight), x.dtype)
 
-        return call
+        return Product(call, adapter)

@@ -12,16 +12,26 @@ from train.ops.kernels import decode_step as decode_step_kernels
 from train.ops.kernels.runtime import use_kernel
 
 
-def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [M, H] + the sum of parts [S, M, H], and the RMSNorm of that times weight [H]; both [M, H] in x's dtype."""
-    return (decode_step_kernels.add_norm if use_kernel(x) else add_norm_plain)(x, parts, weight, eps)
+def add_norm(
+    x: Tensor, parts: Tensor | None, weight: Tensor, eps: float, a: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [M, H] + the sum of parts [S, M, H], and the RMSNorm of that times weight [H]; both [M, H] in x's dtype.
+
+    Args:
+        a: A [L, H] of adapters of the linears that read the norm. Where the kernel can compute it beside the norm, the
+            third result is their product x Aᵀ [1, M, L] float32; else it is None.
+    """
+    return (decode_step_kernels.add_norm if use_kernel(x) else add_norm_plain)(x, parts, weight, eps, a)
 
 
-def add_norm_plain(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm_plain(
+    x: Tensor, parts: Tensor | None, weight: Tensor, eps: float, a: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The definition of add_norm."""
     total = x if parts is None else x + parts.sum(0).to(x.dtype)
     y = total.float()
-    return total, (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    normed = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    return total, normed, None if a is None else (normed.float() @ a.float().t())[None]
 
 
 def attend(
@@ -37,7 +47,8 @@ def attend(
     splits: int = 1,
     arrivals: Tensor | None = None,
     cache_rows: Tensor | None = None,
-) -> Tensor:
+    a: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Attention [M, Hq·D] of one new token per row; its key and value are written to the cache at `slot`.
 
     Args:
@@ -50,14 +61,25 @@ def attend(
         splits, arrivals: the kernel's, without effect on the definition. Programs that share the keys of a head, a power
             of two; and int32 zeros [M, Hq] to count them with, which are zeros again afterwards.
         cache_rows: int32 [M], the row of keys, values, cos and sin that each of the M rows uses; None: its own number.
+        a: A [L, Hq·D] of the adapter that reads the result. Where the kernel can compute it beside the attention, the
+            second result is their product x Aᵀ as a part for each head, [Hq, M, L] float32; else it is None.
     """
     if use_kernel(keys):
         return decode_step_kernels.attend(
-            qkv, cos, sin, logn, pads, slot, keys, values, heads, splits, arrivals, cache_rows
+            qkv, cos, sin, logn, pads, slot, keys, values, heads, splits, arrivals, cache_rows, a
         )
     if cache_rows is not None or len(slot) > 1:
-        return attend_rows_plain(qkv, cos, sin, logn, pads, slot, keys, values, heads, cache_rows)
-    return attend_plain(qkv, cos, sin, logn, pads, slot, keys, values, heads)
+        y = attend_rows_plain(qkv, cos, sin, logn, pads, slot, keys, values, heads, cache_rows)
+    else:
+        y = attend_plain(qkv, cos, sin, logn, pads, slot, keys, values, heads)
+    return y, None if a is None else product_by_head(y, a, heads)
+
+
+def product_by_head(y: Tensor, a: Tensor, heads: int) -> Tensor:
+    """y [M, Hq·D] times A [L, Hq·D], a part for each head: [Hq, M, L] float32."""
+    by_head = (t.float().unflatten(1, (heads, -1)).transpose(0, 1) for t in (y, a))  # [Hq, M, D] and [Hq, L, D]
+    left, right = by_head
+    return left @ right.transpose(1, 2)
 
 
 def attend_plain(

@@ -66,6 +66,7 @@ def test_every_kernel_compiles(card: int) -> None:
         "_product",
         "_down_product",
         "_add_norm",
+        "_add_norm_down",
         "_attend",
         "_swiglu_parts",
         "_row",

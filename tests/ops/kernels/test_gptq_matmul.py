@@ -72,7 +72,8 @@ def check_product(
 
 def check_three_linears(device: str, dtype: torch.dtype, batches: tuple[int, ...] = BATCHES) -> None:
     """Three linears side by side, each with its own adapter."""
-    from train.ops.kernels.gptq_matmul import LowRankSegments, down_product, product
+    from train.ops.kernels.down_product import down_product
+    from train.ops.kernels.gptq_matmul import LowRankSegments, product
     from train.ops.kernels.gptq_tiles import Tile
 
     weight, w = weights(256, 192, 128, 4, False, device)
@@ -92,7 +93,8 @@ def check_three_linears(device: str, dtype: torch.dtype, batches: tuple[int, ...
 def check_gate_and_up(device: str, dtype: torch.dtype, batches: tuple[int, ...] = BATCHES) -> None:
     """Two weights in one product, without and with adapters, and SwiGLU of the two."""
     from train.ops.kernels.decode_step import swiglu_parts
-    from train.ops.kernels.gptq_matmul import NO_SEGMENT, LowRankSegments, down_product, product
+    from train.ops.kernels.down_product import down_product
+    from train.ops.kernels.gptq_matmul import NO_SEGMENT, LowRankSegments, product
 
     a, b = adapters(dtype)
     for batch in batches:
@@ -161,7 +163,7 @@ def compile_for(capability: int, rows: int) -> None:
 
     tile = gptq_tiles.tile_for(rows, 2048, 2048, 4, torch.device("cpu"))
     constants = {"BITS": 4, "WORDS": tile.words, "TM": rows, "TN": tile.columns, "PERM": True, "BIAS": True, "RANK": 64}
-    constants |= {"DOWN_SPLITS": 4, "ONE_GROUP": True, "STAGES": tile.stages}
+    constants |= {"DOWN_SPLITS": 4, "ONE_GROUP": True, "STAGES": tile.stages, "OVERLAP": 3 if capability >= 90 else 0}
     types = dict.fromkeys(POINTERS, "*fp16") | dict.fromkeys(("down", "out"), "*fp32")
     types |= dict.fromkeys(("qweight", "qzeros", "perm", "qweight2", "qzeros2", "arrivals"), "*i32")
     kernel = gptq_matmul._product

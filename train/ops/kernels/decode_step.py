@@ -8,29 +8,77 @@ are in ops/decode_step.py.
 import torch
 from torch import Tensor
 
+from train.ops.kernels import overlap
 from train.ops.kernels.runtime import tl, triton
 
-if triton is not None:
+COLUMNS_PER_WARP = 128  # of a row that is normed, with up to 16 warps
+RANKS_PER_NORM = 2  # rows of A that a program multiplies with the row that it has normed
 
-    @triton.jit(do_not_specialize=["batch"])
-    def _add_norm(  # type: ignore[no-untyped-def]
-        x, parts, weight, total, normed, batch, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr
+if triton is not None:
+    from train.ops.kernels.overlap import prefetch, start_next, wait_for_previous
+
+    @triton.jit
+    def _norm_of_sum(  # type: ignore[no-untyped-def]
+        x, parts, scale, batch, m, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr
     ):
-        """One row: total = x + sum of parts; normed = total / rms(total) · weight."""
-        m = tl.program_id(0)
+        """x + sum of parts in row m, and that / rms · scale, each [BLOCK] in the dtype of x."""
         i = tl.arange(0, BLOCK)
         mask = i < width
         dtype = x.dtype.element_ty
-        y = tl.load(x + m * width + i, mask=mask, other=0.0).to(tl.float32)
+        total = tl.load(x + m * width + i, mask=mask, other=0.0)
         if PARTS > 0:
             added = tl.zeros((BLOCK,), tl.float32)
             for s in tl.static_range(PARTS):
                 added += tl.load(parts + (s * batch + m) * width + i, mask=mask, other=0.0).to(tl.float32)
-            y = (y + added.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-            tl.store(total + m * width + i, y.to(dtype), mask=mask)
+            total = (total.to(tl.float32) + added.to(dtype).to(tl.float32)).to(dtype)
+        y = total.to(tl.float32)
         inverse_rms = tl.rsqrt(tl.sum(y * y, axis=0) / width + eps)
-        scale = tl.load(weight + i, mask=mask, other=0.0).to(tl.float32)
-        tl.store(normed + m * width + i, ((y * inverse_rms).to(dtype).to(tl.float32) * scale).to(dtype), mask=mask)
+        return total, ((y * inverse_rms).to(dtype).to(tl.float32) * scale.to(tl.float32)).to(dtype)
+
+    @triton.jit(do_not_specialize=["batch"])
+    def _add_norm(  # type: ignore[no-untyped-def]
+        x, parts, weight, total, normed, batch, width, eps,
+        PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """One row: total = x + sum of parts; normed = total / rms(total) · weight."""
+        m = tl.program_id(0)
+        i = tl.arange(0, BLOCK)
+        mask = i < width
+        if OVERLAP:
+            start_next()
+        scale = tl.load(weight + i, mask=mask, other=0.0)
+        if OVERLAP:
+            wait_for_previous()
+        y, h = _norm_of_sum(x, parts, scale, batch, m, width, eps, PARTS, BLOCK)
+        if PARTS > 0:
+            tl.store(total + m * width + i, y, mask=mask)
+        tl.store(normed + m * width + i, h, mask=mask)
+
+    @triton.jit
+    def _add_norm_down(  # type: ignore[no-untyped-def]
+        x, parts, weight, a, total, normed, down, width, ranks, eps,
+        PARTS: tl.constexpr, TL: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """_add_norm of a single row, by every program, and its product with TL rows of A; the first stores the norm.
+
+        A and the norm's weight, which do not depend on the kernel before, are loaded first.
+        """
+        i = tl.arange(0, BLOCK)
+        mask = i < width
+        r = tl.program_id(0) * TL + tl.arange(0, TL)
+        if OVERLAP:
+            start_next()
+        a_mask = (r < ranks)[:, None] & mask[None]
+        a_rows = tl.load(a + r[:, None].to(tl.int64) * width + i[None], mask=a_mask, other=0.0)
+        scale = tl.load(weight + i, mask=mask, other=0.0)
+        if OVERLAP:
+            wait_for_previous()
+        y, h = _norm_of_sum(x, parts, scale, 1, 0, width, eps, PARTS, BLOCK)
+        if tl.program_id(0) == 0:
+            if PARTS > 0:
+                tl.store(total + i, y, mask=mask)
+            tl.store(normed + i, h, mask=mask)
+        tl.store(down + r, tl.sum(a_rows.to(tl.float32) * h.to(tl.float32)[None], axis=1), mask=r < ranks)
 
     @triton.jit
     def _sum_parts(  # type: ignore[no-untyped-def]
@@ -46,7 +94,7 @@ if triton is not None:
     def _combine_splits(  # type: ignore[no-untyped-def]
         sums, stats, out, row, rows, D: tl.constexpr, SPLITS: tl.constexpr
     ):
-        """The attention of one head over all keys from the unnormalised sums, maxima and denominators of its splits.
+        """The attention of one head over all keys from the unnormalised sums, maxima and denominators of its splits: [D].
 
         Read past the multiprocessor's own cache, since other programs have just written them.
         """
@@ -55,18 +103,32 @@ if triton is not None:
         factor = tl.exp(split_max - tl.max(split_max, axis=0))
         row_sum = tl.sum(tl.load(stats + (s * rows + row) * 2 + 1, cache_modifier=".cg") * factor, axis=0)
         parts = tl.load(sums + (s * rows + row)[:, None] * D + d[None], cache_modifier=".cg")
-        y = tl.sum(parts * factor[:, None], axis=0)
-        tl.store(out + row * D + d, (y / row_sum).to(out.dtype.element_ty))
+        y = (tl.sum(parts * factor[:, None], axis=0) / row_sum).to(out.dtype.element_ty)
+        tl.store(out + row * D + d, y)
+        return y
+
+    @triton.jit
+    def _down_of_head(  # type: ignore[no-untyped-def]
+        y, a, down, head, width, RANKS: tl.constexpr, D: tl.constexpr
+    ):
+        """The part of x Aᵀ [RANKS] that comes from one head of x: y [D] times its columns of A [RANKS, width]."""
+        at = head * D + tl.arange(0, D)[None]
+        for first in tl.static_range(0, RANKS, 16):
+            r = first + tl.arange(0, 16)
+            part = tl.load(a + r[:, None] * width + at).to(tl.float32)
+            tl.store(down + head * RANKS + r, tl.sum(part * y.to(tl.float32)[None], axis=1))
 
     @triton.jit(do_not_specialize=["batch", "rope_stride", "slot_stride"])
     def _attend(  # type: ignore[no-untyped-def]
-        qkv, cos, sin, logn, pads, slot, keys, values, sums, stats, arrivals, out,
+        qkv, cos, sin, logn, pads, slot, keys, values, sums, stats, arrivals, out, a, down,
         batch, heads, key_heads, capacity, rope_stride, scale, cache_rows, slot_stride, CACHE_ROWS: tl.constexpr,
         PARTS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, LOGN: tl.constexpr,
+        RANKS: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """One query head of one row over one split of the cached keys.
 
         Split 0 also takes in the new token's key and value; its first head of each group stores them in the cache.
+        RANKS: of a single row, those of the adapter that reads the result; 0 for none.
         """
         D: tl.constexpr = 2 * HALF
         m, head, split = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
@@ -79,6 +141,25 @@ if triton is not None:
         new, pad = tl.load(slot + m * slot_stride), tl.load(pads + m)
         c = tl.load(cos + cache_row * rope_stride + (new - pad) * HALF + i)
         s = tl.load(sin + cache_row * rope_stride + (new - pad) * HALF + i)
+        d = tl.arange(0, D)
+        cache = (cache_row * key_heads + key_head).to(tl.int64) * capacity * D
+        split_length = tl.cdiv(tl.cdiv(new - pad, SPLITS), BLOCK) * BLOCK
+        start = pad + split * split_length
+        end = tl.minimum(start + split_length, new)
+        if OVERLAP:
+            start_next()
+            if OVERLAP >= 2 and D >= 16:  # earlier steps wrote these keys and values
+                for block in range(start, end, BLOCK):
+                    n = block + tl.arange(0, BLOCK)[:, None]
+                    at = cache + n * D + 16 * tl.arange(0, D // 16)[None]
+                    inside = tl.broadcast_to((n < end).to(tl.int32), at.shape)
+                    prefetch(keys + at, inside)
+                    prefetch(values + at, inside)
+                if RANKS > 0:
+                    r = tl.arange(0, RANKS)[:, None]
+                    at = r * heads * D + head * D + 16 * tl.arange(0, D // 16)[None]
+                    prefetch(a + at, tl.broadcast_to((r % SPLITS == split).to(tl.int32), at.shape))
+            wait_for_previous()
 
         # the new token's query, key and value
         first = _sum_parts(qkv, batch, m, width, head * D, i, dtype, PARTS)
@@ -93,9 +174,7 @@ if triton is not None:
         second = _sum_parts(qkv, batch, m, width, column + HALF, i, dtype, PARTS)
         k1 = (first * c - second * s).to(dtype)
         k2 = (second * c + first * s).to(dtype)
-        d = tl.arange(0, D)
         v = _sum_parts(qkv, batch, m, width, column + key_heads * D, d, dtype, PARTS)
-        cache = (cache_row * key_heads + key_head).to(tl.int64) * capacity * D
         if split == 0 and head % heads_per_key == 0:
             tl.store(keys + cache + new * D + i, k1)
             tl.store(keys + cache + new * D + HALF + i, k2)
@@ -106,9 +185,6 @@ if triton is not None:
         row_max = tl.where(split == 0, new_score, float("-inf"))
         row_sum = tl.where(split == 0, 1.0, 0.0)
         y = tl.where(split == 0, v, 0.0)
-        split_length = tl.cdiv(tl.cdiv(new - pad, SPLITS), BLOCK) * BLOCK
-        start = pad + split * split_length
-        end = tl.minimum(start + split_length, new)
         for block in tl.range(start, end, BLOCK, num_stages=2):
             n = block + tl.arange(0, BLOCK)
             mask = (n < end)[:, None]
@@ -124,7 +200,10 @@ if triton is not None:
             y = y * rescale + tl.sum(p[:, None] * value, axis=0)
             row_max = new_max
         if SPLITS == 1:
-            tl.store(out + (m * heads + head) * D + d, (y / row_sum).to(dtype))
+            y_out = (y / row_sum).to(dtype)
+            tl.store(out + (m * heads + head) * D + d, y_out)
+            if RANKS > 0:
+                _down_of_head(y_out, a, down, head, heads * D, RANKS, D)
         else:
             row, rows = m * heads + head, batch * heads
             tl.store(sums + (split * rows + row) * D + d, y)
@@ -133,11 +212,13 @@ if triton is not None:
             tl.debug_barrier()  # all of the program's stores come before it is counted
             if tl.atomic_add(arrivals + row, 1) == SPLITS - 1:  # the last program of this head
                 tl.store(arrivals + row, 0)
-                _combine_splits(sums, stats, out, row, rows, D, SPLITS)
+                combined = _combine_splits(sums, stats, out, row, rows, D, SPLITS)
+                if RANKS > 0:
+                    _down_of_head(combined, a, down, head, heads * D, RANKS, D)
 
     @triton.jit(do_not_specialize=["batch"])
     def _swiglu_parts(  # type: ignore[no-untyped-def]
-        parts, out, batch, width, PARTS: tl.constexpr, BLOCK: tl.constexpr
+        parts, out, batch, width, PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
     ):
         """silu(gate) · up of columns that stand side by side in parts, each rounded where separate layers round."""
         m = tl.program_id(0)
@@ -146,6 +227,9 @@ if triton is not None:
         dtype = out.dtype.element_ty
         gate = tl.zeros((BLOCK,), tl.float32)
         up = tl.zeros((BLOCK,), tl.float32)
+        if OVERLAP:
+            start_next()
+            wait_for_previous()
         for s in tl.static_range(PARTS):
             row = parts + (s * batch + m) * 2 * width + i
             gate += tl.load(row, mask=mask, other=0.0)
@@ -155,17 +239,24 @@ if triton is not None:
         tl.store(out + m * width + i, (silu * up.to(dtype).to(tl.float32)).to(dtype), mask=mask)
 
 
-def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """ops/decode_step.add_norm; `x` itself is the sum where there are no parts."""
+def add_norm(
+    x: Tensor, parts: Tensor | None, weight: Tensor, eps: float, a: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """ops/decode_step.add_norm; `x` itself is the sum where there are no parts. Only a single row gets the product."""
     total = x if parts is None else torch.empty_like(x)
     normed = torch.empty_like(x)
     batch, width = x.shape
-    block = triton.next_power_of_2(width)
-    _add_norm[(batch,)](
-        x, x if parts is None else parts, weight, total, normed, batch, width, eps,
-        PARTS=0 if parts is None else len(parts), BLOCK=block, num_warps=max(1, min(16, block // 128)),
-    )  # fmt: skip
-    return total, normed
+    block, early = triton.next_power_of_2(width), overlap.mode(x.device)
+    inputs = (x, x if parts is None else parts, weight)
+    options = {"PARTS": 0 if parts is None else len(parts), "BLOCK": block, "OVERLAP": early}
+    options |= {"num_warps": max(1, min(16, block // COLUMNS_PER_WARP)), **overlap.launch_options(early)}
+    if a is None or batch > 1:
+        _add_norm[(batch,)](*inputs, total, normed, batch, width, eps, **options)
+        return total, normed, None
+    down = torch.empty(1, 1, len(a), dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(len(a), RANKS_PER_NORM),)
+    _add_norm_down[grid](*inputs, a, total, normed, down, width, len(a), eps, TL=RANKS_PER_NORM, **options)
+    return total, normed, down
 
 
 def swiglu_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -174,8 +265,11 @@ def swiglu_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     width = gate_up // 2
     out = torch.empty(batch, width, dtype=dtype, device=parts.device)
     block = 256 if batch < 8 else 1024
-    grid = (batch, triton.cdiv(width, block))
-    _swiglu_parts[grid](parts, out, batch, width, PARTS=splits, BLOCK=block, num_warps=2 if batch < 8 else 4)
+    grid, early = (batch, triton.cdiv(width, block)), overlap.mode(parts.device)
+    _swiglu_parts[grid](
+        parts, out, batch, width, PARTS=splits, BLOCK=block, OVERLAP=early, num_warps=2 if batch < 8 else 4,
+        **overlap.launch_options(early),
+    )  # fmt: skip
     return out
 
 
@@ -192,10 +286,12 @@ def attend(
     splits: int,
     arrivals: Tensor | None = None,
     cache_rows: Tensor | None = None,
-) -> Tensor:
-    """ops/decode_step.attend for contiguous caches; D and `splits` are powers of two.
+    a: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """ops/decode_step.attend for contiguous caches; D, `splits` and the rows of A are powers of two, at least 16 rows.
 
-    The program of a head that ends last adds up the splits, in their order, so the result does not depend on which it is.
+    The program of a head that ends last adds up the splits, in their order, so the result does not depend on which it is. Only a single row gets
+    the product with A.
     """
     batch, (_, key_heads, capacity, width) = qkv.shape[1], keys.shape
     assert keys.is_contiguous() and values.is_contiguous() and qkv.is_contiguous(), "the cache of one layer, whole"
@@ -204,11 +300,15 @@ def attend(
         arrivals = torch.zeros(batch, heads, dtype=torch.int32, device=keys.device)
     sums = torch.empty(splits, batch, heads, width, dtype=torch.float32, device=keys.device)
     stats = torch.empty(splits, batch, heads, 2, dtype=torch.float32, device=keys.device)
+    early = overlap.mode(keys.device)
+    ranks = len(a) if a is not None and batch == 1 else 0
+    down = torch.empty(heads, 1, ranks, dtype=torch.float32, device=keys.device) if ranks else None
     _attend[(batch * heads, splits)](
         qkv, cos, sin, cos if logn is None else logn, pads, slot, keys, values, sums, stats, arrivals, out,
+        out if a is None else a, sums if down is None else down,
         batch, heads, key_heads, capacity, cos.stride(0) if len(cos) > 1 else 0, width**-0.5,
         slot if cache_rows is None else cache_rows, int(len(slot) > 1), CACHE_ROWS=cache_rows is not None,
         PARTS=len(qkv), HALF=width // 2, BLOCK=32 if width > 64 else 64, SPLITS=splits,
-        LOGN=logn is not None, num_warps=2,
+        LOGN=logn is not None, RANKS=ranks, OVERLAP=early, num_warps=2, **overlap.launch_options(early),
     )  # fmt: skip
-    return out
+    return out, down

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from train.ops.kernels import overlap
 from train.ops.kernels.gptq_tiles import Tile, rows_per_program, tile_for
 from train.ops.kernels.runtime import tl, triton
 
@@ -62,6 +63,7 @@ class LowRankSegments:
 
 
 if triton is not None:
+    from train.ops.kernels.overlap import prefetch, start_next, wait_for_previous
 
     @triton.jit
     def _zero_and_scale(  # type: ignore[no-untyped-def]
@@ -75,21 +77,38 @@ if triton is not None:
         return (((stored & CODE) + 1) & CODE).to(tl.float32), scale
 
     @triton.jit
+    def _load_words(  # type: ignore[no-untyped-def]
+        qweight, step, n, n_mask, in_features, out_features, BITS: tl.constexpr, WORDS: tl.constexpr
+    ):
+        """The packed words [WORDS, TN] of one step of K at the columns n."""
+        word = step * WORDS + tl.arange(0, WORDS)
+        mask = (word * (32 // BITS) < in_features)[:, None] & n_mask[None]
+        return tl.load(qweight + word[:, None].to(tl.int64) * out_features + n[None], mask=mask, other=0)
+
+    @triton.jit
     def _one_row(  # type: ignore[no-untyped-def]
-        x, qweight, qzeros, scales, perm, first, last, n, n_mask, in_features, out_features, zero_words, group, magic,
-        BITS: tl.constexpr, WORDS: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr, ONE_GROUP: tl.constexpr,
-        STAGES: tl.constexpr,
+        x, qweight, qzeros, scales, perm, words, first, last, n, n_mask, in_features, out_features, zero_words, group,
+        magic, BITS: tl.constexpr, WORDS: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr, ONE_GROUP: tl.constexpr,
+        STAGES: tl.constexpr, AHEAD: tl.constexpr,
     ):  # fmt: skip
-        """x [K] @ W[:, n] over the steps first … last of K, on ordinary lanes: [1, TN] float32."""
+        """x [K] @ W[:, n] over the steps first … last of K, on ordinary lanes: [1, TN] float32.
+
+        AHEAD: `words` are those of the first step, and each step loads those of the next.
+        """
         PER: tl.constexpr = 32 // BITS
         CODE: tl.constexpr = (1 << BITS) - 1
         LOW: tl.constexpr = 23 // BITS  # codes of a word that lie within the mantissa without a shift
+        LOOP_STAGES: tl.constexpr = 1 if AHEAD else STAGES
         acc = tl.zeros((WORDS, TN), tl.float32)
-        for step in tl.range(first, last, num_stages=STAGES):
+        for step in tl.range(first, last, num_stages=LOOP_STAGES):
             word = step * WORDS + tl.arange(0, WORDS)
             word_mask = word * PER < in_features
-            pointers = qweight + word[:, None].to(tl.int64) * out_features + n[None]
-            packed = tl.load(pointers, mask=word_mask[:, None] & n_mask[None], other=0)
+            if AHEAD:
+                packed = words
+                next_mask = n_mask & (step + 1 < last)
+                words = _load_words(qweight, step + 1, n, next_mask, in_features, out_features, BITS, WORDS)
+            else:
+                packed = _load_words(qweight, step, n, n_mask, in_features, out_features, BITS, WORDS)
             code_sum = tl.zeros((WORDS, TN), tl.float32)
             x_sum = tl.zeros((WORDS,), tl.float32)
             for j in tl.static_range(PER):
@@ -218,13 +237,30 @@ if triton is not None:
         silu = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
         tl.store(out + n, (silu * up.to(dtype).to(tl.float32)).to(dtype), mask=n_mask)
 
+    @triton.jit
+    def _prefetch_weight(  # type: ignore[no-untyped-def]
+        qweight, qzeros, scales, first, last, n0, in_features, out_features, zero_words, group,
+        BITS: tl.constexpr, WORDS: tl.constexpr, TN: tl.constexpr,
+    ):  # fmt: skip
+        """The words, zeros and scales of the steps first … last at the columns n0 … n0 + TN, 32 bytes at a time."""
+        PER: tl.constexpr = 32 // BITS
+        n = n0 + 8 * tl.arange(0, TN // 8)[None]
+        scale_column = n0 + 16 * tl.arange(0, TN // 16)
+        for step in range(first, last):
+            word = step * WORDS + tl.arange(0, WORDS)[:, None]
+            inside = (word * PER < in_features) & (n < out_features)
+            prefetch(qweight + word.to(tl.int64) * out_features + n, inside.to(tl.int32))
+            g = step * WORDS * PER // group
+            prefetch(scales + g * out_features + scale_column, (scale_column < out_features).to(tl.int32))
+            prefetch(qzeros + g * zero_words + scale_column // PER, (scale_column < out_features).to(tl.int32))
+
     @triton.jit(do_not_specialize=["batch", "steps", "down_columns", "start2", "start3"])
     def _product(  # type: ignore[no-untyped-def]
         x, qweight, qzeros, scales, bias, qweight2, qzeros2, scales2, bias2, perm, down, up, out, arrivals, swiglu,
         batch, in_features, out_features, zero_words, group, steps, down_columns, start2, start3, magic,
         BITS: tl.constexpr, WORDS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr,
         BIAS: tl.constexpr, PAIR: tl.constexpr, RANK: tl.constexpr, DOWN_SPLITS: tl.constexpr,
-        ONE_GROUP: tl.constexpr, STAGES: tl.constexpr, SWIGLU_SPLITS: tl.constexpr,
+        ONE_GROUP: tl.constexpr, STAGES: tl.constexpr, SWIGLU_SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """One part of y[:, n …], `steps` steps of K; the first part adds the bias and the adapter.
 
@@ -245,10 +281,27 @@ if triton is not None:
         m = m0 + tl.arange(0, TM)
         first = split * steps
         last = tl.minimum(first + steps, tl.cdiv(in_features, WORDS * (32 // BITS)))
+        AHEAD: tl.constexpr = TM == 1 and OVERLAP == 3
+        words = 0
+        if OVERLAP:
+            start_next()
+            if AHEAD:
+                words = _load_words(qweight, first, n, n_mask, in_features, out_features, BITS, WORDS)
+            if OVERLAP >= 2:
+                _prefetch_weight(
+                    qweight, qzeros, scales, first, last, block * TN, in_features, out_features, zero_words, group,
+                    BITS, WORDS, TN,
+                )  # fmt: skip
+                if RANK > 0:  # noqa: SIM102  known when it is compiled; the next is not
+                    if split == 0:
+                        rank_column = 16 * tl.arange(0, RANK // 16)[None]
+                        at = up + (offset + n)[:, None] * RANK + rank_column
+                        prefetch(at, tl.broadcast_to(n_mask[:, None].to(tl.int32), at.shape))
+            wait_for_previous()
         if TM == 1:
             y = _one_row(
-                x + m0 * in_features, qweight, qzeros, scales, perm, first, last, n, n_mask, in_features, out_features,
-                zero_words, group, magic, BITS, WORDS, TN, PERM, ONE_GROUP, STAGES,
+                x + m0 * in_features, qweight, qzeros, scales, perm, words, first, last, n, n_mask, in_features,
+                out_features, zero_words, group, magic, BITS, WORDS, TN, PERM, ONE_GROUP, STAGES, AHEAD,
             )  # fmt: skip
         else:
             y = _several_rows(
@@ -271,34 +324,6 @@ if triton is not None:
             if tl.atomic_add(arrivals + block, 1) == 2 * SWIGLU_SPLITS - 1:
                 tl.store(arrivals + block, 0)
                 _swiglu(out, swiglu, out_features, n, n_mask, SWIGLU_SPLITS)
-
-    @triton.jit(do_not_specialize=["batch"])
-    def _down_product(  # type: ignore[no-untyped-def]
-        x, a, out, batch, in_features, ranks, part_k, TM: tl.constexpr, TL: tl.constexpr, TK: tl.constexpr
-    ):
-        """One part of x Aᵀ, `part_k` of K, for TL rows of A [L, K]."""
-        split = tl.program_id(1)
-        r = tl.program_id(0) * TL + tl.arange(0, TL)
-        m0 = tl.program_id(2) * TM
-        m = m0 + tl.arange(0, TM)
-        lanes = tl.zeros((TL, TK), tl.float32)
-        acc = tl.zeros((TM, TL), tl.float32)
-        for start in range(split * part_k, tl.minimum((split + 1) * part_k, in_features), TK):
-            k = start + tl.arange(0, TK)
-            k_mask = k < in_features
-            a_mask = (r < ranks)[:, None] & k_mask[None]
-            a_tile = tl.load(a + r[:, None].to(tl.int64) * in_features + k[None], mask=a_mask, other=0.0)
-            if TM == 1:
-                x_row = tl.load(x + m0 * in_features + k, mask=k_mask, other=0.0).to(tl.float32)
-                lanes += a_tile.to(tl.float32) * x_row[None]
-            else:
-                x_mask = (m < batch)[:, None] & k_mask[None]
-                xs = tl.load(x + m[:, None] * in_features + k[None], mask=x_mask, other=0.0)
-                acc += tl.dot(xs, tl.trans(a_tile), input_precision="ieee")
-        if TM == 1:
-            acc += tl.sum(lanes, axis=1)[None]
-        pointers = out + (split * batch + m)[:, None] * ranks + r[None]
-        tl.store(pointers, acc, mask=(m < batch)[:, None] & (r < ranks)[None])
 
 
 def product(
@@ -327,6 +352,7 @@ def product(
     rows = rows_per_program(x)
     grid = (triton.cdiv(weight.out_features, tile.columns) * count, tile.splits, triton.cdiv(len(x), rows))
     bias, bias2 = (w.bias if w.bias is not None else x for w in (weight, other))  # x: a pointer that is not read
+    early = overlap.mode(x.device)
     _product[grid](
         x, weight.qweight, weight.qzeros, weight.scales, bias, other.qweight, other.qzeros, other.scales, bias2,
         weight.perm if weight.perm is not None else x,
@@ -336,7 +362,8 @@ def product(
         BITS=weight.bits, WORDS=tile.words, TM=rows, TN=tile.columns, PERM=weight.perm is not None,
         BIAS=weight.bias is not None, PAIR=second is not None, RANK=adapter.up.shape[1] if adapter else 0,
         DOWN_SPLITS=len(adapter.down) if adapter else 0, ONE_GROUP=weight.group % (tile.words * 32 // weight.bits) == 0,
-        STAGES=tile.stages, SWIGLU_SPLITS=0 if swiglu is None else tile.splits, num_warps=tile.warps,
+        STAGES=tile.stages, SWIGLU_SPLITS=0 if swiglu is None else tile.splits, OVERLAP=early,
+        num_warps=tile.warps, **overlap.launch_options(early),
     )  # fmt: skip
     return out
 
@@ -356,17 +383,3 @@ def _fit_columns(tile: Tile, adapter: LowRankSegments | None, pair: bool) -> Til
         assert all(start % SEGMENT_COLUMNS == 0 for start in adapter.starts), adapter.starts
         tile = replace(tile, columns=SEGMENT_COLUMNS)  # no block of columns may span two linears
     return tile
-
-
-def down_product(x: Tensor, a: Tensor, splits: int = 4) -> Tensor:
-    """x [M, K] @ Aᵀ for A [L, K], as [S, M, L] float32 whose S parts are to be added in order."""
-    batch, ranks, in_features = len(x), len(a), x.shape[1]
-    rows = rows_per_program(x)
-    tile_ranks, tile_k = (8, 512) if rows == 1 else (16, 128)
-    part_k = triton.cdiv(triton.cdiv(in_features, splits), tile_k) * tile_k
-    out = torch.empty(triton.cdiv(in_features, part_k), batch, ranks, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(ranks, tile_ranks), len(out), triton.cdiv(batch, rows))
-    _down_product[grid](
-        x, a, out, batch, in_features, ranks, part_k, TM=rows, TL=tile_ranks, TK=tile_k, num_warps=4
-    )  # fmt: skip
-    return out
