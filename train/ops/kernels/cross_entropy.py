@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.ops.kernels.fp8_rows import rows_arguments, scale_of
+from train.ops.kernels.fp8_rows import rows_arguments
 from train.ops.kernels.runtime import tl, triton
 
 TILE = (16384, 32)  # logits that a program reads at once, and its warps: the fastest of a sweep on an H100
 FP8_TILE = (8192, 32)  # the same where the gradient is written in fp8
 
 if triton is not None:
+    from train.ops.kernels.fp8_rows import scale_of
 
     @triton.jit
     def _row(  # type: ignore[no-untyped-def]

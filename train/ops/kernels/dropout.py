@@ -4,10 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from train.ops.kernels.dropout_mask import dropout_arguments, keep_mask
+from train.ops.kernels.dropout_mask import dropout_arguments
 from train.ops.kernels.runtime import tl, triton
 
 if triton is not None:
+    from train.ops.kernels.dropout_mask import keep_mask
 
     @triton.jit
     def _apply_dropout(  # type: ignore[no-untyped-def]

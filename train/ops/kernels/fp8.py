@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.ops.kernels.fp8_rows import scale_of
 from train.ops.kernels.runtime import INTERPRETED, multiprocessors, tl, triton
 
 LEAST_CAPABILITY = (8, 9)  # Ada: the first whose tensor cores multiply fp8
@@ -24,6 +23,7 @@ LEAST_PART = 16384  # columns of x that are worth a part of their own, whose sum
 GROUP = 8  # rows of tiles that run together, so that they find their columns of W in the cache
 
 if triton is not None:
+    from train.ops.kernels.fp8_rows import scale_of
 
     @triton.jit
     def _quantize_row(x, values, scales, size, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]

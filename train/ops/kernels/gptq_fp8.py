@@ -6,7 +6,6 @@ A code becomes a float without a conversion, as in gptq_matmul.py.
 import torch
 from torch import Tensor
 
-from train.ops.kernels.gptq_dequantize import unpack_tile, zero_and_scale
 from train.ops.kernels.gptq_matmul import MAGIC
 from train.ops.kernels.runtime import tl, triton
 
@@ -14,6 +13,7 @@ from train.ops.kernels.runtime import tl, triton
 TILE_ROWS, TILE_COLUMNS, WARPS = 128, 64, 4
 
 if triton is not None:
+    from train.ops.kernels.gptq_dequantize import unpack_tile, zero_and_scale
 
     @triton.jit
     def _dequantize_to_fp8(  # type: ignore[no-untyped-def]

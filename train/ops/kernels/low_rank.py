@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.ops.kernels.dropout_mask import dropout_arguments, keep_mask
+from train.ops.kernels.dropout_mask import dropout_arguments
 from train.ops.kernels.runtime import INTERPRETED, tl, triton
 
 LEAST_ROWS = 8192  # from this many on, programs of ROWS rows fill the card
@@ -21,6 +21,7 @@ ROWS, WARPS, STAGES = 64, 4, 4  # of a program: the fastest of a sweep on an H10
 MAX_RANK = 64  # columns of the low-rank matrix: sums of 128 columns do not fit into the registers
 
 if triton is not None:
+    from train.ops.kernels.dropout_mask import keep_mask
 
     @triton.jit
     def _load_rows(  # type: ignore[no-untyped-def]

@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from train.ops.kernels.dropout_mask import drop_values, dropout_arguments
-from train.ops.kernels.fp8_rows import rows_arguments, store_fp8_row
+from train.ops.kernels.dropout_mask import dropout_arguments
+from train.ops.kernels.fp8_rows import rows_arguments
 from train.ops.kernels.runtime import tl, triton
 
 if triton is not None:
+    from train.ops.kernels.dropout_mask import drop_values
+    from train.ops.kernels.fp8_rows import store_fp8_row
 
     @triton.jit
     def _norm_row(  # type: ignore[no-untyped-def]

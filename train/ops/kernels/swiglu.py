@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from train.ops.kernels.dropout_mask import drop_values, dropout_arguments
-from train.ops.kernels.fp8_rows import MAX_ROW, scale_of
+from train.ops.kernels.dropout_mask import dropout_arguments
+from train.ops.kernels.fp8_rows import MAX_ROW
 from train.ops.kernels.runtime import tl, triton
 
 TILE, TILE_WARPS = 2048, 4
 ROW_WARPS = 4
 
 if triton is not None:
+    from train.ops.kernels.dropout_mask import drop_values
+    from train.ops.kernels.fp8_rows import scale_of
 
     @triton.jit
     def _product(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
