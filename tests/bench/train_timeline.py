@@ -22,10 +22,11 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from train.common.errors import UserError
 from train.common.files import write_json
+from train.common.leaving import leave
 
 BEGAN, ROWS = "TIMELINE_BEGAN", "TIMELINE_ROWS"  # environment of the child: seconds of the clock; the file it writes
 WATCHED = {  # module -> its functions, and methods as Class.name
@@ -104,7 +105,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-def child(words: list[str]) -> int:
+def child(words: list[str]) -> NoReturn:
     """The command itself, in a process that BEGAN says the start of."""
     clock = Clock(float(os.environ[BEGAN]))
     clock.note("Python has started")
@@ -117,7 +118,7 @@ def child(words: list[str]) -> int:
 
     status = command(["train", *words])
     clock.note("the command returns")
-    return status
+    leave(status)
 
 
 def measure(words: list[str]) -> list[dict[str, Any]]:
@@ -162,7 +163,7 @@ def as_text(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--child"]:
-        return child(arguments[1:])
+        child(arguments[1:])
     if len(arguments) < 3 or any("=" not in word for word in arguments[1:]):
         print(__doc__, file=sys.stderr)
         return 2

@@ -88,6 +88,7 @@ def prepare(
     later_stages: int = 0,
     show_progress: bool = False,
     cache: Path = Path("runs", folder.TOKENS),
+    base_hashes: Callable[[], dict[str, str]] | None = None,
 ) -> PreparedRun:
     """Check all that can be checked; nothing is written and no weights are loaded.
 
@@ -95,7 +96,7 @@ def prepare(
         run: its folder. parent: the run, or the folder of an adapter, that this one starts from; or None.
         processes: how many share the rows of a step. dtype: of the computation, as inputs.json has it.
         later_stages: number of stages after this one, which need space on the disk too.
-        cache: the folder for the tokens of large data.
+        cache: the folder for the tokens of large data. base_hashes: waits for those of the base, if they are begun.
     Raises:
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
@@ -107,7 +108,7 @@ def prepare(
     pairs, keep_empty = recipe.loss == "dpo", keeps_empty(recipe.clean)
     options = ReadOptions(recipe.columns, seed=recipe.seed, pairs=pairs, keep_empty=keep_empty)
     base, adapter = _read_base(recipe, data, options, parent, models)
-    base_hashes = in_background(lambda: provenance.hash_folder(base))  # hashing leaves the other cores to the data
+    base_hashes = base_hashes or in_background(lambda: provenance.hash_folder(base))
     config, _ = read_folder_config(base)
     full_recipe.check_base(recipe, read_folder_shape(base, recipe.load_as))  # also refuses what cannot be loaded so
     targets = lora.targets(config.layout, recipe.targets)
@@ -115,8 +116,7 @@ def prepare(
     if parent is not None and adapter is not None:
         with about_parent(parent):
             adapters.check_targets(adapter, recipe, config)
-    tokenizer = load_tokenizer(base)
-    hashes = hash_data(data)
+    tokenizer, hashes = load_tokenizer(base), hash_data(data)
     loaded, tokens = training_set.load_tokens(data, tokenizer, recipe, cache, options, hashes)
     selection = select(loaded.conversations, recipe, token_counter(tokenizer, recipe), show_progress)
     samples, summary = examples_of(tokens, recipe, selection.trained_rows)
