@@ -14,7 +14,7 @@ SCRIPT = """
 import sys, threading
 from train.commands import train
 hashed, said = threading.Event(), train._say
-train.hash_folder = lambda folder: hashed.set()
+train.early_work.hash_folder = lambda folder: hashed.set()
 train._say = lambda rank_info, text: said(rank_info, f"{text}, torch={'torch' in sys.modules}")
 def pick(*arguments):
     print("hashed:", hashed.wait(10))

@@ -15,7 +15,6 @@ TRAIN_WEBHOOK_SECRET= for a robot that signs. It says how the run ended and its 
 import os
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from train.common import commands, garbage
 from train.common.errors import UserError
 from train.common.names import below
-from train.common.threads import in_background
 from train.common.webhook import notice_at_end
 from train.config.options import RecipeOptions, build_with_overrides, describe, option, pairs
 from train.config.recipe import Recipe, check_measured, check_preference, load_recipe, names_of, read_sweep
@@ -46,16 +44,15 @@ from train.runs.folder import (
     result_folder,
     trained_model,
 )
-from train.runs.provenance import check_adapter, hash_folder
-from train.training import cuda_start, distributed, launch, launchers, signals
+from train.runs.provenance import check_adapter
+from train.training import cuda_start, distributed, early_work, launch, launchers, signals
 from train.training.distributed import RankInfo
 from train.training.signals import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from train.training.devices import Devices
+    from train.training.early_work import EarlyWork
     from train.training.prepare import PreparedRun
-
-BaseHashes = Callable[[], dict[str, str]] | None  # waits for the hashes of the base's files
 
 __doc__ = f"{__doc__}\nEvery key of the recipe may be given too:\n{describe(Recipe)}\n\nKeys of this command:"
 
@@ -198,7 +195,7 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
     if distributed.SPAWNED not in os.environ:  # within a second, before libraries of several seconds are imported
         _say(rank_info, f"checking {stage.data} and {stage.recipe.model}")
     cuda_start.begin(make_context=rank_info is None and options.gpus == 1)
-    hashes = _hash_base(stage.recipe, Path(options.models))
+    early = early_work.begin(stage.recipe, stage.data, Path(options.models), alone=rank_info is None)
     from train.training import devices  # these imports take seconds: mistakes in the arguments are reported before
     from train.training.same_start import agree_on_start
     from train.training.train_one import train_one
@@ -206,7 +203,7 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
     chosen = devices.pick(options.gpus, stage.recipe, rank_info)
 
     # --- prepare ------------------------------------------------------------------------------------------------------
-    prepared = _prepare(options, stage, chosen, later_stages, hashes)
+    prepared = _prepare(options, stage, chosen, later_stages, early)
     if stage.text:
         _say(rank_info, f"{stage.text}: {stage.data}, in {stage.run}")
     checkpoint = agree_on_start(prepared, chosen.rank_info, chosen.device)
@@ -249,7 +246,7 @@ def _default_name(options: Options) -> str:
 
 
 def _prepare(
-    options: Options, stage: Stage, devices: "Devices", later_stages: int, base_hashes: BaseHashes
+    options: Options, stage: Stage, devices: "Devices", later_stages: int, early: "EarlyWork"
 ) -> "PreparedRun":
     """The checked run, with a note for each setting that differs from what the user asked for."""
     from train.common.device import dtype_name
@@ -276,7 +273,7 @@ def _prepare(
         later_stages,
         show_progress=_is_first(devices.rank_info),
         cache=cache,
-        base_hashes=base_hashes,
+        early=early,
     )
     prepared.notes.extend(filter(None, [choice]))
     if recipe.accumulation != stage.recipe.accumulation:
@@ -287,15 +284,6 @@ def _prepare(
         prepared.notes.append(note)
     prepared.notes.extend(filter(None, [_launcher_note(options, recipe, devices)]))
     return prepared
-
-
-def _hash_base(recipe: Recipe, models: Path) -> BaseHashes:
-    """Begin to hash the base, which takes seconds, while libraries are imported; None where `prepare` finds it wrong."""
-    try:
-        folder = find(recipe.model, models)
-    except UserError:
-        return None
-    return None if folder is None else in_background(lambda: hash_folder(folder))
 
 
 def _shape(recipe: Recipe, models: Path) -> Shape | None:
