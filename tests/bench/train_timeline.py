@@ -1,11 +1,11 @@
 """Where the time of one whole `train` command goes: wall and processor seconds from the start of the process.
 
-    python -m tests.bench.train_timeline OUT.json data=FILE model=BASE [models=FOLDER] [ARGS of train …]
+    python -m tests.bench.train_timeline OUT.json data=FILE model=BASE [models=FOLDER] [KEY=VALUE of train …]
 
 Runs the command twice, each time into a new folder, and prints the second: the first compiles byte code and fills the
-page cache. Each row is the begin or the end of a function of WATCHED, of the steps only the first and the last. A thread
-in the background has its name beside it. Wrapping costs microseconds a call; no module is imported earlier than it is
-without.
+page cache. First MILESTONES, then the begin and the end of each function of WATCHED; of the steps only the first and the
+last. A thread in the background has its name beside it. Wrapping costs microseconds a call; no module is imported
+earlier than it is without.
 """
 
 import atexit
@@ -31,22 +31,34 @@ from train.common.leaving import leave
 BEGAN, ROWS = "TIMELINE_BEGAN", "TIMELINE_ROWS"  # environment of the child: seconds of the clock; the file it writes
 WATCHED = {  # module -> its functions, and methods as Class.name
     "train.commands.train": ["_one_stage", "_prepare"],
+    "train.training.early_work": ["begin"],
     "train.training.devices": ["pick"],
-    "train.data.origins.sources": ["hash_data"],
-    "train.runs.provenance": ["hash_folder", "code", "machine", "versions"],
+    "train.runs.provenance": ["hash_folder", "code", "machine"],
     "train.model.tokenizer": ["load_tokenizer"],
-    "train.data.tokens.training_set": ["read", "load_tokens"],
+    "train.data.tokens.training_set": ["load_tokens", "load_small"],
     "train.data.choice.selection": ["select"],
-    "train.data.tokens.batches": ["Schedule.__init__"],
     "train.training.train_one": ["train_one"],
     "train.training.distributed": ["join", "leave_process_group"],
     "train.training.prepare": ["prepare", "load_model"],
     "train.training.deepspeed_engine": ["import_deepspeed", "Engine.__init__", "Engine.close"],
-    "train.training.loop": ["_open_output", "_step", "_save_if_due"],
+    "train.training.save_resume": ["start", "save"],
+    "train.training.loop": ["_open_output", "_step", "_wait_for_disk"],
     "train.training.record": ["finish", "_write_prompt"],
-    "train.model.adapters": ["save_adapter"],
+    "train.runs.checkpoint": ["write"],
+    "train.model.lora": ["save_adapter"],
+    "deepspeed": ["init_distributed", "initialize"],
 }
-REPEATED = ("_step", "_save_if_due")  # of which the first and the last call are kept
+MILESTONES = {  # what a person knows it by -> the row, the first or the last of its name
+    "libraries imported": ("pick begins", 0),
+    "data ready": ("prepare ends", 0),
+    "model loaded": ("load_model ends", 0),
+    "first step begun": ("_step begins", 0),
+    "first step done": ("_step ends", 0),
+    "last step done": ("_step ends", -1),
+    "result written": ("finish ends", -1),
+    "process ended": ("the process has ended", -1),
+}
+REPEATED = ("_step",)  # of which the first and the last call are kept
 
 
 class Clock:
@@ -77,8 +89,7 @@ class Clock:
         for name in WATCHED[module.__name__]:
             *classes, function = name.split(".")
             owner = getattr(module, classes[0]) if classes else module
-            if hasattr(owner, function):
-                setattr(owner, function, self.wrapped(getattr(owner, function), name))
+            setattr(owner, function, self.wrapped(getattr(owner, function), name))
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
@@ -161,6 +172,14 @@ def as_text(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def milestones(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of MILESTONES, by the names there."""
+    found = []
+    for name, (what, which) in MILESTONES.items():
+        found.append({**[row for row in rows if row["what"] == what][which], "what": name})
+    return found
+
+
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--child"]:
         child(arguments[1:])
@@ -170,7 +189,7 @@ def main(arguments: list[str]) -> int:
     from tests.bench.spec import heading  # imports torch: not in the child
 
     first, second = measure(arguments[1:]), measure(arguments[1:])
-    print(as_text(second))
+    print(f"{as_text(milestones(second))}\n\n{as_text(second)}")
     write_json(
         Path(arguments[0]), {**heading(), "cores": len(os.sched_getaffinity(0)), "first": first, "second": second}
     )
