@@ -38,6 +38,11 @@ def test_it_waits_for_a_thread_that_has_work_to_finish() -> None:
     assert output.index("done") < output.index("at exit")
 
 
+def test_what_ends_in_c_ends_as_python_does() -> None:
+    status, output, _ = ended("sys.modules['mpi4py.MPI'] = sys; leave(5)")
+    assert (status, output) == (5, "at exit\nfreed\n")
+
+
 def test_it_does_not_wait_for_one_that_works_for_ever() -> None:
     status, output, _ = ended("threading.Thread(target=threading.Event().wait, daemon=True).start(); leave(1)")
     assert (status, output) == (1, "at exit\n")

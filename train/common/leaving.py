@@ -13,9 +13,13 @@ from contextlib import suppress
 from typing import NoReturn
 
 
+ENDS_IN_C = "mpi4py.MPI"  # it tells mpirun that this process ends by C's own function of Python's exit
+
+
 def leave(status: int) -> NoReturn:
     """End the process with this status: at once, unless another thread has work to finish."""
-    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if ENDS_IN_C in sys.modules or any(not thread.daemon for thread in others):
         sys.exit(status)
     atexit._run_exitfuncs()
     with suppress(OSError, ValueError):  # the reader is gone, or the stream is closed: main() has dealt with it
