@@ -12,7 +12,6 @@ import threading
 from contextlib import suppress
 from typing import NoReturn
 
-
 ENDS_IN_C = "mpi4py.MPI"  # it tells mpirun that this process ends by C's own function of Python's exit
 
 
