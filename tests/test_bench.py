@@ -630,6 +630,20 @@ def test_commands_are_timed_in_turns(tmp_path: Path) -> None:
         commands.measure(root, ["data", "data=no-such-file"])
 
 
+def test_the_timeline_of_a_command_has_its_milestones(tmp_path: Path) -> None:
+    from tests.bench import train_timeline
+    from tests.support.tiny_training import options, tiny_checkpoint, tiny_config, write_rows
+
+    tiny_checkpoint(tmp_path / "models" / "tiny-Int4", tiny_config(), int4=True)
+    given = options(data=write_rows(tmp_path / "data.jsonl"), models=tmp_path / "models", steps=3)
+    rows = train_timeline.measure([f"{key}={value}" for key, value in given.items()])
+    walls = [row["wall"] for row in train_timeline.milestones(rows)]
+    assert len(walls) == len(train_timeline.MILESTONES) and walls == sorted(walls)
+    watched = {name for names in train_timeline.WATCHED.values() for name in names}
+    assert watched - {row["what"].removesuffix(" begins") for row in rows} == set()
+    assert "first step done" in train_timeline.as_text(train_timeline.milestones(rows))
+
+
 def test_medians_of_commands() -> None:
     from tests.bench.commands import medians
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from train.common import commands, cores, terminal
 from train.common.errors import UserError, explain
+from train.common.leaving import leave
 from train.config.options import build, describe, pairs
 from train.config.recipe import current_names
 
@@ -121,4 +122,4 @@ def _status(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -31,7 +31,7 @@ def test_the_first_error_is_raised_and_the_threads_are_as_before(monkeypatch: An
 
 def test_many_cores_do_not_mean_many_threads(monkeypatch: Any) -> None:
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: set(range(64)))
-    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     assert threads.workers() == threads.MAX_WORKERS
 
 

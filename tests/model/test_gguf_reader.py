@@ -14,7 +14,7 @@ from train.common.errors import UserError
 from train.common.files import read_json
 from train.model import gguf_reader, loading
 from train.model.layouts import DecoderConfig
-from train.model.tokenizer import BYTE_TO_CHAR
+from train.model.tiktoken_file import BYTE_TO_CHAR
 
 BYTES = [BYTE_TO_CHAR[n] for n in range(256)]
 TOKENS = [*BYTES, "ab", "abc"]

@@ -13,13 +13,12 @@ import tiktoken
 from tokenizers import normalizers
 
 from train.common.errors import UserError
+from train.model.tiktoken_file import read_tiktoken, recover_merges
 from train.model.tokenizer import (
     PATTERN,
     QWEN_CONTROL,
     Tokenizer,
     load_tokenizer,
-    read_tiktoken,
-    recover_merges,
     write_qwen1_tokenizer,
 )
 

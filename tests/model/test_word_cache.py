@@ -15,7 +15,8 @@ from tests.model.test_tokenizer import MATERIAL, lines, published  # noqa: F401 
 from train.model import tokenizer as tokenizer_files
 from train.model import word_cache
 from train.model.text_pieces import PATTERN, Borders, Words
-from train.model.tokenizer import MANY, Tokenizer, byte_level_bpe, load_tokenizer
+from train.model.tiktoken_file import backend_of, byte_level_bpe, read_tiktoken, recover_merges
+from train.model.tokenizer import MANY, Tokenizer, load_tokenizer
 from train.model.word_cache import fits, is_published
 
 NASTY = [
@@ -140,9 +141,22 @@ def test_other_merges_of_the_same_tokens_are_left_to_the_library(tokenizer: Toke
     assert as_lists(other.encode_batch(texts)) == expected != [tokenizer.encode(text) for text in texts]
 
 
+def test_the_published_file_is_encoded_without_the_library(published: Path) -> None:  # noqa: F811
+    tokenizer_files._load.cache_clear()
+    fresh, ranks = load_tokenizer(published), read_tiktoken(published / "qwen.tiktoken")
+    texts = [text for text in NASTY if "\0" not in text and not word_cache.UNKNOWN.search(text)]
+    found = as_lists(fresh.encode_batch(texts))
+    assert [fresh.bytes_of(n) for n in range(fresh.text_tokens)] == list(ranks)
+    assert fresh.decode(found[-1]) == texts[-1] and fresh.vocab_size == 151851
+    assert "backend" not in vars(fresh) and "backend" not in vars(pickle.loads(pickle.dumps(fresh)))
+    assert found == [fresh.encode(text) for text in texts]
+    assert fresh.backend.to_str() == backend_of(ranks, recover_merges(ranks)).to_str()
+
+
 def test_a_few_texts_do_not_wait_for_the_cache(published: Path) -> None:  # noqa: F811
     tokenizer_files._load.cache_clear()  # another test may have loaded it
     fresh = load_tokenizer(published)
+    assert fresh.backend is not None  # of the published file it is only made when it is asked for
     assert as_lists(fresh.encode_batch(["hi", "说明"])) == [fresh.encode("hi"), fresh.encode("说明")]
     assert fresh._words is None
     fresh.encode_batch(["a " * MANY])

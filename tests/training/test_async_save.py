@@ -12,8 +12,8 @@ import torch
 from tests.runs.test_checkpoint import snapshot
 from train.runs import checkpoint
 from train.training import async_save
-from train.training.async_save import FullError, Saver, write_together
-from train.training.distributed import AgreedError
+from train.training.async_save import Saver, write_together
+from train.training.distributed import AgreedError, FullError
 from train.training.signals import StopRequest
 
 

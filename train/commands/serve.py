@@ -101,6 +101,7 @@ def _limits(options: Options, key: str) -> Limits:
 def _load(options: Options, source: BaseSource) -> Service:
     start = time.monotonic()
     shared = load_base(source, options.dtype, notice)
+    shared.tokenizer.encode("")  # makes the library's tokenizer now, not at the first request
     layers = {model.name: DecodeLayers(model.model) for model in shared.models}
     first = next(iter(layers.values()))
     plan = plan_slots(first, shared.context, options.slots, options.length)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.common import commands
+from train.common import commands, garbage
 from train.common.errors import UserError
 from train.common.names import below
 from train.common.webhook import notice_at_end
@@ -45,12 +45,13 @@ from train.runs.folder import (
     trained_model,
 )
 from train.runs.provenance import check_adapter
-from train.training import distributed, launch, launchers, signals
+from train.training import cuda_start, distributed, early_work, launch, launchers, signals
 from train.training.distributed import RankInfo
 from train.training.signals import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from train.training.devices import Devices
+    from train.training.early_work import EarlyWork
     from train.training.prepare import PreparedRun
 
 __doc__ = f"{__doc__}\nEvery key of the recipe may be given too:\n{describe(Recipe)}\n\nKeys of this command:"
@@ -100,6 +101,7 @@ def run(options: Options) -> None:
 
     Where TRAIN_WEBHOOK is set, a notice says how it ended; where TRAIN_TRACKER is, trackers get the curves.
     """
+    garbage.collect_seldom()
     trackers.asked_for()  # a wrong name is reported before anything is read
     combinations = read_sweep(options.recipe, options.overrides)
     name = options.run or _default_name(_first(options))
@@ -134,15 +136,13 @@ def _sweep(options: Options, name: str, combinations: list[dict[str, str]]) -> N
 
 
 def _run(options: Options) -> None:
-    from train.training.async_save import FullError
-
     rank_info = distributed.detect()
     if distributed.SPAWNED in os.environ:
         signals.terminate_with_parent()
     try:
         with signals.exit_on_sigterm(announce=_is_first(rank_info) and distributed.SPAWNED not in os.environ):
             status = _all_stages(options, rank_info)
-    except FullError as error:
+    except distributed.FullError as error:
         _say(rank_info, f"stopped: {error}")
         status = EXIT_INTERRUPTED
     except UserError as error:
@@ -194,6 +194,8 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
         raise UserError("train: which data? Example: make train DATA=data/demo.jsonl")
     if distributed.SPAWNED not in os.environ:  # within a second, before libraries of several seconds are imported
         _say(rank_info, f"checking {stage.data} and {stage.recipe.model}")
+    cuda_start.begin(make_context=rank_info is None and options.gpus == 1)
+    early = early_work.begin(stage.recipe, stage.data, Path(options.models), alone=rank_info is None)
     from train.training import devices  # these imports take seconds: mistakes in the arguments are reported before
     from train.training.same_start import agree_on_start
     from train.training.train_one import train_one
@@ -201,7 +203,7 @@ def _one_stage(options: Options, rank_info: RankInfo | None, later_stages: int) 
     chosen = devices.pick(options.gpus, stage.recipe, rank_info)
 
     # --- prepare ------------------------------------------------------------------------------------------------------
-    prepared = _prepare(options, stage, chosen, later_stages)
+    prepared = _prepare(options, stage, chosen, later_stages, early)
     if stage.text:
         _say(rank_info, f"{stage.text}: {stage.data}, in {stage.run}")
     checkpoint = agree_on_start(prepared, chosen.rank_info, chosen.device)
@@ -243,7 +245,9 @@ def _default_name(options: Options) -> str:
     return next((name for name in names if (Path(options.runs) / name).is_dir()), names[0])
 
 
-def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: int) -> "PreparedRun":
+def _prepare(
+    options: Options, stage: Stage, devices: "Devices", later_stages: int, early: "EarlyWork"
+) -> "PreparedRun":
     """The checked run, with a note for each setting that differs from what the user asked for."""
     from train.common.device import dtype_name
     from train.runs.resume import has_progress
@@ -269,6 +273,7 @@ def _prepare(options: Options, stage: Stage, devices: "Devices", later_stages: i
         later_stages,
         show_progress=_is_first(devices.rank_info),
         cache=cache,
+        early=early,
     )
     prepared.notes.extend(filter(None, [choice]))
     if recipe.accumulation != stage.recipe.accumulation:

@@ -13,9 +13,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from train.common.errors import UserError
+from train.common.threads import in_background
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 MAX_PROCESSES = 16  # each has 100 to 250 MB
 WAITING = 2  # items for each process that are handed out and not yet taken back
@@ -61,6 +66,37 @@ def in_processes(
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def in_one_process(function: Callable[..., Result], *arguments: Any) -> Callable[[], Result | None]:
+    """Start function(*arguments) in another process; the function returned waits for its value.
+
+    It gives None where there is no value: an exception was raised there, or the process was killed.
+
+    Args:
+        function: of a module, as pickle wants it.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_value, args=(sender, function, arguments), daemon=True)
+    process.start()
+    sender.close()
+
+    def receive() -> Result | None:
+        with receiver, suppress(EOFError, OSError):
+            value: Result | None = receiver.recv()
+            process.join()
+            return value
+        return None
+
+    return in_background(receive)
+
+
+def _send_value(sender: "Connection", function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    _start(None, ())
+    with suppress(Exception):
+        value = function(*arguments)
+        sender.send(value)
 
 
 def _in_order(

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 MAX_WORKERS = 16  # Python starts the operations of all of them one after the other
@@ -19,6 +17,8 @@ MAX_WORKERS = 16  # Python starts the operations of all of them one after the ot
 
 def workers() -> int:
     """Threads to use: those that torch would use, on the cores that this process may run on, and at most MAX_WORKERS."""
+    import torch  # takes seconds, and work in the background begins before
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(torch.get_num_threads(), cores, MAX_WORKERS))
 
@@ -48,6 +48,8 @@ def on_cores(work: Callable[[Item], Result], items: Iterable[Item], most: int | 
     Args:
         most: calls at once; None: as `workers` says.
     """
+    import torch
+
     items, count = list(items), most or workers()
     if count == 1 or len(items) < 2:
         return [work(item) for item in items]

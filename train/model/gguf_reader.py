@@ -23,7 +23,8 @@ from train.common.errors import UserError
 from train.common.files import read_json, write_json
 from train.model.folder import ShardWriter
 from train.model.layouts import DecoderConfig, write_config
-from train.model.tokenizer import Tokenizer, added_token, byte_level_bpe
+from train.model.tiktoken_file import byte_level_bpe
+from train.model.tokenizer import Tokenizer, added_token
 
 # llama.cpp's names of tensors -> the published ones: outside the blocks, and inside a block
 OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

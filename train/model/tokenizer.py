@@ -3,9 +3,10 @@
 Either file becomes one fast tokenizer of the `tokenizers` library, with the ids of the published one. The control tokens
 are kept outside its vocabulary, so text that a user types never becomes one. Knows nothing of conversations.
 
-Recovering the merges of qwen.tiktoken takes about two seconds at each load; in return no second file can disagree with
-the published one. Letters and digits newer than Unicode 15 are split differently from tiktoken, because the library's
-regex tables are older.
+Recovering the merges of qwen.tiktoken takes about two seconds; in return no second file can disagree with the published
+one. Of the file that Qwen publishes, known by its hash, they are recovered when a text first needs the library: training
+encodes its data without. Letters and digits newer than Unicode 15 are split differently from tiktoken, because the
+library's regex tables are older.
 """
 
 import base64
@@ -19,12 +20,21 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from train.common.errors import UserError
 from train.common.files import write_json, write_text
 from train.model.base_files import DamagedFileError, check_present, read_object
 from train.model.text_pieces import PATTERN
+from train.model.tiktoken_file import (
+    CHAR_TO_BYTE,
+    PUBLISHED_FILE,
+    PublishedTokens,
+    backend_of,
+    damaged,
+    read_published,
+    read_tiktoken,
+    recover_merges,
+)
 from train.model.word_cache import WordCache, fits
 
 MANY = 3_000_000  # characters from which it pays to make a WordCache, which takes a second
@@ -34,17 +44,6 @@ SHOWN = ("<think>", "</think>")  # of Qwen3; control tokens that readers of an a
 QWEN_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)))
 
 
-def _byte_chars() -> dict[int, str]:
-    """GPT-2's printable character for each byte: Latin-1 where it is printable, else U+0100 and following (68 of them)."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
-
-
-BYTE_TO_CHAR = _byte_chars()
-CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
-
-
 class Tokenizer:
     """The ids that the model was published with.
 
@@ -52,10 +51,14 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, control: dict[str, int], entries: Sequence[dict[str, Any]] = ()
+        self,
+        source: tokenizers.Tokenizer | PublishedTokens,
+        control: dict[str, int],
+        entries: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """`backend` has the vocabulary without control tokens; `entries` are these as published (added_tokens), if they are."""
-        self.backend = backend
+        """`source` has the vocabulary without control tokens; `entries` are these as published (added_tokens), if they are."""
+        self._source = source
+        self._tokens = source.tokens if isinstance(source, PublishedTokens) else None
         self.control = control
         self._entries = entries or [added_token(name, token_id) for name, token_id in control.items()]
         self._control_names = {token_id: name for name, token_id in control.items()}
@@ -66,17 +69,28 @@ class Tokenizer:
         self._words: WordCache | None = None  # made when there are many
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_words": None}
+        return {key: value for key, value in self.__dict__.items() if key != "backend"} | {"_words": None}
+
+    @cached_property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer, without control tokens."""
+        return self._source.backend() if isinstance(self._source, PublishedTokens) else self._source
 
     def fingerprint(self) -> str:
         """A hash of all that decides the ids of a text."""
-        content = {"text": json.loads(self.backend.to_str()), "control": self.control}
+        text = json.loads(self.backend.to_str()) if self._tokens is None else [PUBLISHED_FILE, PATTERN]
+        content = {"text": text, "control": self.control}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id. The embedding of a model may have more rows."""
-        return max(self.backend.get_vocab_size(), max(self.control.values()) + 1)
+        return max(self.text_tokens, max(self.control.values()) + 1)
+
+    @property
+    def text_tokens(self) -> int:
+        """How many ids text can have: all below this number. Control tokens follow."""
+        return self.backend.get_vocab_size() if self._tokens is None else len(self._tokens)
 
     @property
     def added_tokens(self) -> Sequence[dict[str, Any]]:
@@ -90,12 +104,19 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text that `encode` gives, as the bytes of int32. Not for several threads at once."""
         self._characters += sum(map(len, texts))
-        if self._words is None and self._characters > MANY and self._fits:
-            size = self.backend.get_vocab_size()
-            self._words = WordCache(self.backend, [self.bytes_of(token_id) for token_id in range(size)])
+        if self._words is None:
+            self._words = self._word_cache()
         if self._words is not None:
             return self._words.encode_batch(texts, self.encode)
         return [np.array(self.encode(text), np.int32).tobytes() for text in texts]
+
+    def _word_cache(self) -> WordCache | None:
+        """None where the library is quicker. Of the published tokens it is slower to make than a WordCache."""
+        if self._tokens is not None and ("backend" not in self.__dict__ or self._characters > MANY):
+            return WordCache(self._tokens)
+        if self._characters > MANY and self._fits:
+            return WordCache([self.bytes_of(token_id) for token_id in range(self.text_tokens)], self.backend)
+        return None
 
     @cached_property
     def _fits(self) -> bool:
@@ -110,6 +131,8 @@ class Tokenizer:
         """The bytes of one id, which may be a part of a character; empty for a row of the embedding without a token."""
         if token_id in self._control_names:
             return self._control_names[token_id].encode()
+        if self._tokens is not None:
+            return self._tokens[token_id] if token_id < len(self._tokens) else b""
         chars = self.backend.id_to_token(token_id) or ""
         return bytes(map(CHAR_TO_BYTE.__getitem__, chars))
 
@@ -167,16 +190,6 @@ def _control_id(control: dict[str, int], name: str) -> int:
     return control[name]
 
 
-def byte_level_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """Qwen's tokenizer from a vocabulary and merges, both in GPT-2's printable characters, without control tokens."""
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
-    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-    to_chars = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_chars])
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder: from its qwen.tiktoken, or else from its tokenizer.json.
 
@@ -222,7 +235,7 @@ def _check_rows(path: Path, tokenizer: Tokenizer) -> None:
     config = path.with_name("config.json")
     rows = read_object(config).get("vocab_size") if config.is_file() else None
     control = (tokenizer.endoftext, tokenizer.im_start, tokenizer.im_end)
-    needed = max(tokenizer.backend.get_vocab_size(), *(number + 1 for number in control))
+    needed = max(tokenizer.text_tokens, *(number + 1 for number in control))
     if isinstance(rows, int) and needed > rows:
         raise DamagedFileError(path, f"has {needed:,} tokens, vocab_size in config.json is {rows:,}")
 
@@ -241,91 +254,32 @@ def _check_stops(path: Path, tokenizer: Tokenizer) -> None:
         raise DamagedFileError(path, f"{here}: one of the files is cut off, or of another model")
 
 
-def read_tiktoken(path: Path) -> dict[bytes, int]:
-    """Bytes of a token -> its rank, from a tiktoken file, whose ranks are 0, 1, 2 … in order.
-
-    Raises:
-        UserError: a damaged file, with the line.
-    """
-    ranks: dict[bytes, int] = {}
-    for expected, line in enumerate(path.read_bytes().splitlines()):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            raise _damaged(path, expected, f"found {line[:40]!r}, expected base64, a space and a rank") from None
-        if len(ranks) != expected + 1 or int(rank) != expected:
-            raise _damaged(path, expected, f"token repeated, or rank {int(rank)} where {expected} is expected")
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise _damaged(path, len(ranks), f"the file ends without a token for the byte {missing[0]:#04x}")
-    return ranks
-
-
-def _damaged(path: Path, index: int, problem: str) -> UserError:
-    return DamagedFileError(path, f"not a tiktoken vocabulary: {problem}", f":{index + 1}")
-
-
 def write_qwen1_tokenizer(tokenizer: Tokenizer, folder: Path, **settings: Any) -> None:
     """Write the files that Qwen-1's published code reads: qwen.tiktoken and tokenizer_config.json with `settings`.
 
     From the tokenizer.json of any Qwen, qwen.tiktoken gets the bytes that Qwen-1 publishes.
     """
-    tokens = (base64.b64encode(tokenizer.bytes_of(n)).decode() for n in range(tokenizer.backend.get_vocab_size()))
+    tokens = (base64.b64encode(tokenizer.bytes_of(n)).decode() for n in range(tokenizer.text_tokens))
     write_text(folder / "qwen.tiktoken", "".join(f"{token} {rank}\n" for rank, token in enumerate(tokens)))
     auto_map = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "QWenTokenizer", "auto_map": auto_map, **settings})
 
 
 def _from_tiktoken(path: Path) -> Tokenizer:
+    if published := read_published(path):
+        return Tokenizer(published, _control_after(len(published.tokens)))
     ranks = read_tiktoken(path)
     try:
         merges = recover_merges(ranks)
     except KeyError as error:
         token = error.args[0]
-        raise _damaged(path, ranks[token], f"token {token!r} cannot be merged from smaller ones") from None
-    backend = byte_level_bpe({_to_chars(token): rank for token, rank in ranks.items()}, merges)
-    return Tokenizer(backend, {name: len(ranks) + n for n, name in enumerate(QWEN_CONTROL)})
+        raise damaged(path, ranks[token], f"token {token!r} cannot be merged from smaller ones") from None
+    return Tokenizer(backend_of(ranks, merges), _control_after(len(ranks)))
 
 
-def recover_merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
-    """For each token of two or more bytes the pair of tokens that it is merged from, in order of rank.
-
-    tiktoken merges two neighbours if their bytes together are a token: the lowest rank first, the leftmost of equals.
-    As long as no merge crosses the ends of a span, its inside merges as it would alone. So every token has one last
-    pair, wherever it occurs, and the list of these pairs in order of rank merges the same way.
-
-    Raises:
-        KeyError(token): a token whose bytes alone do not merge to it.
-    """
-    merges = []
-    for token in ranks:  # in order of rank
-        if len(token) > 1:
-            parts = _merge_to_pair(ranks, token)
-            if len(parts) != 2:
-                raise KeyError(token)
-            merges.append((_to_chars(parts[0]), _to_chars(parts[1])))
-    return merges
-
-
-def _merge_to_pair(ranks: dict[bytes, int], token: bytes) -> list[bytes]:
-    """The parts of `token` after all of tiktoken's merges but the last, which would make it whole."""
-    rank_of, no_rank = ranks.get, len(ranks)
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        lowest, index = no_rank, -1
-        for i in range(len(parts) - 1):
-            rank = rank_of(parts[i] + parts[i + 1], no_rank)
-            if rank < lowest:
-                lowest, index = rank, i
-        if index < 0:
-            return parts
-        parts[index : index + 2] = [parts[index] + parts[index + 1]]
-    return parts
-
-
-def _to_chars(token: bytes) -> str:
-    return "".join(BYTE_TO_CHAR[byte] for byte in token)
+def _control_after(count: int) -> dict[str, int]:
+    """Qwen-1's control tokens, whose ids follow those of `count` tokens of text."""
+    return {name: count + n for n, name in enumerate(QWEN_CONTROL)}
 
 
 def _from_json(path: Path) -> Tokenizer:

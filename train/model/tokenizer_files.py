@@ -30,7 +30,7 @@ def write_tokenizer(base: Path, tokenizer: Tokenizer, folder: Path, layout: str,
     if layout == "qwen":
         stops = {}
         if not is_whole:
-            write_qwen1_tokenizer(tokenizer, folder)
+            write_qwen1_tokenizer(tokenizer, folder)  # of which the files of the base then replace what it has
     else:
         if not is_whole:
             tokenizer.save(folder)

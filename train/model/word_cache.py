@@ -35,13 +35,15 @@ MIXERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))  # odd; 
 class WordCache:
     """Encodes batches of texts in NFC or not, as `encode` does one. Not for several threads at once."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, token_bytes: Sequence[bytes]) -> None:
+    def __init__(self, token_bytes: Sequence[bytes], backend: tokenizers.Tokenizer | None = None) -> None:
         """
         Args:
-            backend: a tokenizer for which `fits` is true. token_bytes: the bytes of each of its ids.
+            token_bytes: the bytes of each id. backend: their tokenizer, for which `fits` is true; None: they are Qwen's
+                published tokens.
         """
-        content = json.loads(backend.to_str())
-        self._merge = _by_rank(token_bytes) if is_published(content["model"]) else _by_library(content)
+        content = json.loads(backend.to_str()) if backend else None
+        by_rank = content is None or is_published(content["model"])
+        self._merge = _by_rank(token_bytes) if content is None or by_rank else _by_library(content)
         self._separator = int(self._merge(NUL)[0])
         self._words, self._borders = Words(), Borders(token_bytes)
         self._pieces = _Pieces()

@@ -10,7 +10,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from train.common.errors import UserError
-from train.common.files import read_json, sha256, staged, write_json, write_text
+from train.common.files import read_json, sha256, staged, sync, write_json, write_text
 from train.runs.folder import CHECKPOINTS
 
 TENSORS = ("trainable", "optimizer", "rng")  # a file each, NAME.safetensors
@@ -57,16 +58,29 @@ def write(run: Path, snapshot: Snapshot, keep: int) -> Path:
     """
     folder = folder_of(run, snapshot.step)
     with staged(folder) as aside:
-        for name in TENSORS:
-            save_tensors(getattr(snapshot, name), aside / f"{name}.safetensors")
+        sums = _write_tensors(snapshot, aside)
         write_json(aside / "state.json", {**snapshot.state, "step": snapshot.step})
-        write_text(aside / SUMS, checksums(aside))
+        write_text(aside / SUMS, _sums_text([*sums, sha256(aside / "state.json")]))
     written = folders(run)
     later = [other for other in written if step_of(other) > snapshot.step]
     past = [other for other in written if step_of(other) <= snapshot.step]
     for old in later + past[max(keep, 1) :]:
         _remove(old)
     return folder
+
+
+def _write_tensors(snapshot: Snapshot, folder: Path) -> list[str]:
+    """Write the files of TENSORS; returns the hash of each. One is hashed and flushed while the next is written."""
+    with ThreadPoolExecutor(2) as pool:
+        flushed, sums = [], []
+        for name in TENSORS:
+            path = folder / f"{name}.safetensors"
+            save_tensors(getattr(snapshot, name), path)
+            flushed.append(pool.submit(sync, path))
+            sums.append(pool.submit(sha256, path))
+        for one in flushed:
+            one.result()  # raises what the disk refused
+        return [one.result() for one in sums]
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -89,8 +103,14 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def checksums(folder: Path) -> str:
-    """The content of SHA256SUMS for the files that are there now."""
-    return "".join(f"{sha256(folder / name)}  {name}\n" for name in FILES)
+    """The content of SHA256SUMS for the files that are there now; they are hashed at once."""
+    with ThreadPoolExecutor(len(FILES)) as pool:
+        return _sums_text(pool.map(lambda name: sha256(folder / name), FILES))
+
+
+def _sums_text(sums: Iterable[str]) -> str:
+    """In the format of sha256sum. sums: of FILES, in their order."""
+    return "".join(f"{digest}  {name}\n" for digest, name in zip(sums, FILES, strict=True))
 
 
 def _remove(folder: Path) -> None:

@@ -17,14 +17,10 @@ from train.runs import checkpoint
 from train.runs.checkpoint import Snapshot
 from train.runs.losses import LossLog
 from train.training import distributed
-from train.training.distributed import AgreedError
+from train.training.distributed import AgreedError, FullError
 from train.training.signals import StopRequest
 
 PAUSE = 5.0  # seconds between two attempts on a full disk
-
-
-class FullError(AgreedError):
-    """The disk stayed full: the run ends, and the same command continues it from its last checkpoint."""
 
 
 class Saver:

@@ -25,6 +25,10 @@ class AgreedError(UserError):
     """An error that every process raises alike, so that rank 0 alone prints it."""
 
 
+class FullError(AgreedError):
+    """The disk stayed full: the run ends, and the same command continues it from its last checkpoint."""
+
+
 @dataclass(frozen=True)
 class RankInfo:
     """The position of this process in the run, in the terms of torchrun.

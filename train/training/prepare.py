@@ -18,7 +18,7 @@ from train.common.errors import UserError, first_few
 from train.common.files import free_bytes
 from train.common.threads import in_background
 from train.config.recipe import Recipe, check_measured, check_preference
-from train.data.choice.selection import Selection, check_settings, keeps_empty, select, token_counter
+from train.data.choice.selection import Selection, check_settings, select, token_counter
 from train.data.choice.writing import write_conversations, write_removed
 from train.data.origins.sources import hash_data, pinned
 from train.data.rows.data_row import ReadOptions
@@ -43,6 +43,7 @@ from train.runs.folder import CHECKPOINTS, adapter_folder, trained_model
 from train.runs.resume import check_unchanged, fitted_accumulation
 from train.training import adapter_start, fp8_recipe, full_recipe, full_weights, peft_recipe
 from train.training.distributed import RankInfo
+from train.training.early_work import NOTHING_EARLY, EarlyWork, read_options
 from train.training.gradient_shares import check_shares
 from train.training.parent_adapter import (
     about_parent,
@@ -88,6 +89,7 @@ def prepare(
     later_stages: int = 0,
     show_progress: bool = False,
     cache: Path = Path("runs", folder.TOKENS),
+    early: EarlyWork = NOTHING_EARLY,
 ) -> PreparedRun:
     """Check all that can be checked; nothing is written and no weights are loaded.
 
@@ -95,7 +97,7 @@ def prepare(
         run: its folder. parent: the run, or the folder of an adapter, that this one starts from; or None.
         processes: how many share the rows of a step. dtype: of the computation, as inputs.json has it.
         later_stages: number of stages after this one, which need space on the disk too.
-        cache: the folder for the tokens of large data.
+        cache: the folder for the tokens of large data. early: what was begun for these arguments.
     Raises:
         UserError: all that is wrong with data, base and parent together; then whatever follows from them.
     """
@@ -104,10 +106,9 @@ def prepare(
     check_preference(recipe)
     check_shares(recipe, processes)
     check_begins_once(recipe, later_stages)
-    pairs, keep_empty = recipe.loss == "dpo", keeps_empty(recipe.clean)
-    options = ReadOptions(recipe.columns, seed=recipe.seed, pairs=pairs, keep_empty=keep_empty)
+    options = read_options(recipe)
     base, adapter = _read_base(recipe, data, options, parent, models)
-    base_hashes = in_background(lambda: provenance.hash_folder(base))  # hashing leaves the other cores to the data
+    base_hashes = early.base_hashes or in_background(lambda: provenance.hash_folder(base))
     config, _ = read_folder_config(base)
     full_recipe.check_base(recipe, read_folder_shape(base, recipe.load_as))  # also refuses what cannot be loaded so
     targets = lora.targets(config.layout, recipe.targets)
@@ -115,9 +116,8 @@ def prepare(
     if parent is not None and adapter is not None:
         with about_parent(parent):
             adapters.check_targets(adapter, recipe, config)
-    tokenizer = load_tokenizer(base)
-    hashes = hash_data(data)
-    loaded, tokens = training_set.load_tokens(data, tokenizer, recipe, cache, options, hashes)
+    tokenizer, hashes = load_tokenizer(base), hash_data(data)
+    loaded, tokens = training_set.load_tokens(data, tokenizer, recipe, cache, options, hashes, early.tokens)
     selection = select(loaded.conversations, recipe, token_counter(tokenizer, recipe), show_progress)
     samples, summary = examples_of(tokens, recipe, selection.trained_rows)
     held_out = _held_out_samples(tokens, selection, recipe)

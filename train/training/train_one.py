@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from train.common import garbage
 from train.model import lora
 from train.model.loading import keeps_float, read_folder_config
 from train.runs.checkpoint import sweep
@@ -47,6 +48,7 @@ def _check_memory(prepared: PreparedRun, device: torch.device, rank_info: RankIn
 
 def _load_and_train(prepared: PreparedRun, devices: Devices, rank_info: RankInfo, checkpoint: Path | None) -> bool:
     recipe, device, dtype = prepared.recipe, devices.device, devices.dtype
+    garbage.leave_alone_what_exists()
     keep_float, stage = keeps_float(prepared.base, device, recipe.load_as), zero_stage(recipe, dtype)
     notes = [*prepared.notes, *decisions(prepared, rank_info, device, dtype, stage, keep_float)]
     if rank_info.rank == 0:
@@ -80,6 +82,7 @@ def _run_state(prepared: PreparedRun, devices: Devices, rank_info: RankInfo) -> 
 
 
 def _train(prepared: PreparedRun, run: RunState, engine: Engine, notes: list[str], checkpoint: Path | None) -> bool:
+    garbage.collect_as_usual()
     done, start_notes = save_resume.start(run, engine, checkpoint)
     began = time.time()
     if not loop.train(run, engine, done):

@@ -26,6 +26,7 @@ from train.data.tokens.settings import SampleSettings, Template
 SMALL = 32_000_000  # bytes of files up to which nothing is written
 SHOWN = 2_000_000  # bytes of files from which progress is shown
 Built = tuple[Iterable[TokenArrays], Callable[[], dict[str, Any]]]  # what `load_or_build` wants
+Loaded = tuple[CheckedData, TokenArrays]
 BYTES_PER_BYTE = 1.5  # of tokens for a byte of data: 4 for each of 0.3 tokens, and some to spare
 
 
@@ -43,19 +44,20 @@ def load_tokens(
     cache: Path,
     options: ReadOptions = GUESS,
     hashes: dict[str, Any] | None = None,
-) -> tuple[CheckedData, TokenArrays]:
+    early: Callable[[], Loaded | None] | None = None,
+) -> Loaded:
     """The conversations of DATA without problems, and their tokens; see `examples_of`.
 
     Args:
         cache: the folder of caches, which is made if the data are large.
         hashes: hash_data(data), if it is known.
+        early: waits for what `load_small` gives in another process, if that was begun; it gives None if it has failed.
     Raises:
         UserError: no such file, the report of all problems, or no space on the disk.
     """
     size = sum(path.stat().st_size for path in sources(data))
     if size <= SMALL:
-        checked = read(data, options)
-        return checked, join(list(_encoded(data, checked, tokenizer, settings, size)))
+        return (early and early()) or load_small(data, tokenizer, settings, options)
 
     def build() -> Built:
         checked = read(data, options)
@@ -80,6 +82,12 @@ def load_tokens(
     except NotPlainError:
         arrays, stored = load_or_build(cache, key, build, int(BYTES_PER_BYTE * size))
     return conversations.restore(data, options, stored), arrays
+
+
+def load_small(data: str, tokenizer: CachedEncoder, settings: SampleSettings, options: ReadOptions = GUESS) -> Loaded:
+    """As `load_tokens`, without a cache."""
+    checked, size = read(data, options), sum(path.stat().st_size for path in sources(data))
+    return checked, join(list(_encoded(data, checked, tokenizer, settings, size)))
 
 
 def count_tokens(
