@@ -184,7 +184,12 @@ def write_adapter(folder: Path, config: DecoderConfig, recipe: Recipe) -> None:
 
 
 def _export(root: Path, work: Path, out: Path, settings: Settings) -> dict[str, Any]:
-    options = {"run": "measured", "models": str(work / "models"), "runs": str(work / "runs"), "out": str(out)}
+    options: dict[str, Any] = {
+        "run": "measured",
+        "models": str(work / "models"),
+        "runs": str(work / "runs"),
+        "out": str(out),
+    }
     options |= {"verify": settings.verify, "passport": settings.passport}
     command = [sys.executable, "-u", "-c", EXPORT, json.dumps(options), str(settings.gpu_gib)]
     lines: list[str] = []
