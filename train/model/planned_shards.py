@@ -65,13 +65,14 @@ class PlannedShards:
         path.write_bytes(len(text).to_bytes(8, "little") + text)
         self._places |= {name: (path, 8 + len(text) + offset) for name, offset in offsets.items()}
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one of the planned tensors, on the CPU and of the planned shape; each once."""
+    def write(self, name: str, tensor: Tensor) -> int:
+        """Write one of the planned tensors, on the CPU and of the planned shape; each once. Returns its bytes."""
         assert (tensor.shape, tensor.dtype) == (self._shapes[name], self.dtype), (name, tensor.shape, tensor.dtype)
         path, offset = self._places.pop(name)
         with path.open("r+b") as file:
             file.seek(offset)
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        return tensor.nbytes
 
     def close(self) -> None:
         """Check that every tensor was written."""
