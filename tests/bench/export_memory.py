@@ -1,15 +1,17 @@
 """Exports of random Int4 bases in published shapes: seconds, memory of the host by kind, memory of the GPU, output.
 
-    python -m tests.bench.export_memory [cases=7b:8,72b:2,72b:4] [control=CHECKOUT] [work=FOLDER] [verify=30]
-                                        [passport=-1] [rank=64] [gpu_gib=0] [out=FILE.json]
+    python -m tests.bench.export_memory [cases=7b:4:0,72b:1:0,72b:2:0] [control=CHECKOUT] [work=FOLDER] [verify=30]
+                                        [rank=64] [length=256] [gpu_gib=0] [out=FILE.json]
 
-For a card, 140 s there (60 GB of disk):
+On a card (60 GB of disk), and in ten minutes on two cores:
 
-    python -m tests.bench.export_memory cases=7b:0,72b:4,72b:8 out=export-memory.json
+    python -m tests.bench.export_memory cases=7b:0,72b:2:0,72b:4:0 out=export-memory.json
+    python -m tests.bench.export_memory cases=7b:4:0,72b:1:0,72b:2:0 verify=4 length=48
 
-cases: SHAPE:LAYERS with commas between; a shape of tests/bench/shapes.py, and 0 for all of its layers. Each case makes a
-base and a run with a random adapter, exports it with `make export`'s command in a process of its own, and removes both.
-control: the root of another checkout of this program, which exports the same run before.
+cases: SHAPE:LAYERS[:PROMPTS] with commas between. A shape of tests/bench/shapes.py; 0 layers: all of the shape's. PROMPTS:
+of the passport, as export's option; its answers need the whole model in memory, so 0 shows what the rest takes. Each case
+makes a base and a run with a random adapter, exports it with `make export`'s command in a process of its own, and removes
+both. control: the root of another checkout of this program, which exports the same run before.
 
 anon_gb and file_gb are the largest resident sets, sampled ten times a second over the process and its children: memory
 that no file backs, and pages of mapped files; peak_gb is the largest sum of both at one time, and `phases` has it for
@@ -71,11 +73,10 @@ print(json.dumps({"gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if
 class Settings:
     """What is measured."""
 
-    cases: str = option("7b:8,72b:2,72b:4", "SHAPE:LAYERS with commas between; 0 layers: all of the shape")
+    cases: str = option("7b:4:0,72b:1:0,72b:2:0", "SHAPE:LAYERS[:PROMPTS], with commas between; 0 layers: all")
     control: str = option("", "root of another checkout, which exports the same before")
     work: str = option("", "folder for bases and outputs; empty: a temporary one")
     verify: int = option(30, "conversations that are compared", interval="[1, 1000]")
-    passport: int = option(-1, "prompts of the passport, as export's option", interval="[-1, 64]")
     rank: int = option(64, "of the adapter", interval="[1, 1024]")
     length: int = option(256, "bytes of a conversation's answer, a token each", interval="[16, 4096]")
     gpu_gib: float = option(0.0, "GiB of the GPU that torch may take; 0: all", interval="[0, 1000]")
@@ -117,7 +118,7 @@ def disk_speed(folder: Path) -> float:
 
 def measure_case(case: str, settings: Settings, work: Path) -> list[dict[str, Any]]:
     """A row for each arm."""
-    shape, _, layers = case.partition(":")
+    shape, layers, *prompts = case.split(":")
     config = shapes.config(shape)
     config = dataclasses.replace(config, num_hidden_layers=int(layers) or config.num_hidden_layers)
     began, rows, written = time.monotonic(), list[dict[str, Any]](), list[dict[str, str]]()
@@ -127,7 +128,8 @@ def measure_case(case: str, settings: Settings, work: Path) -> list[dict[str, An
         if not root:
             continue
         out = work / arm
-        row = {"case": case, "arm": arm, "made_seconds": made, **_export(Path(root), work, out, settings)}
+        found = _export(Path(root), work, out, settings, int(prompts[0]) if prompts else -1)
+        row = {"case": case, "arm": arm, "made_seconds": made, **found}
         files = sorted(out.glob("*.safetensors"))
         row |= {"output_gb": round(sum(file.stat().st_size for file in files) / GB, 2), "files": len(files)}
         row["sampled_equal"] = sample_is_equal(work, out)
@@ -183,14 +185,14 @@ def write_adapter(folder: Path, config: DecoderConfig, recipe: Recipe) -> None:
 # The measured process
 
 
-def _export(root: Path, work: Path, out: Path, settings: Settings) -> dict[str, Any]:
+def _export(root: Path, work: Path, out: Path, settings: Settings, prompts: int) -> dict[str, Any]:
     options: dict[str, Any] = {
         "run": "measured",
         "models": str(work / "models"),
         "runs": str(work / "runs"),
         "out": str(out),
     }
-    options |= {"verify": settings.verify, "passport": settings.passport}
+    options |= {"verify": settings.verify, "passport": prompts}
     command = [sys.executable, "-u", "-c", EXPORT, json.dumps(options), str(settings.gpu_gib)]
     lines: list[str] = []
     began, phase, peaks, phases = time.monotonic(), ["start"], dict[str, int](), dict[str, list[float]]()
