@@ -10,7 +10,7 @@ slice a core are in memory.
 
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -280,11 +280,11 @@ def merged_blocks(job: MergeJob) -> Iterator[State]:
     quantization = published.get("quantization_config")
     bits = Scheme.from_config(quantization).bits if quantization else 0
     files = _own_files(job, config)
-    delta, magnitudes, updates = _changes(job.adapter)
-    _check_modules(
-        {*delta, *updates}, files, job
-    )  # also refuses an adapter on a tied head, which has no weight of its own
+    adapter = adapters.read(job.adapter) if job.adapter else None
+    if adapter is not None:  # an adapter on a tied head is refused: that has no weight of its own
+        _check_modules(adapter.updates, files, job)
     for block in block_files(files, config):
+        delta, magnitudes, updates = _changes(adapter, block)
         state = as_trained(dict(read_tensors(block)), config.names, job)
         state = merge_block(state, delta, bits, job.dtype, job.device, magnitudes, updates)
         yield _in_layout(drop_zero_biases(state, config.names), config, job)
@@ -322,14 +322,15 @@ def _in_layout(state: State, config: DecoderConfig, job: MergeJob) -> State:
     return convert_tensors(state, config, job.layout)
 
 
-def _changes(folder: Path | None) -> tuple[Delta, Magnitudes, Updates]:
-    """What the adapter in `folder` does; nothing without one."""
-    if folder is None:
+def _changes(adapter: adapters.AnyAdapter | None, block: Collection[str]) -> tuple[Delta, Magnitudes, Updates]:
+    """What the adapter does to the modules of these tensors; nothing without one."""
+    if adapter is None:
         return {}, {}, {}
-    adapter = adapters.read(folder)
+    modules = {name.rpartition(".")[0] for name in block}
     if isinstance(adapter, PeftFile):
-        return {}, {}, updates_of(adapter)
-    return adapter.load(), adapter.magnitudes(), {}
+        return {}, {}, updates_of(replace(adapter, updates={n: u for n, u in adapter.updates.items() if n in modules}))
+    own = replace(adapter, updates={n: u for n, u in adapter.updates.items() if n in modules})
+    return own.load(), own.magnitudes(), {}
 
 
 def as_trained(state: State, layout: Layout, job: MergeJob) -> State:
