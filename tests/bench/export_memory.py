@@ -5,7 +5,7 @@
 
 On a card (60 GB of disk), and in ten minutes on two cores:
 
-    python -m tests.bench.export_memory cases=7b:0,72b:2:0,72b:4:0 out=export-memory.json
+    python -m tests.bench.export_memory cases=7b:0,72b:1:0,72b:3:0 seconds=105 out=export-memory.json
     python -m tests.bench.export_memory cases=7b:4:0,72b:1:0,72b:2:0 verify=4 length=48
 
 cases: SHAPE:LAYERS[:PROMPTS] with commas between. A shape of tests/bench/shapes.py; 0 layers: all of the shape's. PROMPTS:
@@ -14,10 +14,10 @@ makes a base and a run with a random adapter, exports it with `make export`'s co
 both. control: the root of another checkout of this program, which exports the same run before.
 
 anon_gb and file_gb are the largest resident sets, sampled ten times a second over the process and its children: memory
-that no file backs, and pages of mapped files; peak_gb is the largest sum of both at one time, and `phases` has it for
-each part of the export. gpu_gb is what torch had allocated. `disk_gb_s`: 2 GB written and flushed, before the first case.
-`sampled_equal`: some tensors of the output, computed again on the CPU, have the very bytes; `same_output`: both arms
-wrote the same tensors.
+that no file backs, and pages of mapped files; peak_gb is the largest sum of both at one time, and phases_peak_gb_until_s
+has it for each part of the export, with the second at which it ended. gpu_gb: what torch had allocated. disk_gb_s: of 2 GB
+written and flushed before the first case. sampled_equal: two linears of the output have the bytes that the CPU computes.
+same_output: the files of both arms are equal.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ from train.runs.provenance import hash_folder
 ROOT, GB, SAMPLED, DISK_BYTES = Path(__file__).parents[2], 10**9, 0.1, 2 * 10**9
 KINDS = {"anon": "RssAnon", "file": "RssFile", "shmem": "RssShmem"}
 PHASES = ("Merging", "merging", "greedy answers", "Comparing", "comparing", "Counting")  # how lines of the export begin
-# The export in the checkout that is the working folder; its last line has what only the process itself can say
+# The export in the checkout that is the working folder; its last line has what only the process itself knows
 EXPORT = """
 import json, sys
 import torch
@@ -65,7 +65,9 @@ options, gib = json.loads(sys.argv[1]), float(sys.argv[2])
 if gib and torch.cuda.is_available():
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / torch.cuda.get_device_properties(0).total_memory))
 run(Options(**options))
-print(json.dumps({"gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if torch.cuda.is_available() else None}))
+cuda = torch.cuda.is_available()
+peaks = {"gpu_gb": torch.cuda.max_memory_allocated(), "gpu_reserved_gb": torch.cuda.max_memory_reserved()} if cuda else {}
+print("peaks", json.dumps({name: round(value / 1e9, 2) for name, value in peaks.items()}), flush=True)
 """
 
 
@@ -80,6 +82,7 @@ class Settings:
     rank: int = option(64, "of the adapter", interval="[1, 1024]")
     length: int = option(256, "bytes of a conversation's answer, a token each", interval="[16, 4096]")
     gpu_gib: float = option(0.0, "GiB of the GPU that torch may take; 0: all", interval="[0, 1000]")
+    seconds: int = option(0, "begin no case after so many; 0: all are measured", interval="[0, 100000]")
     out: str = option("", "the report; empty: none")
 
 
@@ -93,12 +96,14 @@ def main(words: list[str]) -> int:
         disk = disk_speed(Path(temporary))
         print(f"the disk writes {disk} GB/s", flush=True)
         for case in settings.cases.split(","):
+            if rows and settings.seconds and time.monotonic() - began > settings.seconds:
+                print(f"{case} is left out: {settings.seconds} s are over")
+                continue
             rows += measure_case(case, settings, Path(temporary, case.replace(":", "x")))
-    seconds = round(time.monotonic() - began, 1)
-    print(f"{seconds} s in all")
-    if settings.out:
-        report = {**heading(), "machine": machine(), "options": said(settings), "disk_gb_s": disk, "seconds": seconds}
-        write_json(Path(settings.out), {**report, "rows": rows})
+            if settings.out:
+                report = {**heading(), "machine": machine(), "options": said(settings), "disk_gb_s": disk, "rows": rows}
+                write_json(Path(settings.out), report)
+    print(f"{time.monotonic() - began:.1f} s in all")
     return 0
 
 
@@ -212,7 +217,8 @@ def _export(root: Path, work: Path, out: Path, settings: Settings, prompts: int)
     row = {"seconds": round(time.monotonic() - began, 1), "peak_gb": round(peaks.pop("sum") / GB, 2)}
     row |= {f"{kind}_gb": round(value / GB, 2) for kind, value in peaks.items()}
     said_so = next((line.strip() for line in lines if "answer tokens equal" in line), "")
-    return row | json.loads(lines[-1]) | {"phases_peak_gb_until_s": phases, "parity": said_so}
+    gpu = next(line.removeprefix("peaks ") for line in reversed(lines) if line.startswith("peaks "))
+    return row | json.loads(gpu) | {"phases_peak_gb_until_s": phases, "parity": said_so}
 
 
 def _read(child: Any, lines: list[str], phase: list[str]) -> None:
