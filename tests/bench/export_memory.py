@@ -8,16 +8,16 @@ On a card (60 GB of disk), and in ten minutes on two cores:
     python -m tests.bench.export_memory cases=7b:0,72b:1:0,72b:3:0 seconds=105 out=export-memory.json
     python -m tests.bench.export_memory cases=7b:4:0,72b:1:0,72b:2:0 verify=4 length=48
 
-cases: SHAPE:LAYERS[:PROMPTS] with commas between. A shape of tests/bench/shapes.py; 0 layers: all of the shape's. PROMPTS:
-of the passport, as export's option; its answers need the whole model in memory, so 0 shows what the rest takes. Each case
-makes a base and a run with a random adapter, exports it with `make export`'s command in a process of its own, and removes
-both. control: the root of another checkout of this program, which exports the same run before.
+cases: SHAPE:LAYERS[:PROMPTS] with commas between. A shape of tests/bench/shapes.py; 0 layers: all of the shape's.
+PROMPTS: of the passport, as export's option; its answers need the whole model in memory, so 0 shows what the rest
+takes. Each case makes a base and a run with a random adapter, exports it with `make export`'s command in a process of
+its own, and removes both. control: the root of another checkout of this program, which exports the same run before.
 
-anon_gb and file_gb are the largest resident sets, sampled ten times a second over the process and its children: memory
-that no file backs, and pages of mapped files; peak_gb is the largest sum of both at one time, and phases_peak_gb_until_s
-has it for each part of the export, with the second at which it ended. gpu_gb: what torch had allocated. disk_gb_s: of 2 GB
-written and flushed before the first case. sampled_equal: two linears of the output have the bytes that the CPU computes.
-same_output: the files of both arms are equal.
+anon_gb and file_gb are the largest resident sets, sampled ten times a second over the process and its children:
+memory that no file backs, and pages of mapped files; peak_gb is the largest sum of both at one time, and
+phases_peak_gb_until_s has it for each part of the export, with the second at which it ended. gpu_gb: what torch had
+allocated. disk_gb_s: of 2 GB written and flushed before the first case. sampled_equal: two linears of the output have
+the bytes that the CPU computes. same_output: the files of both arms are equal.
 """
 
 import dataclasses
@@ -66,8 +66,8 @@ if gib and torch.cuda.is_available():
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / torch.cuda.get_device_properties(0).total_memory))
 run(Options(**options))
 cuda = torch.cuda.is_available()
-peaks = {"gpu_gb": torch.cuda.max_memory_allocated(), "gpu_reserved_gb": torch.cuda.max_memory_reserved()} if cuda else {}
-print("peaks", json.dumps({name: round(value / 1e9, 2) for name, value in peaks.items()}), flush=True)
+peaks = {"gpu_gb": torch.cuda.max_memory_allocated, "gpu_reserved_gb": torch.cuda.max_memory_reserved} if cuda else {}
+print("peaks", json.dumps({name: round(peak() / 1e9, 2) for name, peak in peaks.items()}), flush=True)
 """
 
 
