@@ -229,7 +229,8 @@ def _write(out: Tensor, rows: slice, weight: Tensor, change: Change) -> bool:
 
 def _is_finite(tensor: Tensor) -> bool:
     """In parts: torch makes several copies of what it asks, which of an embedding of 72B take 6 GB."""
-    return all(bool(part.isfinite().all()) for part in tensor.flatten().split(SLICE[tensor.device.type]))
+    rows = max(1, SLICE[tensor.device.type] * tensor.shape[0] // max(1, tensor.numel()))
+    return all(bool(part.isfinite().all()) for part in tensor.split(rows))
 
 
 def _check_finite(names: list[str], finite: list[bool], dtype: torch.dtype) -> None:
