@@ -3,7 +3,7 @@
 No float copy of a linear is ever made, so a 72B shape takes as much memory as its Int4 file. Knows nothing of training.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from train.model.decoder import Decoder
 from train.model.int4_linear import Int4Linear
 from train.model.layouts import DecoderConfig
 from train.ops.gptq import Scheme
+
+DRAWN = 10_000_019  # values, a prime: rows of a matrix differ
 
 SHAPES: dict[str, Shape] = {
     "tiny": Shape("qwen", 2, 128, 4, 4, 32, 256, 512),
@@ -84,9 +86,20 @@ def random_tensors(module: nn.Module, device: torch.device, dtype: torch.dtype) 
     """Name and random values of each tensor of a module on the meta device, without those of its children."""
     for name, p in list(module.named_parameters(recurse=False)):
         value = torch.ones(p.shape, dtype=dtype, device=device)
-        yield name, value if p.dim() == 1 else value.normal_(std=0.02)
+        yield name, value if p.dim() == 1 else drawn(value, lambda part: part.normal_(std=0.02))
     for name, b in list(module.named_buffers(recurse=False)):
         yield name, random_part(name, torch.empty(b.shape, dtype=b.dtype, device=device), module)
+
+
+def drawn(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+    """`tensor` filled with random values. On a CPU, which draws slowly, the first DRAWN values come again and again."""
+    if tensor.device.type != "cpu":
+        return draw(tensor)
+    flat = tensor.view(-1)
+    first = draw(flat[:DRAWN])
+    for part in flat[DRAWN:].split(DRAWN):
+        part.copy_(first[: len(part)])
+    return tensor
 
 
 def random_part(name: str, buffer: Tensor, module: Any) -> Tensor:
@@ -95,7 +108,7 @@ def random_part(name: str, buffer: Tensor, module: Any) -> Tensor:
     Random codes, zeros in the middle, and a scale that keeps activations finite.
     """
     if name == "qweight":
-        return buffer.random_(-(2**31), 2**31 - 1)
+        return drawn(buffer, lambda part: part.random_(-(2**31), 2**31 - 1))
     if name == "g_idx":
         rows = torch.arange(len(buffer), device=buffer.device, dtype=buffer.dtype)
         return buffer.copy_(rows // (len(buffer) // len(module.scales)))

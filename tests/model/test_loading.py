@@ -139,7 +139,7 @@ def test_a_cpu_without_the_memory_refuses_before_it_reads(tmp_path: Path, monkey
     monkeypatch.setattr(loading, "free_memory", lambda: size)
     loading.load(int4, torch.float32)
     monkeypatch.setattr(loading, "free_memory", lambda: size - 1)
-    monkeypatch.setattr(loading, "_load_weights", None)
+    monkeypatch.setattr(loading, "load_tensors", None)
     with pytest.raises(UserError, match=r"GB of memory are needed to load it, 0.0 GB are free"):
         loading.load(int4, torch.float32)
 

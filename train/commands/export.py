@@ -128,7 +128,7 @@ def run(options: Options) -> None:
     if read_manifest(out):
         print(f"{out}: an export from other inputs is there; it is replaced.")
     merge.check_space(job, out)
-    verify.placement(job)  # refuses for lack of memory before the merge, not after it
+    verify.comparison_device(job)  # refuses for lack of memory before the merge, not after it
 
     # merge, read back, compare; then it gets its name
     size = merge.written_bytes(job)
@@ -340,7 +340,7 @@ def _compare(comparison: verify.Comparison, written: Path) -> dict[str, Any]:
     c = comparison
     other = "the adapter on its base" if c.job.adapter else "the trained model"
     rows = f"{len(c.rows)} conversations of {c.data}"
-    print(f"Comparing it with {other}: {rows}, computed in {dtype_name(c.dtype)} on {c.device.type}")
+    print(f"Comparing it with {other}: {rows}, computed in {dtype_name(verify.DTYPE)} on {c.device.type}")
     with bar("comparing", c.passes, "answers") as advance:
         states = verify.answer_states(c, written, advance)
     print("Counting equal answers", flush=True)

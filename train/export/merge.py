@@ -2,14 +2,15 @@
 
 Reads folders and writes a folder; knows nothing of runs. Whether the result gives the adapter's answers is measured in
 export/verify.py. Every weight that the adapter changes is W + (α/r)·B·A in float64 (with DoRA each row of it gets its
-trained length; peft_updates.py has other methods), rounded once to the type that is written. float64 takes twice the time of float32, and keeps every weight within one unit in the last place. Weights are
-computed in slices of their rows: on a GPU one after the other, on a CPU one slice a core. At most a block, the tensors of
-one file, and on a CPU a slice a core are in memory.
+trained length; peft_updates.py has other methods), rounded once to the type that is written. float64 takes twice the
+time of float32, and keeps every weight within one unit in the last place. Weights are computed in slices of their rows:
+on a GPU one after the other, on a CPU one slice a core. At most a block, or the embedding or the head, and on a CPU a
+slice a core are in memory.
 """
 
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,11 +29,12 @@ from train.model.architecture import STORED
 from train.model.decoder import Decoder
 from train.model.dora_layers import LEAST_LENGTH
 from train.model.float_folder import NOT_COPIED, dtype_keys, float_config
-from train.model.folder import ShardWriter, copy_companions
+from train.model.folder import copy_companions
 from train.model.layouts import DecoderConfig, Layout, convert_config, convert_tensors, write_config
 from train.model.loaded_linear import is_quantised, rounded
-from train.model.loading import read_folder_config, read_tensors, tensor_files
+from train.model.loading import read_folder_config, read_tensors, tensor_files, tensor_headers
 from train.model.peft_file import PeftFile
+from train.model.planned_shards import PlannedShards
 from train.model.tokenizer import load_tokenizer, write_qwen1_tokenizer
 from train.ops.gptq import WORD, Scheme, dequantize
 
@@ -226,7 +228,9 @@ def _write(out: Tensor, rows: slice, weight: Tensor, change: Change) -> bool:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
+    """In parts: torch makes several copies of what it asks, which of an embedding of 72B take 6 GB."""
+    rows = max(1, SLICE[tensor.device.type] * tensor.shape[0] // max(1, tensor.numel()))
+    return all(bool(part.isfinite().all()) for part in tensor.split(rows))
 
 
 def _check_finite(names: list[str], finite: list[bool], dtype: torch.dtype) -> None:
@@ -244,12 +248,16 @@ def drop_zero_biases(state: State, layout: Layout) -> State:
     Raises:
         UserError: such a bias that is not zero: no reader of this layout would add it.
     """
-    biased = layout.qkv if layout.qkv_bias else ()
-    surplus = [n for n in state if n.endswith(".bias") and n.split(".")[-2] not in biased]
+    surplus = [name for name in state if _is_surplus(name, layout)]
     for name in surplus:
         if state[name].any():
             raise UserError(f"{name} is not zero, and layout {layout.name} has no such bias. The base is damaged.")
     return {name: tensor for name, tensor in state.items() if name not in surplus}
+
+
+def _is_surplus(name: str, layout: Layout) -> bool:
+    """Whether the layout has no such bias."""
+    return name.endswith(".bias") and not (layout.qkv_bias and name.split(".")[-2] in layout.qkv)
 
 
 def block_files(files: dict[str, Path], config: DecoderConfig) -> list[dict[str, Path]]:
@@ -272,31 +280,58 @@ def merged_blocks(job: MergeJob) -> Iterator[State]:
     config, published = read_folder_config(job.weights)
     quantization = published.get("quantization_config")
     bits = Scheme.from_config(quantization).bits if quantization else 0
-    files = tensor_files(job.weights)
-    delta, magnitudes, updates = _changes(job.adapter)
-    embedding = f"{config.names.root}.{config.names.embed}.weight"
-    untie = config.tie_word_embeddings and not convert_config(config, job.layout).tie_word_embeddings
-    if config.tie_word_embeddings:
-        files.pop("lm_head.weight", None)
-    _check_modules(
-        {*delta, *updates}, files, job
-    )  # also refuses an adapter on a tied head, which has no weight of its own
+    files = _own_files(job, config)
+    adapter = adapters.read(job.adapter) if job.adapter else None
+    if adapter is not None:  # an adapter on a tied head is refused: that has no weight of its own
+        _check_modules(adapter.updates, files, job)
     for block in block_files(files, config):
+        delta, magnitudes, updates = _changes(adapter, block)
         state = as_trained(dict(read_tensors(block)), config.names, job)
         state = merge_block(state, delta, bits, job.dtype, job.device, magnitudes, updates)
-        if untie and embedding in state:
-            state["lm_head.weight"] = state[embedding].clone()
-        yield convert_tensors(drop_zero_biases(state, config.names), config, job.layout)
+        yield _in_layout(drop_zero_biases(state, config.names), config, job)
 
 
-def _changes(folder: Path | None) -> tuple[Delta, Magnitudes, Updates]:
-    """What the adapter in `folder` does; nothing without one."""
-    if folder is None:
+def merged_shapes(job: MergeJob) -> Iterator[tuple[str, torch.Size]]:
+    """Name and shape of each tensor of `merged_blocks`, in its order, from the headers of the base."""
+    config = read_folder_config(job.weights)[0]
+    headers = tensor_headers(job.weights)
+    for block in block_files(_own_files(job, config), config):
+        sizes: dict[str, tuple[int, ...]] = {}
+        for name in sorted(block, key=lambda name: (block[name], name)):  # as read_tensors reads them
+            module, _, part = name.rpartition(".")
+            if part == "qweight":
+                sizes[f"{module}.weight"] = (headers[name].shape[1], *headers[f"{module}.g_idx"].shape)
+            elif f"{module}.qweight" not in block or part == "bias":
+                sizes[name] = headers[name].shape
+        empty = {n: torch.empty(size, device="meta") for n, size in sizes.items() if not _is_surplus(n, config.names)}
+        for name, tensor in _in_layout(empty, config, job).items():
+            yield name, tensor.shape
+
+
+def _own_files(job: MergeJob, config: DecoderConfig) -> dict[str, Path]:
+    """Name -> file of every tensor of the base; a tied head is none of them."""
+    return {
+        n: f for n, f in tensor_files(job.weights).items() if n != "lm_head.weight" or not config.tie_word_embeddings
+    }
+
+
+def _in_layout(state: State, config: DecoderConfig, job: MergeJob) -> State:
+    """The merged tensors in the target layout, with a head of its own where the embedding was tied and is no longer."""
+    embedding = f"{config.names.root}.{config.names.embed}.weight"
+    if embedding in state and config.tie_word_embeddings and not convert_config(config, job.layout).tie_word_embeddings:
+        state = {**state, "lm_head.weight": state[embedding]}
+    return convert_tensors(state, config, job.layout)
+
+
+def _changes(adapter: adapters.AnyAdapter | None, block: Collection[str]) -> tuple[Delta, Magnitudes, Updates]:
+    """What the adapter does to the modules of these tensors; nothing without one."""
+    if adapter is None:
         return {}, {}, {}
-    adapter = adapters.read(folder)
+    modules = {name.rpartition(".")[0] for name in block}
     if isinstance(adapter, PeftFile):
-        return {}, {}, updates_of(adapter)
-    return adapter.load(), adapter.magnitudes(), {}
+        return {}, {}, updates_of(replace(adapter, updates={n: u for n, u in adapter.updates.items() if n in modules}))
+    own = replace(adapter, updates={n: u for n, u in adapter.updates.items() if n in modules})
+    return own.load(), own.magnitudes(), {}
 
 
 def as_trained(state: State, layout: Layout, job: MergeJob) -> State:
@@ -325,11 +360,10 @@ def written_bytes(job: MergeJob) -> int:
 def write(job: MergeJob, folder: Path, on_bytes: Callable[[int], None]) -> None:
     """Write the complete checkpoint into the empty `folder`; on_bytes(bytes) is called after each block."""
     config, published = read_folder_config(job.weights)
-    writer = ShardWriter(folder, job.shard_bytes)
+    writer = PlannedShards(folder, merged_shapes(job), job.dtype, job.shard_bytes)
     for state in merged_blocks(job):
-        for name, tensor in state.items():
-            writer.add(name, tensor)
-        on_bytes(sum(tensor.nbytes for tensor in state.values()))
+        on_bytes(sum(writer.write(name, tensor) for name, tensor in state.items()))
+        del state  # frees the block before the next is computed
     writer.close()
     if job.layout == config.layout:
         copy_companions(job.weights, folder, without=NOT_COPIED)

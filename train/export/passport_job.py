@@ -15,9 +15,10 @@ from torch import nn
 from train.common.device import dtype_name
 from train.common.errors import UserError
 from train.common.files import write_json
+from train.common.memory import free_memory
 from train.common.progress import bar
-from train.export import passport, readers, verify
-from train.export.merge import MergeJob
+from train.export import passport, readers
+from train.export.merge import GB, GIB, MergeJob, written_bytes
 from train.export.readers import Reader
 from train.model.adapters import load_adapter
 from train.model.architecture import STORED
@@ -57,7 +58,7 @@ def write_passport(job: PassportJob, out: Path, written: Written) -> str:
         return ""
     merge, tokenizer = job.merge, load_tokenizer(job.base)
     try:
-        device, dtype = verify.placement(merge)
+        device, dtype = placement(merge)
     except UserError as error:
         print(f"Without a passport: {error}")
         return ""
@@ -75,6 +76,23 @@ def write_passport(job: PassportJob, out: Path, written: Written) -> str:
         found = passport.issue(lambda: written.load(dtype, device), trained, prompts, advance, others)
     write_json(out / passport.PASSPORT, found)
     return passport.in_words(found)
+
+
+def placement(job: MergeJob) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype in which the models answer: float32 where the merged model fits in it, or else the type that is written.
+
+    Raises:
+        UserError: neither the GPU nor the memory of the machine holds the merged model.
+    """
+    free = {"cpu": free_memory()}
+    if torch.cuda.is_available():
+        free = {"cuda": torch.cuda.mem_get_info()[0], **free}
+    size = written_bytes(job)
+    for needed, dtype in ((size * 4 // job.dtype.itemsize, torch.float32), (size, job.dtype)):
+        for device, available in free.items():
+            if available > 1.15 * needed + GIB:
+                return torch.device(device), dtype
+    raise UserError(f"answers need {size * 1.15 / GB + 1:.1f} GB of memory, {free['cpu'] / GB:.1f} GB are free.")
 
 
 def load_adapted(

@@ -1,7 +1,8 @@
 """Verifies an export: does the folder that was written answer as the adapter on its base does?
 
 The folder is read back from disk. Where the merge was onto other weights than the Int4 base, it is compared with the
-adapter on those and with the adapter on the Int4 base. One model is in memory at a time.
+adapter on those and with the adapter on the Int4 base. One block of one model is in memory at a time, so the size of the
+model does not matter.
 """
 
 from collections.abc import Callable
@@ -10,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from train.common.device import dtype_name
 from train.common.errors import UserError
 from train.common.memory import free_memory
 from train.data.checked.conversations import training_data
 from train.evaluation import parity
-from train.export.merge import GB, MergeJob, written_bytes
-from train.model.adapters import load_adapter
+from train.evaluation.streamed_states import streamed_states
+from train.export.merge import GB, MergeJob
 from train.model.architecture import STORED
-from train.model.loading import load, read_folder_config
+from train.model.block_stream import BlockStream
+from train.model.decoder import DecoderBlock
+from train.model.loading import read_folder_config
 from train.model.tokenizer import load_tokenizer
 
 GIB = 2**30
+DTYPE = torch.float32  # of all that is computed
 SCALE_ROWS = 8  # rows that the base computes without the adapter: enough to see by how much the adapter changes it
 
 
@@ -36,7 +40,6 @@ class Comparison:
     data: str  # name of the source of the rows
     rows: list[parity.MaskedRow]
     device: torch.device
-    dtype: torch.dtype
     load_as: str = STORED  # how training loaded the base
 
     @property
@@ -61,24 +64,30 @@ class ModelStates:
     merged: parity.AnswerStates
 
 
-def placement(job: MergeJob) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the comparison: float32 where the merged model fits in it, or else the type that is written.
+def comparison_device(job: MergeJob) -> torch.device:
+    """The GPU if it has room for a block and what the comparison holds besides, else the CPU.
 
     Raises:
-        UserError: neither the GPU nor the memory of the machine holds the merged model.
+        UserError: neither has.
     """
-    free = {"cpu": free_memory()}
-    if torch.cuda.is_available():
-        free = {"cuda": torch.cuda.mem_get_info()[0], **free}
-    size = written_bytes(job)
-    for needed, dtype in ((size * 4 // job.dtype.itemsize, torch.float32), (size, job.dtype)):
-        for device, available in free.items():
-            if available > 1.15 * needed + GIB:
-                return torch.device(device), dtype
+    needed, free = memory_needed(job), free_memory()
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > needed:
+        return torch.device("cuda", torch.cuda.current_device())
+    if free > needed:
+        return torch.device("cpu")
     raise UserError(
-        f"comparing needs {size * 1.15 / GB + 1:.1f} GB of memory, {free['cpu'] / GB:.1f} GB are free. Close other programs, "
-        "or export on a machine with more memory: copy runs/ and models/ there."
+        f"comparing needs {needed / GB:.1f} GB of memory, {free / GB:.1f} GB are free. Close other programs, or export on a "
+        "machine with more memory: copy runs/ and models/ there."
     )
+
+
+def memory_needed(job: MergeJob) -> int:
+    """Bytes of the heads and of a block in float32, with as much as that again to compute with; for any number of blocks."""
+    config, published = read_folder_config(job.weights)
+    with torch.device("meta"):
+        block = sum(p.numel() for p in DecoderBlock(config).parameters())
+    heads = 1 if published.get("torch_dtype") == dtype_name(job.dtype) else 2  # rounded to another type they differ
+    return DTYPE.itemsize * (heads * config.vocab_size * config.hidden_size + 2 * block) + GIB
 
 
 def prepare(record: dict[str, Any], base: Path, job: MergeJob, conversations: int) -> Comparison:
@@ -90,47 +99,35 @@ def prepare(record: dict[str, Any], base: Path, job: MergeJob, conversations: in
         UserError: no question fits the context of the base, or too little memory.
     """
     tokenizer, context = load_tokenizer(base), read_folder_config(base)[0].seq_length
-    device, dtype = placement(job)
+    device = comparison_device(job)
     trained, name = training_data(record)
     for source, data in ((trained, name), (parity.builtin_conversations(), "the built-in list")):
         if rows := parity.masked_rows(source[:conversations], tokenizer, job.template, job.system, context):
             load_as = record["recipe"].get("load_as", STORED)
-            return Comparison(job, base, data, rows, device, dtype, load_as)
+            return Comparison(job, base, data, rows, device, load_as)
     raise UserError(f"{base}: no question fits its context of {context} tokens.")
 
 
 def answer_states(comparison: Comparison, written: Path, advance: Callable[[int], None]) -> ModelStates:
     """Run the rows through every model of the comparison; `written` is the folder of the merged one."""
-    c = comparison
-    keep_float = (
-        c.dtype is torch.float32
-    )  # memory for the merged model in float32 is enough for the base's weights in it
+    c, adapter = comparison, comparison.job.adapter
+    head: list[Tensor] = []  # the first model's, and mostly that of all
 
-    def states(model: nn.Module, rows: int | None = None) -> parity.AnswerStates:
-        return parity.answer_states(model, c.rows[:rows], advance)
+    def states(
+        folder: Path, adapter: Path | None = None, load_as: str = STORED, rows: int | None = None, without: int = 0
+    ) -> tuple[parity.AnswerStates, parity.AnswerStates]:
+        model = BlockStream(folder, DTYPE, c.device, adapter, load_as)
+        found = streamed_states(model, c.rows[:rows], without, head[0] if head else None, advance)
+        head.append(found[0].head)
+        return found
 
-    if c.job.adapter is None:
-        on_int4 = states(load(c.job.weights, c.dtype, c.device))
-        without = states(load(c.base, c.dtype, c.device), SCALE_ROWS)
-        return ModelStates(on_int4, without, on_int4, states(load(written, c.dtype, c.device)))
-    adapter = c.job.adapter
-
-    def adapted(folder: Path, load_as: str) -> Any:
-        base = load(folder, c.dtype, c.device, keep_float=keep_float, load_as=load_as)
-        return load_adapter(base, adapter).eval()
-
-    # no model has a name here, so each is freed before the next is loaded
-    on_int4, without = _with_and_without(adapted(c.base, c.load_as), states)
-    reference = states(adapted(c.onto, c.job.load_as)) if c.onto else on_int4
-    return ModelStates(on_int4, without, reference, states(load(written, c.dtype, c.device)))
-
-
-def _with_and_without(
-    model: Any, states: Callable[..., parity.AnswerStates]
-) -> tuple[parity.AnswerStates, parity.AnswerStates]:
-    adapted = states(model)
-    with model.disable_adapter():
-        return adapted, states(model, SCALE_ROWS)
+    if adapter is None:
+        on_int4, _ = states(c.job.weights)
+        without, _ = states(c.base, rows=SCALE_ROWS)
+    else:
+        on_int4, without = states(c.base, adapter, c.load_as, without=SCALE_ROWS)
+    reference = states(c.onto, adapter, c.job.load_as)[0] if c.onto else on_int4
+    return ModelStates(on_int4, without, reference, states(written)[0])
 
 
 def measure(comparison: Comparison, states: ModelStates) -> dict[str, Any]:
@@ -147,7 +144,7 @@ def measure(comparison: Comparison, states: ModelStates) -> dict[str, Any]:
         "against": f"the adapter on {comparison.job.weights.name}" if comparison.job.adapter else "the trained model",
         "data": comparison.data,
         "rows": len(comparison.rows),
-        "computed_in": dtype_name(comparison.dtype),
+        "computed_in": dtype_name(DTYPE),
         **merged.to_json(),
         "adapter_on_int4": on_int4.to_json(),
         "without_adapter": without.to_json(),

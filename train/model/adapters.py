@@ -48,7 +48,14 @@ def load_adapter(model: Decoder, folder: Path) -> AdaptedModel:
     Raises:
         UserError: no adapter in the folder, a damaged one, one that is not computed here, or one of another model.
     """
-    return (peft_adapters if method_of(folder) else lora).load_adapter(model, folder)
+    return apply(model, read(folder))
+
+
+def apply(model: Decoder, adapter: AnyAdapter) -> AdaptedModel:
+    """As `load_adapter`, of an adapter that `read` gave."""
+    if isinstance(adapter, PeftFile):
+        return peft_adapters.apply(model, adapter)
+    return lora.apply(model, adapter)
 
 
 def check_start(adapter: AnyAdapter, settings: lora.AdapterSettings) -> None:

@@ -161,7 +161,7 @@ class ShardWriter:
     def close(self) -> None:
         """Write the last file, give every file its published name, and write the index last."""
         self._flush()
-        files = [_shard_name(n, len(self._shards)) for n in range(len(self._shards))]
+        files = [shard_name(n, len(self._shards)) for n in range(len(self._shards))]
         for n, file in enumerate(files):
             (self.folder / f"shard{n}").rename(self.folder / file)
         if len(files) > 1:
@@ -178,7 +178,8 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
 
-def _shard_name(number: int, count: int) -> str:
+def shard_name(number: int, count: int) -> str:
+    """The published name of file `number` (from 0) of `count`."""
     return "model.safetensors" if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
 
 

@@ -63,14 +63,12 @@ def memory_needed(folder: Path, dtype: torch.dtype, keep_float: bool = False, lo
     Args:
         keep_float, load_as: as for `load`.
     """
-    model, files = load_structure(folder)
-    _match_tensors(model, files)
+    model, _ = load_structure(folder)
     if load_as != STORED:
         replace_linears(model, model.config.names, load_as)
-    expected = _needed_tensors(model)
     stored = sum(
         tensor.numel() * (dtype.itemsize if tensor.is_floating_point() and not _is_exact(name) else tensor.itemsize)
-        for name, tensor in expected.items()
+        for name, tensor in _needed_tensors(model).items()
     )
     copies = [m.in_features * m.out_features for m in model.modules() if keep_float and isinstance(m, PackedLinear)]
     return stored + dtype.itemsize * sum(copies)
@@ -107,7 +105,7 @@ def fits(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     stored = sum(path.stat().st_size for path in weight_files(folder))
-    itemsize = 4 if read_folder_config(folder)[1].get("torch_dtype") == "float32" else 2
+    itemsize = 4 if read_published(folder).get("torch_dtype") == "float32" else 2
     return bool(1.1 * stored * dtype.itemsize / itemsize < torch.cuda.mem_get_info(device)[0])
 
 
@@ -195,8 +193,8 @@ def open_tensors(file: Path) -> Iterator[Any]:
 def read_tensors(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every tensor in `files` (as `tensor_files` gives it), one by one, file by file.
 
-    What was read of a safetensors file stays mapped until it is closed, and counts as this process's memory. So it is
-    opened again after every MAPPED_BYTES: a reader that copies each tensor to a card needs no more than that.
+    What was read of a safetensors file stays mapped until it is closed, as memory of this process. So it is opened again
+    after every MAPPED_BYTES: a reader that copies each tensor needs no more than that.
     """
     for file in sorted(set(files.values())):
         names = sorted((n for n, f in files.items() if f == file), reverse=True)
@@ -227,16 +225,20 @@ def load(
         embedding: device, or host: its table never goes to `device` (unless the head shares it).
         load_as: stored; or nf4, fp4, int8: the linears of the blocks of a float checkpoint are quantised, one by one.
     Raises:
-        UserError: an architecture, scheme or file that this program cannot read; tensors missing or left over; too
-            little memory on a CPU; a checkpoint that is quantised already, with `load_as`.
+        UserError: what load_structure refuses; too little memory on a CPU; a checkpoint that is quantised already, with
+            `load_as`.
     """
     model, files = load_structure(folder)
     read_folder_shape(folder, load_as)  # refuses what cannot be loaded so
     check_memory(folder, dtype, torch.device(device), keep_float, load_as)
-    host_embedding = embedding == "host" and not model.config.tie_word_embeddings
-    _load_weights(model, files, dtype, torch.device(device), host_embedding, load_as)
+    names, on_host = model.config.names, ""
+    if load_as != STORED:
+        replace_linears(model, names, load_as)
+    if embedding == "host" and not model.config.tie_word_embeddings:
+        on_host = f"{names.root}.{names.embed}.weight"
+    load_tensors(model, files, dtype, torch.device(device), load_as, on_host)
     model.tie_weights()
-    if host_embedding:
+    if on_host:
         model.keep_embedding_on_host()
     model.requires_grad_(False).eval()
     if keep_float:
@@ -259,7 +261,7 @@ def _check_generation(folder: Path) -> None:
 
 
 def load_structure(folder: Path) -> tuple[Decoder, dict[str, Path]]:
-    """The model of `folder` on the meta device, without its weights, and the file of each tensor in the folder.
+    """The model of `folder` on the meta device, without its weights, and the file of each tensor that it needs.
 
     Only headers are read, to check that every tensor is there and has its shape.
 
@@ -273,7 +275,8 @@ def load_structure(folder: Path) -> tuple[Decoder, dict[str, Path]]:
     with torch.device("meta"):
         model = Decoder(config)
     _match_linears(folder, model, files, published.get("quantization_config"))
-    for name, tensor in _match_tensors(model, files)[0].items():
+    expected, files = _match_tensors(model, files)
+    for name, tensor in expected.items():
         _check_header(name, headers[name], tensor)
     read_generation(folder)
     return model, files
@@ -327,32 +330,29 @@ def _match_tensors(model: Decoder, files: dict[str, Path]) -> tuple[dict[str, Te
 
 def _needed_tensors(model: Decoder) -> dict[str, Tensor]:
     """Name -> tensor of everything that is loaded; a tied head is not."""
-    tensors = dict(model.state_dict())
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight")
-    return tensors
+    tied = model.config.tie_word_embeddings
+    return {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight" or not tied}
 
 
-def _load_weights(
-    model: Decoder, files: dict[str, Path], dtype: torch.dtype, device: torch.device, host_embedding: bool, load_as: str
+def load_tensors(
+    model: Decoder, files: dict[str, Path], dtype: torch.dtype, device: torch.device, load_as: str, on_host: str = ""
 ) -> None:
-    """Load the weights onto the device; with `host_embedding` the embedding's table stays on the CPU."""
-    expected, files = _match_tensors(model, files)
-    layout = model.config.names
-    if load_as != STORED:
-        replace_linears(model, layout, load_as)
-    table = f"{layout.root}.{layout.embed}.weight"
+    """Load all or some of the files' tensors that `load_structure` gave; the one called `on_host` stays on the CPU.
+
+    The linears of `model` are those of `load_as` already.
+    """
+    expected, layout = _needed_tensors(model), model.config.names
     state: dict[str, Tensor] = {}
     for name, tensor in read_tensors(files):
         if name.endswith(".g_idx"):
             _check_groups(name, tensor, groups=len(expected[f"{name.removesuffix('g_idx')}scales"]))
-        cast = tensor.dtype.is_floating_point and not name.endswith(".scales")  # scales are part of the Int4 format
-        target = torch.device("cpu") if host_embedding and name == table else device
         if load_as != STORED and is_quantised(name, layout):
             module = name.removesuffix(".weight")
             state |= {f"{module}.{part}": value for part, value in quantize(tensor.to(device), load_as, name).items()}
             continue
-        state[name] = tensor.to(target, dtype if cast else tensor.dtype)
+        cast = tensor.dtype.is_floating_point and not name.endswith(".scales")  # scales are part of the Int4 format
+        placed = tensor.to("cpu" if name == on_host else device)  # before the cast, which would else be the CPU's
+        state[name] = placed.to(dtype) if cast else placed
     model.load_state_dict(state, strict=False, assign=True)
 
 
@@ -395,6 +395,6 @@ def describe(folder: Path) -> str:
     else:
         weights = published.get("torch_dtype", "float")
     size = sum(path.stat().st_size for path in {*files.values()}) / 1e9
-    tokens = load_tokenizer(folder).vocab_size
     shape = f"{config.num_hidden_layers} layers of {config.hidden_size}"
-    return f"layout {config.layout}, {shape}, {weights}, {size:.2f} GB; tokenizer of {tokens:,}."
+    tokens = f"tokenizer of {load_tokenizer(folder).vocab_size:,}"
+    return f"layout {config.layout}, {shape}, {weights}, {size:.2f} GB; {tokens}."

@@ -220,7 +220,11 @@ def load_adapter(model: Decoder, folder: Path) -> AdaptedModel:
     Raises:
         UserError: no adapter in the folder, a damaged one, one that is not computed here, or one of another model.
     """
-    adapter = read_adapter(folder)
+    return apply(model, read_adapter(folder))
+
+
+def apply(model: Decoder, adapter: AdapterFile) -> AdaptedModel:
+    """As `load_adapter`, of an adapter that `read_adapter` gave."""
     at = linears(model)
     check_linears(adapter, at)
     kind = DoraLinear if adapter.dora else LoraLinear

@@ -175,7 +175,12 @@ def load_adapter(model: Decoder, folder: Path) -> AdaptedModel:
     Raises:
         UserError: a damaged adapter, one that is not computed here, or one of another model.
     """
-    adapter, at = read_peft(folder), lora.linears(model)
+    return apply(model, read_peft(folder))
+
+
+def apply(model: Decoder, adapter: PeftFile) -> AdaptedModel:
+    """As `load_adapter`, of an adapter that `read_peft` gave."""
+    at = lora.linears(model)
     lora.check_linears(adapter, at)
     shared = _read_projections(adapter, at) if adapter.method == "vera" else None
     layers: dict[str, MethodLinear] = {}
