@@ -484,7 +484,16 @@ for arm in ("ours", "stock"):
 def test_ours_and_the_stock_stack_have_the_same_losses(tmp_path: Path) -> None:
     """Six steps in float32 from the same weights: decoder, Int4, adapters, loss, clipping, optimizer and schedule."""
     base = tiny_checkpoint(tmp_path / "base-Int4", tiny_config("qwen2", tie_word_embeddings=True), int4=True)
-    words = ["data=data/demo.jsonl", f"base={base}", "steps=6", "batch=2", "length=128", "dropout=0", "rank=8", "held_out=2"]
+    words = [
+        "data=data/demo.jsonl",
+        f"base={base}",
+        "steps=6",
+        "batch=2",
+        "length=128",
+        "dropout=0",
+        "rank=8",
+        "held_out=2",
+    ]
     python("-c", CURVES, *words, f"out={tmp_path}")
     ours, stock = (curves.read(tmp_path / f"{arm}.jsonl") for arm in ("ours", "stock"))
     assert len(ours) == 6
