@@ -11,7 +11,7 @@ from tests.support.fused_step import PACKED, adapted_decoder, batch_of, by_fused
 from train.ops.cross_entropy import IGNORE
 from train.training import fp8_linear, fused_decoder
 from train.training.fp8_linear import Fp8Linear
-from train.training.step_sizes import blocks_in_fp8
+from train.training.step_sizes import forward_in_fp8
 
 LOSS_OFF, GRADS_OFF = 5e-3, 0.25  # relative: what rounding to 4 significant bits costs in a decoder of two blocks
 
@@ -19,7 +19,7 @@ LOSS_OFF, GRADS_OFF = 5e-3, 0.25  # relative: what rounding to 4 significant bit
 @pytest.fixture(autouse=True)
 def every_block_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """The small decoders have two blocks, which would both stay in 16 bits."""
-    monkeypatch.setattr(fused_decoder, "blocks_in_fp8", range)
+    monkeypatch.setattr(fused_decoder, "forward_in_fp8", range)
 
 
 def both(model: Any, **options: Any) -> tuple[tuple[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
@@ -84,7 +84,7 @@ def test_only_the_rounding_makes_a_difference(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(("layers", "numbers"), [(1, []), (2, []), (3, [1]), (24, list(range(1, 23)))])
 def test_the_blocks_at_both_ends_stay_in_16_bits(layers: int, numbers: list[int]) -> None:
-    assert list(blocks_in_fp8(layers)) == numbers
+    assert list(forward_in_fp8(layers)) == numbers
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
@@ -95,7 +95,7 @@ def test_blocks_of_both_kinds_pass_gradients_to_each_other(
     """Without rounding, whichever block is in fp8, loss and gradients are those of the step without fp8."""
     model = adapted_decoder(tmp_path, "qwen2", True, torch.float32, "cpu")
     model.get_base_model().set_checkpointing(checkpointing)
-    monkeypatch.setattr(fused_decoder, "blocks_in_fp8", lambda layers: in_fp8)
+    monkeypatch.setattr(fused_decoder, "forward_in_fp8", lambda layers: in_fp8)
     (rounded_loss, rounded), (expected_loss, expected) = both(model)
     torch.testing.assert_close(rounded_loss, expected_loss, rtol=LOSS_OFF, atol=0)
     assert 1e-4 < relative_error(rounded, expected) < GRADS_OFF
@@ -109,7 +109,7 @@ def test_the_head_is_rounded_for_the_gradient_and_not_for_the_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted_decoder(tmp_path, "qwen2", True, torch.float32, "cpu")
-    monkeypatch.setattr(fused_decoder, "blocks_in_fp8", lambda layers: range(0))
+    monkeypatch.setattr(fused_decoder, "forward_in_fp8", lambda layers: range(0))
     (loss, grads), (expected_loss, expected) = both(model)
     assert torch.equal(loss, expected_loss)
     assert 1e-4 < relative_error(grads, expected) < 0.06

@@ -43,7 +43,7 @@ def test_without_triton_it_is_refused_and_not_left_out(workspace: Path, monkeypa
 
 def test_it_learns_is_recorded_and_resumes_to_the_bit(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The definition, which a CPU computes too; both blocks of the small decoder are in fp8."""
-    monkeypatch.setattr(fused_decoder, "blocks_in_fp8", range)
+    monkeypatch.setattr(fused_decoder, "forward_in_fp8", range)
     monkeypatch.setattr(fp8_recipe, "check_recipe", lambda recipe, capability: None)
     keys = {"steps": 6, "learning_rate": 3e-3, "dropout": 0.05, **use_fused_path(monkeypatch)}
     train(run="bf16", **keys, precision="bf16")

@@ -106,7 +106,7 @@ class Fp8Linear(FusedLinear):
 
 
 class Fp8BackwardLinear(Fp8Linear):
-    """A FusedLinear whose forward product stays in 16 bits: for the layers whose rounding costs the loss the most."""
+    """The gradient of the input in fp8, the forward product in 16 bits: for layers whose rounding costs the most."""
 
     def __init__(self, linears: Sequence[Any], layer_id: int) -> None:
         super().__init__(linears, layer_id)

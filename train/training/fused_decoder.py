@@ -26,7 +26,7 @@ from train.ops.rope import RopeTables, apply_rope
 from train.ops.swiglu import swiglu, swiglu_backward
 from train.training.fp8_linear import Fp8BackwardLinear, Fp8Linear
 from train.training.fused_linear import FusedLinear, empty_with_extra, view_with_extra
-from train.training.step_sizes import HALVED_MLP_TOKENS, blocks_in_fp8
+from train.training.step_sizes import HALVED_MLP_TOKENS, forward_in_fp8
 
 
 @dataclass
@@ -53,20 +53,17 @@ class FusedBlock:
     product, or its gradient, also writes it rounded (Fp8Linear).
     """
 
-    def __init__(self, block: nn.Module, config: Any, number: int, fp8: bool = False) -> None:
-        """number: of the block within the decoder, from 0. fp8: multiply with the frozen weights in fp8."""
+    def __init__(self, block: nn.Module, config: Any, number: int, linear: type[FusedLinear] = FusedLinear) -> None:
+        """number: of the block within the decoder, from 0. linear: how the products are computed."""
         names = config.names
         attention, mlp = getattr(block, names.attention), getattr(block, names.mlp)
         self.norm1, self.norm2, self.eps = getattr(block, names.norm1), getattr(block, names.norm2), config.rms_norm_eps
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.head_norms: HeadNorms | None = attention.head_norms
-        self.is_first, self.in_fp8 = number == 0, fp8
-        linear = Fp8Linear if fp8 else FusedLinear
+        self.is_first = number == 0
         self.qkv = linear([getattr(attention, name) for name in names.qkv], 4 * number)
         self.out = linear([getattr(attention, names.out)], 4 * number + 1)
-        self.gate_up = (Fp8BackwardLinear if fp8 else FusedLinear)(
-            [getattr(mlp, names.gate), getattr(mlp, names.up)], 4 * number + 2
-        )
+        self.gate_up = linear([getattr(mlp, names.gate), getattr(mlp, names.up)], 4 * number + 2)
         self.down = linear([getattr(mlp, names.down)], 4 * number + 3)
 
     @property
@@ -129,11 +126,10 @@ class FusedBlock:
 
         Args:
             grad: made by `empty_grad`. saved: its tensors are dropped as soon as they are not needed any more.
-            rounded: in fp8 `grad`, which a block in fp8 reads; gets the gradient of the input. None if no block reads it.
+            rounded: `grad` in fp8, if the linears read that; it is kept equal.
         """
-        own = rounded if self.in_fp8 else None
-        self._mlp_backward(grad, saved, tokens, own)  # grad: now of attn_out + x
-        grad_qkv, computed = self._attention_backward(grad, saved, tokens, rope_tables, own)
+        self._mlp_backward(grad, saved, tokens, rounded)  # grad: now of attn_out + x
+        grad_qkv, computed = self._attention_backward(grad, saved, tokens, rope_tables, rounded)
         grad_h, grad_lora_a_out = self.qkv.backward(grad_qkv, tokens, computed, needs_dh=not self.is_first)
         if self.is_first:  # no parameter before it is trained
             dropout = self.qkv.input_dropout(tokens)
@@ -208,7 +204,7 @@ class FusedBlock:
     def empty_grad(self, x: Tensor) -> Tensor:
         """Memory for a gradient of x [M, H], with the extra columns that the linears reading it need.
 
-        One such tensor serves all blocks, those in fp8 too, which need no extra columns.
+        All blocks have the same shapes, so one such tensor serves all of them.
         """
         return empty_with_extra(x, x.shape[1], max(self.down.extra_grad_columns, self.out.extra_grad_columns))
 
@@ -251,12 +247,13 @@ class FusedDecoder:
     """All blocks and the last norm: embeddings [M, H] -> hidden states [M, H], and the backward pass."""
 
     def __init__(self, decoder: Decoder, length: int, fp8: bool = False) -> None:
-        """length: of the longest row to come; `ensure_length` allows longer ones. fp8: in most blocks: step_sizes.py."""
+        """length: of the longest row to come; `ensure_length` allows longer ones. fp8: whether products are in fp8."""
         self.config = c = decoder.config
         backbone = decoder.backbone
         blocks = getattr(backbone, c.names.blocks)
-        in_fp8 = blocks_in_fp8(len(blocks)) if fp8 else range(0)
-        self.blocks = [FusedBlock(block, c, n, n in in_fp8) for n, block in enumerate(blocks)]
+        forward = forward_in_fp8(len(blocks))
+        kinds = [(Fp8Linear if n in forward else Fp8BackwardLinear) if fp8 else FusedLinear for n in range(len(blocks))]
+        self.blocks = [FusedBlock(block, c, n, kind) for n, (block, kind) in enumerate(zip(blocks, kinds))]
         self.norm = getattr(backbone, c.names.norm)
         self.rope_tables = self._make_rope_tables(length)
         self.pinned_buffer = PinnedBuffer(self.norm.weight.device)
@@ -304,11 +301,9 @@ class FusedDecoder:
         """
         x = saved.pop()
         grad = self.blocks[-1].empty_grad(x)
-        in_fp8 = [block for block in self.blocks if block.in_fp8]
-        rounded = in_fp8[0].down.grad_rows(len(x)) if in_fp8 else None
-        of_last = rounded if self.blocks[-1].in_fp8 else None
+        rounded = self.blocks[-1].down.grad_rows(len(x))
         eps, grad_x = self.config.rms_norm_eps, grad[:, : x.shape[1]]
-        rms_norm_backward(grad_hidden, x, self.norm.weight, eps, None, grad_x, scale, rounded=of_last)
+        rms_norm_backward(grad_hidden, x, self.norm.weight, eps, None, grad_x, scale, rounded=rounded)
         for block in reversed(self.blocks):
             activations = saved.pop()
             if isinstance(activations, Tensor):  # checkpointing

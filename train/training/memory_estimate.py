@@ -8,12 +8,11 @@ Valid for the fused passes in 16 bits with flash attention (compute capability 8
 part of the count: it is named separately.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from train.model.architecture import Shape
 from train.training.memory_setting import Setting, Widths, adapted_linears
-from train.training.step_sizes import HALVED_MLP_TOKENS, blocks_in_fp8, logits_rows
+from train.training.step_sizes import HALVED_MLP_TOKENS, forward_in_fp8, logits_rows
 
 GIB = 2**30
 BYTES_16 = 2  # of a value in float16 or bfloat16, in which the passes compute
@@ -152,49 +151,32 @@ def adapter_parameters(shape: Shape, setting: Setting) -> int:
 # --- what a micro batch adds
 
 
-def in_16_bits(setting: Setting) -> Setting:
-    """The setting for the blocks that precision=fp8 leaves as they are."""
-    return replace(setting, precision="auto")
-
-
 def saved_bytes(shape: Shape, setting: Setting) -> int:
     """What the forward pass saves on the card for the backward pass.
 
     Without checkpointing everything of every block; with it the input of each block; with offload the input of the last
     block only, and with graphs that of the first, whose memory the graph keeps.
     """
-    w, plain = Widths.of(shape, setting), Widths.of(shape, in_16_bits(setting))
+    w = Widths.of(shape, setting)
     if setting.checkpointing == "off":
-        in_fp8 = len(blocks_in_fp8(shape.layers)) if setting.fp8 else 0
-        return BYTES_16 * setting.tokens * (in_fp8 * w.block + (shape.layers - in_fp8) * plain.block)
+        return BYTES_16 * setting.tokens * shape.layers * w.block
     inputs = shape.layers if setting.checkpointing == "on" else min(shape.layers, 2 if setting.graphs else 1)
     return BYTES_16 * setting.tokens * inputs * w.hidden
 
 
 def forward_stages(shape: Shape, setting: Setting) -> list[Stage]:
-    """The stages of the last block's forward pass, and with fp8 also of the last one that is in fp8."""
-    return _of_last_blocks(_forward_stages, shape, setting)
-
-
-def backward_stages(shape: Shape, setting: Setting) -> list[Stage]:
-    """The same of the backward pass."""
-    return _of_last_blocks(_backward_stages, shape, setting)
-
-
-def _of_last_blocks(
-    stages: Callable[[Shape, Setting, Widths], list[Stage]], shape: Shape, setting: Setting
-) -> list[Stage]:
-    plain = Widths.of(shape, in_16_bits(setting))
-    found = stages(shape, setting, plain)
-    if not setting.fp8 or not (in_fp8 := blocks_in_fp8(shape.layers)):
+    """The stages of the last block's forward pass, and of the last one in fp8: the end blocks' stays in 16 bits."""
+    w = Widths.of(shape, setting)
+    found = _forward_stages(setting, replace(w, fp8=0))
+    if not w.fp8 or not (in_fp8 := forward_in_fp8(shape.layers)):
         return found
     after = shape.layers - in_fp8.stop  # blocks that have saved nothing then
-    less = after * {"off": plain.block, "on": plain.hidden, "offload": 0}[setting.checkpointing]
-    rounded = stages(shape, setting, Widths.of(shape, setting))
+    less = after * {"off": w.block, "on": w.hidden, "offload": 0}[setting.checkpointing]
+    rounded = _forward_stages(setting, w)
     return found + [Stage(f"{one.name}, in fp8", one.values_per_token - less, one.weight_values) for one in rounded]
 
 
-def _forward_stages(shape: Shape, setting: Setting, w: Widths) -> list[Stage]:
+def _forward_stages(setting: Setting, w: Widths) -> list[Stage]:
     """The stages of a block's forward pass.
 
     Each is a product with its input, output and weight, or the input of one with its copy for dropout.
@@ -205,12 +187,13 @@ def _forward_stages(shape: Shape, setting: Setting, w: Widths) -> list[Stage]:
     weight, copied = 1 + w.fp8, 1 + w.fp8  # of a product: its weight and its input, with their copies in fp8
     if setting.checkpointing == "off":
         return [
-            Stage("gate and up product", w.gate_up_input, w.gate_up_input * 2 * w.inner),
+            Stage("gate and up product", copied * w.gate_up_input, weight * w.gate_up_input * 2 * w.inner),
             Stage("down product", copied * w.down_input + w.hidden, weight * w.down_input * w.hidden),
             Stage("SwiGLU", copied * w.down_input + w.dropout * w.inner),
         ]
     share = 0.5 if setting.tokens >= HALVED_MLP_TOKENS else 1.0
     mlp = w.gate_up + w.rank_down + copied * w.down_input
+    gate_up_input = copied * w.gate_up_input
     ranks_qkv = (1 if w.fp8 else 2) * w.rank_qkv
     return [
         Stage("q, k and v product", copied * w.hidden + ranks_qkv + w.qkv, weight * (w.hidden + w.rank_qkv) * w.qkv),
@@ -218,17 +201,17 @@ def _forward_stages(shape: Shape, setting: Setting, w: Widths) -> list[Stage]:
         Stage("attention", w.attention - w.hidden + w.dropout * w.queries),
         Stage(
             "gate and up product",
-            w.hidden + share * (w.gate_up + w.rank_gate_up + w.gate_up_input),
-            w.gate_up_input * 2 * w.inner,
+            w.hidden + share * (w.gate_up + w.rank_gate_up + gate_up_input),
+            weight * w.gate_up_input * 2 * w.inner,
         ),
         Stage("down product", w.hidden + share * (mlp + w.hidden), weight * w.down_input * w.hidden),
         Stage("SwiGLU", w.hidden + share * (mlp + w.dropout * w.inner)),
     ]
 
 
-def _backward_stages(shape: Shape, setting: Setting, w: Widths) -> list[Stage]:
-    """The stages of a block's backward pass; the gradients of all blocks' outputs share one buffer."""
-    checkpointed, plain = setting.checkpointing != "off", Widths.of(shape, in_16_bits(setting))
+def backward_stages(shape: Shape, setting: Setting) -> list[Stage]:
+    """The stages of the last block's backward pass, whose gradients of the block's output share one buffer."""
+    w, checkpointed = Widths.of(shape, setting), setting.checkpointing != "off"
     share = 0.5 if checkpointed and setting.tokens >= HALVED_MLP_TOKENS else 1.0
     around: float = w.hidden * (
         3 if setting.graphs else 2
@@ -236,7 +219,7 @@ def _backward_stages(shape: Shape, setting: Setting, w: Widths) -> list[Stage]:
     if setting.checkpointing == "offload" and shape.layers > 1:
         around += w.hidden  # the input of the block before, which is being copied
     # the gradient of the block's output, and its copy in fp8
-    around += (1 + setting.fp8) * w.hidden + plain.extra(max(w.rank_out, w.rank_down))
+    around += (1 + w.fp8) * w.hidden + w.extra(max(w.rank_out, w.rank_down))
     recomputed = w.attention if checkpointed else 0
     recomputed_mlp = w.gate_up + w.rank_gate_up if checkpointed else 0
     after_mlp = around + recomputed - (0 if checkpointed else w.gate_up)  # gate and up are freed after the MLP

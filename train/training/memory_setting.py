@@ -91,6 +91,7 @@ class Widths:
     normed_heads: int  # q and k before a norm of each head; 0 where the layout has no such norms
     dropout: int  # 1 where dropout copies the input of an adapter, else 0
     fp8: float  # 0.5 where a product's factors are copied in fp8, else 0
+    extra_columns: bool  # whether gradients have extra columns for the adapters
 
     @classmethod
     def of(cls, shape: Shape, setting: Setting) -> "Widths":
@@ -98,11 +99,12 @@ class Widths:
         qkv, out, gate_up, down = (setting.rank * sum(name in targets for name in group) for group in shape.groups())
         sizes = (shape.hidden, shape.queries, shape.qkv, shape.inner, shape.heads)
         ranks, dropout = (qkv, out, gate_up, down), 1 if setting.dropout else 0
-        return cls(*sizes, *ranks, normed_heads=shape.normed_heads, dropout=dropout, fp8=setting.fp8)
+        extra_columns = not setting.dropout and not setting.fp8
+        return cls(*sizes, *ranks, shape.normed_heads, dropout, setting.fp8, extra_columns)
 
     def extra(self, rank: int) -> int:
         """Extra columns of a gradient for the adapter's part; with dropout there are none, and with fp8."""
-        return 0 if self.dropout or self.fp8 else rank
+        return rank if self.extra_columns else 0
 
     @property
     def attention(self) -> int:
@@ -121,8 +123,7 @@ class Widths:
 
     @property
     def gate_up_input(self) -> int:
-        """In 16 bits with fp8 too."""
-        return self.hidden + self.rank_gate_up
+        return self.hidden + (0 if self.fp8 else self.rank_gate_up)
 
     @property
     def down_input(self) -> int:

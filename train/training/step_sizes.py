@@ -20,10 +20,11 @@ def logits_rows(tokens: int) -> int:
     return LOGITS_ROWS if tokens > FEW_TOKENS else LOGITS_ROWS // 2
 
 
-# Blocks at each end of the decoder that stay in 16 bits with precision=fp8: rounding them costs the loss the most
+# Blocks at each end of the decoder whose forward products stay in 16 bits with precision=fp8: rounding them costs the
+# loss the most
 FP8_END_BLOCKS = 1
 
 
-def blocks_in_fp8(layers: int) -> range:
-    """The numbers of the blocks whose products are in fp8, of a decoder with so many."""
+def forward_in_fp8(layers: int) -> range:
+    """The numbers of the blocks whose forward products are in fp8, of a decoder with so many."""
     return range(FP8_END_BLOCKS, max(FP8_END_BLOCKS, layers - FP8_END_BLOCKS))
