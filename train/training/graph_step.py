@@ -27,6 +27,7 @@ from train.training.fused_decoder import FusedDecoder
 from train.training.fused_linear import FusedLinear
 from train.training.preference import PreferenceLoss
 
+HEAD_IN_FP8 = False
 CONVERSATIONS = 8  # cu_seqlens is padded to this many conversations, or 2, 4, 8 … times as many
 MAX_GRAPHS = 12  # shapes that are captured at most: the activations of each stay allocated in the shared memory pool
 TOKEN_TENSORS = ("positions", "segment_ids", "cu_seqlens", "seq_start", "seq_end", "seed")  # of Tokens
@@ -153,7 +154,7 @@ class GraphStep(nn.Module):
         self._start: Tensor | None = None
         self._decoder = [decoder]  # in a list, so that nn.Module does not register its parameters
         self.fused_decoder = FusedDecoder(decoder, length, fp8)  # type: ignore[arg-type]
-        self.rounded_head = round_head(decoder.lm_head.weight.detach()) if fp8 else None  # type: ignore[union-attr,arg-type,operator]
+        self.rounded_head = round_head(decoder.lm_head.weight.detach()) if fp8 and HEAD_IN_FP8 else None  # type: ignore[union-attr,arg-type,operator]
         self.layout = FlatParameters(self.fused_decoder.linears, names)
         self.graphs = graphs and next(iter(names)).is_cuda
         values = self.layout.join({name: p.detach() for p, name in names.items()}, next(iter(names)).device)
