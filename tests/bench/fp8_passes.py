@@ -2,9 +2,8 @@
 
     python -m tests.bench.fp8_passes OUT.json
 
-SwiGLU with its rounding, an Int4 weight to fp8, the loss with its gradient in fp8, and the gradient of the last hidden
-states; beside each the pass without fp8 in the same run. One layer of the 1.8B shape, 8,192 tokens, 1,024 rows of
-logits; medians in microseconds.
+SwiGLU with its rounding, and an Int4 weight to fp8; beside each the pass without fp8 in the same run. One layer of the
+1.8B shape, 8,192 tokens; medians in microseconds.
 """
 
 import sys
@@ -21,10 +20,9 @@ from train.common.files import write_json
 from train.ops import fp8
 from train.ops.fp8 import Fp8Rows
 
-TOKENS, HIDDEN, INNER, ROWS, VOCABULARY, GROUP = 8192, 2048, 5504, 1024, 151_936, 128
+TOKENS, HIDDEN, INNER, GROUP = 8192, 2048, 5504, 128
 WARPS = (4, 8, 16)
 WEIGHT_TILES = [(64, 128, 4), (64, 128, 8), (128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 256, 8), (64, 64, 4)]
-LOSS_TILES = [(4096, 8), (4096, 16), (8192, 16), (8192, 32), (16384, 32)]
 
 
 def _random(*shape: int) -> Tensor:
@@ -72,40 +70,12 @@ def weights() -> Iterator[tuple[str, Any, Callable[[], object]]]:
     gptq_fp8.TILE_ROWS, gptq_fp8.TILE_COLUMNS, gptq_fp8.WARPS = usual
 
 
-def loss() -> Iterator[tuple[str, Any, Callable[[], object]]]:
-    from train.ops.kernels import cross_entropy as kernel
-
-    logits, labels = _random(ROWS, VOCABULARY), torch.arange(ROWS, device="cuda")
-    rounded = Fp8Rows.empty(ROWS, VOCABULARY, logits.device)
-    usual = kernel.FP8_TILE
-    for tile in LOSS_TILES:
-        kernel.FP8_TILE = tile
-        yield "loss", tile, lambda: kernel.cross_entropy(logits, labels, 1.0, rounded)
-    kernel.FP8_TILE = usual
-    yield "loss", None, lambda: kernel.cross_entropy(logits, labels, 1.0)
-
-
-def hidden_gradient() -> Iterator[tuple[str, Any, Callable[[], object]]]:
-    from train.ops.kernels import fp8 as kernel
-
-    head, logits = _random(VOCABULARY, HIDDEN), _random(ROWS, VOCABULARY)
-    yield "hidden_gradient", None, lambda: logits @ head
-    rounded, rows = fp8.quantize_with(head.t(), fp8.row_scales(head.t())), fp8.quantize_rows(logits)
-    usual = kernel._splits
-    for splits in (1, 2, 3, 4):
-        part = -(-VOCABULARY // (128 * splits)) * 128
-        chosen = (splits, part)
-        kernel._splits = lambda *sizes, chosen=chosen: chosen  # type: ignore[misc]
-        yield "hidden_gradient", splits, lambda: fp8.product(rows, rounded, head.dtype)
-    kernel._splits = usual
-
-
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print(__doc__, file=sys.stderr)
         return 2
     rows = []
-    for passes in (swiglu, weights, loss, hidden_gradient):
+    for passes in (swiglu, weights):
         for name, tile, call in passes():
             rows.append({"pass": name, "tile": tile or "without fp8", "us": measure(call, time=True)})
             print(rows[-1], flush=True)

@@ -4,14 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.interpreter import round_as_cards, run_interpreted
+from tests.support.interpreter import run_interpreted
 from tests.support.tensors import KERNEL_DTYPES, normal
 from train.data.tokens import batches
-from train.ops import fp8
-from train.ops.cross_entropy import IGNORE, chunked_cross_entropy, summed_cross_entropy
-from train.ops.fp8 import Fp8Rows
+from train.ops.cross_entropy import IGNORE, chunked_cross_entropy
 from train.ops.kernels.cross_entropy import cross_entropy
-from train.ops.kernels.fp8 import LEAST_CAPABILITY
 
 
 def test_data_and_loss_agree_on_the_label_that_is_not_trained_on() -> None:
@@ -89,21 +86,6 @@ def test_a_trained_head_gets_the_gradient_of_torch(dtype: torch.dtype) -> None:
     assert error < {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
 
 
-@pytest.mark.parametrize("size", [(200, 32, 304, 64), (70, 16, 1008, 512)], ids=str)
-def test_in_fp8_the_loss_is_the_same_and_the_gradient_is_near(size: tuple[int, int, int, int]) -> None:
-    hidden, weight, labels = case(*size[:3], torch.float32)
-    positions = (labels != IGNORE).nonzero().squeeze(1)
-    rounded_head = fp8.quantize_with(weight.t(), fp8.row_scales(weight.t()))
-    grads = [torch.zeros_like(hidden) for _ in range(2)]
-    losses = [
-        summed_cross_entropy(hidden, weight, positions, labels[positions], size[3], grad, rounded_head=head)
-        for grad, head in zip(grads, (None, rounded_head))
-    ]
-    assert torch.equal(*losses)
-    error = float((grads[1] - grads[0]).norm() / grads[0].norm())
-    assert 1e-3 < error < 0.06, error
-
-
 def test_under_no_grad_the_loss_has_no_graph() -> None:
     hidden, weight, labels = case(9, 4, 5, torch.float32)
     with torch.no_grad():
@@ -126,41 +108,8 @@ def check_kernel(device: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(logits.double().cpu(), exact.grad, rtol=rounding, atol=rounding / 4)
 
 
-def check_fp8_kernel(device: str, dtype: torch.dtype) -> None:
-    """The gradient rounded to fp8 is that of the definition, to one step of fp8; the logits stay."""
-    round_as_cards()
-    for rows, vocabulary in ((3, 40), (5, 17_000)):
-        make = torch.Generator().manual_seed(vocabulary)
-        logits = (torch.randn(rows, vocabulary, generator=make) * 4).to(device, dtype)
-        labels = torch.randint(0, vocabulary, (rows,), generator=make).to(device)
-        logits[0, labels[0]] = 14  # a token that is known: the gradient of the label is not the largest
-        before = logits.clone()
-        rounded = Fp8Rows.empty(rows, vocabulary, logits.device)
-        losses = cross_entropy(logits, labels, 4.0, rounded)
-        exact = logits.double().cpu().softmax(-1)
-        exact[torch.arange(rows), labels.cpu()] -= 1
-        expected = fp8.quantize_rows((4 * exact).float())
-        assert torch.equal(logits, before)
-        torch.testing.assert_close(losses.cpu(), cross_entropy(before, labels, 4.0).cpu())
-        torch.testing.assert_close(rounded.scale.cpu(), expected.scale, rtol=2e-3, atol=0)
-        difference = (rounded.floats().cpu() - 4 * exact).abs()
-        assert bool((difference <= 4 * exact.abs() / 15 + 2 * expected.scale[:, None] * 2**-10).all())
-
-
 def test_the_kernel_through_the_interpreter() -> None:
     run_interpreted(__name__, "check_kernel", "cpu", torch.float32)
-
-
-def test_the_kernel_in_fp8_through_the_interpreter() -> None:
-    run_interpreted(__name__, "check_fp8_kernel", "cpu", torch.float32)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_kernel_in_fp8_on_a_gpu(dtype: torch.dtype) -> None:
-    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
-        pytest.skip("needs compute capability 8.9")
-    check_fp8_kernel("cuda", dtype)
 
 
 @pytest.mark.gpu

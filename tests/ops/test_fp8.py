@@ -11,12 +11,10 @@ from tests.support.tensors import normal
 from train.ops import fp8
 from train.ops.dropout import Dropout
 from train.ops.fp8 import Fp8Rows, LowRankProduct
-from train.ops.kernels import fp8 as kernel
 from train.ops.kernels.fp8 import LEAST_CAPABILITY
 from train.ops.rms_norm import rms_norm, rms_norm_backward
 from train.ops.swiglu import swiglu, swiglu_backward
 
-DEEP = 2 * kernel.LEAST_PART + 176  # K that is worth two parts
 STEP = 2**-3  # of e4m3: the largest distance of two neighbours, relative to the smaller
 
 
@@ -44,8 +42,8 @@ def low_rank(rows: int, columns: int, kind: str, device: str, dtype: torch.dtype
 
 
 def products(device: str, dtype: torch.dtype) -> list[Tensor]:
-    """On shapes that no tile divides, on whole tiles, and with few tiles and many columns, which are cut into parts."""
-    outputs = [fp8.product(*pair((20, 72, DEEP), device), dtype)]
+    """On shapes that no tile divides, and on whole tiles."""
+    outputs = []
     for size in [(130, 264, 176), (16, 128, 32)]:
         for kind in ("none", "A", "B"):
             outputs.append(fp8.product(*pair(size, device), dtype, low_rank(size[0], size[1], kind, device, dtype)))

@@ -90,8 +90,6 @@ def passes(shape: Shape, setting: Setting) -> tuple[int, int]:
         living = Living()
         living.leave_out([*base.parameters(), *base.buffers(), step.vector, step.grads])
         living.leave_out(step.fused_decoder.rope_tables)
-        if step.rounded_head is not None:
-            living.leave_out([step.rounded_head.values, step.rounded_head.scale])
         with living:
             total = step({"input_ids": ids, "labels": ids})
             up_to_loss, living.most = living.most, living.now
@@ -119,12 +117,12 @@ def _fake_kernels() -> Iterator[None]:
         (fp8, "row_scales", lambda x: torch.empty(len(x), device=META)),
         (fp8, "quantize_rows", lambda x: fp8.Fp8Rows.empty(len(x), x.shape[1], META)),
         (fp8, "quantize_with", lambda x, scale: fp8.Fp8Rows(torch.empty(x.shape, dtype=fp8.E4M3, device=META), scale)),
-        (fp8, "product", lambda x, weight, dtype, *term: torch.empty(len(x), len(weight), dtype=dtype, device=META)),
+        (fp8, "product", lambda x, weight, dtype, term: torch.empty(len(x), len(weight), dtype=dtype, device=META)),
         (fused_linear.FusedLinear, "_concatenated_bias", lambda linear: None),
         (PackedLinear, "matrix", _matrix),
         (Int4Linear, "writes_fp8", False),  # the way that takes more memory, as bases in floats go
         (cross_entropy.kernels, "usable", lambda device: True),
-        (cross_entropy, "cross_entropy", lambda logits, *arguments: torch.empty(len(logits), device=META)),
+        (cross_entropy, "cross_entropy", lambda logits, labels, scale: torch.empty(len(logits), device=META)),
         (offload.PinnedBuffer, "slots", _slots),
         (offload.CopyStream, "copy", lambda stream, target, source: None),
         (graph_step, "logits_rows", lambda hidden: step_sizes.logits_rows(len(hidden))),

@@ -3,8 +3,7 @@
 Knows hidden states, a head and labels; nothing of models, shifts or averages. Only rows with a label are multiplied with
 the head, and the logits of one chunk at most are in memory. The gradients are computed in the forward pass, from the
 logits that are there anyway: that costs one stored matrix [M, H], and where the head is trained its own gradient [V, H]
-in float32; it saves computing the logits twice. With precision=fp8 the gradient of the hidden states is a product in
-fp8; the logits are not, because their rounding would go straight into the loss.
+in float32; it saves computing the logits twice.
 """
 
 from collections.abc import Iterator
@@ -13,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.ops import fp8, kernels
-from train.ops.fp8 import Fp8Rows
+from train.ops import kernels
 from train.ops.kernels.cross_entropy import cross_entropy
 
 IGNORE = -100  # the label of a token that is not trained on: torch's ignore_index, as in data/tokens/batches.py
@@ -78,7 +76,6 @@ def summed_cross_entropy(
     chunk: int,
     grad: Tensor | None = None,
     head_grad: Tensor | None = None,
-    rounded_head: Fp8Rows | None = None,
 ) -> Tensor:
     """The summed loss of some rows of `hidden`; a scalar, float32, or float64 if `hidden` is float64.
 
@@ -87,26 +84,19 @@ def summed_cross_entropy(
         labels: [M] int64, theirs. chunk: rows of logits in memory at once.
         grad: [N, H], gets `logit_grad_scale` times the gradient in those rows; the other rows are not touched.
         head_grad: [V, H], `logit_grad_scale` times the gradient of the head is added to it.
-        rounded_head: the head as [H, V] in fp8: then `grad` is computed in fp8, and there is no `head_grad`.
     """
     dtype = _loss_dtype(hidden)
     total = torch.zeros((), dtype=dtype, device=hidden.device)
-    for losses in _chunks_of_losses(hidden, weight, positions, labels, chunk, grad, head_grad, rounded_head):
+    for losses in _chunks_of_losses(hidden, weight, positions, labels, chunk, grad, head_grad):
         total += losses.sum().to(dtype)
     return total
 
 
 def token_losses(
-    hidden: Tensor,
-    weight: Tensor,
-    positions: Tensor,
-    labels: Tensor,
-    chunk: int,
-    grad: Tensor | None = None,
-    rounded_head: Fp8Rows | None = None,
+    hidden: Tensor, weight: Tensor, positions: Tensor, labels: Tensor, chunk: int, grad: Tensor | None = None
 ) -> Tensor:
     """As `summed_cross_entropy`, but the loss of each label, [M], and in `grad` the gradient of each row's own loss."""
-    parts = list(_chunks_of_losses(hidden, weight, positions, labels, chunk, grad, None, rounded_head))
+    parts = list(_chunks_of_losses(hidden, weight, positions, labels, chunk, grad))
     dtype = _loss_dtype(hidden)
     return torch.cat(parts).to(dtype) if parts else torch.zeros(0, dtype=dtype, device=hidden.device)
 
@@ -119,19 +109,12 @@ def _chunks_of_losses(
     chunk: int,
     grad: Tensor | None,
     head_grad: Tensor | None = None,
-    rounded_head: Fp8Rows | None = None,
 ) -> Iterator[Tensor]:
     """The losses of `chunk` rows at a time; `grad` and `head_grad` get their gradients."""
     dtype = _loss_dtype(hidden)
     fast = weight.dtype in (torch.float16, torch.bfloat16) and kernels.usable(weight.device)
     for part in (slice(start, start + chunk) for start in range(0, len(positions), chunk)):
         rows = hidden[positions[part]].to(weight.dtype)
-        if rounded_head is not None and grad is not None:
-            losses, rounded = (_chunk_in_fp8_by_kernel if fast else _chunk_in_fp8)(rows, weight, labels[part], dtype)
-            grad[positions[part]] = fp8.product(rounded, rounded_head, weight.dtype).to(grad.dtype)
-            del rounded
-            yield losses
-            continue
         losses, logits = (_chunk_by_kernel if fast else _chunk)(rows, weight, labels[part], dtype)
         if grad is not None:
             grad[positions[part]] = (logits.to(weight.dtype) @ weight).to(grad.dtype)
@@ -159,19 +142,6 @@ def _chunk_by_kernel(rows: Tensor, weight: Tensor, labels: Tensor, dtype: torch.
     """The same by the kernel, which overwrites the 16-bit logits with their gradient."""
     logits = rows @ weight.t()
     return cross_entropy(logits, labels, logit_grad_scale(weight.dtype)), logits
-
-
-def _chunk_in_fp8(rows: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Fp8Rows]:
-    """`_chunk` with the gradient of the logits [C, V] in fp8."""
-    losses, grad = _chunk(rows, weight, labels, dtype)
-    return losses, fp8.quantize_rows(grad)
-
-
-def _chunk_in_fp8_by_kernel(rows: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Fp8Rows]:
-    """The same by the kernel."""
-    logits = rows @ weight.t()
-    rounded = Fp8Rows.empty(len(rows), len(weight), rows.device)
-    return cross_entropy(logits, labels, logit_grad_scale(weight.dtype), rounded), rounded
 
 
 def token_cross_entropy(

@@ -17,17 +17,6 @@ from train.ops.low_rank import add_dropped_product
 from train.training.fused_linear import FusedLinear
 
 
-def round_head(weight: Tensor) -> Fp8Rows | None:
-    """The frozen head [V, H] as [H, V] with a scale for each input, for the gradient of the last hidden states.
-
-    It stays beside the head, V · H bytes. None where the product in fp8 does not take these sizes.
-    """
-    vocabulary, hidden = weight.shape
-    if weight.requires_grad or vocabulary % 16 or hidden % 8:
-        return None
-    return fp8.quantize_with(weight.t(), fp8.row_scales(weight.t()))
-
-
 class Fp8Linear(FusedLinear):
     """A FusedLinear in fp8.
 

@@ -22,12 +22,10 @@ from train.ops.neftune import add_noise, draw_seed
 from train.ops.offload import HostEmbedding
 from train.ops.preference_loss import sequence_numbers
 from train.training import fused_preference, step_sizes
-from train.training.fp8_linear import round_head
 from train.training.fused_decoder import FusedDecoder
 from train.training.fused_linear import FusedLinear
 from train.training.preference import PreferenceLoss
 
-HEAD_IN_FP8 = False
 CONVERSATIONS = 8  # cu_seqlens is padded to this many conversations, or 2, 4, 8 … times as many
 MAX_GRAPHS = 12  # shapes that are captured at most: the activations of each stay allocated in the shared memory pool
 TOKEN_TENSORS = ("positions", "segment_ids", "cu_seqlens", "seq_start", "seq_end", "seed")  # of Tokens
@@ -154,7 +152,6 @@ class GraphStep(nn.Module):
         self._start: Tensor | None = None
         self._decoder = [decoder]  # in a list, so that nn.Module does not register its parameters
         self.fused_decoder = FusedDecoder(decoder, length, fp8)  # type: ignore[arg-type]
-        self.rounded_head = round_head(decoder.lm_head.weight.detach()) if fp8 and HEAD_IN_FP8 else None  # type: ignore[union-attr,arg-type,operator]
         self.layout = FlatParameters(self.fused_decoder.linears, names)
         self.graphs = graphs and next(iter(names)).is_cuda
         values = self.layout.join({name: p.detach() for p, name in names.items()}, next(iter(names)).device)
@@ -355,9 +352,9 @@ class _FusedLoss(torch.autograd.Function):
         labelled = (hidden, head, on_device.labelled_positions, on_device.labels, logits_rows(hidden))
         ctx.step, ctx.passes = step, passes
         if step.preference is not None and reference is not None:
-            losses = token_losses(*labelled, grad_hidden, step.rounded_head)
+            losses = token_losses(*labelled, grad_hidden)
             return fused_preference.weigh(step.preference, on_device, losses, reference, grad_hidden)
-        return summed_cross_entropy(*labelled, grad_hidden, rounded_head=step.rounded_head)
+        return summed_cross_entropy(*labelled, grad_hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

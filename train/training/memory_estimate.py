@@ -89,11 +89,9 @@ def estimate(shape: Shape, setting: Setting) -> Estimate:
 
 def constant_parts(shape: Shape, setting: Setting) -> dict[str, int]:
     """What is allocated all the time, by name."""
-    rounded_head = int(BYTES_16 * setting.fp8 * shape.vocabulary * shape.hidden)
     return {
         "weights of the blocks": block_weight_bytes(shape),
         embedding_name(shape, setting): embedding_bytes(shape, setting),
-        **({"the head in fp8": rounded_head} if rounded_head else {}),
         "adapters: weights, gradients, AdamW": adapter_bytes(setting) * adapter_parameters(shape, setting),
         "cuBLAS workspaces": CUBLAS_WORKSPACES,
     }
@@ -259,9 +257,9 @@ def hidden_bytes(shape: Shape, setting: Setting) -> int:
 
 
 def logits_bytes(shape: Shape, setting: Setting) -> int:
-    """A chunk of logits, with their gradient in fp8, the hidden states that it is computed from and their gradient."""
+    """A chunk of logits, with the hidden states that it is computed from and their gradient."""
     rows = min(logits_rows(setting.tokens), setting.tokens)
-    return int(BYTES_16 * rows * ((1 + setting.fp8) * shape.vocabulary + 2 * shape.hidden))
+    return BYTES_16 * rows * (shape.vocabulary + 2 * shape.hidden)
 
 
 def summed_gradient_bytes(shape: Shape, setting: Setting) -> int:

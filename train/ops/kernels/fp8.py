@@ -19,7 +19,6 @@ MAX_RANK = 64  # of a block of the low-rank product: wider ones do not fit besid
 ROW_BLOCK = 4096  # values of a row that are rounded at a time
 # Tiles (BM, BN, BK), warps, stages: on Hopper the fastest of a sweep; on Ada what fits its 99 KB of shared memory
 HOPPER, OTHERS = (128, 256, 128, 8, 3), (128, 128, 64, 8, 4)
-LEAST_PART = 16384  # columns of x that are worth a part of their own, whose sums are written and read again
 GROUP = 8  # rows of tiles that run together, so that they find their columns of W in the cache
 
 if triton is not None:
@@ -87,21 +86,18 @@ if triton is not None:
 
     @triton.jit
     def _fp8_product(  # type: ignore[no-untyped-def]
-        x, weight, y, x_scale, weight_scale, left, right, rows, columns, inner, part, second,
-        third, left_stride, right_block, right_row, right_column, rank,
-        BLOCKS: tl.constexpr, BY_COLUMNS: tl.constexpr, R: tl.constexpr, HELD: tl.constexpr, SPLITS: tl.constexpr,
+        x, weight, y, x_scale, weight_scale, left, right, rows, columns, inner, second, third,
+        left_stride, right_block, right_row, right_column, rank,
+        BLOCKS: tl.constexpr, BY_COLUMNS: tl.constexpr, R: tl.constexpr, HELD: tl.constexpr,
         DESCRIPTORS: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
         GROUP: tl.constexpr,
     ):  # fmt: skip
         """y = (x Wᵀ) · x_scale · weight_scale, plus the low-rank product where BLOCKS is not 0.
 
-        DESCRIPTORS: x, weight and y are descriptors, else pointers to contiguous matrices. SPLITS: y has so many blocks of
-        row_tiles · BM rows, each of them the product of `part` columns of x.
+        DESCRIPTORS: x, weight and y are descriptors, else pointers to contiguous matrices.
         """
         row_tiles, column_tiles = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
-        tiles = row_tiles * column_tiles
-        for number in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=False):
-            split, tile = number // tiles, number % tiles
+        for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=False):
             group = tile // (GROUP * column_tiles)
             group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
             in_group = tile % (GROUP * column_tiles)
@@ -116,7 +112,7 @@ if triton is not None:
                         right_column, rank, BY_COLUMNS, R,
                     )  # fmt: skip
             acc = tl.zeros((BM, BN), tl.float32)
-            for start in range(split * part, tl.minimum((split + 1) * part, inner), BK):
+            for start in range(0, inner, BK):
                 if DESCRIPTORS:
                     a = tl._experimental_descriptor_load(x, [row_tile * BM, start], [BM, BK], tl.float8e4nv)
                     b = tl._experimental_descriptor_load(weight, [column_tile * BN, start], [BN, BK], tl.float8e4nv)
@@ -138,12 +134,11 @@ if triton is not None:
                         right_column, rank, BY_COLUMNS, R,
                     )  # fmt: skip
                     acc = tl.dot(x_part, w_part, acc, input_precision=precision)
-            first = split * row_tiles * BM
             if DESCRIPTORS:
-                tl._experimental_descriptor_store(y, acc.to(OUT), [first + row_tile * BM, column_tile * BN])
+                tl._experimental_descriptor_store(y, acc.to(OUT), [row_tile * BM, column_tile * BN])
             else:
                 inside = (i < rows)[:, None] & (n < columns)[None]
-                tl.store(y + (first + row)[:, None] * columns + column[None], acc.to(OUT), mask=inside)
+                tl.store(y + row[:, None] * columns + column[None], acc.to(OUT), mask=inside)
 
 
 def quantize_rows(x: Tensor, values: Tensor, scale: Tensor) -> None:
@@ -179,14 +174,10 @@ def product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, y:
     """
     (rows, inner), columns = x.shape, len(weight)
     BM, BN, BK, warps, stages = HOPPER if _has_descriptors(x.device) else OTHERS
-    row_tiles = triton.cdiv(rows, BM)
-    programs = row_tiles * triton.cdiv(columns, BN)
-    splits, part = (1, inner) if low_rank is not None else _splits(programs, inner, BK, x.device)
-    out = y if splits == 1 else y.new_empty(splits * row_tiles * BM, columns)
-    programs *= splits
-    matrices: tuple[Any, ...] = (x, weight, out)
+    matrices: tuple[Any, ...] = (x, weight, y)
+    programs = triton.cdiv(rows, BM) * triton.cdiv(columns, BN)
     if _has_descriptors(x.device):
-        matrices = (_descriptor(x, BM, BK), _descriptor(weight, BN, BK), _descriptor(out, BM, BN))
+        matrices = (_descriptor(x, BM, BK), _descriptor(weight, BN, BK), _descriptor(y, BM, BN))
         programs = min(programs, multiprocessors(x.device))
     if low_rank is None:
         left, right, blocks, rank, starts = x_scale[:, None], weight_scale[None, None], 0, 0, ()
@@ -195,29 +186,17 @@ def product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, y:
         blocks, rank = right.shape[:2]
     second, third = (*starts[1:], columns, columns)[:2]
     _fp8_product[(programs,)](
-        *matrices, x_scale, weight_scale, left, right, rows, columns, inner, part, second, third,
+        *matrices, x_scale, weight_scale, left, right, rows, columns, inner, second, third,
         left.stride(0), *right.stride(), rank, BLOCKS=blocks, BY_COLUMNS=len(starts) > 1,
         R=max(16, triton.next_power_of_2(rank)), HELD=_is_held(left, blocks, len(starts) > 1),
-        SPLITS=splits, DESCRIPTORS=_has_descriptors(x.device), OUT=TYPES[y.dtype], BM=BM, BN=BN, BK=BK, GROUP=GROUP,
+        DESCRIPTORS=_has_descriptors(x.device), OUT=TYPES[y.dtype], BM=BM, BN=BN, BK=BK, GROUP=GROUP,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    if splits > 1:
-        torch.sum(out.view(splits, -1, columns)[:, :rows], 0, out=y)
 
 
 def _is_held(left: Tensor, blocks: int, by_columns: bool) -> bool:
     """Whether the low-rank product's factors are loaded ahead: where a tile needs one block, and registers suffice."""
     return not INTERPRETED and left.element_size() == 2 and (blocks == 1 or by_columns)
-
-
-def _splits(tiles: int, inner: int, step: int, device: torch.device) -> tuple[int, int]:
-    """Parts into which K = `inner` is cut where y has fewer tiles than the card has multiprocessors; columns of a part.
-
-    The gradient of the last hidden states is such a product: K is the vocabulary there.
-    """
-    splits = max(1, min(multiprocessors(device) // tiles, inner // LEAST_PART))
-    part = triton.cdiv(triton.cdiv(inner, step), splits) * step
-    return triton.cdiv(inner, part), part
 
 
 TYPES: dict[torch.dtype, Any] = {}
