@@ -4,12 +4,13 @@ Reads folders and writes a folder; knows nothing of runs. Whether the result giv
 export/verify.py. Every weight that the adapter changes is W + (α/r)·B·A in float64 (with DoRA each row of it gets its
 trained length; peft_updates.py has other methods), rounded once to the type that is written. float64 takes twice the
 time of float32, and keeps every weight within one unit in the last place. Weights are computed in slices of their rows:
-on a GPU one after the other, on a CPU one slice a core. At most a block, or the embedding or the head, and on a CPU a
-slice a core are in memory.
+on a GPU one after the other, on a CPU one slice a core. At most two blocks, or one and the embedding or the head, and on
+a CPU a slice a core are in memory.
 """
 
 import shutil
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -358,12 +359,21 @@ def written_bytes(job: MergeJob) -> int:
 
 
 def write(job: MergeJob, folder: Path, on_bytes: Callable[[int], None]) -> None:
-    """Write the complete checkpoint into the empty `folder`; on_bytes(bytes) is called after each block."""
+    """Write the complete checkpoint into the empty `folder`; on_bytes(bytes) is called after each block.
+
+    A block is written while the next is read and computed, so two are in memory.
+    """
     config, published = read_folder_config(job.weights)
     writer = PlannedShards(folder, merged_shapes(job), job.dtype, job.shard_bytes)
-    for state in merged_blocks(job):
-        on_bytes(sum(writer.write(name, tensor) for name, tensor in state.items()))
-        del state  # frees the block before the next is computed
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        before: Future[int] | None = None
+        for state in merged_blocks(job):
+            if before is not None:
+                on_bytes(before.result())
+            before = thread.submit(writer.write_all, state)
+            del state  # it is freed when it is written
+        if before is not None:
+            on_bytes(before.result())
     writer.close()
     if job.layout == config.layout:
         copy_companions(job.weights, folder, without=NOT_COPIED)

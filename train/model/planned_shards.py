@@ -74,6 +74,10 @@ class PlannedShards:
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
         return tensor.nbytes
 
+    def write_all(self, tensors: dict[str, Tensor]) -> int:
+        """Write several, and drop each from `tensors` when it is written. Returns their bytes."""
+        return sum(self.write(name, tensors.pop(name)) for name in list(tensors))
+
     def close(self) -> None:
         """Check that every tensor was written."""
         assert not self._places, f"not written: {sorted(self._places)}"

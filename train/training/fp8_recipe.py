@@ -5,8 +5,8 @@ from train.config.recipe import Recipe
 from train.ops.kernels.fp8 import LEAST_CAPABILITY
 
 NOTE = (
-    "precision=fp8: the products with the frozen weights are in fp8 (e4m3, a scale a row), also in the held-out loss; "
-    "adapters, their gradients and the optimizer are those of bf16."
+    "precision=fp8: the products with the frozen weights are in fp8 (e4m3, a scale a row); in bf16 stay the forward "
+    "products of the first and the last block, the head, the adapters and the optimizer. Held-out losses are without fp8."
 )
 
 
