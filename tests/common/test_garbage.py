@@ -39,3 +39,11 @@ def test_what_is_made_after_the_start_is_freed() -> None:
     gc.collect()
     assert not rings
     assert gc.get_freeze_count() > 0
+
+
+def test_the_model_of_an_earlier_stage_is_collected() -> None:
+    garbage.leave_alone_what_exists()
+    rings = weakref.WeakSet([Ring()])
+    garbage.leave_alone_what_exists()
+    gc.collect()
+    assert not rings

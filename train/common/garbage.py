@@ -16,8 +16,12 @@ def collect_seldom() -> None:
 
 
 def leave_alone_what_exists() -> None:
-    """Never again look at what exists now. For modules and data, before a model is made, which has to be freed later."""
-    gc.freeze()
+    """Never again look at what exists now. For modules and data, before a model is made, which has to be freed later.
+
+    Once in a process: what a first stage leaves behind, its model too, is for the collector.
+    """
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 def collect_as_usual() -> None:
