@@ -225,7 +225,11 @@ class DecodeLayers:
             self.blocks = [self._block(block) for block in getattr(model.backbone, c.names.blocks)]
 
     def refresh(self) -> None:
-        """Copy the values of the adapters again: an optimizer may have changed them."""
+        """Copy the values of the adapters again: an optimizer may have changed them.
+
+        Whether it has cannot be asked: what is written through `.data` or another view of a flat buffer, as optimizers
+        do, leaves a parameter's `_version` as it was.
+        """
         copies = [copy for adapter in self.adapters for copy in adapter.copies]
         if copies:
             with torch.inference_mode():
