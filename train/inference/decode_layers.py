@@ -2,9 +2,9 @@
 
 Int4 linears on a device with kernels multiply with the packed weight directly, without a float copy of it, up to
 MAX_BATCH rows; more rows, those of a prompt, multiply with a float copy that lives as long as the product. Every other
-linear is called as a module: slower, and always right. Weights are used where they are; copies are made only of q, k, v that are
-separate in the checkpoint (they are fused into one linear), of weights in act-order (sorted by group), and of adapters in the
-dtype of the activations, which `refresh` brings up to date.
+linear is called as a module: slower, and always right. Weights are used where they are; copies are made only of q, k, v
+that are separate in the checkpoint (they are fused into one linear), of weights in act-order (sorted by group), and of
+adapters in the dtype of the activations, which `refresh` brings up to date.
 """
 
 from collections.abc import Callable, Sequence
