@@ -4,10 +4,11 @@
 
 With `--compile` the kernels of all arms are compiled in several processes at once, into Triton's cache on the disk, and
 nothing is measured. Else every arm without and with an adapter of rank 64 on every linear, and `before` once more. Then
-some choices on top of the last arm, one at a time: the tiles of the products whose parts a norm adds up, and the norms'
-warps. A step is the replay of its CUDA graph, from 128 tokens in the cache to 384 as in tests/bench/decode.py.
-`error` is the largest difference of the logits of 32 steps from those of `before`, which are fed the same tokens, by
-the largest logit. When the seconds are over no further choice is begun; the file is written after each.
+some choices on top of what the program does, one at a time: the tiles of the products whose parts a norm adds up, and
+the norms' warps. A step is the replay of its CUDA graph, from 128 tokens in the cache to 384 as in
+tests/bench/decode.py. `error` is the largest difference of the logits of 32 steps from those of `before`, which are fed
+the same tokens, by the largest logit. When the seconds are over no further choice is begun; the file is written after
+each.
 """
 
 import argparse
@@ -40,14 +41,11 @@ STEPS = NEW if DEVICE.type == "cuda" else 2
 
 @dataclass(frozen=True)
 class Arm:
-    """overlap: the most that train/ops/kernels/overlap.py may do. norm_down, head_down: the kernels of norms and of attention
-    compute x Aᵀ of the linears that follow too.
-    """
+    """early: kernels start early (train/ops/kernels/overlap.py). norm_down: norms compute x Aᵀ for their readers."""
 
     name: str
-    overlap: int = overlap.OFF
-    norm_down: bool = False
-    head_down: bool = False
+    early: bool = True
+    norm_down: bool = True
     ranks_per_norm: int = decode_step.RANKS_PER_NORM
     columns_per_warp: int = decode_step.COLUMNS_PER_WARP
     tiles: tuple[tuple[tuple[bool, int, int], Tile], ...] = ()
@@ -55,42 +53,30 @@ class Arm:
     def patches(self) -> list[Any]:
         """What a session is built and captured under."""
         found: list[Any] = [
-            patch.object(overlap, "most", self.overlap),
+            patch.object(overlap, "allowed", self.early),
             patch.object(decode_step, "RANKS_PER_NORM", self.ranks_per_norm),
             patch.object(decode_step, "COLUMNS_PER_WARP", self.columns_per_warp),
             patch.dict(gptq_tiles.MEASURED, dict(self.tiles)),
         ]
-        if not self.norm_down:
-            found.append(_without_a(decode_step, "add_norm"))
-        if not self.head_down:
-            found.append(_without_a(decode_step, "attend"))
+        if not self.norm_down:  # the norms' kernel is told of no adapter: the products compute x Aᵀ themselves
+            add_norm = decode_step.add_norm
+            found.append(patch.object(decode_step, "add_norm", lambda *args: add_norm(*args[:4])))
         return found
 
 
-def _without_a(module: Any, name: str) -> Any:
-    """The function, told of no adapter: the products compute x Aᵀ themselves."""
-    function, position = getattr(module, name), {"add_norm": 4, "attend": 12}[name]
-    return patch.object(module, name, lambda *args: function(*args[:position]))
-
-
-BEFORE = Arm("before")
-ALL = Arm("all", overlap.LOADS, norm_down=True, head_down=True)
+BEFORE = Arm("before", early=False, norm_down=False)
+SHIPPED = Arm("as the program does it")
 
 
 def arms(adapter: bool) -> list[Arm]:
-    """`before`, each idea alone, all of them, `before` again; those without an early start first, which cannot fail."""
-    inside = [Arm("x A with the norms", norm_down=True), Arm("x A with attention", head_down=True)]
-    early = [
-        Arm("starts early", overlap.STARTS),
-        Arm("starts early, weights on their way", overlap.PREFETCHES),
-        Arm("starts early, first words in registers", overlap.LOADS),
-    ]
-    together = [replace(ALL, name="all but words in registers", overlap=overlap.PREFETCHES), ALL]
-    return [BEFORE, *(inside if adapter else []), *early, *(together if adapter else [])]
+    """`before`, each idea alone, both; those without an early start first, which cannot fail."""
+    if not adapter:
+        return [BEFORE, SHIPPED]
+    return [BEFORE, Arm("x A with the norms", early=False), Arm("starts early", norm_down=False), SHIPPED]
 
 
 def choices(model: str) -> Iterator[Arm]:
-    """ALL with one thing changed."""
+    """SHIPPED with one thing changed."""
     config = shapes.config(model)
     for name, size in (("out", config.hidden_size), ("down", config.intermediate_size)):
         shape = (True, size, config.hidden_size)
@@ -99,11 +85,11 @@ def choices(model: str) -> Iterator[Arm]:
         tiles += [Tile(16, 32, 8, 4, 1), Tile(16, 32, 8, 2, 1), Tile(16, 64, 8, 4, 1), Tile(16, 32, 4, 4, 1)]
         for tile in tiles:
             if tile != base:
-                yield replace(ALL, name=f"{name}: {tile}", tiles=((shape, tile),))
+                yield replace(SHIPPED, name=f"{name}: {tile}", tiles=((shape, tile),))
     for columns in (256, 512):
-        yield replace(ALL, name=f"norm: {columns} columns a warp", columns_per_warp=columns)
+        yield replace(SHIPPED, name=f"norm: {columns} columns a warp", columns_per_warp=columns)
     for ranks in (4, 8):
-        yield replace(ALL, name=f"norm: {ranks} rows of A", ranks_per_norm=ranks)
+        yield replace(SHIPPED, name=f"norm: {ranks} rows of A", ranks_per_norm=ranks)
 
 
 def session_of(arm: Arm, layers: DecodeLayers) -> DecodeSession:
@@ -167,7 +153,7 @@ def rows(model: str, seconds: float) -> Iterator[dict[str, Any]]:
     layers_of[True].refresh()
     expected_of: dict[bool, Tensor] = {}
     both = [(arm, adapter) for adapter in (False, True) for arm in arms(adapter)]
-    both.sort(key=lambda case: case[0].overlap)
+    both.sort(key=lambda case: case[0].early)
     both += [(replace(BEFORE, name="before, again"), adapter) for adapter in (False, True)]
     for arm, adapter in both:
         yield {"adapter": adapter} | _row(arm, layers_of[adapter], expected_of, adapter)

@@ -126,9 +126,7 @@ def attention(batch: int, heads: int, keys: int) -> list[dict[str, Any]]:
     size = 4 * batch * heads * keys * 128  # bytes of keys and values
     rows = []
     for splits in (1, 2, 4, 8, 16):
-        calls = [
-            lambda k=k, v=v, s=splits: attend(qkv, cos, sin, None, pads, slot, k, v, heads, s)[0] for k, v in caches
-        ]
+        calls = [lambda k=k, v=v, s=splits: attend(qkv, cos, sin, None, pads, slot, k, v, heads, s) for k, v in caches]
         took = microseconds(calls)
         rows.append({"splits": splits, "us": round(took, 2), "tb_s": round(size / took / 1e6, 2)})
     return sorted(rows, key=lambda row: row["us"])

@@ -26,7 +26,7 @@ def check_attention(device: str) -> None:
         pads = torch.arange(batch, dtype=torch.int32, device=device)
         slot = torch.tensor([new], dtype=torch.int32, device=device)
         cache = (random(batch, key_heads, 256, head_dim), random(batch, key_heads, 256, head_dim))
-        logn, a = random(256).abs(), random(32, heads * head_dim)
+        logn = random(256).abs()
         expected_cache = [t.clone() for t in cache]
         expected = decode_step.attend_plain(qkv, *rope, logn, pads, slot, *expected_cache, heads)
         for splits in (1, 2, 4):
@@ -35,11 +35,8 @@ def check_attention(device: str) -> None:
                 torch.zeros(batch, heads, dtype=torch.int32, device=device),
             )
             for _ in range(min(splits, 2)):  # the count of programs is at zero again for the second
-                args = (qkv, *rope, logn, pads, slot, *kernel_cache, heads, splits, arrivals)
-                out, down = decode_step_kernels.attend(*args, a=a)
+                out = decode_step_kernels.attend(qkv, *rope, logn, pads, slot, *kernel_cache, heads, splits, arrivals)
                 assert torch.allclose(out, expected, atol=2e-5), (batch, splits)
-                assert (down is None) == (batch > 1)  # a single row gets the product with A too
-                assert down is None or torch.allclose(down, decode_step.product_by_head(out, a, heads), atol=1e-4)
                 assert not arrivals.any()
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(kernel_cache, expected_cache))
 
@@ -65,7 +62,7 @@ def check_rows(device: str) -> None:
         expected_cache, cache = [keys.clone(), values.clone()], [keys.clone(), values.clone()]
         expected = decode_step.attend_rows_plain(*args, *expected_cache, heads, rows)
         for splits in (1, 2):
-            out, _ = decode_step_kernels.attend(*args, *cache, heads, splits, cache_rows=rows)
+            out = decode_step_kernels.attend(*args, *cache, heads, splits, cache_rows=rows)
             assert torch.allclose(out, expected, atol=2e-5), (tables, splits)
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(cache, expected_cache))
         alone = decode_step.attend_plain(

@@ -3,11 +3,10 @@
 A `DecodeSession` holds keys and values [B, Hkv, capacity, D] of every block, the rotary tables, and where each row
 begins. A prompt runs through the matrix products of the step (DecodeLayers), up to 512 tokens as a graph of its own; a
 very long one through the decoder itself, whose cache is then copied into the session. Positions, logn and dynamic NTK
-are those of the decoder, precomputed in tables. A step of one row runs seven kernels a block, and eight with adapters.
-The graph writes the most likely tokens into the input of the next step, so greedy decoding
-never waits for the host. Knows nothing of text and sampling. Trade-off: memory for the whole answer is allocated at its
-start. Without a GPU the same step runs without a graph, in plain PyTorch; only tests do that, because on a CPU a growing
-cache is as fast.
+are those of the decoder, precomputed in tables. A step of one row runs seven kernels a block, and nine with adapters.
+The graph writes the most likely tokens into the input of the next step, so greedy decoding never waits for the host.
+Knows nothing of text and sampling. Trade-off: memory for the whole answer is allocated at its start. Without a GPU the
+same step runs without a graph, in plain PyTorch; only tests do that, because on a CPU a growing cache is as fast.
 """
 
 import math
@@ -37,8 +36,8 @@ def _positions(mask: Tensor) -> Tensor:
 class DecodeSession:
     """The decoding of one batch: `start` with the prompts, then `step` by step.
 
-    `token` [B] int64 is the input of the next step; `logits` [B, V] float32 predict the token after it. `slot` [1] is the
-    position in the cache that the next step writes; `pads` [B] counts the padding before each prompt.
+    `token` [B] int64 is the input of the next step; `logits` [B, V] float32 predict the token after it. `slot` [1] is
+    the position in the cache that the next step writes; `pads` [B] counts the padding before each prompt.
     """
 
     @torch.inference_mode()
@@ -82,13 +81,16 @@ class DecodeSession:
         return (torch.log((positions + 1).double()) / math.log(c.seq_length)).clamp(min=1.0).float()
 
     def _attention_splits(self) -> int:
-        """Into how many programs the keys of a head are split, a power of two: about four programs per multiprocessor."""
+        """Programs that the keys of a head are split into, a power of two: about four programs per multiprocessor."""
         programs = 4 * multiprocessors(self.layers.device) // (self.batch * self.heads)
         splits = min(programs, self.capacity // MIN_KEYS_PER_SPLIT, 32)
         return 1 << max(splits, 1).bit_length() - 1
 
     def _capture(self) -> None:
-        """Run the step twice on another stream to compile its kernels, then capture it; `start` resets the tensors that this changes."""
+        """Run the step twice on another stream to compile its kernels, then capture it.
+
+        `start` resets the tensors that this changes.
+        """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -153,7 +155,7 @@ class DecodeSession:
         logn = None if self.logn is None else self.logn[positions]
         allowed = prompt_mask(mask) if width <= WIDTHS[-1] else sdpa_mask(mask, None, width, width, ids.device)
 
-        def attend(qkv: Tensor, n: int) -> tuple[Tensor, None]:
+        def attend(qkv: Tensor, n: int) -> Tensor:
             by_head = qkv.sum(0).to(self.keys.dtype).view(batch, width, -1, c.head_dim).transpose(1, 2)  # [B, H, T, D]
             q, k, v = by_head.split([self.heads, c.num_key_value_heads, c.num_key_value_heads], dim=1)
             q, k = rotate_heads(q, cos, sin), rotate_heads(k, cos, sin)
@@ -162,7 +164,7 @@ class DecodeSession:
                 q = q * logn[:, None, :, None].to(q.dtype)
             k, v = (t.repeat_interleave(self.heads // c.num_key_value_heads, dim=1) for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None)
-            return y.transpose(1, 2).reshape(batch * width, -1), None
+            return y.transpose(1, 2).reshape(batch * width, -1)
 
         h = self._blocks(F.embedding(ids.flatten(), self.layers.embed), attend)
         logits: Tensor = self.layers.head(h.view(batch, width, -1)[:, -1])
@@ -176,7 +178,10 @@ class DecodeSession:
 
     @torch.inference_mode()
     def step(self, chosen: Tensor | None = None) -> Tensor:
-        """Read `token`, or `chosen` [B] instead; returns the logits [B, V] float32 of the next token; the most likely is in `token`."""
+        """Read `token`, or `chosen` [B] instead; returns the logits [B, V] float32 of the next token.
+
+        The most likely one is in `token`.
+        """
         if chosen is not None:
             self.token.copy_(chosen)
         if self.graph is None:
@@ -191,10 +196,10 @@ class DecodeSession:
         torch.argmax(self.logits, -1, out=self.token)
         self.slot += 1
 
-    def _blocks(self, x: Tensor, attend: Callable[[Tensor, int], tuple[Tensor, Tensor | None]]) -> Tensor:
+    def _blocks(self, x: Tensor, attend: Callable[[Tensor, int], Tensor]) -> Tensor:
         """[M, H] through all blocks and the last norm.
 
-        `attend` gets q, k, v as split-K partial sums, and the block index; it returns what decode_step.attend does.
+        `attend` gets q, k, v as split-K partial sums, and the block index.
         """
         layers, eps = self.layers, self.layers.config.rms_norm_eps
         first = layers.blocks[0]
@@ -204,7 +209,7 @@ class DecodeSession:
             qkv = block.qkv(h, down)
             if block.head_norms is not None:
                 qkv = self._with_normed_heads(qkv, block.head_norms)
-            out = block.out(*attend(qkv, n))
+            out = block.out(attend(qkv, n))
             x, h, down = decode_step.add_norm(x, out, block.norm2, eps, block.swiglu.lora_a)
             next_norm, next_a = next_input
             x, h, down = decode_step.add_norm(x, block.down(block.swiglu(h, down)), next_norm, eps, next_a)
@@ -215,8 +220,8 @@ class DecodeSession:
         total = qkv.sum(0).to(self.keys.dtype)
         return norm_heads(total, norms, (self.heads, self.layers.config.num_key_value_heads), out=total)[None]
 
-    def _attend(self, qkv: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, qkv: Tensor, n: int) -> Tensor:
+        keys, values = self.keys[n], self.values[n]
         return decode_step.attend(
-            qkv, *self.rope, self.logn, self.pads, self.slot, self.keys[n], self.values[n], self.heads, self.splits,
-            self.arrivals, a=self.layers.blocks[n].out.lora_a,
-        )  # fmt: skip
+            qkv, *self.rope, self.logn, self.pads, self.slot, keys, values, self.heads, self.splits, self.arrivals
+        )

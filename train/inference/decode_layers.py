@@ -2,9 +2,9 @@
 
 Int4 linears on a device with kernels multiply with the packed weight directly, without a float copy of it, up to
 MAX_BATCH rows; more rows, those of a prompt, multiply with a float copy that lives as long as the product. Every other
-linear is called as a module: slower, and always right. Weights are used where they are; copies are made only of q, k, v that are
-separate in the checkpoint (they are fused into one linear), of weights in act-order (sorted by group), and of adapters in the
-dtype of the activations, which `refresh` brings up to date.
+linear is called as a module: slower, and always right. Weights are used where they are; copies are made only of q, k, v
+that are separate in the checkpoint (they are fused into one linear), of weights in act-order (sorted by group), and of
+adapters in the dtype of the activations, which `refresh` brings up to date.
 """
 
 from collections.abc import Callable, Sequence
@@ -225,7 +225,11 @@ class DecodeLayers:
             self.blocks = [self._block(block) for block in getattr(model.backbone, c.names.blocks)]
 
     def refresh(self) -> None:
-        """Copy the values of the adapters again: an optimizer may have changed them."""
+        """Copy the values of the adapters again: an optimizer may have changed them.
+
+        Whether it has cannot be asked: what is written through `.data` or another view of a flat buffer, as optimizers
+        do, leaves a parameter's `_version` as it was.
+        """
         copies = [copy for adapter in self.adapters for copy in adapter.copies]
         if copies:
             with torch.inference_mode():

@@ -100,11 +100,11 @@ class SlotSession(DecodeSession):
         positions, cache_rows = self.position[slots], slots.to(torch.int32)
         splits = self._splits_of(rows)
 
-        def attend(qkv: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
+        def attend(qkv: Tensor, n: int) -> Tensor:
             cache = (self.keys[n], self.values[n])
             return decode_step.attend(
                 qkv, *self.rope, self.logn, self.no_pads[:rows], positions, *cache, self.heads, splits,
-                self.arrivals[:rows], cache_rows, self.layers.blocks[n].out.lora_a,
+                self.arrivals[:rows], cache_rows,
             )  # fmt: skip
 
         h = self._blocks(F.embedding(self.token[slots], self.layers.embed), attend)
@@ -159,7 +159,7 @@ class SlotSession(DecodeSession):
         logn = None if self.logn is None else self.logn[start : start + width]
         allowed = self._allowed(start, width) if start else None
 
-        def attend(qkv: Tensor, n: int) -> tuple[Tensor, None]:
+        def attend(qkv: Tensor, n: int) -> Tensor:
             by_head = qkv.sum(0).to(self.keys.dtype).view(1, width, -1, c.head_dim).transpose(1, 2)  # [1, H, T, D]
             q, k, v = by_head.split([self.heads, c.num_key_value_heads, c.num_key_value_heads], dim=1)
             q, k = rotate_heads(q, cos, sin), rotate_heads(k, cos, sin)
@@ -172,7 +172,7 @@ class SlotSession(DecodeSession):
                 q = q * logn[None, None, :, None].to(q.dtype)
             k, v = (t.repeat_interleave(self.heads // c.num_key_value_heads, dim=1) for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None and width > 1)
-            return y.transpose(1, 2).reshape(width, -1), None
+            return y.transpose(1, 2).reshape(width, -1)
 
         h = self._blocks(F.embedding(ids, self.layers.embed), attend)
         logits: Tensor = self.layers.head(h if every else h[last]).float()

@@ -47,8 +47,7 @@ def attend(
     splits: int = 1,
     arrivals: Tensor | None = None,
     cache_rows: Tensor | None = None,
-    a: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """Attention [M, Hq·D] of one new token per row; its key and value are written to the cache at `slot`.
 
     Args:
@@ -58,28 +57,17 @@ def attend(
         pads: int32 [M], the first slot of each row: a token's position is its slot minus this.
         slot: int32 [1], or [M] where every row has a slot of its own.
         keys, values: [M, Hkv, capacity, D] in the dtype of the result, filled in slots pads … slot − 1.
-        splits, arrivals: the kernel's, without effect on the definition. Programs that share the keys of a head, a power
-            of two; and int32 zeros [M, Hq] to count them with, which are zeros again afterwards.
+        splits, arrivals: the kernel's, without effect on the definition. Programs that share the keys of a head, a
+            power of two; and int32 zeros [M, Hq] to count them with, which are zeros again afterwards.
         cache_rows: int32 [M], the row of keys, values, cos and sin that each of the M rows uses; None: its own number.
-        a: A [L, Hq·D] of the adapter that reads the result. Where the kernel can compute it beside the attention, the
-            second result is their product x Aᵀ as a part for each head, [Hq, M, L] float32; else it is None.
     """
     if use_kernel(keys):
         return decode_step_kernels.attend(
-            qkv, cos, sin, logn, pads, slot, keys, values, heads, splits, arrivals, cache_rows, a
+            qkv, cos, sin, logn, pads, slot, keys, values, heads, splits, arrivals, cache_rows
         )
     if cache_rows is not None or len(slot) > 1:
-        y = attend_rows_plain(qkv, cos, sin, logn, pads, slot, keys, values, heads, cache_rows)
-    else:
-        y = attend_plain(qkv, cos, sin, logn, pads, slot, keys, values, heads)
-    return y, None if a is None else product_by_head(y, a, heads)
-
-
-def product_by_head(y: Tensor, a: Tensor, heads: int) -> Tensor:
-    """y [M, Hq·D] times A [L, Hq·D], a part for each head: [Hq, M, L] float32."""
-    by_head = (t.float().unflatten(1, (heads, -1)).transpose(0, 1) for t in (y, a))  # [Hq, M, D] and [Hq, L, D]
-    left, right = by_head
-    return left @ right.transpose(1, 2)
+        return attend_rows_plain(qkv, cos, sin, logn, pads, slot, keys, values, heads, cache_rows)
+    return attend_plain(qkv, cos, sin, logn, pads, slot, keys, values, heads)
 
 
 def attend_plain(

@@ -1,4 +1,4 @@
-"""The kernels of a decoding step between its matrix products: residual with RMSNorm, SwiGLU, attention of one new token.
+"""The kernels of a decoding step between its matrix products: residual with RMSNorm, SwiGLU, one token's attention.
 
 Their inputs are split-K partial sums ("parts") [S, M, N], which they add in order, so that a split matrix product needs
 no reduction kernel of its own. Values are rounded where the decoder's separate layers round them. The definitions
@@ -94,7 +94,7 @@ if triton is not None:
     def _combine_splits(  # type: ignore[no-untyped-def]
         sums, stats, out, row, rows, D: tl.constexpr, SPLITS: tl.constexpr
     ):
-        """The attention of one head over all keys from the unnormalised sums, maxima and denominators of its splits: [D].
+        """The attention of one head over all keys from the unnormalised sums, maxima and denominators of its splits.
 
         Read past the multiprocessor's own cache, since other programs have just written them.
         """
@@ -103,32 +103,19 @@ if triton is not None:
         factor = tl.exp(split_max - tl.max(split_max, axis=0))
         row_sum = tl.sum(tl.load(stats + (s * rows + row) * 2 + 1, cache_modifier=".cg") * factor, axis=0)
         parts = tl.load(sums + (s * rows + row)[:, None] * D + d[None], cache_modifier=".cg")
-        y = (tl.sum(parts * factor[:, None], axis=0) / row_sum).to(out.dtype.element_ty)
-        tl.store(out + row * D + d, y)
-        return y
-
-    @triton.jit
-    def _down_of_head(  # type: ignore[no-untyped-def]
-        y, a, down, head, width, RANKS: tl.constexpr, D: tl.constexpr
-    ):
-        """The part of x Aᵀ [RANKS] that comes from one head of x: y [D] times its columns of A [RANKS, width]."""
-        at = head * D + tl.arange(0, D)[None]
-        for first in tl.static_range(0, RANKS, 16):
-            r = first + tl.arange(0, 16)
-            part = tl.load(a + r[:, None] * width + at).to(tl.float32)
-            tl.store(down + head * RANKS + r, tl.sum(part * y.to(tl.float32)[None], axis=1))
+        y = tl.sum(parts * factor[:, None], axis=0)
+        tl.store(out + row * D + d, (y / row_sum).to(out.dtype.element_ty))
 
     @triton.jit(do_not_specialize=["batch", "rope_stride", "slot_stride"])
     def _attend(  # type: ignore[no-untyped-def]
-        qkv, cos, sin, logn, pads, slot, keys, values, sums, stats, arrivals, out, a, down,
+        qkv, cos, sin, logn, pads, slot, keys, values, sums, stats, arrivals, out,
         batch, heads, key_heads, capacity, rope_stride, scale, cache_rows, slot_stride, CACHE_ROWS: tl.constexpr,
         PARTS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, LOGN: tl.constexpr,
-        RANKS: tl.constexpr, OVERLAP: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """One query head of one row over one split of the cached keys.
 
         Split 0 also takes in the new token's key and value; its first head of each group stores them in the cache.
-        RANKS: of a single row, those of the adapter that reads the result; 0 for none.
         """
         D: tl.constexpr = 2 * HALF
         m, head, split = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
@@ -148,17 +135,13 @@ if triton is not None:
         end = tl.minimum(start + split_length, new)
         if OVERLAP:
             start_next()
-            if OVERLAP >= 2 and D >= 16:  # earlier steps wrote these keys and values
+            if D >= 16:  # earlier steps wrote these keys and values
                 for block in range(start, end, BLOCK):
                     n = block + tl.arange(0, BLOCK)[:, None]
                     at = cache + n * D + 16 * tl.arange(0, D // 16)[None]
                     inside = tl.broadcast_to((n < end).to(tl.int32), at.shape)
                     prefetch(keys + at, inside)
                     prefetch(values + at, inside)
-                if RANKS > 0:
-                    r = tl.arange(0, RANKS)[:, None]
-                    at = r * heads * D + head * D + 16 * tl.arange(0, D // 16)[None]
-                    prefetch(a + at, tl.broadcast_to((r % SPLITS == split).to(tl.int32), at.shape))
             wait_for_previous()
 
         # the new token's query, key and value
@@ -200,10 +183,7 @@ if triton is not None:
             y = y * rescale + tl.sum(p[:, None] * value, axis=0)
             row_max = new_max
         if SPLITS == 1:
-            y_out = (y / row_sum).to(dtype)
-            tl.store(out + (m * heads + head) * D + d, y_out)
-            if RANKS > 0:
-                _down_of_head(y_out, a, down, head, heads * D, RANKS, D)
+            tl.store(out + (m * heads + head) * D + d, (y / row_sum).to(dtype))
         else:
             row, rows = m * heads + head, batch * heads
             tl.store(sums + (split * rows + row) * D + d, y)
@@ -212,13 +192,11 @@ if triton is not None:
             tl.debug_barrier()  # all of the program's stores come before it is counted
             if tl.atomic_add(arrivals + row, 1) == SPLITS - 1:  # the last program of this head
                 tl.store(arrivals + row, 0)
-                combined = _combine_splits(sums, stats, out, row, rows, D, SPLITS)
-                if RANKS > 0:
-                    _down_of_head(combined, a, down, head, heads * D, RANKS, D)
+                _combine_splits(sums, stats, out, row, rows, D, SPLITS)
 
     @triton.jit(do_not_specialize=["batch"])
     def _swiglu_parts(  # type: ignore[no-untyped-def]
-        parts, out, batch, width, PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+        parts, out, batch, width, PARTS: tl.constexpr, BLOCK: tl.constexpr
     ):
         """silu(gate) · up of columns that stand side by side in parts, each rounded where separate layers round."""
         m = tl.program_id(0)
@@ -227,9 +205,6 @@ if triton is not None:
         dtype = out.dtype.element_ty
         gate = tl.zeros((BLOCK,), tl.float32)
         up = tl.zeros((BLOCK,), tl.float32)
-        if OVERLAP:
-            start_next()
-            wait_for_previous()
         for s in tl.static_range(PARTS):
             row = parts + (s * batch + m) * 2 * width + i
             gate += tl.load(row, mask=mask, other=0.0)
@@ -246,7 +221,7 @@ def add_norm(
     total = x if parts is None else torch.empty_like(x)
     normed = torch.empty_like(x)
     batch, width = x.shape
-    block, early = triton.next_power_of_2(width), overlap.mode(x.device)
+    block, early = triton.next_power_of_2(width), overlap.starts_early(x.device, batch)
     inputs = (x, x if parts is None else parts, weight)
     options = {"PARTS": 0 if parts is None else len(parts), "BLOCK": block, "OVERLAP": early}
     options |= {"num_warps": max(1, min(16, block // COLUMNS_PER_WARP)), **overlap.launch_options(early)}
@@ -265,11 +240,8 @@ def swiglu_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     width = gate_up // 2
     out = torch.empty(batch, width, dtype=dtype, device=parts.device)
     block = 256 if batch < 8 else 1024
-    grid, early = (batch, triton.cdiv(width, block)), overlap.mode(parts.device)
-    _swiglu_parts[grid](
-        parts, out, batch, width, PARTS=splits, BLOCK=block, OVERLAP=early, num_warps=2 if batch < 8 else 4,
-        **overlap.launch_options(early),
-    )  # fmt: skip
+    grid = (batch, triton.cdiv(width, block))
+    _swiglu_parts[grid](parts, out, batch, width, PARTS=splits, BLOCK=block, num_warps=2 if batch < 8 else 4)
     return out
 
 
@@ -286,12 +258,11 @@ def attend(
     splits: int,
     arrivals: Tensor | None = None,
     cache_rows: Tensor | None = None,
-    a: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """ops/decode_step.attend for contiguous caches; D, `splits` and the rows of A are powers of two, at least 16 rows.
+) -> Tensor:
+    """ops/decode_step.attend for contiguous caches; D and `splits` are powers of two.
 
-    The program of a head that ends last adds up the splits, in their order, so the result does not depend on which it is. Only a single row gets
-    the product with A.
+    The program of a head that ends last adds up the splits, in their order, so the result does not depend on which it
+    is.
     """
     batch, (_, key_heads, capacity, width) = qkv.shape[1], keys.shape
     assert keys.is_contiguous() and values.is_contiguous() and qkv.is_contiguous(), "the cache of one layer, whole"
@@ -300,15 +271,12 @@ def attend(
         arrivals = torch.zeros(batch, heads, dtype=torch.int32, device=keys.device)
     sums = torch.empty(splits, batch, heads, width, dtype=torch.float32, device=keys.device)
     stats = torch.empty(splits, batch, heads, 2, dtype=torch.float32, device=keys.device)
-    early = overlap.mode(keys.device)
-    ranks = len(a) if a is not None and batch == 1 else 0
-    down = torch.empty(heads, 1, ranks, dtype=torch.float32, device=keys.device) if ranks else None
+    early = overlap.starts_early(keys.device, batch)
     _attend[(batch * heads, splits)](
         qkv, cos, sin, cos if logn is None else logn, pads, slot, keys, values, sums, stats, arrivals, out,
-        out if a is None else a, sums if down is None else down,
         batch, heads, key_heads, capacity, cos.stride(0) if len(cos) > 1 else 0, width**-0.5,
         slot if cache_rows is None else cache_rows, int(len(slot) > 1), CACHE_ROWS=cache_rows is not None,
         PARTS=len(qkv), HALF=width // 2, BLOCK=32 if width > 64 else 64, SPLITS=splits,
-        LOGN=logn is not None, RANKS=ranks, OVERLAP=early, num_warps=2, **overlap.launch_options(early),
+        LOGN=logn is not None, OVERLAP=early, num_warps=2, **overlap.launch_options(early),
     )  # fmt: skip
-    return out, down
+    return out

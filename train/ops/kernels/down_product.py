@@ -28,11 +28,10 @@ if triton is not None:
         acc = tl.zeros((TM, TL), tl.float32)
         if OVERLAP:
             start_next()
-            if OVERLAP >= 2:
-                for start in range(split * part_k, tl.minimum((split + 1) * part_k, in_features), TK):
-                    k = start + 16 * tl.arange(0, TK // 16)[None]
-                    inside = (r < ranks)[:, None] & (k < in_features)
-                    prefetch(a + r[:, None].to(tl.int64) * in_features + k, inside.to(tl.int32))
+            for start in range(split * part_k, tl.minimum((split + 1) * part_k, in_features), TK):
+                k = start + 16 * tl.arange(0, TK // 16)[None]
+                inside = (r < ranks)[:, None] & (k < in_features)
+                prefetch(a + r[:, None].to(tl.int64) * in_features + k, inside.to(tl.int32))
             wait_for_previous()
         for start in range(split * part_k, tl.minimum((split + 1) * part_k, in_features), TK):
             k = start + tl.arange(0, TK)
@@ -60,7 +59,7 @@ def down_product(x: Tensor, a: Tensor, splits: int = 4) -> Tensor:
     part_k = triton.cdiv(triton.cdiv(in_features, splits), tile_k) * tile_k
     out = torch.empty(triton.cdiv(in_features, part_k), batch, ranks, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(ranks, tile_ranks), len(out), triton.cdiv(batch, rows))
-    early = overlap.mode(x.device)
+    early = overlap.starts_early(x.device, batch)
     _down_product[grid](
         x, a, out, batch, in_features, ranks, part_k, TM=rows, TL=tile_ranks, TK=tile_k, OVERLAP=early, num_warps=4,
         **overlap.launch_options(early),

@@ -1,11 +1,11 @@
-"""Matrix product of a few rows and a packed weight: one row on CUDA cores, several on tensor cores. No float W is stored.
+"""Matrix product of a few rows and a packed weight: on CUDA cores or (several rows) tensor cores. No float W is stored.
 
 A code q becomes a float without a conversion: its bits go into the mantissa of 2^23, and 2^23 is subtracted (as in Kim
 et al. 2022, "Who Says Elephants Can't Run"). The kernels get the bits of 2^23 as the argument `magic`: as a constant
-they would cost one more instruction per code. On CUDA cores the zero of a group is subtracted once for a whole tile. For
-tensor cores each q − z is computed, which every float type holds exactly, and the scale multiplies the sum of a group.
-The result is split-K partial sums, which the next kernel adds in order. gptq_tiles.py decides how the product is divided
-among programs.
+they would cost one more instruction per code. On CUDA cores the zero of a group is subtracted once for a whole tile.
+For tensor cores each q − z is computed, which every float type holds exactly, and the scale multiplies the sum of a
+group. The result is split-K partial sums, which the next kernel adds in order. gptq_tiles.py decides how the product is
+divided among programs.
 """
 
 from dataclasses import dataclass, replace
@@ -89,21 +89,21 @@ if triton is not None:
     def _one_row(  # type: ignore[no-untyped-def]
         x, qweight, qzeros, scales, perm, words, first, last, n, n_mask, in_features, out_features, zero_words, group,
         magic, BITS: tl.constexpr, WORDS: tl.constexpr, TN: tl.constexpr, PERM: tl.constexpr, ONE_GROUP: tl.constexpr,
-        STAGES: tl.constexpr, AHEAD: tl.constexpr,
+        STAGES: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """x [K] @ W[:, n] over the steps first … last of K, on ordinary lanes: [1, TN] float32.
 
-        AHEAD: `words` are those of the first step, and each step loads those of the next.
+        OVERLAP: `words` are those of the first step, and each step loads those of the next.
         """
         PER: tl.constexpr = 32 // BITS
         CODE: tl.constexpr = (1 << BITS) - 1
         LOW: tl.constexpr = 23 // BITS  # codes of a word that lie within the mantissa without a shift
-        LOOP_STAGES: tl.constexpr = 1 if AHEAD else STAGES
+        LOOP_STAGES: tl.constexpr = 1 if OVERLAP else STAGES
         acc = tl.zeros((WORDS, TN), tl.float32)
         for step in tl.range(first, last, num_stages=LOOP_STAGES):
             word = step * WORDS + tl.arange(0, WORDS)
             word_mask = word * PER < in_features
-            if AHEAD:
+            if OVERLAP:
                 packed = words
                 next_mask = n_mask & (step + 1 < last)
                 words = _load_words(qweight, step + 1, n, next_mask, in_features, out_features, BITS, WORDS)
@@ -281,27 +281,24 @@ if triton is not None:
         m = m0 + tl.arange(0, TM)
         first = split * steps
         last = tl.minimum(first + steps, tl.cdiv(in_features, WORDS * (32 // BITS)))
-        AHEAD: tl.constexpr = TM == 1 and OVERLAP == 3
         words = 0
         if OVERLAP:
             start_next()
-            if AHEAD:
-                words = _load_words(qweight, first, n, n_mask, in_features, out_features, BITS, WORDS)
-            if OVERLAP >= 2:
-                _prefetch_weight(
-                    qweight, qzeros, scales, first, last, block * TN, in_features, out_features, zero_words, group,
-                    BITS, WORDS, TN,
-                )  # fmt: skip
-                if RANK > 0:  # noqa: SIM102  known when it is compiled; the next is not
-                    if split == 0:
-                        rank_column = 16 * tl.arange(0, RANK // 16)[None]
-                        at = up + (offset + n)[:, None] * RANK + rank_column
-                        prefetch(at, tl.broadcast_to(n_mask[:, None].to(tl.int32), at.shape))
+            words = _load_words(qweight, first, n, n_mask, in_features, out_features, BITS, WORDS)
+            _prefetch_weight(
+                qweight, qzeros, scales, first, last, block * TN, in_features, out_features, zero_words, group,
+                BITS, WORDS, TN,
+            )  # fmt: skip
+            if RANK > 0:  # noqa: SIM102  known when it is compiled; the next is not
+                if split == 0:
+                    rank_column = 16 * tl.arange(0, RANK // 16)[None]
+                    at = up + (offset + n)[:, None] * RANK + rank_column
+                    prefetch(at, tl.broadcast_to(n_mask[:, None].to(tl.int32), at.shape))
             wait_for_previous()
         if TM == 1:
             y = _one_row(
                 x + m0 * in_features, qweight, qzeros, scales, perm, words, first, last, n, n_mask, in_features,
-                out_features, zero_words, group, magic, BITS, WORDS, TN, PERM, ONE_GROUP, STAGES, AHEAD,
+                out_features, zero_words, group, magic, BITS, WORDS, TN, PERM, ONE_GROUP, STAGES, OVERLAP,
             )  # fmt: skip
         else:
             y = _several_rows(
@@ -352,12 +349,13 @@ def product(
     rows = rows_per_program(x)
     grid = (triton.cdiv(weight.out_features, tile.columns) * count, tile.splits, triton.cdiv(len(x), rows))
     bias, bias2 = (w.bias if w.bias is not None else x for w in (weight, other))  # x: a pointer that is not read
-    early = overlap.mode(x.device)
+    early = overlap.starts_early(x.device, len(x))
     _product[grid](
         x, weight.qweight, weight.qzeros, weight.scales, bias, other.qweight, other.qzeros, other.scales, bias2,
         weight.perm if weight.perm is not None else x,
         adapter.down if adapter else x, adapter.up if adapter else x, out,
-        x if arrivals is None else arrivals, x if swiglu is None else swiglu, len(x), weight.in_features, weight.out_features, weight.qzeros.shape[1], weight.group, steps,
+        x if arrivals is None else arrivals, x if swiglu is None else swiglu,
+        len(x), weight.in_features, weight.out_features, weight.qzeros.shape[1], weight.group, steps,
         adapter.down.shape[2] if adapter else 0, *(adapter.starts if adapter else (0, 0)), MAGIC,
         BITS=weight.bits, WORDS=tile.words, TM=rows, TN=tile.columns, PERM=weight.perm is not None,
         BIAS=weight.bias is not None, PAIR=second is not None, RANK=adapter.up.shape[1] if adapter else 0,

@@ -1,14 +1,15 @@
 """Kernels that start while the kernel before them ends: CUDA's programmatic dependent launch, from Hopper on.
 
 A decoding step is a chain of some two hundred short kernels, and each waits for a start of its own and for the memory.
-With an overlap a kernel's programs start as soon as all programs of the one before have started. They bring what does
-not depend on it, the weights, into the L2 cache, and then wait until its results are written. A kernel that is launched
-with `launch_options` must call `wait_for_previous` before it reads or writes what another kernel of the chain
-computes; then it may follow any kernel, and any kernel may follow it.
+With an early start a kernel's programs begin as soon as all programs of the one before have begun. They bring what does
+not depend on it, the weights, into the L2 cache, and the first words of a product into registers; then they wait until
+its results are written. A kernel that is launched with `launch_options` must call `wait_for_previous` before it reads
+or writes what another kernel of the chain computes; then it may follow any kernel, and any kernel may follow it.
 """
 
 import ctypes
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -16,11 +17,10 @@ import torch
 from train.ops import kernels
 from train.ops.kernels.runtime import INTERPRETED, tl, triton
 
-# Values of the kernels' OVERLAP: none; an early start; also weights on their way to the L2 cache; also those of the first
-# step of a product in registers, and from then on those of the next
-OFF, STARTS, PREFETCHES, LOADS = 0, 1, 2, 3
-most = LOADS  # benchmarks lower it
+allowed = True  # benchmarks set it to False
 GRAPH_DRIVER = 12040  # a CUDA graph keeps such launches from CUDA 12.3 on
+COOPERATIVE = "CU_LAUNCH_ATTRIBUTE_COOPERATIVE"
+EARLY = "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
 
 if triton is not None:
 
@@ -47,10 +47,19 @@ if triton is not None:
         )  # fmt: skip
 
 
-def mode(device: torch.device) -> int:
-    """OVERLAP for kernels on `device`."""
-    supported = not INTERPRETED and kernels.generation(device) >= 9 and (device.type != "cuda" or _driver_supports())
-    return most if supported else OFF
+def starts_early(device: torch.device, rows: int) -> bool:
+    """Whether the kernels of a step of `rows` rows on `device` start early: the value of their OVERLAP.
+
+    Only those of a single row: a step of 32 rows took 12 % longer with it, and the numbers between were not measured.
+    """
+    if not allowed or rows > 1 or INTERPRETED or kernels.generation(device) < 9:
+        return False
+    return device.type != "cuda" or _driver_supports()
+
+
+def launch_options(early: bool) -> dict[str, bool]:
+    """What a kernel is launched with."""
+    return {_option(): True} if early else {}
 
 
 @functools.cache
@@ -64,11 +73,6 @@ def _driver_supports() -> bool:
     return version.value >= GRAPH_DRIVER and bool(_option())
 
 
-def launch_options(overlap: int) -> dict[str, bool]:
-    """What a kernel with this OVERLAP is launched with."""
-    return {_option(): True} if overlap else {}
-
-
 @functools.cache
 def _option() -> str:
     """The name of Triton's option; empty where this Triton has none.
@@ -76,13 +80,39 @@ def _option() -> str:
     Triton has `launch_pdl` from 3.4 on. Before, the launcher's attribute for cooperative grids is replaced: no kernel
     here has one.
     """
-    from triton.backends.nvidia import compiler, driver
+    from triton.backends.nvidia.compiler import CUDAOptions
 
-    if "launch_pdl" in compiler.CUDAOptions.__dataclass_fields__:
+    fields = CUDAOptions.__dataclass_fields__
+    if "launch_pdl" in fields:
         return "launch_pdl"
-    make: Any = driver.make_launcher
-    driver.make_launcher = lambda *args: make(*args).replace(
-        "CU_LAUNCH_ATTRIBUTE_COOPERATIVE", "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
-    )
-    fields = compiler.CUDAOptions.__dataclass_fields__
-    return "launch_cooperative_grid" if "launch_cooperative_grid" in fields else ""
+    return "launch_cooperative_grid" if "launch_cooperative_grid" in fields and _replace_attribute() else ""
+
+
+def _replace_attribute() -> bool:
+    """Have Triton's next launchers ask for an early start where they asked for a cooperative grid: whether they do."""
+    scope = launcher_scope()
+    make: Any = scope.get("make_launcher")
+    try:
+        has_attribute = COOPERATIVE in inspect.getsource(make)
+    except (TypeError, OSError):  # there is no such function, or its source is not there
+        return False
+    if has_attribute and not hasattr(make, "__wrapped__"):
+
+        @functools.wraps(make)
+        def make_early(*args: Any, **named: Any) -> Any:
+            return make(*args, **named).replace(COOPERATIVE, EARLY)
+
+        scope["make_launcher"] = make_early
+    return has_attribute
+
+
+def launcher_scope() -> dict[str, Any]:
+    """The globals of the module whose launchers Triton uses; empty where there is none.
+
+    Triton loads its backends by path, so `triton.backends.nvidia.driver` is another module object with the same code.
+    """
+    from triton.backends import backends
+
+    driver = getattr(backends.get("nvidia"), "driver", None)
+    scope: dict[str, Any] = getattr(getattr(driver, "__init__", None), "__globals__", {})
+    return scope
