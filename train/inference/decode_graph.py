@@ -21,6 +21,7 @@ from train.inference.prompt_graph import WIDTHS, PromptGraphs, pad_left, padded_
 from train.model.decoder import ntk_alpha, rope_tables, rotate_heads, sdpa_mask
 from train.ops import decode_step
 from train.ops.head_norm import HeadNorms, norm_heads
+from train.ops.kernels import overlap
 from train.ops.kernels.runtime import multiprocessors
 
 CAPACITY_STEP = 512  # capacities are multiples of it, so a longer answer seldom needs another graph
@@ -60,7 +61,7 @@ class DecodeSession:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.prompt_graphs: PromptGraphs | None = None
         if use_graph and device.type == "cuda":
-            self._capture()
+            overlap.recorded(self._capture)
             self.prompt_graphs = PromptGraphs(self._read_prompt, batch)
 
     def _rope_tables(self, alpha: Tensor | None) -> tuple[Tensor, Tensor]:

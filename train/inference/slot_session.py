@@ -12,6 +12,7 @@ at the start, as one block.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from train.inference.decode_graph import DecodeSession
 from train.inference.decode_layers import DecodeLayers
 from train.model.decoder import ntk_alpha, rope_tables, rotate_heads
 from train.ops import decode_step, kernels
+from train.ops.kernels import overlap
 
 CHUNK = 512  # tokens of a prompt that are read at once; capacities are multiples of it
 WIDTHS = (32, 64, 128, 256, CHUNK)  # of the graphs that read the first chunk of a prompt: padded on the right
@@ -87,7 +89,8 @@ class SlotSession(DecodeSession):
             return self._step_rows(numbers.to(self.layers.device))[: len(slots)]
         key = (id(layers), "step", rows)
         if key not in self.graphs:
-            self.graphs[key] = self._capture_graph((numbers.to(self.layers.device),), self._step_rows)
+            inputs = (numbers.to(self.layers.device),)
+            self.graphs[key] = overlap.recorded(partial(self._capture_graph, inputs, self._step_rows))
         return self._replay(key, (numbers,), self.logits)[: len(slots)]
 
     def rows_for(self, count: int) -> int:

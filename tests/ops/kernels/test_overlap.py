@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.kernels.test_gptq_matmul import activations, adapters, weights
+from train.ops.kernels import overlap
 
 
 def results(device: str) -> list[Tensor]:
@@ -40,7 +41,6 @@ def results(device: str) -> list[Tensor]:
 
 
 def check_early_starts(device: str) -> None:
-    from train.ops.kernels import overlap
 
     with patch.object(overlap, "allowed", False):
         expected = results(device)
@@ -51,7 +51,7 @@ def check_early_starts(device: str) -> None:
 
 def check_early_starts_without_a_card() -> None:
     """With the instructions of such cards left out."""
-    from train.ops.kernels import decode_step, down_product, gptq_matmul, overlap
+    from train.ops.kernels import decode_step, down_product, gptq_matmul
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(overlap, "starts_early", lambda device, rows: overlap.allowed and rows == 1))
@@ -73,7 +73,6 @@ def test_an_early_start_changes_no_result_through_the_interpreter() -> None:
 
 def test_only_one_row_on_hopper_starts_early(monkeypatch: pytest.MonkeyPatch) -> None:
     from train.ops import kernels
-    from train.ops.kernels import overlap
 
     meta = torch.device("meta")
     monkeypatch.setattr(overlap, "INTERPRETED", False)
@@ -92,7 +91,6 @@ def test_only_one_row_on_hopper_starts_early(monkeypatch: pytest.MonkeyPatch) ->
 def scope(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """The globals of Triton's launchers, with the function that it came with, and nothing cached."""
     pytest.importorskip("triton.backends.nvidia.driver")
-    from train.ops.kernels import overlap
 
     found = overlap.launcher_scope()
     make = found["make_launcher"]
@@ -111,8 +109,6 @@ def has_own_option() -> bool:
 
 def test_the_launchers_that_triton_uses_ask_for_an_early_start(scope: dict[str, Any]) -> None:
     from triton.backends import backends
-
-    from train.ops.kernels import overlap
 
     launcher = scope["CudaLauncher"]
     assert launcher in backends["nvidia"].driver.__init__.__globals__.values()  # it is the driver's launcher_cls
@@ -133,7 +129,6 @@ def test_the_launchers_that_triton_uses_ask_for_an_early_start(scope: dict[str, 
 
 
 def test_another_launcher_is_left_as_it_is(scope: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.ops.kernels import overlap
 
     def without_the_attribute(constants: Any, signature: Any) -> str:
         return ""
@@ -156,3 +151,37 @@ def test_the_active_drivers_launcher_is_the_one(scope: dict[str, Any]) -> None:
 @pytest.mark.gpu
 def test_an_early_start_changes_no_result_on_the_gpu() -> None:
     check_early_starts("cuda")
+
+
+@pytest.mark.parametrize(
+    ("error", "times"), [(RuntimeError("too many blocks"), 2), (torch.OutOfMemoryError("no memory"), 1)], ids=str
+)
+def test_where_kernels_cannot_start_early_they_are_recorded_without(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError, times: int
+) -> None:
+    monkeypatch.setattr(overlap, "allowed", True)
+    tried: list[bool] = []
+
+    def record() -> str:
+        tried.append(overlap.allowed)
+        if overlap.allowed:
+            raise error
+        return "recorded"
+
+    if times == 1:
+        with pytest.raises(torch.OutOfMemoryError):
+            overlap.recorded(record)
+        assert tried == [True]
+    else:
+        assert overlap.recorded(record) == "recorded"
+        assert tried == [True, False]
+
+
+def test_what_fails_without_an_early_start_too_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "allowed", True)
+
+    def record() -> None:
+        raise RuntimeError("not a graph's")
+
+    with pytest.raises(RuntimeError, match="not a graph's"):
+        overlap.recorded(record)

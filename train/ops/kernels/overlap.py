@@ -10,17 +10,20 @@ or writes what another kernel of the chain computes; then it may follow any kern
 import ctypes
 import functools
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from train.ops import kernels
 from train.ops.kernels.runtime import INTERPRETED, tl, triton
 
-allowed = True  # benchmarks set it to False
+allowed = True  # False where it turned out not to work, and in benchmarks
 GRAPH_DRIVER = 12040  # a CUDA graph keeps such launches from CUDA 12.3 on
 COOPERATIVE = "CU_LAUNCH_ATTRIBUTE_COOPERATIVE"
 EARLY = "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
+
+Recorded = TypeVar("Recorded")
 
 if triton is not None:
 
@@ -55,6 +58,23 @@ def starts_early(device: torch.device, rows: int) -> bool:
     if not allowed or rows > 1 or INTERPRETED or kernels.generation(device) < 9:
         return False
     return device.type != "cuda" or _driver_supports()
+
+
+def recorded(record: Callable[[], Recorded]) -> Recorded:
+    """record(), which launches kernels and records them; where they cannot start early, once more without.
+
+    The driver may refuse what it supports by its version: CUDA's runtime, which records the graph, may be older.
+    """
+    global allowed
+    try:
+        return record()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        if not allowed:
+            raise
+        allowed = False
+        return record()
 
 
 def launch_options(early: bool) -> dict[str, bool]:
