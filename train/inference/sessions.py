@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from train.inference.decode_graph import CAPACITY_STEP, DecodeSession
-from train.inference.decode_layers import DecodeLayers, active_pairs, base_of, is_more_than_low_rank
+from train.inference.decode_layers import DecodeLayers, is_more_than_low_rank
 from train.model.decoder import Decoder
 from train.ops import kernels
 from train.ops.kernels.gptq_tiles import MAX_BATCH
@@ -46,13 +46,31 @@ def supports(model: nn.Module, batch: int) -> bool:
 
 
 def _signature(base: nn.Module) -> tuple[Any, ...]:
-    """Changes when a weight is replaced or moved, an Int4 weight overwritten, or an adapter switched."""
-    addresses = [t.data_ptr() for t in (*base.parameters(), *base.buffers())]
-    versions = [0 if t.is_inference() else t._version for t in base.buffers()]
-    adapted = [m for m in base.modules() if base_of(m) is not m]
-    adapters = [(scale, base_of(m) is m) for m in adapted for *_, scale in active_pairs(m)]
-    adapters += [(0.0, bool(m.disable_adapters)) for m in adapted if is_more_than_low_rank(m)]  # type: ignore[arg-type]
-    return (*addresses, *versions, *adapters)
+    """Changes when a weight is replaced or moved, an Int4 weight overwritten, or an adapter switched.
+
+    It is made before every answer, so it goes through the modules once: torch's iterators over parameters, buffers and
+    modules take 10 ms for the 1,200 modules of 24 layers with adapters, which is longer than reading the prompt.
+    """
+    found: list[Any] = []
+    modules = [base]
+    while modules:
+        module = modules.pop()
+        found += [parameter.data_ptr() for parameter in module._parameters.values() if parameter is not None]
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                found += (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
+        if "base_layer" in module._modules:
+            found.append(_switches(module))
+        modules += [child for child in module._modules.values() if child is not None]
+    return tuple(found)
+
+
+def _switches(layer: Any) -> tuple[Any, ...]:
+    """Which of an adapted layer's adapters act, and how strongly."""
+    if is_more_than_low_rank(layer):
+        return (bool(layer.disable_adapters),)
+    scales = tuple(layer.scaling[name] for name in layer.active_adapters if name in layer.lora_A)
+    return (bool(layer.disable_adapters), bool(layer.merged), scales)
 
 
 @contextmanager
