@@ -10,6 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from train.training.distributed import SPAWNED
+from train.training.signals import EXIT_INTERRUPTED
+
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-c", "from train.training.launch import run_torchrun; run_torchrun()"]
 TWO_PROCESSES = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
@@ -30,6 +33,15 @@ def run_two(folder: Path, program: str) -> "subprocess.CompletedProcess[str]":
 def test_a_workers_message_is_all_that_is_shown(tmp_path: Path) -> None:
     done = run_two(tmp_path, "if rank == '0': print('error: the data', file=sys.stderr)\nsys.exit(2)")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: the data\n")
+
+
+def test_a_launcher_whose_command_has_ended_starts_no_worker(tmp_path: Path) -> None:
+    """The command may end between starting it and its own request to end with it."""
+    worker = write_worker(tmp_path, "open('began', 'w')")
+    environment = ENVIRONMENT | {SPAWNED: str(os.getppid())}  # not the parent of the launcher
+    done = subprocess.run([*TWO_PROCESSES, worker], env=environment, cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == EXIT_INTERRUPTED
+    assert not (tmp_path / "began").exists()
 
 
 def test_a_killed_worker_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from train.common.errors import UserError
 from train.training import launchers
 
-SPAWNED = "TRAIN_SPAWNED"  # environment variable of the workers that launch.spawn starts
+SPAWNED = "TRAIN_SPAWNED"  # environment of the workers that launch.spawn starts: the process id of the command
 MEETING_SECONDS = 600  # for all processes of a run to come; torch's own limit is 30 minutes
 SETTLE_SECONDS = 0.05  # time for gloo's threads to release the tensors that they hold
 

@@ -23,8 +23,9 @@ def spawn(arguments: list[str], processes: int, cuda: bool) -> int:
     env = (
         {"OMP_NUM_THREADS": str(threads), **cores.environment(processes)} if not cuda else cores.environment(processes)
     )
+    env[SPAWNED] = str(os.getpid())
     with forward_signals() as (launchers, received):  # entered first: no signal may find a launcher without a handler
-        child = subprocess.Popen([*launcher, *options, *arguments], env={**env, SPAWNED: "1"}, start_new_session=True)
+        child = subprocess.Popen([*launcher, *options, *arguments], env=env, start_new_session=True)
         launchers.append(child.pid)
         if received:
             child.terminate()
@@ -50,6 +51,8 @@ def run_torchrun() -> None:
     On a signal torchrun kills its workers after 30 seconds; a step and a checkpoint may take longer. Slurm and systemd
     signal every process of a job, this one too, so the handler here sends SIGTERM to the workers and waits for them.
     """
+    command = os.environ.get(SPAWNED)
+    terminate_with_parent(int(command) if command else None)  # before torch is imported, which takes seconds
     import logging
 
     from torch.distributed.elastic.multiprocessing import api
@@ -58,7 +61,6 @@ def run_torchrun() -> None:
     from torch.distributed.run import main
 
     logging.disable(logging.CRITICAL)
-    terminate_with_parent()
     api._terminate_process_handler = terminate_workers  # type: ignore[assignment]
     _keep_ignored()
     try:

@@ -83,10 +83,15 @@ class _Output:
             self._lost()
 
 
-def terminate_with_parent() -> None:
-    """Ask Linux to send SIGTERM to this process when its parent dies, so that no worker outlives the command."""
+def terminate_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to send SIGTERM to this process when its parent dies, so that no worker outlives the command.
+
+    parent: its process id. If that has died before it could be asked, this process ends at once.
+    """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def terminate_workers(number: int, _: FrameType | None) -> None:
