@@ -52,3 +52,9 @@ def test_a_reader_that_is_gone_is_no_error() -> None:
     script = f"{BEGIN}\nimport os; os.close(1); leave(4)"
     done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 4
+
+
+def test_ctrl_c_at_the_end_changes_no_status() -> None:
+    script = "import os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT); leave(6)"
+    status, output, errors = ended(script)
+    assert (status, output, errors) == (6, "at exit\n", "")

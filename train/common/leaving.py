@@ -7,6 +7,7 @@ functions of `atexit`, and whatever the standard streams still hold.
 import atexit
 import ctypes
 import os
+import signal
 import sys
 import threading
 from contextlib import suppress
@@ -20,6 +21,7 @@ def leave(status: int) -> NoReturn:
     others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
     if ENDS_IN_C in sys.modules or any(not thread.daemon for thread in others):
         sys.exit(status)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C changes nothing any more, not the status either
     atexit._run_exitfuncs()
     with suppress(OSError, ValueError):  # the reader is gone, or the stream is closed: main() has dealt with it
         for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it was closed before the start
